@@ -238,6 +238,22 @@ def test_the_documented_commands_run(documented, shorter, runs, tmp_path, capsys
 
 
 @pytest.mark.slow
+def test_sweeps_share_runs_and_refuse_other_flags_before_they_start(tmp_path, capsys):
+    sweep = ["--local-steps-experiment", "--j-values", 4, 8, "--num-rounds", 2, "--output-dir", tmp_path]
+    assert small("train_federated", "--num-rounds", 2, "--output-dir", tmp_path) == 0
+    assert small("train_federated", *sweep) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert sorted(f.parent.name for f in tmp_path.glob("*/run.json")) == [
+        "fedavg_non_iid_nc3_classes_0_10_J4_seed_0_demo",
+        "fedavg_non_iid_nc3_classes_0_10_J8_seed_0_demo",
+    ]
+    sweep[2:4] = 2, 8  # J 2 is new, J 8 was another length: nothing starts
+    assert small("train_federated", *sweep, "--num-rounds", 20) == 2
+    assert "--num-rounds 1 -> 5" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*/run.json"))) == 2
+
+
+@pytest.mark.slow
 def test_hp_search_ends_with_a_table(tmp_path, capsys):
     words = ["--hp-search", "--hp-epochs", 1, "--hp-lrs", 0.01, 0.05, "--hp-weight-decays", 0, "--warmup-epochs", 0]
     assert "0 is not" in _usage_error(small, "train_centralized", *words, "--output-dir", tmp_path, capsys=capsys)

@@ -1,17 +1,20 @@
 """Several runs from one command line: names, one run after the other, a table of what they reached."""
 
+import contextlib
 import copy
+import io
 import statistics
 import sys
 from pathlib import Path
 
 from common import parallel
 from common.checkpoint import read_json
-from common.cli import UsageError
+from common.runlog import start_run
 from vit_sparse_fl.data import check_batch_size, load_images, make_shards
 
 SWEEPS = ("hp_search", "heterogeneity_experiment", "local_steps_experiment", "compare_strategies")
 SWEEPS += ("sparsity_experiment",)
+VALUES = ("hp_epochs", "hp_lrs", "hp_weight_decays", "nc_values", "j_values", "sparsity_values")
 
 
 def variant(args, **changes):
@@ -56,29 +59,26 @@ def repeated(args, settings):
             if args.run_name:
                 folder = f"{args.run_name}_{folder}" if several else args.run_name
             # a run of a sweep is the run that its flags alone would start
-            asked = {sweep: False for sweep in SWEEPS if sweep in flags}
+            asked = {name: False for name in SWEEPS if name in flags} | {name: None for name in VALUES if name in flags}
             runs.append((name, variant(flags, seed=args.seed + i, run_name=folder, num_runs=1, **asked)))
     return runs
 
 
-def run_each(train, runs):
-    """Calls train(flags) for each of `runs`, in order; finished ones are skipped. With several, prints the table.
+def run_each(command, train, runs):
+    """Calls train(flags) for each of `runs`, in order. With several, prints the table.
 
-    Raises UsageError before the first run where a folder is there already and --resume is not given, or where a
-    run's clients cannot be made.
+    Of several, finished ones are skipped and broken ones go on, without --resume too: a run of one sweep is often one
+    of another. Raises UsageError before the first run where a folder holds a run with other flags, or where a run's
+    clients cannot be made.
+
+    Args: command: the script's name, as in run.json.
     """
     if len(runs) > 1:
+        for _, flags in runs:
+            flags.resume = not flags.overwrite
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+                start_run(command, flags, flags.run_name)
         check_shards([flags for _, flags in runs])
-    for _, flags in runs:
-        if (
-            len(runs) > 1
-            and not (flags.resume or flags.overwrite)
-            and (Path(flags.output_dir) / flags.run_name).exists()
-        ):
-            raise UsageError(
-                f"{Path(flags.output_dir) / flags.run_name} exists: --resume goes on and skips what is finished, "
-                "--overwrite deletes it, --experiment-name gives others"
-            )
     for _, flags in runs:
         try:
             train(flags)

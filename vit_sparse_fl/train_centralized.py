@@ -58,7 +58,7 @@ def settings(args):
 def main(args):
     if parallel.init_parallel(pick_device(args.device)).size > 1:
         raise UsageError("central training is one process: start it without torchrun")
-    run_each(train, repeated(args, settings(args)))
+    run_each("train_centralized", train, repeated(args, settings(args)))
 
 
 def build_parser():

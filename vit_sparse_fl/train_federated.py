@@ -50,7 +50,7 @@ def train(args):
 
 def main(args):
     parallel.init_parallel(pick_device(args.device))
-    run_each(train, repeated(args, federated_settings(args)))
+    run_each("train_federated", train, repeated(args, federated_settings(args)))
 
 
 def build_parser():

@@ -109,7 +109,7 @@ def main(args):
         raise UsageError("--freeze-backbone leaves no weight to mask: drop it, or use train_federated.py")
     parallel.init_parallel(pick_device(args.device))
     runs = repeated(args, settings(args))
-    run_each(train, runs)
+    run_each("train_federated_sparse", train, runs)
     if args.compare_strategies and parallel.is_main():
         print("\n" + overlap_table(runs))
 
