@@ -31,3 +31,16 @@ def _backward(loss, batch, parameters, scale):
     value = loss(*batch)
     (value if scale == 1.0 else value * scale).backward()
     return value.detach()
+
+
+def proximal_(parameters, anchors, mu):
+    """FedProx: adds mu (w - theta) to the gradients of {name: w}   (Li et al. 2020, eq. 2: the objective's mu/2 ||w -
+    theta||^2). Before clipping and momentum, as part of the objective; mu 0 changes no bit.
+
+    Args: anchors: {name: theta}, the weights that the round began with.
+    """
+    if mu == 0:
+        return
+    leaves, starts = list(parameters.values()), [anchors[name] for name in parameters]
+    with torch.no_grad():
+        torch._foreach_add_([p.grad for p in leaves], torch._foreach_sub(leaves, starts), alpha=mu)

@@ -53,8 +53,8 @@ class Served:
 
     factors: {layer: (A, B)}, with the scale `scale`; updates: {layer: `Product`} to add to the base weights (stack and
     residual; else empty); error, errors: ||served - mean(BA)|| / ||mean(BA)|| over all layers and by layer, of what is
-    served, rounding included; discarded, discards: the share of Delta's energy (squared norm) that svd cut off, else 0;
-    missing: directions of all layers that svd had to draw.
+    served, rounding included; norm: ||mean(BA)|| over all layers; discarded, discards: the share of Delta's energy
+    (squared norm) that svd cut off, else 0; missing: directions of all layers that svd had to draw.
     """
 
     factors: dict
@@ -62,6 +62,7 @@ class Served:
     updates: dict
     error: float
     errors: dict
+    norm: float
     discarded: float
     discards: dict
     missing: int
@@ -223,6 +224,7 @@ class AdapterMean:
             updates=updates,
             error=quotient(math.hypot(*differences), math.hypot(*norms)),
             errors=errors,
+            norm=math.hypot(*norms),
             discarded=sum(infos[name]["discarded"] for name in targets) / total if total else 0.0,
             discards=discards,
             missing=sum(info["missing"] for info in infos.values()),

@@ -109,6 +109,7 @@ class Run:
         self.start_round = 0
         self.counters = {"bytes_up": 0, "bytes_down": 0, unit: 0, "left_out_updates": 0}
         self.seconds = self.eval_seconds = 0.0  # of the sessions before this one, then of this one too
+        self.total = 0
         self._bar = self._tracker = None
 
     def __enter__(self):
@@ -186,9 +187,10 @@ class Run:
         if other and parallel.is_main():
             print(f"warning: other versions than at the start, bits may differ: {', '.join(other)}", file=sys.stderr)
 
-    def restore(self, theta, lasting):
+    def restore(self, theta, lasting, same_shapes=True):
         """The weights to go on with: the checkpoint's, loaded into `lasting` too, or `theta` where there is none.
 
+        same_shapes: False where rounds change the shapes of theta (the rank of an adapter).
         lasting: {name: object with state_dict() and load_state_dict(tensors)}; an object with
         client_states() and load_client(k, tensors) has a file per client.
         """
@@ -198,8 +200,8 @@ class Run:
         if found is None:
             return theta
         meta, shared, client = found
-        shapes = {name: t.shape for name, t in theta.items()}
-        if {name: t.shape for name, t in shared["theta"].items()} != shapes:
+        saved = shared["theta"]
+        if saved.keys() != theta.keys() or (same_shapes and any(saved[n].shape != theta[n].shape for n in theta)):
             raise UsageError(f"{self.folder}/checkpoint is of another model: use --overwrite or another --run-name")
         for name, thing in lasting.items():
             if hasattr(thing, "load_client"):
@@ -247,13 +249,15 @@ class Run:
         path = self.folder / "metrics.jsonl"
         with checkpoint.saving(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(_json_safe(line)) + "\n")
-        shown = {k: line[k] for k in ("train_loss", "val_loss", "val_ppl", "val_accuracy") if k in line}
+        names = ("train_loss", "val_loss", "val_ppl", "val_accuracy", "val_f1", "val_matthews", "val_pearson")
+        shown = {k: line[k] for k in names if k in line}
         text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
         tqdm.write(
             f"round {round + 1}/{self.total}  {text}  {line[self.unit + '_per_second']:.0f} {self.unit}/s",
             file=sys.stderr,
         )
-        self._bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items() if k.startswith("val_")}, refresh=False)
+        if self._bar is not None:
+            self._bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items() if k.startswith("val_")}, refresh=False)
         if self._tracker:
             self._tracker(line)
 

@@ -68,13 +68,9 @@ def make_client_splits(
         raise UsageError(f"the data are of {data.task.name}, not of {task_name}: load that task")
     strata = _strata(task, train, bin_stsb)
     notes = [note for note in data.notes if " train" in note]
-    rows = np.arange(len(train))
-    if max_examples is not None and max_examples < 1:
-        raise UsageError(f"--max-examples {max_examples} must be at least 1")
-    if max_examples is not None and max_examples < len(train):
-        sizes = [max_examples, len(train) - max_examples]
-        rows = shards.stratified(strata, sizes, stream(seed, "subset"), "examples")[0]
-        notes.append(f"{max_examples} of {len(train)} training examples are dealt")
+    rows = subset(data, max_examples, seed, bin_stsb)
+    if len(rows) < len(train):
+        notes.append(f"{len(rows)} of {len(train)} training examples are dealt")
 
     generator, what = stream(seed, "sharding"), "examples"
     if mode == "iid":
@@ -112,6 +108,17 @@ def make_client_splits(
         "fingerprint": data.fingerprint["sha256"]["train"],
         "notes": notes + more,
     }
+
+
+def subset(data, n, seed, bin_stsb=True):
+    """A stratified subset of n training examples (None: all), the same for the same seed: sorted int64 array."""
+    train = data.splits["train"]
+    if n is not None and n < 1:
+        raise UsageError(f"--max-examples {n} must be at least 1")
+    if n is None or n >= len(train):
+        return np.arange(len(train))
+    sizes = [n, len(train) - n]
+    return shards.stratified(_strata(data.task, train, bin_stsb), sizes, stream(seed, "subset"), "examples")[0]
 
 
 def _labels(task, train, bin_stsb):
@@ -162,6 +169,7 @@ def save_shard_manifests(out_dir, shard_info):
         "task": shard_info["task"],
         "data": shard_info.get("dataset"),
         "mode": shard_info["mode"],
+        "dirichlet_alpha": shard_info["meta"].get("dirichlet_alpha"),
         "seed": shard_info["meta"]["seed"],
         "total_train": shard_info["total_train"],
         "fingerprint": shard_info.get("fingerprint"),

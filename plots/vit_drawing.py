@@ -31,13 +31,14 @@ def figure_parser(description, at=False):
     return parser
 
 
-def draw_all(args, figures):
+def draw_all(args, figures, find=find_runs, suffixes=suffixes):
     """Draws each of `figures`, (file name, select, draw), for every group of runs that fits; prints what it wrote.
 
     select(runs, notes) -> (list[(setting, what to draw)], what was lacking); draw(figure's setting, what) -> Figure,
-    called inside `style()`. Raises UsageError when nothing could be drawn.
+    called inside `style()`. find(folder, unfinished) -> (runs, notes) and suffixes(settings) are those of the study.
+    Raises UsageError when nothing could be drawn.
     """
-    runs, notes = find_runs(args.data_dir, args.unfinished)
+    runs, notes = find(args.data_dir, args.unfinished)
     drawn, missing = [], []
     for name, select, draw in figures:
         chosen, lacking = select(runs, notes)

@@ -1,0 +1,313 @@
+"""Adapters on disk, in peft's own format, read without unpickling anything and without importing what a file names.
+
+    adapter_config.json         peft.LoraConfig
+    adapter_model.safetensors   base_model.model.LAYER.lora_A.weight [r, k], .lora_B.weight [d, r], and the head as
+                                base_model.model.NAME (peft's modules_to_save)
+
+`PeftModel.from_pretrained(model, folder)` loads what `write_adapter` wrote, without this project; `read_adapter` reads
+what `PeftModel.save_pretrained` wrote.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from common.checkpoint import saving, swap, write_json
+from common.cli import RunFailed, UsageError
+from common.corpora import one_line
+from common.products import scaling
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+_OURS = {CONFIG, WEIGHTS, "fuse_manifest.json", "README.md"}  # README.md: peft's model card
+_PREFIX = "base_model.model."
+_LETTERS = {"lora_A.weight": "A", "lora_B.weight": "B"}
+
+# Options of peft that are read here, or change no number of a trained adapter. Any other must be off.
+_READ = {"base_model_name_or_path", "fan_in_fan_out", "lora_alpha", "modules_to_save", "peft_type", "r"}
+_READ |= {"target_modules", "task_type", "use_rslora"}
+_HARMLESS = {"inference_mode", "layers_pattern", "layers_to_transform", "exclude_modules", "lora_dropout"}
+_HARMLESS |= {"peft_version", "qalora_group_size", "revision", "runtime_config"}
+_OFF = {"bias": "none", "megatron_core": "megatron.core"}  # else None, False, {} or []
+_PLAIN_START = (True, False, "gaussian", "orthogonal")  # of init_lora_weights: those that leave the base as it is
+
+
+@dataclass
+class AdapterFile:
+    """An adapter, read and checked.
+
+    factors: {layer: (A [r, k], B [d, r])}, head: {parameter name in the transformers model: tensor}, fp32 on the CPU;
+    scale: s = alpha / r (rsLoRA: alpha / sqrt r); target_modules: sorted names, the layers' full names where the file
+    has a pattern or chooses among layers; sha256: of adapter_model.safetensors; config: all of adapter_config.json.
+    """
+
+    factors: dict
+    head: dict
+    r: int
+    alpha: float
+    scale: float
+    target_modules: list
+    modules_to_save: list
+    base_model: str | None
+    fan_in_fan_out: bool
+    sha256: str
+    config: dict
+    path: Path
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_adapter(
+    folder,
+    factors,
+    head,
+    *,
+    alpha,
+    target_modules,
+    modules_to_save,
+    base_model,
+    fan_in_fan_out=False,
+    dropout=0.0,
+    more=None,
+):
+    """Writes an adapter folder, whole or not at all; an older adapter in its place is replaced.
+
+    Args:
+        factors: {layer: (A [r, k], B [d, r])}, one r; head: {parameter name in the transformers model: tensor}, {} for
+            none. Written as fp32.
+        alpha, dropout: peft's lora_alpha and lora_dropout. Whole alphas are written as integers.
+        target_modules: names such as ["query", "value"]; modules_to_save: such as ["classifier"], [] for none.
+        base_model: name or folder of the base model, None where there is none. fan_in_fan_out: True for Conv1D.
+        more: {file name: value}, further JSON files for the folder.
+    Raises: ValueError for factors that do not fit each other; RunFailed for numbers that are not finite and for a
+        folder that cannot be written; UsageError for a folder with other files in it, which are left alone.
+    """
+    import peft  # only here: it takes seconds to import
+
+    folder = Path(folder)
+    ranks = {A.shape[0] for A, B in factors.values()} | {B.shape[1] for A, B in factors.values()}
+    if len(ranks) != 1:
+        raise ValueError(f"the factors have ranks {sorted(ranks)}: an adapter has one")
+    if bool(head) != bool(modules_to_save):
+        raise ValueError(f"modules_to_save {modules_to_save} and a head of {len(head)} tensors: give both or neither")
+    tensors = {}
+    for layer, (A, B) in factors.items():
+        tensors[f"{_PREFIX}{layer}.lora_A.weight"] = A
+        tensors[f"{_PREFIX}{layer}.lora_B.weight"] = B
+    tensors |= {_PREFIX + name: tensor for name, tensor in head.items()}
+    tensors = {name: t.detach().to("cpu", torch.float32, copy=True).contiguous() for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise RunFailed(f"{name[len(_PREFIX) :]} of {folder} is not finite: lower the learning rate")
+    refuse_other_files(folder)
+    config = peft.LoraConfig(
+        r=ranks.pop(),
+        lora_alpha=int(alpha) if float(alpha).is_integer() else float(alpha),
+        lora_dropout=dropout,
+        target_modules=sorted(target_modules),
+        modules_to_save=list(modules_to_save) or None,
+        base_model_name_or_path=base_model,
+        fan_in_fan_out=fan_in_fan_out,
+        task_type="SEQ_CLS",
+        inference_mode=True,
+    )
+    fresh = folder.with_name(folder.name + ".new")
+    with saving(folder, fresh):
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        config.save_pretrained(fresh)
+        written = json.loads((fresh / CONFIG).read_text(encoding="utf-8"))
+        written["target_modules"] = sorted(target_modules)  # peft's order is that of a set: another in every process
+        write_json(fresh / CONFIG, written)
+        safetensors.torch.save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        for name, value in (more or {}).items():
+            write_json(fresh / name, value)
+        swap(fresh, folder)
+
+
+def refuse_other_files(folder):
+    """Raises UsageError where `folder` is a file, or has files that are not an adapter's: writing would delete them."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file: give a folder for the adapter")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in _OURS) if folder.is_dir() else []
+    if others:
+        raise UsageError(f"{folder} holds {others[0]}, which is no part of an adapter: give a folder of its own")
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_adapter(folder):
+    """The adapter in `folder`, an `AdapterFile`.
+
+    Raises: UsageError, with the file's name, for a folder or file that is missing or damaged, pickled weights, an
+        adapter that is not LoRA for sequence classification, an option that names code to import or that changes what
+        a layer computes (dora, rank_pattern, bias, ...), factors that are missing, do not fit r or are not finite, and
+        tensors that are neither factors nor in modules_to_save.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "does not exist"
+        raise UsageError(f"adapter {folder} {what}: give a folder with {CONFIG} and {WEIGHTS}")
+    config = _read_config(folder / CONFIG)
+    _check_options(config, folder / CONFIG)
+    stored, sha256 = _read_tensors(folder)
+    modules_to_save = sorted(set(_names(config, "modules_to_save", folder / CONFIG)))
+    factors, head = _sort_tensors(stored, modules_to_save, folder / WEIGHTS)
+    _check_factors(factors, config["r"], folder / WEIGHTS)
+    if modules_to_save and not head:
+        # peft would load it, with a random head
+        raise UsageError(f"{folder / WEIGHTS} has no weights of {' or '.join(modules_to_save)}: save the adapter again")
+    return AdapterFile(
+        factors=factors,
+        head=head,
+        r=config["r"],
+        alpha=config["lora_alpha"],
+        scale=scaling(config["lora_alpha"], config["r"], config.get("use_rslora") or False),
+        target_modules=_targets(config, factors, folder / CONFIG),
+        modules_to_save=modules_to_save,
+        base_model=config.get("base_model_name_or_path"),
+        fan_in_fan_out=config.get("fan_in_fan_out") or False,
+        sha256=sha256,
+        config=config,
+        path=folder,
+    )
+
+
+def _read_config(path):
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent} has no {path.name}: give the folder of a peft adapter") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read ({one_line(error)}): save the adapter again") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} is no adapter's configuration: save the adapter again")
+    return config
+
+
+def _read_tensors(folder):
+    """{key: tensor} and the file's SHA-256, from one reading, so that the hash is that of these tensors."""
+    path = folder / WEIGHTS
+    try:
+        data = path.read_bytes()
+        return safetensors.torch.load(data), hashlib.sha256(data).hexdigest()
+    except FileNotFoundError:
+        if (folder / _PICKLED).exists():
+            raise UsageError(
+                f"{folder} has its weights in {_PICKLED}, a pickle, which can run code and is not read: save the "
+                "adapter with safe_serialization=True"
+            ) from None
+        raise UsageError(f"{folder} has no {WEIGHTS}: give the folder of a peft adapter") from None
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}): copy or save the adapter again") from error
+
+
+def _check_options(config, path):
+    if config.get("peft_type") != "LORA":
+        raise UsageError(f"{path} has peft_type {_short(config.get('peft_type'))}: only LORA adapters are read")
+    if config.get("auto_mapping"):
+        raise UsageError(
+            f"{path} has auto_mapping, which names code to import: make the adapter with task_type SEQ_CLS, or set "
+            "auto_mapping to null there"
+        )
+    if config.get("task_type") not in ("SEQ_CLS", None):
+        raise UsageError(f"{path} has task_type {_short(config['task_type'])}: only adapters for SEQ_CLS are read")
+    for name, value in config.items():
+        if name in _READ or name in _HARMLESS or name == "init_lora_weights":
+            continue
+        if value not in (None, False, _OFF.get(name)) and value not in ({}, []):
+            code = ", which names code to import," if name == "megatron_core" else ""
+            raise UsageError(f"{path} has {name} {_short(value)}{code} and only plain LoRA is read: train without it")
+    if config.get("init_lora_weights", True) not in _PLAIN_START:
+        raise UsageError(
+            f"{path} has init_lora_weights {_short(config['init_lora_weights'])}, which changes the base model: save "
+            "the adapter with peft's path_initial_model_for_weight_conversion"
+        )
+    for name in ("use_rslora", "fan_in_fan_out"):
+        if config.get(name) not in (None, False, True):
+            raise UsageError(f"{path} has {name} {_short(config[name])}: it must be true or false")
+    r, alpha, base = config.get("r"), config.get("lora_alpha"), config.get("base_model_name_or_path")
+    if type(r) is not int or r < 1:
+        raise UsageError(f"{path} has r {_short(r)}: it must be a whole number of at least 1")
+    if type(alpha) not in (int, float) or not 0 < alpha < 1e300 or math.isnan(alpha):
+        raise UsageError(f"{path} has lora_alpha {_short(alpha)}: it must be a number above 0")
+    if base is not None and not isinstance(base, str):
+        raise UsageError(f"{path} has base_model_name_or_path {_short(base)}: it must be a name, a folder or null")
+
+
+def _sort_tensors(stored, modules_to_save, path):
+    """({layer: {"A": tensor, "B": tensor}}, head)."""
+    pairs, head = {}, {}
+    for key in sorted(stored):
+        tensor, name = stored[key], key.removeprefix(_PREFIX)
+        layer, letter = ".".join(name.split(".")[:-2]), _LETTERS.get(".".join(name.split(".")[-2:]))
+        known = key.startswith(_PREFIX) and (letter or set(name.split(".")[:-1]) & set(modules_to_save))
+        if not known or (letter and not layer):
+            raise UsageError(
+                f"{path} has {_short(key, 160)}, which is neither a LoRA factor of a linear layer nor in "
+                f"modules_to_save {modules_to_save}: save the adapter again"
+            )
+        if not tensor.is_floating_point():
+            raise UsageError(f"{path}: {name} has numbers of type {tensor.dtype}: only floating types are read")
+        tensor = tensor.to(torch.float32)
+        if not torch.isfinite(tensor).all():
+            raise UsageError(f"{path}: {name} is not finite: leave this adapter out")
+        if letter:
+            pairs.setdefault(layer, {})[letter] = tensor
+        else:
+            head[name] = tensor
+    return pairs, head
+
+
+def _check_factors(factors, r, path):
+    """Turns {layer: {"A", "B"}} into {layer: (A, B)}, in place."""
+    if not factors:
+        raise UsageError(f"{path} has no LoRA factors: save the adapter again")
+    for layer, pair in factors.items():
+        if len(pair) < 2:
+            missing = "B" if "A" in pair else "A"
+            raise UsageError(f"{path} has no lora_{missing} of {layer}: save the adapter again")
+        A, B = pair["A"], pair["B"]
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:
+            raise UsageError(
+                f"{path}: {layer} has A {list(A.shape)} and B {list(B.shape)}, which do not fit r {r} of {CONFIG}: "
+                "they must be [r, inputs] and [outputs, r]"
+            )
+        factors[layer] = A, B
+
+
+def _targets(config, factors, path):
+    found = config.get("target_modules")
+    chosen = [name for name in ("layers_to_transform", "exclude_modules") if config.get(name) not in (None, [], "")]
+    if isinstance(found, str) or chosen:
+        return sorted(factors)
+    names = sorted(set(_names(config, "target_modules", path)))
+    for layer in factors:
+        if not any(layer == name or layer.endswith("." + name) for name in names):
+            raise UsageError(f"{path} has target_modules {names}, but the weights have {layer}: save the adapter again")
+    for name in names:
+        if not any(layer == name or layer.endswith("." + name) for layer in factors):
+            raise UsageError(f"{path} has target module {name}, but the weights have none: save the adapter again")
+    return names
+
+
+def _names(config, key, path):
+    names = config.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UsageError(f"{path} has {key} {_short(names)}: it must be a list of names")
+    return names
+
+
+def _short(value, most=60):
+    text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())  # one line
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,0 +1,53 @@
+"""Downloads roberta-base and roberta-large, once; the other scripts find them.
+
+    python lora_glue_fl/download_roberta_models.py --hf_home ./hf_cache
+    python lora_glue_fl/download_roberta_models.py                      # into the library's own cache
+
+Configuration, tokenizer and model.safetensors, no pickled weights. What broke off is continued by the same command.
+Prints each model's folder, which --model takes too.
+"""
+
+import sys
+from pathlib import Path
+
+from common.cli import Parser, UsageError, run_main
+from common.corpora import hub_reachable
+from lora_glue_fl.hub import download, remember_home, winning_variable
+
+MODELS = ("roberta-base", "roberta-large")
+
+
+def main(args):
+    home = Path(args.hf_home).expanduser().absolute() if args.hf_home else None
+    if home and not home.is_dir() and home.exists():
+        raise UsageError(f"--hf-home {home} is a file: give a folder")
+    online = hub_reachable()
+    try:
+        for model in dict.fromkeys(args.models):
+            folder = download(model, args.revision, home and home / "hub", online)
+            print(f"{model}: {folder}", flush=True)
+            # After the first model, so that a command that finds nothing changes nothing
+            remember_home(home)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return 130
+    if home and winning_variable():
+        print(f"{winning_variable()} is set and wins over --hf-home: unset it, or give the folders above as --model")
+    if args.revision != "main":
+        print(f"scripts look for revision main: for {args.revision} give the folders above as --model")
+
+
+def build_parser():
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument(
+        "--hf-home", metavar="DIR", help="where the models go, for the other scripts too (default: the library's cache)"
+    )
+    parser.add_argument("--revision", default="main", metavar="NAME", help="branch, tag or commit")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), metavar="NAME", help="names on the hub (default: both RoBERTas)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser().parse_args())

@@ -1,0 +1,110 @@
+"""The flags of this study's scripts: the source's names and defaults, and ours."""
+
+from common.cli import (
+    Parser,
+    UsageError,
+    half_open_fraction,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    seed_number,
+    thread_count,
+)
+from common.runlog import add_run_flags
+from lora_glue_fl.data_prep import DATASETS
+
+
+def make_parser(description, output_dir, *output_names):
+    """The parser of one training script: model, data, the run. Returns (parser, group for the script's own flags).
+
+    Args: output_dir: the default; output_names: more spellings of --output-dir.
+    """
+    parser = Parser(description)
+    own = parser.add_argument_group("the method")
+    add_task_flags(parser)
+    run = add_run_flags(parser)
+    run.add_argument("--output-dir", *output_names, default=output_dir, metavar="DIR", help="where run folders go")
+    add_machine_flags(run)
+    return parser, own
+
+
+def add_task_flags(parser, task_required=True):
+    """Model, task and data."""
+    model = parser.add_argument_group("the model")
+    model.add_argument("--model-size", choices=["base", "large"], help="roberta-base or roberta-large")
+    model.add_argument(
+        "--model", metavar="NAME", help="another encoder: a folder or a name on the hub; tiny needs no download"
+    )
+    model.add_argument("--tokenizer", metavar="NAME", help="demo, a folder or a name (default: the model's own)")
+    data = parser.add_argument_group("the data")
+    if task_required:
+        data.add_argument("--task-name", required=True, metavar="TASK", help="a GLUE task, such as sst2")
+    data.add_argument("--dataset", choices=DATASETS, default="glue", help="demo is generated and needs no network")
+    data.add_argument(
+        "--data-root", metavar="DIR", help="folder with glue/ and tokenizers/ (default: $FEDQUARTET_DATA, else data)"
+    )
+    data.add_argument("--cache-dir", metavar="DIR", help="tokenised data (default: $FEDQUARTET_CACHE, else ~/.cache)")
+    data.add_argument("--max-length", type=positive_int, default=128, metavar="N", help="tokens of an example, at most")
+    return model, data
+
+
+def add_machine_flags(run):
+    """Seed, device, precision."""
+    run.add_argument("--seed", type=seed_number, default=42, metavar="N", help="all randomness follows from it")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    run.add_argument("--threads", type=thread_count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
+    run.add_argument("--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products")
+
+
+def add_training_flags(parser, learning_rate, *batch_names):
+    """The optimiser. Args: batch_names: spellings of --batch-size and of --eval-batch-size, alternating."""
+    train = parser.add_argument_group("training")
+    train.add_argument(
+        *batch_names[::2], dest="batch_size", type=positive_int, default=32, metavar="B", help="examples a step"
+    )
+    train.add_argument(
+        *batch_names[1::2],
+        dest="eval_batch_size",
+        type=positive_int,
+        default=32,
+        metavar="B",
+        help="examples a batch in evaluation",
+    )
+    train.add_argument(
+        "--learning-rate", type=positive_float, default=learning_rate, metavar="X", help="AdamW's highest"
+    )
+    train.add_argument("--weight-decay", type=non_negative_float, default=0.0, metavar="X", help="AdamW's; off: 0")
+    train.add_argument(
+        "--warmup-ratio", type=half_open_fraction, default=0.0, metavar="X", help="share of a fit's steps; off: 0"
+    )
+    train.add_argument(
+        "--lr-scheduler", choices=["linear", "constant"], default="linear", help="after the warm-up: down to 0, or not"
+    )
+    train.add_argument(
+        "--max-grad-norm", type=non_negative_float, default=1.0, metavar="X", help="gradients are clipped to it; off: 0"
+    )
+    train.add_argument(
+        "--gradient-accumulation-steps",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="batches a step, their gradients averaged; off: 1",
+    )
+    train.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
+    return train
+
+
+def add_lora_flags(own, r=8, alpha=8):
+    """The adapter."""
+    own.add_argument("--lora-r", type=positive_int, default=r, metavar="R", help="rank of the adapters that train")
+    own.add_argument("--lora-alpha", type=positive_float, default=alpha, metavar="X", help="their scale is alpha / r")
+    own.add_argument("--lora-dropout", type=half_open_fraction, default=0.0, metavar="X", help="dropout; off: 0")
+    own.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: queries and values)"
+    )
+
+
+def refuse(wrong, message):
+    """Raises UsageError(message) where `wrong` is true."""
+    if wrong:
+        raise UsageError(message)

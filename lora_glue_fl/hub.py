@@ -1,0 +1,79 @@
+"""Models from the hub: where an earlier download left them, which of their files are taken, and the download."""
+
+import os
+from pathlib import Path
+
+from common.cache import cache_folder, read_cached, write_cached
+from common.cli import RunFailed, UsageError
+from common.corpora import one_line
+
+# Everything that asks the hub's library for a model gives these: it takes a download with fewer files for incomplete.
+MODEL_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights; no pickles
+_VARIABLES = ("HF_HOME", "HF_HUB_CACHE")
+
+
+def hub_cache():
+    """The `cache_dir` for the hub's library: the folder that `download_roberta_models.py --hf_home` filled.
+
+    None, the library's own choice, when environment variable HF_HOME or HF_HUB_CACHE is set, when there was no such
+    download, or when its folder is gone.
+    """
+    if any(os.environ.get(name) for name in _VARIABLES):
+        return None
+    stored = read_cached(_record())
+    if not stored:
+        return None
+    folder = Path(os.fsdecode(stored)) / "hub"
+    return folder if folder.is_dir() else None
+
+
+def download(model, revision="main", cache_dir=None, online=True):
+    """The folder of `model`, its missing files downloaded; offline: as an earlier download left it.
+
+    Raises: UsageError for a model or revision that does not exist or has no safetensors, and when it is not there and
+        there is no network; RunFailed when a download breaks off.
+    """
+    from huggingface_hub import errors, snapshot_download  # only here: it takes a second to import
+
+    unknown = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+    # The library has changed its HTTP library before: the first base of its own error is that one's, whichever it is
+    broken = (OSError, ValueError, errors.HfHubHTTPError.__bases__[0])
+    try:
+        folder = Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=MODEL_FILES,
+                local_files_only=not online,
+            )
+        )
+    except unknown as error:
+        raise UsageError(f"the hub has no {model} at revision {revision} ({one_line(error)})") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UsageError(
+            f"{model} at revision {revision} is not downloaded yet, or not whole, and the hub cannot be reached: run "
+            "lora_glue_fl/download_roberta_models.py where there is a network, or give a folder as --model"
+        ) from error
+    except broken as error:
+        raise RunFailed(f"{model}: {one_line(error)}; run the same command again to go on") from error
+    if not list(folder.glob("model*.safetensors")):
+        raise UsageError(f"{model} has no model.safetensors, and pickled weights are not taken: choose another model")
+    return folder
+
+
+def remember_home(hf_home):
+    """Makes `hub_cache` find the absolute folder `hf_home`; None: forgets what it knew."""
+    if hf_home is None:
+        _record().unlink(missing_ok=True)
+    else:
+        write_cached(_record(), os.fsencode(hf_home))
+
+
+def winning_variable():
+    """The environment variable that says where the hub's files are, as "NAME=value", None when there is none."""
+    return next((f"{name}={os.environ[name]}" for name in _VARIABLES if os.environ.get(name)), None)
+
+
+def _record():
+    return cache_folder() / "hf_home.txt"

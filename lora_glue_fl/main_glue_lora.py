@@ -1,0 +1,97 @@
+"""Central LoRA on a GLUE task: the ceiling of the federated runs, and adapters to begin with or to merge.
+
+    python lora_glue_fl/main_glue_lora.py --model_size base --task_name sst2 --do_train --do_eval
+    python lora_glue_fl/main_glue_lora.py --model tiny --dataset demo --task_name sst2 --do_train --do_eval   # offline
+
+W + s B A with s = alpha / r; A random, B zero, W frozen   (Hu et al. 2022), trained by AdamW together with the head.
+"""
+
+from pathlib import Path
+
+from common import parallel
+from common.checkpoint import saving
+from common.cli import UsageError, run_main
+from common.evaluation import pick_device
+from common.runlog import start_run
+from lora_glue_fl.adapter_files import write_adapter
+from lora_glue_fl.central import CentralStudy, complete, make_central_parser
+from lora_glue_fl.flags import add_lora_flags
+from lora_glue_fl.models import size_label
+
+
+def train(args):
+    with start_run("main_glue_lora", args, f"r{args.lora_r}", unit="examples") as run:
+        study = CentralStudy(args, run, (args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules))
+        lasting = study.lasting
+        study.load(run.restore(study.weights(), lasting))
+
+        if not args.do_train:
+            study.report(-1)
+        for epoch in run.rounds(study.epochs):
+            loss = study.train_epoch(epoch)
+            study.report(epoch, loss)
+            run.save(epoch, study.weights(), lasting)
+
+        results = study.results()
+        if args.do_train:
+            save(study, Path(args.adapter_output_dir or run.folder / "adapter"))
+        write_manifest(study, results)
+        run.finish(results)
+
+
+def save(study, folder):
+    """The adapter in peft's format, with the head; beside the tiny model's adapter the model itself."""
+    adapted, encoder = study.task_model.adapted, study.task_model.encoder
+    base = study.run.folder / "base" if encoder.name == "tiny" else encoder.name
+    write_adapter(
+        folder,
+        {name: (A.detach(), B.detach()) for name, (A, B) in adapted.factors().items()},
+        {name: p.detach() for name, p in adapted.head.items()},
+        alpha=study.args.lora_alpha,
+        target_modules=list(adapted.targets),
+        modules_to_save=list(encoder.head),
+        base_model=str(base),
+        fan_in_fan_out=adapted.fan_in_fan_out,
+        dropout=study.args.lora_dropout,
+    )
+    if encoder.name == "tiny":
+        with saving(base):
+            adapted.model.unload().save_pretrained(base)
+            study.task_model.tokenizer.save_pretrained(base)
+
+
+def write_manifest(study, results):
+    """manifest.txt: what was trained, with which flags, and what it reached; `key: value` lines."""
+    found = study.task_model
+    lines = {
+        "task": found.task.name,
+        "model": found.encoder.name,
+        "trainable parameters": study.run.manifest["parameters"]["trainable"],
+        "total parameters": study.run.manifest["parameters"]["total"],
+        **{name: getattr(study.args, name) for name in ("lora_r", "lora_alpha", "lora_dropout", "learning_rate")},
+        **{name: getattr(study.args, name) for name in ("num_train_epochs", "batch_size", "seed")},
+        "target_modules": " ".join(found.adapted.targets),
+        **results,
+    }
+    path = study.run.folder / "manifest.txt"
+    with saving(path):
+        path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()), encoding="utf-8")
+
+
+def main(args):
+    if parallel.init_parallel(pick_device(args.device)).size > 1:
+        raise UsageError("central training is one process: start it without torchrun")
+    complete(args)
+    args.output_dir = str(Path(args.output_dir) / f"{args.task_name.lower()}_{size_label(args)}")
+    train(args)
+
+
+def build_parser():
+    parser, own = make_central_parser(__doc__.split("\n")[0], "./out", 2e-4)
+    add_lora_flags(own)
+    own.add_argument("--adapter-output-dir", metavar="DIR", help="where the adapter goes (default: RUN/adapter)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser().parse_args())

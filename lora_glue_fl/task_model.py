@@ -1,0 +1,187 @@
+"""A task of GLUE with a model for it: loss, evaluation, and what run.json says of both."""
+
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from common import parallel
+from common.cli import RunFailed, UsageError
+from common.evaluation import amp_context, pick_device, resolve_amp
+from common.seeding import seed_everything
+from lora_glue_fl.data_prep import encode, evaluation_batches, find_task, load_task
+from lora_glue_fl.metrics import evaluate
+from lora_glue_fl.models import Adapted, find_tokenizer, load_encoder, model_name
+
+
+class TaskModel:
+    """Data, tokens and model of a command line.
+
+    Attributes: task, data (`TaskData`), encoded {split: `Encoded`}, encoder, adapted (`Adapted`, None without LoRA),
+    model (what is called), device, amp.
+
+    Args: args: the flags of any of this study's scripts; lora: (r, alpha, dropout, targets), None: all weights train;
+        train: whether the training split is needed.
+    """
+
+    def __init__(self, args, lora, train=True):
+        self.args = args
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        self.device = parallel.world().device(pick_device(args.device))
+        self.amp = resolve_amp(args.amp, self.device)
+        seed_everything(args.seed)
+        task, name = find_task(args.task_name), model_name(args)
+        splits = task.splits if train else task.evaluation_splits
+        self.data = load_task(task.name, args.dataset, args.data_root, args.cache_dir, splits=splits)
+        self.task = self.data.task
+        self.tokenizer = find_tokenizer(args.tokenizer, args.dataset, args.data_root, name)
+        self.encoded = encode(self.data, self.tokenizer, args.max_length, args.cache_dir)
+        self.encoder = load_encoder(name, self.task, self.tokenizer, args.seed)
+        self.adapted = None
+        if lora is not None:
+            r, alpha, dropout, targets = lora
+            self.adapted = Adapted(self.encoder, r, alpha, dropout, targets, args.seed)
+        self.model = (self.adapted or self.encoder).model.to(self.device)
+        self.notes = self.data.notes + self.encoder.notes
+
+    def loss(self, batch):
+        """Mean loss over the examples of {input_ids, attention_mask, (token_type_ids): [B, L], labels: [B]}: nats of
+        the label, or (regression) the squared error of the score."""
+        return self._loss(self._outputs(batch), batch["labels"])
+
+    def _outputs(self, batch):
+        with amp_context(self.amp, self.device):
+            logits = self.model(**{name: t for name, t in batch.items() if name != "labels"}).logits
+        return logits.float()  # [B, num_labels]
+
+    def _loss(self, outputs, labels):
+        if self.task.regression:
+            return F.mse_loss(outputs[:, 0], labels)
+        return F.cross_entropy(outputs, labels)
+
+    @torch.no_grad()
+    def outputs(self, split, share=True):
+        """The model's outputs on a split: float32 [n, num_labels] on the CPU.
+
+        share: the processes share the batches; without it this process computes all (where the others have other
+        weights in their models).
+        """
+        self.model.eval()
+        encoded = self.encoded[split]
+        batches = evaluation_batches(encoded.lengths(), self.args.eval_batch_size)
+
+        def answer(i):
+            batch = {name: t.to(self.device) for name, t in encoded.batch(batches[i]).items()}
+            return self._outputs(batch).cpu().numpy()
+
+        if share and parallel.world().size > 1:
+            lanes = parallel.Lanes(range(len(batches)))
+            parts = lanes.gather({i: answer(i) for i in lanes})
+        else:
+            parts = {i: answer(i) for i in range(len(batches))}
+        found = np.empty((len(encoded), self.task.num_labels), dtype=np.float32)
+        for i, rows in enumerate(batches):
+            found[rows] = parts[i]
+        return torch.from_numpy(found)  # [n, num_labels]
+
+    def evaluate(self, share=True):
+        """{val_loss, val_<metric> ...} on the task's validation examples; mnli: on both parts, the loss on the matched.
+
+        Raises RunFailed for outputs that are not finite.
+        """
+        found = {}
+        for split in self.task.evaluation_splits:
+            outputs, labels = self.outputs(split, share), self.encoded[split].labels
+            metrics = evaluate(self.task, split, outputs.numpy(), labels)
+            if "val_loss" not in found:
+                found["val_loss"] = self._loss(
+                    outputs.double(), torch.from_numpy(labels).to(_label_type(labels))
+                ).item()
+            found |= metrics
+        return found
+
+    @property
+    def headline(self):
+        """The field of the task's first metric."""
+        return f"val_{self.task.metrics[0]}"
+
+    def facts(self):
+        """What run.json says of the data."""
+        return {**self.data.fingerprint, "model": self.encoder.name}
+
+    def sizes(self, trainable):
+        """Numbers of parameters for run.json. Args: trainable: {name: parameter}."""
+        return {
+            "total": sum(p.numel() for p in self.model.parameters()),
+            "trainable": sum(p.numel() for p in trainable.values()),
+            "head": sum(p.numel() for name, p in trainable.items() if name.startswith("head.")),
+        }
+
+    def resolved(self):
+        """What flags came to on this machine, for run.json."""
+        return {
+            "device": self.device.type,
+            "amp": str(self.amp or torch.float32).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def _label_type(labels):
+    return torch.float64 if labels.dtype == np.float32 else torch.int64
+
+
+def evaluate_adapter(path, args):
+    """A saved adapter on its task's validation examples: {"val_loss", "val_<metric>", ..., "seconds"}.
+
+    path: folder in peft's format; args: task_name, model_size, model, tokenizer, dataset, data_root, cache_dir,
+    max_length, eval_batch_size, device, amp, threads, seed.
+    Raises UsageError for an adapter that cannot be read, or of another model or task.
+    """
+    from lora_glue_fl.adapter_files import read_adapter
+
+    started = time.perf_counter()
+    file = read_adapter(path)
+    if model_name(args) == "tiny" and file.base_model and Path(file.base_model).is_dir():
+        args = copy.copy(args)  # its weights follow from a seed: take those that the adapter was trained on
+        args.model, args.tokenizer = file.base_model, args.tokenizer or file.base_model
+    found = TaskModel(args, (file.r, file.alpha, 0.0, file.target_modules), train=False)
+    check_fits(file, found.adapted)
+    found.adapted.load(file.factors, file.head, file.scale)
+    return {**found.evaluate(), "seconds": time.perf_counter() - started}
+
+
+def check_fits(file, adapted):
+    """Raises UsageError unless the `AdapterFile` has the layers, sizes and head of the `Adapted` model."""
+    here = adapted.factors()
+    odd = sorted(file.factors.keys() ^ here.keys())
+    if odd:
+        raise UsageError(
+            f"{file.path}: its layers are not those of {adapted.encoder.name} ({odd[0]}): give its --model"
+        )
+    for name, (A, B) in file.factors.items():
+        d, k = here[name][1].shape[0], here[name][0].shape[1]
+        if (B.shape[0], A.shape[1]) != (d, k):
+            raise UsageError(
+                f"{file.path}: {name} is {B.shape[0]} x {A.shape[1]}, in {adapted.encoder.name} {d} x {k}: give its "
+                "--model"
+            )
+    sizes = {name: tuple(p.shape) for name, p in adapted.head.items()}
+    if {name: tuple(t.shape) for name, t in file.head.items()} != sizes:
+        raise UsageError(
+            f"{file.path}: its head ({_shapes(file.head)}) is not the task's ({_shapes(adapted.head)}): give its "
+            "--task-name and --model"
+        )
+
+
+def _shapes(head):
+    return ", ".join(f"{name} {'x'.join(map(str, t.shape))}" for name, t in head.items()) or "none"
+
+
+def check_loss(loss, where, args):
+    """Raises RunFailed for a loss that is not finite."""
+    if not np.isfinite(loss):
+        raise RunFailed(f"{where}: the loss is {loss}: lower --learning-rate ({args.learning_rate:g}) or --amp off")

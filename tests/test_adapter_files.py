@@ -1,0 +1,346 @@
+"""Adapters on disk: the same bytes as peft's, loadable by plain peft, and every file that is refused."""
+
+import json
+import pickle
+import sys
+
+import peft
+import pytest
+import torch
+from comparing import same_bits
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from common.checkpoint import read_json, write_json
+from common.cli import RunFailed, UsageError
+from lora_glue_fl import adapter_files
+from lora_glue_fl.adapter_files import CONFIG, WEIGHTS, read_adapter, write_adapter
+
+PREFIX = "base_model.model."
+QUERY = "roberta.encoder.layer.0.attention.self.query"
+TOKENS = torch.tensor([[0, 7, 8, 9, 2], [0, 11, 12, 2, 1]])
+
+
+def roberta(labels=3, hidden=16):
+    """A RoBERTa of two layers, the same weights in every call."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = RobertaConfig(vocab_size=50, max_position_embeddings=20, num_labels=labels, pad_token_id=1, **sizes)
+    return RobertaForSequenceClassification(config).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_positions=20, n_embd=16, n_layer=2, n_head=2, num_labels=3, pad_token_id=1)
+    return GPT2ForSequenceClassification(config).eval()
+
+
+def adapted(seed, base=None, r=2, alpha=4, targets=("query", "value"), **options):
+    """A peft model with random factors and head. intermediate.dense is 24 x 16: a transposed factor cannot hide."""
+    options = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"], **options}
+    model = base or roberta()
+    with torch.random.fork_rng():
+        config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=list(targets), **options)
+        model = peft.get_peft_model(model, config).eval()
+        torch.manual_seed(seed)
+        for name, p in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def save_by_peft(folder, seed=1, **options):
+    model = adapted(seed, **options)
+    model.save_pretrained(folder)
+    return model
+
+
+def change(folder, **fields):
+    write_json(folder / CONFIG, {**read_json(folder / CONFIG), **fields})
+
+
+def rewrite(folder, **how):
+    """drop: a key; put: {key: tensor}."""
+    tensors = {**load_file(folder / WEIGHTS), **how.get("put", {})}
+    save_file({key: t for key, t in tensors.items() if key != how.get("drop")}, folder / WEIGHTS)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=TOKENS, attention_mask=(TOKENS != 1).long()).logits
+
+
+def write_again(file, folder, **options):
+    about = {"alpha": file.alpha, "target_modules": file.target_modules, "modules_to_save": file.modules_to_save}
+    about |= {"base_model": file.base_model, "fan_in_fan_out": file.fan_in_fan_out}
+    write_adapter(folder, file.factors, file.head, **{**about, **options})
+
+
+# ---- what is written and read
+
+
+def test_reads_what_peft_saved(tmp_path):
+    model = save_by_peft(tmp_path / "a", targets=["value", "query", "intermediate.dense"])
+    file = read_adapter(tmp_path / "a")
+    assert (file.r, file.alpha, file.scale, file.base_model, file.fan_in_fan_out) == (2, 4, 2.0, None, False)
+    assert file.target_modules == ["intermediate.dense", "query", "value"] and len(file.factors) == 6
+    for layer, (A, B) in file.factors.items():
+        part = model.get_submodule(PREFIX + layer)
+        assert torch.equal(A, part.lora_A["default"].weight) and torch.equal(B, part.lora_B["default"].weight)
+    head = model.get_submodule(PREFIX + "classifier.modules_to_save.default")
+    same_bits(file.head, {f"classifier.{name}": p.detach() for name, p in head.named_parameters()})
+
+
+@pytest.mark.parametrize("base, targets, flipped", [(roberta, "query value", False), (gpt2, "c_attn c_fc", True)])
+def test_writes_what_peft_writes_and_plain_peft_loads_it(base, targets, flipped, tmp_path):
+    head = ["classifier"] if base is roberta else ["score"]
+    options = {"targets": targets.split(), "fan_in_fan_out": flipped, "modules_to_save": head}
+    model = save_by_peft(tmp_path / "peft", base=base(), **options)
+    file = read_adapter(tmp_path / "peft")
+    write_again(file, tmp_path / "ours", modules_to_save=read_json(tmp_path / "peft" / CONFIG)["modules_to_save"])
+    assert (tmp_path / "ours" / WEIGHTS).read_bytes() == (tmp_path / "peft" / WEIGHTS).read_bytes()
+    ours, theirs = (read_json(tmp_path / name / CONFIG) for name in ("ours", "peft"))
+    assert {**theirs, "target_modules": sorted(theirs["target_modules"])} == ours
+    assert read_adapter(tmp_path / "ours").sha256 == file.sha256
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.allclose(logits(loaded), logits(base()), atol=1e-3)
+
+
+def test_rslora_and_half_precision(tmp_path):
+    save_by_peft(tmp_path / "a", r=4, use_rslora=True)
+    assert read_adapter(tmp_path / "a").scale == 2.0  # 4 / sqrt(4)
+    save_file({k: t.to(torch.bfloat16) for k, t in load_file(tmp_path / "a" / WEIGHTS).items()}, tmp_path / "a/x")
+    (tmp_path / "a/x").replace(tmp_path / "a" / WEIGHTS)
+    file = read_adapter(tmp_path / "a")
+    assert {t.dtype for pair in file.factors.values() for t in pair} == {torch.float32}
+
+
+def test_no_head(tmp_path):
+    save_by_peft(tmp_path / "a", task_type=None, modules_to_save=None)
+    change(tmp_path / "a", auto_mapping=None)  # which peft writes for adapters without a task
+    file = read_adapter(tmp_path / "a")
+    assert file.head == {} and file.modules_to_save == []
+    write_again(file, tmp_path / "b", base_model="some/model")
+    assert read_adapter(tmp_path / "b").base_model == "some/model"
+    assert read_json(tmp_path / "b" / CONFIG)["modules_to_save"] is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r".*layer\.1\..*\.(query|value)"},
+        {"layers_to_transform": [1]},
+        {"exclude_modules": r".*\.0\..*"},
+    ],
+)
+def test_a_choice_of_layers_becomes_their_names(options, tmp_path):
+    base = roberta()
+    config = {"r": 2, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **options}
+    model = peft.get_peft_model(base, peft.LoraConfig(**config))
+    model.save_pretrained(tmp_path / "a")
+    file = read_adapter(tmp_path / "a")
+    names = [f"roberta.encoder.layer.1.attention.self.{name}" for name in ("query", "value")]
+    assert file.target_modules == names == sorted(file.factors)
+    write_again(file, tmp_path / "b")
+    loaded = peft.PeftModel.from_pretrained(roberta(), tmp_path / "b")
+    assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 2
+
+
+def test_targets_have_one_order_in_every_process(tmp_path):
+    names = ["value", "query", "key", "output.dense", "intermediate.dense"]
+    save_by_peft(tmp_path / "a", targets=names)
+    write_again(read_adapter(tmp_path / "a"), tmp_path / "b", target_modules=names)
+    assert read_json(tmp_path / "b" / CONFIG)["target_modules"] == sorted(names)
+
+
+# ---- whole or not at all
+
+
+def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
+    save_by_peft(tmp_path / "a")
+    file = read_adapter(tmp_path / "a")
+    monkeypatch.setattr(adapter_files, "write_json", full_disk)
+    with pytest.raises(RunFailed, match="No space"):
+        write_again(file, tmp_path / "a", alpha=99)
+    assert read_adapter(tmp_path / "a").alpha == 4 and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_an_adapter_is_replaced_but_nothing_else(tmp_path):
+    save_by_peft(tmp_path / "a")
+    file = read_adapter(tmp_path / "a")
+    write_again(file, tmp_path / "a", alpha=99, more={"fuse_manifest.json": {"x": 1}})
+    write_again(file, tmp_path / "a", alpha=98.5)
+    assert read_adapter(tmp_path / "a").alpha == 98.5
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG, WEIGHTS]
+    (tmp_path / "a" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="thesis.txt"):
+        write_again(file, tmp_path / "a")
+    assert (tmp_path / "a" / "thesis.txt").read_text() == "mine"
+    with pytest.raises(UsageError, match="is a file"):
+        write_again(file, tmp_path / "a" / "thesis.txt")
+
+
+def test_what_is_no_adapter_is_not_written(tmp_path):
+    save_by_peft(tmp_path / "a")
+    file = read_adapter(tmp_path / "a")
+    file.factors[QUERY][0][0, 0] = float("nan")
+    with pytest.raises(RunFailed, match=f"{QUERY}.lora_A"):
+        write_again(file, tmp_path / "b")
+    file.factors[QUERY] = torch.zeros(3, 16), torch.zeros(16, 3)
+    with pytest.raises(ValueError, match="ranks"):
+        write_again(file, tmp_path / "b")
+    with pytest.raises(ValueError, match="modules_to_save"):
+        write_again(read_adapter(tmp_path / "a"), tmp_path / "b", modules_to_save=[])
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"peft_type": "IA3"}, "peft_type IA3"),
+        ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "auto_mapping, which names code"),
+        ({"megatron_core": "evil.module"}, "megatron_core evil.module, which names code"),
+        ({"megatron_config": {"x": 1}}, "megatron_config"),
+        ({"task_type": "CAUSAL_LM"}, "CAUSAL_LM"),
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"query": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"query": 4}}, "alpha_pattern"),
+        ({"bias": "all"}, "bias all"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
+        ({"of_a_later_peft": "on"}, "of_a_later_peft"),
+        ({"r": 3}, "do not fit r 3"),
+        ({"r": 0}, "r 0"),
+        ({"r": True}, "r true"),
+        ({"r": "2"}, "r 2"),
+        ({"lora_alpha": 0}, "lora_alpha 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha NaN"),
+        ({"lora_alpha": 10**400}, "lora_alpha 1000"),
+        ({"use_rslora": "yes"}, "use_rslora yes"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path 5"),
+        ({"target_modules": ["query"]}, "target_modules"),
+        ({"target_modules": ["query", "value", "key"]}, "target module key"),
+        ({"target_modules": {"query": 1}}, "list of names"),
+        ({"modules_to_save": None}, "classifier"),
+        ({"modules_to_save": "classifier"}, "list of names"),
+    ],
+)
+def test_options_that_are_refused(fields, words, tmp_path):
+    save_by_peft(tmp_path)
+    change(tmp_path, **fields)
+    refused(tmp_path, words)
+
+
+def test_code_that_a_file_names_is_not_imported(tmp_path, monkeypatch):
+    save_by_peft(tmp_path / "a")
+    (tmp_path / "planted.py").write_text("open('ran', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for fields in (
+        {"auto_mapping": {"base_model_class": "X", "parent_library": "planted"}},
+        {"megatron_core": "planted"},
+    ):
+        change(tmp_path / "a", **{"auto_mapping": None, "megatron_core": "megatron.core", **fields})
+        refused(tmp_path / "a", "names code")
+    assert "planted" not in sys.modules and not (tmp_path / "ran").exists()
+
+
+def test_pickles_are_not_opened(tmp_path, monkeypatch):
+    save_by_peft(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / WEIGHTS).unlink()
+    (tmp_path / "a" / "adapter_model.bin").write_bytes(pickle.dumps(Planted()))
+    refused(tmp_path / "a", "adapter_model.bin")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((tmp_path / "a" / "adapter_model.bin").read_bytes())
+    assert (tmp_path / "ran").exists()  # it would have run
+
+
+class Planted:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.9, 0.9999])
+def test_truncated_weights(share, tmp_path):
+    save_by_peft(tmp_path)
+    data = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(data[: int(share * len(data))])
+    refused(tmp_path, f"{WEIGHTS} is damaged")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "\xff", "[" * 100_000])
+def test_broken_json(text, tmp_path):
+    save_by_peft(tmp_path)
+    (tmp_path / CONFIG).write_text(text, encoding="latin-1")
+    refused(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ({"drop": f"{PREFIX}{QUERY}.lora_A.weight"}, f"no lora_A of {QUERY}"),
+        ({"drop": f"{PREFIX}{QUERY}.lora_B.weight"}, f"no lora_B of {QUERY}"),
+        ({"put": {f"{PREFIX}{QUERY}.lora_A.weight": torch.zeros(3, 16)}}, "do not fit r 2"),
+        ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.zeros(16, 3)}}, "do not fit r 2"),
+        ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.zeros(16, 2, 1, 1)}}, "do not fit r 2"),
+        ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.full((16, 2), torch.inf)}}, f"{QUERY}.lora_B.weight is not"),
+        (
+            {"put": {f"{PREFIX}classifier.dense.bias": torch.full((16,), torch.nan)}},
+            "classifier.dense.bias is not finite",
+        ),
+        ({"put": {f"{PREFIX}{QUERY}.lora_A.weight": torch.zeros(2, 16, dtype=torch.int64)}}, "int64"),
+        ({"put": {f"{PREFIX}{QUERY}.lora_magnitude_vector": torch.zeros(16)}}, "lora_magnitude_vector"),
+        ({"put": {f"{PREFIX}{QUERY}.lora_embedding_A": torch.zeros(2, 16)}}, "lora_embedding_A"),
+        ({"put": {f"{PREFIX}{QUERY}.bias": torch.zeros(16)}}, "query.bias"),
+        ({"put": {f"{QUERY}.lora_A.weight": torch.zeros(2, 16)}}, "neither"),
+        ({"put": {f"{PREFIX}lora_A.weight": torch.zeros(2, 16)}}, "neither"),
+    ],
+)
+def test_tensors_that_are_refused(how, words, tmp_path):
+    save_by_peft(tmp_path)
+    rewrite(tmp_path, **how)
+    refused(tmp_path, words)
+
+
+def test_a_head_that_is_missing(tmp_path):
+    save_by_peft(tmp_path)
+    save_file({k: t for k, t in load_file(tmp_path / WEIGHTS).items() if "classifier" not in k}, tmp_path / WEIGHTS)
+    refused(tmp_path, "no weights of classifier")
+    save_file({"x": torch.zeros(1)}, tmp_path / WEIGHTS)
+    refused(tmp_path, "neither")
+    save_file({f"{PREFIX}classifier.x": torch.zeros(1)}, tmp_path / WEIGHTS)
+    refused(tmp_path, "no LoRA factors")
+
+
+def test_what_is_missing(tmp_path):
+    refused(tmp_path / "none", "does not exist")
+    refused(tmp_path, CONFIG)
+    save_by_peft(tmp_path / "a")
+    refused(tmp_path / "a" / CONFIG, "is a file")
+    (tmp_path / "a" / WEIGHTS).unlink()
+    refused(tmp_path / "a", f"has no {WEIGHTS}")
+
+
+def refused(folder, words):
+    with pytest.raises(UsageError) as error:
+        read_adapter(folder)
+    text = str(error.value)
+    assert words in text and str(folder) in text and "\n" not in text and len(text) < 500, text
+    assert json.dumps(text)

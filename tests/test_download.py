@@ -1,0 +1,143 @@
+"""download_roberta_models.py and hub.py, with a stand-in for the hub's library."""
+
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from common.cli import run_main
+from lora_glue_fl import download_roberta_models, hub, models
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """What snapshot_download was asked for; the stand-in writes a model, or raises `asked.error` at call `asked.at`."""
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download_roberta_models, "hub_reachable", lambda: calls.online)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", calls := Calls(tmp_path))
+    return calls
+
+
+class Calls(list):
+    def __init__(self, tmp_path):
+        self.default, self.online, self.error, self.at, self.file = (
+            tmp_path / "default",
+            True,
+            None,
+            0,
+            "model.safetensors",
+        )
+
+    def __call__(self, name, **how):
+        self.append((name, how))
+        folder = Path(how["cache_dir"] or self.default) / name
+        if self.error is not None and len(self) > self.at:
+            raise self.error
+        if how["local_files_only"] and not folder.is_dir():
+            raise errors.LocalEntryNotFoundError("Cannot find\nan appropriate folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        (folder / self.file).write_bytes(b"")
+        return str(folder)
+
+
+def call(*words):
+    args = download_roberta_models.build_parser().parse_args([str(word) for word in words])
+    with pytest.raises(SystemExit) as stop:
+        run_main(download_roberta_models.main, args)
+    return stop.value.code
+
+
+def test_both_models_into_a_folder_that_later_scripts_find(asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert hub.hub_cache() is None
+    assert call("--hf_home", "./hf_cache") == 0
+    cache = tmp_path / "hf_cache" / "hub"
+    assert [name for name, _ in asked] == ["roberta-base", "roberta-large"]
+    assert all(how["cache_dir"] == cache and how["revision"] == "main" for _, how in asked)
+    assert capsys.readouterr().out.splitlines() == [f"{n}: {cache / n}" for n in ("roberta-base", "roberta-large")]
+    monkeypatch.chdir("/")
+    assert hub.hub_cache() == cache
+    monkeypatch.setenv("HF_HUB_CACHE", "x")
+    assert hub.hub_cache() is None
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("HF_HOME", "/elsewhere")
+    assert hub.hub_cache() is None
+    assert call("--hf_home", tmp_path / "hf_cache") == 0
+    assert "HF_HOME=/elsewhere is set and wins" in capsys.readouterr().out
+    monkeypatch.delenv("HF_HOME")
+    cache.rename(tmp_path / "gone")
+    assert hub.hub_cache() is None
+
+
+def test_without_a_folder_it_is_the_librarys_own(asked, tmp_path):
+    assert call("--hf_home", tmp_path / "a") == 0 and hub.hub_cache() is not None
+    assert call("--models", "roberta-base", "--revision", "v1") == 0
+    assert asked[-1][1]["cache_dir"] is None and asked[-1][1]["revision"] == "v1"
+    assert hub.hub_cache() is None
+
+
+def test_no_pickles_and_the_same_files_as_the_scripts_ask_for(asked, tmp_path):
+    """Another list than the download's, and the library would take the download for incomplete."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    assert call("--models", "x") == 0
+    patterns = asked[0][1]["allow_patterns"]
+    names = "README.md config.json tokenizer.json vocab.json merges.txt pytorch_model.bin model.safetensors tf_model.h5"
+    kept = set(filter_repo_objects(names.split(), allow_patterns=patterns))
+    assert kept == {"config.json", "tokenizer.json", "vocab.json", "merges.txt", "model.safetensors"}
+    assert models.find_model("x") == tmp_path / "default" / "x"
+    assert asked[-1][1]["allow_patterns"] == patterns
+
+
+def test_no_network(asked, tmp_path, capsys):
+    asked.online = False
+    assert call("--hf_home", tmp_path / "home") == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "roberta-base" in said and "network" in said
+    assert not list(tmp_path.iterdir())
+    asked.online = True
+    assert call("--hf_home", tmp_path / "home") == 0
+    asked.online = False
+    capsys.readouterr()
+    assert call("--hf_home", tmp_path / "home") == 0 and len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_download_that_breaks_off_goes_on(asked, tmp_path, capsys):
+    asked.at = 1
+    for error, code in (
+        (errors.HTTPError("connection\nreset"), 1),
+        (OSError(28, "No space left"), 1),
+        (KeyboardInterrupt(), 130),
+    ):
+        asked.clear()
+        asked.error = error
+        assert call("--hf_home", tmp_path / "home") == code
+        said = capsys.readouterr()
+        assert len(said.err.splitlines()) == 1 and "the same command again" in said.err and "--resume" not in said.err
+        assert said.out.startswith("roberta-base: ") and hub.hub_cache() is not None
+    asked.error = None
+    assert call("--hf_home", tmp_path / "home") == 0
+
+
+def test_what_the_hub_does_not_have(asked, tmp_path, capsys):
+    asked.error = errors.HFValidationError("Repo id must be\nin the form")
+    assert call("--models", "a/b/c") == 2 and "the hub has no a/b/c" in capsys.readouterr().err
+    asked.error, asked.file = None, "pytorch_model.bin"
+    assert call("--models", "old") == 2 and "no model.safetensors" in capsys.readouterr().err
+    assert hub.hub_cache() is None
+    (tmp_path / "file").write_text("")
+    assert call("--hf_home", tmp_path / "file") == 2 and "is a file" in capsys.readouterr().err
+
+
+def test_a_record_that_cannot_be_written_is_a_warning(asked, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "file"))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        assert call("--hf_home", tmp_path / "home") == 0
+    assert any("cannot write the cache" in str(w.message) for w in found)

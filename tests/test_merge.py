@@ -1,0 +1,375 @@
+"""fedavg_merge.py: the mean against peft and numpy, what plain peft loads, weights, refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_adapter_files import PREFIX, adapted, change, logits, roberta, save_by_peft
+
+from common.checkpoint import read_json
+from common.cli import run_main
+from lora_glue_fl import fedavg_merge
+from lora_glue_fl.adapter_files import CONFIG, WEIGHTS, read_adapter
+
+SCRIPT = Path(fedavg_merge.__file__)
+TARGETS = ("query", "value", "intermediate.dense")  # the last is 24 x 16
+SCRIPT_FILES = sorted([CONFIG, WEIGHTS, "fuse_manifest.json"])
+
+
+def clients(folder, ranks=(2, 2, 2), alphas=(4, 4, 4), **options):
+    """Adapters saved by peft: their folders."""
+    for i, (r, alpha) in enumerate(zip(ranks, alphas, strict=True)):
+        save_by_peft(folder / f"c{i}", seed=10 + i, r=r, alpha=alpha, **{"targets": TARGETS, **options})
+    return [folder / f"c{i}" for i in range(len(ranks))]
+
+
+def merge(folders, out, *more):
+    """The script in this process. Returns its exit code."""
+    words = ["--adapters", *folders, "--save_adapter", out, *more]
+    words += [] if "--svd_rank" in more else ["--svd_rank", 2]
+    args = fedavg_merge.build_parser().parse_args([str(word) for word in words])
+    with pytest.raises(SystemExit) as stop:
+        run_main(fedavg_merge.main, args)
+    return stop.value.code
+
+
+def deltas(folder):
+    """{layer: s B A} in numpy, read without this project."""
+    tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    layers = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    return {
+        layer.removeprefix(PREFIX): scale
+        * tensors[f"{layer}.lora_B.weight"].double().numpy()
+        @ tensors[f"{layer}.lora_A.weight"].double().numpy()
+        for layer in layers
+    }
+
+
+def mean_deltas(folders, weights):
+    parts = [deltas(folder) for folder in folders]
+    total = sum(weights)
+    return {name: sum(w / total * part[name] for w, part in zip(weights, parts, strict=True)) for name in parts[0]}
+
+
+def truncated(matrix, rank):
+    U, S, Vh = np.linalg.svd(matrix)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def gap(found, wanted):
+    """||found - wanted|| / ||wanted|| over all layers."""
+    stack = [np.concatenate([d[name].ravel() for name in sorted(wanted)]) for d in (found, wanted)]
+    return np.linalg.norm(stack[0] - stack[1]) / np.linalg.norm(stack[1])
+
+
+# ---- what is merged
+
+
+@pytest.mark.parametrize("split", ["us", "balanced"])
+def test_svd_equals_pefts_own_merge(split, tmp_path):
+    weights = [0.5, 0.3, 0.2]
+    # without heads, which peft does not average
+    folders = clients(tmp_path, ranks=(2, 3, 4), alphas=(4, 3, 8), task_type=None, modules_to_save=None)
+    for folder in folders:
+        change(folder, auto_mapping=None)
+    assert merge(folders, tmp_path / "out", "--svd_rank", 3, "--svd_split", split, "--weights", *weights) == 0
+    model = peft.PeftModel.from_pretrained(roberta(), folders[0], adapter_name="c0")
+    for folder in folders[1:]:
+        model.load_adapter(folder, adapter_name=folder.name)
+    model.add_weighted_adapter(["c0", "c1", "c2"], weights, "fused", combination_type="svd", svd_rank=3)
+    found = deltas(tmp_path / "out")
+    assert len(found) == 6
+    for layer, delta in found.items():
+        wanted = model.get_submodule(PREFIX + layer).get_delta_weight("fused").numpy()
+        assert delta.shape == wanted.shape and np.abs(delta - wanted).max() < 1e-5 * np.abs(wanted).max()
+    for A, B in read_adapter(tmp_path / "out").factors.values():
+        lengths = A.norm(dim=1), B.norm(dim=0)  # V^T and U S, or the root of S in both
+        torch.testing.assert_close(lengths[0], torch.ones(3) if split == "us" else lengths[1], rtol=1e-5, atol=1e-5)
+
+
+def test_errors_are_those_of_the_dense_matrices(tmp_path, capsys):
+    folders, weights = clients(tmp_path), [1, 2, 5]
+    assert merge(folders, tmp_path / "out", "--svd_rank", 4, "--alpha", 6, "--weights", *weights) == 0
+    wanted = mean_deltas(folders, weights)
+    best = {name: truncated(delta, 4) for name, delta in wanted.items()}
+    found, said = read_json(tmp_path / "out" / "fuse_manifest.json"), capsys.readouterr().out.splitlines()
+    assert gap(deltas(tmp_path / "out"), best) < 1e-6
+    assert found["relative_error"] == pytest.approx(gap(best, wanted), rel=1e-6)
+    assert found["discarded"] == pytest.approx(gap(best, wanted) ** 2, rel=1e-6)
+    p = np.array(weights) / 8
+    adapters = [read_adapter(folder).factors for folder in folders]
+    naive = {
+        name: 2.0
+        * sum(w * a[name][1].double().numpy() for w, a in zip(p, adapters, strict=True))
+        @ sum(w * a[name][0].double().numpy() for w, a in zip(p, adapters, strict=True))
+        for name in wanted
+    }
+    assert said[0] == f"svd: relative error {gap(best, wanted):.4g}, discarded energy {gap(best, wanted) ** 2:.4g}"
+    assert said[1] == f"naive: relative error {gap(naive, wanted):.4g}"
+    assert said[-1] == str(tmp_path / "out")
+    # full rank: nothing is lost
+    assert merge(folders, tmp_path / "full", "--svd_rank", 6, "--weights", *weights) == 0
+    assert gap(deltas(tmp_path / "full"), wanted) < 1e-6
+
+    assert merge(folders, tmp_path / "naive", "--skip_svd", "--weights", *weights) == 0
+    assert gap(deltas(tmp_path / "naive"), naive) < 1e-6
+    found = read_json(tmp_path / "naive" / "fuse_manifest.json")
+    assert (found["aggregate"], found["alpha"]) == ("naive", 4)
+    assert found["relative_error"] == pytest.approx(gap(naive, wanted), rel=1e-6)
+
+
+def test_plain_peft_loads_it_with_the_mean_head(tmp_path):
+    folders = clients(tmp_path)
+    assert merge(folders, tmp_path / "out", "--svd_rank", 6, "--weights", 0.25, 0.25, 0.5) == 0
+    loaded = peft.PeftModel.from_pretrained(roberta(), tmp_path / "out").eval()
+    plain, wanted = roberta(), mean_deltas(folders, [1, 1, 2])
+    heads = [{k: t for k, t in load_file(folder / WEIGHTS).items() if "classifier" in k} for folder in folders]
+    with torch.no_grad():
+        for name, delta in wanted.items():
+            plain.get_submodule(name).weight += torch.from_numpy(delta).float()
+        for key in heads[0]:
+            mean = (heads[0][key].double() + heads[1][key].double() + 2 * heads[2][key].double()) / 4
+            plain.get_parameter(key.removeprefix(PREFIX)).copy_(mean)
+    torch.testing.assert_close(logits(loaded), logits(plain), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(loaded), logits(adapted(10, targets=TARGETS)), atol=1e-2)
+
+
+def test_adapters_without_heads(tmp_path):
+    folders = clients(tmp_path, task_type=None, modules_to_save=None)
+    for folder in folders:
+        change(folder, auto_mapping=None)
+    assert merge(folders, tmp_path / "out") == 0
+    assert read_adapter(tmp_path / "out").head == {}
+
+
+def test_one_adapter_comes_back_and_rslora_counts(tmp_path):
+    folders = clients(tmp_path, ranks=(4,), alphas=(6,), use_rslora=True)
+    assert merge(folders, tmp_path / "out", "--svd_rank", 4, "--alpha", 1) == 0
+    assert gap(deltas(tmp_path / "out"), deltas(folders[0])) < 1e-6  # 6 / sqrt(4), not 6 / 4
+    assert merge(folders, tmp_path / "naive", "--svd_rank", 4, "--skip_svd") == 0
+    assert gap(deltas(tmp_path / "naive"), deltas(folders[0])) < 1e-6
+
+
+def test_a_rank_above_the_sum_of_ranks(tmp_path, capsys):
+    folders = clients(tmp_path, ranks=(1, 2), alphas=(1, 2))
+    assert merge(folders, tmp_path / "out", "--svd_rank", 5) == 0
+    assert "12 of 30 directions" in capsys.readouterr().out
+    assert gap(deltas(tmp_path / "out"), mean_deltas(folders, [1, 1])) < 1e-6
+    for A, B in read_adapter(tmp_path / "out").factors.values():
+        assert not B[:, 3:].any() and B[:, :3].any(dim=0).all() and A.abs().amax(dim=1).min() > 0
+    assert merge(folders, tmp_path / "again", "--svd_rank", 5) == 0
+    assert merge(folders, tmp_path / "other", "--svd_rank", 5, "--seed", 1) == 0
+    hashes = [read_adapter(tmp_path / name).sha256 for name in ("out", "again", "other")]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert merge(folders, tmp_path / "no", "--svd_rank", 17) == 2
+    assert "layers' 16" in capsys.readouterr().err
+
+
+# ---- weights and the manifest
+
+
+def shard(path, n, **fields):
+    manifest = {"dataset": "sst2", "task": "sst2", "indices": list(range(n)), "fingerprint": "ab", **fields}
+    path.write_text(json.dumps(manifest))
+    return path
+
+
+def test_weights_are_numbers_of_examples(tmp_path):
+    folders = clients(tmp_path, ranks=(2, 2), alphas=(4, 4))
+    shards = [shard(tmp_path / f"client_{i}.json", n) for i, n in enumerate((30, 10))]
+    assert merge(folders, tmp_path / "a", "--task_name", "SST2", "--shard_manifests", *shards) == 0
+    assert merge(folders, tmp_path / "b", "--weights", 3, 1) == 0
+    assert merge(folders, tmp_path / "equal") == 0
+    a, b, equal = (read_json(tmp_path / name / "fuse_manifest.json") for name in ("a", "b", "equal"))
+    assert a["weights"] == b["weights"] == [0.75, 0.25] and equal["weights"] == [0.5, 0.5]
+    assert (a["task"], b["task"]) == ("sst2", "glue")
+    hashes = [read_adapter(tmp_path / name).sha256 for name in ("a", "b", "equal")]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert merge(folders, tmp_path / "first", "--weights", 7, 0, "--svd_rank", 2) == 0
+    assert gap(deltas(tmp_path / "first"), deltas(folders[0])) < 1e-6
+
+
+def test_the_manifest(tmp_path):
+    folders = clients(tmp_path, ranks=(2, 3), alphas=(4, 4))
+    for folder in folders:
+        change(folder, base_model_name_or_path="roberta-base")
+    assert merge(folders, tmp_path / "out", "--svd_rank", 4, "--task_name", "rte", "--model_size", "base") == 0
+    found = read_json(tmp_path / "out" / "fuse_manifest.json")
+    fixed = {"dataset": "glue", "model_id": "roberta-base", "task": "rte", "k_adapters": 2, "svd_rank": 4, "alpha": 4}
+    fixed |= {"adapters": [str(folder) for folder in folders], "weights": [0.5, 0.5], "aggregate": "svd"}
+    fixed |= {"target_modules": sorted(TARGETS), "sha256": [read_adapter(folder).sha256 for folder in folders]}
+    assert {name: found[name] for name in fixed} == fixed
+    assert read_adapter(tmp_path / "out").base_model == "roberta-base"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == SCRIPT_FILES
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ("--weights 1", "1 --weights for 2"),
+        ("--weights 1 2 3", "3 --weights for 2"),
+        ("--weights 2 -1", "2 -1"),
+        ("--weights 0 0", "0 0"),
+        ("--weights 1 nan", "1 nan"),
+        ("--weights inf 1", "inf 1"),
+        ("--weights 1e308 1e308", "1e+308"),
+        ("--weights 1 1 --shard_manifests a b", "--weights and --shard-manifests"),
+        ("--shard_manifests a", "1 --shard-manifests for 2"),
+        ("--shard_manifests no.json no.json", "no.json"),
+        ("--task_name sst3", "sst3"),
+        ("--skip_svd --svd_rank 3", "--svd-rank 3"),
+        ("--skip_svd --alpha 9", "alpha stays 4"),
+        ("--eval", "--task-name"),
+        ("--eval --task_name rte", "--model"),
+        ("--model_size large", "--model-size large"),
+    ],
+)
+def test_flags_that_are_refused(more, words, tmp_path, capsys):
+    folders = clients(tmp_path, ranks=(2, 2), alphas=(4, 4))
+    if "large" in more:
+        for folder in folders:
+            change(folder, base_model_name_or_path="FacebookAI/roberta-base")
+    refused(folders, tmp_path, capsys, words, *more.split())
+
+
+@pytest.mark.parametrize(
+    "options, fields, words",
+    [
+        ({"targets": ["query", "key", "intermediate.dense"]}, {}, "different targets"),
+        ({"targets": ["query", "value"]}, {}, "different targets"),
+        ({"layers_to_transform": [0]}, {}, "different targets"),
+        ({}, {"base_model_name_or_path": "roberta-large"}, "different base models"),
+        ({}, {"base_model_name_or_path": None}, "different base models"),
+        ({}, {"revision": "other"}, "different base models"),
+        ({"base": {"hidden": 8}}, {}, "different base models"),
+        ({}, {"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"base": {"labels": 2}}, {}, "different heads"),
+        ({"task_type": None, "modules_to_save": None}, {"auto_mapping": None}, "has no head"),
+        ({}, {"auto_mapping": {"parent_library": "os"}}, "names code"),
+        ({}, {"use_dora": True}, "use_dora"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_adapters_that_do_not_fit(options, fields, words, first, tmp_path, capsys):
+    base = {"base_model_name_or_path": "roberta-base"}
+    for i in range(3):
+        odd = i == (0 if first else 2)
+        how = {"targets": TARGETS, **(options if odd else {})}
+        save_by_peft(tmp_path / f"c{i}", **{**how, "seed": i, "base": roberta(**how.get("base", {}))})
+        change(tmp_path / f"c{i}", **{**base, **(fields if odd else {})})
+    said = refused([tmp_path / f"c{i}" for i in range(3)], tmp_path, capsys, words)
+    assert str(tmp_path / ("c0" if first else "c2")) in said
+
+
+def test_files_that_are_refused(tmp_path, capsys):
+    folders = clients(tmp_path, ranks=(2, 2), alphas=(4, 4))
+    (folders[1] / WEIGHTS).write_bytes((folders[1] / WEIGHTS).read_bytes()[:-7])
+    refused(folders, tmp_path, capsys, f"c1/{WEIGHTS} is damaged")
+    refused([folders[0], tmp_path / "none"], tmp_path, capsys, "none does not exist")
+
+
+def test_manifests_that_do_not_fit(tmp_path, capsys):
+    folders = clients(tmp_path, ranks=(2, 2), alphas=(4, 4))
+    one = shard(tmp_path / "one.json", 4)
+    old = shard(tmp_path / "old.json", 4, fingerprint=None)  # as the source's
+    for two, words in (
+        (shard(tmp_path / "two.json", 4, task="rte"), "of task rte"),
+        (shard(tmp_path / "two_.json", 4, fingerprint="cd"), "cd"),
+        (shard(tmp_path / "two__.json", 0), "no indices"),
+    ):
+        refused(folders, tmp_path, capsys, words, "--shard_manifests", one, two)
+        assert two.exists()
+    refused(folders, tmp_path, capsys, "not rte", "--shard_manifests", one, one, "--task_name", "rte")
+    assert merge(folders, tmp_path / "out", "--shard_manifests", old, one) == 0
+
+
+def test_a_mixed_naive_mean_is_refused(tmp_path, capsys):
+    for ranks, alphas in (((2, 3), (4, 6)), ((2, 2), (4, 6))):
+        folders = clients(tmp_path / str(ranks), ranks, alphas)
+        refused(folders, tmp_path, capsys, "--aggregate svd", "--aggregate", "naive")
+        assert merge(folders, tmp_path / str(ranks) / "out") == 0
+        assert "naive: not defined" in capsys.readouterr().out
+
+
+def refused(folders, tmp_path, capsys, words, *more):
+    assert merge(folders, tmp_path / "out", *more) == 2
+    said = capsys.readouterr()
+    assert words in said.err and len(said.err.strip().splitlines()) == 1 and not said.out, said
+    assert not list(tmp_path.glob("out*"))
+    return said.err
+
+
+def test_the_place_of_the_result(tmp_path, capsys):
+    folders, out = clients(tmp_path), tmp_path / "out"
+    out.mkdir()
+    assert merge(folders, out) == 0
+    before = read_adapter(out)
+    assert merge(folders, out, "--alpha", 7) == 2 and "--overwrite" in capsys.readouterr().err
+    assert read_adapter(out).alpha == before.alpha == 2
+    assert merge(folders, out, "--alpha", 7, "--overwrite") == 0 and read_adapter(out).alpha == 7
+    assert merge(folders, folders[0], "--overwrite") == 2 and "one of --adapters" in capsys.readouterr().err
+    assert merge(folders, tmp_path, "--overwrite") == 2 and "no part of an adapter" in capsys.readouterr().err
+    backup = tmp_path / "out.old"
+    backup.mkdir()
+    assert merge(folders, out, "--overwrite") == 2 and "out.old" in capsys.readouterr().err
+    assert backup.is_dir() and read_adapter(out).alpha == 7
+
+
+# ---- as a command, with --eval
+
+
+def test_eval_gives_what_plain_peft_gives(tmp_path, capsys):
+    from lora_glue_fl.data_prep import encode, load_task, load_tokenizer
+    from lora_glue_fl.models import load_encoder
+
+    data, tokenizer = load_task("rte", "demo"), load_tokenizer("demo")
+
+    def base():
+        return load_encoder("tiny", data.task, tokenizer, seed=42).model
+
+    for i in range(2):
+        model = adapted(i, base=base())
+        model.save_pretrained(tmp_path / f"c{i}")
+    flags = "--task_name rte --dataset demo --model tiny --model_size base --eval".split()
+    assert merge([tmp_path / "c0", tmp_path / "c1"], tmp_path / "out", *flags) == 0
+    said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if line.startswith("val_"))
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "out").eval()
+    encoded = encode(data, tokenizer)["validation"]
+    batch = encoded.batch(np.arange(len(encoded)))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        right = (loaded(**batch).logits.argmax(dim=1) == labels).double().mean().item()
+    assert float(said["val_accuracy"]) == pytest.approx(right, abs=1e-6)
+    found = read_json(tmp_path / "out" / "fuse_manifest.json")
+    assert found["eval"]["val_accuracy"] == pytest.approx(right) and found["model_id"] == "tiny"
+
+    # another task's head, found out by the evaluation: nothing is written
+    flags[1] = "stsb"
+    assert merge([tmp_path / "c0", tmp_path / "c1"], tmp_path / "other", *flags) == 2
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_the_command_of_the_source(tmp_path):
+    folders = clients(tmp_path)
+    for i in range(3):
+        shard(tmp_path / f"client_{i}.json", 5 + i)
+    words = ["--model_size", "base", "--task_name", "sst2", "--adapters", *folders, "--shard_manifests"]
+    words += [tmp_path / f"client_{i}.json" for i in range(3)]
+    words += ["--svd_rank", 8, "--alpha", 8, "--save_adapter", "out_merged/fused"]
+    for cwd, script in ((SCRIPT.parents[1], "lora_glue_fl/fedavg_merge.py"), (SCRIPT.parent, "fedavg_merge.py")):
+        command = [sys.executable, script, *map(str, words[:-1]), str(tmp_path / cwd.name / "fused")]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == str(tmp_path / cwd.name / "fused")
+        peft.PeftModel.from_pretrained(roberta(), tmp_path / cwd.name / "fused")
