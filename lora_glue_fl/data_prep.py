@@ -143,6 +143,9 @@ def _checked(tokenizer, spec):
         raise UsageError(f"tokenizer {spec!r} has no fast version: give one with a tokenizer.json")
     if tokenizer.pad_token_id is None:
         raise UsageError(f"tokenizer {spec!r} has no padding token: give an encoder's, such as roberta-base")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # what transformers makes of a folder without the tokenizer's files
+        raise UsageError(f"tokenizer {spec!r} knows no words: give a folder with tokenizer.json, or a name")
     return tokenizer
 
 

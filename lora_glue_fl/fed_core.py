@@ -80,8 +80,7 @@ class Study:
             "clients": len(self.examples),
             "examples": self.examples,
             "ranks": self.ranks,
-            "mode": first.get("mode"),
-            "dirichlet_alpha": first.get("dirichlet_alpha"),
+            **{key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key")},
             "shard_seed": first.get("seed"),
         }
         if a.init_adapter:

@@ -16,11 +16,11 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from common.cli import UsageError
-from common.corpora import hub_reachable, one_line
+from common.corpora import data_folder, hub_reachable, one_line
 from common.products import add_to_weight, scaling
 from common.seeding import seed_torch
 from lora_glue_fl.data_prep import load_tokenizer
-from lora_glue_fl.hub import hub_cache
+from lora_glue_fl.hub import download, hub_cache
 
 SIZES = {"base": "roberta-base", "large": "roberta-large"}
 # the layers that LoRA adapts: queries and values, by the names that each architecture has for them
@@ -33,7 +33,6 @@ TARGETS = {
     "distilbert": ("q_lin", "v_lin"),
     "mpnet": ("q", "v"),
 }
-_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # no pickled weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,33 +80,27 @@ def find_model(spec):
 
 
 def _from_hub(spec):
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    how = {"cache_dir": hub_cache(), "allow_patterns": _FILES}
     try:
-        return Path(snapshot_download(spec, local_files_only=True, **how))
-    except HFValidationError:
-        raise UsageError(f"model {spec} is not a folder, and no name on the hub") from None
-    except (LocalEntryNotFoundError, FileNotFoundError):
-        pass
-    if hub_reachable():
-        try:
-            return Path(snapshot_download(spec, **how))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise UsageError(f"model {spec} cannot be downloaded ({one_line(error)})") from error
-    raise UsageError(
-        f"no model {spec}: not a folder, not downloaded before, and the hub is out of reach: run "
-        "lora_glue_fl/download_roberta_models.py where there is a network, or take --model tiny --dataset demo"
-    )
+        return download(spec, cache_dir=hub_cache(), online=False)
+    except UsageError:
+        if hub_reachable():
+            return download(spec, cache_dir=hub_cache())
+        raise UsageError(
+            f"no model {spec}: not a folder, not downloaded before, and the hub is out of reach: run "
+            "lora_glue_fl/download_roberta_models.py where there is a network, or take --model tiny --dataset demo"
+        ) from None
 
 
 def find_tokenizer(spec, dataset, data_root=None, model="tiny"):
     """The tokenizer `spec`, or where that is None the model's own (tiny: of the demo, or roberta-base's)."""
     if spec:
         return load_tokenizer(spec, data_root)
+    if model == "tiny" and dataset == "demo":
+        return load_tokenizer("demo")
     if model == "tiny":
-        return load_tokenizer("demo" if dataset == "demo" else "roberta-base", data_root)
+        model = SIZES["base"]
+        if (data_folder(data_root) / "tokenizers" / model).is_dir():
+            return load_tokenizer(model, data_root)
     folder = find_model(model)
     if list(folder.glob("tokenizer*.json")) or list(folder.glob("vocab*")):
         return load_tokenizer(str(folder), data_root)
@@ -115,9 +108,10 @@ def find_tokenizer(spec, dataset, data_root=None, model="tiny"):
 
 
 def load_encoder(spec, task, tokenizer, seed):
-    """The encoder `spec` with a new head for `task`, on the CPU, in fp32: an `Encoder`.
+    """The encoder `spec` with a head for `task`, on the CPU, in fp32: an `Encoder`.
 
     spec: a folder, a name on the hub, or "tiny": a small RoBERTa with random weights. Random weights follow from seed.
+    What fits of a head in the file is taken, the rest is new.
     Raises UsageError for a model that is not there, cannot be read, or has fewer embeddings than the tokenizer tokens.
     """
     seed_torch(seed, "weights")
@@ -136,7 +130,8 @@ def load_encoder(spec, task, tokenizer, seed):
     missing = sorted({name.split(".")[1] for name in fresh if name.startswith(inside + ".")})
     if set(missing) - {"pooler"}:
         raise UsageError(f"model {spec}: model.safetensors lacks weights of {', '.join(missing)}: give a whole model")
-    notes = [f"not in {spec}, begins at random: {', '.join([*missing, *head])}"] if spec != "tiny" else []
+    new = sorted({name.rpartition(".")[0] for name in fresh})
+    notes = [f"not in {spec}, begins at random: {', '.join(new)}"] if new else []
     return Encoder(model, spec, (*head, *missing), notes)
 
 
@@ -167,8 +162,9 @@ def _pretrained(spec, task):
     from transformers.utils import logging
 
     folder = find_model(spec)
-    shown = logging.get_verbosity()
+    shown, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # its report of new weights: we have one line for that
+    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **_labels(task))
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -181,13 +177,27 @@ def _pretrained(spec, task):
             dtype=torch.float32,
         )
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise UsageError(f"model {spec} cannot be read as an encoder ({one_line(error)})") from error
+        raise UsageError(
+            f"model {spec} cannot be read as an encoder ({one_line(error)}): give a folder that transformers wrote, or "
+            "copy it again"
+        ) from error
     finally:
         logging.set_verbosity(shown)
+        if bar:
+            logging.enable_progress_bar()
     wrong = [key[0] for key in info["mismatched_keys"] if key[0].startswith(model.base_model_prefix + ".")]
     if wrong:
         raise UsageError(f"model {spec}: {wrong[0]} has another size in its file than in its config.json")
-    return model, set(info["missing_keys"])
+    return model, set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+
+
+def most_tokens(model):
+    """The most tokens of an example that the encoder's learned positions take, None where it has no such positions."""
+    for name, part in getattr(model, model.base_model_prefix).named_modules():
+        if name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe") and isinstance(part, torch.nn.Embedding):
+            # RoBERTa counts positions from behind the padding token's number
+            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+    return None
 
 
 def find_targets(model, wanted=None):
@@ -238,6 +248,7 @@ class Adapted:
         seed_torch(seed, "adapter")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft finds it out by itself
+            warnings.filterwarnings("ignore", category=FutureWarning)  # of names that peft uses
             self.model = get_peft_model(encoder.model, config)
         prefix = "base_model.model."
         self.layers = {

@@ -169,7 +169,7 @@ def save_shard_manifests(out_dir, shard_info):
         "task": shard_info["task"],
         "data": shard_info.get("dataset"),
         "mode": shard_info["mode"],
-        "dirichlet_alpha": shard_info["meta"].get("dirichlet_alpha"),
+        **{key: shard_info["meta"].get(key) for key in ("dirichlet_alpha", "overlap_ratio", "category_key")},
         "seed": shard_info["meta"]["seed"],
         "total_train": shard_info["total_train"],
         "fingerprint": shard_info.get("fingerprint"),

@@ -14,7 +14,7 @@ from common.evaluation import amp_context, pick_device, resolve_amp
 from common.seeding import seed_everything
 from lora_glue_fl.data_prep import encode, evaluation_batches, find_task, load_task
 from lora_glue_fl.metrics import evaluate
-from lora_glue_fl.models import Adapted, find_tokenizer, load_encoder, model_name
+from lora_glue_fl.models import Adapted, find_tokenizer, load_encoder, model_name, most_tokens
 
 
 class TaskModel:
@@ -41,6 +41,12 @@ class TaskModel:
         self.tokenizer = find_tokenizer(args.tokenizer, args.dataset, args.data_root, name)
         self.encoded = encode(self.data, self.tokenizer, args.max_length, args.cache_dir)
         self.encoder = load_encoder(name, self.task, self.tokenizer, args.seed)
+        longest, most = max(int(e.lengths().max()) for e in self.encoded.values()), most_tokens(self.encoder.model)
+        if most is not None and longest > most:
+            raise UsageError(
+                f"an example has {longest} tokens, model {name} takes {most}: lower --max-length {args.max_length} to "
+                f"{most}"
+            )
         self.adapted = None
         if lora is not None:
             r, alpha, dropout, targets = lora

@@ -107,6 +107,8 @@ class Run(alike.Run):
 
     @staticmethod
     def order(key, value):
+        if value == "":  # off, or the usual
+            return -1, 0, 0, ""
         return shards_order(value) if key == "shards" else alike.Run.order(key, value)
 
     @property

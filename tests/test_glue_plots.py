@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from glue_folders import CENTRAL, FULL, parse, write_run, write_study
 
 from common.cli import UsageError
 from common.lowrank import RULES
@@ -25,81 +26,6 @@ from plots import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-FEDERATED, CENTRAL, FULL = glue_runs.COMMANDS
-ERRORS = {"svd": 0.2, "naive": 0.5}
-
-
-def write_run(root, command=FEDERATED, value=0.5, seed=0, data=None, name=None, drop=(), status="finished", **args):
-    """One run folder with rounds 1 to 3, evaluated after 1 and 3; `args` and `data` go over the defaults.
-
-    The headline metric is value - 0.1, then value; the clients' are below it by 0.02 and 0.04. drop: fields left out.
-    """
-    every = {"task_name": "rte", "model_size": "base", "model": None, "dataset": "glue", "seed": seed, "batch_size": 32}
-    every |= {"output_dir": f"{root}/{seed}", "learning_rate": 5e-4, "max_length": 128}
-    if command != FULL:
-        every |= {"lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0}
-    if command == FEDERATED:
-        every |= {"aggregate": "svd", "skip_svd": False, "rounds": 3, "local_epochs": 1.0, "client_ranks": None}
-        every |= {"svd_split": "us", "server_optimizer": "none", "server_lr": 1.0, "mu": 0.0, "shard_dir": f"s{seed}"}
-    else:
-        every |= {"num_train_epochs": 3.0, "max_examples": None}
-    every |= args
-    if command == FEDERATED:
-        every = {"svd_rank": every["lora_r"], "alpha": float(every.get("svd_rank", every["lora_r"]))} | every
-    task = every["task_name"]
-    facts = {"dataset": "glue", "task": task, "source": str(root), "sha256": {"train": f"{task}12345678"}}
-    facts |= {"model": every["model"] or f"roberta-{every['model_size']}", "examples": 90}
-    if command == FEDERATED:
-        k = (data or {}).get("clients", 3)
-        facts |= {"clients": k, "mode": "iid", "dirichlet_alpha": None, "shard_seed": seed, "examples": [90 // k] * k}
-        facts["ranks"] = [(every["client_ranks"] or [every["lora_r"]])[0]] * k
-    facts |= data or {}
-    metric = f"val_{glue_runs.headline(task)}"
-    rule = "naive" if every.get("skip_svd") else every.get("aggregate")
-    rows = []
-    for r in (1, 2, 3):
-        row = {
-            "round": r,
-            "bytes_up": 1_000_000 * r,
-            "bytes_down": 3_000_000 * r,
-            "train_loss": 1 / r,
-            "seconds": 20 * r,
-        }
-        if r != 2:
-            row |= {metric: value - 0.1 * (r == 1), "val_loss": 1.0}
-        if command == FEDERATED:
-            row |= {"aggregation_error": ERRORS.get(rule, 1e-7) * (1 + (r - 2) / 10), "delta_norm": 1.0}
-            row |= {"discarded_energy": 0.04} if rule == "svd" else {}
-            if r != 2:
-                row[f"client_{metric}"] = [row[metric] - 0.02, row[metric] - 0.04]
-        rows.append({key: v for key, v in row.items() if key not in drop})
-    folder = root / (name or f"{command}_{len(list(root.glob('*')))}")
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    results = {metric: value, f"best_{metric}": value + 0.01, "rounds": 3, "seconds": 60}
-    results |= {"bytes_up": 3e6, "bytes_down": 9e6} if command == FEDERATED else {}
-    manifest = {"command": command, "args": every, "data": facts, "status": status, "results": results}
-    (folder / "run.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return folder
-
-
-def write_study(root, seeds=2):
-    """Central, six rules with 3 clients, two with 20 and Dirichlet; CoLA beside RTE; two further ranks."""
-    for seed in range(seeds):
-        write_run(root, CENTRAL, 0.70 + 0.02 * seed, seed)
-        for i, rule in enumerate(RULES):
-            write_run(root, value=0.60 + 0.01 * i + 0.04 * seed, seed=seed, aggregate=rule)
-        for rule in ("svd", "naive"):
-            write_run(root, value=0.55, seed=seed, aggregate=rule, data={"clients": 20, "examples": [9] * 10})
-            mode = {"mode": "dirichlet", "dirichlet_alpha": 0.5}
-            write_run(root, value=0.52, seed=seed, aggregate=rule, data=mode)
-            write_run(root, value=0.58, seed=seed, aggregate=rule, lora_r=8, lora_alpha=16.0)
-        write_run(root, value=0.4, seed=seed, task_name="cola")
-
-
-def parse(script, root, *words):
-    out = [] if script is glue_table else ["--out-dir", str(root / "plots")]
-    return script.build_parser().parse_args(["--data-dir", str(root), *out, *words])
 
 
 @pytest.fixture
@@ -372,89 +298,6 @@ def test_clients_of_all_seeds_stand_beside_the_global_model(tmp_path, figures):
     np.testing.assert_allclose([bar.lines[0].get_ydata()[0], (high - low) / 2], [55, 100 * np.std([0.5, 0.6], ddof=1)])
     gains = lines_of(figures["clients_rounds.png"].axes[0])["SVD (FlexLoRA)"]
     np.testing.assert_allclose([gains.get_xdata(), gains.get_ydata()], [[1, 3], [3, 3]])
-
-
-# ---- the table
-
-
-def cells(text):
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert len({len(row) for row in rows}) == 1
-    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
-
-
-def test_the_table_has_mean_spread_and_differences_seed_by_seed(tmp_path, capsys):
-    for seed, (central, svd, naive) in enumerate([(0.70, 0.60, 0.59), (0.72, 0.65, 0.63), (0.74, 0.70, 0.67)]):
-        write_run(tmp_path, CENTRAL, central, seed)
-        write_run(tmp_path, value=svd, seed=seed)
-        write_run(tmp_path, value=naive, seed=seed, aggregate="naive")
-    write_run(tmp_path, value=0.5, seed=9, aggregate="ffa")
-    glue_table.main(parse(glue_table, tmp_path, "--markdown"))
-    text = capsys.readouterr().out
-    about = "### RTE, glue, roberta-base, r 4, alpha 8, 3 clients, IID, 3 rounds, 1 local epoch, 90 training examples"
-    assert text.startswith(about)
-    table = cells(text)
-    svd = table["SVD (FlexLoRA)"]
-    assert (svd["Accuracy (%)"], svd["best"]) == ("65.00 +- 5.00", "66.00 +- 5.00")
-    assert svd["vs central"] == "-7.00 +- 3.00", "the spread of the pairs, not of the runs"
-    assert (svd["error %"], svd["discarded %"]) == ("20.00 +- 0.00", "4.00 +- 0.00")
-    assert (svd["MB up"], svd["MB down"], svd["minutes"], svd["seeds"]) == ("3.00", "9.00", "1.0 +- 0.0", "3")
-    assert table["FFA-LoRA"]["error %"] == "<0.01" and table["FFA-LoRA"]["discarded %"] == "-"
-    assert table["FFA-LoRA"]["vs central"] == "-", "no central run of that seed"
-    assert table["Central LoRA"]["MB up"] == "-" and table["Central LoRA"]["vs central"] == "-"
-    glue_table.main(parse(glue_table, tmp_path, "--markdown", "--against", "svd"))
-    table = cells(capsys.readouterr().out)
-    assert table["Naive (FedIT)"]["vs svd"] == "-2.00 +- 1.00" and table["Central LoRA"]["vs svd"] == "+7.00 +- 3.00"
-
-
-def test_a_headline_is_before_the_other_metrics_of_its_task():
-    order = list(glue_runs.METRICS)
-    assert all(sorted(task.metrics, key=order.index) == list(task.metrics) for task in TASKS.values())
-
-
-def test_the_table_has_all_metrics_of_a_task_the_headline_first(tmp_path, capsys):
-    folder = write_run(tmp_path, task_name="stsb", value=0.8)
-    manifest = json.loads((folder / "run.json").read_text())
-    manifest["results"] |= {"val_spearman": 0.79}
-    (folder / "run.json").write_text(json.dumps(manifest))
-    glue_table.main(parse(glue_table, tmp_path, "--markdown"))
-    row = cells(capsys.readouterr().out)["SVD (FlexLoRA)"]
-    assert list(row)[1:4] == ["Pearson correlation (x 100)", "Spearman correlation (x 100)", "best"]
-    assert (row["Pearson correlation (x 100)"], row["Spearman correlation (x 100)"]) == ("80.00", "79.00")
-
-
-def test_the_wide_table_has_a_row_per_setting_and_a_column_per_rule(tmp_path, capsys):
-    write_study(tmp_path)
-    glue_table.main(parse(glue_table, tmp_path, "--markdown", "--wide", "--tasks", "cola", "rte"))
-    first = capsys.readouterr().out.split("\n### ")[0]
-    table = cells(first)
-    assert list(table) == [f"RTE, {k}" for k in ("3 clients, IID", "3 clients, Dirichlet 0.5", "20 clients, IID")] + [
-        "CoLA, 3 clients, IID"
-    ]
-    row = table["RTE, 3 clients, IID"]
-    names = [glue_runs.KINDS[kind] for kind in ("central", *glue_runs.RULES)]
-    assert list(row) == ["setting", "metric", *names, "seeds"]
-    assert (row["Central LoRA"], row["SVD (FlexLoRA)"], row["seeds"]) == ("71.0 +- 1.4", "62.0 +- 2.8", "2")
-    assert table["CoLA, 3 clients, IID"]["Naive (FedIT)"] == "-"
-
-
-def test_central_runs_alone_have_a_table(tmp_path, capsys):
-    write_run(tmp_path, CENTRAL, 0.7)
-    write_run(tmp_path, FULL, 0.72, learning_rate=2e-5)
-    glue_table.main(parse(glue_table, tmp_path, "--markdown"))
-    text = capsys.readouterr().out
-    assert "Central LoRA | 70.00" in text and "Central, all weights | 72.00" in text
-
-
-def test_a_seed_without_a_result_is_a_dash_not_a_mean_of_the_others(tmp_path, capsys):
-    write_run(tmp_path, seed=0)
-    folder = write_run(tmp_path, seed=1, drop=["val_accuracy"])
-    manifest = json.loads((folder / "run.json").read_text())
-    manifest["results"]["val_accuracy"] = "nan"
-    (folder / "run.json").write_text(json.dumps(manifest))
-    glue_table.main(parse(glue_table, tmp_path, "--markdown"))
-    row = cells(capsys.readouterr().out)["SVD (FlexLoRA)"]
-    assert row["Accuracy (%)"] == "-" and row["best"] == "51.00 +- 0.00"
 
 
 def test_a_script_exits_with_2_and_one_line_that_says_what_to_run(tmp_path):
