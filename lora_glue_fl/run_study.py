@@ -1,6 +1,6 @@
 """Runs the study of this folder's README: central LoRA and the six rules, one factor at a time, several seeds.
 
-    python lora_glue_fl/run_study.py --model PATH --jobs 2                       # a laptop: subsets, 5 rounds
+    python lora_glue_fl/run_study.py --model PATH --jobs 2                       # a laptop: subsets, 6 rounds
     python lora_glue_fl/run_study.py --preset full --model_size base             # a GPU: whole tasks, 30 rounds
     python lora_glue_fl/run_study.py --model tiny --dataset demo --preset quick  # all of it, small, offline
     python lora_glue_fl/run_study.py --model PATH --plan                         # only shows the commands
@@ -60,16 +60,26 @@ class Preset:
 PRESETS = {
     "small": Preset(
         [
-            ("sst2", 3000, tuple(SETTINGS)),
-            ("mrpc", 1800, ("base",)),
-            ("rte", 1000, ("base",)),
-            ("cola", 3000, ("base",)),
-            ("stsb", 1500, ("base",)),
-            ("mrpc", 1800, ("clients20", "dirichlet")),
+            ("sst2", 2000, tuple(SETTINGS)),
+            ("mrpc", 1200, ("base",)),
+            ("rte", 600, ("base",)),
+            ("cola", 1500, ("base",)),
+            ("stsb", 1000, ("base",)),
         ],
-        5,
+        6,
         ("cola", "stsb", "rank16", "ranks"),
-        ["--learning-rate", "2e-3", "--amp", "auto", "--threads", "1"],
+        [
+            "--batch-size",
+            "8",
+            "--learning-rate",
+            "2e-3",
+            "--lr-scheduler",
+            "constant",
+            "--amp",
+            "auto",
+            "--threads",
+            "1",
+        ],
     ),
     "full": Preset(
         [(task, None, tuple(SETTINGS)) for task in ("rte", "mrpc", "cola", "stsb", "sst2")],
