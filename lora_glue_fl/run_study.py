@@ -5,8 +5,8 @@
     python lora_glue_fl/run_study.py --model tiny --dataset demo --preset quick  # all of it, small, offline
     python lora_glue_fl/run_study.py --model PATH --plan                         # only shows the commands
 
-The base: 3 clients, IID, rank 4. Beside it, each alone: 20 clients; Dirichlet shards; rank 16; clients of different
-ranks; the balanced split. Each run is one of the scripts beside this file, in a process of its own; finished runs are
+The base: 3 clients, IID, rank 4. Beside it, each alone: 20 clients; Dirichlet shards; higher learning rates; rank 16;
+clients of different ranks; the balanced split. Each run is one of the scripts beside this file, in a process of its own; finished runs are
 skipped and broken ones go on, so that the command can be given again at any time.
 """
 
@@ -34,6 +34,8 @@ SETTINGS = {
     "base": (3, "iid", RULES, []),
     "clients20": (20, "iid", RULES, []),
     "dirichlet": (3, "dirichlet", RULES, ["--eval-clients"]),
+    "lr6e-3": (3, "iid", RULES, ["--learning-rate", "6e-3"]),
+    "lr2e-2": (3, "iid", RULES, ["--learning-rate", "2e-2"]),
     "balanced": (20, "iid", ("svd",), ["--svd-split", "balanced"]),
     "rank16": (
         3,
@@ -60,14 +62,15 @@ class Preset:
 PRESETS = {
     "small": Preset(
         [
-            ("sst2", 2000, tuple(SETTINGS)),
+            ("sst2", 2000, ("base", "clients20", "dirichlet")),
             ("mrpc", 1200, ("base",)),
             ("rte", 600, ("base",)),
+            ("sst2", 2000, ("lr6e-3", "lr2e-2", "balanced", "rank16", "ranks")),
             ("cola", 1500, ("base",)),
             ("stsb", 1000, ("base",)),
         ],
         6,
-        ("cola", "stsb", "rank16", "ranks"),
+        ("cola", "stsb", "rank16", "ranks", "lr6e-3", "lr2e-2"),
         [
             "--batch-size",
             "8",
