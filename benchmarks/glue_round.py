@@ -109,6 +109,7 @@ def one_round(study, theta, round):
         mean.add(factors_k, weight=n_k)
         heads.add(head_k, weight=n_k)
         study.keep_client(k, factors_k, head_k, round)
+    study.check_left_out(round)
     served = mean.result(study.step())
     study.close_round(served, round)
     theta = study.serve(theta, served, heads)

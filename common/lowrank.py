@@ -52,9 +52,10 @@ class Served:
     """What a rule serves after a round.
 
     factors: {layer: (A, B)}, with the scale `scale`; updates: {layer: `Product`} to add to the base weights (stack and
-    residual; else empty); error, errors: ||served - mean(BA)|| / ||mean(BA)|| over all layers and by layer, of what is
-    served, rounding included; norm: ||mean(BA)|| over all layers; discarded, discards: the share of Delta's energy
-    (squared norm) that svd cut off, else 0; missing: directions of all layers that svd had to draw.
+    residual; else empty); error, errors: ||served - mean(BA)|| / ||mean(BA)|| over all layers and by layer, of the
+    factors as they are rounded and of `updates` before they are, without a server optimiser's step; norm: ||mean(BA)||
+    over all layers; discarded, discards: the share of Delta's energy (squared norm) that svd cut off, else 0; missing:
+    directions of all layers that svd had to draw.
     """
 
     factors: dict
@@ -138,13 +139,16 @@ class AdapterMean:
             served = {name: self._fresh(name) for name in self.factors}
             updates = targets
         else:
-            served = self._mean_factors(step)
+            served = self._paired(self._mean.result())
         if self.rule == "residual":
             updates = {
                 name: Product(*target.shape).add_product(target).add(*served[name], -self.new_scale)
                 for name, target in targets.items()
             }
-        return self._served(served, updates, targets, infos)
+        result = self._served(served, updates, targets, infos)
+        if step is not None:
+            result.factors = self._paired(step(self._theta, self._mean.delta()))
+        return result
 
     def _check(self, factors, scale):
         if factors.keys() != self.factors.keys():
@@ -194,8 +198,8 @@ class AdapterMean:
                 parallel.broadcast_tensor_(tensor.reshape(-1).view(torch.uint8), i % world.size)
         return served, {name: infos[name] for name in self.factors}
 
-    def _mean_factors(self, step):
-        mean = self._mean.result() if step is None else step(self._theta, self._mean.delta())
+    def _paired(self, mean):
+        """{layer: (A, B)} of a mean of the trained factors; the others as they were."""
         return {
             name: tuple(mean.get(f"{name}.{letter}", t.detach().clone()) for letter, t in zip("AB", pair, strict=True))
             for name, pair in self.factors.items()

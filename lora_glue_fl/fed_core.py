@@ -50,17 +50,30 @@ class Study:
         self.server = _server_optimizer(args)
         self.folders = RoundFolders(run.folder, args.keep, self._fused_name(), self._about())
         loss = self.task_model.loss
-        self.loss = checked_compile(loss, self.adapted.trainable()) if args.compile else loss
+        self.loss = checked_compile(loss, self._with_gradients) if args.compile else loss
         self._observed, self._left_out, self._left_out_since = {}, [], []
         self._client_metrics = {}
         self._begin(shards)
 
+    def _with_gradients(self):
+        # asked for when there is a first batch: rules train other factors in other rounds
+        return {name: p for name, p in self.adapted.model.named_parameters() if p.requires_grad}
+
     def _client_ranks(self):
-        given = self.args.client_ranks or [self.args.lora_r]
-        return [given[k % len(given)] for k in range(len(self.examples))]
+        given, clients = self.args.client_ranks or [self.args.lora_r], len(self.examples)
+        if len(given) > clients:
+            raise UsageError(f"{len(given)} --client-ranks for {clients} clients: give one a client, or fewer")
+        return [given[k % len(given)] for k in range(clients)]
 
     def _check_ranks(self):
         a = self.args
+        most = min(min(B.shape[0], A.shape[1]) for A, B in self.adapted.factors().values())
+        served = [a.svd_rank] if a.aggregate == "svd" else []
+        if max([*self.ranks, *served]) > most:
+            raise UsageError(
+                f"rank {max([*self.ranks, *served])} is above {most}, the smaller side of an adapted layer: lower "
+                "--lora-r, --client-ranks or --svd-rank"
+            )
         if a.aggregate not in MIXED_RANKS and set(self.ranks) != {a.lora_r}:
             raise UsageError(
                 f"--client-ranks {' '.join(map(str, a.client_ranks))}: rule {a.aggregate} needs rank {a.lora_r} of all "
@@ -90,6 +103,8 @@ class Study:
         self.note(f"{len(n)} clients, examples a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})")
         for note in found.notes:
             self.note(note)
+        if a.aggregate == "svd" and a.svd_rank > min(self.ranks):
+            self.note(f"clients of rank {min(self.ranks)} get the leading directions of what is served at {a.svd_rank}")
         self.note(self._size_on_disk())
         if parallel.is_main() and found.encoder.name == "tiny":  # there is no other place to load it from
             base = self.run.folder / "base"
@@ -148,10 +163,12 @@ class Study:
         if a.init_adapter:
             file = read_adapter(a.init_adapter)
             check_fits(file, self.adapted)
-            if file.r > a.lora_r:
+            least = min(a.lora_r, *self.ranks)
+            if file.r > least:
+                flag = "--lora-r" if least == a.lora_r else "--client-ranks"
                 raise UsageError(
-                    f"--init-adapter has rank {file.r}, above --lora-r {a.lora_r}: raise --lora-r, or compress it with "
-                    f"fedavg_merge.py --adapters {a.init_adapter} --svd-rank {a.lora_r}"
+                    f"--init-adapter has rank {file.r}, above {flag} {least}: raise {flag}, or compress it with "
+                    f"fedavg_merge.py --adapters {a.init_adapter} --svd-rank {least}"
                 )
             factors = self._resized(file.factors, file.scale, a.lora_r, self.client_scale, 0)
             head = {name: t.clone() for name, t in file.head.items()}
@@ -266,8 +283,8 @@ class Study:
             head = {name.removeprefix("head."): t for name, t in head_k.items()}
             self.folders.client(round, k, factors_k, head, self.client_scale * self.ranks[k])
 
-    def close_round(self, served, round):
-        """Counts examples and bytes. Raises RunFailed when more than half of the clients were left out."""
+    def check_left_out(self, round):
+        """Names the clients that were left out. Raises RunFailed when they are more than half of all."""
         out = sorted(self._sampled.gather({k: 1 for k in self._left_out}))
         names = ", ".join(str(k + 1) for k in out)
         if out:
@@ -279,22 +296,33 @@ class Study:
                 f"round {round + 1}: updates of {len(out)} of {len(self.examples)} clients are not finite (clients "
                 f"{names}): lower --learning-rate ({self.args.learning_rate:g}) or --amp off"
             )
+
+    def close_round(self, served, round):
+        """Counts examples and bytes."""
         head = sum(p.numel() for p in self.adapted.head.values())
         up = sum(self._numbers(r, self._letters) + head for r in self.ranks)
-        # served: what changed for the clients; stack's update replaces the adapter, whose fresh A all can draw
-        letters = {"ffa": "B", "rolora": self._letters, "stack": ""}.get(self.args.aggregate, "AB")
-        down = sum(p.numel() for p in served.updates.values()) + self._numbers(self._served_rank(), letters) + head
+        # what changed for the clients. stack, residual: everybody's stacked factors or their product, from which a
+        # client has the base's update and mean A, mean B; a fresh A all can draw
+        letters = {"ffa": "B", "rolora": self._letters, "stack": "", "residual": ""}.get(self.args.aggregate, "AB")
+        down = self._numbers(self._served_rank(), letters) + head
+        if served.updates:
+            down += self._stacked()
         # once, before the first round: everybody's adapter and head
         first = sum(self._numbers(r, "AB") + head for r in self.ranks) if round == 0 else 0
         self.run.count(
             examples=sum(self._trained_examples(k) for k in range(len(self.examples))),
             bytes_up=4 * up,
             bytes_down=4 * (down * len(self.examples) + first),
-            left_out_updates=len(out),
+            left_out_updates=len(self._left_out),
         )
 
     def _trained_examples(self, k):
         return math.ceil(self.examples[k] * self.args.local_epochs)
+
+    def _stacked(self):
+        """Numbers of all clients' factors, or where they are fewer of their products [d, k]."""
+        rank, sizes = sum(self.ranks), [(B.shape[0], A.shape[1]) for A, B in self.adapted.factors().values()]
+        return sum(min(rank * (d + k), d * k) for d, k in sizes)
 
     def _served_rank(self):
         return self.args.svd_rank if self.args.aggregate == "svd" else self.args.lora_r
@@ -363,15 +391,16 @@ class Study:
 
     def _fuse_manifest(self, round, served, metrics):
         a = self.args
-        total = sum(self.examples)
+        clients = [k for k in range(len(self.examples)) if k not in self._left_out]
+        weights = [self.examples[k] if a.client_weights == "examples" else 1 for k in clients]
         return {
             "dataset": "glue" if a.dataset == "glue" else a.dataset,
             "model_id": self.task_model.encoder.name,
             "task": self.task_model.task.name,
             "round": round + 1,
-            "k_adapters": len(self.examples),
-            "adapters": [f"../client_{k + 1}/adapter" for k in range(len(self.examples))] if a.save_clients else [],
-            "weights": [n / total if a.client_weights == "examples" else 1 / len(self.examples) for n in self.examples],
+            "k_adapters": len(clients),
+            "adapters": [f"../client_{k + 1}/adapter" for k in clients] if a.save_clients else [],
+            "weights": [w / sum(weights) for w in weights],
             "left_out": [k + 1 for k in self._left_out],
             "aggregate": a.aggregate,
             "svd_rank": a.svd_rank if a.aggregate == "svd" else None,

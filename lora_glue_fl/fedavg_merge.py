@@ -205,6 +205,11 @@ def average(adapters, weights, rule, args):
     ranks, scales = sorted({a.r for a in adapters}), sorted({a.scale for a in adapters})
     widest = max(min(_size(*pair)) for pair in adapters[0].factors.values())
     refuse(args.svd_rank > widest, f"--svd-rank {args.svd_rank} is above the layers' {widest}: lower it")
+    together = sum(a.r for a in adapters)
+    refuse(
+        args.svd_rank > together,
+        f"--svd-rank {args.svd_rank} is above {together}, the rank of {len(adapters)} adapters together: lower it",
+    )
     alike = len(ranks) == len(scales) == 1
     alpha = args.svd_rank if args.alpha is None else args.alpha
     if rule == "naive":

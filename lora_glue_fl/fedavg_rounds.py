@@ -13,7 +13,7 @@ import argparse
 from common import parallel
 from common.aggregation import WeightedMean
 from common.checkpoint import read_json
-from common.cli import non_negative_float, positive_float, positive_int, run_main
+from common.cli import half_open_fraction, non_negative_float, positive_float, positive_int, run_main
 from common.evaluation import pick_device
 from common.lowrank import RULES
 from common.products import SPLITS
@@ -28,7 +28,7 @@ def train(args):
         study = Study(args, run)
         lasting = study.lasting
         theta = run.restore(study.initial_weights(), lasting, same_shapes=False)
-        study.folders.prune(run.start_round - 1)
+        study.folders.clean(run.start_round - 1)
 
         for round in run.rounds(args.rounds):
             clients = study.begin_round(theta, round)
@@ -40,6 +40,7 @@ def train(args):
                 mean.add(factors_k, weight=n_k)
                 heads.add(head_k, weight=n_k)
                 study.keep_client(k, factors_k, head_k, round)
+            study.check_left_out(round)
             served = mean.result(study.step())
             study.close_round(served, round)
             theta = study.serve(theta, served, heads)
@@ -62,6 +63,8 @@ def complete(args):
         args.aggregate = "naive"
     args.aggregate = args.aggregate or "svd"
     args.alpha = args.svd_rank if args.alpha is None else args.alpha
+    if args.server_lr is None:
+        args.server_lr = 1.0 if args.server_optimizer in ("none", "momentum") else 0.01
     args.keep = sorted(set(args.keep))
     args.run_name = args.run_name or run_name(args)
     return args
@@ -113,8 +116,10 @@ def build_parser():
         default="none",
         help="on the mean factors and head, for naive, ffa and rolora",
     )
-    own.add_argument("--server-lr", type=positive_float, default=1.0, metavar="X", help="its learning rate")
-    own.add_argument("--server-beta", type=non_negative_float, default=0.9, metavar="X", help="of momentum")
+    own.add_argument(
+        "--server-lr", type=positive_float, metavar="X", help="its learning rate (default: 1 for momentum, else 0.01)"
+    )
+    own.add_argument("--server-beta", type=half_open_fraction, default=0.9, metavar="X", help="of momentum; off: 0")
     federated = parser.add_argument_group("rounds")
     federated.add_argument("--shard-dir", required=True, metavar="DIR", help="manifests that sharding.py wrote")
     federated.add_argument("--rounds", "--num-rounds", type=positive_int, default=5, metavar="T", help="rounds")

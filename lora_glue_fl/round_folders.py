@@ -53,17 +53,26 @@ class RoundFolders:
             self.best, self.value = round, value
 
     def prune(self, last):
-        """Deletes the folders of rounds that are not kept, and of those after round `last` (None: of all)."""
+        """Deletes the folders of rounds up to `last` that are not kept.
+
+        Later rounds are not looked at: another process may be writing its clients of the next one.
+        """
+        kept = {last if "last" in self.keep else None, self.best if "best" in self.keep else None}
+        if "all" not in self.keep:
+            self._delete(lambda round: round <= last and round not in kept)
+
+    def clean(self, last):
+        """Before the first round: deletes what an interrupted session left of rounds after `last`, and prunes."""
+        self._delete(lambda round: round > last)
+        self.prune(last)
+        parallel.barrier()
+
+    def _delete(self, chosen):
         if not parallel.is_main() or not self.folder.is_dir():
             return
-        kept = {last if "last" in self.keep else None, self.best if "best" in self.keep else None}
-        for path in self.folder.iterdir():
+        for path in list(self.folder.iterdir()):
             match = _ROUND.fullmatch(path.name)
-            if not match:
-                continue
-            round = int(match[1]) - 1
-            done = last is not None and round <= last
-            if not done or ("all" not in self.keep and round not in kept):
+            if match and chosen(int(match[1]) - 1):
                 shutil.rmtree(path)
 
     def path(self, round):

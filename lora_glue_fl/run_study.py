@@ -6,8 +6,8 @@
     python lora_glue_fl/run_study.py --model PATH --plan                         # only shows the commands
 
 The base: 3 clients, IID, rank 4. Beside it, each alone: 20 clients; Dirichlet shards; higher learning rates; rank 16;
-clients of different ranks; the balanced split. Each run is one of the scripts beside this file, in a process of its own; finished runs are
-skipped and broken ones go on, so that the command can be given again at any time.
+clients of different ranks; the balanced split. Each run is one of the scripts beside this file, in a process of its
+own; finished runs are skipped and broken ones go on, so that the command can be given again at any time.
 """
 
 import json

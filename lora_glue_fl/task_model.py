@@ -121,8 +121,10 @@ class TaskModel:
 
     def sizes(self, trainable):
         """Numbers of parameters for run.json. Args: trainable: {name: parameter}."""
+        # peft keeps the head that it replaced
+        unused = sum(p.numel() for name, p in self.model.named_parameters() if ".original_module." in name)
         return {
-            "total": sum(p.numel() for p in self.model.parameters()),
+            "total": sum(p.numel() for p in self.model.parameters()) - unused,
             "trainable": sum(p.numel() for p in trainable.values()),
             "head": sum(p.numel() for name, p in trainable.items() if name.startswith("head.")),
         }

@@ -282,3 +282,52 @@ def test_keep_decides_which_rounds_stay(runs, shards, tmp_path):
     assert {f.name for f in (tmp_path / "all").glob("round_*")} == {"round_1", "round_2", "round_3"}
     manifest = json.loads((tmp_path / "all" / "round_2" / "fused_r4" / "fuse_manifest.json").read_text())
     assert manifest["aggregate"] == "svd" and sum(manifest["weights"]) == pytest.approx(1)
+
+
+def test_pruning_leaves_the_round_that_another_process_may_be_writing(tmp_path):
+    from lora_glue_fl.round_folders import RoundFolders
+
+    def names():
+        return sorted(f.name for f in tmp_path.iterdir())
+
+    folders = RoundFolders(tmp_path, ["last", "best"], "fused_r4", {})
+    for number in range(1, 6):
+        (tmp_path / f"round_{number}").mkdir()
+    folders.offer(1, 0.9)
+    folders.offer(2, 0.9)  # not better: the first stays the best
+    folders.prune(3)
+    assert names() == ["round_2", "round_4", "round_5"]
+    folders.clean(3)  # at the start of a session nobody writes
+    assert names() == ["round_2", "round_4"]
+    RoundFolders(tmp_path, ["all"], "fused_r4", {}).clean(-1)
+    assert names() == []
+
+
+@pytest.mark.slow
+def test_a_server_optimiser_of_momentum_zero_is_plain_averaging(runs, shards, tmp_path):
+    line = words(shards, "--aggregate", "naive", "--output-root", tmp_path, "--run-name", "m", "--eval-clients")
+    assert call(*line, "--server-optimizer", "momentum", "--server-beta", 0) == 0
+    same = [load_file(folder / "final" / "adapter_model.safetensors") for folder in (tmp_path / "m", runs("naive"))]
+    assert same_bits(*same)
+    assert call(*line, "--server-optimizer", "adam", "--overwrite") == 0
+    rows = [read_metrics(folder)[0] for folder in (tmp_path / "m", runs("naive"))]
+    # the error is the rule's, whatever step the server takes; the first round's clients are the same
+    assert rows[0]["aggregation_error"] == rows[1]["aggregation_error"]
+
+
+@pytest.mark.slow
+def test_bytes_are_those_of_the_factors_that_are_sent(runs):
+    import math
+
+    head, r, d, layers = 64 * 64 + 64 + 2 * 64 + 2, 4, 64, 4  # the tiny model: queries and values of two layers
+    both, b = 2 * r * d * layers, r * d * layers
+    first = both + head  # to each client before the first round
+    stacked = layers * min(3 * r * 2 * d, d * d)
+    up = {"svd": both, "naive": both, "ffa": b, "stack": both, "residual": both, "rolora": b}
+    down = {"svd": both, "naive": both, "ffa": b, "stack": stacked, "residual": stacked, "rolora": b}
+    for rule in RULES:
+        for line in read_metrics(runs(rule)):
+            n = line["round"]
+            assert line["bytes_up"] == 4 * 3 * n * (up[rule] + head)
+            assert line["bytes_down"] == 4 * 3 * (n * (down[rule] + head) + first)
+            assert math.isfinite(line["aggregation_error"])

@@ -157,19 +157,21 @@ def test_one_adapter_comes_back_and_rslora_counts(tmp_path):
     assert gap(deltas(tmp_path / "naive"), deltas(folders[0])) < 1e-6
 
 
-def test_a_rank_above_the_sum_of_ranks(tmp_path, capsys):
-    folders = clients(tmp_path, ranks=(1, 2), alphas=(1, 2))
-    assert merge(folders, tmp_path / "out", "--svd_rank", 5) == 0
-    assert "12 of 30 directions" in capsys.readouterr().out
-    assert gap(deltas(tmp_path / "out"), mean_deltas(folders, [1, 1])) < 1e-6
+def test_a_rank_above_that_of_the_mean(tmp_path, capsys):
+    one = clients(tmp_path, ranks=(1, 2), alphas=(1, 2))[1]
+    folders = [one, one]  # rank 4 together, but 2 directions only
+    assert merge(folders, tmp_path / "out", "--svd_rank", 4) == 0
+    assert "12 of 24 directions" in capsys.readouterr().out
+    assert gap(deltas(tmp_path / "out"), deltas(one)) < 1e-6
     for A, B in read_adapter(tmp_path / "out").factors.values():
-        assert not B[:, 3:].any() and B[:, :3].any(dim=0).all() and A.abs().amax(dim=1).min() > 0
-    assert merge(folders, tmp_path / "again", "--svd_rank", 5) == 0
-    assert merge(folders, tmp_path / "other", "--svd_rank", 5, "--seed", 1) == 0
+        assert not B[:, 2:].any() and B[:, :2].any(dim=0).all() and A.abs().amax(dim=1).min() > 0
+    assert merge(folders, tmp_path / "again", "--svd_rank", 4) == 0
+    assert merge(folders, tmp_path / "other", "--svd_rank", 4, "--seed", 1) == 0
     hashes = [read_adapter(tmp_path / name).sha256 for name in ("out", "again", "other")]
     assert hashes[0] == hashes[1] != hashes[2]
-    assert merge(folders, tmp_path / "no", "--svd_rank", 17) == 2
-    assert "layers' 16" in capsys.readouterr().err
+    for rank, said in ((5, "is above 4, the rank of 2 adapters together"), (17, "layers' 16")):
+        assert merge(folders, tmp_path / "no", "--svd_rank", rank) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 # ---- weights and the manifest
@@ -361,7 +363,7 @@ def test_eval_gives_what_plain_peft_gives(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_command_of_the_source(tmp_path):
-    folders = clients(tmp_path)
+    folders = clients(tmp_path, ranks=(4, 4, 4), alphas=(4, 4, 4))
     for i in range(3):
         shard(tmp_path / f"client_{i}.json", 5 + i)
     words = ["--model_size", "base", "--task_name", "sst2", "--adapters", *folders, "--shard_manifests"]
