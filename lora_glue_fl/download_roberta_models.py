@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.cli import Parser, UsageError, run_main
 from common.corpora import hub_reachable
-from lora_glue_fl.hub import download, remember_home, winning_variable
+from common.hub import download, remember_home, winning_variable
 
 MODELS = ("roberta-base", "roberta-large")
 

@@ -10,13 +10,13 @@ import time
 from tqdm import tqdm
 
 from common import parallel
+from common.adapter_files import read_adapter
 from common.aggregation import ServerAdam, ServerMomentum, finite
 from common.cli import RunFailed, UsageError
 from common.compiling import checked_compile
 from common.lowrank import MIXED_RANKS, AdapterMean, trained_factors
 from common.products import fit_rank, scaling
 from common.seeding import seed_torch, torch_stream
-from lora_glue_fl.adapter_files import read_adapter
 from lora_glue_fl.fitting import fit, lr_at, make_optimizer, plan_steps, warmup_steps
 from lora_glue_fl.round_folders import RoundFolders
 from lora_glue_fl.sharding import load_shards
@@ -428,7 +428,7 @@ class Study:
             self.run.finish(results)
 
     def _write_final(self, folder, theta):
-        from lora_glue_fl.adapter_files import write_adapter
+        from common.adapter_files import write_adapter
 
         if self.args.aggregate in CHANGES_BASE:
             self.adapted.save_merged(folder)

@@ -15,12 +15,12 @@ import math
 import tempfile
 from pathlib import Path
 
+from common.adapter_files import read_adapter, refuse_other_files, write_adapter
 from common.aggregation import WeightedMean
 from common.cli import Parser, UsageError, positive_float, positive_int, run_main
 from common.lowrank import AdapterMean
 from common.parallel import Lanes
 from common.products import SPLITS
-from lora_glue_fl.adapter_files import read_adapter, refuse_other_files, write_adapter
 from lora_glue_fl.flags import add_machine_flags, add_task_flags, refuse
 from lora_glue_fl.glue_tasks import find_task
 from lora_glue_fl.models import SIZES

@@ -9,11 +9,11 @@ W + s B A with s = alpha / r; A random, B zero, W frozen   (Hu et al. 2022), tra
 from pathlib import Path
 
 from common import parallel
+from common.adapter_files import write_adapter
 from common.checkpoint import saving
 from common.cli import UsageError, run_main
 from common.evaluation import pick_device
 from common.runlog import start_run
-from lora_glue_fl.adapter_files import write_adapter
 from lora_glue_fl.central import CentralStudy, complete, make_central_parser
 from lora_glue_fl.flags import add_lora_flags
 from lora_glue_fl.models import size_label

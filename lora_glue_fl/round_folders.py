@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from common import parallel
+from common.adapter_files import write_adapter
 from common.checkpoint import saving, write_json
-from lora_glue_fl.adapter_files import write_adapter
 
 _ROUND = re.compile(r"round_([1-9]\d*)")
 

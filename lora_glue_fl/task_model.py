@@ -149,7 +149,7 @@ def evaluate_adapter(path, args):
     max_length, eval_batch_size, device, amp, threads, seed.
     Raises UsageError for an adapter that cannot be read, or of another model or task.
     """
-    from lora_glue_fl.adapter_files import read_adapter
+    from common.adapter_files import read_adapter
 
     started = time.perf_counter()
     file = read_adapter(path)

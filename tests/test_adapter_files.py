@@ -16,10 +16,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from common import adapter_files
+from common.adapter_files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from common.checkpoint import read_json, write_json
 from common.cli import RunFailed, UsageError
-from lora_glue_fl import adapter_files
-from lora_glue_fl.adapter_files import CONFIG, WEIGHTS, read_adapter, write_adapter
 
 PREFIX = "base_model.model."
 QUERY = "roberta.encoder.layer.0.attention.self.query"

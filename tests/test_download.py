@@ -7,8 +7,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from common import hub
 from common.cli import run_main
-from lora_glue_fl import download_roberta_models, hub, models
+from lora_glue_fl import download_roberta_models, models
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from comparing import same_bits
 from encoders import KINDS, make_tokenizer, save_encoder
 from safetensors.torch import load_file
 
+from common.adapter_files import read_adapter, write_adapter
 from common.cli import UsageError
+from common.lora import find_targets
 from common.products import Product
-from lora_glue_fl.adapter_files import read_adapter, write_adapter
 from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
 from lora_glue_fl.fitting import plan_steps
 from lora_glue_fl.glue_tasks import TASKS
-from lora_glue_fl.models import Adapted, find_targets, find_tokenizer, load_encoder, most_tokens
+from lora_glue_fl.models import Adapted, find_tokenizer, load_encoder, most_tokens
 from lora_glue_fl.task_model import TaskModel, check_fits
 
 PREFIX = "base_model.model."

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from test_adapter_files import PREFIX, adapted, change, logits, roberta, save_by_peft
 
+from common.adapter_files import CONFIG, WEIGHTS, read_adapter
 from common.checkpoint import read_json
 from common.cli import run_main
 from lora_glue_fl import fedavg_merge
-from lora_glue_fl.adapter_files import CONFIG, WEIGHTS, read_adapter
 
 SCRIPT = Path(fedavg_merge.__file__)
 TARGETS = ("query", "value", "intermediate.dense")  # the last is 24 x 16

@@ -76,6 +76,7 @@ def write_adapter(
     base_model,
     fan_in_fan_out=False,
     dropout=0.0,
+    task_type="SEQ_CLS",
     more=None,
 ):
     """Writes an adapter folder, whole or not at all; an older adapter in its place is replaced.
@@ -86,6 +87,7 @@ def write_adapter(
         alpha, dropout: peft's lora_alpha and lora_dropout. Whole alphas are written as integers.
         target_modules: names such as ["query", "value"]; modules_to_save: such as ["classifier"], [] for none.
         base_model: name or folder of the base model, None where there is none. fan_in_fan_out: True for Conv1D.
+        task_type: peft's, SEQ_CLS or CAUSAL_LM.
         more: {file name: value}, further JSON files for the folder.
     Raises: ValueError for factors that do not fit each other; RunFailed for numbers that are not finite and for a
         folder that cannot be written; UsageError for a folder with other files in it, which are left alone.
@@ -116,7 +118,7 @@ def write_adapter(
         modules_to_save=list(modules_to_save) or None,
         base_model_name_or_path=base_model,
         fan_in_fan_out=fan_in_fan_out,
-        task_type="SEQ_CLS",
+        task_type=task_type,
         inference_mode=True,
     )
     fresh = folder.with_name(folder.name + ".new")
@@ -146,11 +148,11 @@ def refuse_other_files(folder):
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_adapter(folder):
-    """The adapter in `folder`, an `AdapterFile`.
+def read_adapter(folder, task_type="SEQ_CLS"):
+    """The adapter in `folder`, an `AdapterFile`. A file that names no task type is taken for any.
 
     Raises: UsageError, with the file's name, for a folder or file that is missing or damaged, pickled weights, an
-        adapter that is not LoRA for sequence classification, an option that names code to import or that changes what
+        adapter that is not LoRA or of another task type, an option that names code to import or that changes what
         a layer computes (dora, rank_pattern, bias, ...), factors that are missing, do not fit r or are not finite, and
         tensors that are neither factors nor in modules_to_save.
     """
@@ -159,7 +161,7 @@ def read_adapter(folder):
         what = "is a file" if folder.is_file() else "does not exist"
         raise UsageError(f"adapter {folder} {what}: give a folder with {CONFIG} and {WEIGHTS}")
     config = _read_config(folder / CONFIG)
-    _check_options(config, folder / CONFIG)
+    _check_options(config, folder / CONFIG, task_type)
     stored, sha256 = _read_tensors(folder)
     modules_to_save = sorted(set(_names(config, "modules_to_save", folder / CONFIG)))
     factors, head = _sort_tensors(stored, modules_to_save, folder / WEIGHTS)
@@ -212,16 +214,16 @@ def _read_tensors(folder):
         raise UsageError(f"{path} is damaged ({one_line(error)}): copy or save the adapter again") from error
 
 
-def _check_options(config, path):
+def _check_options(config, path, task_type):
     if config.get("peft_type") != "LORA":
         raise UsageError(f"{path} has peft_type {_short(config.get('peft_type'))}: only LORA adapters are read")
     if config.get("auto_mapping"):
         raise UsageError(
-            f"{path} has auto_mapping, which names code to import: make the adapter with task_type SEQ_CLS, or set "
-            "auto_mapping to null there"
+            f"{path} has auto_mapping, which names code to import: make the adapter with task_type {task_type}, or "
+            "set auto_mapping to null there"
         )
-    if config.get("task_type") not in ("SEQ_CLS", None):
-        raise UsageError(f"{path} has task_type {_short(config['task_type'])}: only adapters for SEQ_CLS are read")
+    if config.get("task_type") not in (task_type, None):
+        raise UsageError(f"{path} has task_type {_short(config['task_type'])}: only adapters for {task_type} are read")
     for name, value in config.items():
         if name in _READ or name in _HARMLESS or name == "init_lora_weights":
             continue

@@ -1,0 +1,161 @@
+"""A transformers model with one LoRA adapter (peft's), whose tensors can be exchanged.
+
+    lora = LoraModel(model, r=8, alpha=16)               # W + s B A with s = alpha / r (Hu et al. 2022); W is frozen
+    lora.load(factors, head, scale)                      # another client's, round's or file's adapter
+
+A layer's name is its path in the transformers model (`roberta.encoder.layer.0.attention.self.query`), a head's
+parameter has its name there (`classifier.dense.weight`).
+"""
+
+import warnings
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from common.cli import UsageError
+from common.products import add_to_weight, scaling
+from common.seeding import seed_torch
+
+_QUERY_VALUE, _ATTENTION = ("query", "value"), ("q_proj", "k_proj", "v_proj", "o_proj")
+# The layers that LoRA adapts, by the names that each architecture has for them: encoders' queries and values,
+# decoders' attention
+TARGETS = {
+    **dict.fromkeys(("roberta", "bert", "xlm-roberta", "camembert", "electra", "ernie", "albert"), _QUERY_VALUE),
+    **dict.fromkeys(("roberta-prelayernorm", "xlm-roberta-xl", "megatron-bert", "data2vec-text"), _QUERY_VALUE),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "deberta": ("in_proj",),  # queries, keys and values in one
+    "modernbert": ("Wqkv",),  # the same
+    "distilbert": ("q_lin", "v_lin"),
+    "mpnet": ("q", "v"),
+    "gpt2": ("c_attn", "c_proj"),  # c_proj: of attention and of the MLP
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"), _ATTENTION),
+    "gpt_neox": ("query_key_value", "dense"),
+}
+
+
+def find_targets(model, wanted=None):
+    """The module names that LoRA adapts, e.g. ("query", "value"): those wanted, else by architecture.
+
+    Raises UsageError for an architecture that is not in `TARGETS`, or a name that no linear layer has; both list
+    the names that there are.
+    """
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, part in getattr(model, model.base_model_prefix).named_modules()
+        if isinstance(part, (torch.nn.Linear, Conv1D))
+    }
+    kind = model.config.model_type
+    names = tuple(wanted or TARGETS.get(kind, ()))
+    wrong = [name for name in names if name not in linear]
+    if names and not wrong:
+        return names
+    what = (
+        f"has no linear layer {', '.join(wrong)}" if wrong else "is of an architecture whose layers are not known here"
+    )
+    raise UsageError(f"model type {kind} {what}: choose --target-modules among {', '.join(sorted(linear))}")
+
+
+class LoraModel:
+    """A transformers model with one LoRA adapter.
+
+    Attributes: model (peft), layers {layer: peft's LoRA module}, head {name: parameter}, targets, alpha, scale.
+    Only the adapter and the head are trainable.
+
+    Args: model: wrapped in place; r: rank; alpha: s = alpha / r; dropout: of the adapter's input; targets: as
+        `find_targets`; modules_to_save: modules that are trained as a whole, such as a new head; task_type: peft's.
+    """
+
+    def __init__(self, model, r, alpha, dropout=0.0, targets=None, modules_to_save=(), task_type="CAUSAL_LM", seed=0):
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import LoraLayer
+
+        self.alpha, self.dropout = alpha, dropout
+        self.targets = find_targets(model, targets)
+        config = LoraConfig(
+            task_type=task_type,
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=list(self.targets),
+            modules_to_save=list(modules_to_save) or None,
+        )
+        seed_torch(seed, "adapter")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft finds it out by itself
+            warnings.filterwarnings("ignore", category=FutureWarning)  # of names that peft uses
+            self.model = get_peft_model(model, config)
+        prefix = "base_model.model."
+        self.layers = {
+            name.removeprefix(prefix): part for name, part in self.model.named_modules() if isinstance(part, LoraLayer)
+        }
+        self.head = {
+            name.removeprefix(prefix).replace(".modules_to_save.default", ""): p
+            for name, p in self.model.named_parameters()
+            if ".modules_to_save.default." in name
+        }
+        self.scale = scaling(alpha, r)
+
+    @property
+    def fan_in_fan_out(self):
+        """Whether the adapted layers keep their weights as [k, d] (transformers' Conv1D)."""
+        return any(layer.fan_in_fan_out for layer in self.layers.values())
+
+    def factors(self):
+        """{layer: (A [r, k], B [d, r])}: the model's own parameters."""
+        return {
+            name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+            for name, layer in self.layers.items()
+        }
+
+    def trainable(self, letters=("A", "B")):
+        """{name: parameter} of what is trained: `A.<layer>`, `B.<layer>` as asked, `head.<name>`.
+
+        The others get requires_grad False.
+        """
+        found = {}
+        for name, pair in self.factors().items():
+            for letter, p in zip("AB", pair, strict=True):
+                p.requires_grad_(letter in letters)
+                if letter in letters:
+                    found[f"{letter}.{name}"] = p
+        return found | {f"head.{name}": p for name, p in self.head.items()}
+
+    @torch.no_grad()
+    def load(self, factors, head, scale):
+        """Puts an adapter of any rank into the model (copies)."""
+        for name, (A, B) in factors.items():
+            layer = self.layers[name]
+            for part, value in ((layer.lora_A["default"], A), (layer.lora_B["default"], B)):
+                if part.weight.shape == value.shape:
+                    part.weight.copy_(value)
+                else:  # another rank
+                    old = part.weight
+                    part.weight = torch.nn.Parameter(
+                        value.detach().to(old.device, old.dtype, copy=True), old.requires_grad
+                    )
+            layer.r["default"], layer.scaling["default"] = A.shape[0], scale
+        for name, p in self.head.items():
+            p.copy_(head[name])
+        self.scale = scale
+
+    def base_weights(self):
+        """{layer: weight of the layer under the adapter}: the model's own tensors."""
+        return {name: layer.base_layer.weight for name, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def load_base(self, weights):
+        """Puts {layer: weight} under the adapters (copies)."""
+        for name, weight in weights.items():
+            self.layers[name].base_layer.weight.copy_(weight)
+
+    def updated(self, weights, updates):
+        """{layer: weight} with the `Product`s of {layer: product} added; other layers as they are."""
+        flipped = {name: layer.fan_in_fan_out for name, layer in self.layers.items()}
+        return {
+            name: add_to_weight(weight, updates[name], flipped[name]) if name in updates else weight
+            for name, weight in weights.items()
+        }
+
+    def save_merged(self, folder):
+        """Writes the model with its adapter merged, as transformers loads it. The adapter is gone afterwards."""
+        self.model.merge_and_unload().save_pretrained(folder)
