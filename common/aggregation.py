@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from common.cli import UsageError
 from common.parallel import CHUNK, LaneSum, chunks
 
 
@@ -106,6 +107,93 @@ class WeightedMean:
         if self._delta is None:
             for part in total.sums.values():
                 part.div_(weight)
+            self._delta = {name: (total.kept if name in total.kept else total.sums)[name] for name in self.theta}
+        return dict(self._delta)
+
+    def result(self):
+        """theta + delta(), rounded once to theta's dtype. New tensors."""
+        return apply_delta(self.theta, self.delta())
+
+
+def effective_steps(steps, kind, momentum=0.0, lr=None, mu=0.0):
+    """FedNova's a: how far `steps` local steps go, in steps of plain SGD   (Wang et al. 2020, sec. 4):
+
+        sgd: H      sgdm: [H - rho (1 - rho^H) / (1 - rho)] / (1 - rho)      sgd, FedProx: [1 - (1 - lr mu)^H] / (lr mu)
+
+    By the recursion behind these three, which serves momentum and FedProx together too: under a gradient of 1 at
+    every step the weights move by lr a. Momentum starts at zero in each round, lr is constant within it; weight
+    decay is not counted.
+
+    Args: steps: H, at least 1; kind: "sgd" or "sgdm"; momentum: rho in [0, 1), of "sgdm" only; lr: needed with mu;
+        mu: FedProx's, at least 0.
+    Raises: UsageError for "adamw", whose steps do not add up from gradients; ValueError otherwise.
+    """
+    if kind == "adamw":
+        raise UsageError(
+            "FedNova with adamw: its steps are not sums of gradients, so that a is undefined: use sgd or sgdm"
+        )
+    if kind not in ("sgd", "sgdm"):
+        raise ValueError(f"kind {kind!r} is not 'sgd', 'sgdm' or 'adamw'")
+    if steps < 1 or not 0 <= momentum < 1 or not mu >= 0 or (mu > 0 and not (lr or 0) > 0):
+        raise ValueError(f"steps {steps} of at least 1, momentum {momentum} in [0, 1), mu {mu} >= 0, with lr {lr} > 0")
+    rho, pull = (momentum if kind == "sgdm" else 0.0), (lr * mu if mu else 0.0)
+    moved = velocity = 0.0
+    for _ in range(steps):
+        velocity = rho * velocity + 1.0 - pull * moved
+        moved += velocity
+    return moved
+
+
+class NormalizedMean:
+    """FedNova's mean   (Wang et al. 2020, eq. 9; tau_eff = sum_k p_k a_k):
+
+        theta - (sum_k p_k a_k) sum_k p_k (theta - theta_k) / a_k        p_k = weight_k / sum weight
+
+    Clients that do more local steps pull no harder than their weights say. Used as `WeightedMean`, with which it
+    agrees where all a_k are equal, but for the rounding of fp64 (a relative 1e-15 of delta()): in fp32 weights that
+    shows in the last bit, seldom. Float buffers are normalised as well; integer entries come from the first client.
+
+    Args: theta, lanes: as for `WeightedMean`.
+    """
+
+    def __init__(self, theta, lanes):
+        self.theta = theta
+        self._sum = LaneSum(lanes)
+        self._delta = None
+        self._versions = _versions(theta)
+
+    def add(self, theta_k, weight, a):
+        """Adds the client that `lanes` is at.
+
+        Args: theta_k, weight: as for `WeightedMean.add`; a: its `effective_steps`, above 0.
+        Raises: as `WeightedMean.add`; ValueError for another a.
+        """
+        if not (a > 0 and math.isfinite(a)):
+            raise ValueError(f"a {a} is not a finite number above 0")
+        _check_client(self.theta, self._versions, theta_k)
+        lane = self._sum.begin(weight)
+        lane.add_number("weight", lane.weight)
+        lane.add_number("steps", lane.weight * a)
+        for name, old in self.theta.items():
+            if old.is_floating_point():
+                lane.add(name, (theta_k[name], old), _weighted_difference, lane.weight / a)
+            else:
+                lane.keep(name, theta_k[name])
+
+    def delta(self):
+        """(sum_k p_k a_k) sum_k p_k (theta_k - theta) / a_k: dict of fp64 tensors.
+
+        As `WeightedMean.delta`: the accumulator's own; every process must call it. Raises: ValueError when the
+        weights add up to 0.
+        """
+        total = self._sum.total()
+        weight = total.numbers.get("weight", 0.0)
+        if not weight > 0:
+            raise ValueError("no client with a weight above 0 was added: the mean is undefined")
+        if self._delta is None:
+            factor = total.numbers["steps"] / weight / weight
+            for part in total.sums.values():
+                part.mul_(factor)
             self._delta = {name: (total.kept if name in total.kept else total.sums)[name] for name in self.theta}
         return dict(self._delta)
 

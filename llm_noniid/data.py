@@ -1,0 +1,270 @@
+"""Labelled texts for language models, tokenised once and padded per batch: AG News, WikiText-2, a demo.
+
+    texts = load_texts("ag_news", max_samples=2000)           # what lies on disk, else the hub; "demo": neither
+    tokenizer = common.text.load_tokenizer("bpe:2048", as_corpus(texts))
+    tokens = encode(texts, tokenizer, max_length=128)         # cached
+    for rows in training_batches(len(part), 8, epochs=1, seed=42, round=3, client=k):
+        batch = tokens["train"].batch(part[rows])             # input_ids, attention_mask, labels
+
+A label is a text's topic. Training of the language model never sees it; partitions and figures per topic do.
+"""
+
+import dataclasses
+import hashlib
+import math
+import re
+
+import numpy as np
+import torch
+
+from common import text
+from common.cli import UsageError
+from common.corpora import SPLITS, Corpus, demo_documents, documents_sha256, load_corpus
+from common.seeding import stream
+from common.sharding import stratified
+from llm_noniid import ag_news
+from llm_noniid.topics import DEMO_TOPICS, article_topics, demo_topic
+
+DATASETS = ("ag_news", "wikitext", "demo")
+IGNORE = -100  # the label that no loss counts
+VALIDATION_SHARE, MOST_VALIDATION = 0.05, 2000  # of AG News' training texts, which come without a validation split
+SHORTEST_PARAGRAPH = 6  # words; what is shorter in WikiText is a piece of a table or formula
+DEMO_CHARACTERS = 200  # a sample of the demo ends with the sentence that reaches them
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """splits: {"train", "validation", "test"} -> texts; labels: int64 [texts] of each split; notes: lines for the log.
+
+    label_names: one for each label; fingerprint: for run.json (SHA-256 of texts and labels, counts, source).
+    """
+
+    name: str
+    splits: dict[str, list[str]]
+    labels: dict[str, np.ndarray]
+    label_names: tuple[str, ...]
+    notes: list[str]
+    fingerprint: dict
+
+
+def load_texts(dataset, data_root=None, cache_dir=None, max_samples=0, seed=42):
+    """The texts of `dataset` with their topics, as `Texts`.
+
+    ag_news: four topics; `llm_noniid.ag_news` says from where. A random twentieth of the training texts, 2,000 at
+    most, topics in proportion, is the validation split. wikitext: a text is a paragraph of WikiText-2 (headings and
+    fragments dropped); its topic is its article's, found by clustering the training articles' words, because the corpus
+    has none (`llm_noniid.topics.article_topics`). demo: prose of the Python language reference, which every Python
+    carries, cut into a few sentences each; its pages belong to four topics, splits are `common.corpora`'s.
+
+    max_samples: above 0 only so many training texts, a random choice that keeps the topics' shares; validation and test
+    stay whole. seed: of that choice and of AG News' validation split, which does not depend on max_samples.
+
+    Raises UsageError for an unknown dataset, a negative max_samples, files that are missing, incomplete or broken (file
+    and line named), and when there are neither files nor a hub.
+    """
+    if dataset not in DATASETS:
+        raise UsageError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
+    if max_samples < 0:
+        raise UsageError(f"--max-samples {max_samples} is negative: give 0 for all texts, or a number above it")
+    loader = {"ag_news": _ag_news, "wikitext": _wikitext, "demo": _demo}[dataset]
+    splits, labels, names, source, notes = loader(data_root, cache_dir, seed)
+    n = len(splits["train"])
+    if 0 < max_samples < n:
+        generator = stream(seed, "choice of training texts")
+        chosen = stratified(labels["train"], [max_samples, n - max_samples], generator, "texts")[0]
+        splits, labels = splits | {"train": _take(splits["train"], chosen)}, labels | {"train": labels["train"][chosen]}
+        notes.append(f"--max-samples {max_samples}: that many of {n} training texts, topics in proportion")
+    elif max_samples > n:
+        notes.append(f"--max-samples {max_samples}: all {n} training texts, there are no more")
+    hashes = {}
+    for split in SPLITS:
+        packed = labels[split].astype("<i8").tobytes()
+        hashes[split] = hashlib.sha256(documents_sha256(splits[split]).encode() + packed).hexdigest()
+    fingerprint = {
+        "dataset": dataset,
+        "source": source,
+        "sha256": hashes,
+        "counts": {split: len(splits[split]) for split in SPLITS},
+        "label_names": list(names),
+    }
+    return Texts(dataset, splits, labels, tuple(names), notes, fingerprint)
+
+
+def as_corpus(texts):
+    """`Texts` as a `common.corpora.Corpus` whose documents are the texts; `common.text.load_tokenizer` takes it."""
+    return Corpus(texts.name, "texts", texts.fingerprint["source"], *(texts.splits[split] for split in SPLITS))
+
+
+def _take(items, rows):
+    return [items[i] for i in rows]
+
+
+def _ag_news(data_root, cache_dir, seed):
+    found, source, notes = ag_news.read(data_root, cache_dir)
+    items, labels = found["train"]
+    n = len(items)
+    if n < 2:
+        raise UsageError(f"{n} training text in {source}: at least 2 are needed, one of them for validation")
+    held_out = max(1, min(MOST_VALIDATION, int(VALIDATION_SHARE * n)))
+    rows, held = stratified(labels, [n - held_out, held_out], stream(seed, "validation texts"), "texts")
+    notes.append(f"ag_news: {held_out} of {n} training texts are the validation split")
+    splits = {"train": _take(items, rows), "validation": _take(items, held), "test": found["test"][0]}
+    labels = {"train": labels[rows], "validation": labels[held], "test": found["test"][1]}
+    return splits, labels, ag_news.TOPICS, source, notes
+
+
+def _wikitext(data_root, cache_dir, seed):
+    corpus = load_corpus("wikitext2", data_root, cache_dir)
+    articles = [getattr(corpus, split) for split in SPLITS]
+    topics, names = article_topics(articles[0], articles[1:])
+    splits, labels, dropped = {}, {}, 0
+    for split, documents, of_article in zip(SPLITS, articles, topics, strict=True):
+        kept = [(part, topic) for d, topic in zip(documents, of_article, strict=True) for part in _paragraphs(d)]
+        long = [len(part.split()) >= SHORTEST_PARAGRAPH for part, _ in kept]
+        dropped += long.count(False)
+        splits[split] = [part for (part, _), good in zip(kept, long, strict=True) if good]
+        labels[split] = np.array([topic for (_, topic), good in zip(kept, long, strict=True) if good], dtype=np.int64)
+        if not splits[split]:
+            raise UsageError(f"WikiText-2 ({corpus.source}): no paragraph in the {split} split: get the file again")
+    notes = [
+        f"wikitext has no topics: {len(articles[0])} training articles are clustered into {len(names)} by their words",
+        f"wikitext: {dropped} lines of fewer than {SHORTEST_PARAGRAPH} words are dropped",
+    ]
+    return splits, labels, names, f"{corpus.source} ({corpus.variant})", notes
+
+
+def _paragraphs(article):
+    """The lines of an article that are neither blank nor a heading (" = Title = ", " = = Section = = ")."""
+    lines = (line.strip() for line in article.split("\n"))
+    return [line for line in lines if line and not (line.startswith("= ") and line.endswith(" ="))]
+
+
+def _demo(data_root, cache_dir, seed):
+    corpus = load_corpus("demo")
+    from pydoc_data.topics import topics  # which load_corpus found
+
+    page_of = {document: page for page, document in demo_documents(topics).items()}
+    splits, labels = {}, {}
+    for split in SPLITS:
+        pieces = [(piece, demo_topic(page_of[d])) for d in getattr(corpus, split) for piece in sentences(d)]
+        splits[split] = [piece for piece, _ in pieces]
+        labels[split] = np.array([topic for _, topic in pieces], dtype=np.int64)
+    return splits, labels, DEMO_TOPICS, corpus.source, []
+
+
+def sentences(document, characters=DEMO_CHARACTERS):
+    """A document (a paragraph a line) as pieces of whole sentences, each the shortest run of `characters` or more.
+
+    What is left at the end joins the piece before it; nothing but white space between sentences is lost.
+    """
+    pieces, current = [], ""
+    for sentence in re.split(r"(?<=[.!?:;)])\s*\n|(?<=[.!?])\s+(?=[\"(]?[A-Z])", document.strip()):
+        current = f"{current} {sentence}".strip()
+        if len(current) >= characters:
+            pieces.append(current)
+            current = ""
+    if current:
+        pieces[-1:] = [" ".join([*pieces[-1:], current])]
+    return pieces
+
+
+# ---------------------------------------------------------------------------------------------- tokenised
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedTexts:
+    """A tokenised split: text i is `tokens[offsets[i] : offsets[i + 1]]`, end of text last unless the text was cut.
+
+    tokens: uint16 or int32; offsets: int64 [n + 1]; byte_lengths: int64 [n], UTF-8 bytes of the tokens that are
+    scored, which are all but a text's first (end of text counts 0); eos: the id of end of text, also the padding; cut:
+    how many texts were longer than max_length.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    byte_lengths: np.ndarray
+    eos: int
+    cut: int
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def lengths(self):
+        """Tokens of each text, its end included: int64 [n]. One fewer is scored."""
+        return np.diff(self.offsets)
+
+    def batch(self, rows, multiple=1):
+        """The texts `rows` as int64 tensors {"input_ids", "attention_mask", "labels"} [B, L], padded on the right.
+
+        labels are the input ids, -100 on the padding only: a model that shifts them (transformers' do) predicts
+        labels[:, 1:], each text's own end included. multiple: L is rounded up to a multiple of it.
+        """
+        rows = np.asarray(rows)
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        longest = -(-int(lengths.max()) // multiple) * multiple
+        mask = np.arange(longest) < lengths[:, None]  # [B, L]
+        flat = (self.offsets[rows][:, None] + np.arange(longest))[mask]  # [tokens]
+        inputs = np.full(mask.shape, self.eos, dtype=np.int64)  # [B, L]
+        inputs[mask] = self.tokens[flat]
+        batch = {"input_ids": inputs, "attention_mask": mask.astype(np.int64), "labels": np.where(mask, inputs, IGNORE)}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def encode(texts, tokenizer, max_length=128, cache_dir=None):
+    """{split: `TokenizedTexts`} of `Texts`: each text's tokens, then one end of text, `max_length` in all at most.
+
+    A longer text keeps its first max_length tokens, without an end, which would teach the model to stop in the middle
+    of a sentence; `cut` counts such texts. Words such as "<unk>" or "<|endoftext|>" inside a text are ordinary
+    characters. Cached before the cut, under a key of the texts, the tokenizer (all of it) and the version of its
+    library (`common.text.encode`).
+
+    Raises UsageError for a max_length below 2 or above what the tokenizer's model takes.
+    """
+    if not 2 <= max_length <= tokenizer.model_max_length:
+        raise UsageError(
+            f"--max-length {max_length} is outside 2 to {tokenizer.model_max_length}, the most that this tokenizer's "
+            "model takes: choose one in between"
+        )
+    whole = text.encode(as_corpus(texts), tokenizer, cache_dir)
+    token_bytes = text.token_byte_lengths(tokenizer)
+    return {split: _cut(whole[split], max_length, token_bytes, int(tokenizer.eos_token_id)) for split in SPLITS}
+
+
+def _cut(documents, max_length, token_bytes, eos):
+    lengths = documents.lengths()
+    kept = np.minimum(lengths, max_length)
+    inside = np.arange(len(documents.tokens)) - np.repeat(documents.offsets[:-1], lengths)  # each token's place
+    tokens = documents.tokens[inside < np.repeat(kept, lengths)]
+    offsets = np.concatenate([[0], np.cumsum(kept)])
+    sums = np.concatenate([[0], np.cumsum(token_bytes[tokens])])
+    scored = sums[offsets[1:]] - sums[offsets[:-1] + 1]
+    return TokenizedTexts(tokens, offsets, scored, eos, int((lengths > max_length).sum()))
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def training_batches(n, batch_size, epochs=1, seed=0, round=0, client=0, steps=None):
+    """Which of a client's n texts each step takes: a list of int64 arrays of at most batch_size.
+
+    An epoch takes every text once, in an order of its own with the key (seed, round, client, epoch); its last batch may
+    be smaller. epochs: above 0, 0.5 is the first half (rounded up) of an epoch's batches. steps: exactly so many
+    batches instead, whatever n is: epochs follow each other until there are enough.
+
+    Raises: ValueError for n, batch_size or steps below 1, and epochs that are not above 0.
+    """
+    if n < 1 or batch_size < 1 or (steps is not None and steps < 1) or not epochs > 0:
+        raise ValueError(f"n {n}, batch_size {batch_size}, epochs {epochs} and steps {steps} must be above 0")
+    a_round = -(-n // batch_size)  # batches of an epoch
+    wanted = math.ceil(epochs * a_round - 1e-9) if steps is None else steps
+    batches = []
+    for epoch in range(-(-wanted // a_round)):
+        order = stream(seed, f"batches of epoch {epoch}", round, client).permutation(n)
+        batches += [order[i : i + batch_size] for i in range(0, n, batch_size)]
+    return batches[:wanted]
+
+
+def evaluation_batches(lengths, batch_size):
+    """All texts once, the longest first (so that too large a batch fails at once): list of int64 arrays."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

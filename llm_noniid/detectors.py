@@ -1,0 +1,266 @@
+"""Detectors of failing training: pure functions of logged curves, alike after each round and at the end.
+
+    alarms = run_detectors(curves_of(run.metrics()))
+
+    diverged      the loss is nan or inf, rose by more than 1 nat in 10 rounds (FedProx, Li et al. 2020, appendix), or
+                  stays 30 % above its best
+    oscillating   the loss turns at half of its points or more, by more than 2 % of itself
+    drifting      the clients' own parts of their updates stay longer than twice what they share
+    slow          the best loss improved by less than 1 % in 20 rounds
+    left_out      updates that were not finite: a mean without them can look healthy while training breaks
+
+Each looks only back: run on a curve's first t points it gives exactly those alarms of the whole curve whose round is
+among them. Each but left_out reports its first alarm only. benchmarks/detectors.py measures how often each is right.
+
+Curves: {"round": [...], name: [...]}, of equal length, rounds rising; None is a missing value (skipped), nan and inf
+(also as text, as metrics.jsonl has them) are values.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+DETECTORS = ("diverged", "oscillating", "drifting", "slow", "left_out")
+STOP_ON = ("never", "divergence", "any")
+
+# The median of |x| of a standard normal x; second differences of white noise have 6 times its variance.
+_NORMAL_MEDIAN = 0.6745
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What a detector saw: its name, the round, the value that crossed the threshold, and a line for the user.
+
+    value and threshold are None where the loss was not finite (JSON has no nan; the message says which).
+    """
+
+    detector: str
+    round: int
+    value: float | None
+    threshold: float | None
+    message: str
+
+    def row(self):
+        """The alarm as a dict for JSON."""
+        return asdict(self)
+
+
+def diverged(rounds, losses, jump=1.0, window=10, ratio=1.3, hold=3):
+    """The first round at which the loss left: an `Alarm`, or None.
+
+    not finite, or f_t - f_s > jump, s the latest evaluation with s <= t - window, or the last `hold` losses all above
+    ratio times the best loss until then.
+
+    Args: jump: in nats; window: in rounds; hold: in evaluations (one bad evaluation is no divergence).
+    """
+    times, values = _points(rounds, losses)
+    best = np.minimum.accumulate(values) if len(values) else values
+    helps = "lower --learning-rate or --local-steps, or clip gradients"
+    for i, (t, f) in enumerate(zip(times.tolist(), values.tolist(), strict=True)):
+        if not math.isfinite(f):
+            return Alarm("diverged", t, None, None, f"round {t}: the loss is {f} (limit: any finite value): {helps}")
+        before = np.searchsorted(times, t - window, side="right") - 1
+        rise = f - float(values[before]) if before >= 0 else 0.0
+        if rise > jump:
+            text = (
+                f"round {t}: the loss rose by {rise:.3g} nats in {t - times[before]} rounds (limit {jump:g}): {helps}"
+            )
+            return Alarm("diverged", t, rise, jump, text)
+        times_best = float(values[i - hold + 1 : i + 1].min() / best[i]) if i + 1 >= hold and best[i] > 0 else 0.0
+        if times_best > ratio:
+            text = f"round {t}: {hold} losses in a row are {times_best:.3g} times the best (limit {ratio:g}): {helps}"
+            return Alarm("diverged", t, times_best, ratio, text)
+    return None
+
+
+def sign_change_rate(losses):
+    """The share of neighbouring differences of opposite sign, [windows] for losses [windows, n].
+
+    The differences are freed of a straight line in time first (a falling curve's own differences are all negative).
+    White noise has 2/3. On its own it tells nothing: one in six windows of 10 points of pure noise has more than 3/4.
+    """
+    d = np.diff(np.atleast_2d(losses), axis=1)  # [windows, n - 1]
+    t = np.arange(d.shape[1]) - (d.shape[1] - 1) / 2
+    slope = (d * t).sum(axis=1) / (t * t).sum()  # [windows]
+    d = d - d.mean(axis=1, keepdims=True) - slope[:, None] * t
+    return (d[:, 1:] * d[:, :-1] < 0).mean(axis=1)  # [windows]
+
+
+def amplitude(losses):
+    """How much a curve swings, as the standard deviation of white noise that swings as much; [windows].
+
+        median |f_{t+1} - 2 f_t + f_{t-1}| / (0.6745 sqrt 6),   losses [windows, n]
+
+    The median, so that one spike does not count; second differences, so that neither a trend does. f_t = +-a has 2.4 a.
+    """
+    second = np.diff(np.atleast_2d(losses), n=2, axis=1)  # [windows, n - 2]
+    return np.median(np.abs(second), axis=1) / (_NORMAL_MEDIAN * math.sqrt(6))  # [windows]
+
+
+def oscillating(rounds, losses, window=10, rate=0.5, floor=0.02, noise=0.0):
+    """The first window that turns often and swings above the noise floor: an `Alarm`, or None.
+
+    sign_change_rate >= rate and amplitude > max(floor * median loss, 3 noise), over `window` evaluations. Swings of a
+    period above 4 evaluations turn too rarely to be seen.
+
+    Args: floor: relative, 0.02 being 0.06 nats at a loss of 3; noise: the standard deviation in nats that evaluations
+        are known to have anyway, 0 if unknown.
+    """
+    times, values = _points(rounds, losses)
+    times, values = times[np.isfinite(values)], values[np.isfinite(values)]
+    if len(values) < window:
+        return None
+    windows = np.lib.stride_tricks.sliding_window_view(values, window)  # [windows, window]
+    limits = np.maximum(floor * np.median(windows, axis=1), 3 * noise)
+    rates, swings = sign_change_rate(windows), amplitude(windows)
+    hits = np.flatnonzero((rates >= rate) & (swings > limits))
+    if not len(hits):
+        return None
+    i = hits[0]
+    t, value, limit = int(times[i + window - 1]), float(swings[i]), float(limits[i])
+    text = (
+        f"round {t}: the loss swings by {value:.3g} nats, turning at {rates[i]:.0%} of the last {window} evaluations "
+        f"(limits {limit:.3g} and {rate:.0%}): raise --participation-rate, lower --learning-rate or --local-steps"
+    )
+    return Alarm("oscillating", t, value, limit, text)
+
+
+def drifting(rounds, drifts, clients=None, threshold=2.0, orthogonal=0.9, hold=3):
+    """The relative drift is above a threshold in `hold` evaluations in a row: an `Alarm`, or None.
+
+    The limit is min(threshold, orthogonal * sqrt(m - 1)) with m clients in the round: updates that share nothing have
+    sqrt(m - 1), so that few clients cannot reach a fixed threshold (see `diagnostics.relative_drift`). Near an optimum
+    the shared part fades and noise stays: even clients that are alike drift then.
+
+    Args: drifts: `relative_drift` of `diagnostics.update_figures`; clients: m, a number or a curve of numbers; None:
+        unknown, the limit is `threshold`. Rounds of one client are skipped.
+    """
+    if clients is None or isinstance(clients, int | float):
+        clients = [clients] * len(rounds)
+    above = 0
+    for t, value, m in zip(rounds, drifts, clients, strict=True):
+        value = _number(value)
+        if value is None or math.isnan(value) or (m is not None and m < 2):
+            continue
+        limit = threshold if m is None else min(threshold, orthogonal * math.sqrt(m - 1))
+        above = above + 1 if value > limit else 0
+        if above == hold:
+            text = (
+                f"round {t}: the relative drift is {value:.3g}, above {limit:.3g} in {hold} evaluations in a row: "
+                "lower --local-steps, raise --mu (fedprox), take scaffold, or --cluster updates"
+            )
+            return Alarm("drifting", t, _finite(value), limit, text)
+    return None
+
+
+def slow(rounds, losses, window=20, improvement=0.01, target=None):
+    """The best loss improved by less than 1 % in 20 rounds: an `Alarm`, or None.
+
+    1 - min_{s <= t} f_s / min_{s <= t - window} f_s < improvement. A run that has converged looks the same: with a
+    `target` loss, rounds from which on it is reached are not slow.
+    """
+    times, values = _points(rounds, losses)
+    best = np.minimum.accumulate(np.where(np.isfinite(values), values, np.inf)) if len(values) else values
+    for t, now in zip(times.tolist(), best.tolist(), strict=True):
+        earlier = np.searchsorted(times, t - window, side="right") - 1
+        before = float(best[earlier]) if earlier >= 0 else 0.0
+        if not 0 < before < math.inf or (target is not None and now <= target):
+            continue
+        value = 1 - now / before
+        if value < improvement:
+            text = (
+                f"round {t}: the best loss improved by {value:.2%} in {t - times[earlier]} rounds (limit "
+                f"{improvement:.2%}): it has converged, or raise --learning-rate, --local-steps, --participation-rate"
+            )
+            return Alarm("slow", t, value, improvement, text)
+    return None
+
+
+def left_out(rounds, events):
+    """Clients whose updates were not finite and so left out of the mean: a list of `Alarm`s.
+
+    One alarm for each round in which a client is left out for the first time, naming those clients.
+
+    Args: events: for each evaluation, the pairs [round, client] since the evaluation before (None: no such round).
+    """
+    known, found = set(), {}
+    for pairs in events:
+        for t, k in pairs or []:
+            if k not in known:
+                known.add(k)
+                found.setdefault(t, []).append(k)
+    return [
+        Alarm(
+            "left_out",
+            t,
+            len(ids),
+            0,
+            f"round {t}: {len(ids)} update{'s' * (len(ids) > 1)} not finite (limit 0), left out: client "
+            f"{', '.join(map(str, sorted(ids)))}: lower --learning-rate, clip gradients, or --amp off",
+        )
+        for t, ids in found.items()
+    ]
+
+
+def run_detectors(curves, settings=None, loss="val_loss", drift="relative_drift", clients="clients", out="left_out"):
+    """Every detector that has its curve: a list of `Alarm`s, by round.
+
+    Args: curves: see this module's docstring; a curve that is not there is not looked at. clients: the name of the
+        curve with the number of clients (or their ids) of each round; out: of `left_out`'s events.
+        settings: {detector: {argument: value}} for other thresholds than the defaults.
+    Raises: ValueError for a setting of a detector that does not exist, curves of unequal length, rounds that do not
+        rise.
+    """
+    settings = dict(settings or {})
+    rounds = [int(t) for t in curves["round"]]
+    if unknown := set(settings) - set(DETECTORS):
+        raise ValueError(f"no detector is called {', '.join(sorted(unknown))}: choose from {', '.join(DETECTORS)}")
+    if any(len(curves[name]) != len(rounds) for name in (loss, drift, clients, out) if name in curves):
+        raise ValueError("the curves differ in length")
+    if any(a >= b for a, b in zip(rounds, rounds[1:], strict=False)):
+        raise ValueError(f"the rounds {rounds} do not rise")
+    alarms = []
+    if loss in curves:
+        for name, detector in (("diverged", diverged), ("oscillating", oscillating), ("slow", slow)):
+            alarms.append(detector(rounds, curves[loss], **settings.get(name, {})))
+    if drift in curves:
+        sizes = [_size(v) for v in curves[clients]] if clients in curves else None
+        alarms.append(drifting(rounds, curves[drift], **{"clients": sizes} | settings.get("drifting", {})))
+    if out in curves:
+        alarms += left_out(rounds, curves[out], **settings.get("left_out", {}))
+    return sorted((a for a in alarms if a is not None), key=lambda a: (a.round, DETECTORS.index(a.detector)))
+
+
+def curves_of(rows):
+    """The lines of metrics.jsonl (dicts with "round") as curves; None where a line lacks a name."""
+    rows = list(rows)
+    names = dict.fromkeys(["round", *(name for row in rows for name in row)])
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def stops(alarms, stop_on):
+    """The first alarm that ends a run under --stop-on ("never", "divergence", "any"); None when none does."""
+    if stop_on not in STOP_ON:
+        raise ValueError(f"stop_on {stop_on!r} is not one of {', '.join(STOP_ON)}")
+    ending = {"never": (), "divergence": ("diverged",), "any": DETECTORS}[stop_on]
+    return next((alarm for alarm in alarms if alarm.detector in ending), None)
+
+
+def _points(rounds, values):
+    """The rounds with a value, and the values: int64 and fp64 arrays."""
+    found = [(t, _number(v)) for t, v in zip(rounds, values, strict=True)]
+    found = [(t, v) for t, v in found if v is not None]
+    return np.array([t for t, _ in found], dtype=np.int64), np.array([v for _, v in found], dtype=np.float64)
+
+
+def _number(value):
+    return None if value is None else float(value)  # float also reads "nan" and "inf"
+
+
+def _finite(value):
+    return value if math.isfinite(value) else None
+
+
+def _size(value):
+    return len(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,280 @@
+"""How far clients pull apart, how alike their models see the data, how fast a run got somewhere.
+
+Updates are compared as what they do to the layers, never as factors: A and B are a gauge (B R and R^-1 A are the same
+adapter for any invertible R). Client k's update of a layer is d_k = s (B_k A_k - B A) [d, k], and everything about m
+clients' updates is in their Gram matrix G_ij = <d_i, d_j>, m x m, which `update_gram` computes without forming any
+d x k matrix:
+
+    gram = update_gram(theta, [theta_k of the clients, by id], scale)
+    run.log(round, update_figures(gram, weights))
+
+theta is {"A.<layer>": [r, k], "B.<layer>": [d, r]}. Weights are the p_k of the round's mean, sum_k p_k d_k; they are
+divided by their sum, and None means equal ones. Figures of updates are numbers without a unit; losses are in nats.
+"""
+
+import contextlib
+import math
+
+import numpy as np
+import torch
+
+# Squared distances below this part of the squared norms are rounding of G: updates that differ by less than 1e-7 of
+# their norm count as the same.
+_ROUNDING = 1e-14
+
+
+def update_gram(theta, clients, scale):
+    """Inner products of the clients' updates of all layers together: G [m, m], fp64, numpy.
+
+        d_k = s (B_k A_k - B A) = s U_k V_k,   U_k = [B_k - B, B] [d, 2r],   V_k = [A_k; A_k - A] [2r, k]
+        <d_i, d_j> = s^2 tr((U_j^T U_i)(V_i V_j^T)) = s^2 sum_ab (U_i^T U_j)_ab (V_i V_j^T)_ab
+
+    In this form B A itself never enters, so that a small update of a large adapter loses no digits, and a client that
+    did not move has a row of exact zeros. O(m^2 r^2 (d + k)) a layer; on the CPU with one thread, so that the same
+    clients in the same order (sort them by id) give the same bits everywhere. Memory: one layer of all m clients.
+
+    Args:
+        theta: {"A.<layer>": [r, k], "B.<layer>": [d, r]}, the factors that the clients started from.
+        clients: list of such dicts, one a client, of theta's shapes; at least one.
+        scale: s = alpha/r, a number, or {layer: number}.
+    Raises: ValueError for other names or shapes than theta's, and for factors that are not finite (such a client is
+        left out of the round, and has no update).
+    """
+    clients = list(clients)
+    if not clients:
+        raise ValueError("no client: there are no updates to compare")
+    for i, theta_k in enumerate(clients):
+        if {n: t.shape for n, t in theta_k.items()} != {n: t.shape for n, t in theta.items()}:
+            raise ValueError(f"client number {i} of the list has other factors than theta")
+    gram = np.zeros((len(clients), len(clients)))
+    for layer in _layers(theta):
+        s = scale[layer] if isinstance(scale, dict) else scale
+        with _one_thread():
+            gram += s * s * _layer_gram(*(_pair(t, layer) for t in (theta, *clients)))
+    if not np.isfinite(gram).all():
+        broken = [i for i in range(len(gram)) if not np.isfinite(gram[i, i])]
+        raise ValueError(f"updates number {broken} of the list are not finite: leave these clients out")
+    return gram
+
+
+def relative_drift(gram, weights=None):
+    """||d_k - d|| / ||d|| of every client, d = sum_k p_k d_k; [m], nan where d = 0 (updates that cancel).
+
+    m orthogonal updates of equal norm and weight have sqrt(m - 1): the figure grows with m, and says for itself only
+    how much longer a client's own part is than the shared part.
+    """
+    gram, p = _checked(gram, weights)
+    mean = _mean_square(gram, p)
+    if mean == 0:
+        return np.full(len(gram), np.nan)
+    norms = np.diag(gram)
+    apart = norms[:, None] + norms[None] - 2 * gram  # [m, m]
+    apart[apart < _ROUNDING * (norms[:, None] + norms[None])] = 0
+    # Of distances between clients, not of norms: equal updates then have exactly 0.
+    own = apart @ p - 0.5 * (p @ apart @ p)  # [m]
+    return np.sqrt(np.maximum(own, 0) / mean)
+
+
+def gradient_diversity(gram):
+    """sum_k ||d_k||^2 / ||sum_k d_k||^2 (Yin et al. 2018): 1/m all alike, 1 orthogonal; None where the sum is 0."""
+    gram, _ = _checked(gram, None)
+    total = len(gram) ** 2 * _mean_square(gram, np.full(len(gram), 1 / len(gram)))
+    return float(np.trace(gram) / total) if total > 0 else None
+
+
+def cosines_with_mean(gram, weights=None):
+    """cos(d_k, sum_j p_j d_j) of every client; [m], nan where either is 0.
+
+    A client is part of the mean: of m orthogonal updates each has 1/sqrt(m), not 0.
+    """
+    gram, p = _checked(gram, weights)
+    lengths = np.sqrt(np.diag(gram) * _mean_square(gram, p))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.clip(np.where(lengths > 0, (gram @ p) / lengths, np.nan), -1, 1)
+
+
+def mean_cosine(gram, weights=None):
+    """The mean over the clients that moved of their cosine with the weighted mean; None where there is none."""
+    found = cosines_with_mean(gram, weights)
+    found = found[np.isfinite(found)]
+    return float(found.mean()) if len(found) else None
+
+
+def cosine_matrix(gram):
+    """cos(d_i, d_j) [m, m]; ones on the diagonal. A client that did not move has zeros, on the diagonal too."""
+    gram, _ = _checked(gram, None)
+    lengths = np.sqrt(np.diag(gram))
+    inverse = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+    cosines = np.clip(gram * inverse[:, None] * inverse[None], -1, 1)
+    np.fill_diagonal(cosines, lengths > 0)
+    return cosines
+
+
+def update_figures(gram, weights=None):
+    """A round's figures, {name: float}, None where one is undefined.
+
+    relative_drift: sqrt(sum_k p_k ||d_k - d||^2) / ||d||; relative_drift_max: the largest client's; gradient_diversity;
+    mean_cosine, min_cosine: of the clients that moved with d; update_cosine: mean over the pairs of clients that moved;
+    update_norm: ||d||.
+    """
+    gram, p = _checked(gram, weights)
+    drift, cosines = relative_drift(gram, p), cosines_with_mean(gram, p)
+    moved = np.flatnonzero(np.diag(gram) > 0)
+    pairs = cosine_matrix(gram)[np.ix_(moved, moved)][np.triu_indices(len(moved), 1)]
+    cosines = cosines[np.isfinite(cosines)]
+    return {
+        "relative_drift": _or_none(math.sqrt(p @ drift**2)),
+        "relative_drift_max": _or_none(drift.max()),
+        "gradient_diversity": gradient_diversity(gram),
+        "mean_cosine": mean_cosine(gram, p),
+        "min_cosine": float(cosines.min()) if len(cosines) else None,
+        "update_cosine": float(pairs.mean()) if len(pairs) else None,
+        "update_norm": math.sqrt(_mean_square(gram, p)),
+    }
+
+
+# ---- weights and gradients
+
+
+def weight_cosines(mean, clients):
+    """The source's measure: the cosine of each client's weights (A and B, not products) with the mean's; a list.
+
+    Nearly always 1, as weights share what they started from: use the figures of updates. None for weights of zeros.
+
+    Args: mean: {name: tensor}; clients: list of such dicts.
+    """
+    squares = _inner(mean, mean)
+    result = []
+    for theta_k in clients:
+        lengths = math.sqrt(squares * _inner(theta_k, theta_k))
+        result.append(_inner(theta_k, mean) / lengths if lengths > 0 else None)
+    return result
+
+
+def weight_cosine_drift(mean, clients):
+    """1 - the mean of `weight_cosines`, the source's "weight cosine drift"; None where there is no cosine."""
+    found = [c for c in weight_cosines(mean, clients) if c is not None]
+    return 1 - sum(found) / len(found) if found else None
+
+
+def gradient_norm_variance(norms):
+    """The variance over clients (divided by m) of each client's mean gradient norm.
+
+    Args: norms: a list with the gradient norms of every client's steps (arrays or tensors [steps], or one number).
+    Returns None without clients, and where a norm is not finite.
+    """
+    means = [float(torch.as_tensor(n, dtype=torch.float64).mean()) for n in norms]
+    return float(np.var(means)) if means and all(map(math.isfinite, means)) else None
+
+
+# ---- representations
+
+
+def linear_cka(X, Y):
+    """Linear centred kernel alignment of two models' hidden states of the same n tokens (Kornblith et al. 2019).
+
+        ||Y_c^T X_c||_F^2 / (||X_c^T X_c||_F ||Y_c^T Y_c||_F),   columns centred; between 0 and 1
+
+    1 where one is a rotation and a scaling of the other. Take n well above the widths p and q: with n below them any
+    two representations look alike. fp64 on the CPU, O(n p q) (or O(n^2 (p + q)) where n is smaller).
+
+    Args: X [n, p], Y [n, q]: floating-point tensors or arrays, any device.
+    Returns: a float, None where either is constant over the tokens.
+    Raises: ValueError when the numbers of tokens differ.
+    """
+    X, Y = (torch.as_tensor(M).detach().to("cpu", torch.float64) for M in (X, Y))
+    if X.dim() != 2 or Y.dim() != 2 or len(X) != len(Y):
+        raise ValueError(f"hidden states {tuple(X.shape)} and {tuple(Y.shape)}: give [n, p] and [n, q] of n tokens")
+    constant = [M.shape[0] == 0 or bool((M == M[:1]).all()) for M in (X, Y)]
+    if any(constant):
+        return None
+    X, Y = (M - M.mean(0) for M in (X, Y))
+    X, Y = (M / torch.linalg.vector_norm(M) for M in (X, Y))
+    if len(X) < max(X.shape[1], Y.shape[1]):
+        K, L = X @ X.T, Y @ Y.T  # [n, n]
+        above, left, right = (K * L).sum(), K, L
+    else:
+        above, left, right = (Y.T @ X).square().sum(), X.T @ X, Y.T @ Y  # [], [p, p], [q, q]
+    return float(above / (torch.linalg.vector_norm(left) * torch.linalg.vector_norm(right)))
+
+
+# ---- curves
+
+
+def generalization_gap(train_loss, val_loss):
+    """Validation loss - training loss, in nats; None where either is missing or not finite."""
+    if train_loss is None or val_loss is None or not (math.isfinite(train_loss) and math.isfinite(val_loss)):
+        return None
+    return val_loss - train_loss
+
+
+def rounds_to_target(rounds, losses, target):
+    """The first of `rounds` whose loss is at most `target` (convergence speed); None when none is."""
+    for round, loss in zip(rounds, losses, strict=True):
+        if loss is not None and loss <= target:
+            return round
+    return None
+
+
+# ---- pieces
+
+
+def _layers(theta):
+    layers = [name[2:] for name in theta if name.startswith("A.")]
+    if {f"{letter}.{layer}" for layer in layers for letter in "AB"} != set(theta):
+        raise ValueError(f"factors {sorted(theta)} are not pairs A.<layer>, B.<layer>")
+    return layers
+
+
+def _pair(theta, layer):
+    return [theta[f"{letter}.{layer}"].detach().to("cpu", torch.float64) for letter in "AB"]
+
+
+def _layer_gram(start, *pairs):
+    (A, B), m = start, len(pairs)
+    r = 2 * len(A)
+    left = torch.cat([torch.cat([B_k - B, B], dim=1) for _, B_k in pairs], dim=1)  # [d, m 2r]
+    right = torch.cat([torch.cat([A_k, A_k - A]) for A_k, _ in pairs])  # [m 2r, k]
+    gram = np.zeros((m, m))
+    for i in range(m):
+        mine, rest = slice(i * r, (i + 1) * r), slice(i * r, None)
+        products = (left[:, mine].T @ left[:, rest]) * (right[mine] @ right[rest].T)  # [2r, (m - i) 2r]
+        gram[i, i:] = products.view(r, m - i, r).sum((0, 2)).numpy()  # [m - i]
+        gram[i:, i] = gram[i, i:]
+    return gram
+
+
+def _checked(gram, weights):
+    """(G, p): the diagonal at least 0 (a change of gauge alone can round to below), p with the sum 1."""
+    gram = np.array(gram, dtype=np.float64)
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
+        raise ValueError(f"a Gram matrix of m clients is m x m, not {gram.shape}")
+    np.fill_diagonal(gram, np.maximum(np.diag(gram), 0))
+    p = np.ones(len(gram)) if weights is None else np.array(weights, dtype=np.float64)
+    if p.shape != (len(gram),) or not (np.isfinite(p).all() and (p >= 0).all() and p.sum() > 0):
+        raise ValueError(f"weights {weights}: give {len(gram)} finite numbers of at least 0 with a sum above 0")
+    return gram, p / p.sum()
+
+
+def _mean_square(gram, p):
+    """||sum_k p_k d_k||^2; 0 where the updates cancel up to rounding."""
+    square = float(p @ gram @ p)
+    return square if square > _ROUNDING * float(p @ np.diag(gram)) else 0.0
+
+
+def _inner(a, b):
+    return sum(float((a[n].detach().double() * b[n].detach().double()).sum()) for n in a)
+
+
+def _or_none(value):
+    return float(value) if math.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,128 @@
+"""The causal language models of this study: from the hub, from a folder, or `tiny` from a config.
+
+tokenizer = find_tokenizer(args, texts)
+base = load_base("distilgpt2", tokenizer, max_length=128, seed=42)
+lora = LoraModel(base, r=8, alpha=16, dropout=0.05)                    # common.lora
+"""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from common.cli import UsageError
+from common.corpora import hub_reachable, one_line
+from common.hub import download, hub_cache
+from common.seeding import seed_torch
+from common.text import load_tokenizer, vocabulary_size
+from llm_noniid.data import as_corpus
+
+MODELS = {
+    "distilgpt2": "distilbert/distilgpt2",
+    "gpt2": "openai-community/gpt2",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "qwen-0.5b": "Qwen/Qwen2.5-0.5B",
+}
+TINY_TOKENS = "bpe:2048"  # byte-level BPE, learnt from the training texts
+
+
+def find_model(name):
+    """The folder of a model: `name` itself, else what an earlier download left, else from the hub.
+
+    Raises UsageError when it is not there, or a folder without config.json or safetensors.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        spec = MODELS.get(name, name)
+        try:
+            folder = download(spec, cache_dir=hub_cache(), online=False)
+        except UsageError:
+            if not hub_reachable():
+                raise UsageError(
+                    f"no model {name}: not a folder, not downloaded before, and the hub is out of reach: download "
+                    f"{spec} where there is a network, make one with pretrain.py, or take --model tiny"
+                ) from None
+            folder = download(spec, cache_dir=hub_cache())
+    if not (folder / "config.json").is_file() or not list(folder.glob("model*.safetensors")):
+        raise UsageError(f"--model {name}: {folder} has no config.json with model.safetensors: give a folder that has")
+    return folder
+
+
+def find_tokenizer(name, texts, tokenizer=None, data_root=None, cache_dir=None):
+    """The tokenizer: `tokenizer` where given ("bpe:N", a folder, a name), tiny: BPE of the texts, else the model's."""
+    if tokenizer is None:
+        tokenizer = TINY_TOKENS if name == "tiny" else str(find_model(name))
+    return load_tokenizer(tokenizer, as_corpus(texts), data_root, cache_dir)
+
+
+def tiny_config(tokenizer, max_length, d_model=64, layers=2, heads=2):
+    """A small GPT-2. Args: max_length: its positions."""
+    from transformers import GPT2Config
+
+    eos = tokenizer.eos_token_id
+    return GPT2Config(
+        vocab_size=vocabulary_size(tokenizer),
+        n_positions=max_length,
+        n_embd=d_model,
+        n_layer=layers,
+        n_head=heads,
+        bos_token_id=eos,
+        eos_token_id=eos,
+    )
+
+
+def load_base(name, tokenizer, max_length, seed):
+    """A transformers causal language model on the CPU, in fp32.
+
+    name: "tiny" (random weights that follow from seed), a key of `MODELS`, a folder, or a name on the hub.
+    Raises UsageError for a model that is not there or cannot be read, has fewer embeddings than the tokenizer tokens,
+    or fewer positions than max_length.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+    seed_torch(seed, "weights")
+    if name == "tiny":
+        return GPT2LMHeadModel(tiny_config(tokenizer, max_length))
+    folder = find_model(name)
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+            )
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        raise UsageError(
+            f"--model {name} cannot be read as a causal language model ({one_line(error)}): give another"
+        ) from error
+    if info["missing_keys"]:
+        raise UsageError(f"--model {name}: its file lacks {sorted(info['missing_keys'])[0]}: give a whole model")
+    embeddings = model.get_input_embeddings().num_embeddings
+    if embeddings < vocabulary_size(tokenizer):
+        raise UsageError(
+            f"--model {name} knows {embeddings} tokens, the tokenizer has {vocabulary_size(tokenizer)}: give the "
+            "model's own --tokenizer"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise UsageError(f"--max-length {max_length} is above the model's {positions} positions: lower it")
+    return model
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without transformers' own progress bars and warnings."""
+    from transformers.utils import logging
+
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
+        logging.enable_progress_bar()
+
+
+def label(name):
+    """What stands for a model in folder names."""
+    return Path(name).name

@@ -1,0 +1,165 @@
+"""Trains a small GPT-2 on a corpus, centrally: a base worth adapting where no hub can be reached.
+
+    python llm_noniid/pretrain.py --dataset wikitext --d-model 256 --layers 4 --epochs 3 --out models/small
+    python llm_noniid/pretrain.py --dataset demo --epochs 2 --out models/demo                    # offline, a minute
+    python llm_noniid/train.py --model models/small                                              # what adapts it
+
+theta <- AdamW on the mean loss of a batch's tokens; linear warm-up, then a cosine to a tenth of the rate.
+
+The folder holds the model and its tokenizer (byte-level BPE of the corpus), as transformers loads them.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import GPT2LMHeadModel
+
+from common.allocator import reuse_large_memory
+from common.checkpoint import saving, swap, write_json
+from common.cli import Parser, RunFailed, UsageError, fraction, positive_float, positive_int, run_main
+from common.evaluation import amp_context, perplexity, pick_device, resolve_amp
+from common.local import gradients
+from common.runlog import git_commit, versions
+from common.seeding import seed_everything, seed_torch
+from common.text import load_tokenizer
+from llm_noniid.data import IGNORE, as_corpus, encode, evaluation_batches, load_texts, training_batches
+from llm_noniid.flags import add_machine_flags
+from llm_noniid.models import quiet, tiny_config
+
+
+def main(args):
+    folder = Path(args.out)
+    if folder.is_file():
+        raise UsageError(f"--out {folder} is a file: give a folder")
+    if folder.exists() and any(folder.iterdir()) and not args.overwrite:
+        raise UsageError(f"--out {folder} exists: --overwrite replaces it, another --out leaves it")
+    if args.d_model % args.heads:
+        raise UsageError(f"--d-model {args.d_model} is not a multiple of --heads {args.heads}: change one")
+    reuse_large_memory()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    amp = resolve_amp(args.amp, device)
+    seed_everything(args.seed)
+    texts = load_texts(args.dataset, args.data_root, args.cache_dir, args.max_samples, args.seed)
+    tokenizer = load_tokenizer(args.tokenizer, as_corpus(texts), args.data_root, args.cache_dir)
+    tokens = encode(texts, tokenizer, args.max_length, args.cache_dir)
+    seed_torch(args.seed, "weights")
+    model = GPT2LMHeadModel(tiny_config(tokenizer, args.max_length, args.d_model, args.layers, args.heads)).to(device)
+    for note in texts.notes:
+        print(note, file=sys.stderr)
+    history = train(args, model, tokens, device, amp)
+    write(args, folder, model, tokenizer, texts, history)
+    print(folder)
+
+
+def train(args, model, tokens, device, amp):
+    """The epochs. Returns a list of {"epoch", "train_loss", "val_loss", "val_ppl", "seconds"}."""
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, weight_decay=0.1, fused=True)
+    per_epoch = math.ceil(len(tokens["train"]) / args.batch_size)
+    total, history, started = per_epoch * args.epochs, [], time.perf_counter()
+    warmup = math.ceil(args.warmup_ratio * total)
+
+    def loss(batch):
+        with amp_context(amp, device):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return nll(logits, batch["labels"]) / (batch["labels"][:, 1:] != IGNORE).sum()
+
+    bar = tqdm(total=total, unit="step", disable=None)
+    for epoch in range(args.epochs):
+        model.train()
+        seed_torch(args.seed, "dropout", epoch)
+        batches = training_batches(len(tokens["train"]), args.batch_size, 1, args.seed, epoch)
+        sums = torch.zeros((), device=device)
+        for i, rows in enumerate(batches):
+            rate = args.learning_rate * schedule(epoch * per_epoch + i, total, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = {name: t.to(device) for name, t in tokens["train"].batch(rows).items()}
+            sums += gradients(loss, (batch,), parameters, amp)
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            bar.update()
+        train_loss = (sums / len(batches)).item()
+        if not math.isfinite(train_loss):
+            raise RunFailed(f"epoch {epoch + 1}: the loss is {train_loss}: lower --learning-rate or --amp off")
+        nll_sum, n = validate(model, tokens["validation"], device, amp)
+        row = {"epoch": epoch + 1, "train_loss": train_loss, "val_loss": nll_sum / n, "val_ppl": perplexity(nll_sum, n)}
+        history.append(row | {"seconds": time.perf_counter() - started})
+        tqdm.write(f"epoch {epoch + 1}/{args.epochs}  train_loss {train_loss:.4f}  val_ppl {row['val_ppl']:.2f}")
+        bar.set_postfix(val_ppl=f"{row['val_ppl']:.2f}")
+    bar.close()
+    return history
+
+
+def schedule(step, total, warmup):
+    """The factor of the learning rate at a step: linear over `warmup` steps, then a cosine from 1 to 0.1."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, total - warmup))
+
+
+def nll(logits, labels):
+    """Summed negative log-likelihood of the scored tokens, in nats."""
+    logits = logits[:, :-1].float().flatten(0, 1)  # [B (L - 1), V]
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+@torch.no_grad()
+def validate(model, encoded, device, amp):
+    """(summed NLL, scored tokens) of a split."""
+    model.eval()
+    sums, count = 0.0, 0
+    for rows in evaluation_batches(encoded.lengths(), 32):
+        batch = {name: t.to(device) for name, t in encoded.batch(rows).items()}
+        with amp_context(amp, device):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        sums += nll(logits, batch["labels"]).item()
+        count += int((batch["labels"][:, 1:] != IGNORE).sum())
+    return sums, count
+
+
+def write(args, folder, model, tokenizer, texts, history):
+    """The model's folder, whole or not at all, with pretraining.json: flags, data, versions, curve."""
+    fresh = folder.with_name(folder.name + ".new")
+    with saving(folder, fresh):
+        fresh.mkdir(parents=True, exist_ok=True)
+        with quiet():
+            model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        about = {"args": vars(args), "git_commit": git_commit(), "versions": versions(), "data": texts.fingerprint}
+        write_json(fresh / "pretraining.json", about | {"history": history})
+        swap(fresh, folder)
+
+
+def build_parser():
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
+    data = parser.add_argument_group("the data")
+    data.add_argument("--dataset", choices=["ag_news", "wikitext", "demo"], default="wikitext", help="the corpus")
+    data.add_argument("--max-samples", type=int, default=0, metavar="N", help="training texts; 0: all")
+    data.add_argument("--max-length", type=positive_int, default=128, metavar="N", help="tokens of a text; positions")
+    data.add_argument("--tokenizer", default="bpe:4096", metavar="NAME", help="bpe:N, gpt2, a folder")
+    data.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
+    data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
+    model = parser.add_argument_group("the model")
+    model.add_argument("--d-model", type=positive_int, default=128, metavar="N", help="width")
+    model.add_argument("--layers", type=positive_int, default=4, metavar="N", help="blocks")
+    model.add_argument("--heads", type=positive_int, default=4, metavar="N", help="attention heads")
+    train = parser.add_argument_group("training")
+    train.add_argument("--epochs", type=positive_int, default=3, metavar="N", help="passes over the texts")
+    train.add_argument("--batch-size", type=positive_int, default=16, metavar="B", help="texts a step")
+    train.add_argument("--learning-rate", type=positive_float, default=2e-3, metavar="X", help="AdamW's highest")
+    train.add_argument("--warmup-ratio", type=fraction, default=0.05, metavar="X", help="share of the steps")
+    add_machine_flags(parser.add_argument_group("the run"))
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser().parse_args())

@@ -1,0 +1,335 @@
+"""Labelled texts of the non-IID study: files with named lines, topics for all, splits that are keyed."""
+
+import csv
+import gzip
+import json
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from common import corpora
+from common.cli import UsageError
+from llm_noniid import ag_news, data, topics
+
+REAL = os.environ.get("FEDQUARTET_DATA")
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """No data and no cache but the test's own, and no way to the network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("FEDQUARTET_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
+
+
+def write_rows(path, rows, start=b"", end="\r\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator=end).writerows(rows)
+    path.write_bytes(start + path.read_bytes())
+
+
+def write_ag_news(root, n=80, train="train.csv"):
+    """n training rows, the classes in the ratio 4 : 2 : 1 : 1, and 8 test rows."""
+    classes = [(1, 1, 1, 1, 2, 2, 3, 4)[i % 8] for i in range(n)]
+    rows = [(c, f"Title {i}", f"Text {i} of class {c}.") for i, c in enumerate(classes)]
+    if train == "train_sample.csv":
+        rows = [("label", "text"), *((c, f"{title} . {text}") for c, title, text in rows)]
+    write_rows(root / "ag_news" / train, rows)
+    write_rows(root / "ag_news" / "test.csv", [(i % 4 + 1, f"Test {i}", "It ends.") for i in range(8)])
+    return root / "ag_news"
+
+
+def refuse(match, *args, **kwargs):
+    with pytest.raises(UsageError, match=match) as error:
+        data.load_texts(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ AG News
+
+
+@pytest.mark.parametrize("start, end", [(b"", "\n"), (b"\xef\xbb\xbf", "\r\n")])
+def test_official_rows_are_read_as_they_are_meant(tmp_path, start, end):
+    rows = [
+        (3, "Fears for T N pension", "Unions say they are 'disappointed'."),
+        ("4", 'A "second" team, now', "A second\\team  of rocketeers \u00e9"),
+        (1, "Two", "lines\nof text"),
+        (2, "", "Only a description . "),
+    ]
+    path = tmp_path / "train.csv"
+    write_rows(path, rows, start, end)
+    texts, labels = ag_news._read_csv(path)
+    assert labels.dtype == np.int64 and labels.tolist() == [2, 3, 0, 1]
+    assert texts == [
+        "Fears for T N pension Unions say they are 'disappointed'.",
+        'A "second" team, now A second team of rocketeers \u00e9',
+        "Two lines of text",
+        "Only a description",
+    ]
+
+
+def test_the_sample_and_the_official_file_give_the_same_texts(tmp_path):
+    write_ag_news(tmp_path / "a")
+    write_ag_news(tmp_path / "b", train="train_sample.csv")
+    official, sample = (data.load_texts("ag_news", tmp_path / name) for name in "ab")
+    assert official.splits == sample.splits and official.fingerprint["sha256"] == sample.fingerprint["sha256"]
+    assert official.fingerprint["source"] == "ag_news/train.csv, test.csv" != sample.fingerprint["source"]
+    assert official.label_names == ("World", "Sports", "Business", "Sci/Tech")
+    assert "ag_news train: 80 texts, officially 120000 (ag_news/train.csv, test.csv)" in official.notes
+    for i, text in enumerate(official.splits["train"]):
+        assert text.endswith(f"of class {official.labels['train'][i] + 1}.")
+
+
+def test_the_official_file_is_preferred_and_folders_have_several_names(tmp_path, monkeypatch):
+    folder = write_ag_news(tmp_path)
+    write_ag_news(tmp_path, 40, "train_sample.csv")
+    assert len(ag_news.read(tmp_path)[0]["train"][0]) == 80
+    folder.rename(tmp_path / "ag_news_csv")
+    monkeypatch.setenv("FEDQUARTET_DATA", str(tmp_path))
+    assert len(ag_news.read()[0]["train"][0]) == 80
+    assert len(ag_news.read(tmp_path / "ag_news_csv")[0]["train"][0]) == 80  # the folder itself
+
+
+GOOD = '"1","A","begins\nhere"\n'  # two lines: the next row is on line 3
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (GOOD + '"2","B"\n', r"train.csv line 3 has 2 columns instead of class, title and description"),
+        (GOOD + '"2","B","b","c"\n', r"train.csv line 3 has 4 columns"),
+        (GOOD + "\n" + '"2","B","b"\n', r"train.csv line 3 has 0 columns"),
+        (GOOD + '"2","B"b,"c"\n', r"train.csv line 3 is broken .*: mend its quotes"),
+        (GOOD + '"2","B","never closed\n"3","C","c"\n', r"train.csv line 3 is broken"),
+        (
+            GOOD + '"0","B","b"\n',
+            r"train.csv line 3: class '0' is outside 1 to 4 \(World, Sports, Business, Sci/Tech\)",
+        ),
+        (GOOD + '"5","B","b"\n', r"train.csv line 3: class '5' is outside 1 to 4"),
+        (GOOD + '"Sports","B","b"\n', r"train.csv line 3: class 'Sports' is outside 1 to 4"),
+        (GOOD + '"2",""," \\ "\n', r"train.csv line 3 has an empty text"),
+        ("label,text\n1,good\n0,bad\n", r"train.csv line 3: class '0' is outside"),
+        ("label,text\n1,good\n2,b,c\n", r"train.csv line 3 has 3 columns instead of label and text"),
+        ("1,no header\n", r"train.csv line 1 has 2 columns .* header label,text"),
+        ("label,text\n", r"train.csv has no rows"),
+        ("", r"train.csv has no rows"),
+        ("1,\udcff,x\n", r"cannot read .*train.csv"),
+        ("1,A,the only one\n", r"1 training text in .*: at least 2"),
+    ],
+)
+def test_a_broken_row_is_named_with_its_line(tmp_path, content, message):
+    folder = write_ag_news(tmp_path)
+    (folder / "train.csv").write_bytes(content.encode("utf-8", "surrogateescape"))
+    refuse(message, "ag_news", tmp_path)
+
+
+def test_missing_files(tmp_path):
+    folder = write_ag_news(tmp_path)
+    (folder / "test.csv").unlink()
+    refuse(r"AG News in .*ag_news is incomplete: put test.csv there too", "ag_news", tmp_path)
+    (folder / "train.csv").rename(folder / "test.csv")
+    refuse(r"incomplete: put train.csv there too", "ag_news", tmp_path)
+    message = refuse("no AG News under .* and the hub cannot be reached", "ag_news", tmp_path / "nothing")
+    assert "--data-root" in message and "--dataset demo" in message
+
+
+def test_bad_arguments():
+    refuse("unknown dataset 'news': choose one of ag_news, wikitext, demo", "news")
+    refuse("--max-samples -1 is negative", "demo", max_samples=-1)
+
+
+def test_the_validation_split_is_stratified_keyed_and_cut_from_train(tmp_path):
+    write_ag_news(tmp_path, 160)
+    whole, _ = ag_news.read(tmp_path)[0]["train"]
+    texts = data.load_texts("ag_news", tmp_path, seed=1)
+    assert np.bincount(texts.labels["validation"], minlength=4).tolist() == [4, 2, 1, 1]  # 5 % of 160
+    assert np.bincount(texts.labels["train"]).tolist() == [76, 38, 19, 19]
+    assert sorted(texts.splits["train"] + texts.splits["validation"]) == sorted(whole)
+    assert "ag_news: 8 of 160 training texts are the validation split" in texts.notes
+    again, other = data.load_texts("ag_news", tmp_path, seed=1), data.load_texts("ag_news", tmp_path, seed=2)
+    assert again.fingerprint == texts.fingerprint and other.splits["validation"] != texts.splits["validation"]
+    few = data.load_texts("ag_news", tmp_path, max_samples=24, seed=1)
+    assert few.splits["validation"] == texts.splits["validation"] and few.splits["test"] == texts.splits["test"]
+    assert np.bincount(few.labels["train"]).tolist() == [12, 6, 3, 3]
+    assert set(few.splits["train"]) < set(texts.splits["train"])
+    assert all(t.endswith(f"of class {c + 1}.") for t, c in zip(few.splits["train"], few.labels["train"], strict=True))
+    assert any("--max-samples 24: that many of 152" in note for note in few.notes)
+    many = data.load_texts("ag_news", tmp_path, max_samples=153, seed=1)
+    assert many.splits == texts.splits and any("there are no more" in note for note in many.notes)
+
+
+def test_the_validation_split_has_a_largest_size(tmp_path, monkeypatch):
+    write_ag_news(tmp_path, 160)
+    monkeypatch.setattr(data, "MOST_VALIDATION", 5)
+    assert len(data.load_texts("ag_news", tmp_path).splits["validation"]) == 5
+
+
+def test_the_fingerprint_tells_texts_and_labels_apart(tmp_path):
+    folder = write_ag_news(tmp_path)
+    first = data.load_texts("ag_news", tmp_path).fingerprint
+    assert first == json.loads(json.dumps(first)) and first["counts"] == {"train": 76, "validation": 4, "test": 8}
+    content = (folder / "test.csv").read_text("utf-8")
+    hashes = {first["sha256"]["test"]}
+    for old, new in [('"1","Test 0"', '"2","Test 0"'), ("Test 0", "Test X")]:
+        (folder / "test.csv").write_text(content.replace(old, new), "utf-8")
+        hashes.add(data.load_texts("ag_news", tmp_path).fingerprint["sha256"]["test"])
+    assert len(hashes) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that gives 40 and 4 rows; what it was asked for is in the list `asked`."""
+    asked = []
+    rows = {
+        split: {"text": [f"Title {i}  of\\{split}" for i in range(n)], "label": [i % 4 for i in range(n)]}
+        for split, n in {"train": 40, "test": 4}.items()
+    }
+    fake = types.ModuleType("datasets")
+    fake.exceptions = types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
+    fake.load_dataset = lambda name: asked.append(name) or rows
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr(ag_news, "hub_reachable", lambda: True)
+    return types.SimpleNamespace(asked=asked, rows=rows, module=fake)
+
+
+def test_the_hub_is_asked_once(hub, tmp_path):
+    texts = data.load_texts("ag_news", tmp_path)
+    assert hub.asked == ["fancyzhx/ag_news"] and texts.fingerprint["source"] == "hub, fancyzhx/ag_news"
+    assert texts.splits["test"] == [f"Title {i} of test" for i in range(4)]
+    assert texts.labels["test"].tolist() == [0, 1, 2, 3]
+    assert data.load_texts("ag_news", tmp_path).splits == texts.splits and len(hub.asked) == 1
+    [stored] = (tmp_path / "cache").glob("ag_news*.gz")
+    stored.write_bytes(stored.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match="is damaged .*: downloading it again"):
+        data.load_texts("ag_news", tmp_path)
+    assert len(hub.asked) == 2
+    stored.write_bytes(gzip.compress(json.dumps({"train": {"text": ["a"], "label": []}}).encode()))
+    with pytest.warns(UserWarning, match="same length"):
+        data.load_texts("ag_news", tmp_path)
+
+
+def test_a_hub_that_fails_or_has_changed(hub, tmp_path):
+    hub.rows["test"]["label"][2] = 4
+    refuse("ag_news test row 2: label 4 is outside 0 to 3", "ag_news", tmp_path)
+
+    def fail(name):
+        raise hub.module.exceptions.DatasetsError("no such thing\nat all")
+
+    hub.module.load_dataset = fail
+    (tmp_path / "cache" / "ag_news.json.gz").unlink()
+    refuse(r"the hub did not give fancyzhx/ag_news \(no such thing\): try again", "ag_news", tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- wikitext, demo
+
+KINDS = [2, 0, 1, 2, 3, 3, 0, 1, 0, 1, 2, 3]  # of a split's articles: a word of one kind is in a quarter of them
+LINES = (
+    "The ship and the cruiser had a gun and sailed with the fleet .",
+    "The song and the album had a singer and led the chart .",
+    "The species and the genus had a habitat and ate the larvae .",
+    "The storm and the hurricane had a wind and made the landfall .",
+)
+
+
+def write_wikitext(root):
+    def article(title, line):
+        return f" \n = {title} = \n \n {line} \n \n = = Part {title} = = \n \n 2 \n {line} It went on . \n \n"
+
+    (root / "wikitext-2").mkdir(parents=True)
+    for name in ("train.txt", "valid.txt", "test.txt"):
+        content = "".join(article(f"Thing {i}", LINES[kind]) for i, kind in enumerate(KINDS))
+        (root / "wikitext-2" / name).write_text(content, "utf-8")
+
+
+def test_wikitext_has_paragraphs_and_its_articles_topics(tmp_path, monkeypatch):
+    write_wikitext(tmp_path)
+    monkeypatch.setattr(data, "article_topics", lambda train, others: topics.article_topics(train, others, 4))
+    texts = data.load_texts("wikitext", tmp_path)
+    first = list(dict.fromkeys(KINDS))
+    for split in SPLITS:
+        wanted = [line for kind in KINDS for line in (LINES[kind], LINES[kind] + " It went on .")]
+        assert texts.splits[split] == wanted
+        assert texts.labels[split].tolist() == [first.index(kind) for kind in KINDS for _ in range(2)]
+    for name, kind in zip(texts.label_names, first, strict=True):
+        assert all(word in LINES[kind] for word in name.split()) and len(name.split()) == 3
+    assert any("wikitext has no topics: 12 training articles" in note for note in texts.notes)
+    assert any("36 lines of fewer than 6 words" in note for note in texts.notes)
+
+
+def test_article_topics_find_three_vocabularies_and_degenerate_cases():
+    rng = np.random.default_rng(0)
+    vocabularies = [[f"{c}{d}{e}" for d in "abcde" for e in "abcde"] for c in "xyz"]
+    kinds = rng.integers(0, 3, 60)
+    articles = [" ".join([*rng.choice(vocabularies[k], 20), "the", "and", "common"]) for k in kinds]
+    (labels, other), names = topics.article_topics(articles, [articles[:5]], 3)
+    first = list(dict.fromkeys(kinds.tolist()))
+    assert labels.tolist() == [first.index(k) for k in kinds] and other.tolist() == labels[:5].tolist()
+    assert all(name.split()[0][0] == "xyz"[k] for name, k in zip(names, first, strict=True))
+    assert topics.article_topics(articles, k=3)[0][0].tolist() == labels.tolist()
+    assert topics.article_topics(["alone here"], k=8)[0][0].tolist() == [0]
+    assert topics.article_topics(["same text"] * 4, [["12 ."]], k=2)[0][1].tolist() == [0]  # no known word
+
+
+def test_the_demo_is_the_prose_of_mamba_with_four_topics():
+    texts = data.load_texts("demo")
+    corpus = corpora.load_corpus("demo")
+    for split in SPLITS:
+        pieces = " ".join(texts.splits[split])
+        assert pieces.split() == " ".join(getattr(corpus, split)).split()  # nothing lost, nothing doubled
+        assert len(texts.splits[split]) == len(texts.labels[split]) >= 80
+    assert texts.label_names == ("statements", "expressions", "data model", "built-in types")
+    assert (np.bincount(texts.labels["train"], minlength=4) >= 80).all()
+    assert np.median([len(text) for text in texts.splits["train"]]) < 2 * data.DEMO_CHARACTERS
+    few = data.load_texts("demo", max_samples=100)
+    assert len(few.splits["train"]) == 100 and few.splits["validation"] == texts.splits["validation"]
+
+
+def test_the_pages_of_the_demo_have_one_topic_each():
+    pages = [page for listed in topics._DEMO_PAGES.values() for page in listed.split()]
+    assert len(pages) == len(set(pages))
+    assert [topics.demo_topic(page) for page in ("assert", "in", "types", "strings", "a later page")] == [0, 1, 2, 3, 0]
+    from pydoc_data.topics import topics as reference
+
+    assert len(set(pages) - set(reference)) <= 5  # a page that a Python does not have is no error
+
+
+def test_sentences_by_hand():
+    assert data.sentences("One. Two! Is it? Yes (no). End", 8) == ["One. Two!", "Is it? Yes (no). End"]
+    assert data.sentences("e.g. this one.\nNext: all:\nlast", 5) == ["e.g. this one.", "Next: all: last"]
+    assert data.sentences("short", 100) == ["short"]
+    assert data.sentences("A b. C d.", 100) == ["A b. C d."]
+
+
+# ------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.skipif(not REAL, reason="FEDQUARTET_DATA does not name the real data")
+def test_the_real_ag_news_sample():
+    if not os.path.isfile(os.path.join(REAL, "ag_news", "train_sample.csv")):
+        pytest.skip("no AG News sample under FEDQUARTET_DATA")
+    texts = data.load_texts("ag_news", REAL)
+    assert texts.fingerprint["counts"] == {"train": 13_820, "validation": 727, "test": 7_600}
+    assert np.bincount(texts.labels["test"]).tolist() == [1900] * 4
+    for word, label in (("olympic", 1), ("stocks", 2), ("microsoft", 3), ("iraq", 0)):  # the sample's coding
+        for split in ("train", "test"):
+            of = [c for t, c in zip(texts.splits[split], texts.labels[split], strict=True) if word in t.lower()]
+            assert np.bincount(of).argmax() == label
+
+
+@pytest.mark.skipif(not REAL, reason="FEDQUARTET_DATA does not name the real data")
+def test_the_real_wikitext():
+    if not os.path.isfile(os.path.join(REAL, "wikitext-2", "train.txt")):
+        pytest.skip("no WikiText-2 of the tokens variant under FEDQUARTET_DATA")
+    texts = data.load_texts("wikitext", REAL)
+    assert [texts.fingerprint["counts"][split] for split in SPLITS] == [16_860, 1_764, 2_007]
+    assert len(texts.label_names) == 8 and (np.bincount(texts.labels["train"], minlength=8) > 200).all()
+    assert not any(text.startswith("= ") or len(text.split()) < 6 for text in texts.splits["train"])

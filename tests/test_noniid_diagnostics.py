@@ -1,0 +1,304 @@
+"""Figures of updates against dense matrices in numpy, by hand; linear CKA by its other formula."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from llm_noniid.diagnostics import (
+    cosine_matrix,
+    cosines_with_mean,
+    generalization_gap,
+    gradient_diversity,
+    gradient_norm_variance,
+    linear_cka,
+    mean_cosine,
+    relative_drift,
+    rounds_to_target,
+    update_figures,
+    update_gram,
+    weight_cosine_drift,
+    weight_cosines,
+)
+
+SHAPES = {"h.0.attn": (12, 7, 3), "h.0.proj": (7, 7, 2), "h.1.attn": (5, 20, 4)}  # d, k, r
+SCALES = {"h.0.attn": 2.0, "h.0.proj": 0.5, "h.1.attn": 1.0}
+
+
+def factors(*seed, size=1.0):
+    draw = np.random.default_rng(seed)
+    theta = {}
+    for layer, (d, k, r) in SHAPES.items():
+        theta[f"A.{layer}"] = size * torch.from_numpy(draw.standard_normal((r, k))).float()
+        theta[f"B.{layer}"] = size * torch.from_numpy(draw.standard_normal((d, r))).float()
+    return theta
+
+
+def moved(theta, *seed, size=0.1):
+    return {name: t + step for (name, t), step in zip(theta.items(), factors(*seed, size=size).values(), strict=True)}
+
+
+def dense(theta, clients, scales):
+    """[m, all weights]: every client's update as one vector."""
+
+    def product(factors, layer):
+        return scales[layer] * factors[f"B.{layer}"].double().numpy() @ factors[f"A.{layer}"].double().numpy()
+
+    return np.stack(
+        [np.concatenate([(product(f, n) - product(theta, n)).ravel() for n in SHAPES]) for f in clients]
+    )  # [m, weights]
+
+
+def gram_of(updates):
+    updates = np.asarray(updates, dtype=np.float64)
+    return updates @ updates.T
+
+
+# ---- the Gram matrix
+
+
+@pytest.mark.parametrize("scales", [SCALES, dict.fromkeys(SHAPES, 2.0)], ids=["by layer", "one"])
+@pytest.mark.parametrize("m", [1, 2, 6])
+def test_gram_is_that_of_the_dense_updates(m, scales):
+    theta = factors(0)
+    clients = [moved(theta, 1, k) for k in range(m)]
+    gram = update_gram(theta, clients, scales if scales is SCALES else 2.0)
+    np.testing.assert_allclose(gram, gram_of(dense(theta, clients, scales)), rtol=1e-11, atol=1e-12)
+    assert gram.dtype == np.float64 and (gram == gram.T).all()
+
+
+def test_gram_by_hand():
+    """Rank 1: (2, 0) x (1, 1) - (1, 0) x (1, 0) = [[1, 2], [0, 0]]; scale 3: norm^2 9 * 5."""
+    theta = {"A.w": torch.tensor([[1.0, 0.0]]), "B.w": torch.tensor([[1.0], [0.0]])}
+    one = {"A.w": torch.tensor([[1.0, 1.0]]), "B.w": torch.tensor([[2.0], [0.0]])}
+    other = {"A.w": torch.tensor([[1.0, 0.0]]), "B.w": torch.tensor([[1.0], [4.0]])}  # [[0, 0], [4, 0]]
+    half = {"A.w": torch.tensor([[1.0, 0.0]]), "B.w": torch.tensor([[3.0], [1.0]])}  # [[2, 0], [1, 0]]
+    assert update_gram(theta, [one, other, half], 3.0).tolist() == [[45, 0, 18], [0, 144, 36], [18, 36, 45]]
+
+
+def test_small_updates_of_large_adapters_lose_no_digits():
+    theta = {name: t.double() for name, t in factors(0, size=100.0).items()}
+    steps = [factors(1, k, size=1e-6) for k in range(3)]
+    clients = [{name: t + s[name] for name, t in theta.items()} for s in steps]
+    exact = []
+    for theta_k in clients:
+        delta = {name: theta_k[name] - theta[name] for name in theta}
+        parts = [
+            delta[f"B.{n}"] @ theta[f"A.{n}"] + theta[f"B.{n}"] @ delta[f"A.{n}"] + delta[f"B.{n}"] @ delta[f"A.{n}"]
+            for n in SHAPES
+        ]
+        exact.append(torch.cat([part.flatten() for part in parts]).numpy())
+    np.testing.assert_allclose(update_gram(theta, clients, 1.0), gram_of(exact), rtol=1e-12)
+
+
+def test_another_gauge_is_no_update_and_no_move_is_exactly_zero():
+    theta = factors(0)
+    turned = {}
+    for layer, (_, _, r) in SHAPES.items():
+        R = torch.diag(torch.tensor([4.0, 0.5, 2.0, 8.0][:r]))  # exact in binary
+        turned[f"A.{layer}"], turned[f"B.{layer}"] = torch.linalg.inv(R) @ theta[f"A.{layer}"], theta[f"B.{layer}"] @ R
+    gram = update_gram(theta, [turned, dict(theta), moved(theta, 1, size=1.0)], 1.0)
+    assert abs(gram[0, 0]) < 1e-12 * gram[2, 2] and not gram[1].any() and not gram[:, 1].any()
+    assert weight_cosine_drift(theta, [turned]) > 0.3  # what factors would have said
+    assert math.isfinite(update_figures(gram)["relative_drift"])
+
+
+def test_gram_bits_do_not_depend_on_threads():
+    theta = factors(0)
+    clients, before, found = [moved(theta, 1, k) for k in range(5)], torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(update_gram(theta, clients, 2.0))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
+
+
+def test_gram_bad_input():
+    theta = factors(0)
+    with pytest.raises(ValueError, match="no client"):
+        update_gram(theta, [], 1.0)
+    with pytest.raises(ValueError, match="number 1 .* other factors"):
+        update_gram(theta, [theta, factors(1) | {"A.h.0.attn": torch.ones(2, 7)}], 1.0)
+    with pytest.raises(ValueError, match="pairs"):
+        update_gram({"A.w": torch.ones(1, 2)}, [{"A.w": torch.ones(1, 2)}], 1.0)
+    for value in (math.nan, math.inf):
+        broken = moved(theta, 1)
+        broken["B.h.1.attn"][0, 0] = value
+        with pytest.raises(ValueError, match=r"\[2\] .* not finite"):
+            update_gram(theta, [theta, moved(theta, 2), broken], 1.0)
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 5.0, 0.0, 2.0, 2.0]], ids=["equal", "weighted"])
+def test_figures_equal_numpy_on_the_updates(weights):
+    draw = np.random.default_rng(3)
+    d = draw.standard_normal((5, 40)) + 0.7 * draw.standard_normal(40)
+    p = np.ones(5) / 5 if weights is None else np.array(weights) / sum(weights)
+    mean, gram = p @ d, gram_of(d)
+    drift = np.linalg.norm(d - mean, axis=1) / np.linalg.norm(mean)
+    cosines = d @ mean / np.linalg.norm(d, axis=1) / np.linalg.norm(mean)
+    unit = d / np.linalg.norm(d, axis=1, keepdims=True)
+    np.testing.assert_allclose(relative_drift(gram, weights), drift, rtol=1e-10)
+    np.testing.assert_allclose(cosines_with_mean(gram, weights), cosines, rtol=1e-10)
+    np.testing.assert_allclose(cosine_matrix(gram), unit @ unit.T, atol=1e-12)
+    assert mean_cosine(gram, weights) == pytest.approx(cosines.mean())
+    assert gradient_diversity(gram) == pytest.approx((d**2).sum() / (d.sum(0) ** 2).sum())
+    assert update_figures(gram, weights) == pytest.approx(
+        {
+            "relative_drift": math.sqrt(p @ drift**2),
+            "relative_drift_max": drift.max(),
+            "gradient_diversity": (d**2).sum() / (d.sum(0) ** 2).sum(),
+            "mean_cosine": cosines.mean(),
+            "min_cosine": cosines.min(),
+            "update_cosine": (unit @ unit.T)[np.triu_indices(5, 1)].mean(),
+            "update_norm": np.linalg.norm(mean),
+        }
+    )
+    if weights is None:  # of equal weights, root mean square drift and diversity are one figure
+        expected = math.sqrt(5 * gradient_diversity(gram) - 1)
+        assert update_figures(gram)["relative_drift"] == pytest.approx(expected)
+
+
+def test_figures_by_hand():
+    """(3, 0) and (0, 4): the mean (1.5, 2), each 2.5 away from it."""
+    gram = gram_of([[3.0, 0], [0, 4.0]])
+    assert relative_drift(gram).tolist() == pytest.approx([1, 1])
+    assert cosines_with_mean(gram).tolist() == pytest.approx([0.6, 0.8])
+    assert gradient_diversity(gram) == 1 and cosine_matrix(gram).tolist() == [[1, 0], [0, 1]]
+    assert relative_drift(gram, [1, 0]).tolist() == pytest.approx([0, 5 / 3])
+    for m in (2, 5, 10):
+        assert relative_drift(np.eye(m)).tolist() == pytest.approx([math.sqrt(m - 1)] * m)
+        assert cosines_with_mean(np.eye(m)).tolist() == pytest.approx([m**-0.5] * m)
+
+
+def test_clients_that_are_alike_have_no_drift_at_all():
+    theta = factors(0)
+    gram = update_gram(theta, [moved(theta, 1)] * 4, 2.0)
+    assert relative_drift(gram).tolist() == [0] * 4 and relative_drift(gram, [1, 2, 3, 4]).tolist() == [0] * 4
+    assert gradient_diversity(gram) == pytest.approx(0.25) and mean_cosine(gram) == pytest.approx(1)
+    one = update_figures(gram[:1, :1])
+    assert one["relative_drift"] == 0 and one["update_cosine"] is None and one["gradient_diversity"] == 1
+
+
+@pytest.mark.parametrize(
+    "gram", [gram_of([[1.0, 2.0], [-1, -2]]), np.zeros((3, 3))], ids=["updates that cancel", "nobody moved"]
+)
+def test_undefined_figures_are_none_and_json(gram):
+    assert np.isnan(relative_drift(gram)).all() and np.isnan(cosines_with_mean(gram)).all()
+    figures = update_figures(gram)
+    assert figures["relative_drift"] is figures["gradient_diversity"] is figures["mean_cosine"] is None
+    assert figures["update_norm"] == 0 and figures["update_cosine"] == (None if not gram.any() else pytest.approx(-1))
+    json.dumps(figures, allow_nan=False)
+
+
+def test_a_client_that_did_not_move():
+    gram = gram_of([[1.0, 0], [0, 0], [2.0, 0]])
+    assert cosine_matrix(gram).tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 1]]
+    assert np.isnan(cosines_with_mean(gram)).tolist() == [False, True, False] and mean_cosine(gram) == 1
+    assert update_figures(gram)["update_cosine"] == 1
+    assert relative_drift(gram).tolist() == pytest.approx([0, 1, 1], abs=1e-7)  # rounding of squares
+
+
+@pytest.mark.filterwarnings("error")
+def test_rounding_of_the_gram_matrix_is_no_figure():
+    almost = np.full((3, 3), 1 - 4e-16)
+    np.fill_diagonal(almost, 1)
+    assert relative_drift(almost).tolist() == [0, 0, 0]
+    a, b = np.random.default_rng(0).standard_normal((2, 50)) / 3
+    cancels = gram_of([a, b, -a - b])
+    assert np.ones(3) @ cancels @ np.ones(3) != 0  # rounding
+    assert gradient_diversity(cancels) is None and update_figures(cancels)["relative_drift"] is None
+    below = np.array([[-1e-30, 0], [0, 1.0]])  # a change of gauge only
+    assert cosine_matrix(below).tolist() == [[0, 0], [0, 1]] and update_figures(below)["mean_cosine"] == 1
+
+
+@pytest.mark.parametrize("weights", [[1, 2], [0, 0, 0], [1, -1, 1], [1, math.nan, 1]], ids=str)
+def test_bad_weights(weights):
+    with pytest.raises(ValueError, match="3 finite numbers"):
+        relative_drift(np.eye(3), weights)
+    with pytest.raises(ValueError, match="m x m"):
+        relative_drift(np.ones((2, 3)))
+
+
+# ---- weights and gradients
+
+
+def test_weight_cosines_are_near_one_where_updates_are_opposed():
+    theta, step = factors(0), factors(1, size=0.01)
+    clients = [{n: t + sign * step[n] for n, t in theta.items()} for sign in (1, -1)]
+    assert weight_cosine_drift(theta, clients) < 1e-3
+    assert cosine_matrix(update_gram(theta, clients, 2.0))[0, 1] < -0.99
+    flat = [torch.cat([t.flatten() for t in f.values()]).double().numpy() for f in (theta, clients[0])]
+    expected = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
+    assert weight_cosines(theta, clients)[0] == pytest.approx(expected, rel=1e-12)
+    zeros = {n: torch.zeros_like(t) for n, t in theta.items()}
+    assert weight_cosines(theta, [zeros]) == [None] and weight_cosine_drift(theta, [zeros]) is None
+
+
+def test_gradient_norm_variance_by_hand():
+    assert gradient_norm_variance([torch.tensor([1.0, 3.0]), np.array([4.0]), 6.0]) == pytest.approx(8 / 3)
+    assert gradient_norm_variance([5.0]) == 0
+    assert gradient_norm_variance([]) is None and gradient_norm_variance([1.0, [2.0, math.inf]]) is None
+
+
+# ---- representations
+
+
+def hsic_cka(X, Y):
+    """Kornblith's kernel form: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), HSIC = tr(K H L H)."""
+    H = np.eye(len(X)) - 1 / len(X)
+    K, L = X @ X.T, Y @ Y.T
+
+    def hsic(K, L):
+        return np.trace(K @ H @ L @ H)
+
+    return hsic(K, L) / math.sqrt(hsic(K, K) * hsic(L, L))
+
+
+@pytest.mark.parametrize(("n", "p", "q"), [(60, 8, 5), (10, 30, 4), (6, 3, 40)])
+def test_linear_cka_equals_its_kernel_form(n, p, q):
+    draw = np.random.default_rng(n)
+    X = draw.standard_normal((n, p)) + 3
+    Y = X[:, : min(p, 2)] @ draw.standard_normal((min(p, 2), q)) + draw.standard_normal((n, q)) - 5
+    expected = hsic_cka(X, Y)
+    assert 0.05 < expected < 0.99
+    assert linear_cka(X, Y) == pytest.approx(expected, rel=1e-10) == linear_cka(Y, X)
+    assert linear_cka(torch.tensor(X).float(), Y) == pytest.approx(expected, rel=1e-5)
+
+
+def test_linear_cka_sees_no_rotation_scale_or_shift():
+    draw = np.random.default_rng(0)
+    X, Y = draw.standard_normal((50, 6)), draw.standard_normal((50, 4))
+    Q, _ = np.linalg.qr(draw.standard_normal((6, 6)))
+    assert linear_cka(X, -1e-6 * X @ Q + 7) == pytest.approx(1, rel=1e-8)
+    assert linear_cka(1e9 * X @ Q, Y) == pytest.approx(linear_cka(X, Y), rel=1e-10)
+    stretched = X * np.array([30.0, 1, 1, 1, 1, 1])  # not invariant to other linear maps
+    assert linear_cka(X, stretched) < 0.6
+    apart = np.kron(np.eye(2), np.ones((2, 1)))[:, :1], np.array([[0.0], [1], [0], [1]])
+    assert linear_cka(*apart) == pytest.approx(0, abs=1e-15)
+
+
+def test_linear_cka_undefined_or_bad():
+    X = np.random.default_rng(0).standard_normal((5, 2))
+    assert linear_cka(X, np.full((5, 3), 0.1)) is None
+    for bad in (X[:4], X[:, 0]):
+        with pytest.raises(ValueError, match="n tokens"):
+            linear_cka(X, bad)
+
+
+# ---- curves
+
+
+def test_gap_and_rounds_to_target():
+    assert generalization_gap(2.5, 3.0) == 0.5
+    assert generalization_gap(None, 3.0) is None and generalization_gap(2.0, math.nan) is None
+    rounds, losses = [0, 5, 10, 15, 20], [4.0, None, math.nan, 3.0, 3.5]
+    assert rounds_to_target(rounds, losses, 3.0) == 15 and rounds_to_target(rounds, losses, 4.5) == 0
+    assert rounds_to_target(rounds, losses, 2.9) is None

@@ -1,0 +1,137 @@
+"""Tokens and batches of the non-IID study: one real end a text, padding never scored, batches by key."""
+
+import numpy as np
+import pytest
+import torch
+
+from common import text as common_text
+from common.cli import UsageError
+from llm_noniid import data
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
+
+
+def made_texts(*train):
+    """`Texts` of a test's own; validation and test are one text each."""
+    splits = {"train": list(train), "validation": ["one two"], "test": ["three"]}
+    labels = {split: np.zeros(len(items), dtype=np.int64) for split, items in splits.items()}
+    return data.Texts("made", splits, labels, ("all",), [], {"source": "a test"})
+
+
+def bpe(texts, size=300):
+    return common_text.load_tokenizer(f"bpe:{size}", data.as_corpus(texts))
+
+
+@pytest.mark.filterwarnings("ignore:bpe")
+def test_tokens_are_those_of_the_tokenizer_and_bytes_those_of_what_is_scored():
+    texts = made_texts("one two three two one, na\u00efve " * 3, "a", "two <|endoftext|> one", "one two three four")
+    tokenizer = bpe(texts)
+    for max_length in (2, 7, 500):
+        tokens = data.encode(texts, tokenizer, max_length)["train"]
+        assert len(tokens) == 4 and tokens.tokens.dtype == np.uint16 and tokens.eos == tokenizer.eos_token_id
+        cut = 0
+        for i, text in enumerate(texts.splits["train"]):
+            ids = tokenizer.encode(text, split_special_tokens=True)
+            assert tokens.eos not in ids
+            cut += len(ids) + 1 > max_length
+            wanted = [*ids, tokens.eos][:max_length]
+            got = tokens.tokens[tokens.offsets[i] : tokens.offsets[i + 1]].tolist()
+            assert got == wanted and tokens.lengths()[i] == len(wanted)
+            scored = common_text.token_byte_lengths(tokenizer)[got[1:]].sum()
+            assert tokens.byte_lengths[i] == scored
+            if max_length == 500:
+                assert scored == len(text.encode("utf-8")) - len(tokenizer.decode(ids[:1]).encode("utf-8"))
+        assert tokens.cut == cut
+
+
+@pytest.mark.filterwarnings("ignore:bpe")
+def test_a_max_length_that_does_not_fit():
+    texts = made_texts("one two three")
+    tokenizer = bpe(texts)
+    tokenizer.model_max_length = 64
+    for wrong in (1, 65):
+        with pytest.raises(UsageError, match=f"--max-length {wrong} is outside 2 to 64"):
+            data.encode(texts, tokenizer, wrong)
+    assert len(data.encode(texts, tokenizer, 64)["validation"]) == 1
+
+
+def small_tokens():
+    """Texts of 3, 2 and 4 tokens; 9 is end of text, the last text is cut."""
+    tokens = np.array([5, 6, 9, 7, 9, 1, 2, 3, 4], dtype=np.uint16)
+    return data.TokenizedTexts(tokens, np.array([0, 3, 5, 9]), np.array([1, 0, 3]), 9, 1)
+
+
+def test_a_batch_by_hand():
+    batch = small_tokens().batch(np.array([1, 2, 0]))
+    assert batch["input_ids"].tolist() == [[7, 9, 9, 9], [1, 2, 3, 4], [5, 6, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch["labels"].tolist() == [[7, 9, -100, -100], [1, 2, 3, 4], [5, 6, 9, -100]]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert small_tokens().batch([1], multiple=8)["labels"].tolist() == [[7, 9] + [-100] * 6]
+
+
+@pytest.mark.filterwarnings("ignore:bpe")
+def test_padding_changes_no_loss_and_the_real_end_is_scored():
+    import transformers
+
+    texts = made_texts("one two three two one " * 3, "two", "three one two")
+    tokenizer = bpe(texts)
+    tokens = data.encode(texts, tokenizer, 12)["train"]
+    config = transformers.GPT2Config(
+        vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+
+    def nll(batch):
+        """(summed loss, predicted tokens) of a batch, by the model's own shifted mean."""
+        predicted = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            return float(model(**batch).loss) * predicted, predicted
+
+    together, alone = nll(tokens.batch([0, 1, 2])), [nll(tokens.batch([i])) for i in range(3)]
+    assert together[1] == sum(tokens.lengths() - 1) == sum(n for _, n in alone)
+    assert together[0] == pytest.approx(sum(loss for loss, _ in alone), rel=1e-5)
+    short = tokens.batch([2])  # without its end the loss is another one
+    assert short["labels"][0, -1] == tokens.eos and short["attention_mask"].all()
+    short["labels"][0, -1] = -100
+    assert nll(short)[0] < alone[2][0] - 1
+
+
+# ----------------------------------------------------------------------------------------------- batches
+
+
+def test_an_epoch_takes_every_text_once():
+    batches = data.training_batches(11, 4, 2, seed=3, round=1, client=2)
+    assert [len(batch) for batch in batches] == [4, 4, 3] * 2
+    first, second = np.concatenate(batches[:3]), np.concatenate(batches[3:])
+    assert sorted(first) == sorted(second) == list(range(11)) and first.tolist() != second.tolist()
+    assert len(data.training_batches(11, 4, 0.5)) == 2 and len(data.training_batches(11, 4, 1 / 3)) == 1
+
+
+def test_steps_are_exact_whatever_the_number_of_texts():
+    for n in (1, 3, 8, 100):
+        batches = data.training_batches(n, 8, seed=3, steps=5)
+        assert len(batches) == 5 and all(1 <= len(batch) <= min(n, 8) for batch in batches)
+    longer = data.training_batches(20, 8, seed=3, steps=7)
+    for batch, same in zip(data.training_batches(20, 8, 1, seed=3), longer, strict=False):
+        assert batch.tolist() == same.tolist()  # fewer steps are the beginning of more
+
+
+def test_batches_hang_on_the_key_alone():
+    def drawn(**key):
+        return np.concatenate(data.training_batches(50, 8, **key)).tolist()
+
+    keys = [{}, {"seed": 1}, {"round": 1}, {"client": 1}]
+    assert len({tuple(drawn(**key)) for key in keys}) == 4 and drawn(round=1) == drawn(round=1)
+    for wrong in ({"n": 0}, {"batch_size": 0}, {"epochs": 0}, {"steps": 0}, {"epochs": float("nan")}):
+        with pytest.raises(ValueError, match="above 0"):
+            data.training_batches(**({"n": 5, "batch_size": 2} | wrong))
+
+
+def test_evaluation_takes_all_the_longest_first():
+    batches = data.evaluation_batches(np.array([3, 9, 3, 5]), 3)
+    assert [batch.tolist() for batch in batches] == [[1, 3, 0], [2]]
