@@ -133,6 +133,8 @@ def plan(args, preset, output):
         if args.tasks and task not in args.tasks:
             continue
         for setting in settings:
+            if args.settings and setting not in args.settings:
+                continue
             once = task in preset.one_seed or setting in preset.one_seed
             for seed in args.seeds[:1] if once else args.seeds:
                 common = [*shared, "--task-name", task, "--seed", str(seed), "--output-dir"]
@@ -230,6 +232,9 @@ def build_parser():
     parser.add_argument("--model-size", choices=["base", "large"], help="roberta-base or roberta-large")
     parser.add_argument("--model", metavar="NAME", help="another encoder: a folder, a name on the hub, or tiny")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these (default: all of the preset)")
+    parser.add_argument(
+        "--settings", nargs="+", choices=list(SETTINGS), metavar="NAME", help=f"only these of {', '.join(SETTINGS)}"
+    )
     parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], metavar="N", help="seeds")
     parser.add_argument("--jobs", type=positive_int, default=1, metavar="N", help="runs at a time, of one thread each")
     parser.add_argument("--plan", action="store_true", help="print the commands, how long each took, and do nothing")

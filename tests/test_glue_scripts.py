@@ -136,11 +136,12 @@ def test_scripts_run_from_inside_the_folder(here):
 
 @pytest.mark.slow
 def test_the_study_runs_small_and_skips_what_is_finished(here, capfd):
-    words = "--model tiny --dataset demo --preset quick --seeds 0 --jobs 2 --output-dir study"
-    assert call(*words.split(), script="run_study") == 0
+    words = "--model tiny --dataset demo --preset quick --seeds 0 --jobs 2 --output-dir study".split()
+    some = [*words, "--settings", "base", "ranks"]
+    assert call(*some, script="run_study") == 0
     said = capfd.readouterr().out
-    assert said.count("finished, took") == 24 and "FedEx" in said
-    assert len((here / "study/results.jsonl").read_text().splitlines()) == 24
-    assert call(*words.split(), "--plan", script="run_study") == 0
+    assert said.count("finished, took") == 9 and "FedEx" in said  # central, six rules; svd and stack
+    assert len((here / "study/results.jsonl").read_text().splitlines()) == 9
+    assert call(*words, "--plan", script="run_study") == 0
     plan = capfd.readouterr().out
-    assert plan.count("finished, took") == 24 and plan.count("python lora_glue_fl/") == 24
+    assert plan.count("finished, took") == 9 and plan.count("python lora_glue_fl/") == 36
