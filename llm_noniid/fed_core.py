@@ -146,8 +146,7 @@ class Study:
 
     def initial_weights(self):
         """The models before the first round: a list of equal thetas."""
-        theta = {name: p.detach().clone() for name, p in self.parameters.items()}
-        return [dict(theta) for _ in range(self.models)]
+        return [_copied(self.parameters) for _ in range(self.models)]
 
     @staticmethod
     def packed(thetas):
@@ -310,7 +309,7 @@ class Study:
         labels[list(watch)] = found
         self._regroup(labels)
         self.note(f"groups after round {round + 1}: {labels.tolist()}")
-        return [dict(thetas[0]) for _ in thetas]
+        return [_copied(thetas[0]) for _ in thetas]
 
     # ---- evaluation
 
@@ -534,6 +533,11 @@ class Study:
                 dropout=self.args.lora_dropout,
                 task_type="CAUSAL_LM",
             )
+
+
+def _copied(theta):
+    """Tensors of its own for each model: a checkpoint takes none that share their memory."""
+    return {name: t.detach().clone() for name, t in theta.items()}
 
 
 class _Groups:

@@ -45,8 +45,10 @@ def partition(
     if min_samples < 1:
         raise UsageError(f"--min-samples {min_samples} must be at least 1: no client may be empty")
     if n < num_clients * min_samples:
-        at_most = n // min_samples
-        advice = f"lower --num-clients to at most {at_most}" if at_most else f"lower --min-samples to at most {n}"
+        at_most, each = n // min_samples, n // num_clients
+        advice = f"lower --num-clients to at most {at_most}" if at_most else f"lower --min-samples to at most {each}"
+        if not at_most and not each:
+            advice = f"lower --num-clients to at most {n} and --min-samples to 1"
         raise UsageError(f"{n} texts cannot give {num_clients} clients {min_samples} each: {advice}")
     generator = stream(seed, "partition")
     if strategy == "iid":

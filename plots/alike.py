@@ -37,6 +37,12 @@ class Run:
         return self.args.get("seed")
 
     @property
+    def written_at(self):
+        """When its last evaluation was written; run.json, for one that ended before the first."""
+        path = self.folder / "metrics.jsonl"
+        return (path if path.exists() else self.folder / "run.json").stat().st_mtime
+
+    @property
     def central(self):
         """Whether the run has no federation: its arguments are never compared with a federated run's."""
         return self.kind == "central"
@@ -172,7 +178,7 @@ def curves_of(runs, free=(), axis=(), notes=None):
     for seeds in alike.values():
         chosen = []
         for same in seeds.values():
-            same.sort(key=lambda run: (run.folder / "metrics.jsonl").stat().st_mtime)
+            same.sort(key=lambda run: run.written_at)
             chosen.append(same[-1])
             for other in same[:-1]:
                 note = f"left out {other.folder}: the same command and seed as {same[-1].folder}, which is later"

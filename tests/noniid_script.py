@@ -1,0 +1,81 @@
+"""How the tests run llm_noniid/train.py: in this process, at a size of seconds."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.cli import run_main
+from common.runlog import read_metrics
+from llm_noniid import fed_core, flags, models, train
+from llm_noniid.data import IGNORE
+
+TINY = "--model tiny --dataset demo --tokenizer bpe:800 --max-length 96 --lora-r 4 --threads 1".split()
+TINY += "--max-samples 160 --num-clients 4 --min-samples 6 --batch-size 4 --eval-samples 24 --probe-samples 8".split()
+TINY += "--local-steps 3 --learning-rate 5e-3 --num-rounds 3 --eval-every 1 --alpha 0.5".split()
+ADAPTER = "final/adapter/adapter_model.safetensors"
+
+
+def call(*line):
+    """train.py in this process. Returns its exit code."""
+    argv = [str(word) for word in line]
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda parser: train.main(flags.parse(parser, argv)), train.build_parser())
+    return stop.value.code
+
+
+def words(where, name, more=""):
+    return [*TINY, "--output-dir", str(where), "--name", name, *more.split()]
+
+
+def done(where, name, more=""):
+    """The folder of a run that has finished."""
+    assert call(*words(where, name, more)) == 0
+    return where / name
+
+
+def token_rows(tokenizer, texts, length=96):
+    """Each text's ids, its end included."""
+    return [(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id])[:length] for text in texts]
+
+
+def padded(rows, eos):
+    """Their batch, made without this project."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [eos] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE)}
+
+
+def no_dropout(monkeypatch):
+    """The tiny model without its own dropout, which would draw from another generator in another loop."""
+    real = models.tiny_config
+
+    def config(*args, **kwargs):
+        made = real(*args, **kwargs)
+        made.resid_pdrop = made.embd_pdrop = made.attn_pdrop = 0.0
+        return made
+
+    monkeypatch.setattr(models, "tiny_config", config)
+
+
+def spied(monkeypatch):
+    """A list that the next run's Study is put into."""
+    studies = []
+
+    class Spy(fed_core.Study):
+        def __init__(self, *args):
+            super().__init__(*args)
+            studies.append(self)
+
+    monkeypatch.setattr(train, "Study", Spy)
+    return studies
+
+
+def served(folder):
+    """The adapter that a run leaves."""
+    return load_file(folder / ADAPTER)
+
+
+def lines_of(folder):
+    """The lines of a run's metrics.jsonl without their timings."""
+    return [{k: v for k, v in row.items() if "second" not in k} for row in read_metrics(folder)]

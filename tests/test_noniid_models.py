@@ -1,0 +1,211 @@
+"""llm_noniid/models.py: bases from folders and configs, what LoRA adapts in them, what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from comparing import same_bits
+from noniid_script import call, padded, token_rows, words
+from safetensors.torch import load_file, save_file
+
+from common.cli import UsageError
+from common.lora import LoraModel
+from common.runlog import read_metrics
+from common.text import load_tokenizer
+from llm_noniid import models
+from llm_noniid.data import as_corpus, load_texts
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture(scope="session")
+def texts():
+    return load_texts("demo", max_samples=160)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts):
+    return load_tokenizer("bpe:800", as_corpus(texts))
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory, tokenizer):
+    """A folder of a tiny model of each architecture that the study names, with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    root = tmp_path_factory.mktemp("bases")
+    like_llama = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+    like_llama |= dict(num_key_value_heads=2, max_position_embeddings=96, vocab_size=len(tokenizer))
+    gpt2 = GPT2Config(vocab_size=len(tokenizer), n_positions=96, n_embd=16, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    for name, model in {
+        "gpt2": GPT2LMHeadModel(gpt2),
+        "llama": LlamaForCausalLM(LlamaConfig(**like_llama)),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**like_llama, tie_word_embeddings=True)),
+    }.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    "kind, targets, layers, flipped",
+    [
+        ("gpt2", ("c_attn", "c_proj"), 6, True),
+        ("llama", ATTENTION, 8, False),
+        ("qwen2", ATTENTION, 8, False),
+    ],
+)
+def test_lora_adapts_the_attention_of_each_architecture(kind, targets, layers, flipped, bases, tokenizer):
+    base = models.load_base(str(bases / kind), tokenizer, 96, seed=0)
+    stored = load_file(bases / kind / "model.safetensors")
+    loaded = base.state_dict()
+    assert all(torch.equal(loaded[n if n in loaded else f"transformer.{n}"], t) for n, t in stored.items())
+    adapted = {name: part for name, part in base.named_modules() if name.rsplit(".", 1)[-1] in targets}
+    before = {name: tuple(part.weight.shape) for name, part in adapted.items()}
+    lora = LoraModel(base, r=3, alpha=6, seed=0)
+    assert lora.targets == targets and lora.fan_in_fan_out is flipped and lora.scale == 2
+    assert lora.layers.keys() == before.keys() and len(before) == layers
+    trained = lora.trainable()
+    assert {name[2:] for name in trained} == before.keys()
+    for name, shape in before.items():
+        d, k = reversed(shape) if flipped else shape  # Conv1D keeps [inputs, outputs]
+        assert trained[f"A.{name}"].shape == (3, k) and trained[f"B.{name}"].shape == (d, 3)
+    learns = {name for name, p in lora.model.named_parameters() if p.requires_grad}
+    assert len(learns) == 2 * layers and all("lora_" in name for name in learns)
+    # s B A, and nothing else, is what the adapter adds
+    name = next(iter(before))
+    layer, x = lora.layers[name].eval(), torch.randn(5, lora.factors()[name][0].shape[1])
+    with torch.no_grad():
+        A, B = lora.factors()[name]
+        B.normal_()
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + 2 * x @ A.T @ B.T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_run_on_such_a_folder_serves_an_adapter_for_it(kind, bases, texts, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    line = words(tmp_path, "a", f"--model {bases / kind} --num-rounds 1 --local-steps 2 --eval-samples 0")
+    del line[line.index("--tokenizer") : line.index("--tokenizer") + 2]  # the folder has its own
+    assert call(*line) == 0
+    assert not (tmp_path / "a" / "base").exists()
+    named = json.loads((tmp_path / "a/final/adapter/adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(bases / kind) and named["fan_in_fan_out"] is False
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases / kind), tmp_path / "a/final/adapter")
+    rows = token_rows(AutoTokenizer.from_pretrained(bases / kind), texts.splits["validation"])
+    nll, n = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            nll += model.eval()(**padded([row], 0)).loss.item() * (len(row) - 1)
+        n += len(row) - 1
+    assert read_metrics(tmp_path / "a")[-1]["val_loss"] == pytest.approx(nll / n, rel=1e-5)
+
+
+def test_the_tiny_model_follows_from_its_seed(tokenizer):
+    a, b, c = (models.load_base("tiny", tokenizer, 40, seed).state_dict() for seed in (1, 1, 2))
+    assert same_bits(a, b)
+    assert not torch.equal(a["transformer.h.0.attn.c_attn.weight"], c["transformer.h.0.attn.c_attn.weight"])
+    made = models.load_base("tiny", tokenizer, 40, 1)
+    assert made.config.n_positions == 40 and made.config.vocab_size == len(tokenizer)
+    assert made.config.eos_token_id == tokenizer.eos_token_id
+    assert made.get_input_embeddings().weight is made.get_output_embeddings().weight
+
+
+def test_weights_of_half_precision_become_single(bases, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(bases / "llama").bfloat16().save_pretrained(tmp_path / "half")
+    assert load_file(tmp_path / "half" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    model = models.load_base(str(tmp_path / "half"), tokenizer, 96, 0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_tokenizer_is_the_models_unless_another_is_named(bases, texts, tokenizer, tmp_path):
+    own = models.find_tokenizer(str(bases / "gpt2"), texts)
+    sentence = texts.splits["train"][0]
+    assert own(sentence)["input_ids"] == tokenizer(sentence)["input_ids"] and own.eos_token == tokenizer.eos_token
+    assert len(models.find_tokenizer(str(bases / "gpt2"), texts, "bpe:300")) == 300
+    assert len(models.find_tokenizer("tiny", texts)) == 2048
+
+
+def refuse(match, *args):
+    with pytest.raises(UsageError, match=match) as error:
+        models.load_base(*args)
+    assert "\n" not in str(error.value)
+
+
+def change(folder, name, edit):
+    config = json.loads((folder / name).read_text())
+    edit(config)
+    (folder / name).write_text(json.dumps(config))
+
+
+def test_folders_that_do_not_serve_are_refused(bases, tokenizer, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(bases / "gpt2", folder)
+    mine = str(folder)
+    refuse("--max-length 97 is above the model's 96 positions: lower it", mine, tokenizer, 97, 0)
+    assert models.load_base(mine, tokenizer, 96, 0) is not None
+    refuse("--max-length 97 is above the model's 96", str(bases / "llama"), tokenizer, 97, 0)
+    more = load_tokenizer("bpe:850", as_corpus(load_texts("demo", max_samples=160)))
+    refuse("knows 800 tokens, the tokenizer has 850: .*--tokenizer", mine, more, 96, 0)
+
+    tensors = load_file(folder / "model.safetensors")
+    fewer = {name: t for name, t in tensors.items() if "h.1.attn.c_attn.weight" not in name}
+    save_file(fewer, folder / "model.safetensors", {"format": "pt"})
+    refuse("its file lacks transformer.h.1.attn.c_attn.weight: give a whole model", mine, tokenizer, 96, 0)
+    (folder / "model.safetensors").write_bytes((bases / "gpt2/model.safetensors").read_bytes()[:-9])
+    refuse("cannot be read as a causal language model", mine, tokenizer, 96, 0)
+    change(folder, "config.json", lambda config: config.update(model_type="vit"))
+    refuse("cannot be read as a causal language model", mine, tokenizer, 96, 0)
+    (folder / "config.json").write_text("{")
+    refuse("cannot be read as a causal language model", mine, tokenizer, 96, 0)
+
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refuse("/mine has no config.json with model.safetensors: give a folder", mine, tokenizer, 96, 0)
+    shutil.copy(bases / "gpt2" / "model.safetensors", folder)
+    (folder / "config.json").unlink()
+    refuse("/mine has no config.json with model.safetensors: give a folder", mine, tokenizer, 96, 0)
+
+
+def test_a_folder_that_names_code_runs_none(bases, tokenizer, tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    shutil.copytree(bases / "gpt2", folder)
+    (folder / "modeling_evil.py").write_text("raise SystemExit(77)\n")
+    change(folder, "config.json", lambda c: c.update(auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"}))
+    assert type(models.load_base(str(folder), tokenizer, 96, 0)).__name__ == "GPT2LMHeadModel"  # transformers' own
+
+
+@pytest.mark.parametrize("name, spec", [("distilgpt2", "distilbert/distilgpt2"), ("someone/model", "someone/model")])
+def test_a_model_of_the_hub_that_cannot_be_had(name, spec):
+    with pytest.raises(UsageError, match=f"no model {name}: .*download {spec} where .*pretrain.py, or .*--model tiny"):
+        models.find_model(name)
+
+
+def test_an_earlier_download_is_found_without_a_network(bases, tmp_path, monkeypatch):
+    asked = []
+
+    def download(model, cache_dir=None, online=True):
+        asked.append((model, online))
+        return bases / "gpt2"
+
+    monkeypatch.setattr(models, "download", download)
+    assert models.find_model("qwen-0.5b") == bases / "gpt2"
+    assert asked == [("Qwen/Qwen2.5-0.5B", False)]
+    assert {"distilgpt2", "gpt2", "tinyllama", "qwen-0.5b"} == models.MODELS.keys()
+
+
+def test_what_stands_for_a_model_in_names():
+    assert models.label("models/small") == models.label("/a/models/small/") == "small"
+    assert models.label("distilgpt2") == "distilgpt2"

@@ -1,0 +1,109 @@
+"""llm_noniid/pretrain.py: a base that learns, is the same every time, loads in transformers and serves train.py."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from noniid_script import call, token_rows, words
+
+from common.checkpoint import read_json
+from common.cli import run_main
+from common.runlog import read_metrics
+from llm_noniid import pretrain
+from llm_noniid.data import load_texts
+
+TINY = "--dataset demo --max-samples 160 --tokenizer bpe:800 --max-length 96 --d-model 32 --layers 2 --heads 2".split()
+TINY += "--epochs 2 --batch-size 8 --learning-rate 5e-3 --threads 1".split()
+
+pytestmark = pytest.mark.slow
+
+
+def made(folder, *more):
+    """pretrain.py in this process."""
+    line = [*TINY, "--out", str(folder), *map(str, more)]
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda parser: pretrain.main(parser.parse_args(line)), pretrain.build_parser())
+    assert stop.value.code == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("pretrained") / "models" / "small")
+
+
+def digest(folder):
+    files = [f for f in folder.iterdir() if f.name != "pretraining.json"]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def test_the_loss_falls_and_is_what_transformers_finds(base, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    about = read_json(base / "pretraining.json")
+    history = about["history"]
+    assert [row["epoch"] for row in history] == [1, 2]
+    chance = math.log(800)
+    assert history[1]["val_loss"] < history[0]["val_loss"] < chance - 0.3
+    assert history[1]["train_loss"] < history[0]["train_loss"] - 0.3
+    assert about["args"]["d_model"] == 32 and about["data"]["dataset"] == "demo" and about["versions"]["torch"]
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    assert (model.config.n_embd, model.config.n_layer, model.config.n_positions) == (32, 2, 96)
+    assert len(tokenizer) == 800 and tokenizer.eos_token_id == model.config.eos_token_id
+    nll = n = 0
+    for row in token_rows(tokenizer, load_texts("demo", max_samples=160).splits["validation"]):
+        with torch.no_grad():
+            nll += model.eval()(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss.item() * (len(row) - 1)
+        n += len(row) - 1
+    assert history[-1]["val_loss"] == pytest.approx(nll / n, rel=1e-5)
+    assert history[-1]["val_ppl"] == pytest.approx(math.exp(nll / n), rel=1e-4)
+
+
+def test_the_same_flags_make_the_same_files_and_another_seed_does_not(base, tmp_path, capsys):
+    again = made(tmp_path / "again")
+    assert digest(again) == digest(base)
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == str(again) and "Writing model shards" not in said.err
+    (tmp_path / "again" / "left over").write_text("x")
+    other = made(again, "--seed", 1, "--epochs", 1, "--overwrite")
+    assert digest(other)["model.safetensors"] != digest(base)["model.safetensors"]
+    assert not (again / "left over").exists() and not (tmp_path / "again.new").exists()
+
+
+def test_train_adapts_it_and_begins_where_it_ended(base, tmp_path):
+    line = words(tmp_path, "a", f"--model {base} --num-rounds 1 --learning-rate 1e-30 --eval-samples 0")
+    del line[line.index("--tokenizer") : line.index("--tokenizer") + 2]
+    assert call(*line) == 0
+    (row,) = read_metrics(tmp_path / "a")
+    assert row["val_loss"] == pytest.approx(read_json(base / "pretraining.json")["history"][-1]["val_loss"], rel=1e-5)
+
+
+def test_the_loss_of_a_batch_is_the_sum_over_its_scored_tokens():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 7, generator=generator)
+    labels = torch.tensor([[1, 2, 3, 0], [4, 0, -100, -100]])
+    expected = 0.0
+    for i, t in ((0, 0), (0, 1), (0, 2), (1, 0)):
+        p = np.exp(logits[i, t].double().numpy())
+        expected -= math.log(p[labels[i, t + 1]] / p.sum())
+    assert pretrain.nll(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_rate_warms_up_and_falls_to_a_tenth():
+    rates = [pretrain.schedule(step, 40, 4) for step in range(40)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert rates[22] == pytest.approx(0.55) and pretrain.schedule(40, 40, 4) == pytest.approx(0.1)
+    assert pretrain.schedule(0, 1, 1) == 1.0
+
+
+def test_a_loss_that_is_not_finite_ends_it_with_nothing_written(tmp_path, capsys):
+    line = [*TINY, "--out", str(tmp_path / "out"), "--learning-rate", "1e38"]
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda parser: pretrain.main(parser.parse_args(line)), pretrain.build_parser())
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 1 and last.startswith("failed: epoch 1: the loss is nan") and "--learning-rate" in last
+    assert not list(tmp_path.iterdir())
