@@ -40,8 +40,8 @@ PRESETS = {  # flags of every run of a mode, below those of the command line
     "main": [],
     "failure": [],
     "study": [
-        *[*SMALL, "10", "--num-rounds", "24", "--max-samples", "4000", "--eval-samples", "300"],
-        *["--max-length", "64", "--learning-rate", "1e-3"],
+        *[*SMALL, "10", "--num-rounds", "12", "--max-samples", "4000", "--eval-samples", "300"],
+        *["--probe-samples", "32", "--max-length", "64", "--learning-rate", "3e-3"],
     ],
 }
 GIVEN = "model dataset data_root cache_dir max_samples local_steps num_rounds device amp".split()
