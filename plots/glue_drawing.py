@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -11,11 +12,9 @@ from plots.deltas import whole_numbers
 from plots.glue_runs import FIGURE, METRICS, RULES, TASKS, describe, evaluated, find_runs, suffixes
 from plots.vit_drawing import seed_spread
 
-REFERENCE_LOOKS = {
-    "central": {"color": GREY, "linestyle": (0, (6, 2))},
-    "full": {"color": "black", "linestyle": (0, (1, 3))},
-}
-ALSO_COMMON = ("rounds", "local_epochs")
+REFERENCE_COLORS = {"central": GREY, "full": "black"}
+REFERENCE_DASHES = {"central": ((0, (6, 2)), (0, (2, 2)), (0, (9, 2, 2, 2))), "full": ((0, (1, 3)), (0, (1, 1)))}
+ALSO_COMMON = ("rounds", "local_epochs", "learning_rate")
 WRAP = 3  # columns, where the panels make no grid of tasks and federations
 
 
@@ -115,11 +114,14 @@ def band(axis, x, values, label, every, look):
 
 def draw_references(axis, panel):
     """A horizontal line at the last metric of each central curve, with a band of +- one standard deviation."""
+    seen = Counter()
     for curve in panel.references:
         values = 100 * curve.results(panel.metric)
         if not np.isfinite(values).all():
             continue
-        look = REFERENCE_LOOKS[curve.kind]
+        dashes = REFERENCE_DASHES[curve.kind]
+        look = {"color": REFERENCE_COLORS[curve.kind], "linestyle": dashes[seen[curve.kind] % len(dashes)]}
+        seen[curve.kind] += 1
         axis.axhline(values.mean(), linewidth=1.4, zorder=1, label=curve.label, **look)
         spread = seed_spread(values)
         if spread:

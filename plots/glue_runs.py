@@ -66,6 +66,7 @@ SETTING = (
     "local_epochs",
     "examples",
     "data",
+    "learning_rate",
 )
 # What the panels of one figure have in common; they differ in the rest.
 FIGURE = ("dataset", "model", "rank", "lora_alpha")
@@ -76,7 +77,7 @@ _NOT_THE_METHOD = frozenset(
     "seed output_dir output_root adapter_output_dir run_name cache_dir data_root hf_home shard_dir resume overwrite"
     " track threads device compile keep save_clients eval_each_round eval_clients eval_batch_size do_train do_eval"
     " model_size task_name aggregate skip_svd lora_r client_ranks shard max_examples alpha svd_rank".split()
-) | frozenset(SETTING)
+) | (frozenset(SETTING) - {"learning_rate"})
 _FEDERATED_ONLY = frozenset("svd_split server_optimizer server_lr server_beta mu client_weights init_adapter".split())
 _LORA_ONLY = frozenset("lora_dropout target_modules".split())
 _SHORT = {
@@ -146,7 +147,7 @@ class Run(alike.Run):
         if not self.central:
             values["clients"] = data.get("clients")
             values["shards"] = shards_name(data)
-            values |= {key: whole(args.get(key)) for key in ("rounds", "local_epochs")}
+            values |= {key: whole(args.get(key)) for key in ("rounds", "local_epochs", "learning_rate")}
         return {key: value for key, value in values.items() if value is not None}
 
     def method(self):
@@ -155,6 +156,8 @@ class Run(alike.Run):
         unread = set(_NOT_THE_METHOD)
         if self.central:
             unread |= _FEDERATED_ONLY | (_LORA_ONLY if kind == "full" else set())
+        else:
+            unread.add("learning_rate")  # in the setting: at each rate all rules are compared
         if kind != "svd":
             unread.add("svd_split")
         optimizer = args.get("server_optimizer")
@@ -300,7 +303,7 @@ def panel_order(setting):
 def set_titles(panels):
     """Titles of a figure's panels: task, clients, shards, and the rest where two panels would be called the same."""
     keys = ["task", "clients", "shards"]
-    for key in ("rounds", "local_epochs", "examples"):
+    for key in ("rounds", "local_epochs", "examples", "learning_rate"):
         names = [describe(panel.setting, keys) for panel in panels]
         same = [[p for p, other in zip(panels, names, strict=True) if other == name] for name in set(names)]
         if any(len({text(panel.setting.get(key)) for panel in group}) > 1 for group in same):

@@ -63,9 +63,8 @@ def report(data_dir, markdown=False, wide=False, against="central", tasks=None, 
             continue
         for panel in panels:
             curves = [*panel.references, *panel.curves]
-            about = describe(
-                panel.setting, ("task", *FIGURE, "clients", "shards", "rounds", "local_epochs", "examples")
-            )
+            keys = ("task", *FIGURE, "clients", "shards", "rounds", "local_epochs", "learning_rate", "examples")
+            about = describe(panel.setting, keys)
             shared = usual(curves)
             parts.append(("### " if markdown else "") + about)
             parts += [f"Unless said otherwise: {shared}."] if shared else []

@@ -207,7 +207,7 @@ def test_metric_shows_means_with_standard_deviations_at_evaluated_rounds_and_the
 def test_rules_look_the_same_in_every_figure_and_unlike_each_other_in_grey(tmp_path, figures):
     write_study(tmp_path)
     glue_metric.main(parse(glue_metric, tmp_path))
-    write_run(tmp_path, lora_r=8, lora_alpha=16.0, aggregate="naive", learning_rate=1e-5, value=0.3, seed=7)
+    write_run(tmp_path, lora_r=8, lora_alpha=16.0, aggregate="naive", mu=0.1, value=0.3, seed=7)
     glue_bytes.main(parse(glue_bytes, tmp_path))
     looks = {}
     for figure in (figures["metric.png"], figures["bytes_up_rank_8_lora_alpha_16.png"]):
@@ -215,7 +215,7 @@ def test_rules_look_the_same_in_every_figure_and_unlike_each_other_in_grey(tmp_p
             look = line.get_linestyle(), line.get_marker(), line.get_color()
             assert looks.setdefault(name, look) == look
     rules = {name: look for name, look in looks.items() if not name.startswith("Central")}
-    assert len(rules) == 7 and "Naive (FedIT), lr 1e-05" in rules
+    assert len(rules) == 7 and "Naive (FedIT), FedProx 0.1" in rules
     assert len({look[:2] for look in rules.values()}) == 7
 
 

@@ -22,7 +22,7 @@ def test_the_table_has_mean_spread_and_differences_seed_by_seed(tmp_path, capsys
     write_run(tmp_path, value=0.5, seed=9, aggregate="ffa")
     glue_table.main(parse(glue_table, tmp_path, "--markdown"))
     text = capsys.readouterr().out
-    about = "### RTE, glue, roberta-base, r 4, alpha 8, 3 clients, IID, 3 rounds, 1 local epoch, 90 training examples"
+    about = "### RTE, glue, roberta-base, r 4, alpha 8, 3 clients, IID, 3 rounds, 1 local epoch, lr 0.0005, 90 training"
     assert text.startswith(about)
     table = cells(text)
     svd = table["SVD (FlexLoRA)"]
