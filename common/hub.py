@@ -1,11 +1,12 @@
 """Models from the hub: where an earlier download left them, which of their files are taken, and the download."""
 
+import contextlib
 import os
 from pathlib import Path
 
 from common.cache import cache_folder, read_cached, write_cached
 from common.cli import RunFailed, UsageError
-from common.corpora import one_line
+from common.corpora import hub_reachable, one_line
 
 # Everything that asks the hub's library for a model gives these: it takes a download with fewer files for incomplete.
 MODEL_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights; no pickles
@@ -60,6 +61,47 @@ def download(model, revision="main", cache_dir=None, online=True):
     if not list(folder.glob("model*.safetensors")):
         raise UsageError(f"{model} has no model.safetensors, and pickled weights are not taken: choose another model")
     return folder
+
+
+def find_model(name, spec=None, advice=""):
+    """The folder of a model: `name` itself where it is a folder, else what an earlier download left, else from the hub.
+
+    Args: spec: its name on the hub (default: name); advice: what else to do where neither is there.
+
+    Raises UsageError when it is not there, or a folder without config.json or model.safetensors.
+    """
+    folder, spec = Path(name).expanduser(), spec or name
+    if not folder.is_dir():
+        try:
+            folder = download(spec, cache_dir=hub_cache(), online=False)
+        except UsageError:
+            if not hub_reachable():
+                raise UsageError(
+                    f"no model {name}: not a folder, not downloaded before, and the hub is out of reach: {advice}"
+                ) from None
+            folder = download(spec, cache_dir=hub_cache())
+    if not (folder / "config.json").is_file() or not list(folder.glob("model*.safetensors")):
+        raise UsageError(
+            f"--model {name}: {folder} has no config.json with model.safetensors: give a folder that transformers "
+            "wrote (pickled weights are not read)"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without transformers' own progress bars and warnings."""
+    from transformers.utils import logging
+
+    shown, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def remember_home(hf_home):

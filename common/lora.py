@@ -8,11 +8,13 @@ parameter has its name there (`classifier.dense.weight`).
 """
 
 import warnings
+from copy import deepcopy
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from common.cli import UsageError
+from common.hub import quiet
 from common.products import add_to_weight, scaling
 from common.seeding import seed_torch
 
@@ -69,7 +71,8 @@ class LoraModel:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
 
-        self.alpha, self.dropout = alpha, dropout
+        self.alpha, self.dropout, self.task_type = alpha, dropout, task_type
+        self.modules_to_save = tuple(modules_to_save)
         self.targets = find_targets(model, targets)
         config = LoraConfig(
             task_type=task_type,
@@ -156,6 +159,22 @@ class LoraModel:
             for name, weight in weights.items()
         }
 
+    def about(self):
+        """What an adapter's file says of itself beside its factors: keywords of `write_adapter`."""
+        return {
+            "target_modules": list(self.targets),
+            "modules_to_save": list(self.modules_to_save),
+            "fan_in_fan_out": self.fan_in_fan_out,
+            "dropout": self.dropout,
+            "task_type": self.task_type,
+        }
+
+    def save_base(self, folder):
+        """Writes the model without the adapter, as transformers loads it."""
+        with quiet():
+            deepcopy(self.model).unload().save_pretrained(folder)
+
     def save_merged(self, folder):
         """Writes the model with its adapter merged, as transformers loads it. The adapter is gone afterwards."""
-        self.model.merge_and_unload().save_pretrained(folder)
+        with quiet():
+            self.model.merge_and_unload().save_pretrained(folder)

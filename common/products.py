@@ -58,7 +58,7 @@ class Product:
             self._dense = self.full()
             self._A, self._B = [], []
         if self._dense is not None:
-            with _one_thread():
+            with one_thread():
                 self._dense.addmm_(B, A)
         else:
             self._A.append(A)
@@ -88,7 +88,7 @@ class Product:
         if self._dense is not None:
             return self._dense.clone()
         A, B = self.factors()
-        with _one_thread():
+        with one_thread():
             return B @ A  # [d, k]
 
     def norm(self):
@@ -100,7 +100,7 @@ class Product:
         if self._dense is not None:
             return torch.linalg.vector_norm(self._dense).item()
         A, B = self.factors()
-        with _one_thread():
+        with one_thread():
             R_B, R_A = (torch.linalg.qr(M, mode="r").R for M in (B, A.T))  # [R, R]
             return torch.linalg.vector_norm(R_B @ R_A.T).item()
 
@@ -199,7 +199,7 @@ def truncate(target, rank, new_scale, split="us", generator=None):
         "missing", the number of directions without one.
     """
     check_truncation(rank, new_scale, split)
-    with _one_thread():
+    with one_thread():
         if target.columns is None:
             U, S, Vh = torch.linalg.svd(target._dense, full_matrices=False)
         else:
@@ -273,7 +273,8 @@ def _exact(tensor):
 
 
 @contextlib.contextmanager
-def _one_thread():
+def one_thread():
+    """CPU products on one thread inside: sums do not depend on how many there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -28,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import checkpoint, parallel
-from common.cli import UsageError
+from common.cli import UsageError, seed_number, thread_count
 from common.curves import read_metrics
 
 # Flags that say how to run, not what to compute: --resume may change them.
@@ -48,6 +48,16 @@ def add_run_flags(parser, *other_names):
         "--track", choices=["off", "wandb", "tensorboard"], default="off", help="also send the metrics there"
     )
     return group
+
+
+def add_machine_flags(group, seed=42):
+    """Seed, device, threads and precision. Args: seed: the default."""
+    group.add_argument("--seed", type=seed_number, default=seed, metavar="N", help="all randomness follows from it")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--threads", type=thread_count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
+    group.add_argument(
+        "--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products"
+    )
 
 
 def start_run(command, args, name, unit="tokens"):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from common import text
+from common.batches import padded
 from common.cli import UsageError
 from common.corpora import SPLITS, Corpus, demo_documents, documents_sha256, load_corpus
 from common.seeding import stream
@@ -199,13 +200,7 @@ class TokenizedTexts:
         labels are the input ids, -100 on the padding only: a model that shifts them (transformers' do) predicts
         labels[:, 1:], each text's own end included. multiple: L is rounded up to a multiple of it.
         """
-        rows = np.asarray(rows)
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
-        longest = -(-int(lengths.max()) // multiple) * multiple
-        mask = np.arange(longest) < lengths[:, None]  # [B, L]
-        flat = (self.offsets[rows][:, None] + np.arange(longest))[mask]  # [tokens]
-        inputs = np.full(mask.shape, self.eos, dtype=np.int64)  # [B, L]
-        inputs[mask] = self.tokens[flat]
+        inputs, mask = padded(self.tokens, self.offsets, rows, self.eos, multiple)
         batch = {"input_ids": inputs, "attention_mask": mask.astype(np.int64), "labels": np.where(mask, inputs, IGNORE)}
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
@@ -262,9 +257,3 @@ def training_batches(n, batch_size, epochs=1, seed=0, round=0, client=0, steps=N
         order = stream(seed, f"batches of epoch {epoch}", round, client).permutation(n)
         batches += [order[i : i + batch_size] for i in range(0, n, batch_size)]
     return batches[:wanted]
-
-
-def evaluation_batches(lengths, batch_size):
-    """All texts once, the longest first (so that too large a batch fails at once): list of int64 arrays."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -12,11 +12,12 @@ theta is {"A.<layer>": [r, k], "B.<layer>": [d, r]}. Weights are the p_k of the 
 divided by their sum, and None means equal ones. Figures of updates are numbers without a unit; losses are in nats.
 """
 
-import contextlib
 import math
 
 import numpy as np
 import torch
+
+from common.products import one_thread
 
 # Squared distances below this part of the squared norms are rounding of G: updates that differ by less than 1e-7 of
 # their norm count as the same.
@@ -49,7 +50,7 @@ def update_gram(theta, clients, scale):
     gram = np.zeros((len(clients), len(clients)))
     for layer in _layers(theta):
         s = scale[layer] if isinstance(scale, dict) else scale
-        with _one_thread():
+        with one_thread():
             gram += s * s * _layer_gram(*(_pair(t, layer) for t in (theta, *clients)))
     if not np.isfinite(gram).all():
         broken = [i for i in range(len(gram)) if not np.isfinite(gram[i, i])]
@@ -133,6 +134,19 @@ def update_figures(gram, weights=None):
     }
 
 
+def round_figures(before, after, clients, weights, scale):
+    """`update_figures` of a round, its update_cosines [m][m] with 4 decimals, weight_cosine_drift: JSON values.
+
+    Args: before, after: theta as the round began and ended; clients, scale: of `update_gram`; weights: as above.
+    """
+    gram = update_gram(before, clients, scale)
+    return {
+        **update_figures(gram, weights),
+        "update_cosines": np.round(cosine_matrix(gram), 4).tolist(),
+        "weight_cosine_drift": weight_cosine_drift(after, clients),
+    }
+
+
 # ---- weights and gradients
 
 
@@ -198,6 +212,16 @@ def linear_cka(X, Y):
     return float(above / (torch.linalg.vector_norm(left) * torch.linalg.vector_norm(right)))
 
 
+def cka_figures(own, clients):
+    """{client_cka: the clients' `linear_cka` with the served model, mean_cka: of those that have one, else None}.
+
+    Args: own: hidden states [n, p] under the served model; clients: of each client's, of the same texts.
+    """
+    found = [linear_cka(own, states) for states in clients]
+    known = [value for value in found if value is not None]
+    return {"client_cka": found, "mean_cka": sum(known) / len(known) if known else None}
+
+
 # ---- curves
 
 
@@ -227,7 +251,7 @@ def _layers(theta):
 
 
 def _pair(theta, layer):
-    return [theta[f"{letter}.{layer}"].detach().to("cpu", torch.float64) for letter in "AB"]
+    return [_exact(theta[f"{letter}.{layer}"]) for letter in "AB"]
 
 
 def _layer_gram(start, *pairs):
@@ -263,18 +287,12 @@ def _mean_square(gram, p):
 
 
 def _inner(a, b):
-    return sum(float((a[n].detach().double() * b[n].detach().double()).sum()) for n in a)
+    return sum(float((_exact(a[n]) * _exact(b[n])).sum()) for n in a)
+
+
+def _exact(tensor):
+    return tensor.detach().to("cpu", torch.float64)
 
 
 def _or_none(value):
     return float(value) if math.isfinite(value) else None
-
-
-@contextlib.contextmanager
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

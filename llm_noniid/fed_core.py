@@ -1,53 +1,54 @@
-"""What a run of this study is made of: the `Study`, with texts, clients, model, local work, evaluation, diagnostics.
+"""What a run of this study is made of: the `Study`, with texts, clients, local work, groups, what is reported.
 
-The round loop is in `train.py`. theta is {"A.<layer>": [r, k], "B.<layer>": [d, r]}, the LoRA factors of one model. A
-run has one or more models (`thetas`): one for all clients, one for each group of clients (--cluster), or one for each
-client (--algorithm local); `group[k]` says which is client k's.
+The round loop is in `train.py`, the model and its evaluation are in `text_model.py`. theta is {"A.<layer>": [r, k],
+"B.<layer>": [d, r]}, the LoRA factors of one model. A run has one or more models (`thetas`): one for all clients, one
+for each group of clients (--cluster), or one for each client (--algorithm local); `group[k]` says which is client k's.
 """
 
 import math
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import parallel
-from common.adapter_files import write_adapter
 from common.aggregation import NormalizedMean, ServerAdam, ServerMomentum, WeightedMean, effective_steps, finite
 from common.allocator import reuse_large_memory
 from common.checkpoint import saving, write_json
 from common.cli import RunFailed
-from common.compiling import checked_compile
-from common.evaluation import amp_context, bits_per_byte, perplexity, pick_device, resolve_amp
+from common.evaluation import pick_device, resolve_amp
 from common.local import client_optimizer, local_steps
-from common.lora import LoraModel
 from common.scaffold import ControlVariates, option_two
 from common.seeding import seed_everything, seed_torch, stream
 from common.sharding import class_counts
 from llm_noniid import clustering, detectors, diagnostics
-from llm_noniid.data import IGNORE, encode, evaluation_batches, load_texts, training_batches
-from llm_noniid.models import find_tokenizer, load_base, quiet
+from llm_noniid.data import load_texts, training_batches
 from llm_noniid.partition import partition, statistics
+from llm_noniid.text_model import TextModel
 
 HELD_OUT = 10  # one of so many of a client's texts is not trained on: what its model is judged by
 WATCHED = 64  # clients whose updates are compared with each other in a round, at most
-EVAL_BATCH = 16  # fixed: sums over other batches would round differently
 ON_DISK = 200  # clients from whose number on control variates are kept in files
 
 
 class Study:
-    """Texts, model and the pieces of a round. Attributes: group (int64 [K]), variates (None but for SCAFFOLD)."""
+    """Texts, model and the pieces of a round.
+
+    Attributes: text_model (`TextModel`); rows, held: each client's training texts and those that it is judged by;
+    examples: numbers of the former; models: how many thetas; group (int64 [K]); server (None: the plain mean);
+    variates (None but for SCAFFOLD).
+    """
 
     def __init__(self, args, run):
         self.args, self.run = args, run
         reuse_large_memory()
         if args.threads:
             torch.set_num_threads(args.threads)
-        self.device = parallel.world().device(pick_device(args.device))
-        self.amp = resolve_amp(args.amp, self.device)
+        device = parallel.world().device(pick_device(args.device))
+        amp = resolve_amp(args.amp, device)
         seed_everything(args.seed)
         a = args
         self.texts = load_texts(a.dataset, a.data_root, a.cache_dir, a.max_samples, a.seed)
@@ -61,24 +62,18 @@ class Study:
             skew_type=a.skew_type,
             min_samples=max(2, a.min_samples),
         )
-        self.tokenizer = find_tokenizer(a.model, self.texts, a.tokenizer, a.data_root, a.cache_dir)
-        self.tokens = encode(self.texts, self.tokenizer, a.max_length, a.cache_dir)
-        base = load_base(a.model, self.tokenizer, a.max_length, a.seed)
-        self.lora = LoraModel(base, a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules, seed=a.seed)
-        self.model = self.lora.model.to(self.device)
+        self.text_model = TextModel(a, self.texts, device, amp)
         self._deal(parts)
-        self.parameters = self.lora.trainable()
-        self.loss = checked_compile(self.batch_loss, self.parameters) if a.compile else self.batch_loss
         n = len(self.rows)
         self.group = np.arange(n) if a.algorithm == "local" else np.zeros(n, dtype=np.int64)
         self.models = n if a.algorithm == "local" else a.num_clusters if a.cluster != "none" else 1
         if a.cluster == "labels":
-            labels = self.texts.labels["train"]
-            self._regroup(clustering.cluster_labels(self._histograms(labels), a.num_clusters))
+            counts = class_counts(self.rows, self.texts.labels["train"], len(self.texts.label_names))
+            self.group = clustering.cluster_labels(counts, a.num_clusters)
         self.server = self._server_optimizer()
         self.variates = self._control_variates()
-        self.seen = self._eval_rows("validation")
-        self._left_out, self._left_out_since = [], []
+        self.seen = self.text_model.evaluated_rows("validation")
+        self._left_out_since = []
         self._begin(parts, notes)
 
     def _deal(self, parts):
@@ -93,18 +88,6 @@ class Study:
         self.rows = [np.sort(np.concatenate(rows))] if self.args.algorithm == "central" else rows
         self.examples = [len(r) for r in self.rows]
 
-    def _histograms(self, labels):
-        return class_counts(self.rows, labels, len(self.texts.label_names))
-
-    def _control_variates(self):
-        a = self.args
-        if a.algorithm != "scaffold":
-            return None
-        folder = self.run.folder / "control_variates" if len(self.rows) > ON_DISK else None
-        weights = self.examples if a.client_weights == "examples" else None
-        template = {name: p.detach() for name, p in self.parameters.items()}
-        return ControlVariates(template, len(self.rows), folder, weights)
-
     def _server_optimizer(self):
         if self.args.algorithm == "fedavgm":
             return ServerMomentum(self.args.server_lr, self.args.server_momentum)
@@ -112,22 +95,25 @@ class Study:
             return ServerAdam("adam", self.args.server_lr)
         return None
 
+    def _control_variates(self):
+        a = self.args
+        if a.algorithm != "scaffold":
+            return None
+        folder = self.run.folder / "control_variates" if len(self.rows) > ON_DISK else None
+        weights = self.examples if a.client_weights == "examples" else None
+        template = {name: p.detach() for name, p in self.text_model.parameters.items()}
+        return ControlVariates(template, len(self.rows), folder, weights)
+
     def _begin(self, parts, notes):
-        count = lambda tensors: sum(t.numel() for t in tensors)  # noqa: E731
+        model = self.text_model
         facts = {
             **self.texts.fingerprint,
             "clients": len(parts),
             "examples": [len(part) for part in parts],
-            "tokenizer_tokens": len(self.tokenizer),
-            "cut": {split: part.cut for split, part in self.tokens.items()},
+            "tokenizer_tokens": len(model.tokenizer),
+            "cut": {split: part.cut for split, part in model.tokens.items()},
         }
-        sizes = {"total": count(self.model.parameters()), "trainable": count(self.parameters.values())}
-        resolved = {
-            "device": self.device.type,
-            "amp": str(self.amp or torch.float32).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        }
-        self.run.begin(facts, sizes, resolved)
+        self.run.begin(facts, model.sizes(), model.resolved())
         for note in [*self.texts.notes, *notes]:
             self.note(note)
         n = sorted(self.examples)
@@ -135,7 +121,7 @@ class Study:
         if parallel.is_main():
             path = self.run.folder / "partition.json"
             with saving(path):
-                write_json(path, statistics(self.texts, self.tokens, parts, self.args.seed))
+                write_json(path, statistics(self.texts, model.tokens, parts, self.args.seed))
 
     def note(self, text):
         """A line on stderr, by the main process."""
@@ -146,7 +132,7 @@ class Study:
 
     def initial_weights(self):
         """The models before the first round: a list of equal thetas."""
-        return [_copied(self.parameters) for _ in range(self.models)]
+        return [_copied(self.text_model.parameters) for _ in range(self.models)]
 
     @staticmethod
     def packed(thetas):
@@ -155,24 +141,30 @@ class Study:
 
     def unpacked(self, state):
         """The list of models of `packed`."""
-        thetas = [{} for _ in range(self.models)]
-        for name, t in state.items():
-            g, name = name.split("/", 1)
-            thetas[int(g)][name] = t
-        return thetas
+        return [{name: state[f"{g}/{name}"] for name in self.text_model.parameters} for g in range(self.models)]
 
     @property
     def lasting(self):
         """With the models, all that outlives a round: what a checkpoint holds."""
-        found = {"groups": _Groups(self)}
+        found = {"groups": SimpleNamespace(state_dict=self._groups, load_state_dict=self._load_groups)}
         if self.server:
             found["server"] = self.server
         return found | (self.variates.lasting if self.variates else {})
 
-    def _regroup(self, labels):
-        self.group = np.asarray(labels, dtype=np.int64)
+    def _groups(self):
+        return {"group": torch.from_numpy(self.group)}
+
+    def _load_groups(self, state):
+        self.group = state["group"].cpu().numpy()
 
     # ---- a round
+
+    def evaluated(self, round):
+        """Whether this round ends with an evaluation."""
+        return (round + 1) % self.args.eval_every == 0 or round + 1 == self.args.num_rounds
+
+    def _groups_now(self, round):
+        return self.args.cluster == "updates" and round + 1 == self.args.cluster_round
 
     def sample_clients(self, round):
         """The round's clients, dealt to processes."""
@@ -181,9 +173,11 @@ class Study:
         chosen = list(range(everyone))
         if some < everyone:
             chosen = stream(a.seed, "participation", round).choice(everyone, some, replace=False).tolist()
-        self._left_out, self._results, self._watch, self._reference = [], {}, {}, {}
         self._sampled = parallel.Lanes(chosen, sticky=self.variates is not None)
-        watched = everyone if self._groups_now(round) else WATCHED if self.evaluated(round) else 0
+        self._tokens, self._left_out, self._done, self._watch, self._hidden = {}, [], {}, {}, {}
+        # Several models pull apart by intention, and one client has nobody to pull apart from.
+        self._compared = self.evaluated(round) and self.models == 1 and a.algorithm != "central"
+        watched = everyone if self._groups_now(round) else WATCHED if self._compared else 0
         self._watched = set(sorted(chosen)[:watched])
         return self._sampled
 
@@ -206,25 +200,29 @@ class Study:
 
         theta_k are the model's own tensors: valid until the next client.
         """
-        a = self.args
-        self.load(theta)
-        self.model.train()
+        a, model = self.args, self.text_model
+        batches = self.batches(k, round)
+        self._tokens[k] = int(model.scored("train", np.concatenate(batches)).sum())
+        model.load(theta)
+        model.model.train()
         seed_torch(a.seed, "dropout", round, k)
-        correction = self.variates.correction(k) if self.variates else None
         done = local_steps(
-            self.loss,
-            (self._batch("train", rows) for rows in self.batches(k, round)),
-            self.parameters,
-            client_optimizer(a.client_optimizer, self.parameters, a.learning_rate, weight_decay=a.weight_decay),
-            amp=self.amp,
-            correction=correction,
+            model.loss,
+            (model.batch("train", rows) for rows in batches),
+            model.parameters,
+            client_optimizer(a.client_optimizer, model.parameters, a.learning_rate, weight_decay=a.weight_decay),
+            amp=model.amp,
+            correction=self.variates.correction(k) if self.variates else None,
             mu=a.mu if a.algorithm == "fedprox" else 0.0,
             anchors=theta,
             max_norm=a.max_grad_norm,
             record=self.variates is not None,
         )
-        theta_k = {name: p.detach() for name, p in self.parameters.items()}
-        return theta_k, (self.examples[k] if a.client_weights == "examples" else 1), done
+        theta_k = {name: p.detach() for name, p in model.parameters.items()}
+        return theta_k, self._weight(k), done
+
+    def _weight(self, k):
+        return self.examples[k] if self.args.client_weights == "examples" else 1
 
     def control_variate(self, theta, theta_k, k, done):
         """Client k's new control variate: the mean of its raw gradients, or the paper's option II."""
@@ -248,20 +246,20 @@ class Study:
         return True
 
     def observe(self, k, theta_k, done):
-        """Keeps what the round's figures need of client k."""
-        self._results[k] = (done.loss.item(), done.gradient_norms.cpu().tolist())
+        """Keeps what the round's figures need of client k; its losses stay on the device until `report` asks."""
+        self._done[k] = (done.loss, done.gradient_norms)
         if k in self._watched:
             self._watch[k] = {name: t.to("cpu", copy=True) for name, t in theta_k.items()}
-            if self.args.probe_samples:
-                self._reference[k] = self.probe()
+            if self._compared and self.args.probe_samples:
+                self._hidden[k] = self._probe()
 
     def close_round(self, round):
         """Counts tokens and bytes; names the clients that were left out.
 
         Raises RunFailed when all were: then there is no mean.
         """
-        out = sorted(self._sampled.gather({k: 1 for k in self._left_out}))
-        self._left_out = out
+        told = self._sampled.gather({k: (tokens, k in self._left_out) for k, tokens in self._tokens.items()})
+        self._left_out = out = [k for k, (_, left_out) in told.items() if left_out]
         self._left_out_since += [[round + 1, k] for k in out]
         if out:
             self.note(f"warning: round {round + 1}: update not finite, left out: client {', '.join(map(str, out))}")
@@ -270,14 +268,12 @@ class Study:
                 f"round {round + 1}: the updates of all {len(out)} clients are not finite: lower --learning-rate "
                 f"({self.args.learning_rate:g}) or --amp off"
             )
-        numbers = sum(p.numel() for p in self.parameters.values()) * (2 if self.variates else 1)
-        lengths = self.tokens["train"].lengths()
+        sent = self.text_model.sizes()["trainable"] * (2 if self.variates else 1)  # numbers each way, of a client
         alone = self.args.algorithm in ("local", "central")
-        batches = [rows for k in self._sampled.clients for rows in self.batches(k, round)]
         self.run.count(
-            tokens=sum(int((lengths[rows] - 1).sum()) for rows in batches),
-            bytes_up=0 if alone else 4 * numbers * len(self._sampled),
-            bytes_down=0 if alone else 4 * numbers * len(self._sampled),
+            tokens=sum(tokens for tokens, _ in told.values()),
+            bytes_up=0 if alone else 4 * sent * len(self._sampled),
+            bytes_down=0 if alone else 4 * sent * len(self._sampled),
             left_out_updates=len(out),
         )
 
@@ -290,11 +286,6 @@ class Study:
             for g, (theta, mean) in enumerate(zip(thetas, means, strict=True))
         ]
 
-    # ---- groups
-
-    def _groups_now(self, round):
-        return self.args.cluster == "updates" and round + 1 == self.args.cluster_round
-
     def regroup(self, before, thetas, round):
         """--cluster updates: after its round, groups by the cosines of the updates; each begins with the mean.
 
@@ -303,162 +294,55 @@ class Study:
         if not self._groups_now(round):
             return thetas
         watch = self._sampled.gather(self._watch)
-        gram = diagnostics.update_gram(self._cpu(before[0]), watch.values(), self.lora.scale)
+        gram = diagnostics.update_gram(before[0], watch.values(), self.text_model.lora.scale)
         found = clustering.cluster_updates(diagnostics.cosine_matrix(gram), min(self.args.num_clusters, len(watch)))
-        labels = np.full(len(self.rows), np.bincount(found).argmax())
-        labels[list(watch)] = found
-        self._regroup(labels)
-        self.note(f"groups after round {round + 1}: {labels.tolist()}")
+        self.group = np.full(len(self.rows), np.bincount(found).argmax())
+        self.group[list(watch)] = found
+        self.note(f"groups after round {round + 1}: {self.group.tolist()}")
         return [_copied(thetas[0]) for _ in thetas]
 
-    # ---- evaluation
-
-    def evaluated(self, round):
-        """Whether this round ends with an evaluation."""
-        return (round + 1) % self.args.eval_every == 0 or round + 1 == self.args.num_rounds
-
-    @torch.no_grad()
-    def load(self, theta):
-        """Puts a theta into the model."""
-        for name, p in self.parameters.items():
-            p.copy_(theta[name])
-
-    def _batch(self, split, rows):
-        return {name: t.to(self.device, non_blocking=True) for name, t in self.tokens[split].batch(rows).items()}
-
-    def _nll(self, batch):
-        """Negative log-likelihoods [B, L - 1] in nats, 0 where no label is scored."""
-        with amp_context(self.amp, self.device):
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        logits, labels = logits[:, :-1].float(), batch["labels"][:, 1:]  # [B, L - 1, V], [B, L - 1]
-        nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-        return nll.view(labels.shape)  # [B, L - 1]
-
-    def batch_loss(self, batch):
-        """Mean negative log-likelihood of the scored tokens of a batch, in nats."""
-        return self._nll(batch).sum() / (batch["labels"][:, 1:] != IGNORE).sum()
-
-    @torch.no_grad()
-    def sums(self, split, rows, share=True):
-        """NLL [n] of texts of a split under the model as it is loaded, fp64; share: processes share the batches."""
-        self.model.eval()
-        rows = np.asarray(rows)
-        cut = evaluation_batches(self.tokens[split].lengths()[rows], EVAL_BATCH)
-        lanes = parallel.Lanes(range(len(cut))) if share else range(len(cut))
-        found = {i: self._nll(self._batch(split, rows[cut[i]])).double().sum(1).cpu().numpy() for i in lanes}
-        found = lanes.gather(found) if share else found
-        nll = np.zeros(len(rows))
-        for i, part in found.items():
-            nll[cut[i]] = part
-        return nll
-
-    def _eval_rows(self, split):
-        """The texts of a split that are evaluated: all, or --eval-samples drawn once."""
-        n, wanted = len(self.tokens[split]), self.args.eval_samples
-        if not wanted or wanted >= n:
-            return np.arange(n)
-        return np.sort(stream(self.args.seed, f"evaluated {split}").choice(n, wanted, replace=False))
-
-    def _scored(self, split, rows):
-        encoded = self.tokens[split]
-        return encoded.lengths()[rows] - 1, encoded.byte_lengths[rows]
+    # ---- what is reported
 
     def quality(self, thetas, split, rows, name):
-        """{name_loss, name_ppl, name_bits_per_byte, name_topic_loss [C]} over texts of a split.
+        """`TextModel.quality` with each model weighted by its clients' texts, as a random client would see them."""
+        weights = np.bincount(self.group, self.examples, len(thetas))
+        return self.text_model.quality(thetas, weights, split, rows, name)
 
-        With several models: sums over models, each weighted by its clients' texts, as a random client would see them.
-        """
-        tokens, n_bytes = self._scored(split, rows)
-        labels = self.texts.labels[split][rows]
-        weights = [sum(n for k, n in enumerate(self.examples) if self.group[k] == g) for g in range(len(thetas))]
-        nll = np.zeros(len(rows))
-        for theta, weight in zip(thetas, weights, strict=True):
-            if weight:
-                self.load(theta)
-                nll += weight / sum(weights) * self.sums(split, rows)
-        topics = [labels == c for c in range(len(self.texts.label_names))]
-        return {
-            f"{name}_loss": math.fsum(nll) / int(tokens.sum()),
-            f"{name}_ppl": perplexity(math.fsum(nll), int(tokens.sum())),
-            f"{name}_bits_per_byte": bits_per_byte(math.fsum(nll), int(n_bytes.sum())),
-            f"{name}_topic_loss": [math.fsum(nll[t]) / int(tokens[t].sum()) if t.any() else None for t in topics],
-        }
+    def _probe(self):
+        return self.text_model.probe("validation", self.seen[: self.args.probe_samples])
 
-    def clients_quality(self, thetas):
-        """{client_val_loss [K], worst_client_val_loss, mean_client_val_loss}: of each client's own held-out texts,
-        under the model that serves it."""
-        owners = [0] * len(self.held) if self.args.algorithm == "central" else self.group.tolist()
-        losses = [None] * len(self.held)
-        for g, theta in enumerate(thetas):
-            clients = [k for k, owner in enumerate(owners) if owner == g]
-            if not clients:
-                continue
-            self.load(theta)
-            rows = np.concatenate([self.held[k] for k in clients])
-            nll, tokens = self.sums("train", rows), self._scored("train", rows)[0]
-            at = np.cumsum([0, *(len(self.held[k]) for k in clients)])
-            for k, i, j in zip(clients, at, at[1:], strict=False):
-                losses[k] = math.fsum(nll[i:j]) / int(tokens[i:j].sum())
-        return {
-            "client_val_loss": losses,
-            "worst_client_val_loss": float(np.max(losses)),  # nan where one is
-            "mean_client_val_loss": sum(losses) / len(losses),
-        }
-
-    @torch.no_grad()
-    def probe(self):
-        """Hidden states of the last layer on the probe texts, the mean over each text's tokens: [n, D]."""
-        self.model.eval()
-        rows, found = self.seen[: self.args.probe_samples], []
-        for start in range(0, len(rows), EVAL_BATCH):
-            batch = self._batch("validation", rows[start : start + EVAL_BATCH])
-            mask = batch["attention_mask"]
-            with amp_context(self.amp, self.device):
-                out = self.model(input_ids=batch["input_ids"], attention_mask=mask, output_hidden_states=True)
-            states = out.hidden_states[-1].float() * mask[..., None]  # [B, L, D]
-            found.append((states.sum(1) / mask.sum(1, keepdim=True)).cpu())  # [B, D]
-        return torch.cat(found)
-
-    @staticmethod
-    def _cpu(theta):
-        return {name: t.cpu() for name, t in theta.items()}
-
-    def _update_figures(self, before, thetas):
-        """The round's figures of the clients' updates, in Delta W, within the first model where there are several."""
-        watch = self._sampled.gather(self._watch)
-        hidden = self._sampled.gather(self._reference)
-        if self.models > 1 or self.args.algorithm == "central" or not watch:
+    def _update_figures(self, before, theta):
+        """How far the clients' updates of the round pull apart, where updates are compared."""
+        if not self._compared:
             return {}
-        weights = [self.examples[k] if self.args.client_weights == "examples" else 1 for k in watch]
-        gram = diagnostics.update_gram(self._cpu(before[0]), watch.values(), self.lora.scale)
-        figures = diagnostics.update_figures(gram, weights)
-        figures["update_cosines"] = np.round(diagnostics.cosine_matrix(gram), 4).tolist()
-        figures["weight_cosine_drift"] = diagnostics.weight_cosine_drift(self._cpu(thetas[0]), watch.values())
+        watch, hidden = self._sampled.gather(self._watch), self._sampled.gather(self._hidden)
+        if not watch:
+            return {}
+        figures = diagnostics.round_figures(
+            before, theta, watch.values(), [self._weight(k) for k in watch], self.text_model.lora.scale
+        )
         if hidden:
-            self.load(thetas[0])
-            own = self.probe()
-            found = [diagnostics.linear_cka(own, states) for states in hidden.values()]
-            figures["client_cka"] = found
-            known = [value for value in found if value is not None]
-            figures["mean_cka"] = sum(known) / len(known) if known else None
+            self.text_model.load(theta)
+            figures |= diagnostics.cka_figures(self._probe(), hidden.values())
         return figures
 
     def report(self, before, thetas, round):
         """Evaluates, looks for alarms and writes the round's line. Returns the alarm that ends the run, or None."""
         started = time.perf_counter()
-        results = self._sampled.gather({k: v for k, v in self._results.items() if k not in self._left_out})
-        losses, norms = [v[0] for v in results.values()], [v[1] for v in results.values()]
+        done = self._sampled.gather({k: (loss.item(), norms.tolist()) for k, (loss, norms) in self._done.items()})
+        losses, norms = [v[0] for v in done.values()], [v[1] for v in done.values()]
         train_loss = math.fsum(losses) / len(losses)
         metrics = self.quality(thetas, "validation", self.seen, "val")
+        owners = [0] * len(self.held) if self.args.algorithm == "central" else self.group
         row = {
             "train_loss": train_loss,
             **metrics,
-            **self.clients_quality(thetas),
-            "clients": list(results),
+            **self.text_model.clients_quality(thetas, owners, self.held),
+            "clients": list(done),
             "client_train_loss": losses,
             "gradient_norm_variance": diagnostics.gradient_norm_variance(norms),
             "generalization_gap": diagnostics.generalization_gap(train_loss, metrics["val_loss"]),
-            **self._update_figures(before, thetas),
+            **self._update_figures(before[0], thetas[0]),
         }
         if self._left_out_since:
             row["left_out"], self._left_out_since = self._left_out_since, []
@@ -491,8 +375,8 @@ class Study:
 
     def finish(self, thetas, ending):
         """final/ (peft adapters), test metrics, results."""
-        quality = self.quality(thetas, "test", self._eval_rows("test"), "test")
-        self.run.write_final(lambda folder: self._write_final(folder, thetas))
+        quality = self.quality(thetas, "test", self.text_model.evaluated_rows("test"), "test")
+        self.run.write_final(lambda folder: self.text_model.write(folder, thetas, self.run.folder / "base"))
         if self.variates:
             self.variates.delete_files()
         if not parallel.is_main():
@@ -510,45 +394,7 @@ class Study:
         print(f"val_ppl {float(results['val_ppl']):.2f}  test_ppl {results['test_ppl']:.2f}")
         self.run.finish(results)
 
-    def _write_final(self, folder, thetas):
-        name = self.args.model
-        if name == "tiny":
-            from copy import deepcopy
-
-            with quiet():
-                deepcopy(self.lora.model).unload().save_pretrained(self.run.folder / "base")
-            self.tokenizer.save_pretrained(self.run.folder / "base")
-        folder.mkdir(parents=True, exist_ok=True)
-        for g, theta in enumerate(thetas):
-            factors = {layer: (theta[f"A.{layer}"], theta[f"B.{layer}"]) for layer in self.lora.layers}
-            write_adapter(
-                folder / (f"group_{g}" if len(thetas) > 1 else "adapter"),
-                factors,
-                {},
-                alpha=self.args.lora_alpha,
-                target_modules=list(self.lora.targets),
-                modules_to_save=[],
-                base_model=str(self.run.folder / "base") if name == "tiny" else name,
-                fan_in_fan_out=self.lora.fan_in_fan_out,
-                dropout=self.args.lora_dropout,
-                task_type="CAUSAL_LM",
-            )
-
 
 def _copied(theta):
     """Tensors of its own for each model: a checkpoint takes none that share their memory."""
     return {name: t.detach().clone() for name, t in theta.items()}
-
-
-class _Groups:
-    """Which model serves which client, as a tensor for a checkpoint."""
-
-    def __init__(self, study):
-        self.study = study
-
-    def state_dict(self):
-        return {"group": torch.from_numpy(self.study.group)}
-
-    def load_state_dict(self, state):
-        if state:
-            self.study._regroup(state["group"].cpu().numpy())

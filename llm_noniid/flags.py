@@ -11,12 +11,10 @@ from common.cli import (
     non_negative_int,
     positive_float,
     positive_int,
-    seed_number,
-    thread_count,
 )
 from common.config_file import apply_config
 from common.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
-from common.runlog import add_run_flags
+from common.runlog import add_machine_flags, add_run_flags
 from llm_noniid.data import DATASETS
 from llm_noniid.detectors import STOP_ON
 from llm_noniid.partition import PARTITIONS, SKEW_TYPES, STYLE_CRITERIA
@@ -167,14 +165,6 @@ def add_federated_flags(parser):
     train.add_argument("--eval-every", type=positive_int, default=5, metavar="N", help="evaluate every N rounds")
     train.add_argument("--probe-samples", type=non_negative_int, default=32, metavar="N", help="texts for CKA; off: 0")
     return train
-
-
-def add_machine_flags(run):
-    """Seed, device, precision."""
-    run.add_argument("--seed", type=seed_number, default=42, metavar="N", help="all randomness follows from it")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    run.add_argument("--threads", type=thread_count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
-    run.add_argument("--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products")
 
 
 def parse(parser, argv=None):

@@ -1,18 +1,16 @@
 """Runs of train.py as processes of their own: started, gone on with, skipped where they are finished."""
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common import launching
 from common.checkpoint import read_json
 from common.cli import UsageError
-from common.runlog import NOT_COMPARED, Run
+from common.runlog import Run
 from llm_noniid import flags
 from llm_noniid.outcomes import BLOWN_UP, MAP_FILE, read_outcomes
 
-HERE = Path(__file__).resolve().parent
 _UNTOLD = ("seconds", "tokens_per_second", "update_cosines", "clients", "client_cka")  # not in results.jsonl
 
 
@@ -34,10 +32,7 @@ def run_one(name, folder, command, output):
             return name, 2
     else:
         log = Path(output) / "output" / f"{name}.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a", encoding="utf-8") as file:
-            line = [sys.executable, str(HERE.parent / command[0]), *command[1:]]
-            code = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        code = launching.start(command, log)
         if code and not done(folder):
             print(f"{name}: exit code {code}, see {log}", flush=True)
             return name, code
@@ -90,12 +85,9 @@ def took(folder):
     if path.exists():
         found = read_json(path)
         return f"{'finished' if found['finished'] else 'goes on'}, {len(found['points'])} runs"
-    found = manifest(folder)
-    if found is None:
-        return "not run yet"
-    if found["status"] == "finished":
-        return f"finished, took {found['results']['seconds']:.0f} s"
-    return "blew up: no update was finite" if done(folder) else f"{found['status']}, goes on"
+    if manifest(folder) and done(folder) and manifest(folder)["status"] != "finished":
+        return "blew up: no update was finite"
+    return launching.took(folder)
 
 
 def collect(output, path):
@@ -104,11 +96,8 @@ def collect(output, path):
     with open(path, "w", encoding="utf-8") as file:
         for run in runs:
             found = manifest(run.folder)
-            kept = {key: found.get(key) for key in ("git_commit", "versions", "resolved", "results", "reason")}
-            kept["args"] = {key: value for key, value in run.args.items() if key not in NOT_COMPARED}
-            for key in ("model", "tokenizer", "cache_dir"):  # where it lay does not matter
-                if kept["args"].get(key):
-                    kept["args"][key] = Path(kept["args"][key]).name
+            keys = ("git_commit", "versions", "resolved", "results", "reason")
+            kept = launching.told(found, *keys, places=("model", "tokenizer", "cache_dir"))
             kept["data"] = {key: found["data"].get(key) for key in ("sha256", "clients", "examples")}
             curve = [{k: v for k, v in row.items() if k not in _UNTOLD} for row in run.rows]
             name = str(run.folder.relative_to(output))

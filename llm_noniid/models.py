@@ -5,14 +5,13 @@ base = load_base("distilgpt2", tokenizer, max_length=128, seed=42)
 lora = LoraModel(base, r=8, alpha=16, dropout=0.05)                    # common.lora
 """
 
-import contextlib
 from pathlib import Path
 
 import torch
 
+from common import hub
 from common.cli import UsageError
-from common.corpora import hub_reachable, one_line
-from common.hub import download, hub_cache
+from common.corpora import one_line
 from common.seeding import seed_torch
 from common.text import load_tokenizer, vocabulary_size
 from llm_noniid.data import as_corpus
@@ -27,25 +26,11 @@ TINY_TOKENS = "bpe:2048"  # byte-level BPE, learnt from the training texts
 
 
 def find_model(name):
-    """The folder of a model: `name` itself, else what an earlier download left, else from the hub.
-
-    Raises UsageError when it is not there, or a folder without config.json or safetensors.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        spec = MODELS.get(name, name)
-        try:
-            folder = download(spec, cache_dir=hub_cache(), online=False)
-        except UsageError:
-            if not hub_reachable():
-                raise UsageError(
-                    f"no model {name}: not a folder, not downloaded before, and the hub is out of reach: download "
-                    f"{spec} where there is a network, make one with pretrain.py, or take --model tiny"
-                ) from None
-            folder = download(spec, cache_dir=hub_cache())
-    if not (folder / "config.json").is_file() or not list(folder.glob("model*.safetensors")):
-        raise UsageError(f"--model {name}: {folder} has no config.json with model.safetensors: give a folder that has")
-    return folder
+    """The folder of a model (`common.hub.find_model`)."""
+    spec = MODELS.get(name, name)
+    return hub.find_model(
+        name, spec, f"download {spec} where there is a network, make one with pretrain.py, or take --model tiny"
+    )
 
 
 def find_tokenizer(name, texts, tokenizer=None, data_root=None, cache_dir=None):
@@ -86,7 +71,7 @@ def load_base(name, tokenizer, max_length, seed):
         return GPT2LMHeadModel(tiny_config(tokenizer, max_length))
     folder = find_model(name)
     try:
-        with quiet():
+        with hub.quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, dtype=torch.float32
             )
@@ -106,21 +91,6 @@ def load_base(name, tokenizer, max_length, seed):
     if positions and max_length > positions:
         raise UsageError(f"--max-length {max_length} is above the model's {positions} positions: lower it")
     return model
-
-
-@contextlib.contextmanager
-def quiet():
-    """Without transformers' own progress bars and warnings."""
-    from transformers.utils import logging
-
-    shown = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(shown)
-        logging.enable_progress_bar()
 
 
 def label(name):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from common.checkpoint import write_json
 from common.cli import Parser, UsageError, positive_int, run_main
-from lora_glue_fl.flags import add_machine_flags, add_task_flags
+from common.runlog import add_machine_flags
+from lora_glue_fl.flags import add_task_flags
 from lora_glue_fl.models import model_name, size_label
 from lora_glue_fl.task_model import evaluate_adapter
 

@@ -19,6 +19,7 @@ import numpy as np
 import tokenizers
 import torch
 
+from common.batches import padded
 from common.cache import cache_folder, read_cached, sha256_of, write_cached
 from common.cli import UsageError
 from common.corpora import data_folder, hub_reachable, one_line
@@ -36,7 +37,6 @@ __all__ = [
     "Task",
     "TaskData",
     "encode",
-    "evaluation_batches",
     "find_task",
     "load_task",
     "load_tokenizer",
@@ -179,16 +179,10 @@ class Encoded:
         multiple: the padded length is rounded up to a multiple of it. Returns {"input_ids", "attention_mask"
         (and "token_type_ids"): int64 [B, L], "labels": int64 or float32 [B]}.
         """
-        rows = np.asarray(rows)
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
-        longest = -(-int(lengths.max()) // multiple) * multiple
-        mask = np.arange(longest) < lengths[:, None]  # [B, L]
-        flat = (self.offsets[rows][:, None] + np.arange(longest))[mask]  # [tokens]
-        batch = {"input_ids": np.full(mask.shape, self.pad, dtype=np.int64), "attention_mask": mask.astype(np.int64)}
-        batch["input_ids"][mask] = self.tokens[flat]
+        ids, mask = padded(self.tokens, self.offsets, rows, self.pad, multiple)
+        batch = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
         if self.types is not None:
-            batch["token_type_ids"] = np.zeros(mask.shape, dtype=np.int64)
-            batch["token_type_ids"][mask] = self.types[flat]
+            batch["token_type_ids"] = padded(self.types, self.offsets, rows, 0, multiple)[0]
         batch["labels"] = self.labels[rows]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
@@ -303,9 +297,3 @@ def training_batches(lengths, batch_size, epochs, seed, round=0, client=0):
             cut += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         batches += [cut[i] for i in generator.permutation(len(cut))]
     return batches[:wanted]
-
-
-def evaluation_batches(lengths, batch_size):
-    """All examples once, the longest first (so that too large a batch fails at once): list of int64 arrays."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -10,7 +10,7 @@ import time
 from tqdm import tqdm
 
 from common import parallel
-from common.adapter_files import read_adapter
+from common.adapter_files import read_adapter, write_adapter
 from common.aggregation import ServerAdam, ServerMomentum, finite
 from common.cli import RunFailed, UsageError
 from common.compiling import checked_compile
@@ -46,6 +46,7 @@ class Study:
         self.ranks = self._client_ranks()
         self.client_scale = scaling(args.lora_alpha, args.lora_r)
         self._check_ranks()
+        self.init_adapter = read_adapter(args.init_adapter) if args.init_adapter else None
         self.initial = self._initial_weights()
         self.server = _server_optimizer(args)
         self.folders = RoundFolders(run.folder, args.keep, self._fused_name(), self._about())
@@ -97,7 +98,7 @@ class Study:
             "shard_seed": first.get("seed"),
         }
         if a.init_adapter:
-            facts["init_adapter_sha256"] = read_adapter(a.init_adapter).sha256
+            facts["init_adapter_sha256"] = self.init_adapter.sha256
         self.run.begin(facts, found.sizes(self.adapted.trainable()), found.resolved())
         n = sorted(self.examples)
         self.note(f"{len(n)} clients, examples a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})")
@@ -106,31 +107,16 @@ class Study:
         if a.aggregate == "svd" and a.svd_rank > min(self.ranks):
             self.note(f"clients of rank {min(self.ranks)} get the leading directions of what is served at {a.svd_rank}")
         self.note(self._size_on_disk())
-        if parallel.is_main() and found.encoder.name == "tiny":  # there is no other place to load it from
-            base = self.run.folder / "base"
-            if not base.is_dir():
-                self._save_base(base)
+        if parallel.is_main():
+            found.save_base(self.run.folder)
 
     def note(self, text):
         """A line on stderr, by the main process."""
         if parallel.is_main():
             tqdm.write(text, file=sys.stderr)
 
-    def _save_base(self, folder):
-        from copy import deepcopy
-
-        deepcopy(self.adapted.model).unload().save_pretrained(folder)
-        self.task_model.tokenizer.save_pretrained(folder)
-
     def _about(self):
-        name = self.task_model.encoder.name
-        return {
-            "target_modules": list(self.adapted.targets),
-            "modules_to_save": list(self.task_model.encoder.head),
-            "base_model": str(self.run.folder / "base") if name == "tiny" else name,
-            "fan_in_fan_out": self.adapted.fan_in_fan_out,
-            "dropout": self.args.lora_dropout,
-        }
+        return self.adapted.about() | {"base_model": self.task_model.base_model(self.run.folder)}
 
     def _fused_name(self):
         a = self.args
@@ -161,7 +147,7 @@ class Study:
         factors = {name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in self.adapted.factors().items()}
         head = {name: p.detach().clone() for name, p in self.adapted.head.items()}
         if a.init_adapter:
-            file = read_adapter(a.init_adapter)
+            file = self.init_adapter
             check_fits(file, self.adapted)
             least = min(a.lora_r, *self.ranks)
             if file.r > least:
@@ -428,8 +414,6 @@ class Study:
             self.run.finish(results)
 
     def _write_final(self, folder, theta):
-        from common.adapter_files import write_adapter
-
         if self.args.aggregate in CHANGES_BASE:
             self.adapted.save_merged(folder)
             self.task_model.tokenizer.save_pretrained(folder)

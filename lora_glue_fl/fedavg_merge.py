@@ -21,7 +21,8 @@ from common.cli import Parser, UsageError, positive_float, positive_int, run_mai
 from common.lowrank import AdapterMean
 from common.parallel import Lanes
 from common.products import SPLITS
-from lora_glue_fl.flags import add_machine_flags, add_task_flags, refuse
+from common.runlog import add_machine_flags
+from lora_glue_fl.flags import add_task_flags, refuse
 from lora_glue_fl.glue_tasks import find_task
 from lora_glue_fl.models import SIZES
 from lora_glue_fl.sharding import load_manifest

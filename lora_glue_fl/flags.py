@@ -7,10 +7,8 @@ from common.cli import (
     non_negative_float,
     positive_float,
     positive_int,
-    seed_number,
-    thread_count,
 )
-from common.runlog import add_run_flags
+from common.runlog import add_machine_flags, add_run_flags
 from lora_glue_fl.data_prep import DATASETS
 
 
@@ -46,14 +44,6 @@ def add_task_flags(parser, task_required=True):
     data.add_argument("--cache-dir", metavar="DIR", help="tokenised data (default: $FEDQUARTET_CACHE, else ~/.cache)")
     data.add_argument("--max-length", type=positive_int, default=128, metavar="N", help="tokens of an example, at most")
     return model, data
-
-
-def add_machine_flags(run):
-    """Seed, device, precision."""
-    run.add_argument("--seed", type=seed_number, default=42, metavar="N", help="all randomness follows from it")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    run.add_argument("--threads", type=thread_count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
-    run.add_argument("--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products")
 
 
 def add_training_flags(parser, learning_rate, *batch_names):

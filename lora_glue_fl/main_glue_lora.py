@@ -41,23 +41,17 @@ def train(args):
 
 def save(study, folder):
     """The adapter in peft's format, with the head; beside the tiny model's adapter the model itself."""
-    adapted, encoder = study.task_model.adapted, study.task_model.encoder
-    base = study.run.folder / "base" if encoder.name == "tiny" else encoder.name
+    found, adapted = study.task_model, study.task_model.adapted
     write_adapter(
         folder,
         {name: (A.detach(), B.detach()) for name, (A, B) in adapted.factors().items()},
         {name: p.detach() for name, p in adapted.head.items()},
         alpha=study.args.lora_alpha,
-        target_modules=list(adapted.targets),
-        modules_to_save=list(encoder.head),
-        base_model=str(base),
-        fan_in_fan_out=adapted.fan_in_fan_out,
-        dropout=study.args.lora_dropout,
+        base_model=found.base_model(study.run.folder),
+        **adapted.about(),
     )
-    if encoder.name == "tiny":
-        with saving(base):
-            adapted.model.unload().save_pretrained(base)
-            study.task_model.tokenizer.save_pretrained(base)
+    with saving(study.run.folder / "base"):
+        found.save_base(study.run.folder)
 
 
 def write_manifest(study, results):

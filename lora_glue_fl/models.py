@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from common import hub
 from common.cli import UsageError
-from common.corpora import data_folder, hub_reachable, one_line
-from common.hub import download, hub_cache
+from common.corpora import data_folder, one_line
 from common.lora import LoraModel
 from common.seeding import seed_torch
 from lora_glue_fl.data_prep import load_tokenizer
@@ -52,31 +52,12 @@ def size_label(args):
 
 
 def find_model(spec):
-    """The folder of a model: `spec` itself, else what an earlier download left, else from the hub.
-
-    Raises UsageError when it is not there, or a folder without config.json or model.safetensors.
-    """
-    folder = Path(spec).expanduser()
-    if not folder.is_dir():
-        folder = _from_hub(spec)
-    if not (folder / "config.json").is_file() or not list(folder.glob("model*.safetensors")):
-        raise UsageError(
-            f"model {spec}: {folder} has no config.json with model.safetensors (pickled weights are not read): give a "
-            "folder that transformers wrote"
-        )
-    return folder
-
-
-def _from_hub(spec):
-    try:
-        return download(spec, cache_dir=hub_cache(), online=False)
-    except UsageError:
-        if hub_reachable():
-            return download(spec, cache_dir=hub_cache())
-        raise UsageError(
-            f"no model {spec}: not a folder, not downloaded before, and the hub is out of reach: run "
-            "lora_glue_fl/download_roberta_models.py where there is a network, or take --model tiny --dataset demo"
-        ) from None
+    """The folder of a model (`common.hub.find_model`)."""
+    return hub.find_model(
+        spec,
+        advice="run lora_glue_fl/download_roberta_models.py where there is a network, or take --model tiny "
+        "--dataset demo",
+    )
 
 
 def find_tokenizer(spec, dataset, data_root=None, model="tiny"):
@@ -147,32 +128,25 @@ def _tiny(task, tokenizer):
 def _pretrained(spec, task):
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils import logging
 
     folder = find_model(spec)
-    shown, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # its report of new weights: we have one line for that
-    logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **_labels(task))
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # a head of another task; anything else is refused below
-            output_loading_info=True,
-            dtype=torch.float32,
-        )
+        with hub.quiet():  # of new weights we have one line of our own
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **_labels(task))
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # a head of another task; anything else is refused below
+                output_loading_info=True,
+                dtype=torch.float32,
+            )
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise UsageError(
             f"model {spec} cannot be read as an encoder ({one_line(error)}): give a folder that transformers wrote, or "
             "copy it again"
         ) from error
-    finally:
-        logging.set_verbosity(shown)
-        if bar:
-            logging.enable_progress_bar()
     wrong = [key[0] for key in info["mismatched_keys"] if key[0].startswith(model.base_model_prefix + ".")]
     if wrong:
         raise UsageError(f"model {spec}: {wrong[0]} has another size in its file than in its config.json")

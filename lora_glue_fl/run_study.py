@@ -21,8 +21,8 @@ from pathlib import Path
 from common.checkpoint import read_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int, run_main
 from common.curves import read_metrics
+from common.launching import one_run, told, took
 from common.lowrank import RULES
-from common.runlog import NOT_COMPARED
 from lora_glue_fl.data_prep import DATASETS, load_task
 from lora_glue_fl.models import size_label
 from lora_glue_fl.sharding import make_client_splits, save_shard_manifests
@@ -139,18 +139,27 @@ def plan(args, preset, output):
             for seed in args.seeds[:1] if once else args.seeds:
                 common = [*shared, "--task-name", task, "--seed", str(seed), "--output-dir"]
                 if setting == "base":
-                    yield central(task, examples, preset, common, output, seed, size_label(args))
+                    label = size_label(args)
+                    yield central(task, examples, preset, common, output, seed, label)
+                    if "constant" in preset.shared:
+                        yield central(task, examples, preset, common, output, seed, label, "linear")
                 for rule in SETTINGS[setting][2]:
                     yield federated(task, setting, rule, preset, common, output, seed)
 
 
-def central(task, examples, preset, common, output, seed, label):
-    """Central LoRA: as many passes over the same examples."""
-    name = f"central_seed_{seed}"
+def central(task, examples, preset, common, output, seed, label, scheduler=None):
+    """Central LoRA: as many passes over the same examples.
+
+    scheduler: another one than the federated runs'. At a constant rate the averaging of clients has what a falling rate
+    gives, and central training has not: the two together bracket the ceiling.
+    """
+    name = f"central_{scheduler}_seed_{seed}" if scheduler else f"central_seed_{seed}"
     line = ["lora_glue_fl/main_glue_lora.py", *common, str(output), "--run-name", name, "--do-train", "--do-eval"]
     line += [*LORA[:2], *LORA[4:6], "--num-train-epochs", str(preset.rounds)]
     if examples:
         line += ["--max-examples", str(examples)]
+    if scheduler:
+        line += ["--lr-scheduler", scheduler]
     return f"{task}_{name}", output / f"{task}_{label}" / name, line
 
 
@@ -186,27 +195,6 @@ def make_shards(args, preset, output):
                 save_shard_manifests(folder, make_client_splits(task, k, mode, seed=seed, **about))
 
 
-def took(folder):
-    """What --plan says of a run: how long it took, or how far it is."""
-    if not (folder / "run.json").exists():
-        return "not run yet"
-    manifest = read_json(folder / "run.json")
-    if manifest["status"] != "finished":
-        return f"{manifest['status']}, goes on"
-    return f"finished, took {manifest['results']['seconds']:.0f} s"
-
-
-def one_run(name, folder, command, output):
-    """Runs one command (again, if it was broken off), its output in `output`/output. Returns (name, exit code)."""
-    log = output / "output" / f"{name}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as file:
-        line = [sys.executable, str(HERE.parent / command[0]), *command[1:], "--resume"]
-        code = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    print(f"{name}: {took(folder) if code == 0 else f'exit code {code}, see {log}'}", flush=True)
-    return name, code
-
-
 def collect(output, path):
     """Writes a line of JSON per finished run under `output`: flags, commit, versions, data, results, curve."""
     dropped = ("seconds", "examples_per_second", "clients", "left_out_updates")
@@ -215,11 +203,8 @@ def collect(output, path):
             run = read_json(folder / "run.json")
             if run["status"] != "finished":
                 continue
-            kept = {key: run.get(key) for key in ("git_commit", "versions", "resolved", "results")}
-            kept["args"] = {key: value for key, value in run["args"].items() if key not in NOT_COMPARED}
-            for key in ("shard_dir", "model", "tokenizer", "cache_dir"):  # where it lay does not matter
-                if kept["args"].get(key):
-                    kept["args"][key] = Path(kept["args"][key]).name
+            places = ("shard_dir", "model", "tokenizer", "cache_dir")
+            kept = told(run, "git_commit", "versions", "resolved", "results", places=places)
             kept["data"] = {key: run["data"].get(key) for key in ("sha256", "clients", "mode", "examples")}
             curve = [{k: v for k, v in line.items() if k not in dropped} for line in read_metrics(folder)]
             name = str(folder.relative_to(output))

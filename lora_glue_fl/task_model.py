@@ -9,10 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from common import parallel
+from common.adapter_files import read_adapter
+from common.batches import evaluation_batches
 from common.cli import RunFailed, UsageError
 from common.evaluation import amp_context, pick_device, resolve_amp
 from common.seeding import seed_everything
-from lora_glue_fl.data_prep import encode, evaluation_batches, find_task, load_task
+from lora_glue_fl.data_prep import encode, find_task, load_task
 from lora_glue_fl.metrics import evaluate
 from lora_glue_fl.models import Adapted, find_tokenizer, load_encoder, model_name, most_tokens
 
@@ -129,6 +131,18 @@ class TaskModel:
             "head": sum(p.numel() for name, p in trainable.items() if name.startswith("head.")),
         }
 
+    def base_model(self, folder):
+        """What an adapter names as its base: the model as the user gave it, tiny: where `save_base` wrote it."""
+        return str(folder / "base") if self.encoder.name == "tiny" else self.encoder.name
+
+    def save_base(self, folder):
+        """Writes the tiny model, which can be loaded from nowhere else, with its tokenizer to folder/base, once."""
+        base = folder / "base"
+        whole = (base / "tokenizer_config.json").is_file()  # written last
+        if self.encoder.name == "tiny" and not whole:
+            self.adapted.save_base(base)
+            self.tokenizer.save_pretrained(base)
+
     def resolved(self):
         """What flags came to on this machine, for run.json."""
         return {
@@ -149,8 +163,6 @@ def evaluate_adapter(path, args):
     max_length, eval_batch_size, device, amp, threads, seed.
     Raises UsageError for an adapter that cannot be read, or of another model or task.
     """
-    from common.adapter_files import read_adapter
-
     started = time.perf_counter()
     file = read_adapter(path)
     if model_name(args) == "tiny" and file.base_model and Path(file.base_model).is_dir():

@@ -8,10 +8,8 @@ from common.cli import (
     non_negative_int,
     positive_float,
     positive_int,
-    seed_number,
-    thread_count,
 )
-from common.runlog import add_run_flags
+from common.runlog import add_machine_flags, add_run_flags
 from mamba_fl.ssm_config import CONFIGS
 
 # What a flag that was not given means, by data set. The demo's need no download.
@@ -180,10 +178,7 @@ def make_parser(description, *, federated=True, seed=0):
 
     run = add_run_flags(parser)
     run.add_argument("--output-dir", "--data-dir", default="results", metavar="DIR", help="where run folders go")
-    run.add_argument("--seed", type=seed_number, default=seed, metavar="N", help="all randomness follows from it")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    run.add_argument("--threads", type=thread_count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
-    run.add_argument("--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products")
+    add_machine_flags(run, seed)
     run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
     return parser, method
 

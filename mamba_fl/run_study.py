@@ -18,7 +18,7 @@ from pathlib import Path
 from common.checkpoint import read_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int, run_main
 from common.curves import read_metrics
-from common.runlog import NOT_COMPARED
+from common.launching import start, told
 
 HERE = Path(__file__).resolve().parent
 
@@ -105,10 +105,7 @@ def commands(preset, only, seed, output, data_root=None):
 def one_run(name, command, output):
     """Runs one command (again, if it was broken off), its output in `output`/logs. Returns (name, exit code)."""
     log = output / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as file:
-        line = [sys.executable, str(HERE.parent / command[0]), *command[1:], "--resume"]
-        code = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    code = start([*command, "--resume"], log)
     print(f"{name}: {'finished' if code == 0 else f'exit code {code}, see {log}'}", flush=True)
     return name, code
 
@@ -123,8 +120,7 @@ def collect(output, path):
             run = read_json(folder / "run.json")
             if run["status"] != "finished":
                 continue
-            kept = {key: run.get(key) for key in ("git_commit", "versions", "resolved", "processes", "results")}
-            kept["args"] = {key: value for key, value in run["args"].items() if key not in NOT_COMPARED}
+            kept = told(run, "git_commit", "versions", "resolved", "processes", "results")
             fields = ("round", "tokens", "train_loss", "val_loss", "val_ppl", "val_bits_per_byte")
             curve = [{field: line[field] for field in fields} for line in read_metrics(folder)]
             line = {

@@ -5,8 +5,9 @@
 Each is one script of its own: glue_metric, glue_error, glue_bytes, glue_clients.
 """
 
-from common.cli import UsageError, run_main
+from common.cli import run_main
 from plots import glue_bytes, glue_clients, glue_error, glue_metric
+from plots.every_figure import draw_every
 from plots.glue_drawing import figure_parser
 
 SCRIPTS = (glue_metric, glue_error, glue_bytes, glue_clients)
@@ -17,16 +18,7 @@ def build_parser():
 
 
 def main(args):
-    lacking = []
-    for script in SCRIPTS:
-        try:
-            script.main(args)
-        except UsageError as error:
-            lacking.append(str(error))
-    if len(lacking) == len(SCRIPTS):
-        raise UsageError(lacking[0])
-    for line in lacking:
-        print(f"not drawn: {line.partition(': ')[2] or line}")
+    draw_every(SCRIPTS, args)
 
 
 if __name__ == "__main__":

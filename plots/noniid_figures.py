@@ -6,7 +6,7 @@ Each is one script of its own: noniid_curves, noniid_drift, noniid_clients, noni
 noniid_failure_map.
 """
 
-from common.cli import UsageError, run_main
+from common.cli import run_main
 from plots import (
     noniid_clients,
     noniid_curves,
@@ -15,6 +15,7 @@ from plots import (
     noniid_partition,
     noniid_similarity,
 )
+from plots.every_figure import draw_every
 from plots.noniid_drawing import figure_parser
 
 SCRIPTS = (
@@ -32,16 +33,7 @@ def build_parser():
 
 
 def main(args):
-    lacking = []
-    for script in SCRIPTS:
-        try:
-            script.main(args)
-        except UsageError as error:
-            lacking.append(str(error))
-    if len(lacking) == len(SCRIPTS):
-        raise UsageError(lacking[0])
-    for line in lacking:
-        print(f"not drawn: {line.partition(': ')[2] or line}")
+    draw_every(SCRIPTS, args)
 
 
 if __name__ == "__main__":

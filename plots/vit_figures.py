@@ -6,7 +6,7 @@ Each is one script of its own, with further flags: vit_curves, vit_heterogeneity
 vit_sparsity, vit_layers, vit_interference, vit_shards.
 """
 
-from common.cli import UsageError, run_main
+from common.cli import run_main
 from plots import (
     vit_curves,
     vit_heterogeneity,
@@ -17,6 +17,7 @@ from plots import (
     vit_sparsity,
     vit_strategies,
 )
+from plots.every_figure import draw_every
 from plots.vit_drawing import figure_parser
 
 SCRIPTS = (
@@ -36,16 +37,7 @@ def build_parser():
 
 
 def main(args):
-    lacking = []
-    for script in SCRIPTS:
-        try:
-            script.main(args)
-        except UsageError as error:
-            lacking.append(str(error))
-    if len(lacking) == len(SCRIPTS):
-        raise UsageError(lacking[0])
-    for text in lacking:
-        print(f"not drawn: {text.partition(': ')[2] or text}")
+    draw_every(SCRIPTS, args)
 
 
 if __name__ == "__main__":

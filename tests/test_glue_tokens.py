@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from common.batches import evaluation_batches
 from common.cli import UsageError
 from common.seeding import stream
 from lora_glue_fl import data_prep
 from lora_glue_fl.data_prep import (
     TASKS,
     encode,
-    evaluation_batches,
     load_task,
     load_tokenizer,
     training_batches,

@@ -9,6 +9,7 @@ from comparing import same_bits
 from noniid_script import call, padded, token_rows, words
 from safetensors.torch import load_file, save_file
 
+from common import hub
 from common.cli import UsageError
 from common.lora import LoraModel
 from common.runlog import read_metrics
@@ -200,7 +201,7 @@ def test_an_earlier_download_is_found_without_a_network(bases, tmp_path, monkeyp
         asked.append((model, online))
         return bases / "gpt2"
 
-    monkeypatch.setattr(models, "download", download)
+    monkeypatch.setattr(hub, "download", download)
     assert models.find_model("qwen-0.5b") == bases / "gpt2"
     assert asked == [("Qwen/Qwen2.5-0.5B", False)]
     assert {"distilgpt2", "gpt2", "tinyllama", "qwen-0.5b"} == models.MODELS.keys()

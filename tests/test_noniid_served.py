@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from common.checkpoint import read_json
 from common.runlog import Run, read_metrics
-from llm_noniid import detectors, fed_core
+from llm_noniid import detectors, fed_core, text_model
 from llm_noniid.data import load_texts
 
 pytestmark = pytest.mark.slow
@@ -74,15 +74,16 @@ def test_evaluation_does_not_depend_on_the_batches(tmp_path, monkeypatch):
     studies = spied(monkeypatch)
     done(tmp_path, "a", "--num-rounds 1")
     (study,) = studies
-    rows = np.arange(len(study.tokens["validation"]))
-    lengths = study.tokens["validation"].lengths()
+    model = study.text_model
+    rows = np.arange(len(model.tokens["validation"]))
+    lengths = model.tokens["validation"].lengths()
     assert len(set(lengths.tolist())) > 1 and lengths.min() < 96  # so that padding has something to do
-    nll = study.sums("validation", rows)
+    nll = model.sums("validation", rows)
     order = np.random.default_rng(0).permutation(rows)
-    np.testing.assert_allclose(study.sums("validation", order), nll[order], rtol=1e-5)
-    np.testing.assert_allclose([study.sums("validation", [i])[0] for i in rows[:30]], nll[:30], rtol=1e-5)
-    monkeypatch.setattr(fed_core, "EVAL_BATCH", 5)
-    np.testing.assert_allclose(study.sums("validation", rows), nll, rtol=1e-5)
+    np.testing.assert_allclose(model.sums("validation", order), nll[order], rtol=1e-5)
+    np.testing.assert_allclose([model.sums("validation", [i])[0] for i in rows[:30]], nll[:30], rtol=1e-5)
+    monkeypatch.setattr(text_model, "EVAL_BATCH", 5)
+    np.testing.assert_allclose(model.sums("validation", rows), nll, rtol=1e-5)
 
 
 def test_a_rounds_memory_does_not_grow_with_its_clients(tmp_path, monkeypatch):
@@ -96,7 +97,7 @@ def test_a_rounds_memory_does_not_grow_with_its_clients(tmp_path, monkeypatch):
     real, held, begun = fed_core.Study.left_out, {}, []
 
     def counted(self, k, theta_k, found):
-        assert all(theta_k[name].data_ptr() == p.data_ptr() for name, p in self.parameters.items())
+        assert all(theta_k[name].data_ptr() == p.data_ptr() for name, p in self.text_model.parameters.items())
         if k == self._sampled.mine[0]:
             begun.append(live())
         if k == self._sampled.mine[-1]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common import text as common_text
+from common.batches import evaluation_batches
 from common.cli import UsageError
 from llm_noniid import data
 
@@ -133,5 +134,5 @@ def test_batches_hang_on_the_key_alone():
 
 
 def test_evaluation_takes_all_the_longest_first():
-    batches = data.evaluation_batches(np.array([3, 9, 3, 5]), 3)
+    batches = evaluation_batches(np.array([3, 9, 3, 5]), 3)
     assert [batch.tolist() for batch in batches] == [[1, 3, 0], [2]]

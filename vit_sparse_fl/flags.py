@@ -14,10 +14,8 @@ from common.cli import (
     non_negative_int,
     positive_float,
     positive_int,
-    seed_number,
-    thread_count,
 )
-from common.runlog import add_run_flags
+from common.runlog import add_machine_flags, add_run_flags
 from vit_sparse_fl.config_file import apply_config
 from vit_sparse_fl.data import DATASETS, SHARDINGS
 
@@ -73,10 +71,7 @@ def make_parser(description, *, federated=True, sparse=False):
     )
     run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
     run.add_argument("--output-dir", "--checkpoint-dir", default="results", metavar="DIR", help="where run folders go")
-    run.add_argument("--seed", type=seed_number, default=42, metavar="N", help="all randomness follows from it")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    run.add_argument("--threads", type=thread_count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
-    run.add_argument("--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products")
+    add_machine_flags(run)
     run.add_argument("--use-amp", action="store_true", help="the same as --amp auto")
     run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
     run.add_argument(

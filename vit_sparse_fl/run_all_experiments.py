@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common.checkpoint import read_json, write_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int, run_main
-from common.runlog import NOT_COMPARED
+from common.launching import one_run, told, took
 from vit_sparse_fl.masks import STRATEGIES
 
 HERE = Path(__file__).resolve().parent
@@ -158,12 +158,16 @@ def main(args):
             print(f"# {name}: {took(output / name)}\npython {shlex.join(command)}")
         return
     first = [run for run in runs if run[0] == "pretrain"]
-    failed = [name for _, name, command in first if one_run(name, command, output)]
+    rest = [run for run in runs if run[0] != "pretrain"]
+
+    def code_of(run):
+        _, name, command = run
+        return one_run(name, output / name, command, output)
+
+    failed = [name for name, code in map(code_of, first) if code]
     if not failed:
         with ThreadPoolExecutor(args.jobs) as pool:
-            rest = [run for run in runs if run[0] != "pretrain"]
-            codes = pool.map(lambda run: one_run(run[1], run[2], output), rest)
-            failed = [run[1] for run, code in zip(rest, codes, strict=True) if code]
+            failed = [name for name, code in pool.map(code_of, rest) if code]
     write_json(output / "all_results.json", collected(output))
     table = draw(output)
     if failed:
@@ -171,27 +175,6 @@ def main(args):
     if table:
         raise RunFailed(f"the runs are finished but plots/vit_table.py ended with exit code {table}")
     print(output)
-
-
-def took(folder):
-    """What --plan says of a run: how long it took, or how far it is."""
-    if not (folder / "run.json").exists():
-        return "not run yet"
-    manifest = read_json(folder / "run.json")
-    if manifest["status"] != "finished":
-        return f"{manifest['status']}, goes on"
-    return f"finished, took {manifest['results']['seconds']:.0f} s"
-
-
-def one_run(name, command, output):
-    """Runs one command (again, if it was broken off), its output in `output`/output. Returns its exit code."""
-    log = output / "output" / f"{name}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as file:
-        line = [sys.executable, str(HERE.parent / command[0]), *command[1:], "--resume"]
-        code = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    print(f"{name}: {took(output / name) if code == 0 else f'exit code {code}, see {log}'}", flush=True)
-    return code
 
 
 def collected(output):
@@ -203,10 +186,7 @@ def collected(output):
         run = read_json(folder / "run.json")
         if run["status"] != "finished":
             continue
-        kept = {key: run.get(key) for key in ("command", "git_commit", "versions", "resolved", "results")}
-        kept["args"] = {key: value for key, value in run["args"].items() if key not in NOT_COMPARED}
-        if kept["args"].get("init_from"):  # where it lay does not matter, which it was does
-            kept["args"]["init_from"] = Path(kept["args"]["init_from"]).name
+        kept = told(run, "command", "git_commit", "versions", "resolved", "results", places=("init_from",))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         curve = [{key: line[key] for key in fields if key in line} for line in lines]
         found.append({"name": folder.name, **kept, "curve": curve})

@@ -8,12 +8,10 @@ import argparse
 import json
 import math
 import pickle
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -21,6 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from common.cli import UsageError
 from common.corpora import hub_reachable, one_line
+from common.hub import quiet
 from common.seeding import torch_stream
 
 DINO = "facebook/dino-vits16"
@@ -170,7 +169,7 @@ def _read_config(folder):
 
 def _from_pretrained(kind, source, **kwargs):
     """(model, names of missing keys, names of extra keys) of a folder or hub name."""
-    with _quiet():
+    with quiet():
         try:
             model, info = kind.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **kwargs)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -183,21 +182,6 @@ def _read_backbone(source):
     extra = [n for n in extra if not n.startswith(("classifier.", "pooler.", "vit.pooler."))]
     _check_names(missing, extra, f"the weights {source}")
     return vit.state_dict()
-
-
-@contextmanager
-def _quiet():
-    """Without transformers' progress bars and load reports."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
 
 
 def _initialise(model, seed):
@@ -357,7 +341,7 @@ def save_pretrained(model, folder):
     with torch.device("meta"):
         shell = ViTForImageClassification(model.config)
     shell.load_state_dict(tensors, assign=True)
-    with _quiet():
+    with quiet():
         shell.save_pretrained(folder)
 
 
