@@ -177,8 +177,9 @@ class Study:
         self._tokens, self._left_out, self._done, self._watch, self._hidden = {}, [], {}, {}, {}
         # Several models pull apart by intention, and one client has nobody to pull apart from.
         self._compared = self.evaluated(round) and self.models == 1 and a.algorithm != "central"
-        watched = everyone if self._groups_now(round) else WATCHED if self._compared else 0
-        self._watched = set(sorted(chosen)[:watched])
+        self._watched = set(chosen if self._groups_now(round) or self._compared else ())
+        if len(self._watched) > WATCHED and not self._groups_now(round):  # drawn: by number, clients are sorted by skew
+            self._watched = set(stream(a.seed, "watched", round).choice(chosen, WATCHED, replace=False).tolist())
         return self._sampled
 
     def means(self, thetas):

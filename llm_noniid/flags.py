@@ -191,6 +191,11 @@ def complete(args, argv=None):
         raise UsageError(f"--cluster {args.cluster} is FedAvg within groups: drop it, or --algorithm {args.algorithm}")
     if args.cluster != "none" and args.num_clusters > args.num_clients:
         raise UsageError(f"--num-clusters {args.num_clusters} is above --num-clients {args.num_clients}: lower it")
+    if args.cluster == "updates" and args.cluster_round > args.num_rounds:
+        raise UsageError(
+            f"--cluster-round {args.cluster_round} is above --num-rounds {args.num_rounds}, so that no groups form: "
+            "lower it"
+        )
     if args.participation_rate * args.num_clients < 0.5:
         raise UsageError(
             f"--participation-rate {args.participation_rate:g} of {args.num_clients} clients samples nobody: raise it "

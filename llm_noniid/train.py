@@ -9,7 +9,7 @@ fedprox   the same; clients add mu (w - theta) to their gradients               
 scaffold  clients add c - c_k; c_k <- mean of client k's raw gradients, c <- their mean  (Karimireddy et al. 2020)
 fednova   theta - (sum p_k a_k) sum p_k (theta - theta_k) / a_k                          (Wang et al. 2020)
 fedavgm, fedadam    the server's momentum or Adam on sum_k p_k (theta_k - theta)         (Hsu et al. 2019; Reddi 2021)
-local     each client for itself; central: one client with all texts, as many steps
+local     each client for itself; central: one client with all texts, as many steps (--local-epochs: as many epochs)
 """
 
 from common import parallel

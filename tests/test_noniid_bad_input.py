@@ -94,6 +94,7 @@ def test_a_flag_that_is_wrong_by_itself(more, found, tmp_path, capsys):
         ("--algorithm scaffold --scaffold-option II", ["option II", "adamw", "mean_gradient"]),
         ("--algorithm fedprox --cluster updates", ["--cluster updates", "--algorithm fedprox"]),
         ("--cluster labels --num-clusters 5", ["--num-clusters 5", "--num-clients 4"]),
+        ("--cluster updates --cluster-round 9 --num-rounds 8", ["--cluster-round 9", "--num-rounds 8"]),
         ("--target-modules c_attn nope", ["no linear layer nope", "c_attn", "c_proj"]),
         ("--model {tmp}/opt --tokenizer {tmp}/opt", ["opt", "--target-modules", "q_proj"]),
         ("--model {tmp}/gpt2", ["--max-length 96", "32 positions", "lower it"]),
