@@ -9,6 +9,7 @@ AdamW (Loshchilov & Hutter 2019) on the mean loss over a batch, the rate going d
 from common import parallel
 from common.cli import UsageError, run_main
 from common.evaluation import pick_device
+from common.hub import quiet
 from common.runlog import start_run
 from lora_glue_fl.central import CentralStudy, complete, make_central_parser
 from lora_glue_fl.models import size_label
@@ -35,7 +36,8 @@ def train(args):
 
 def save(study, folder):
     """The model and its tokenizer, as transformers loads them."""
-    study.task_model.model.save_pretrained(folder)
+    with quiet():
+        study.task_model.model.save_pretrained(folder)
     study.task_model.tokenizer.save_pretrained(folder)
 
 
