@@ -129,9 +129,10 @@ def oscillating(rounds, losses, window=10, rate=0.5, floor=0.02, noise=0.0):
 def drifting(rounds, drifts, clients=None, threshold=2.0, orthogonal=0.9, hold=3):
     """The relative drift is above a threshold in `hold` evaluations in a row: an `Alarm`, or None.
 
-    The limit is min(threshold, orthogonal * sqrt(m - 1)) with m clients in the round: updates that share nothing have
-    sqrt(m - 1), so that few clients cannot reach a fixed threshold (see `diagnostics.relative_drift`). Near an optimum
-    the shared part fades and noise stays: even clients that are alike drift then.
+    The limit is min(threshold, orthogonal * sqrt(m - 1)), m = 1 / sum_k p_k^2 clients in the round (m of equal weight):
+    updates that share nothing have sqrt(m - 1), so that few clients, or one that outweighs the others, cannot reach a
+    fixed threshold (see `diagnostics.relative_drift`). Near an optimum the shared part fades and noise stays: even
+    clients that are alike drift then.
 
     Args: drifts: `relative_drift` of `diagnostics.update_figures`; clients: m, a number or a curve of numbers; None:
         unknown, the limit is `threshold`. Rounds of one client are skipped.
@@ -141,7 +142,7 @@ def drifting(rounds, drifts, clients=None, threshold=2.0, orthogonal=0.9, hold=3
     above = 0
     for t, value, m in zip(rounds, drifts, clients, strict=True):
         value = _number(value)
-        if value is None or math.isnan(value) or (m is not None and m < 2):
+        if value is None or math.isnan(value) or (m is not None and m <= 1):
             continue
         limit = threshold if m is None else min(threshold, orthogonal * math.sqrt(m - 1))
         above = above + 1 if value > limit else 0
@@ -207,7 +208,8 @@ def run_detectors(curves, settings=None, loss="val_loss", drift="relative_drift"
     """Every detector that has its curve: a list of `Alarm`s, by round.
 
     Args: curves: see this module's docstring; a curve that is not there is not looked at. clients: the name of the
-        curve with the number of clients (or their ids) of each round; out: of `left_out`'s events.
+        curve with the number of clients (or their ids) of each round, where there is no "effective_clients"; out: of
+        `left_out`'s events.
         settings: {detector: {argument: value}} for other thresholds than the defaults.
     Raises: ValueError for a setting of a detector that does not exist, curves of unequal length, rounds that do not
         rise.
@@ -226,6 +228,8 @@ def run_detectors(curves, settings=None, loss="val_loss", drift="relative_drift"
             alarms.append(detector(rounds, curves[loss], **settings.get(name, {})))
     if drift in curves:
         sizes = [_size(v) for v in curves[clients]] if clients in curves else None
+        if known := curves.get("effective_clients"):
+            sizes = known if sizes is None else [m if m is not None else n for m, n in zip(known, sizes, strict=True)]
         alarms.append(drifting(rounds, curves[drift], **{"clients": sizes} | settings.get("drifting", {})))
     if out in curves:
         alarms += left_out(rounds, curves[out], **settings.get("left_out", {}))

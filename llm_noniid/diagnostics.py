@@ -116,7 +116,7 @@ def update_figures(gram, weights=None):
 
     relative_drift: sqrt(sum_k p_k ||d_k - d||^2) / ||d||; relative_drift_max: the largest client's; gradient_diversity;
     mean_cosine, min_cosine: of the clients that moved with d; update_cosine: mean over the pairs of clients that moved;
-    update_norm: ||d||.
+    update_norm: ||d||; effective_clients: 1 / sum_k p_k^2, the m of whose equal weights have as much drift.
     """
     gram, p = _checked(gram, weights)
     drift, cosines = relative_drift(gram, p), cosines_with_mean(gram, p)
@@ -131,6 +131,7 @@ def update_figures(gram, weights=None):
         "min_cosine": float(cosines.min()) if len(cosines) else None,
         "update_cosine": float(pairs.mean()) if len(pairs) else None,
         "update_norm": math.sqrt(_mean_square(gram, p)),
+        "effective_clients": float(1 / (p @ p)),
     }
 
 
@@ -175,10 +176,10 @@ def gradient_norm_variance(norms):
     """The variance over clients (divided by m) of each client's mean gradient norm.
 
     Args: norms: a list with the gradient norms of every client's steps (arrays or tensors [steps], or one number).
-    Returns None without clients, and where a norm is not finite.
+    Returns None for fewer than two clients, and where a norm is not finite.
     """
     means = [float(torch.as_tensor(n, dtype=torch.float64).mean()) for n in norms]
-    return float(np.var(means)) if means and all(map(math.isfinite, means)) else None
+    return float(np.var(means)) if len(means) > 1 and all(map(math.isfinite, means)) else None
 
 
 # ---- representations

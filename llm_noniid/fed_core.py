@@ -300,6 +300,11 @@ class Study:
         self.group = np.full(len(self.rows), np.bincount(found).argmax())
         self.group[list(watch)] = found
         self.note(f"groups after round {round + 1}: {self.group.tolist()}")
+        if len(watch) < len(self.rows):
+            absent = len(self.rows) - len(watch)
+            self.note(
+                f"warning: {absent} of {len(self.rows)} clients had no update to go by: they are in the largest group"
+            )
         return [_copied(thetas[0]) for _ in thetas]
 
     # ---- what is reported
@@ -317,9 +322,9 @@ class Study:
         if not self._compared:
             return {}
         watch, hidden = self._sampled.gather(self._watch), self._sampled.gather(self._hidden)
-        if not watch:
+        if len(watch) < 2:
             return {}
-        figures = diagnostics.round_figures(
+        figures = {"compared": list(watch)} | diagnostics.round_figures(
             before, theta, watch.values(), [self._weight(k) for k in watch], self.text_model.lora.scale
         )
         if hidden:

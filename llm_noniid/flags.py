@@ -80,7 +80,11 @@ def build_parser(description):
     )
     own.add_argument("--num-clusters", type=positive_int, default=2, metavar="C", help="groups, for --cluster")
     own.add_argument(
-        "--cluster-round", type=positive_int, default=1, metavar="T", help="round whose updates decide the groups"
+        "--cluster-round",
+        type=positive_int,
+        default=1,
+        metavar="T",
+        help="round whose updates decide the groups; who is absent joins the largest",
     )
     own.add_argument(
         "--stop-on",

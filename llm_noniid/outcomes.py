@@ -27,7 +27,7 @@ BROKEN = ("diverged", "oscillating", "left_out")  # alarms of training that is n
 # What runs must agree on to be compared at all.
 CONTEXT = (
     *("dataset", "model", "tokenizer", "max_samples", "max_length", "eval_samples", "num_clients", "num_rounds"),
-    *("eval_every", "lora_r", "lora_alpha", "lora_dropout", "target_modules"),
+    *("eval_every", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "stop_on"),
 )
 # What the experiments vary, in the order in which a table says it: name -> (words for a value, source's default).
 FACTORS = {
@@ -214,6 +214,34 @@ def read_outcome(folder):
         rows = []
     results, reason = manifest.get("results") or {}, manifest.get("reason") or ""
     return Outcome(Path(folder), manifest["args"], rows, results, manifest["status"], reason)
+
+
+def read_maps(folder):
+    """(the failure_map.json files in `folder` and below it that hold points, as dicts; notes on those left out)."""
+    maps, notes = [], []
+    for path in sorted(Path(folder).rglob(MAP_FILE)):
+        try:
+            one = read_json(path)
+            if not isinstance(one["points"], list) or {"algorithm", "axis", "boundary", "setting"} - one.keys():
+                raise ValueError("not a failure map")
+        except (ValueError, KeyError, TypeError) as error:
+            notes.append(f"left out {path}: damaged ({error}): run failure_map.py again")
+            continue
+        if one["points"]:
+            maps.append(one)
+    return maps, notes
+
+
+def maps_of(context, maps):
+    """The maps whose data, model and rounds are the context's."""
+    if context is None:
+        return []
+
+    def agrees(one):
+        setting = one["setting"] | {"model": Path(str(one["setting"].get("model"))).name}
+        return all(str(setting[name]) == value for name, value in context.names.items() if name in setting)
+
+    return [one for one in maps if agrees(one)]
 
 
 def start_key(args):

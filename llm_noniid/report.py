@@ -13,12 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.checkpoint import read_json, saving
+from common.checkpoint import saving
 from common.cli import Parser, run_main
 from llm_noniid import outcomes, tables
 from llm_noniid import verdicts as judging
 from llm_noniid.launching import manifest
-from llm_noniid.outcomes import MAP_FILE
 
 FIGURES = Path(__file__).resolve().parent.parent / "plots" / "noniid_figures.py"
 CAPTIONS = {  # by the beginning of a figure's file name, in the report's order
@@ -51,20 +50,15 @@ def write(folder, out, figures=True):
     """Writes the report of the runs in `folder` to `out`. Returns its path. Raises UsageError without a run."""
     folder, out = Path(folder), Path(out)
     found, notes = tables.read(folder)
-    maps = read_maps(folder)
+    maps, damaged = outcomes.read_maps(folder)
     drawn, missing = draw(folder) if figures else ([], [])
-    text = document(found, maps, drawn, [*notes, *missing])
+    text = document(found, maps, drawn, [*notes, *damaged, *missing])
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.with_name(out.name + ".new")
     with saving(out, fresh):
         fresh.write_text(text, encoding="utf-8")
         fresh.replace(out)
     return out
-
-
-def read_maps(folder):
-    """Every failure_map.json in `folder` and below it, as dicts."""
-    return [read_json(path) for path in sorted(Path(folder).rglob(MAP_FILE))]
 
 
 def draw(folder, script=FIGURES):
@@ -89,7 +83,7 @@ def draw(folder, script=FIGURES):
 def document(found, maps=(), figures=(), notes=()):
     """The HTML text. Args: found: list of `Context`s; maps: failure maps as dicts; figures: PNG files."""
     main = tables.main_context(found)
-    judged = judging.verdicts(main, [one for one in maps if one["points"]])
+    judged = judging.verdicts(main, outcomes.maps_of(main, maps))
     n = len(judging.QUESTIONS)
     runs = sum(len(context.runs) for context in found)
     parts = [

@@ -3,8 +3,9 @@
 `difference` is the loss less that of FedAvg in the same setting (of FedAvg itself: less that of the base, which is what
 most runs share), taken seed by seed. `rounds to target`: the first evaluated round with the loss that the base's run of
 the same seed has at the middle of its evaluations. `failed`: the alarm `diverged`, or a last loss that is not finite,
-above the first evaluation's, or above the model's before training. drift, gradient variance and 1 - CKA are means over
-the evaluated rounds, all other numbers the last evaluation's.
+above the first evaluation's, or above the model's before training. cosine (mean over pairs of clients' updates, which
+does not depend on how many clients there are and what they weigh, as drift does), gradient variance and 1 - CKA are
+means over the evaluated rounds, `-` where one client is alone in each; all other numbers are the last evaluation's.
 """
 
 import math
@@ -12,12 +13,12 @@ from collections import Counter
 from pathlib import Path
 
 from common.cli import UsageError
-from llm_noniid.outcomes import Context, contexts, read_outcomes
+from llm_noniid.outcomes import Context, contexts, maps_of, read_maps, read_outcomes
 from llm_noniid.verdicts import half_way, measure, spread, verdicts
 
 HEAD = (
     *("setting", "loss (nats)", "difference", "perplexity", "bits per byte", "mean client", "worst client"),
-    *("gap", "drift", "gradient variance", "1 - CKA", "rounds to target", "failed", "alarms", "seeds", "minutes"),
+    *("gap", "cosine", "gradient variance", "1 - CKA", "rounds to target", "failed", "alarms", "seeds", "minutes"),
 )
 
 
@@ -33,7 +34,9 @@ def reference(context, factors):
 def row(context, factors, runs):
     """The cells of one setting."""
     loss, other = measure(runs, "val_loss"), measure(reference(context, factors), "val_loss")
-    away = {seed: 1 - v for seed, v in measure(runs, "mean_cka", "mean").items()}
+    alone = all(len(line.get("clients") or "ab") < 2 for run in runs.values() for line in run.rows)
+    among = {} if alone else runs  # figures of several clients
+    away = {seed: max(0.0, 1 - v) for seed, v in measure(among, "mean_cka", "mean").items()}
     base = context.find()
     differences = [loss[s] - other[s] for s in sorted(loss.keys() & other.keys()) if math.isfinite(loss[s] - other[s])]
     reached = [run.rounds_to(half_way(base[s])) for s, run in runs.items() if s in base and base[s].rows]
@@ -47,7 +50,7 @@ def row(context, factors, runs):
         spread([math.exp(v) if v < 700 else math.inf for v in loss.values()]),
         *(spread(measure(runs, name).values()) for name in ("val_bits_per_byte", "mean_client_val_loss")),
         *(spread(measure(runs, name).values()) for name in ("worst_client_val_loss", "generalization_gap")),
-        *(spread(measure(runs, name, "mean").values(), 3) for name in ("relative_drift", "gradient_norm_variance")),
+        *(spread(measure(among, name, "mean").values(), 3) for name in ("update_cosine", "gradient_norm_variance")),
         spread(away.values(), 3),
         "/".join("never" if r is None else str(r) for r in reached) or "-",
         f"{failed} of {len(runs)}",
@@ -90,11 +93,12 @@ def markdown(lines):
 def text(folder):
     """The tables of all contexts as Markdown, and the verdicts of the largest."""
     found, notes = read(folder)
+    maps, more = read_maps(folder)
     parts = [f"### {context.title()}\n\n{markdown(rows(context))}" for context in found]
     lines = [("question", "claim", "verdict")] + [
-        (v.question, v.claim, v.status) for v in verdicts(main_context(found))
+        (v.question, v.claim, v.status) for v in verdicts(main_context(found), maps_of(main_context(found), maps))
     ]
-    return "\n\n".join([*parts, f"### Verdicts\n\n{markdown(lines)}", *notes])
+    return "\n\n".join([*parts, f"### Verdicts\n\n{markdown(lines)}", *notes, *more])
 
 
 def main_context(found) -> Context | None:

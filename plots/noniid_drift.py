@@ -9,8 +9,8 @@
 Rows: relative drift sqrt(sum p_k ||d_k - d||^2) / ||d||, gradient diversity sum ||d_k||^2 / ||sum d_k||^2, the mean
 cosine of a client's update with their mean d, and linear CKA between hidden states of the clients' models and of the
 global one. d_k is what client k's round did to the layers' weights, s (B_k A_k - B A), never to the factors. Lines are
-means over seeds, bands one standard deviation each way; a dotted line is what m orthogonal updates of equal length
-have: sqrt(m - 1), 1 and 1 / sqrt(m).
+means over seeds, bands one standard deviation each way; a dotted line is what orthogonal updates of equal length
+have: sqrt(m - 1), 1 and 1 / sqrt(m), m = 1 / sum p_k^2 (drawn where that is the same for all runs of a panel).
 """
 
 import math
@@ -57,9 +57,10 @@ def measured(runs):
 
 
 def clients_of(panel):
-    """How many clients took part in each of the panel's rounds; None where that differs."""
-    counts = {len(row["clients"]) for c in panel.curves for run in c.runs for row in run.rows if "clients" in row}
-    return counts.pop() if len(counts) == 1 else None
+    """1 / sum p_k^2 of the panel's rounds: m clients of equal weight; None where that differs, or is not known."""
+    rows = [row for c in panel.curves for run in c.runs for row in run.rows if row.get("relative_drift") is not None]
+    counts = {round(row.get("effective_clients") or 0, 1) for row in rows}
+    return counts.pop() or None if len(counts) == 1 else None
 
 
 def draw(title):

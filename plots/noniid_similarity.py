@@ -97,7 +97,7 @@ def picture(run, at):
     """(cosines [m, m] in the order of main topics, client ids [m], topics' blocks [(name, first, last)])."""
     row = rounds_of(run)[at]
     cosines = np.array(row[FIELD], dtype=np.float64)
-    ids = sorted(row["clients"])[: len(cosines)]  # beyond some number only the first are compared
+    ids = row.get("compared") or sorted(row["clients"])  # of many clients some are drawn
     facts = read_partition(run.folder)
     if facts is None or run.args.get("partition") != "topic_skew":
         return cosines, ids, []

@@ -68,7 +68,11 @@ def write_run(root, last=4.0, alarms=(), status="finished", reason=None, drop=()
         row |= {"client_val_loss": clients, "worst_client_val_loss": clients[-1], "train_loss": loss}
         row |= {"mean_client_val_loss": float(np.mean(clients)) if isinstance(loss, float) else loss, "seconds": 6 * t}
         if not central and not apart:
-            row |= {"relative_drift": 1 + t / 20 + 0.1 * a["seed"], "relative_drift_max": 3.0}
+            row |= {
+                "relative_drift": 1 + t / 20 + 0.1 * a["seed"],
+                "relative_drift_max": 3.0,
+                "effective_clients": float(m),
+            }
             row |= {"gradient_diversity": 0.2 + t / 100, "mean_cosine": 0.9 - t / 80, "mean_cka": 1 - t / 500}
             groups = np.array([c % len(TOPICS) for c in chosen])
             like = np.where(groups[:, None] == groups[None], 0.7, 0.2) + 0.02 * rng.standard_normal((m, m))

@@ -158,6 +158,11 @@ def test_drifting():
     assert alarm.threshold == pytest.approx(0.9 * math.sqrt(2)) and drifting(ROUNDS[:3], [1.4] * 3, clients=10) is None
     assert drifting(ROUNDS[:4], [1.4] * 4, clients=[3, 3, 1, 3]).round == 3
     assert drifting(ROUNDS[:4], [0.0] * 4, clients=1) is None
+    # one client that outweighs nine others: 1 / sum p^2 counts, not how many they are
+    curves = {"round": [1, 2, 3], "relative_drift": [1.4] * 3, "clients": [10] * 3}
+    assert run_detectors(curves) == []
+    (alarm,) = run_detectors(curves | {"effective_clients": [3.0, 3.0, 3.0]})
+    assert alarm.detector == "drifting" and alarm.threshold == pytest.approx(0.9 * math.sqrt(2))
 
 
 def test_slow():

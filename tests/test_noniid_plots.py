@@ -313,6 +313,15 @@ def test_clients_stand_by_main_topic_and_the_cosines_move_with_them(tmp_path, fi
     assert axis.images[0].get_array().mask.diagonal().all()
 
 
+def test_clients_that_were_drawn_for_the_comparison_have_their_own_names(tmp_path):
+    folder = write_run(tmp_path, partition="style_skew")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    some = {"compared": [1, 4], "update_cosines": [[1.0, 0.3], [0.3, 1.0]]}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line | some) + "\n" for line in lines))
+    (run,), _ = noniid_runs.find_runs(tmp_path)
+    assert noniid_similarity.picture(run, 0)[1] == [1, 4]
+
+
 def test_clients_of_other_partitions_stand_by_id(tmp_path):
     write_run(tmp_path, partition="style_skew")
     (run,), _ = noniid_runs.find_runs(tmp_path)

@@ -4,8 +4,10 @@ import base64
 import math
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from noniid_made import make_run, make_seeds
+from scipy import stats
 
 from common.cli import UsageError
 from llm_noniid import outcomes, report, tables, verdicts
@@ -149,7 +151,7 @@ ALL = ("fedavg", "fedprox", "scaffold")
 
 def make_map(algorithm, axis="learning_rate", **ends):
     boundary = [{"alpha": float(a), "works": w, "fails": f} for a, (w, f) in ends["ends"].items()]
-    return {"algorithm": algorithm, "axis": axis, "seed": 0, "boundary": boundary, "points": [{}]}
+    return {"algorithm": algorithm, "axis": axis, "seed": 0, "boundary": boundary, "points": [{}], "setting": {}}
 
 
 def test_when_it_breaks_down(tmp_path):
@@ -157,13 +159,8 @@ def test_when_it_breaks_down(tmp_path):
     make_seeds(tmp_path, 2.9, alpha=100.0)
     assert status_of(tmp_path, verdicts.breaks_down) == REFUTED
     falls = make_map("fedavg", ends={100: (0.1, 0.2), 0.1: (0.01, 0.02)})
-    assert status_of(tmp_path, verdicts.breaks_down, [falls]) == CONFIRMED
-    level = make_map("fedavg", ends={100: (0.1, 0.2), 0.1: (0.1, 0.2)})
-    assert status_of(tmp_path, verdicts.breaks_down, [level]) == REFUTED
-    scaffolds = make_map("scaffold", ends={100: (0.1, 0.2), 0.1: (0.01, 0.02)})
-    assert status_of(tmp_path, verdicts.breaks_down, [level, scaffolds]) == REFUTED  # it is about FedAvg
-    near = make_map("fedavg", ends={100: (0.1, 0.4), 0.1: (0.1, 0.2)})
-    assert status_of(tmp_path, verdicts.breaks_down, [near]) == UNDECIDED
+    assert status_of(tmp_path, verdicts.breaks_down, [falls]) == REFUTED  # one seed stands beside, and decides nothing
+    assert [p.status for p in verdicts.breaks_down(only(tmp_path), [falls])[1] if p.beside][-1] == CONFIRMED
     make_seeds(tmp_path, 4.5, alpha=0.01)
     assert status_of(tmp_path, verdicts.breaks_down) == CONFIRMED
 
@@ -174,7 +171,9 @@ def test_when_it_breaks_down(tmp_path):
         ((0.01, 0.02), (0.02, 0.04), CONFIRMED),
         ((None, 0.001), (0.02, None), CONFIRMED),
         ((0.04, 0.08), (0.02, 0.04), REFUTED),
-        ((None, 0.1), (None, 0.1), REFUTED),
+        ((None, 0.1), (None, 0.1), UNDECIDED),
+        ((0.1, 0.2), (0.1, 0.2), UNDECIDED),
+        ((0.1, 0.2), (0.1, 0.4), UNDECIDED),
         ((0.01, None), (0.02, None), UNDECIDED),
     ],
 )
@@ -201,7 +200,10 @@ def test_how_the_algorithms_differ(tmp_path):
             make_seeds(tmp_path, 3.0, spread=0.0, algorithm=algorithm, partition=partition)
     assert status_of(tmp_path, verdicts.algorithms_differ, maps) == REFUTED
     maps[1]["boundary"][0] = {"alpha": 0.1, "works": 0.3, "fails": 0.4}
-    assert status_of(tmp_path, verdicts.algorithms_differ, maps) == CONFIRMED
+    status, parts = verdicts.algorithms_differ(only(tmp_path), maps)
+    assert status == REFUTED and [p.status for p in parts if p.beside] == [CONFIRMED]
+    maps[1]["setting"] = {"local_steps": 99}  # another setting is not compared
+    assert not [p for p in verdicts.algorithms_differ(only(tmp_path), maps)[1] if p.beside]
 
 
 @pytest.mark.parametrize(("loss", "status"), [(2.5, CONFIRMED), (3.0, REFUTED), (3.5, REFUTED)])
@@ -257,7 +259,8 @@ def test_low_participation(tmp_path, swing, status):
     for seed in range(3):
         for rate, size, more in ((1.0, 0.01, 0.0), (0.1, swing, 0.5)):
             losses = [4 - 0.1 * t + size * (-1) ** t + 0.001 * seed + more for t in range(8)]
-            make_run(tmp_path, losses, participation_rate=rate, seed=seed, num_rounds=8)
+            alarms = [("oscillating", 8)] if rate == 0.1 and swing > 0.1 and seed else []
+            make_run(tmp_path, losses, alarms=alarms, participation_rate=rate, seed=seed, num_rounds=8)
     for seed in range(3, 5):
         make_run(tmp_path, [4 - 0.1 * t + 0.01 * (-1) ** t for t in range(8)], seed=seed, num_rounds=8)
     assert status_of(tmp_path, verdicts.few_clients_oscillate) == status
@@ -345,8 +348,29 @@ PNG = base64.b64decode(
 MAP = """{"algorithm": "fedavg", "axis": "learning_rate", "seed": 0, "finished": true, "start_val_loss": 5.0,
  "points": [{"alpha": 0.1, "value": 0.01, "failed": false, "reason": "", "val_loss": 3.0, "run": "x"},
             {"alpha": 0.1, "value": 0.1, "failed": true, "reason": "diverged", "val_loss": null, "run": "y"}],
- "boundary": [{"alpha": 0.1, "works": 0.01, "fails": 0.1}],
+ "setting": {"model": "/elsewhere/<b>&small"}, "boundary": [{"alpha": 0.1, "works": 0.01, "fails": 0.1}],
  "violations": [{"alpha": 0.1, "failed": 0.1, "worked": 0.3}]}"""
+
+
+def test_maps_of_other_models_and_damaged_ones_are_left_out(tmp_path):
+    make_seeds(tmp_path, 3.0, model="/models/small")
+    for name, content in (("mine", MAP.replace("<b>&small", "small")), ("other", MAP), ("bad", "{bad"), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "failure_map.json").write_text(content)
+    maps, notes = outcomes.read_maps(tmp_path)
+    assert len(maps) == 2 and len(notes) == 2 and all("damaged" in note for note in notes)
+    (kept,) = outcomes.maps_of(only(tmp_path), maps)
+    assert kept["setting"]["model"].endswith("/small")
+    assert "damaged" in tables.text(tmp_path)
+
+
+@pytest.mark.parametrize(("n", "c"), [(2, 6.04), (3, 2.0), (4, 1.34)])
+def test_how_many_standard_deviations_decide(n, c):
+    """The t-test's p-value at c standard deviations is the same for every number of seeds."""
+    assert verdicts._quantile(n) == pytest.approx(c, abs=0.01)
+    values = np.arange(n) - (n - 1) / 2
+    values += verdicts._quantile(n) * values.std(ddof=1)
+    assert stats.ttest_1samp(values, 0).pvalue == pytest.approx(0.0742, abs=3e-4)
 
 
 def test_the_report_is_one_file_that_loads_nothing(tmp_path, monkeypatch):

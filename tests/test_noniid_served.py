@@ -243,7 +243,8 @@ def test_groups_are_of_all_clients_however_many_are_compared_otherwise(tmp_path,
     for g in range(4):
         assert (folder / "final" / f"group_{g}" / "adapter_model.safetensors").exists()
     done(tmp_path, "b", "--num-rounds 1")
-    assert len(read_metrics(tmp_path / "b")[-1]["update_cosines"]) == 2
+    row = read_metrics(tmp_path / "b")[-1]
+    assert len(row["update_cosines"]) == 2 == len(row["compared"]) and set(row["compared"]) <= set(row["clients"])
 
 
 def test_groups_of_clients_by_their_topics(tmp_path):
