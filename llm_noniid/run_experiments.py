@@ -3,7 +3,7 @@
     python llm_noniid/run_experiments.py --mode quick --model tiny --dataset demo    # minutes, offline
     python llm_noniid/run_experiments.py --mode main                                 # the source's grid: a GPU
     python llm_noniid/run_experiments.py --mode failure                              # the source's failure settings
-    python llm_noniid/run_experiments.py --mode study --model models/small --jobs 2  # the README's study: 3 hours
+    python llm_noniid/run_experiments.py --mode study --model models/small --jobs 2  # the README's study: 2 hours
     python llm_noniid/run_experiments.py --mode compare                              # tables of what is there
     python llm_noniid/run_experiments.py --mode analyze                              # report.html
 
