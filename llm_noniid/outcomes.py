@@ -233,13 +233,14 @@ def read_maps(folder):
 
 
 def maps_of(context, maps):
-    """The maps whose data, model and rounds are the context's."""
+    """The maps whose data, model and rounds are the context's (when their runs are evaluated is their own)."""
     if context is None:
         return []
 
     def agrees(one):
         setting = one["setting"] | {"model": Path(str(one["setting"].get("model"))).name}
-        return all(str(setting[name]) == value for name, value in context.names.items() if name in setting)
+        same = [name for name in context.names if name in setting and name not in ("stop_on", "eval_every")]
+        return all(str(setting[name]) == context.names[name] for name in same)
 
     return [one for one in maps if agrees(one)]
 

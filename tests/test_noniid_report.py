@@ -348,7 +348,8 @@ PNG = base64.b64decode(
 MAP = """{"algorithm": "fedavg", "axis": "learning_rate", "seed": 0, "finished": true, "start_val_loss": 5.0,
  "points": [{"alpha": 0.1, "value": 0.01, "failed": false, "reason": "", "val_loss": 3.0, "run": "x"},
             {"alpha": 0.1, "value": 0.1, "failed": true, "reason": "diverged", "val_loss": null, "run": "y"}],
- "setting": {"model": "/elsewhere/<b>&small"}, "boundary": [{"alpha": 0.1, "works": 0.01, "fails": 0.1}],
+ "setting": {"model": "/elsewhere/<b>&small", "stop_on": "divergence"},
+ "boundary": [{"alpha": 0.1, "works": 0.01, "fails": 0.1}],
  "violations": [{"alpha": 0.1, "failed": 0.1, "worked": 0.3}]}"""
 
 
