@@ -363,11 +363,10 @@ class Study:
         return ending
 
     def _alarms(self, row, round):
-        """(alarms that the curve to this round has and the one before it had not, the one that ends the run)."""
+        """(alarms since the last evaluation, the one of them that ends the run). Detectors look only back."""
         rows = self.run.metrics() if (self.run.folder / "metrics.jsonl").exists() else []
-        known = detectors.run_detectors(detectors.curves_of(rows)) if rows else []
         alarms = detectors.run_detectors(detectors.curves_of([*rows, {"round": round + 1, **row}]))
-        new = [alarm for alarm in alarms if alarm not in known]
+        new = [alarm for alarm in alarms if not rows or alarm.round > rows[-1]["round"]]
         return new, detectors.stops(new, self.args.stop_on)
 
     # ---- the end

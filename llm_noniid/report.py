@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.checkpoint import saving
 from common.cli import Parser, run_main
-from llm_noniid import outcomes, tables
+from llm_noniid import comparing, outcomes, tables
 from llm_noniid import verdicts as judging
 from llm_noniid.launching import manifest
 
@@ -90,7 +90,7 @@ def document(found, maps=(), figures=(), notes=()):
         f"<p>{runs} runs in {len(found)} group{'s' * (len(found) != 1)} of like runs, {len(maps)} failure "
         f"map{'s' * (len(maps) != 1)}. The verdicts are about the largest group: {escape(main.title())}.</p>",
         "<h2>Verdicts</h2>",
-        _paragraphs(judging.__doc__.split("\n\n", 2)[2]),
+        _paragraphs(comparing.__doc__.split("\n\n", 1)[1]),
         verdict_table(judged),
         "<h2>Research questions</h2>",
         *map(verdict_part, judged[:n]),

@@ -13,8 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 from common.cli import UsageError
+from llm_noniid.comparing import measure, spread
 from llm_noniid.outcomes import Context, contexts, maps_of, read_maps, read_outcomes
-from llm_noniid.verdicts import half_way, measure, spread, verdicts
+from llm_noniid.verdicts import half_way, verdicts
 
 HEAD = (
     *("setting", "loss (nats)", "difference", "perplexity", "bits per byte", "mean client", "worst client"),
@@ -34,9 +35,7 @@ def reference(context, factors):
 def row(context, factors, runs):
     """The cells of one setting."""
     loss, other = measure(runs, "val_loss"), measure(reference(context, factors), "val_loss")
-    alone = all(len(line.get("clients") or "ab") < 2 for run in runs.values() for line in run.rows)
-    among = {} if alone else runs  # figures of several clients
-    away = {seed: max(0.0, 1 - v) for seed, v in measure(among, "mean_cka", "mean").items()}
+    away = {seed: max(0.0, 1 - v) for seed, v in measure(runs, "mean_cka", "mean").items()}
     base = context.find()
     differences = [loss[s] - other[s] for s in sorted(loss.keys() & other.keys()) if math.isfinite(loss[s] - other[s])]
     reached = [run.rounds_to(half_way(base[s])) for s, run in runs.items() if s in base and base[s].rows]
@@ -50,7 +49,7 @@ def row(context, factors, runs):
         spread([math.exp(v) if v < 700 else math.inf for v in loss.values()]),
         *(spread(measure(runs, name).values()) for name in ("val_bits_per_byte", "mean_client_val_loss")),
         *(spread(measure(runs, name).values()) for name in ("worst_client_val_loss", "generalization_gap")),
-        *(spread(measure(among, name, "mean").values(), 3) for name in ("update_cosine", "gradient_norm_variance")),
+        *(spread(measure(runs, name, "mean").values(), 3) for name in ("update_cosine", "gradient_norm_variance")),
         spread(away.values(), 3),
         "/".join("never" if r is None else str(r) for r in reached) or "-",
         f"{failed} of {len(runs)}",
@@ -94,9 +93,10 @@ def text(folder):
     """The tables of all contexts as Markdown, and the verdicts of the largest."""
     found, notes = read(folder)
     maps, more = read_maps(folder)
+    main = main_context(found)
     parts = [f"### {context.title()}\n\n{markdown(rows(context))}" for context in found]
     lines = [("question", "claim", "verdict")] + [
-        (v.question, v.claim, v.status) for v in verdicts(main_context(found), maps_of(main_context(found), maps))
+        (v.question, v.claim, v.status) for v in verdicts(main, maps_of(main, maps))
     ]
     return "\n\n".join([*parts, f"### Verdicts\n\n{markdown(lines)}", *notes, *more])
 

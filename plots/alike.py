@@ -6,7 +6,7 @@ A study's `Run` says what its runs have (`setting`, `method`, `kind`) and how th
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -104,6 +104,16 @@ def setting_of(setting, curves):
     keys = {key for one in several for key in one}
     values = {key: [one[key] for one in several if key in one] for key in keys}
     return setting | {key: found[0] for key, found in values.items() if all(value == found[0] for value in found)}
+
+
+@dataclass
+class Panel:
+    """Curves in one setting, central ones to refer to, what tells the panel from the figure's others."""
+
+    setting: dict
+    curves: list
+    references: list = field(default_factory=list)
+    title: str = ""
 
 
 class Curve:

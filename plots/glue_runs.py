@@ -4,7 +4,7 @@ A run is selected by what its run.json says (command, args, data), never by its 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -249,14 +249,8 @@ def describe(setting, keys=FIGURE):
     return ", ".join(words)
 
 
-@dataclass
-class Panel:
-    """Federated curves in one setting, central ones on the same data, what tells the panel from the figure's others."""
-
-    setting: dict
-    curves: list
-    references: list = field(default_factory=list)
-    title: str = ""
+class Panel(alike.Panel):
+    """Federated curves in one setting and the central ones on the same data."""
 
     @property
     def task(self):

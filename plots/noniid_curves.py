@@ -20,6 +20,7 @@ import numpy as np
 
 from common.cli import run_main
 from common.curves import log_axis
+from plots.alike import Panel
 from plots.glue_drawing import all_curves, seeds_text
 from plots.glue_runs import evaluated
 from plots.noniid_drawing import (
@@ -34,7 +35,7 @@ from plots.noniid_drawing import (
     mark_alarms,
     panel_axes,
 )
-from plots.noniid_runs import FACTOR_NAMES, FACTORS, Panel, Run, central_of, factor_figures, figures_of
+from plots.noniid_runs import FACTOR_NAMES, FACTORS, Run, central_of, factor_figures, figures_of
 from plots.vit_drawing import seed_spread
 
 LOSS = "Validation loss (nats)"

@@ -5,12 +5,12 @@ A run is selected by what its run.json says (command, args, data), never by its 
 
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.cli import UsageError
 from plots import alike
-from plots.alike import base_name, curves_of, like_with_like, lines_of, text, words_for
+from plots.alike import Panel, base_name, curves_of, like_with_like, lines_of, text, words_for
 from plots.reading import read_runs
 
 COMMANDS = ("train",)
@@ -261,16 +261,6 @@ def describe(setting, keys=SETTING):
         elif key not in ("evaluated", "lora_r", "lora_alpha"):  # these are in file names where they tell figures apart
             words += words_for(key, value, _SHORT, {})
     return ", ".join(words)
-
-
-@dataclass
-class Panel:
-    """Curves in one setting, the central ones of the same texts, what tells the panel from the figure's others."""
-
-    setting: dict
-    curves: list
-    references: list = field(default_factory=list)
-    title: str = ""
 
 
 def central_of(panel):

@@ -1,7 +1,24 @@
 """Several processes for a test, as torchrun would start them."""
 
+import contextlib
 import multiprocessing
+import os
 import socket
+
+import torch
+
+from common import parallel
+
+
+@contextlib.contextmanager
+def as_rank(rank, size, port):
+    """This process as one of `size` that torchrun started, with one thread."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    parallel.init_parallel()
+    yield
+    parallel.close_parallel()
 
 
 def answers_of(size, process, preload):

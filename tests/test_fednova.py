@@ -1,20 +1,19 @@
 """FedNova: effective steps by closed form and by real optimisers; its mean against FedAvg's, on quadratics."""
 
 import hashlib
-import os
 
 import numpy as np
 import pytest
 import torch
 from comparing import near, same_bits
-from processes import answers_of
+from processes import answers_of, as_rank
 from quadratics import Quadratics, flat, unflat
 
 from common import parallel
 from common.aggregation import NormalizedMean, WeightedMean, effective_steps
 from common.cli import UsageError
 from common.local import client_optimizer, local_steps
-from common.parallel import Lanes, init_parallel
+from common.parallel import Lanes
 
 H = [1, 4, 10, 25, 2]  # unequal local work
 N = [5.0, 1.0, 3.0, 2.0, 4.0]
@@ -204,12 +203,8 @@ def digests():
 
 
 def process(rank, size, port, answers):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    init_parallel()
-    answers.put((rank, digests()))
-    parallel.close_parallel()
+    with as_rank(rank, size, port):
+        answers.put((rank, digests()))
 
 
 def test_processes_and_order_change_no_bit():

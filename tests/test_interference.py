@@ -1,14 +1,12 @@
 """The interference figures equal plain numpy on stacked updates, whatever the processes."""
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
-from processes import answers_of
+from processes import answers_of, as_rank
 
-from common import parallel
 from common.parallel import CHUNK, Lanes
 from vit_sparse_fl.interference import Interference
 
@@ -153,12 +151,8 @@ def test_threads_change_no_bit():
 
 
 def process(rank, size, port, answers):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    parallel.init_parallel()
-    answers.put((rank, everything()))
-    parallel.close_parallel()
+    with as_rank(rank, size, port):
+        answers.put((rank, everything()))
 
 
 def everything():

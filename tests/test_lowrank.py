@@ -2,19 +2,17 @@
 
 import hashlib
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 from adapters import close, dense, normal, peft_model
-from processes import answers_of
+from processes import answers_of, as_rank
 
-from common import parallel
 from common.aggregation import ServerMomentum
 from common.cli import UsageError
 from common.lowrank import MIXED_RANKS, RULES, AdapterMean, trained_factors
-from common.parallel import Lanes, init_parallel
+from common.parallel import Lanes
 from common.products import add_to_weight
 from common.seeding import torch_stream
 
@@ -295,12 +293,8 @@ def scenarios(ids=IDS):
 
 
 def process(rank, size, port, answers):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    init_parallel()
-    answers.put((rank, scenarios()))
-    parallel.close_parallel()
+    with as_rank(rank, size, port):
+        answers.put((rank, scenarios()))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from scipy import stats
 
 from common.cli import UsageError
 from llm_noniid import outcomes, report, tables, verdicts
-from llm_noniid.verdicts import CONFIRMED, REFUTED, UNDECIDED, UNMEASURED, Part, combine, compare
+from llm_noniid.comparing import CONFIRMED, REFUTED, UNDECIDED, UNMEASURED, Part, combine, compare, quantile
 
 
 def only(folder):
@@ -368,9 +368,9 @@ def test_maps_of_other_models_and_damaged_ones_are_left_out(tmp_path):
 @pytest.mark.parametrize(("n", "c"), [(2, 6.04), (3, 2.0), (4, 1.34)])
 def test_how_many_standard_deviations_decide(n, c):
     """The t-test's p-value at c standard deviations is the same for every number of seeds."""
-    assert verdicts._quantile(n) == pytest.approx(c, abs=0.01)
+    assert quantile(n) == pytest.approx(c, abs=0.01)
     values = np.arange(n) - (n - 1) / 2
-    values += verdicts._quantile(n) * values.std(ddof=1)
+    values += quantile(n) * values.std(ddof=1)
     assert stats.ttest_1samp(values, 0).pvalue == pytest.approx(0.0742, abs=3e-4)
 
 

@@ -1,12 +1,11 @@
 """Sums over clients have the same bits on 1, 2, 3, 4 and 8 processes: real ones, joined by gloo."""
 
 import hashlib
-import os
 
 import numpy as np
 import pytest
 import torch
-from processes import answers_of
+from processes import answers_of, as_rank
 
 from common import parallel
 from common.aggregation import PrecisionWeightedMean, WeightedMean
@@ -72,18 +71,15 @@ def digest(theta):
 
 
 def process(rank, size, port, answers):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    assert init_parallel() == init_parallel() == world() == World(rank, size, rank, "gloo")
-    assert is_main() == (rank == 0)
-    lanes = Lanes(IDS)
-    assert list(lanes) == list(lanes.mine)
-    assert all((lanes.owner(k) == rank) == (k in lanes.mine) for k in IDS)
-    assert broadcast({"from": rank}, source=size - 1) == {"from": size - 1}
-    parallel.barrier()
-    answers.put((rank, scenarios()))
-    parallel.close_parallel()
+    with as_rank(rank, size, port):
+        assert init_parallel() == init_parallel() == world() == World(rank, size, rank, "gloo")
+        assert is_main() == (rank == 0)
+        lanes = Lanes(IDS)
+        assert list(lanes) == list(lanes.mine)
+        assert all((lanes.owner(k) == rank) == (k in lanes.mine) for k in IDS)
+        assert broadcast({"from": rank}, source=size - 1) == {"from": size - 1}
+        parallel.barrier()
+        answers.put((rank, scenarios()))
     assert world() == World()
 
 

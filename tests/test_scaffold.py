@@ -1,20 +1,19 @@
 """SCAFFOLD on quadratics whose optimum is known; its control variates in memory, in files, over processes."""
 
 import hashlib
-import os
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from comparing import near, same_bits
-from processes import answers_of
+from processes import answers_of, as_rank
 from quadratics import Quadratics, flat, unflat
 
 from common import checkpoint, parallel
 from common.aggregation import effective_steps
 from common.cli import RunFailed, UsageError
-from common.parallel import Lanes, init_parallel
+from common.parallel import Lanes
 from common.runlog import start_run
 from common.scaffold import ControlVariates, option_two
 
@@ -365,20 +364,16 @@ def digest(theta):
 
 
 def process(rank, size, port, answers):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    init_parallel()
-    variates = ControlVariates({"w": torch.zeros(2)}, 91)
-    strangers = [k for k in IDS if Lanes([k], sticky=True).owner(k) != rank]
-    for k in strangers:
-        with pytest.raises(ValueError, match="another process"):
-            variates.correction(k)
-        with pytest.raises(ValueError, match="another process"):
-            variates.offer(k, {"w": torch.zeros(2)})
-        variates.lasting["control_variates"].load_client(k, lambda _: 1 / 0)  # not its own: not even read
-    answers.put((rank, (len(strangers), history(turned=size == 3))))
-    parallel.close_parallel()
+    with as_rank(rank, size, port):
+        variates = ControlVariates({"w": torch.zeros(2)}, 91)
+        strangers = [k for k in IDS if Lanes([k], sticky=True).owner(k) != rank]
+        for k in strangers:
+            with pytest.raises(ValueError, match="another process"):
+                variates.correction(k)
+            with pytest.raises(ValueError, match="another process"):
+                variates.offer(k, {"w": torch.zeros(2)})
+            variates.lasting["control_variates"].load_client(k, lambda _: 1 / 0)  # not its own: not even read
+        answers.put((rank, (len(strangers), history(turned=size == 3))))
 
 
 def test_processes_order_and_place_change_no_bit(tmp_path):
