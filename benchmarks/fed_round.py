@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-from common.aggregation import WeightedMean
+from common.before.aggregation import WeightedMean
 from mamba_fl import fed_avg
 from mamba_fl.fed_core import Study
 from mamba_fl.flags import complete_flags

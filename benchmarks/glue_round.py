@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from common.aggregation import WeightedMean
+from common.before.aggregation import WeightedMean
+from common.before.lowrank import RULES
 from common.cli import Parser, positive_int, run_main
-from common.lowrank import RULES
 from common.runlog import start_run
 from lora_glue_fl import fedavg_rounds
 from lora_glue_fl.demo_glue import demo_tokenizer

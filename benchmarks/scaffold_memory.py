@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from common import checkpoint
+from common.before.scaffold import ControlVariates
 from common.parallel import Lanes
-from common.scaffold import ControlVariates
 from common.seeding import torch_stream
 
 LAYERS = {"attn.c_attn": (2304, 768), "attn.c_proj": (768, 768), "mlp.c_proj": (768, 3072)}  # d x k

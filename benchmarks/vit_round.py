@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common.aggregation import WeightedMean
+from common.before.aggregation import WeightedMean
 from common.cli import Parser, positive_int, run_main
 from common.runlog import start_run
 from vit_sparse_fl import train_federated_sparse

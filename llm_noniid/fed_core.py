@@ -15,13 +15,13 @@ import torch
 from tqdm import tqdm
 
 from common import parallel
-from common.aggregation import NormalizedMean, ServerAdam, ServerMomentum, WeightedMean, effective_steps, finite
 from common.allocator import reuse_large_memory
+from common.before.aggregation import NormalizedMean, ServerAdam, ServerMomentum, WeightedMean, effective_steps, finite
+from common.before.local import client_optimizer, local_steps
+from common.before.scaffold import ControlVariates, option_two
 from common.checkpoint import saving, write_json
 from common.cli import RunFailed
 from common.evaluation import pick_device, resolve_amp
-from common.local import client_optimizer, local_steps
-from common.scaffold import ControlVariates, option_two
 from common.seeding import seed_everything, seed_torch, stream
 from common.sharding import class_counts
 from llm_noniid import clustering, detectors, diagnostics
@@ -197,7 +197,7 @@ class Study:
         return [self.rows[k][rows] for rows in found]
 
     def local_update(self, theta, k, round):
-        """Client k's steps from theta. Returns (theta_k, n_k, result: `common.local.LocalResult`).
+        """Client k's steps from theta. Returns (theta_k, n_k, result: `common.before.local.LocalResult`).
 
         theta_k are the model's own tensors: valid until the next client.
         """

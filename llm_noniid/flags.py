@@ -2,6 +2,7 @@
 
 import sys
 
+from common.before.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
 from common.cli import (
     Parser,
     UsageError,
@@ -13,7 +14,6 @@ from common.cli import (
     positive_int,
 )
 from common.config_file import apply_config
-from common.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
 from common.runlog import add_machine_flags, add_run_flags
 from llm_noniid.data import DATASETS
 from llm_noniid.detectors import STOP_ON

@@ -20,11 +20,11 @@ from transformers import GPT2LMHeadModel
 
 from common.allocator import reuse_large_memory
 from common.batches import evaluation_batches
+from common.before.local import gradients
 from common.checkpoint import saving, swap, write_json
 from common.cli import Parser, RunFailed, UsageError, fraction, positive_float, positive_int, run_main
 from common.evaluation import amp_context, perplexity, pick_device, resolve_amp
 from common.hub import quiet
-from common.local import gradients
 from common.runlog import add_machine_flags, git_commit, versions
 from common.seeding import seed_everything, seed_torch
 from common.text import load_tokenizer

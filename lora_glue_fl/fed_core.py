@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from common import parallel
 from common.adapter_files import read_adapter, write_adapter
-from common.aggregation import ServerAdam, ServerMomentum, finite
+from common.before.aggregation import ServerAdam, ServerMomentum, finite
+from common.before.lowrank import MIXED_RANKS, AdapterMean, trained_factors
 from common.cli import RunFailed, UsageError
 from common.compiling import checked_compile
-from common.lowrank import MIXED_RANKS, AdapterMean, trained_factors
 from common.products import fit_rank, scaling
 from common.seeding import seed_torch, torch_stream
 from lora_glue_fl.fitting import fit, lr_at, make_optimizer, plan_steps, warmup_steps

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 from common.adapter_files import read_adapter, refuse_other_files, write_adapter
-from common.aggregation import WeightedMean
+from common.before.aggregation import WeightedMean
+from common.before.lowrank import AdapterMean
 from common.cli import Parser, UsageError, positive_float, positive_int, run_main
-from common.lowrank import AdapterMean
 from common.parallel import Lanes
 from common.products import SPLITS
 from common.runlog import add_machine_flags
@@ -202,7 +202,7 @@ def base_model(args, adapters):
 
 
 def average(adapters, weights, rule, args):
-    """What `rule` serves (`common.lowrank.Served`), its alpha, and a line on each rule's error."""
+    """What `rule` serves (`common.before.lowrank.Served`), its alpha, and a line on each rule's error."""
     ranks, scales = sorted({a.r for a in adapters}), sorted({a.scale for a in adapters})
     widest = max(min(_size(*pair)) for pair in adapters[0].factors.values())
     refuse(args.svd_rank > widest, f"--svd-rank {args.svd_rank} is above the layers' {widest}: lower it")

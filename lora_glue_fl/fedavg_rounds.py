@@ -11,11 +11,11 @@ Bai et al. 2024), the other rules are in common/lowrank.py. The head is averaged
 import argparse
 
 from common import parallel
-from common.aggregation import WeightedMean
+from common.before.aggregation import WeightedMean
+from common.before.lowrank import RULES
 from common.checkpoint import read_json
 from common.cli import half_open_fraction, non_negative_float, positive_float, positive_int, run_main
 from common.evaluation import pick_device
-from common.lowrank import RULES
 from common.products import SPLITS
 from common.runlog import start_run
 from lora_glue_fl.fed_core import Study

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from common.local import gradients, proximal_
+from common.before.local import gradients, proximal_
 from lora_glue_fl.data_prep import training_batches
 
 

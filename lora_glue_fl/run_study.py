@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.before.lowrank import RULES
 from common.checkpoint import read_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int, run_main
 from common.curves import read_metrics
 from common.launching import one_run, told, took
-from common.lowrank import RULES
 from lora_glue_fl.data_prep import DATASETS, load_task
 from lora_glue_fl.models import size_label
 from lora_glue_fl.sharding import make_client_splits, save_shard_manifests

@@ -7,7 +7,7 @@ theta <- theta + sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMaha
 """
 
 from common import parallel
-from common.aggregation import WeightedMean
+from common.before.aggregation import WeightedMean
 from common.cli import run_main
 from common.evaluation import pick_device
 from common.runlog import start_run

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from common import parallel
-from common.aggregation import finite
 from common.allocator import reuse_large_memory
+from common.before.aggregation import finite
+from common.before.local import gradients
 from common.checkpoint import saving, write_json
 from common.cli import RunFailed, UsageError
 from common.compiling import checked_compile
 from common.cross_entropy import sample_labels, token_statistics
 from common.curves import draw_curve
 from common.evaluation import amp_context, bits_per_byte, perplexity, pick_device, resolve_amp
-from common.local import gradients
 from common.seeding import seed_everything, stream, torch_stream
 from mamba_fl.client_states import Best, ClientStates
 from mamba_fl.data import build_data, inputs_and_labels

@@ -13,7 +13,7 @@ soft labels have the largest entropy.
 import torch
 
 from common import parallel
-from common.aggregation import WeightedMean, entropy_log_weight
+from common.before.aggregation import WeightedMean, entropy_log_weight
 from common.cli import non_negative_int, positive_float, run_main
 from common.evaluation import pick_device
 from common.runlog import start_run

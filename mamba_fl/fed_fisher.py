@@ -10,10 +10,10 @@ rho times its mean.
 """
 
 from common import parallel
-from common.aggregation import PrecisionWeightedMean
+from common.before.aggregation import PrecisionWeightedMean
+from common.before.fisher import diagonal_fisher
 from common.cli import non_negative_float, positive_int, run_main
 from common.evaluation import pick_device
-from common.fisher import diagonal_fisher
 from common.runlog import start_run
 from mamba_fl.fed_core import Study
 from mamba_fl.flags import complete_flags, make_parser, run_name

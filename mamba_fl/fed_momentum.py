@@ -11,7 +11,7 @@ adam, ...   m <- b1 m + (1 - b1) Delta,  v <- b2 v + (1 - b2) Delta^2,
 """
 
 from common import parallel
-from common.aggregation import ServerAdam, ServerMomentum, WeightedMean
+from common.before.aggregation import ServerAdam, ServerMomentum, WeightedMean
 from common.cli import half_open_fraction, positive_float, run_main
 from common.evaluation import pick_device
 from common.runlog import start_run

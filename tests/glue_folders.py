@@ -2,7 +2,7 @@
 
 import json
 
-from common.lowrank import RULES
+from common.before.lowrank import RULES
 from plots import glue_runs, glue_table
 
 FEDERATED, CENTRAL, FULL = glue_runs.COMMANDS

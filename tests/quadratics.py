@@ -2,8 +2,8 @@
 
 import torch
 
-from common.aggregation import WeightedMean
-from common.local import client_optimizer, local_steps
+from common.before.aggregation import WeightedMean
+from common.before.local import client_optimizer, local_steps
 from common.parallel import Lanes
 
 SIZES = {"w": 3, "b": 2}  # the five coordinates are split into two parameters

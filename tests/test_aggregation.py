@@ -7,7 +7,7 @@ import pytest
 import torch
 from comparing import near, same_bits
 
-from common.aggregation import (
+from common.before.aggregation import (
     PrecisionWeightedMean,
     ServerAdam,
     ServerMomentum,

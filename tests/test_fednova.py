@@ -10,9 +10,9 @@ from processes import answers_of, as_rank
 from quadratics import Quadratics, flat, unflat
 
 from common import parallel
-from common.aggregation import NormalizedMean, WeightedMean, effective_steps
+from common.before.aggregation import NormalizedMean, WeightedMean, effective_steps
+from common.before.local import client_optimizer, local_steps
 from common.cli import UsageError
-from common.local import client_optimizer, local_steps
 from common.parallel import Lanes
 
 H = [1, 4, 10, 25, 2]  # unequal local work
@@ -211,4 +211,4 @@ def test_processes_and_order_change_no_bit():
     alone = digests()
     assert alone[0] == alone[1] != alone[2]
     for size in (2, 3, 8):
-        assert answers_of(size, process, "common.aggregation") == {rank: alone for rank in range(size)}
+        assert answers_of(size, process, "common.before.aggregation") == {rank: alone for rank in range(size)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common.fisher import diagonal_fisher
+from common.before.fisher import diagonal_fisher
 
 
 class Tied(torch.nn.Module):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from glue_folders import CENTRAL, FULL, parse, write_run, write_study
 
+from common.before.lowrank import RULES
 from common.cli import UsageError
-from common.lowrank import RULES
 from lora_glue_fl.glue_tasks import TASKS
 from plots import (
     glue_bytes,

@@ -12,9 +12,9 @@ from comparing import same_bits
 from running import ROOT
 from safetensors.torch import load_file
 
+from common.before.lowrank import RULES
 from common.checkpoint import read_json
 from common.cli import run_main
-from common.lowrank import RULES
 from common.runlog import read_metrics
 from lora_glue_fl.sharding import make_client_splits, save_shard_manifests
 

@@ -7,8 +7,8 @@ import torch
 from comparing import near, same_bits
 from quadratics import Quadratics, flat, unflat
 
+from common.before.local import check_scaffold, client_optimizer, local_steps
 from common.cli import UsageError
-from common.local import check_scaffold, client_optimizer, local_steps
 
 KINDS = ("sgd", "sgdm", "adamw")
 

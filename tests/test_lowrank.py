@@ -9,9 +9,9 @@ import torch
 from adapters import close, dense, normal, peft_model
 from processes import answers_of, as_rank
 
-from common.aggregation import ServerMomentum
+from common.before.aggregation import ServerMomentum
+from common.before.lowrank import MIXED_RANKS, RULES, AdapterMean, trained_factors
 from common.cli import UsageError
-from common.lowrank import MIXED_RANKS, RULES, AdapterMean, trained_factors
 from common.parallel import Lanes
 from common.products import add_to_weight
 from common.seeding import torch_stream
@@ -304,7 +304,7 @@ def alone():
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_any_number_of_processes_gives_the_same_bits(size, alone):
-    results = answers_of(size, process, "common.lowrank")
+    results = answers_of(size, process, "common.before.lowrank")
     assert results == {rank: alone for rank in range(size)}
 
 

@@ -8,7 +8,7 @@ import torch
 from processes import answers_of, as_rank
 
 from common import parallel
-from common.aggregation import PrecisionWeightedMean, WeightedMean
+from common.before.aggregation import PrecisionWeightedMean, WeightedMean
 from common.cli import UsageError
 from common.parallel import CHUNK, LANES, Lanes, LaneSum, Sums, World, broadcast, chunks, init_parallel, is_main, world
 
@@ -90,7 +90,7 @@ def alone():
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_any_number_of_processes_gives_the_same_bits(size, alone):
-    results = answers_of(size, process, "common.aggregation")
+    results = answers_of(size, process, "common.before.aggregation")
     assert results == {rank: alone for rank in range(size)}
 
 

@@ -11,11 +11,11 @@ from processes import answers_of, as_rank
 from quadratics import Quadratics, flat, unflat
 
 from common import checkpoint, parallel
-from common.aggregation import effective_steps
+from common.before.aggregation import effective_steps
+from common.before.scaffold import ControlVariates, option_two
 from common.cli import RunFailed, UsageError
 from common.parallel import Lanes
 from common.runlog import start_run
-from common.scaffold import ControlVariates, option_two
 
 STEPS, LR = 6, 0.08
 
@@ -381,7 +381,7 @@ def test_processes_order_and_place_change_no_bit(tmp_path):
     assert history(turned=True) == alone == history(tmp_path)
     assert len(set(alone.values())) == len(alone)
     for size in (2, 3, 8):
-        results = answers_of(size, process, "common.scaffold")
+        results = answers_of(size, process, "common.before.scaffold")
         assert {rank: found for rank, (_, found) in results.items()} == {rank: alone for rank in range(size)}
         assert all(strangers > 0 for strangers, _ in results.values())
 

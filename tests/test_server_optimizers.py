@@ -8,7 +8,7 @@ import torch
 from comparing import near, same_bits
 from torch.nn import functional as F
 
-from common.aggregation import ServerAdam, ServerMomentum, WeightedMean
+from common.before.aggregation import ServerAdam, ServerMomentum, WeightedMean
 from common.parallel import Lanes
 
 

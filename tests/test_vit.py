@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+from common.before.fisher import diagonal_fisher
 from common.cli import UsageError
-from common.fisher import diagonal_fisher
 from vit_sparse_fl import vit
 from vit_sparse_fl.vit import freeze, init_from, interpolate_positions, make_model, save_pretrained
 

@@ -12,14 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from common import parallel
-from common.aggregation import finite
 from common.allocator import reuse_large_memory
+from common.before.aggregation import finite
+from common.before.local import gradients
 from common.checkpoint import saving, write_json
 from common.cli import RunFailed, UsageError
 from common.compiling import checked_compile
 from common.curves import draw_accuracy
 from common.evaluation import amp_context, pick_device, resolve_amp
-from common.local import gradients
 from common.seeding import seed_everything, seed_torch, stream
 from common.sharding import class_counts
 from vit_sparse_fl.best import BestCheckpoints

@@ -25,10 +25,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common.aggregation import WeightedMean
+from common.before.aggregation import WeightedMean
+from common.before.fisher import diagonal_fisher
 from common.checkpoint import saving
 from common.cli import RunFailed, UsageError
-from common.fisher import diagonal_fisher
 from common.seeding import stream
 
 STRATEGIES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude", "random")

@@ -9,7 +9,7 @@ theta_k: J steps of SGD with momentum on client k's images; K clients, of which 
 """
 
 from common import parallel
-from common.aggregation import WeightedMean
+from common.before.aggregation import WeightedMean
 from common.cli import run_main
 from common.evaluation import pick_device
 from common.runlog import start_run

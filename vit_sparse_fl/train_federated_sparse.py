@@ -16,7 +16,7 @@ train densely, send the largest changes.
 from pathlib import Path
 
 from common import parallel
-from common.aggregation import WeightedMean
+from common.before.aggregation import WeightedMean
 from common.cli import UsageError, non_negative_float, positive_int, run_main
 from common.evaluation import pick_device
 from common.runlog import start_run

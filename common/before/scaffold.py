@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import parallel
-from common.aggregation import effective_steps, finite
+from common.before.aggregation import effective_steps, finite
+from common.before.local import check_scaffold
 from common.checkpoint import saving
 from common.cli import RunFailed
-from common.local import check_scaffold
 
 
 class ControlVariates:

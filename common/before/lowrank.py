@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from common import parallel
-from common.aggregation import WeightedMean, finite
+from common.before.aggregation import WeightedMean, finite
 from common.cli import UsageError
 from common.parallel import LaneSum
 from common.products import Product, check_truncation, distance, fresh_A, quotient, truncate
