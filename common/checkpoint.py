@@ -2,10 +2,10 @@
 
 A checkpoint is a folder:
 
-    state.json                  round, counters, timings
-    theta.safetensors           the global weights
+    state.json                  round, counters, timings, names of the files
+    theta.safetensors           the global weights, by name
     NAME.safetensors            one file per lasting object (server optimiser, best weights, ...)
-    client_000007.safetensors   one file per client with lasting state, written by the process that owns it
+    NAME_000007.safetensors     one file per client with lasting state (`common.client_rows`)
 
 It is written beside the old one and swapped in by renaming, so that a process killed at any moment leaves
 one whole checkpoint. Any number of processes can read what any other number wrote.
@@ -17,6 +17,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -58,13 +59,14 @@ def saving(path, *parts):
         ) from error
 
 
-def save(folder, meta, shared, clients):
+def save(folder, meta, shared, clients=None, rows=None):
     """Replaces the checkpoint at `folder`. Every process calls it.
 
     meta: JSON object (the main process's counts). shared: {name: {key: tensor}}, the same on every process;
-    the main process writes it. clients: {client id: {key: tensor}}, those that this process owns.
+    the main process writes it. rows: {name: `common.client_rows.ClientRows`}.
     Raises RunFailed if it cannot be written (disk full); the old checkpoint is then untouched.
     """
+    clients, rows = clients or {}, rows or {}
     folder = Path(folder)
     fresh = folder.with_name(folder.name + ".new")
     with saving(folder, fresh):
@@ -74,10 +76,12 @@ def save(folder, meta, shared, clients):
         parallel.barrier()
         for k, tensors in clients.items():
             _save_tensors(tensors, fresh / f"client_{k:06d}.safetensors")
+        ids = {name: row.save(fresh, name) for name, row in rows.items()}
+        parallel.barrier()
         if parallel.is_main():
             for name, tensors in shared.items():
                 _save_tensors(tensors, fresh / f"{name}.safetensors")
-            write_json(fresh / "state.json", meta)
+            write_json(fresh / "state.json", meta | {"shared": sorted(shared), "rows": ids})
         parallel.barrier()
     if parallel.is_main():
         swap(fresh, folder)
@@ -108,9 +112,9 @@ def load(folder, device="cpu"):
         file = files.get(f"client_{k:06d}")
         return read(file) if file else None
 
-    shared = {name: read(file) for name, file in files.items() if not name.startswith("client_")}
-
-    return read_json(folder / "state.json"), shared, client
+    meta = read_json(folder / "state.json")
+    shared = {name: read(files[name]) for name in meta["shared"] if name in files}
+    return meta, shared, client
 
 
 def swap(fresh, folder):
@@ -136,6 +140,11 @@ def recover(folder):
 
 
 def _save_tensors(tensors, path):
-    save_file({key: t.detach().contiguous() for key, t in tensors.items()}, path)
+    save_file({key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}, path)
+    sync(path)
+
+
+def sync(path):
+    """Waits until the file at `path` is on the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

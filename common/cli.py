@@ -5,9 +5,7 @@ Exit codes: 0 finished, 1 failed while running, 2 bad usage or input (one line o
 """
 
 import argparse
-import atexit
 import math
-import os
 import sys
 
 
@@ -44,7 +42,40 @@ class _HelpFormatter(argparse.HelpFormatter):
         return {int: "N", float: "X"}.get(getattr(action, "number_type", action.type), "TEXT")
 
 
-class Parser(argparse.ArgumentParser):
+class Flags(argparse.Namespace):
+    """Parsed flags. `reads`, which is no flag: {flag: when it is read, a function of the flags, or None: always}."""
+
+    __slots__ = ("reads",)
+
+
+class _Declares:
+    """Flags say when a run reads them: add_argument(..., when=lambda args: args.sharding == "dirichlet")."""
+
+    def add_argument(self, *names, when=None, **options):
+        action = super().add_argument(*names, **options)
+        action.when = when
+        return action
+
+
+class _Group(_Declares, argparse._ArgumentGroup):
+    pass
+
+
+def method_of(args, machine=()):
+    """{flag: value} of the flags that a run reads: what makes two runs seeds of one curve, but for the seed.
+
+    A flag that another one switches off is not in it. Args: args: of `Parser`; machine: flags that say how to run.
+    """
+    reads = getattr(args, "reads", dict.fromkeys(vars(args)))
+    rest = {*machine, "device", "threads", "compile"}
+    return {
+        name: getattr(args, name)
+        for name, when in reads.items()
+        if name not in rest and hasattr(args, name) and (when is None or when(args))
+    }
+
+
+class Parser(_Declares, argparse.ArgumentParser):
     """`argparse.ArgumentParser` whose flags may be written with hyphens or underscores.
 
     `--num_clients 4` and `--num-clients 4` are one flag. Abbreviations are off: a flag that a later version
@@ -54,6 +85,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, **kwargs):
         kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(description=description, allow_abbrev=False, **kwargs)
+
+    def add_argument_group(self, *args, **kwargs):
+        group = _Group(self, *args, **kwargs)
+        self._action_groups.append(group)
+        return group
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -66,7 +102,10 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--"):
                 name, equals, value = word.partition("=")
                 args[i] = "--" + name[2:].replace("_", "-") + equals + value
-        return super().parse_known_args(args, namespace)
+        flags = Flags() if namespace is None else namespace
+        if isinstance(flags, Flags):
+            flags.reads = {a.dest: getattr(a, "when", None) for a in self._actions if a.dest != "help"}
+        return super().parse_known_args(args, flags)
 
 
 def positive_int(text):
@@ -119,8 +158,20 @@ def _number(text, kind, holds, wanted):
     return value
 
 
-def run_main(main, args):
-    """Calls `main(args)` and ends the process with the exit code and the one line that users can rely on."""
+def checked(function, *args):
+    """function(*args); where that is a UsageError, its line on stderr and the end with exit code 2."""
+    try:
+        return function(*args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_main(main, args, end=sys.exit):
+    """Calls `main(args)` and ends the process with the exit code and the one line that users can rely on.
+
+    end: what ends the process, a function of the exit code.
+    """
     try:
         code = main(args)
     except UsageError as error:
@@ -132,19 +183,4 @@ def run_main(main, args):
     except KeyboardInterrupt:
         print("interrupted: run the same command with --resume to go on", file=sys.stderr)
         code = 130
-    _leave(code or 0)
-
-
-def _leave(code):
-    from common import parallel
-
-    if parallel.world().size > 1:
-        # A gloo thread that drops its last tensor while the interpreter shuts down aborts the process (seen in
-        # one run in ten on busy cores, torch 2.15): leave without that shutdown.
-        if code == 0:
-            parallel.close_parallel()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    end(code or 0)

@@ -3,7 +3,7 @@
 import torch
 
 
-def diagonal_fisher(model, nll, samples, *, method="auto", chunk_size=None):
+def diagonal_fisher(model, nll, samples, *, method="auto", chunk_size=None, parameters=None):
     """F_j = mean over samples of (d NLL(sample) / d theta_j)^2   (Matena & Raffel 2022, eq. 3).
 
     The square is per sample: squaring the gradient of a batch's mean instead would underestimate F by about the
@@ -19,10 +19,11 @@ def diagonal_fisher(model, nll, samples, *, method="auto", chunk_size=None):
         samples: tuple of tensors, all with leading dimension n, at least 1.
         method: "loop" (one backward pass a sample), "vmap" (`chunk_size` samples at once; every operation must
             support torch.func) or "auto": vmap where the parameters are on CUDA, else the loop.
+        parameters: {name: parameter} in the vector's order, by default all trainable ones.
         chunk_size: samples at once under vmap; default: as many as hold 2^28 gradient elements.
 
-    Returns: dict name -> fp32 tensor of the parameter's shape; trainable parameters only, tied ones once, zeros
-        for one that does not enter the NLL.
+    Returns: fp32 vector [n] over the trainable parameters in `named_parameters` order, tied ones once
+        (`common.vector`); zeros where a parameter does not enter the NLL.
     Raises: ValueError for no samples, unequal leading dimensions or an unknown method.
     """
     sizes = {len(s) for s in samples}
@@ -30,12 +31,16 @@ def diagonal_fisher(model, nll, samples, *, method="auto", chunk_size=None):
         raise ValueError(f"samples need one leading dimension of at least 1, got {[tuple(s.shape) for s in samples]}")
     if method not in ("auto", "loop", "vmap"):
         raise ValueError(f"method {method!r} is not 'auto', 'loop' or 'vmap'")
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if parameters is None:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("the model has no trainable parameter")
     if method == "auto":
         method = "vmap" if next(iter(parameters.values())).is_cuda else "loop"
-    fisher = {n: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for n, p in parameters.items()}
+    first = next(iter(parameters.values()))
+    whole = torch.zeros(sum(p.numel() for p in parameters.values()), device=first.device)  # [n]
+    pieces = whole.split([p.numel() for p in parameters.values()])
+    fisher = {name: piece.view(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -48,9 +53,7 @@ def diagonal_fisher(model, nll, samples, *, method="auto", chunk_size=None):
         for module, training in modes:
             module.training = training
     (n,) = sizes
-    for f in fisher.values():
-        f.div_(n)
-    return fisher
+    return whole.div_(n)
 
 
 def _add_loop(fisher, model, parameters, nll, samples):

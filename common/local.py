@@ -1,4 +1,4 @@
-"""Pieces of a client's local optimisation that more than one study uses."""
+"""A client's local work: the one loop of optimiser steps that every study uses, and its optimisers."""
 
 from dataclasses import dataclass
 
@@ -10,138 +10,178 @@ CLIENT_OPTIMIZERS = ("sgd", "sgdm", "adamw")
 SCAFFOLD_OPTIONS = ("mean_gradient", "II")
 
 
-def gradients(loss, batch, parameters, amp=None):
-    """Puts the gradients of loss(*batch) into the parameters. Returns the loss, detached.
+def gradients(loss, batch, leaves, amp=None):
+    """Puts the gradients of loss(*batch) into the parameters `leaves`. Returns the loss, detached.
 
     Under fp16 (amp torch.float16) the loss is scaled by the largest of four powers of two that leaves the gradients
     finite, found anew for each batch, so that no scale has to be carried from step to step; the gradients are
     divided by it again.
-
-    Args: loss: function of a batch that returns a scalar; parameters: {name: parameter}, those to train.
     """
     if amp != torch.float16:
-        return _backward(loss, batch, parameters, 1.0)
+        return _backward(loss, batch, leaves, 1.0)
     for scale in (2.0**14, 2.0**10, 2.0**6, 1.0):
-        value = _backward(loss, batch, parameters, scale)
-        norms = torch._foreach_norm([p.grad for p in parameters.values() if p.grad is not None])
+        value = _backward(loss, batch, leaves, scale)
+        norms = torch._foreach_norm([p.grad for p in leaves if p.grad is not None])
         if scale == 1.0 or bool(torch.stack(norms).isfinite().all()):  # one wait for the device
             break
-    for p in parameters.values():
+    for p in leaves:
         if p.grad is not None:
             p.grad.div_(scale)
     return value
 
 
-def _backward(loss, batch, parameters, scale):
-    for p in parameters.values():
+def _backward(loss, batch, leaves, scale):
+    for p in leaves:
         p.grad = None
     value = loss(*batch)
     (value if scale == 1.0 else value * scale).backward()
     return value.detach()
 
 
-def proximal_(parameters, anchors, mu):
-    """FedProx: adds mu (w - theta) to the gradients of {name: w}   (Li et al. 2020, eq. 2: the objective's mu/2 ||w -
-    theta||^2). Before clipping and momentum, as part of the objective; mu 0 changes no bit.
-
-    Args: anchors: {name: theta}, the weights that the round began with.
-    """
-    if mu == 0:
-        return
-    leaves, starts = list(parameters.values()), [anchors[name] for name in parameters]
-    with torch.no_grad():
-        torch._foreach_add_([p.grad for p in leaves], torch._foreach_sub(leaves, starts), alpha=mu)
-
-
 @dataclass(frozen=True)
 class LocalResult:
     """What `local_steps` did, nothing of it waited for: tensors on the parameters' device.
 
-    Attributes: loss: mean over the steps of the batches' losses, FedProx's term not in it; steps: H; mean_gradient:
-    {name: mean over the steps of the raw gradient}, None unless recorded; gradient_norms: [H], of the raw gradients
-    over all parameters.
+    Attributes: loss: mean over all examples of their batches' mean losses, FedProx's term not in it; steps: H;
+    mean_gradient [n]: mean over the steps of the raw gradient, and gradient_norms [H]: of the raw gradients; None
+    unless recorded.
     """
 
     loss: torch.Tensor
     steps: int
-    mean_gradient: dict | None
-    gradient_norms: torch.Tensor
+    mean_gradient: torch.Tensor | None
+    gradient_norms: torch.Tensor | None
 
 
 def local_steps(
     loss,
-    batches,
-    parameters,
+    steps,
+    weights,
     optimizer,
     *,
     amp=None,
     correction=None,
     mu=0.0,
-    anchors=None,
+    anchor=None,
     max_norm=0.0,
     lrs=None,
     record=False,
+    norms=False,
+    after_step=None,
 ):
-    """A client's local work: one optimiser step a batch. Returns a `LocalResult`; the parameters are left changed.
+    """A client's local work: one optimiser step for each of `steps`. Returns a `LocalResult`; the weights are changed.
 
-    In each step, in this order: the raw gradient g of loss(batch) is recorded; SCAFFOLD's correction c - c_k is added
-    (Karimireddy et al. 2020, Alg. 1: before momentum or Adam, which would carry a correction made after them into no
-    later step); FedProx's mu (w - anchor) is added; the sum is clipped to the norm `max_norm`; optimizer.step().
-    Weight decay is the optimiser's. A parameter that a loss does not reach has the gradient 0.
-
+    In each step, in this order: the raw gradient g is recorded; SCAFFOLD's correction c - c_k is added (Karimireddy et
+    al. 2020, Alg. 1: before momentum or Adam, which would carry a correction made after them into no later step);
+    FedProx's mu (w - anchor) is added (Li et al. 2020, eq. 2); the sum is clipped to the norm `max_norm`;
+    optimizer.step(). Weight decay is the optimiser's. A parameter that a loss does not reach has the gradient 0.
     What is off (correction None, mu 0, max_norm 0) changes no bit, nor does a correction of -0.0.
 
-    Args: loss: function of one batch that returns a scalar; batches: iterable, H of them; parameters: {name:
-        parameter} of `optimizer`; amp: as for `gradients`; correction: {name: tensor}, `ControlVariates.correction`;
-        anchors: {name: tensor}, by default the parameters as they come in; lrs: learning rate of each step, by
-        default what the optimiser has; record: whether to return the mean raw gradient (summed in fp64, rounded once).
-    Raises: ValueError without a batch, or when `lrs` has another length.
+    Args: loss: function of a batch's items that returns the mean over its examples; steps: iterable of H steps, each a
+        batch (tuple of the loss's arguments) or a list of (examples, batch): micro-batches whose gradients are averaged
+        by their examples (accumulation); weights: `common.vector.Weights` of the optimiser's parameters; amp: as for
+        `gradients`; correction [n]; anchor [n]: by default the weights as they come in; lrs: learning rate of each
+        step, by default what the optimiser has; record: whether to return the mean raw gradient (summed in fp64,
+        rounded once); norms: whether to return the gradients' norms; after_step: called after each step.
+    Raises: ValueError without a step, or when `lrs` has another length.
     """
-    leaves = list(parameters.values())
-    if mu and anchors is None:
-        anchors = {name: p.detach().clone() for name, p in parameters.items()}
-    shifts = None if correction is None else [correction[name] for name in parameters]
-    sums = [torch.zeros_like(p, dtype=torch.float64) for p in leaves] if record else None
-    total, norms = 0.0, []
-    for batch, lr in ((b, None) for b in batches) if lrs is None else zip(batches, lrs, strict=True):
+    leaves = list(weights.parameters.values())
+    shifts = None if correction is None else list(weights.named(correction).values())
+    starts = None
+    if mu:
+        starts = list(weights.named(weights.snapshot() if anchor is None else anchor).values())
+    whole = torch.zeros_like(weights.theta, dtype=torch.float64) if record else None
+    sums = list(weights.named(whole).values()) if record else None
+    total, examples, count, norm_list = 0.0, 0, 0, []
+    for step, lr in ((s, None) for s in steps) if lrs is None else zip(steps, lrs, strict=True):
         if lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        total = total + gradients(loss, (batch,), parameters, amp)
+        if isinstance(step, list):
+            size = sum(n for n, _ in step)
+            value = _accumulated(loss, step, leaves, amp, size)
+        else:
+            size, value = 1, gradients(loss, step, leaves, amp)
+        total, examples, count = total + value * size, examples + size, count + 1
         for p in leaves:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        raw = [p.grad for p in leaves]
-        norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(raw))))
-        if record:
-            torch._foreach_add_(sums, raw)
-        if shifts is not None:
-            torch._foreach_add_(raw, shifts)
-        proximal_(parameters, anchors, mu)
-        if max_norm:
-            torch.nn.utils.clip_grad_norm_(leaves, max_norm)
+        with torch.no_grad():
+            raw = [p.grad for p in leaves]
+            if norms:
+                norm_list.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(raw))))
+            if record:
+                torch._foreach_add_(sums, raw)
+            if shifts is not None:
+                torch._foreach_add_(raw, shifts)
+            if mu:
+                torch._foreach_add_(raw, torch._foreach_sub(leaves, starts), alpha=mu)
+            if max_norm:
+                torch.nn.utils.clip_grad_norm_(leaves, max_norm)
         optimizer.step()
-    if not norms:
+        if after_step is not None:
+            after_step()
+    if not count:
         raise ValueError("no batch: local work needs at least one step")
     for p in leaves:
         p.grad = None
-    mean = None
-    if record:
-        mean = {name: s.div_(len(norms)).to(p.dtype) for (name, p), s in zip(parameters.items(), sums, strict=True)}
-    return LocalResult(total / len(norms), len(norms), mean, torch.stack(norms))
+    mean = whole.div_(count).to(weights.theta.dtype) if record else None
+    return LocalResult(total / examples, count, mean, torch.stack(norm_list) if norms else None)
 
 
-def client_optimizer(kind, parameters, lr, momentum=0.9, weight_decay=0.0):
+def _accumulated(loss, parts, leaves, amp, size):
+    """The gradients of the mean loss over all examples of the micro-batches [(examples, batch)]. Returns that loss."""
+    if len(parts) == 1:
+        return gradients(loss, parts[0][1], leaves, amp)
+    total, sums = 0.0, None
+    for n, batch in parts:
+        total = total + gradients(loss, batch, leaves, amp) * (n / size)
+        scaled = [torch.zeros_like(p) if p.grad is None else p.grad * (n / size) for p in leaves]
+        sums = scaled if sums is None else torch._foreach_add(sums, scaled)
+    for p, gradient in zip(leaves, sums, strict=True):
+        p.grad = gradient
+    return total
+
+
+def client_optimizer(kind, parameters, lr, momentum=0.9, weight_decay=0.0, not_decayed=()):
     """A new optimiser over {name: parameter}: "sgd", "sgdm" (momentum as torch's: u <- rho u + g), or "adamw".
 
     New in every round: FedNova's and SCAFFOLD's formulas hold for momentum that starts at zero.
+    Args: not_decayed: endings of the names that weight decay leaves alone.
     """
     _check_kind(kind)
-    leaves, options = list(parameters.values()), {"lr": lr, "weight_decay": weight_decay}
-    options["fused"] = True  # one pass over memory a step
+    plain = [p for name, p in parameters.items() if not name.endswith(tuple(not_decayed))] if not_decayed else None
+    groups = list(parameters.values())
+    if plain is not None:
+        rest = [p for name, p in parameters.items() if name.endswith(tuple(not_decayed))]
+        groups = [{"params": plain, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+    options = {"lr": lr, "weight_decay": weight_decay, "fused": True}  # one pass over memory a step
     if kind == "adamw":
-        return torch.optim.AdamW(leaves, **options)
-    return torch.optim.SGD(leaves, momentum=momentum if kind == "sgdm" else 0.0, **options)
+        return torch.optim.AdamW(groups, **options)
+    return torch.optim.SGD(groups, momentum=momentum if kind == "sgdm" else 0.0, **options)
+
+
+def bind_moments(optimizer, weights, row):
+    """Puts AdamW's moments {"m" [n], "v" [n], "step" []} into the optimiser: views, so that its steps change them.
+
+    Returns the row; new zeros where `row` is None. The optimiser's parameters are those of `weights`.
+    """
+    if row is None:
+        zeros = torch.zeros_like(weights.theta)
+        row = {"m": zeros, "v": zeros.clone(), "step": torch.zeros(())}
+    m, v = weights.named(row["m"]), weights.named(row["v"])
+    step = row["step"].to(weights.theta.device)
+    for name, p in weights.parameters.items():
+        # every parameter counts its own steps, on its device where the optimiser is fused
+        optimizer.state[p] = {"step": step.clone(), "exp_avg": m[name], "exp_avg_sq": v[name]}
+    return row
+
+
+def read_moments(optimizer, weights, row):
+    """The row of `bind_moments` after steps: the same tensors, with the new count of steps."""
+    first = next(iter(weights.parameters.values()))
+    return {**row, "step": optimizer.state[first]["step"].detach().cpu()}
 
 
 def check_scaffold(kind, option="mean_gradient"):

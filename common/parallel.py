@@ -1,7 +1,12 @@
 """More than one process: which of a round's clients are mine, and how sums stay the same bits.
 
-One process is the trivial case and needs nothing. Several are started by `torchrun`; gloo carries CPU tensors
-and nccl CUDA tensors (gloo too where several processes share a GPU).
+One process is the trivial case and needs nothing. Several are started by `--processes` or `torchrun`; gloo carries
+CPU tensors and nccl CUDA tensors (gloo too where several processes share a GPU).
+
+A floating-point sum depends on its order, so the order is that of one process: client after client. With P processes
+the client at position i of the round is trained by process i mod P. After each wave of P clients every process sends
+slice j of what its client gave to process j, and each owner adds the P parts in the order of the clients, in fp64, to
+its slice of the sum; at the end the slices are gathered. The same bits for any number of processes.
 
 Floating-point sums depend on their order. So a round's clients are dealt into `LANES` lanes; a lane is summed
 by one process, in order, and lanes are added in order. Neither the order in which clients are named nor the
@@ -16,7 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from common.cli import UsageError
+from common.cli import RunFailed, UsageError
 
 LANES = 8
 # Elements per step on a CPU: fp64 buffers of this length stay in a core's cache (5x faster than without).
@@ -351,3 +356,227 @@ class Sums:
             tensor.mul_(factor)
         for name in self.numbers:
             self.numbers[name] *= factor
+
+
+# ------------------------------------------------------------------------------------------- a round, client by client
+
+
+class Round:
+    """A round's clients in order, longest work first, then by id; iterating yields this process's.
+
+        clients = Round([3, 1, 4])
+        mean = WeightedMean(theta, clients)
+        for k in clients:
+            mean.add(train(k), weight=n[k])
+        theta = mean.result()
+
+    Accumulators that are made with a round exchange between its clients, whatever the loop's body does: a client may
+    be skipped. At the end of the loop every process knows who was left out.
+
+    Attributes: clients: all processes' ids, in order; left_out: sorted ids of those whose update was not finite (at the
+    end of the loop: all processes'); amount: sum of what `work` was told.
+    Args: clients: ids; work: {id: size of its work} or None (all alike); closers: called with the round at its end, by
+        every process; hint: the next action where too many are left out.
+    Raises: ValueError for a client named twice; RunFailed, at the end of the loop, where more than half of the clients
+        were left out.
+    """
+
+    def __init__(self, clients, work=None, closers=(), hint="lower the learning rate", number=0):
+        ids = [int(k) for k in clients]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"a client is named twice: {sorted(ids)}")
+        self.clients = tuple(sorted(ids, key=lambda k: (-work[k] if work is not None else 0, k)))
+        self.world, self.number, self.hint = world(), number, hint
+        self.current = None
+        self.left_out, self.amount = [], 0
+        self._closers, self._sums, self._notes = list(closers), [], {}
+
+    def __len__(self):
+        return len(self.clients)
+
+    def __iter__(self):
+        for first in range(0, len(self.clients), self.world.size):
+            place = first + self.world.rank
+            if place < len(self.clients):
+                self.current = self.clients[place]
+                yield self.current
+                self.current = None
+            if self.world.size > 1 and self._sums:
+                heads = zip(*all_gather([total.head() for total in self._sums]), strict=True)
+                for total, every in zip(self._sums, heads, strict=True):
+                    total.exchange(every)
+            for total in self._sums:
+                total.clear()
+        self._close()
+
+    def leave_out(self, k):
+        """Client k's update is not finite: it does not count in this round."""
+        if k not in self.left_out:
+            self.left_out.append(k)
+
+    def work(self, amount):
+        """Adds to what the round's clients worked on: tokens, images or examples of this process's client."""
+        self.amount += int(amount)
+
+    def note(self, k, **values):
+        """Notes what is logged of client k: numbers, or tensors of one element that nothing waits for."""
+        self._notes.setdefault(k, {}).update(values)
+
+    def notes(self):
+        """{client: {name: value}} of all processes, sorted by id, null for who was left out. Every process calls it."""
+        plain = {
+            k: {n: v.item() if torch.is_tensor(v) and v.numel() == 1 else v for n, v in seen.items()}
+            for k, seen in self._notes.items()
+        }
+        merged = {k: seen for part in all_gather(plain) for k, seen in part.items()}
+        return {k: None if k in self.left_out else merged.get(k, {}) for k in sorted(self.clients)}
+
+    def gather(self, objects):
+        """Every process's {client: small picklable thing} in one dict, sorted, the same on every process."""
+        return dict(sorted((k, thing) for part in all_gather(objects) for k, thing in part.items()))
+
+    def register(self, total):
+        """Makes an `OrderedSum` part of the exchanges between clients."""
+        self._sums.append(total)
+
+    def _close(self):
+        parts = all_gather((self.left_out, self.amount))
+        self.left_out = sorted(k for out, _ in parts for k in out)
+        self.amount = sum(amount for _, amount in parts)
+        for close in self._closers:
+            close(self)
+        out, everyone = self.left_out, len(self.clients)
+        if 2 * len(out) > everyone:
+            raise LeftOut(
+                f"round {self.number + 1}: updates of {len(out)} of {everyone} clients are not finite (clients "
+                f"{', '.join(map(str, out[:10]))}): {self.hint}",
+                self.number,
+                out,
+            )
+
+
+class LeftOut(RunFailed):
+    """More than half of a round's clients sent nothing finite. Attributes: round (from 0), clients."""
+
+    def __init__(self, message, round, clients):
+        super().__init__(message)
+        self.round, self.clients = round, clients
+
+
+class OrderedSum:
+    """fp64 sums over a round's clients, each element in the order of the clients, each process owning a slice.
+
+        total = OrderedSum(clients, fold, sums=1, fixed=(theta,))
+        for k in clients:
+            total.add((weight,), theta_k)            # at most once a client
+        (summed,), numbers = total.result()
+
+    fold(sums, fixed, given, *numbers) adds one client: tuples of 1-d tensors of equal length, pieces of the vectors;
+    `sums` (fp64) are changed in place. It must work element by element. prepare(sums, *numbers), if given, comes before
+    it once a client, with this process's whole slices, and returns the numbers for fold.
+
+    Args: clients: `Round`; fold; sums: how many; fixed: vectors [n] that every process has; like: a vector [n] to size
+        by where there are none; prepare.
+    """
+
+    def __init__(self, clients, fold, sums=1, fixed=(), like=None, prepare=None):
+        self._clients, self._fold, self._fixed, self._prepare = clients, fold, tuple(fixed), prepare
+        like = self._fixed[0] if like is None else like
+        self._n, self._device = like.numel(), like.device
+        size, rank = clients.world.size, clients.world.rank
+        self._part = -(-self._n // size)  # elements of a slice; the last ones may be shorter
+        low, high = (min(self._n, j * self._part) for j in (rank, rank + 1))
+        self._slice = slice(low, high)
+        self._sums = [torch.zeros(high - low, dtype=torch.float64, device=self._device) for _ in range(sums)]
+        self._numbers, self._given, self._result = [], None, None
+        clients.register(self)
+
+    def add(self, numbers, *vectors):
+        """Adds the client that the round is at: its numbers, and vectors [n] (read now, not kept).
+
+        Raises: RuntimeError outside of the loop over the round, or for a second call for one client.
+        """
+        if self._clients.current is None or self._given is not None or self._result is not None:
+            raise RuntimeError("add() belongs inside `for k in clients:`, once a client")
+        numbers = tuple(map(float, numbers))
+        if self._clients.world.size == 1:
+            self._given = (numbers, ())
+            self._add(numbers, [v.detach() for v in vectors])
+        else:
+            self._given = (numbers, [v.detach().to(self._device).reshape(-1).clone() for v in vectors])
+
+    def head(self):
+        """What the other processes must know of what was given: (numbers, dtypes), or None."""
+        return None if self._given is None else (self._given[0], [v.dtype for v in self._given[1]])
+
+    def clear(self):
+        """Forgets what was given."""
+        self._given = None
+
+    def exchange(self, every):
+        """Between two clients, on every process. Args: every: all processes' `head`."""
+        given = self._given
+        present = [rank for rank, one in enumerate(every) if one is not None]
+        if not present:
+            return
+        mine = self._slice.stop - self._slice.start
+        received = []
+        for i, dtype in enumerate(every[present[0]][1]):
+            sent = given[1][i] if given is not None else torch.empty(0, dtype=dtype, device=self._device)
+            lengths = self._lengths() if given is not None else [0] * len(every)
+            sizes = [mine if one is not None else 0 for one in every]
+            whole = torch.empty(sum(sizes), dtype=dtype, device=self._device)
+            all_to_all(whole, sent, sizes, lengths)
+            received.append(whole.split(sizes))
+        for rank in present:
+            self._add(every[rank][0], [parts[rank] for parts in received])
+
+    def result(self):
+        """([sums] fp64 [n], [numbers of each client that was added, in order]), the same bits on every process.
+
+        Every process calls it, after the loop.
+        """
+        if self._result is None:
+            self._result = [self._gathered(s) for s in self._sums], self._numbers
+            self._sums = None
+        return self._result
+
+    def _add(self, numbers, vectors):
+        self._numbers.append(numbers)
+        if self._clients.world.size > 1:
+            fixed = [f[self._slice] for f in self._fixed]
+        else:
+            fixed = self._fixed
+        if self._prepare is not None:
+            numbers = self._prepare(self._sums, *numbers)
+        s, f = len(self._sums), len(fixed)
+        for piece in chunks(*self._sums, *fixed, *vectors):
+            self._fold(piece[:s], piece[s : s + f], piece[s + f :], *numbers)
+
+    def _lengths(self):
+        edges = [min(self._n, j * self._part) for j in range(self._clients.world.size + 1)]
+        return [high - low for low, high in zip(edges, edges[1:], strict=False)]
+
+    def _gathered(self, piece):
+        if self._clients.world.size == 1:
+            return piece
+        lengths, size = self._lengths(), self._clients.world.size
+        whole = piece.new_empty(self._n)
+        sent = piece.repeat(size) if len(piece) else piece
+        all_to_all(whole, sent, lengths, [len(piece)] * size)
+        return whole
+
+
+def all_to_all(received, sent, received_sizes, sent_sizes):
+    """Process i's j-th part of `sent` becomes process j's i-th part of `received` (1-d tensors, sizes in elements)."""
+    if received.is_cuda and _world.backend == "gloo":
+        staged = torch.empty(received.shape, dtype=received.dtype)
+        dist.all_to_all_single(staged, sent.cpu(), received_sizes, sent_sizes)
+        received.copy_(staged)
+    else:
+        dist.all_to_all_single(received, sent, received_sizes, sent_sizes)
+
+
+def my_share(things):
+    """Every P-th of a list, from this process's rank on: what it does of a job that all share."""
+    return things[_world.rank :: _world.size]

@@ -1,13 +1,14 @@
 """A run on disk: its folder, its manifest (run.json), a line of JSON per evaluated round, progress, resume.
 
     with start_run("fed_avg", args, name) as run:
-        ...                                      # read data, build the model: bad input ends here, nothing written
-        run.begin(manifest)                      # the folder and run.json
-        theta = run.restore(theta, lasting)      # the last checkpoint, or theta as it is
-        for round in run.rounds(total):
-            ...
-            run.log(round, metrics)
-            run.save(round, theta, lasting)
+        study = load_study(args, run)                    # data, model: bad input ends here, nothing written
+        run.begin(data, parameters, clients=facts)       # the folder and run.json
+        theta = run.restore(theta, named, server=server) # the last checkpoint, or theta as it is
+        run.report(0, theta, evaluate)                   # the metrics before training
+        for t in run.rounds(total, every):
+            clients = run.sample(weights, participation, t, up=bytes, down=bytes)
+            for k in clients: ...
+            run.report(t + 1, theta, evaluate)           # left-out clients, counters, metrics.jsonl, checkpoint
         run.finish(results)
 
 Every process of a run calls every function; only the main process writes and prints.
@@ -25,15 +26,20 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from common import checkpoint, parallel
-from common.cli import UsageError, seed_number, thread_count
+from common.cli import UsageError, method_of, seed_number, thread_count
+from common.client_rows import ClientRows
 from common.curves import read_metrics
+from common.evaluation import pick_device, resolve_amp
+from common.seeding import seed_everything, stream
 
 # Flags that say how to run, not what to compute: --resume may change them.
 NOT_COMPARED = {"resume", "overwrite", "data_root", "output_dir", "run_name", "track", "log_dir", "num_workers"}
-NOT_COMPARED |= {"use_wandb", "wandb_project", "config"}  # what a config says is in the other flags
+NOT_COMPARED |= {"use_wandb", "wandb_project", "config", "processes"}  # what a config says is in the other flags
 
 
 def add_run_flags(parser, *other_names):
@@ -50,11 +56,25 @@ def add_run_flags(parser, *other_names):
     return group
 
 
-def add_machine_flags(group, seed=42):
-    """Seed, device, threads and precision. Args: seed: the default."""
+def add_machine_flags(group, seed=42, federated=False):
+    """Seed, device, threads and precision, and for federated scripts processes. Args: seed: the default."""
     group.add_argument("--seed", type=seed_number, default=seed, metavar="N", help="all randomness follows from it")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--threads", type=thread_count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
+    group.add_argument(
+        "--threads",
+        type=thread_count,
+        default=0,
+        metavar="N",
+        help="CPU threads a process; 0: " + ("one" if federated else "all cores"),
+    )
+    if federated:
+        group.add_argument(
+            "--processes",
+            type=thread_count,
+            default=0,
+            metavar="N",
+            help="processes that share a round's clients; 0: one a core (on CUDA a GPU), as clients and memory allow",
+        )
     group.add_argument(
         "--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products"
     )
@@ -67,6 +87,7 @@ def start_run(command, args, name, unit="tokens"):
 
     Raises UsageError if the folder holds another run. Exits with code 0 if that very run is finished already.
     """
+    prepare_machine(args)
     name = args.run_name or name
     if Path(name).name != name or name in (".", ".."):
         raise UsageError(f"--run-name {name} is not a name of one folder: put the way to it into --output-dir")
@@ -109,6 +130,19 @@ def start_run(command, args, name, unit="tokens"):
     return run
 
 
+def prepare_machine(args):
+    """Joins the other processes, sets threads and seeds: what comes before anything is computed.
+
+    A federated run has one thread a process, so that its bits do not depend on how many cores a machine has.
+    """
+    device = pick_device(args.device)
+    parallel.init_parallel(device)
+    threads = args.threads or (1 if hasattr(args, "processes") else 0)
+    if threads and device.type == "cpu":
+        torch.set_num_threads(threads)
+    seed_everything(args.seed)
+
+
 class Run:
     """One run of one script. Made by `start_run`; see this module's docstring."""
 
@@ -116,10 +150,14 @@ class Run:
         self.command, self.args, self.folder, self.unit = command, args, folder, unit
         self.before = None  # run.json of the interrupted run that this one goes on with
         self.begun = False
-        self.start_round = 0
+        self.start_round = self._at = 0
         self.counters = {"bytes_up": 0, "bytes_down": 0, unit: 0, "left_out_updates": 0}
         self.seconds = self.eval_seconds = 0.0  # of the sessions before this one, then of this one too
-        self.total = 0
+        self.total, self.every, self.save_every = 0, 1, 1
+        self.device = parallel.world().device(pick_device(args.device))
+        self.amp = resolve_amp(args.amp, self.device)
+        self.clients = None  # the `Round` that `sample` made last
+        self._lasting, self._named, self._ended, self._left_out, self._first = {}, None, None, [], True
         self._bar = self._tracker = None
 
     def __enter__(self):
@@ -130,7 +168,16 @@ class Run:
             self._bar.close()
         if self.begun and kind is not None and parallel.is_main():
             status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
-            self.manifest.update(status=status, reason=str(error) or kind.__name__)
+            reason = str(error) or kind.__name__
+            left_out = isinstance(error, parallel.LeftOut)
+            self.manifest.update(status=status, reason=reason)
+            self.manifest["ended"] = {
+                "how": status,
+                "by": "left_out" if left_out else None,
+                "round": error.round + 1 if left_out else self._at,
+                "clients": error.clients if left_out else None,
+                "reason": reason,
+            }
             try:
                 checkpoint.write_json(self.folder / "run.json", self.manifest)
             except OSError as second:  # the disk is full: what is there stays whole
@@ -143,29 +190,45 @@ class Run:
 
     # ---- life of a run
 
-    def begin(self, data, parameters, resolved=None):
+    def resolved(self):
+        """What flags came to on this machine, for run.json."""
+        return {
+            "device": self.device.type,
+            "amp": str(self.amp or torch.float32).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
+
+    def begin(self, data, parameters, resolved=None, clients=None):
         """Makes the folder and writes run.json.
 
-        data: fingerprints; parameters: counts; resolved: what flags such as `--device auto` came to on this machine.
+        data: what identifies the data, the same for every seed; parameters: counts; clients: facts of the shards, which
+        differ from seed to seed; resolved: as `resolved`.
         Raises UsageError where a run that is gone on with was started on other data or came to other choices.
         """
         data = json.loads(json.dumps(data))
-        if self.before is not None and _without_source(self.before["data"]) != _without_source(data):
+        clients = json.loads(json.dumps(clients))
+        same = self.before is None or (
+            _without_source(self.before["data"]) == _without_source(data) and self.before.get("clients") == clients
+        )
+        if not same:
             raise UsageError(f"{self.folder} was started on other data (see its run.json): choose another --run-name")
-        resolved = json.loads(json.dumps(resolved or {}))
+        resolved = json.loads(json.dumps(self.resolved() if resolved is None else resolved))
         self._compare_machine(resolved)
         self.manifest = {
             "command": self.command,
             "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "args": json.loads(json.dumps(vars(self.args), default=str)),
+            "method": json.loads(json.dumps(method_of(self.args, NOT_COMPARED), default=str)),
             "status": "running",
             "reason": None,
+            "ended": None,
             "results": None,
             "git_commit": git_commit(),
             "processes": parallel.world().size,
             "resolved": resolved,
             "versions": versions(),
             "data": data,
+            "clients": clients,
             "parameters": parameters,
         }
         parallel.barrier()  # every process has looked at the folder before it changes
@@ -197,46 +260,137 @@ class Run:
         if other and parallel.is_main():
             print(f"warning: other versions than at the start, bits may differ: {', '.join(other)}", file=sys.stderr)
 
-    def restore(self, theta, lasting, same_shapes=True):
-        """The weights to go on with: the checkpoint's, loaded into `lasting` too, or `theta` where there is none.
+    def restore(self, theta, named=None, same_shapes=True, **lasting):
+        """The weights to go on with: the checkpoint's, loaded into the `lasting` objects too; `theta` if there is none.
 
-        same_shapes: False where rounds change the shapes of theta (the rank of an adapter).
-        lasting: {name: object with state_dict() and load_state_dict(tensors)}; an object with
-        client_states() and load_client(k, tensors) has a file per client.
+        theta: a vector [n], and named: function of it to {name: view} (`common.vector.Weights.named`), so that files
+        have names; or {name: tensor} without `named`, whose shapes may change from round to round where same_shapes is
+        False. lasting: all else that outlives a round, by name: objects with state_dict() and load_state_dict(tensors),
+        or `ClientRows`. What is named here is exactly what a checkpoint holds.
         """
-        device = next(iter(theta.values())).device
-        found = checkpoint.load(self.folder / "checkpoint", device)
-        self._cut_metrics(found[0]["round"] if found else 0)
-        if found is None:
+        old_form = isinstance(named, dict)  # {name: object}, until every study has its theta as one vector
+        lasting = named if old_form else lasting
+        self._lasting, self._named = lasting, (lambda t: t) if old_form or named is None else named
+        into = self._named(theta)
+        device = next(iter(into.values())).device
+        checkpoint_folder = self.folder / "checkpoint"
+        state = checkpoint.load(checkpoint_folder, device)
+        self._cut_metrics(state[0]["round"] if state else -1)
+        if state is None:
             return theta
-        meta, shared, client = found
+        meta, shared, client = state
         saved = shared["theta"]
-        if saved.keys() != theta.keys() or (same_shapes and any(saved[n].shape != theta[n].shape for n in theta)):
+        if saved.keys() != into.keys() or (same_shapes and any(saved[n].shape != into[n].shape for n in into)):
             raise UsageError(f"{self.folder}/checkpoint is of another model: use --overwrite or another --run-name")
         for name, thing in lasting.items():
             if hasattr(thing, "load_client"):
                 for k in meta["clients"]:
                     thing.load_client(k, client)
+            elif isinstance(thing, ClientRows):
+                thing.load(checkpoint_folder, name, meta["rows"][name])
             else:
                 thing.load_state_dict(shared.get(name, {}))
         self.start_round, self.counters = meta["round"], meta["counters"]
         self.seconds, self.eval_seconds = meta["seconds"], meta["eval_seconds"]
+        self._ended, self._first = meta.get("ended"), False
         if parallel.is_main():
             tqdm.write(f"resumed after round {self.start_round}", file=sys.stderr)
-        return {key: shared["theta"][key] for key in theta}
+        if isinstance(theta, dict):
+            return {key: saved[key] for key in theta}
+        result = theta.clone()
+        for name, view in self._named(result).items():
+            view.copy_(saved[name])
+        return result
 
-    def rounds(self, total):
-        """The rounds still to do (from 0), with a progress bar."""
-        self.total = total
-        rounds = range(self.start_round, total)
-        if not parallel.is_main():
-            yield from rounds
-            return
-        self._bar = tqdm(total=total, initial=self.start_round, unit="round", disable=None, dynamic_ncols=True)
-        for round in rounds:
-            yield round
-            self._bar.update()
-        self._bar.close()
+    def sample(self, weights, participation, t, *, up=0, down=0, work=None):
+        """The clients of round t (from 0), a `common.parallel.Round`: a share of all, without replacement, by the seed.
+
+        weights: what each of the K clients counts in a mean; up, down: bytes that a client sends and receives in this
+        round, a number or a function of its id; work: size of each client's work, for an even load.
+        """
+        chosen = participants(self.args.seed, len(weights), participation, t)
+        lr = next((name for name in ("lr", "learning_rate") if hasattr(self.args, name)), None)
+        hint = "lower the learning rate or --amp off"
+        if lr:
+            hint = f"lower --{lr.replace('_', '-')} ({getattr(self.args, lr):g}) or --amp off"
+        closers = [thing.close_round for thing in self._lasting.values() if isinstance(thing, ClientRows)]
+        self.clients = parallel.Round(chosen, work, closers, hint, t)
+        self._weights, self._traffic = weights, (up, down)
+        return self.clients
+
+    def due(self, t):
+        """Whether there is an evaluation after t rounds."""
+        return t == 0 or t % self.every == 0 or t == self.total
+
+    def stop(self, by, reason=None):
+        """Ends the run after this round. by: the alarm or rule."""
+        self._ended = {"how": "stopped", "by": by, "round": self._at, "clients": None, "reason": reason}
+
+    def report(self, t, theta, evaluate, complete=None):
+        """What follows t rounds: counts the round's clients; where it is due, evaluates, logs and saves.
+
+        evaluate: function without arguments to {metric: value}, called by every process; complete: function of the
+        row of metrics.jsonl to more of it. Nothing happens for t = 0 in a run that is gone on with.
+        Returns the row, or None.
+        """
+        clients, self.clients, self._at = self.clients, None, t
+        if t == 0 and not self._first:
+            return None
+        if clients is not None:
+            self._count_round(clients)
+        row = None
+        if self.due(t):
+            started = time.perf_counter()
+            row = self._client_fields(clients) if clients is not None else {}
+            row |= evaluate()
+            row |= complete(row) if complete is not None else {}
+            self.log(t - 1, row, time.perf_counter() - started)
+        if t and (t % self.save_every == 0 or t == self.total or self._ended):
+            self.save(t - 1, theta, self._lasting)
+        return row
+
+    def _count_round(self, clients):
+        out = clients.left_out
+        if out and parallel.is_main():
+            names = ", ".join(map(str, out))
+            tqdm.write(f"warning: round {self._at}: update not finite, left out: client {names}", file=sys.stderr)
+        self._left_out += [[self._at, k] for k in out]
+        up, down = (sum(f(k) for k in clients.clients) if callable(f) else f * len(clients) for f in self._traffic)
+        self.count(bytes_up=up, bytes_down=down, left_out_updates=len(out), **{self.unit: clients.amount})
+
+    def _client_fields(self, clients):
+        """`clients` (ids), client_NAME of each (null: left out), train_loss: their mean by the clients' weights."""
+        notes = clients.notes()
+        row = {}
+        losses = {k: seen["train_loss"] for k, seen in notes.items() if seen and "train_loss" in seen}
+        if losses:
+            weight = math.fsum(self._weights[k] for k in losses)
+            row["train_loss"] = math.fsum(self._weights[k] * v for k, v in losses.items()) / weight
+        row["clients"] = list(notes)
+        for name in dict.fromkeys(name for seen in notes.values() if seen for name in seen):
+            row[f"client_{name}"] = [seen and seen.get(name) for seen in notes.values()]
+        if self._left_out:
+            row["left_out"], self._left_out = self._left_out, []
+        return row
+
+    def plan(self, total, every=1, save_every=None):
+        """How many rounds there are, and after how many there is an evaluation and a checkpoint."""
+        self.total, self.every, self.save_every = total, every, save_every or every
+
+    def rounds(self, total=None):
+        """The rounds still to do (from 0), with a progress bar, until `stop`."""
+        self.total = total or self.total
+        main = parallel.is_main()
+        if main:
+            self._bar = tqdm(total=self.total, initial=self.start_round, unit="round", disable=None, dynamic_ncols=True)
+        for t in range(self.start_round, self.total):
+            if self._ended:
+                break
+            yield t
+            if main:
+                self._bar.update()
+        if main:
+            self._bar.close()
 
     def count(self, **amounts):
         """Adds to the run's counters (bytes_up, bytes_down, UNIT, left_out_updates); the same on every process."""
@@ -273,8 +427,11 @@ class Run:
 
     def save(self, round, theta, lasting):
         """Replaces the checkpoint by the state after `round`: exactly theta, `lasting` and the counters."""
-        shared, clients, known = {"theta": theta}, {}, set()
+        shared, clients, known = {"theta": self._named(theta)}, {}, set()
+        rows = {name: thing for name, thing in lasting.items() if isinstance(thing, ClientRows)}
         for name, thing in lasting.items():
+            if name in rows:
+                continue
             if hasattr(thing, "client_states"):
                 clients = thing.client_states()
                 known = set().union(*parallel.all_gather(sorted(clients)))
@@ -286,8 +443,9 @@ class Run:
             "clients": sorted(known),
             "seconds": self.seconds + time.perf_counter() - self._t0,
             "eval_seconds": self.eval_seconds,
+            "ended": self._ended,
         }
-        checkpoint.save(self.folder / "checkpoint", meta, shared, clients)
+        checkpoint.save(self.folder / "checkpoint", meta, shared, clients, rows)
 
     def metrics(self):
         """The lines of metrics.jsonl so far, as a list of dicts."""
@@ -306,15 +464,19 @@ class Run:
 
     def finish(self, results):
         """Marks the run finished, with its results; the last line printed is the run folder."""
+        for thing in self._lasting.values():
+            if isinstance(thing, ClientRows):
+                thing.remove()
         if not parallel.is_main():
             return
-        self.manifest.update(status="finished", results=_json_safe(results))
+        ended = self._ended or {"how": "finished", "by": None, "round": self.total, "clients": None, "reason": None}
+        self.manifest.update(status="finished", ended=ended, results=_json_safe(results))
         with checkpoint.saving(self.folder / "run.json"):
             checkpoint.write_json(self.folder / "run.json", self.manifest)
         print(self.folder)
 
     def _cut_metrics(self, rounds):
-        # lines past the checkpoint were of rounds that will be done again
+        # lines past the checkpoint (-1: there is none) are of rounds that will be done again
         path = self.folder / "metrics.jsonl"
         if parallel.is_main() and path.exists():
             lines = [line for line in read_metrics(self.folder) if line["round"] <= rounds]
@@ -322,6 +484,31 @@ class Run:
             fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             os.replace(fresh, path)
         parallel.barrier()
+
+
+def participants(seed, total, participation, t):
+    """The ids of the clients of round t (from 0): all, or a share of `total` drawn by the seed, unsorted."""
+    some = max(1, int(participation * total + 0.5))
+    if some >= total:
+        return list(range(total))
+    return stream(seed, "participation", t).choice(total, some, replace=False).tolist()
+
+
+class Turns:
+    """How often each client took part before a round: counted from the draws of the rounds, so nothing is carried."""
+
+    def __init__(self, seed, total, participation):
+        self._draw = (seed, total, participation)
+        self._at, self._counts = 0, np.zeros(total, dtype=np.int64)
+
+    def before(self, t):
+        """int64 [K]: rounds among 0 to t - 1 that each client took part in. Not to be changed."""
+        if t < self._at:
+            self._at, self._counts = 0, np.zeros_like(self._counts)
+        for earlier in range(self._at, t):
+            self._counts[participants(*self._draw, earlier)] += 1
+        self._at = t
+        return self._counts
 
 
 def git_commit():

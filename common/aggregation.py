@@ -1,0 +1,335 @@
+"""What the server does: means of the clients' weights, summed in one fixed order, and optimisers.
+
+theta and theta_k are vectors [n] (`common.vector`). Clients stream through an accumulator, whose memory does not grow
+with their number. All sums are in fp64 and on differences theta_k - theta, client after client (`common.parallel`),
+rounded once at the end: an element that no client changed keeps its bits.
+
+One policy for updates that are not finite: `add` leaves the client out, names it in the round and returns False.
+"""
+
+import math
+
+import torch
+
+from common.cli import UsageError
+from common.parallel import CHUNK, OrderedSum, chunks
+from common.vector import is_finite
+
+
+def apply_delta(theta, delta):
+    """theta + delta [n], computed in fp64 and rounded once to theta's dtype. A new vector."""
+    result = theta.detach().clone()
+    for new, d in chunks(result, delta):
+        # Not new + 0: that would turn -0.0 into 0.0.
+        new.copy_(torch.where(d == 0, new, (new.double() + d).to(new.dtype)))
+    return result
+
+
+def fp64_sum(vector, square=False):
+    """The sum of a vector, or of its squares, in fp64: pieces so short that torch does not split them over threads."""
+    total = 0.0
+    for (piece,) in chunks(vector.detach(), size=CHUNK // 4):
+        total += (piece.double().square() if square else piece).sum(dtype=torch.float64).item()
+    return total
+
+
+class WeightedMean:
+    """FedAvg's mean   (McMahan et al. 2017, Alg. 1, in delta form):
+
+        theta + sum_k w_k (theta_k - theta) / sum_k w_k
+
+    w_k = weight_k * exp(log_weight_k): the exponent serves weights that span orders of magnitude (softmax of
+    entropies); only its differences between clients matter, so that it cannot overflow.
+
+        mean = WeightedMean(theta, clients)
+        for k in clients:
+            mean.add(theta_k, weight=n_k)
+        theta = mean.result()
+
+    Args: theta [n], not to be changed while clients are added; clients: `common.parallel.Round`.
+    """
+
+    def __init__(self, theta, clients):
+        self.theta, self.clients = theta, clients
+        self._level = -math.inf  # sums are in units of exp(level), the largest log_weight so far
+        self._sum = OrderedSum(clients, self._fold, fixed=(theta,), prepare=self._prepare)
+        self._delta = None
+
+    def add(self, theta_k, weight, log_weight=0.0, finite=()):
+        """Adds the client that the round is at. Returns False if it is left out: something is not finite.
+
+        Args: theta_k [n]; weight: at least 0, e.g. its number of examples; finite: other vectors that must be finite.
+        Raises: ValueError for another weight or length; RuntimeError outside of the loop over the clients.
+        """
+        if not _sound(self, theta_k, weight, log_weight, *finite):
+            return False
+        self._sum.add((weight, log_weight), theta_k)
+        return True
+
+    def delta(self):
+        """sum_k p_k (theta_k - theta) [n], fp64, p_k = w_k / sum w. Every process calls it.
+
+        Raises: ValueError when the weights add up to 0.
+        """
+        if self._delta is None:
+            (total,), numbers = self._sum.result()
+            level = max((number[1] for number in numbers if number[0] > 0), default=0.0)
+            weight = _positive(sum(w * math.exp(log - level) for w, log in numbers))
+            self._delta = total.div_(weight)
+        return self._delta
+
+    def result(self):
+        """theta + delta() [n], rounded once to theta's dtype."""
+        return apply_delta(self.theta, self.delta())
+
+    def _prepare(self, sums, weight, log_weight):
+        if weight > 0 and log_weight > self._level:
+            if self._level > -math.inf:
+                sums[0].mul_(math.exp(self._level - log_weight))
+            self._level = log_weight
+        return (weight * math.exp(log_weight - self._level) if weight > 0 else 0.0,)
+
+    def _fold(self, sums, fixed, given, weight):
+        sums[0].add_(_difference(given[0], fixed[0]).mul_(weight))
+
+
+class NormalizedMean:
+    """FedNova's mean   (Wang et al. 2020, eq. 9; tau_eff = sum_k p_k a_k):
+
+        theta - (sum_k p_k a_k) sum_k p_k (theta - theta_k) / a_k        p_k = weight_k / sum weight
+
+    Clients that do more local steps pull no harder than their weights say. Used as `WeightedMean`, with which it
+    agrees where all a_k are equal, but for the rounding of fp64.
+    """
+
+    def __init__(self, theta, clients):
+        self.theta, self.clients = theta, clients
+        self._sum = OrderedSum(clients, self._fold, fixed=(theta,))
+        self._delta = None
+
+    def add(self, theta_k, weight, a, finite=()):
+        """As `WeightedMean.add`. Args: a: the client's `effective_steps`, above 0. Raises: ValueError for another a."""
+        if not (a > 0 and math.isfinite(a)):
+            raise ValueError(f"a {a} is not a finite number above 0")
+        if not _sound(self, theta_k, weight, 0.0, *finite):
+            return False
+        self._sum.add((weight, a), theta_k)
+        return True
+
+    def delta(self):
+        """(sum_k p_k a_k) sum_k p_k (theta_k - theta) / a_k [n], fp64. As `WeightedMean.delta`."""
+        if self._delta is None:
+            (total,), numbers = self._sum.result()
+            weight = _positive(sum(w for w, _ in numbers))
+            self._delta = total.mul_(sum(w * a for w, a in numbers) / weight / weight)
+        return self._delta
+
+    def result(self):
+        """theta + delta() [n], rounded once to theta's dtype."""
+        return apply_delta(self.theta, self.delta())
+
+    def _fold(self, sums, fixed, given, weight, a):
+        sums[0].add_(_difference(given[0], fixed[0]).mul_(weight / a))
+
+
+class PrecisionWeightedMean:
+    """Fisher-weighted mean, per coordinate j   (Matena & Raffel 2022, eq. 4, in delta form):
+
+        theta_j + sum_k n_k F~_kj (theta_kj - theta_j) / sum_k n_k F~_kj
+        F~_kj = F_kj + damping * mean_j(F_k)
+
+    Where the denominator is zero: the example-weighted mean. `normalize` divides each F_k by its L2 norm over all
+    coordinates, as the authors' code does (which has a floor of 1e-6 on F where we have the damping).
+
+    Args: theta, clients: as for `WeightedMean`; damping: rho, at least 0.
+    """
+
+    def __init__(self, theta, clients, damping=0.1, normalize=False):
+        if not (damping >= 0 and math.isfinite(damping)):
+            raise ValueError(f"damping {damping} is not a finite number of at least 0")
+        self.theta, self.clients, self.damping, self.normalize = theta, clients, float(damping), normalize
+        self._sum = OrderedSum(clients, self._fold, sums=3, fixed=(theta,))
+        self._delta = None
+
+    def add(self, theta_k, weight, precision):
+        """As `WeightedMean.add`. Args: precision: F_k [n], every element at least 0.
+
+        Raises: ValueError for a negative precision or one of another length, beside what `WeightedMean.add` does.
+        """
+        if precision.shape != self.theta.shape:
+            raise ValueError(f"a precision of {tuple(precision.shape)} for weights of {tuple(self.theta.shape)}")
+        if not _sound(self, theta_k, weight, 0.0, precision):
+            return False
+        if bool((precision.amin() < 0).item()):
+            raise ValueError(f"the precision has elements below 0 ({precision.amin().item()})")
+        mean = fp64_sum(precision) / precision.numel()
+        squares = fp64_sum(precision, square=True) if self.normalize else 1.0
+        scale = 1 / math.sqrt(squares) if squares > 0 else 1.0
+        self._sum.add((weight, scale, self.damping * mean * scale), theta_k, precision)
+        return True
+
+    def delta(self):
+        """The weighted mean difference [n], fp64. As `WeightedMean.delta`."""
+        if self._delta is None:
+            (product, precision, plain), numbers = self._sum.result()
+            weight = _positive(sum(number[0] for number in numbers))
+            for top, bottom, mean in chunks(product, precision, plain):
+                top.copy_(torch.where(bottom > 0, top / bottom, mean / weight))
+            self._delta = product
+        return self._delta
+
+    def result(self):
+        """theta + delta() [n], rounded once to theta's dtype."""
+        return apply_delta(self.theta, self.delta())
+
+    def _fold(self, sums, fixed, given, weight, scale, shift):
+        product, precision, plain = sums
+        change = _difference(given[0], fixed[0])
+        f = given[1].to(torch.float64, copy=True).mul_(scale).add_(shift).mul_(weight)
+        precision.add_(f)
+        product.add_(f.mul_(change))
+        plain.add_(change.mul_(weight))
+
+
+def entropy_log_weight(entropy, temperature=1.0):
+    """The logarithm of a client's unnormalised weight exp(-H_k / T), for `WeightedMean.add(log_weight=...)`.
+
+    Args: entropy: H_k, the mean token entropy in nats; temperature: T, above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature} is not above 0")
+    return -float(entropy) / float(temperature)
+
+
+def effective_steps(steps, kind, momentum=0.0, lr=None, mu=0.0):
+    """FedNova's a: how far `steps` local steps go, in steps of plain SGD   (Wang et al. 2020, sec. 4):
+
+        sgd: H      sgdm: [H - rho (1 - rho^H) / (1 - rho)] / (1 - rho)      sgd, FedProx: [1 - (1 - lr mu)^H] / (lr mu)
+
+    By the recursion behind these three, which serves momentum and FedProx together too: under a gradient of 1 at
+    every step the weights move by lr a. Momentum starts at zero in each round, lr is constant within it; weight
+    decay is not counted.
+
+    Args: steps: H, at least 1; kind: "sgd" or "sgdm"; momentum: rho in [0, 1), of "sgdm" only; lr: needed with mu;
+        mu: FedProx's, at least 0.
+    Raises: UsageError for "adamw", whose steps do not add up from gradients; ValueError otherwise.
+    """
+    if kind == "adamw":
+        raise UsageError(
+            "FedNova with adamw: its steps are not sums of gradients, so that a is undefined: use sgd or sgdm"
+        )
+    if kind not in ("sgd", "sgdm"):
+        raise ValueError(f"kind {kind!r} is not 'sgd', 'sgdm' or 'adamw'")
+    if steps < 1 or not 0 <= momentum < 1 or not mu >= 0 or (mu > 0 and not (lr or 0) > 0):
+        raise ValueError(f"steps {steps} of at least 1, momentum {momentum} in [0, 1), mu {mu} >= 0, with lr {lr} > 0")
+    rho, pull = (momentum if kind == "sgdm" else 0.0), (lr * mu if mu else 0.0)
+    moved = velocity = 0.0
+    for _ in range(steps):
+        velocity = rho * velocity + 1.0 - pull * moved
+        moved += velocity
+    return moved
+
+
+class ServerMomentum:
+    """FedAvgM   (Hsu et al. 2019), on Delta = sum_k p_k delta_k:
+
+        heavy_ball:  v <- beta v + Delta              theta <- theta + lr v
+        ema:         v <- beta v + (1 - beta) Delta   theta <- theta + lr v     (steps smaller by 1 - beta)
+
+    `nesterov`: theta <- theta + lr (g + beta v), g the term that was added to v, as in torch.optim.SGD.
+    beta = 0 with lr = 1 is FedAvg, bit for bit. State: v [n], fp64.
+    """
+
+    def __init__(self, lr=1.0, beta=0.9, nesterov=False, form="heavy_ball"):
+        if form not in ("heavy_ball", "ema"):
+            raise ValueError(f"form {form!r} is neither 'heavy_ball' nor 'ema'")
+        if not (lr > 0 and 0 <= beta < 1):
+            raise ValueError(f"lr {lr} must be above 0 and beta {beta} in [0, 1)")
+        self.lr, self.beta, self.nesterov, self.form = lr, beta, nesterov, form
+        self.v = None
+
+    def step(self, theta, delta):
+        """The new theta [n]. Args: delta [n], fp64: a mean's `delta()`."""
+        gain = 1.0 if self.form == "heavy_ball" else 1.0 - self.beta
+        self.v = torch.zeros_like(delta) if self.v is None else self.v
+        change = torch.empty_like(delta)
+        for c, d, v in chunks(change, delta, self.v):
+            g = d * gain
+            v.mul_(self.beta).add_(g)
+            c.copy_((g + self.beta * v if self.nesterov else v) * self.lr)
+        return apply_delta(theta, change)
+
+    def state_dict(self):
+        """The state as a flat dict of tensors (not copies)."""
+        return {} if self.v is None else {"v": self.v}
+
+    def load_state_dict(self, state):
+        """Takes over (a copy of) what `state_dict` returned."""
+        self.v = state["v"].clone() if state else None
+
+
+class ServerAdam:
+    """FedAdam, FedYogi, FedAdagrad   (Reddi et al. 2021, Alg. 2), on Delta = sum_k p_k delta_k:
+
+        m <- b1 m + (1 - b1) Delta        theta <- theta + lr m / (sqrt(v) + tau)
+        adam:     v <- b2 v + (1 - b2) Delta^2
+        yogi:     v <- v - (1 - b2) Delta^2 sign(v - Delta^2)
+        adagrad:  v <- v + Delta^2
+
+    v starts at tau^2, m at 0; no bias correction, as published. State: m, v [n], fp64.
+    """
+
+    def __init__(self, kind="adam", lr=1e-2, b1=0.9, b2=0.99, tau=1e-3):
+        if kind not in ("adam", "yogi", "adagrad"):
+            raise ValueError(f"kind {kind!r} is not 'adam', 'yogi' or 'adagrad'")
+        if not (lr > 0 and tau > 0 and 0 <= b1 < 1 and 0 <= b2 < 1):
+            raise ValueError(f"lr {lr} and tau {tau} must be above 0, b1 {b1} and b2 {b2} in [0, 1)")
+        self.kind, self.lr, self.b1, self.b2, self.tau = kind, lr, b1, b2, tau
+        self.m = self.v = None
+
+    def step(self, theta, delta):
+        """The new theta [n]. Args: delta [n], fp64: a mean's `delta()`."""
+        if self.m is None:
+            self.m, self.v = torch.zeros_like(delta), torch.full_like(delta, self.tau**2)
+        change = torch.empty_like(delta)
+        for c, d, m, v in chunks(change, delta, self.m, self.v):
+            m.mul_(self.b1).add_(d * (1 - self.b1))
+            squared = d * d
+            if self.kind == "adam":
+                v.mul_(self.b2).add_(squared * (1 - self.b2))
+            elif self.kind == "yogi":
+                v.sub_(squared * torch.sign(v - squared) * (1 - self.b2))
+            else:
+                v.add_(squared)
+            c.copy_(m * self.lr / (v.sqrt() + self.tau))
+        return apply_delta(theta, change)
+
+    def state_dict(self):
+        """The state as a flat dict of tensors (not copies)."""
+        return {} if self.m is None else {"m": self.m, "v": self.v}
+
+    def load_state_dict(self, state):
+        """Takes over (copies of) what `state_dict` returned."""
+        self.m, self.v = (state["m"].clone(), state["v"].clone()) if state else (None, None)
+
+
+def _difference(new, old):
+    return new.to(torch.float64, copy=True).sub_(old)
+
+
+def _positive(weight):
+    if not weight > 0:
+        raise ValueError("no client with a weight above 0 was added: the mean is undefined")
+    return weight
+
+
+def _sound(mean, theta_k, weight, log_weight, *others):
+    """Whether the client counts; if not it is left out of the round. Raises: ValueError for a bad weight or length."""
+    if theta_k.shape != mean.theta.shape:
+        raise ValueError(f"the client's weights are {tuple(theta_k.shape)}, theta is {tuple(mean.theta.shape)}")
+    if not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(f"weight {weight} is not a finite number of at least 0")
+    if math.isfinite(log_weight) and is_finite(theta_k, *others):
+        return True
+    mean.clients.leave_out(mean.clients.current)
+    return False
