@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.cli import UsageError
-from common.cross_entropy import linear_cross_entropy
+from mamba_fl.cross_entropy import linear_cross_entropy
 from mamba_fl.mamba2_cpu import MixerScan, segment_weights
 
 
