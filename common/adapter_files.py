@@ -19,9 +19,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from common.cache import one_line
 from common.checkpoint import saving, swap, write_json
 from common.cli import RunFailed, UsageError
-from common.corpora import one_line
 from common.products import scaling
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 
+import common.hub
 from common import corpora
 from common.cli import UsageError
 from llm_noniid import ag_news, data, topics
@@ -197,7 +198,7 @@ def hub(monkeypatch):
     fake.exceptions = types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
     fake.load_dataset = lambda name: asked.append(name) or rows
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr(ag_news, "hub_reachable", lambda: True)
+    monkeypatch.setattr(common.hub, "hub_reachable", lambda: True)
     return types.SimpleNamespace(asked=asked, rows=rows, module=fake)
 
 
