@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from common.products import product, truncate
+from common.products import Product, truncate
 from common.seeding import torch_stream
 
 SHAPES = {"768x768": "roberta-base, query", "3072x768": "roberta-base, mlp", "1024x1024": "roberta-large, query"}
@@ -38,7 +38,11 @@ def make_parts(d, k, options):
 
 
 def through_qr(parts, rank):
-    A, B, _ = truncate(product(parts), rank, 1.0)
+    (*_, A, B), *_ = parts
+    total = Product(len(B), A.shape[1])
+    for p, s, A, B in parts:
+        total.add(A, B, p * s)
+    A, B, _ = truncate(total, rank, 1.0)
     return A, B
 
 

@@ -23,7 +23,7 @@ from transformers import Mamba2ForCausalLM
 
 from common.allocator import reuse_large_memory
 from common.cli import Parser, positive_int, run_main
-from common.cross_entropy import linear_cross_entropy
+from mamba_fl.cross_entropy import linear_cross_entropy
 from mamba_fl.mamba2 import Mamba2Config, Mamba2LM, auto_chunk
 
 

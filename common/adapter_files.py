@@ -10,7 +10,7 @@ what `PeftModel.save_pretrained` wrote.
 
 import hashlib
 import json
-import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +19,42 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from common.cache import one_line
 from common.checkpoint import saving, swap, write_json
 from common.cli import RunFailed, UsageError
-from common.corpora import one_line
 from common.products import scaling
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 _OURS = {CONFIG, WEIGHTS, "fuse_manifest.json", "README.md"}  # README.md: peft's model card
 _PREFIX = "base_model.model."
-_LETTERS = {"lora_A.weight": "A", "lora_B.weight": "B"}
 
-# Options of peft that are read here, or change no number of a trained adapter. Any other must be off.
-_READ = {"base_model_name_or_path", "fan_in_fan_out", "lora_alpha", "modules_to_save", "peft_type", "r"}
-_READ |= {"target_modules", "task_type", "use_rslora"}
+
+def _is_names(value):
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+_TRUE_OR_FALSE = (lambda value: value in (None, False, True), "true or false")
+# Options of peft that are read here: whether a value is good, and what it must be.
+_READ = {
+    "peft_type": (lambda value: value == "LORA", "LORA, the only adapters that are read"),
+    "r": (lambda value: type(value) is int and value >= 1, "a whole number of at least 1"),
+    "lora_alpha": (lambda value: type(value) in (int, float) and 0 < value < 1e300, "a number above 0"),
+    "use_rslora": _TRUE_OR_FALSE,
+    "fan_in_fan_out": _TRUE_OR_FALSE,
+    "base_model_name_or_path": (lambda value: value is None or isinstance(value, str), "a name, a folder or null"),
+    "target_modules": (lambda value: isinstance(value, str) or _is_names(value or []), "a list of names"),
+    "modules_to_save": (lambda value: _is_names(value or []), "a list of names"),
+    # pissa and others change the base model; peft's path_initial_model_for_weight_conversion undoes that
+    "init_lora_weights": (
+        lambda value: value in (None, True, False, "gaussian", "orthogonal"),
+        "a start that leaves the base model as it is (save with path_initial_model_for_weight_conversion)",
+    ),
+}
+# Options that change no number of a trained adapter. Any other must be off.
 _HARMLESS = {"inference_mode", "layers_pattern", "layers_to_transform", "exclude_modules", "lora_dropout"}
-_HARMLESS |= {"peft_version", "qalora_group_size", "revision", "runtime_config"}
+_HARMLESS |= {"peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"}
 _OFF = {"bias": "none", "megatron_core": "megatron.core"}  # else None, False, {} or []
-_PLAIN_START = (True, False, "gaussian", "orthogonal")  # of init_lora_weights: those that leave the base as it is
 
 
 @dataclass
@@ -160,15 +178,10 @@ def read_adapter(folder, task_type="SEQ_CLS"):
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
         raise UsageError(f"adapter {folder} {what}: give a folder with {CONFIG} and {WEIGHTS}")
-    config = _read_config(folder / CONFIG)
-    _check_options(config, folder / CONFIG, task_type)
+    config = _read_config(folder / CONFIG, task_type)
     stored, sha256 = _read_tensors(folder)
-    modules_to_save = sorted(set(_names(config, "modules_to_save", folder / CONFIG)))
-    factors, head = _sort_tensors(stored, modules_to_save, folder / WEIGHTS)
-    _check_factors(factors, config["r"], folder / WEIGHTS)
-    if modules_to_save and not head:
-        # peft would load it, with a random head
-        raise UsageError(f"{folder / WEIGHTS} has no weights of {' or '.join(modules_to_save)}: save the adapter again")
+    modules_to_save = sorted(set(config.get("modules_to_save") or []))
+    factors, head = _sort_tensors(stored, modules_to_save, config["r"], folder / WEIGHTS)
     return AdapterFile(
         factors=factors,
         head=head,
@@ -185,7 +198,8 @@ def read_adapter(folder, task_type="SEQ_CLS"):
     )
 
 
-def _read_config(path):
+def _read_config(path, task_type):
+    """adapter_config.json, its options checked."""
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -194,6 +208,21 @@ def _read_config(path):
         raise UsageError(f"{path} cannot be read ({one_line(error)}): save the adapter again") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} is no adapter's configuration: save the adapter again")
+    if config.get("auto_mapping"):
+        raise UsageError(
+            f"{path} has auto_mapping, which names code to import: make the adapter with task_type {task_type}, or "
+            "set auto_mapping to null there"
+        )
+    if config.get("task_type") not in (task_type, None):
+        raise UsageError(f"{path} has task_type {_short(config['task_type'])}: only adapters for {task_type} are read")
+    for name, value in config.items():
+        if name in _READ or name in _HARMLESS or value in (None, False, _OFF.get(name)) or value in ({}, []):
+            continue
+        code = ", which names code to import," if name == "megatron_core" else ""
+        raise UsageError(f"{path} has {name} {_short(value)}{code} and only plain LoRA is read: train without it")
+    for name, (good, what) in _READ.items():
+        if not good(config.get(name)):
+            raise UsageError(f"{path} has {name} {_short(config.get(name))}: it must be {what}")
     return config
 
 
@@ -214,47 +243,13 @@ def _read_tensors(folder):
         raise UsageError(f"{path} is damaged ({one_line(error)}): copy or save the adapter again") from error
 
 
-def _check_options(config, path, task_type):
-    if config.get("peft_type") != "LORA":
-        raise UsageError(f"{path} has peft_type {_short(config.get('peft_type'))}: only LORA adapters are read")
-    if config.get("auto_mapping"):
-        raise UsageError(
-            f"{path} has auto_mapping, which names code to import: make the adapter with task_type {task_type}, or "
-            "set auto_mapping to null there"
-        )
-    if config.get("task_type") not in (task_type, None):
-        raise UsageError(f"{path} has task_type {_short(config['task_type'])}: only adapters for {task_type} are read")
-    for name, value in config.items():
-        if name in _READ or name in _HARMLESS or name == "init_lora_weights":
-            continue
-        if value not in (None, False, _OFF.get(name)) and value not in ({}, []):
-            code = ", which names code to import," if name == "megatron_core" else ""
-            raise UsageError(f"{path} has {name} {_short(value)}{code} and only plain LoRA is read: train without it")
-    if config.get("init_lora_weights", True) not in _PLAIN_START:
-        raise UsageError(
-            f"{path} has init_lora_weights {_short(config['init_lora_weights'])}, which changes the base model: save "
-            "the adapter with peft's path_initial_model_for_weight_conversion"
-        )
-    for name in ("use_rslora", "fan_in_fan_out"):
-        if config.get(name) not in (None, False, True):
-            raise UsageError(f"{path} has {name} {_short(config[name])}: it must be true or false")
-    r, alpha, base = config.get("r"), config.get("lora_alpha"), config.get("base_model_name_or_path")
-    if type(r) is not int or r < 1:
-        raise UsageError(f"{path} has r {_short(r)}: it must be a whole number of at least 1")
-    if type(alpha) not in (int, float) or not 0 < alpha < 1e300 or math.isnan(alpha):
-        raise UsageError(f"{path} has lora_alpha {_short(alpha)}: it must be a number above 0")
-    if base is not None and not isinstance(base, str):
-        raise UsageError(f"{path} has base_model_name_or_path {_short(base)}: it must be a name, a folder or null")
-
-
-def _sort_tensors(stored, modules_to_save, path):
-    """({layer: {"A": tensor, "B": tensor}}, head)."""
+def _sort_tensors(stored, modules_to_save, r, path):
+    """({layer: (A [r, k], B [d, r])}, head), fp32."""
     pairs, head = {}, {}
     for key in sorted(stored):
         tensor, name = stored[key], key.removeprefix(_PREFIX)
-        layer, letter = ".".join(name.split(".")[:-2]), _LETTERS.get(".".join(name.split(".")[-2:]))
-        known = key.startswith(_PREFIX) and (letter or set(name.split(".")[:-1]) & set(modules_to_save))
-        if not known or (letter and not layer):
+        lora = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
+        if not key.startswith(_PREFIX) or not (lora or set(name.split(".")[:-1]) & set(modules_to_save)):
             raise UsageError(
                 f"{path} has {_short(key, 160)}, which is neither a LoRA factor of a linear layer nor in "
                 f"modules_to_save {modules_to_save}: save the adapter again"
@@ -264,20 +259,17 @@ def _sort_tensors(stored, modules_to_save, path):
         tensor = tensor.to(torch.float32)
         if not torch.isfinite(tensor).all():
             raise UsageError(f"{path}: {name} is not finite: leave this adapter out")
-        if letter:
-            pairs.setdefault(layer, {})[letter] = tensor
+        if lora:
+            pairs.setdefault(lora[1], {})[lora[2]] = tensor
         else:
             head[name] = tensor
-    return pairs, head
-
-
-def _check_factors(factors, r, path):
-    """Turns {layer: {"A", "B"}} into {layer: (A, B)}, in place."""
-    if not factors:
+    if not pairs:
         raise UsageError(f"{path} has no LoRA factors: save the adapter again")
-    for layer, pair in factors.items():
-        if len(pair) < 2:
-            missing = "B" if "A" in pair else "A"
+    if modules_to_save and not head:
+        # peft would load it, with a random head
+        raise UsageError(f"{path} has no weights of {' or '.join(modules_to_save)}: save the adapter again")
+    for layer, pair in pairs.items():
+        for missing in {"A", "B"} - pair.keys():
             raise UsageError(f"{path} has no lora_{missing} of {layer}: save the adapter again")
         A, B = pair["A"], pair["B"]
         if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:
@@ -285,29 +277,21 @@ def _check_factors(factors, r, path):
                 f"{path}: {layer} has A {list(A.shape)} and B {list(B.shape)}, which do not fit r {r} of {CONFIG}: "
                 "they must be [r, inputs] and [outputs, r]"
             )
-        factors[layer] = A, B
+    return {layer: (pair["A"], pair["B"]) for layer, pair in pairs.items()}, head
 
 
 def _targets(config, factors, path):
-    found = config.get("target_modules")
-    chosen = [name for name in ("layers_to_transform", "exclude_modules") if config.get(name) not in (None, [], "")]
-    if isinstance(found, str) or chosen:
+    """Sorted target_modules: as the configuration names them, full names where it chooses among layers."""
+    names = config.get("target_modules") or []
+    if isinstance(names, str) or config.get("layers_to_transform") or config.get("exclude_modules"):
         return sorted(factors)
-    names = sorted(set(_names(config, "target_modules", path)))
+    hit = {layer: {name for name in names if layer == name or layer.endswith("." + name)} for layer in factors}
     for layer in factors:
-        if not any(layer == name or layer.endswith("." + name) for name in names):
+        if not hit[layer]:
             raise UsageError(f"{path} has target_modules {names}, but the weights have {layer}: save the adapter again")
-    for name in names:
-        if not any(layer == name or layer.endswith("." + name) for layer in factors):
-            raise UsageError(f"{path} has target module {name}, but the weights have none: save the adapter again")
-    return names
-
-
-def _names(config, key, path):
-    names = config.get(key) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UsageError(f"{path} has {key} {_short(names)}: it must be a list of names")
-    return names
+    for name in set(names).difference(*hit.values()):
+        raise UsageError(f"{path} has target module {name}, but the weights have none: save the adapter again")
+    return sorted(set(names))
 
 
 def _short(value, most=60):

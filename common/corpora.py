@@ -7,15 +7,11 @@ import itertools
 import os
 import platform
 import re
-import urllib.error
-import urllib.request
-import warnings
-import zipfile
-import zlib
 from pathlib import Path
 
-from common.cache import cache_folder, read_cached, write_cached
+from common.cache import cache_folder, one_line
 from common.cli import UsageError
+from common.hub import hub_dataset
 
 DATASETS = ("wikitext2", "demo")
 SPLITS = ("train", "validation", "test")
@@ -69,47 +65,38 @@ def load_corpus(dataset, data_root=None, cache_dir=None):
     raise UsageError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
 
 
-def one_line(error):
-    """The first line of an exception's message, for a UsageError."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 # ---------------------------------------------------------------------------------------------- WikiText-2
 
 _FOLDERS = ("wikitext-2", "wikitext2", "wikitext-2-raw", "wikitext-2-raw-v1", ".")
-_RAW_FILES = ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw")
-_FILES = (  # variant, then its names of the three splits, in the order of preference
-    ("raw", _RAW_FILES),
+RAW_FILES = ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw")
+FILES = (  # variant, then its names of the three splits, in the order of preference
+    ("raw", RAW_FILES),
     ("tokens", ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens")),
     ("tokens", ("train.txt", "valid.txt", "test.txt")),
 )
-_HUB_SOURCE = "hub, Salesforce/wikitext wikitext-2-raw-v1"
-_HUB_SECONDS = 5  # for the hub's first answer
 
 
 def _wikitext2(root, cache):
     variant, paths = _find_wikitext2(root)
     if paths:
         return _wikitext2_corpus(variant, f"data root, {paths[0].name}", [_read_text(path) for path in paths])
-    downloaded = cache / "wikitext-2-raw-v1.zip"
-    texts = _read_download(downloaded)
-    if texts is None:
-        if not hub_reachable():
-            raise UsageError(
-                f"no WikiText-2 under {root} and the hub cannot be reached: put {', '.join(_RAW_FILES)} (or "
-                f"train.txt, valid.txt, test.txt) into {root / 'wikitext-2'}, or give --data-root, or take "
-                "--dataset demo"
-            )
-        texts = _download_wikitext2()
-        write_cached(downloaded, _zipped(texts))
-    return _wikitext2_corpus("raw", _HUB_SOURCE, texts)
+    rows = hub_dataset(
+        ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+        dict.fromkeys(SPLITS, ("text",)),
+        cache / "wikitext-2-raw-v1.json.gz",
+        f"no WikiText-2 under {root}",
+        f"{', '.join(RAW_FILES)} (or train.txt, valid.txt, test.txt) into {root / 'wikitext-2'}",
+    )
+    # The hub keeps one line a row, and an empty row for a blank line, which is " \n" in the official files.
+    texts = ["".join(line or " \n" for line in rows[split]["text"]) for split in SPLITS]
+    return _wikitext2_corpus("raw", "hub, Salesforce/wikitext wikitext-2-raw-v1", texts)
 
 
 def _find_wikitext2(root):
     """(variant, [train, valid, test]) of the first complete copy under `root`, or (None, None)."""
     incomplete = None
     for folder in _FOLDERS:
-        for variant, names in _FILES:
+        for variant, names in FILES:
             missing = [name for name in names if not (root / folder / name).is_file()]
             if not missing:
                 return variant, [root / folder / name for name in names]
@@ -147,58 +134,6 @@ def split_articles(text):
     heading = re.compile(r" ?= (?!= ).*(?<! =) = ?\n?")
     starts = [i for i, line in enumerate(lines) if blank[i] and blank[i + 2] and heading.fullmatch(line)]
     return ["".join(lines[a:b]) for a, b in itertools.pairwise([*starts, len(lines)])]
-
-
-def hub_reachable():
-    """Whether the Hugging Face hub answers within seconds. False when HF_HUB_OFFLINE asks to stay offline.
-
-    Without a network the hub's own clients try again for half a minute to a minute before they give up.
-    """
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "on", "yes", "true"):
-        return False
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=_HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True  # an answer, if not a friendly one: the client will say what is wrong
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _download_wikitext2():
-    """The three splits of the raw variant from the hub, byte for byte as in the official files."""
-    import datasets  # only here: it takes a second to import
-
-    try:
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(
-            f"the hub did not give Salesforce/wikitext ({one_line(error)}): try again, or put the files "
-            "under --data-root, or take --dataset demo"
-        ) from error
-    # The hub keeps one line a row, and an empty row for a blank line, which is " \n" in the official files.
-    return ["".join(line or " \n" for line in rows[split]["text"]) for split in SPLITS]
-
-
-def _zipped(texts):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in zip(_RAW_FILES, texts, strict=True):
-            archive.writestr(name, text.encode("utf-8"))
-    return buffer.getvalue()
-
-
-def _read_download(path):
-    stored = read_cached(path)
-    if stored is None:
-        return None
-    try:
-        with zipfile.ZipFile(io.BytesIO(stored)) as archive:  # reading a member checks its CRC
-            return [archive.read(name).decode("utf-8") for name in _RAW_FILES]
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, NotImplementedError) as error:
-        warnings.warn(f"{path} is damaged ({one_line(error)}): downloading it again", stacklevel=2)
-        return None
 
 
 # ---------------------------------------------------------------------------------------------------- demo

@@ -1,16 +1,73 @@
-"""Models from the hub: where an earlier download left them, which of their files are taken, and the download."""
+"""The hub: whether it answers, data sets and models from it, and where an earlier download left them."""
 
 import contextlib
+import gzip
+import json
 import os
+import urllib.error
+import urllib.request
 from pathlib import Path
 
-from common.cache import cache_folder, read_cached, write_cached
+from common.cache import cache_folder, cached, one_line, read_cached, write_cached
 from common.cli import RunFailed, UsageError
-from common.corpora import hub_reachable, one_line
 
 # Everything that asks the hub's library for a model gives these: it takes a download with fewer files for incomplete.
 MODEL_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights; no pickles
 _VARIABLES = ("HF_HOME", "HF_HUB_CACHE")
+HUB_SECONDS = 5  # for the hub's first answer
+
+
+def hub_reachable():
+    """Whether the Hugging Face hub answers within seconds. False when HF_HUB_OFFLINE asks to stay offline.
+
+    Without a network the hub's own clients try again for half a minute to a minute before they give up.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "on", "yes", "true"):
+        return False
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a friendly one: the client will say what is wrong
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def hub_dataset(name, columns, path, what, files):
+    """{split: {column: list}} of a data set on the hub: JSON values, asked for once and kept at `path` (.json.gz).
+
+    Args: name: ("owner/name", its configuration if it has some); columns: {split: names of columns}; what, files: what
+        the message says is not there, and which files would do instead of the hub.
+    Raises: UsageError when it is not in the cache and the hub cannot be reached or does not give it.
+    """
+
+    def download():
+        if not hub_reachable():
+            raise UsageError(
+                f"{what} and the hub cannot be reached: put {files}, or give --data-root, or take --dataset demo"
+            )
+        import datasets  # only here: it takes a second to import
+
+        try:
+            splits = datasets.load_dataset(*name)
+            return {split: {c: list(splits[split][c]) for c in columns[split]} for split in columns}
+        except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+            raise UsageError(
+                f"the hub did not give {' '.join(name)} ({one_line(error)}): try again, or put the files under "
+                "--data-root, or take --dataset demo"
+            ) from error
+
+    def unpack(stored):
+        rows = json.loads(gzip.decompress(stored))  # which checks its CRC
+        for split, names in columns.items():
+            if len({len(rows[split][column]) for column in names}) != 1:
+                raise ValueError(f"columns of {split} do not have the same length")
+        return rows
+
+    return cached(
+        path, download, lambda rows: gzip.compress(json.dumps(rows).encode("utf-8"), mtime=0), unpack, "downloading it"
+    )
 
 
 def hub_cache():

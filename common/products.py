@@ -133,38 +133,6 @@ class Product:
         return self
 
 
-def product(parts):
-    """sum_i weight_i scale_i B_i A_i as a `Product`. Args: parts: list of (weight, scale, A [r_i, k], B [d, r_i])."""
-    parts = list(parts)
-    if not parts:
-        raise ValueError("no parts: the size of the product is unknown")
-    _, _, A, B = parts[0]
-    result = Product(B.shape[0], A.shape[1])
-    for weight, scale, A, B in parts:
-        result.add(A, B, weight * scale)
-    return result
-
-
-def mean_product(parts):
-    """sum_i weight_i scale_i B_i A_i / sum_i weight_i, as a `Product`. Args: as for `product`.
-
-    Raises: UsageError for a weight that is negative or not finite, and for weights that sum to 0.
-    """
-    parts = list(parts)
-    weights = [float(part[0]) for part in parts]
-    if not all(weight >= 0 and math.isfinite(weight) for weight in weights) or not sum(weights) > 0:
-        raise UsageError(f"weights {weights}: give finite numbers of at least 0 with a sum above 0")
-    return product(parts).divide_(sum(weights))
-
-
-def relative_error(served, target):
-    """||served - target|| / ||target||, Frobenius norms of two `Product`s; 0 when both are zero.
-
-    The d x k matrix is formed only where the stacked factors have more than min(d, k) columns.
-    """
-    return quotient(distance(served, target), target.norm())
-
-
 def add_to_weight(weight, update, fan_in_fan_out=False):
     """The base weight plus a `Product`, in fp64 and rounded once; a new tensor, where nothing changes the same bits.
 

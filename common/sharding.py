@@ -3,11 +3,7 @@
 Only `overlap` and `category_overlap` are neither disjoint nor complete; no client is empty there either.
 """
 
-import hashlib
 import itertools
-import json
-import os
-from pathlib import Path
 
 import numpy as np
 
@@ -246,53 +242,6 @@ def check(parts, n):
     everything = np.sort(np.concatenate([np.asarray(part) for part in parts]))
     if not np.array_equal(everything, np.arange(n)):
         raise ValueError(f"the partition does not hold each of 0..{n - 1} exactly once")
-
-
-def fingerprint(parts):
-    """SHA-256 (hex) of a partition: the counts and the indices, in order."""
-    digest = hashlib.sha256()
-    for part in parts:
-        array = np.asarray(part, dtype="<i8")
-        digest.update(len(array).to_bytes(8, "little"))
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def save_manifest(path, parts, **facts):
-    """Writes a partition and the facts that made it (JSON values) to `path`, atomically."""
-    path = Path(path)
-    content = {
-        "facts": facts,
-        "counts": [len(part) for part in parts],
-        "fingerprint": fingerprint(parts),
-        "clients": [np.asarray(part).tolist() for part in parts],
-    }
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_manifest(path):
-    """(parts, facts) from what `save_manifest` wrote.
-
-    Raises: UsageError when the file is missing, unreadable, or its indices do not match its fingerprint.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        parts = [np.array(part, dtype=np.int64) for part in content["clients"]]
-        good = fingerprint(parts) == content["fingerprint"]
-        facts = content["facts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no partition ({type(error).__name__}): make it again") from error
-    if not good:
-        raise UsageError(f"{path} is damaged: its indices do not match its fingerprint: make it again")
-    return parts, facts
 
 
 def _check_counts(n, k, what):

@@ -8,20 +8,18 @@ A document is an article of WikiText-2 or a topic of the Python language referen
 here, so that a study can deal them to its clients before it packs them into blocks.
 """
 
+import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import re
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from common.cache import cache_folder, read_cached, sha256_of, write_cached
+from common.cache import cache_folder, cached, one_line, pack_arrays, sha256_of, unpack_arrays
 from common.cli import UsageError
 from common.corpora import (
     DATASETS,
@@ -29,10 +27,9 @@ from common.corpora import (
     Corpus,
     data_folder,
     documents_sha256,
-    hub_reachable,
     load_corpus,
-    one_line,
 )
+from common.hub import hub_reachable
 
 __all__ = [
     "DATASETS",
@@ -88,25 +85,43 @@ def load_tokenizer(spec, corpus, data_root=None, cache_dir=None):
             return _with_end_of_text(_load_tokenizer_files(path), spec)
     if spec != "gpt2":
         raise UsageError(f"no tokenizer {spec!r}, nor {named}: give gpt2, bpe:N, or a tokenizer's folder")
-    import transformers
-
-    try:  # what an earlier download left, without asking the network
-        return transformers.AutoTokenizer.from_pretrained(spec, local_files_only=True)
-    except OSError:
-        pass
-    if hub_reachable():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(spec)
-        except OSError:
-            pass  # the same advice as without a network
+    tokenizer = hub_tokenizer(spec)
+    if tokenizer is not None:
+        return tokenizer
     raise UsageError(
         f"no tokenizer in {named} and none from the hub: put gpt2's tokenizer.json there, give --data-root, "
         "or take --tokenizer bpe:4096"
     )
 
 
+class reading_tokenizer:
+    """`with reading_tokenizer(place):` turns what a tokenizer's broken files raise into a UsageError."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        # tokenizers raises a plain Exception for a file that it does not understand
+        if kind is Exception or isinstance(error, (OSError, ValueError, KeyError, TypeError)):
+            raise UsageError(f"no tokenizer in {self.place} ({one_line(error)}): it needs a tokenizer.json") from error
+
+
+def hub_tokenizer(name):
+    """A tokenizer by its name on the hub: what an earlier download left, else the hub's; None where there is none."""
+    import transformers
+
+    for local in (True, False):
+        if local or hub_reachable():
+            with contextlib.suppress(OSError):
+                return transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    return None
+
+
 def _load_tokenizer_files(path):
-    try:
+    with reading_tokenizer(path):
         if (path / "tokenizer_config.json").is_file():
             import transformers
 
@@ -115,11 +130,6 @@ def _load_tokenizer_files(path):
         file = path / "tokenizer.json" if path.is_dir() else path
         backend = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
         return _wrap(backend, END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else None)
-    except Exception as error:
-        # tokenizers raises a plain Exception for a file that it does not understand
-        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError, TypeError)):
-            raise
-        raise UsageError(f"no tokenizer in {path} ({one_line(error)}): it needs a tokenizer.json") from error
 
 
 def _with_end_of_text(tokenizer, spec):
@@ -147,16 +157,18 @@ def _trained_bpe(spec, corpus, cache):
         raise UsageError(f"--tokenizer {spec}: N must be at least 257 (256 bytes and an end-of-text token)")
     recipe = ["bpe", _CACHE_FORMAT, tokenizers.__version__, size, END_OF_TEXT, documents_sha256(corpus.train)]
     path = cache / f"tokenizer-bpe{size}-{sha256_of(recipe)[:24]}.json"
-    stored = read_cached(path)
-    if stored is not None:
+
+    def pack(tokenizer):
+        body = tokenizer.to_str().encode("utf-8")
+        return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+    def unpack(stored):
         checksum, _, body = stored.partition(b"\n")
-        if checksum == hashlib.sha256(body).hexdigest().encode():
-            return tokenizers.Tokenizer.from_str(body.decode("utf-8"))
-        warnings.warn(f"{path} is damaged: training the tokenizer again", stacklevel=2)
-    tokenizer = train_bpe(corpus.train, size)
-    body = tokenizer.to_str().encode("utf-8")
-    write_cached(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-    return tokenizer
+        if checksum != hashlib.sha256(body).hexdigest().encode():
+            raise ValueError("its checksum is another")
+        return tokenizers.Tokenizer.from_str(body.decode("utf-8"))
+
+    return cached(path, lambda: train_bpe(corpus.train, size), pack, unpack, "training the tokenizer")
 
 
 def train_bpe(documents, size):
@@ -220,15 +232,26 @@ def encode(corpus, tokenizer, cache_dir=None):
     """
     path = cache_folder(cache_dir) / f"tokens-{corpus.name}-{encoding_key(corpus, tokenizer)[:24]}.npz"
     vocabulary = vocabulary_size(tokenizer)
-    stored = read_cached(path)
-    if stored is not None:
-        try:
-            return _unpack(stored, corpus, vocabulary)
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            warnings.warn(f"{path} is damaged ({one_line(error)}): tokenising again", stacklevel=2)
-    splits = {split: _tokenize(getattr(corpus, split), tokenizer, vocabulary) for split in SPLITS}
-    write_cached(path, _pack(splits))
-    return splits
+
+    def make():
+        arrays = {}
+        for split in SPLITS:
+            pair = tokenize(getattr(corpus, split), tokenizer, vocabulary)
+            arrays[split], arrays[split + "_offsets"] = pair
+        return arrays
+
+    def unpack(stored):
+        arrays = unpack_arrays(stored)
+        for split in SPLITS:
+            tokens, offsets = arrays[split], arrays[split + "_offsets"]
+            if len(offsets) != len(getattr(corpus, split)) + 1 or offsets[-1] != len(tokens):
+                raise ValueError(f"{split}: documents do not add up")
+            if tokens.dtype != _token_type(vocabulary) or tokens.max(initial=0) >= vocabulary:
+                raise ValueError(f"{split}: tokens outside the vocabulary")
+        return arrays
+
+    arrays = cached(path, make, pack_arrays, unpack, "tokenising")
+    return {split: TokenizedDocuments(arrays[split], arrays[split + "_offsets"]) for split in SPLITS}
 
 
 def encoding_key(corpus, tokenizer):
@@ -248,7 +271,8 @@ def tokenizer_fingerprint(tokenizer):
     return sha256_of([rules, tokenizer.eos_token_id])
 
 
-def _tokenize(documents, tokenizer, vocabulary):
+def tokenize(documents, tokenizer, vocabulary):
+    """(tokens, offsets) of documents, as `TokenizedDocuments` has them."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # settings below stay here
     backend.no_truncation()
     backend.no_padding()
@@ -256,32 +280,8 @@ def _tokenize(documents, tokenizer, vocabulary):
     encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
     pieces = [np.array([*e.ids, tokenizer.eos_token_id], dtype=_token_type(vocabulary)) for e in encodings]
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
-    return TokenizedDocuments(np.concatenate(pieces), offsets)
+    return np.concatenate(pieces), offsets
 
 
 def _token_type(vocabulary):
     return np.uint16 if vocabulary <= 2**16 else np.int32
-
-
-def _pack(splits):
-    arrays = {}
-    for split, documents in splits.items():
-        arrays[split] = documents.tokens
-        arrays[split + "_offsets"] = documents.offsets
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def _unpack(data, corpus, vocabulary):
-    """Reading a member checks its CRC; the rest makes sure that it is a tokenised form of this corpus."""
-    splits = {}
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        for split in SPLITS:
-            tokens, offsets = arrays[split], arrays[split + "_offsets"]
-            if len(offsets) != len(getattr(corpus, split)) + 1 or offsets[-1] != len(tokens):
-                raise ValueError(f"{split}: documents do not add up")
-            if tokens.dtype != _token_type(vocabulary) or tokens.max(initial=0) >= vocabulary:
-                raise ValueError(f"{split}: tokens outside the vocabulary")
-            splits[split] = TokenizedDocuments(tokens, offsets)
-    return splits

@@ -1,17 +1,14 @@
 """AG News (Zhang et al. 2015): four topics of news, from the official files, a sample of them, or the hub."""
 
 import csv
-import gzip
 import io
-import json
-import warnings
-import zlib
 
 import numpy as np
 
-from common.cache import cache_folder, read_cached, write_cached
+from common.cache import cache_folder, one_line
 from common.cli import UsageError
-from common.corpora import data_folder, hub_reachable, one_line
+from common.corpora import data_folder
+from common.hub import hub_dataset
 
 TOPICS = ("World", "Sports", "Business", "Sci/Tech")  # classes 1 to 4 of the files, labels 0 to 3 here
 HUB_NAME = "fancyzhx/ag_news"
@@ -116,16 +113,13 @@ def _not_empty(text, place):
 
 
 def _from_hub(root, cache):
-    path = cache / "ag_news.json.gz"
-    rows = _read_download(path)
-    if rows is None:
-        if not hub_reachable():
-            raise UsageError(
-                f"no AG News under {root} and the hub cannot be reached: put train.csv and test.csv into "
-                f"{root / 'ag_news'}, or give --data-root, or take --dataset demo"
-            )
-        rows = _download()
-        write_cached(path, gzip.compress(json.dumps(rows).encode("utf-8"), mtime=0))
+    rows = hub_dataset(
+        (HUB_NAME,),
+        dict.fromkeys(SIZES, ("text", "label")),
+        cache / "ag_news.json.gz",
+        f"no AG News under {root}",
+        f"train.csv and test.csv into {root / 'ag_news'}",
+    )
     found = {}
     for split in SIZES:
         for i, label in enumerate(rows[split]["label"]):
@@ -134,32 +128,3 @@ def _from_hub(root, cache):
         texts = [_not_empty(text, f"{HUB_NAME} {split} row {i}") for i, text in enumerate(rows[split]["text"])]
         found[split] = texts, np.array(rows[split]["label"], dtype=np.int64)
     return found
-
-
-def _download():
-    """{split: {"text", "label"}: list} of the hub's copy: JSON values."""
-    import datasets  # only here: it takes a second to import
-
-    try:
-        found = datasets.load_dataset(HUB_NAME)
-        return {split: {c: list(found[split][c]) for c in ("text", "label")} for split in SIZES}
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(
-            f"the hub did not give {HUB_NAME} ({one_line(error)}): try again, or put train.csv and test.csv under "
-            "--data-root, or take --dataset demo"
-        ) from error
-
-
-def _read_download(path):
-    stored = read_cached(path)
-    if stored is None:
-        return None
-    try:
-        rows = json.loads(gzip.decompress(stored))  # which checks its CRC
-        for split in SIZES:
-            if not rows[split]["text"] or len(rows[split]["text"]) != len(rows[split]["label"]):
-                raise ValueError(f"columns of {split} do not have the same length")
-        return rows
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
-        warnings.warn(f"{path} is damaged ({one_line(error)}): downloading it again", stacklevel=2)
-        return None

@@ -7,6 +7,7 @@ give the same groups, without any draw. Labels count from 0 in the order of each
 import numpy as np
 
 from common.cli import UsageError
+from llm_noniid.partition import js_divergence
 
 LINKAGES = ("ward", "average", "single", "complete")
 # Rounding of a distance: clients nearer than this are the same. (Square roots make 1e-8 of the 1e-16 before them.)
@@ -66,18 +67,9 @@ def cluster_labels(histograms, num_clusters, linkage="ward"):
 
 
 def label_distances(histograms):
-    """sqrt(JSD(p_i, p_j)) in bits [m, m], p_i the i-th histogram over its sum; the entropies' form
-    JSD = H((p_i + p_j)/2) - (H(p_i) + H(p_j))/2."""
-    shares = np.asarray(histograms, dtype=np.float64)
-    shares = shares / shares.sum(axis=1, keepdims=True)  # [m, C]
-    own = _entropy(shares)  # [m]
-    mixed = _entropy((shares[:, None] + shares[None]) / 2)  # [m, m]
-    return np.sqrt(np.clip(mixed - (own[:, None] + own[None]) / 2, 0, 1))
-
-
-def _entropy(shares):
-    logs = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
-    return -(shares * logs).sum(axis=-1)
+    """sqrt(JSD(p_i, p_j)) in bits [m, m], p_i the i-th histogram over its sum."""
+    counts = np.asarray(histograms, dtype=np.float64)
+    return np.sqrt(js_divergence(counts[:, None], counts[None]))
 
 
 def _check(m, num_clusters, linkage):

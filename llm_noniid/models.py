@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from common import hub
+from common.cache import one_line
 from common.cli import UsageError
-from common.corpora import one_line
 from common.seeding import seed_torch
 from common.text import load_tokenizer, vocabulary_size
 from llm_noniid.data import as_corpus

@@ -11,6 +11,7 @@ import re
 
 import numpy as np
 import scipy.sparse
+from scipy.special import rel_entr
 
 from common import sharding
 from common.cli import UsageError
@@ -175,18 +176,20 @@ def statistics(texts, tokens, parts, seed=0):
 
 
 def js_divergence(p, q):
-    """Jensen-Shannon divergence in bits, from 0 (equal) to 1 (disjoint), of two vectors of counts or probabilities.
+    """Jensen-Shannon divergence (Lin 1991) in bits, from 0 (equal) to 1 (disjoint), along the last axis.
 
-    (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2; 0 log 0 = 0 (Lin 1991).
-    Raises: ValueError for different shapes, negative values, or a sum that is not positive and finite.
+    (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. Args: p, q: counts or probabilities [..., C], broadcast; each
+    row is divided by its sum. Raises: ValueError for negative values, or a sum that is not positive and finite.
     """
     p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
-    if p.shape != q.shape or not all(0 < x.sum() < np.inf and x.min() >= 0 for x in (p, q)):
-        raise ValueError("p and q must have one shape, no negative values and positive sums")
-    p, q = p / p.sum(), q / q.sum()
+    if p.shape[-1] != q.shape[-1] or not all(
+        (0 < x.sum(-1)).all() and x.min() >= 0 and np.isfinite(x).all() for x in (p, q)
+    ):
+        raise ValueError("p and q must have one number of classes, no negative values and positive sums")
+    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
     m = (p + q) / 2
-    bits = sum((x[x > 0] * np.log2(x[x > 0] / m[x > 0])).sum() for x in (p, q)) / 2
-    return float(min(max(bits, 0.0), 1.0))  # rounding may leave the range
+    nats = (rel_entr(p, m) + rel_entr(q, m)).sum(-1) / 2
+    return np.clip(nats / np.log(2), 0, 1)  # rounding may leave the range
 
 
 def vocabulary_overlap(found, parts):

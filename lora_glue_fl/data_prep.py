@@ -8,11 +8,7 @@ for rows in training_batches(encoded["train"].lengths(), 32, epochs, seed, round
 """
 
 import dataclasses
-import io
 import math
-import warnings
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +16,11 @@ import tokenizers
 import torch
 
 from common.batches import padded
-from common.cache import cache_folder, read_cached, sha256_of, write_cached
+from common.cache import cache_folder, cached, pack_arrays, sha256_of, unpack_arrays
 from common.cli import UsageError
-from common.corpora import data_folder, hub_reachable, one_line
+from common.corpora import data_folder
 from common.seeding import stream
-from common.text import tokenizer_fingerprint, vocabulary_size
+from common.text import hub_tokenizer, reading_tokenizer, tokenizer_fingerprint, vocabulary_size
 from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
 from lora_glue_fl.glue_files import read_task
 from lora_glue_fl.glue_tasks import TASKS, Split, Task, find_task
@@ -44,9 +40,8 @@ __all__ = [
 ]
 
 DATASETS = ("glue", "demo")
-POOL = (
-    16  # batches that are sorted by length together; half of them where there are few, so that batches mix every epoch
-)
+# Batches that are sorted by length together; half of them where there are few, so that batches mix every epoch
+POOL = 16
 _CACHE_FORMAT = 1  # raise it when the meaning of a cached file changes
 _CHUNK = 10_000  # examples tokenised at a time: the library's own form of them is large
 
@@ -112,30 +107,19 @@ def load_tokenizer(spec, data_root=None):
     named = data_folder(data_root) / "tokenizers" / spec
     for path in (named, Path(spec).expanduser()):
         if path.is_dir():
-            return _checked(_from_pretrained(path, spec, local_files_only=True), spec)
-    tokenizer = _from_pretrained(spec, spec, local_files_only=True, missing_ok=True)
-    if tokenizer is None and hub_reachable():
-        tokenizer = _from_pretrained(spec, spec, missing_ok=True)
+            import transformers
+
+            with reading_tokenizer(path):
+                how = {"local_files_only": True, "trust_remote_code": False}
+                return _checked(transformers.AutoTokenizer.from_pretrained(path, **how), spec)
+    with reading_tokenizer(spec):
+        tokenizer = hub_tokenizer(spec)
     if tokenizer is None:
         raise UsageError(
             f"no tokenizer {spec!r}: not a folder, not in {named.parent}, and not from the hub; give a folder with "
             "tokenizer.json and tokenizer_config.json, or take the tokenizer demo"
         )
     return _checked(tokenizer, spec)
-
-
-def _from_pretrained(place, spec, missing_ok=False, **how):
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **how)
-    except Exception as error:
-        # tokenizers raises a plain Exception for a file that it does not understand
-        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError, TypeError)):
-            raise
-        if missing_ok and isinstance(error, OSError):
-            return None
-        raise UsageError(f"no tokenizer {spec!r} in {place} ({one_line(error)}): it needs tokenizer.json") from error
 
 
 def _checked(tokenizer, spec):
@@ -200,22 +184,17 @@ def encode(data, tokenizer, max_length=128, cache_dir=None):
             "model takes: choose one in between"
         )
     path = cache_folder(cache_dir) / f"glue-{data.task.name}-{_encoding_key(data, tokenizer, max_length)[:24]}.npz"
-    stored, arrays = read_cached(path), None
-    if stored is not None:
-        try:
-            arrays = _unpack(stored, data, tokenizer)
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            warnings.warn(f"{path} is damaged ({one_line(error)}): tokenising again", stacklevel=2)
-    if arrays is None:
+
+    def make():
         arrays = {}
         for split, examples in data.splits.items():
-            tokens, types, offsets = _tokenize(examples, tokenizer, max_length)
+            tokens, types, offsets = tokenize(examples, tokenizer, max_length)
             arrays |= {f"{split}_tokens": tokens, f"{split}_offsets": offsets}
             if types is not None:
                 arrays[f"{split}_types"] = types
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        write_cached(path, buffer.getvalue())
+        return arrays
+
+    arrays = cached(path, make, pack_arrays, lambda stored: _unpack(stored, data, tokenizer), "tokenising")
     return {
         split: Encoded(
             tokens=arrays[f"{split}_tokens"],
@@ -234,7 +213,8 @@ def _encoding_key(data, tokenizer, max_length):
     return sha256_of(["glue", _CACHE_FORMAT, data.task.name, hashes, rules, max_length, tokenizers.__version__])
 
 
-def _tokenize(split, tokenizer, max_length):
+def tokenize(split, tokenizer, max_length):
+    """(tokens, types or None, offsets) of a `Split`, as `Encoded` has them."""
     with_types = "token_type_ids" in tokenizer.model_input_names
     kind = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.int32
     pieces, types, lengths = [], [], [0]
@@ -257,9 +237,8 @@ def _tokenize(split, tokenizer, max_length):
 
 
 def _unpack(stored, data, tokenizer):
-    """Reading a member checks its CRC; the rest makes sure that it is a tokenised form of these examples."""
-    with np.load(io.BytesIO(stored), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    """The arrays of a file. Raises ValueError or KeyError unless it is a tokenised form of these examples."""
+    arrays = unpack_arrays(stored)
     for split, examples in data.splits.items():
         tokens, offsets = arrays[f"{split}_tokens"], arrays[f"{split}_offsets"]
         if len(offsets) != len(examples) + 1 or offsets[-1] != len(tokens):

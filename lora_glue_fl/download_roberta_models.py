@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 from common.cli import Parser, UsageError, run_main
-from common.corpora import hub_reachable
-from common.hub import download, remember_home, winning_variable
+from common.hub import download, hub_reachable, remember_home, winning_variable
 
 MODELS = ("roberta-base", "roberta-large")
 

@@ -1,13 +1,9 @@
 """GLUE's tasks from the official tsv files, or from the hub through `datasets`."""
 
-import gzip
-import json
-import warnings
-import zlib
-
-from common.cache import cache_folder, read_cached, write_cached
+from common.cache import cache_folder, one_line
 from common.cli import UsageError
-from common.corpora import data_folder, hub_reachable, one_line
+from common.corpora import data_folder
+from common.hub import hub_dataset
 from lora_glue_fl.glue_tasks import make_split
 
 HUB_NAME = "nyu-mll/glue"
@@ -31,17 +27,13 @@ def read_task(task, splits, data_root=None, cache_dir=None):
         if folder.is_dir():
             notes = []
             return {split: _read_tsv(task, folder / _file_name(split), notes) for split in splits}, str(folder), notes
-    path = cache_folder(cache_dir) / f"glue-{task.name}.json.gz"
-    rows = _read_download(path, task)
-    if rows is None:
-        if not hub_reachable():
-            raise UsageError(
-                f"no GLUE task {task.name} under {root} and the hub cannot be reached: put "
-                f"{', '.join(map(_file_name, task.splits))} into {root / 'glue' / task.folder}, or give --data-root, "
-                "or take --dataset demo"
-            )
-        rows = _download(task)
-        write_cached(path, gzip.compress(json.dumps(rows).encode("utf-8"), mtime=0))
+    rows = hub_dataset(
+        (HUB_NAME, task.name),
+        dict.fromkeys(task.splits, (*task.columns, "label")),
+        cache_folder(cache_dir) / f"glue-{task.name}.json.gz",
+        f"no GLUE task {task.name} under {root}",
+        f"{', '.join(map(_file_name, task.splits))} into {root / 'glue' / task.folder}",
+    )
     found = {}
     for split in splits:
         columns = rows[split]
@@ -84,32 +76,3 @@ def _read_tsv(task, path, notes):
     texts = {column: columns[column] for column in task.columns}
     categories = {name: columns[name] for name in columns if name not in (*task.columns, "label")}
     return make_split(task, texts, columns["label"], categories, lambda i: f"{path} line {lines[i] + 1}")
-
-
-def _download(task):
-    """{split: {column: list}} of the hub's copy: JSON values."""
-    import datasets  # only here: it takes a second to import
-
-    try:
-        found = datasets.load_dataset(HUB_NAME, task.name)
-        return {split: {c: list(found[split][c]) for c in (*task.columns, "label")} for split in task.splits}
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(
-            f"the hub did not give {HUB_NAME} {task.name} ({one_line(error)}): try again, or put the files under "
-            "--data-root, or take --dataset demo"
-        ) from error
-
-
-def _read_download(path, task):
-    stored = read_cached(path)
-    if stored is None:
-        return None
-    try:
-        rows = json.loads(gzip.decompress(stored))  # which checks its CRC
-        for split in task.splits:
-            if len({len(rows[split][column]) for column in (*task.columns, "label")}) != 1:
-                raise ValueError(f"columns of {split} do not have the same length")
-        return rows
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
-        warnings.warn(f"{path} is damaged ({one_line(error)}): downloading it again", stacklevel=2)
-        return None

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from common import hub
+from common.cache import one_line
 from common.cli import UsageError
-from common.corpora import data_folder, one_line
+from common.corpora import data_folder
 from common.lora import LoraModel
 from common.seeding import seed_torch
 from lora_glue_fl.data_prep import load_tokenizer

@@ -11,14 +11,13 @@ Clients count from 1 in files, as everywhere in this study's folders; indices ar
 """
 
 import argparse
-import json
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 
 from common import sharding as shards
+from common.checkpoint import read_json, write_json
 from common.cli import Parser, UsageError, positive_float, positive_int, run_main, seed_number
 from common.seeding import stream
 from lora_glue_fl.data_prep import DATASETS, load_task
@@ -181,19 +180,10 @@ def save_shard_manifests(out_dir, shard_info):
             if number > k:
                 path.unlink()
         for i, indices in enumerate(shard_info["client_indices"], 1):
-            _write(folder / f"client_{i}.json", json.dumps({**same, "client": i, "indices": indices}))
-        _write(folder / "summary.json", json.dumps(shard_info, indent=2))
+            write_json(folder / f"client_{i}.json", {**same, "client": i, "indices": indices})
+        write_json(folder / "summary.json", shard_info)
     except OSError as error:
         raise UsageError(f"cannot write {folder}: {error.strerror}; choose another --out-dir") from error
-
-
-def _write(path, text):
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _client_files(folder):
@@ -211,7 +201,7 @@ def load_manifest(path, data=None, task_name=None):
     """
     path = Path(path)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         indices = manifest["indices"]
         task = manifest.get("task") or manifest["dataset"]
     except FileNotFoundError:
@@ -264,7 +254,7 @@ def load_shards(shard_dir, data):
     summary = folder / "summary.json"
     if summary.is_file():
         try:
-            sizes = json.loads(summary.read_text(encoding="utf-8"))["size_per_client"]
+            sizes = read_json(summary)["size_per_client"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{summary} is damaged ({type(error).__name__}): make the shards again") from error
         if sizes != [len(manifest["indices"]) for manifest in manifests]:

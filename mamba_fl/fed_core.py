@@ -17,11 +17,11 @@ from common.before.local import gradients
 from common.checkpoint import saving, write_json
 from common.cli import RunFailed, UsageError
 from common.compiling import checked_compile
-from common.cross_entropy import sample_labels, token_statistics
 from common.curves import draw_curve
 from common.evaluation import amp_context, bits_per_byte, perplexity, pick_device, resolve_amp
 from common.seeding import seed_everything, stream, torch_stream
 from mamba_fl.client_states import Best, ClientStates
+from mamba_fl.cross_entropy import sample_labels, token_statistics
 from mamba_fl.data import build_data, inputs_and_labels
 from mamba_fl.history import training_history
 from mamba_fl.ssm_config import make_config, make_model, save_pretrained

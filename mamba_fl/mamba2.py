@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.cli import UsageError
-from common.cross_entropy import linear_cross_entropy
-from mamba_fl.mamba2_cpu import MixerScan, segment_weights
+from mamba_fl.cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -117,19 +116,24 @@ class Mamba2Mixer(nn.Module):
         the convolution [B, d_conv - 1, conv_dim] and the recurrent state [B, H, N, P].
         """
         zxbcdt = _at_least_fp32(self.in_proj(u))  # [B, T, d_inner + conv_dim + H]
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias  # [conv_dim, d_conv]
         with torch.autocast(u.device.type, enabled=False):
-            if keep_state or not _by_hand(zxbcdt):
-                y, state = self.scan(zxbcdt, weight, bias, state)
+            if keep_state or self._needs_plain_operations(zxbcdt):
+                y, state = self.scan(zxbcdt, state)
             else:
-                parameters = weight, bias, self.dt_bias, self.A_log, self.D, self.norm.weight
-                chunk = self.config.chunk_size or auto_chunk(u.shape[1])
-                y = MixerScan.apply(zxbcdt, *parameters, self.config, chunk)  # [B, T, d_inner]
-        return self.out_proj(y), state
+                from mamba_fl.mamba2_cpu import mixer_scan  # the same as `scan`, faster; that module imports this one
 
-    def scan(self, zxbcdt, weight, bias, state=None):
+                y = mixer_scan(self, zxbcdt)  # [B, T, d_inner]
+        return self.out_proj(y), state if keep_state else None
+
+    def _needs_plain_operations(self, zxbcdt):
+        """Whether the pass that is written by hand for CPUs cannot serve: devices, torch.func, torch.compile."""
+        transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+        return zxbcdt.device.type != "cpu" or transformed or self.config.ngroups > 1
+
+    def scan(self, zxbcdt, state=None):
         """From the columns of in_proj to the input of out_proj: (y [B, T, d_inner], state)."""
         c = self.config
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias  # [conv_dim, d_conv]
         z, xbc, dt = zxbcdt.split([c.d_inner, self.conv_dim, c.n_heads], -1)
         xbc, window = causal_conv(xbc, weight, bias, None if state is None else state[0])
         x, B, C = F.silu(xbc).split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
@@ -257,6 +261,27 @@ def auto_chunk(length):
     return -(-length // (4 * chunks)) * 4
 
 
+_SEGMENTS = {}
+
+
+def segment_weights(q, dtype, device):
+    """0/1 weights [Q, (Q + 1) * Q] that sum a_k over j < k <= i for every start j = -1 .. Q-1 and end i = 0 .. Q-1,
+    and an offset [(Q + 1) * Q], -inf where i < j.
+
+    The sums are made as one product, and each holds only its own terms: a difference of two cumulative sums would
+    lose digits, and could make exp of a positive number.
+    """
+    key = (q, dtype, device)
+    if key not in _SEGMENTS:
+        j = torch.arange(-1, q, device=device)[:, None]  # [Q + 1, 1]
+        i = torch.arange(q, device=device)  # [Q]
+        k = torch.arange(q, device=device)[:, None, None]  # [Q, 1, 1]
+        weights = ((k > j) & (k <= i)).to(dtype).flatten(1)  # [Q, (Q + 1) * Q]
+        offset = torch.zeros(q + 1, q, dtype=dtype, device=device).masked_fill_(i < j, -math.inf)
+        _SEGMENTS[key] = weights, offset.flatten()
+    return _SEGMENTS[key]
+
+
 def ssd_chunked(x, dt, A, B, C, D, chunk):
     """The recurrence in chunks (Dao & Gu 2024, section 6): inside a chunk as products, between chunks by its state.
 
@@ -319,12 +344,6 @@ def ssd_step(x, dt, A, B, C, D, state):
     state = decay * state + (dt * B)[..., None] * x[..., None, :]  # [B, H, N, P]
     y = (C.unsqueeze(-2) @ state).squeeze(-2) + D[:, None] * x  # [B, H, P]
     return y.unsqueeze(1), state
-
-
-def _by_hand(tensor):
-    """Whether the hand-written pass of mamba2_cpu.py serves: torch.func and torch.compile want the plain operations."""
-    transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-    return tensor.device.type == "cpu" and not transformed
 
 
 def _at_least_fp32(x):

@@ -1,7 +1,7 @@
 """The inside of a Mamba-2 mixer for a CPU: forward and backward by hand, fewer passes over memory than autograd.
 
-Computes what `Mamba2Mixer.scan` in mamba2.py computes, from the columns [z, x, B, C, dt] of in_proj to the input of
-out_proj, and is tested against it. What makes it fast:
+Computes what `Mamba2Mixer.scan` in mamba2.py computes for one group (G = 1), from the columns [z, x, B, C, dt] of
+in_proj to the input of out_proj, and is tested against it. What makes it fast:
 
 - the depthwise convolution is four shifted multiply-adds, one sequence at a time, so that it stays in the cache;
 - slices are read and written where they lie in larger tensors: nothing is padded, split, transposed or joined;
@@ -12,18 +12,27 @@ out_proj, and is tested against it. What makes it fast:
 With K_ji = exp(a_{j+1} + .. + a_i) dt_j (zero for j > i), a = dt A, S_ji = B_j . C_i and e_i = exp(a_1 + .. + a_i):
 
     y_i = sum_j (K_ji S_ji + D [i = j]) x_j + e_i C_i h        h' = e_Q h + sum_j K_jQ B_j x_j^T
+
+Sizes as in mamba2.py; T' is T rounded up to whole chunks, c = T' / Q, E = d_inner + 2 N.
 """
 
-import math
-
 import torch
+import torch.nn.functional as F
+
+from mamba_fl.mamba2 import auto_chunk, segment_weights
 
 CHANNEL_BLOCK = 2**18  # numbers in a block of rows of the gated norm: 1 MiB
 
 
-class MixerScan(torch.autograd.Function):
+def mixer_scan(mixer, zxbcdt):
     """[z, x, B, C, dt] [B, T, W] -> the gated, normalised output of the recurrence [B, T, d_inner]."""
+    chunk = mixer.config.chunk_size or auto_chunk(zxbcdt.shape[1])
+    conv = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
+    vectors = mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.weight
+    return _MixerScan.apply(zxbcdt, *conv, *vectors, mixer.config, chunk)
 
+
+class _MixerScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, config, chunk):
         inner, heads = config.d_inner, config.n_heads
@@ -33,33 +42,33 @@ class MixerScan(torch.autograd.Function):
 
         pre, act = _conv_forward(xbc, conv_weight, conv_bias, padded)
         dt_raw = dt_raw + dt_bias  # [B, T, H]
-        dt = torch.nn.functional.softplus(dt_raw)
+        dt = F.softplus(dt_raw)
         A = -torch.exp(A_log)
-        y, kept = _scan_forward(act, _by_head(dt, padded, chunk), A, D, config, chunk)
+        by_head = dt.new_zeros(heads, b, padded)  # zero in the padding
+        by_head[:, :, :length] = dt.permute(2, 0, 1)
+        y, kept = _scan_forward(act, by_head.view(heads, -1, chunk), A, D, config)
         y = y[:, :length]
-        out, scale = _gate_forward(y, z, norm_weight, config)
+        out, scale = _gate_forward(y, z, norm_weight, config.norm_eps)
 
         ctx.save_for_backward(zxbcdt, conv_weight, dt_raw, dt, A, D, norm_weight, pre, act, y, scale, *kept)
-        ctx.config, ctx.chunk = config, chunk
+        ctx.config = config
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         zxbcdt, conv_weight, dt_raw, dt, A, D, norm_weight, pre, act, y, scale, *kept = ctx.saved_tensors
-        config, chunk = ctx.config, ctx.chunk
-        inner, heads = config.d_inner, config.n_heads
+        inner, heads = ctx.config.d_inner, ctx.config.n_heads
         b, length, width = zxbcdt.shape
-        padded = act.shape[1]
         z, xbc, _ = zxbcdt.split([inner, width - inner - heads, heads], -1)
         d_all = torch.empty_like(zxbcdt)
         d_z, d_xbc, d_dt_raw = d_all.split([inner, width - inner - heads, heads], -1)
 
-        d_y = act.new_empty(b, padded, inner)
+        d_y = act.new_empty(b, act.shape[1], inner)
         d_y[:, length:] = 0
-        d_norm = _gate_backward(grad.contiguous(), y, z, norm_weight, scale, config, d_y[:, :length], d_z)
-        d_act, d_log_dt, d_a, d_D = _scan_backward(d_y, act, D, config, chunk, kept)
-        d_log_dt, d_a = _by_token(d_log_dt, b, length), _by_token(d_a, b, length)  # [B, T, H]
+        d_norm = _gate_backward(grad.contiguous(), y, z, norm_weight, scale, d_y[:, :length], d_z)
+        d_act, *by_head, d_D = _scan_backward(d_y, act, D, ctx.config, kept)
+        d_log_dt, d_a = (d.reshape(heads, b, -1)[:, :, :length].permute(1, 2, 0) for d in by_head)  # [B, T, H]
         # d log dt / d raw = sigmoid(raw) / softplus(raw), which tends to 1 where both underflow.
         slope = torch.sigmoid(dt_raw)
         ratio = torch.where(dt_raw < -20, torch.ones_like(dt), slope / dt)
@@ -104,13 +113,12 @@ def _conv_backward(d_act, pre, x, weight, d_x):
     return d_columns.T, d_bias
 
 
-def _scan_forward(act, dt, A, D, config, chunk):
+def _scan_forward(act, dt, A, D, config):
     """act: [B, T', E] = [x, B, C]; dt: [H, B*c, Q], zero in the padding. Returns y [B, T', d_inner] and tensors for
     the backward pass."""
-    h, n, p, g = config.n_heads, config.d_state, config.headdim, config.ngroups
-    r, q = h // g, chunk
+    h, n, p, q = config.n_heads, config.d_state, config.headdim, dt.shape[-1]
     b, c = act.shape[0], act.shape[1] // q
-    x, B, C = _parts(act, config, q)  # [B, c, Q, G, R, P], [B, c, Q, G, N], [B, c, Q, G, N]
+    x, B, C = _parts(act, config, q)
 
     weights, offset = segment_weights(q, act.dtype, act.device)
     decay = torch.addmm(offset, (dt * A[:, None, None]).view(-1, q), weights).exp_()  # [H*B*c, (Q + 1) * Q]
@@ -118,115 +126,105 @@ def _scan_forward(act, dt, A, D, config, chunk):
     decay[:, :, 1:] *= dt.unsqueeze(-1)  # from now on K in rows 1.., e in row 0
     e, K = decay[:, :, 0], decay[:, :, 1:]  # [H, B*c, Q], [H, B*c, Q(from), Q(to)]
 
-    y = act.new_empty(b, c, q, g, r, p)
+    y = act.new_empty(b, c, q, h, p)
     y[:, 0] = 0
-    scores = act.new_empty(g, b * c, q, q)
-    mix = act.new_empty(h, b * c, q, q)
-    states = act.new_empty(g, b, c - 1, n, r, p)
-    kept, carried = act.new_empty(g, b, c - 1, q, r, p), act.new_empty(g, b, c - 1, q, r, p)
-    for i in range(g):
-        heads = slice(i * r, (i + 1) * r)
-        torch.bmm(_rows(B, i), _rows(C, i).transpose(1, 2), out=scores[i])
-        torch.mul(K[heads], scores[i], out=mix[heads])
-        if c > 1:
-            torch.mul(x[:, :-1, :, i], _over_tokens(K[heads, :, :, -1], b)[:, :-1], out=kept[i])
-            torch.bmm(_some(B[:, :-1], i).transpose(1, 2), kept[i].view(-1, q, r * p), out=_flat(states[i]))
-            total = e[heads, :, -1].view(r, b, c).permute(1, 2, 0)[:, :, None, :, None]  # [B, c, 1, R, 1]
-            for k in range(1, c - 1):
-                states[i, :, k].addcmul_(states[i, :, k - 1], total[:, k])
-            torch.bmm(_some(C[:, 1:], i), _flat(states[i]), out=carried[i].view(-1, q, r * p))
-            torch.mul(carried[i], _over_tokens(e[heads], b)[:, 1:], out=y[:, 1:, :, i])
+    scores = torch.bmm(B.flatten(0, 1), C.flatten(0, 1).transpose(1, 2))  # [B*c, Q(from), Q(to)]
+    mix = K * scores
+    states = kept = carried = act.new_empty(0)
+    if c > 1:
+        kept = x[:, :-1] * _over_tokens(K[..., -1], b)[:, :-1]  # [B, c - 1, Q, H, P]
+        states = B[:, :-1].flatten(0, 1).transpose(1, 2) @ kept.view(-1, q, h * p)
+        states = states.view(b, c - 1, n, h, p)
+        total = e[..., -1].view(h, b, c).permute(1, 2, 0)[:, :, None, :, None]  # [B, c, 1, H, 1]
+        for k in range(1, c - 1):
+            states[:, k].addcmul_(states[:, k - 1], total[:, k])
+        carried = C[:, 1:].flatten(0, 1) @ states.view(-1, n, h * p)
+        carried = carried.view(b, c - 1, q, h, p)
+        torch.mul(carried, _over_tokens(e, b)[:, 1:], out=y[:, 1:])
     mix.diagonal(dim1=-2, dim2=-1).add_(D[:, None, None])
-    x, y_heads = _heads(x), _heads(y)
-    for i in range(h):
-        y_heads[i].baddbmm_(mix[i].transpose(1, 2), x[i])
+    for i, (x_i, y_i) in enumerate(zip(_heads(x), _heads(y), strict=True)):
+        y_i.baddbmm_(mix[i].transpose(1, 2), x_i)
     return y.view(b, c * q, h * p), (decay, scores, mix, states, kept, carried)
 
 
-def _scan_backward(d_y, act, D, config, chunk, saved):
+def _scan_backward(d_y, act, D, config, saved):
     """Returns d_act [B, T', E], the gradients of log dt and of a = dt A, both [H, B*c, Q], and of D [H]."""
     decay, scores, mix, states, kept, carried = saved
-    h, n, p, g = config.n_heads, config.d_state, config.headdim, config.ngroups
-    r, q = h // g, chunk
+    h, n, p, q = config.n_heads, config.d_state, config.headdim, decay.shape[-1]
     b, c = act.shape[0], act.shape[1] // q
     x, B, C = _parts(act, config, q)
     e, K = decay[:, :, 0], decay[:, :, 1:]
     d_act = torch.empty_like(act)
     d_x, d_B, d_C = _parts(d_act, config, q)
-    d_y = d_y.view(b, c, q, g, r, p)
+    d_y = d_y.view(b, c, q, h, p)
 
     d_sums = torch.empty_like(decay)  # of the exponents: row 0 of e, rows 1.. of K
     d_sums[:, :, 0] = 0
     d_x[:, -1], d_B[:, -1], d_C[:, 0] = 0, 0, 0
-    x_heads, d_x_heads, d_y_heads = _heads(x), _heads(d_x), _heads(d_y)
     d_ends = d_sums.new_zeros(h, b, c, q)  # of the exponents of K's last column
-    for i in range(g if c > 1 else 0):
-        heads = slice(i * r, (i + 1) * r)
-        d_carried = d_y[:, 1:, :, i] * _over_tokens(e[heads], b)[:, 1:]  # [B, c - 1, Q, R, P]
-        d_e = (d_carried * carried[i]).sum(-1).permute(3, 0, 1, 2)  # [R, B, c - 1, Q]
-        d_sums.view(h, b, c, q + 1, q)[heads, :, 1:, 0] = d_e
-        d_C[:, 1:, :, i] = torch.bmm(_flat(d_carried, q), _flat(states[i]).transpose(1, 2)).view(b, c - 1, q, n)
-        d_states = torch.bmm(_some(C[:, 1:], i).transpose(1, 2), _flat(d_carried, q)).view(b, c - 1, n, r, p)
-        total = e[heads, :, -1].view(r, b, c).permute(1, 2, 0)[:, :, None, :, None]  # [B, c, 1, R, 1]
+    if c > 1:
+        d_e = d_sums.view(h, b, c, q + 1, q)[:, :, :, 0]  # [H, B, c, Q]
+        d_carried = d_y[:, 1:] * _over_tokens(e, b)[:, 1:]  # [B, c - 1, Q, H, P]
+        d_e[:, :, 1:] = (d_carried * carried).sum(-1).permute(3, 0, 1, 2)
+        d_carried, flat = d_carried.view(-1, q, h * p), states.view(-1, n, h * p)
+        d_C[:, 1:] = (d_carried @ flat.transpose(1, 2)).view(b, c - 1, q, n)
+        d_states = (C[:, 1:].flatten(0, 1).transpose(1, 2) @ d_carried).view(b, c - 1, n, h, p)
+        total = e[..., -1].view(h, b, c).permute(1, 2, 0)[:, :, None, :, None]  # [B, c, 1, H, 1]
         for k in range(c - 2, 0, -1):
-            d_total = (d_states[:, k] * states[i, :, k - 1]).sum((1, 3)) * total[:, k, 0, :, 0]  # [B, R]
-            d_sums.view(h, b, c, q + 1, q)[heads, :, k, 0, -1] += d_total.T
+            d_total = (d_states[:, k] * states[:, k - 1]).sum((1, 3)) * total[:, k, 0, :, 0]  # [B, H]
+            d_e[:, :, k, -1] += d_total.T
             d_states[:, k - 1].addcmul_(d_states[:, k], total[:, k])
-        d_B[:, :-1, :, i] = torch.bmm(_flat(kept[i], q), _flat(d_states).transpose(1, 2)).view(b, c - 1, q, n)
-        d_kept = torch.bmm(_some(B[:, :-1], i), _flat(d_states)).view(b, c - 1, q, r, p)
-        torch.mul(d_kept, _over_tokens(K[heads, :, :, -1], b)[:, :-1], out=d_x[:, :-1, :, i])
-        d_ends[heads, :, :-1] = d_kept.mul_(kept[i]).sum(-1).permute(3, 0, 1, 2)
+        flat = d_states.view(-1, n, h * p)
+        d_B[:, :-1] = (kept.view(-1, q, h * p) @ flat.transpose(1, 2)).view(b, c - 1, q, n)
+        d_kept = (B[:, :-1].flatten(0, 1) @ flat).view(b, c - 1, q, h, p)
+        torch.mul(d_kept, _over_tokens(K[..., -1], b)[:, :-1], out=d_x[:, :-1])
+        d_ends[:, :, :-1] = d_kept.mul_(kept).sum(-1).permute(3, 0, 1, 2)
 
     d_mix = d_sums[:, :, 1:]  # [H, B*c, Q(from), Q(to)]
-    for i in range(h):
-        torch.bmm(x_heads[i], d_y_heads[i].transpose(1, 2), out=d_mix[i])
-        d_x_heads[i].baddbmm_(mix[i], d_y_heads[i])
+    for i, (x_i, d_x_i, d_y_i) in enumerate(zip(_heads(x), _heads(d_x), _heads(d_y), strict=True)):
+        torch.bmm(x_i, d_y_i.transpose(1, 2), out=d_mix[i])
+        d_x_i.baddbmm_(mix[i], d_y_i)
     d_D = d_mix.diagonal(dim1=-2, dim2=-1).sum((1, 2))  # [H]
     d_mix *= K
-    for i in range(g):
-        heads = slice(i * r, (i + 1) * r)
-        d_scores = d_mix[heads].sum(0)  # [B*c, Q(from), Q(to)]
-        d_mix[heads] *= scores[i]
-        _rows(d_B, i).baddbmm_(d_scores, _rows(C, i))
-        _rows(d_C, i).baddbmm_(d_scores.transpose(1, 2), _rows(B, i))
+    d_scores = d_mix.sum(0)  # [B*c, Q(from), Q(to)]
+    d_mix *= scores
+    d_B.flatten(0, 1).baddbmm_(d_scores, C.flatten(0, 1))
+    d_C.flatten(0, 1).baddbmm_(d_scores.transpose(1, 2), B.flatten(0, 1))
     d_mix[..., -1] += d_ends.view(h, b * c, q)
     weights, _ = segment_weights(q, act.dtype, act.device)
     d_a = (d_sums.view(h * b * c, -1) @ weights.T).view(h, b * c, q)
     return d_act, d_mix.sum(-1), d_a, d_D
 
 
-def _gate_forward(y, z, weight, config):
-    """v = y SiLU(z); v / sqrt(mean(v^2) + eps) * weight, the mean over each of G groups. Returns it and 1 / sqrt."""
+def _gate_forward(y, z, weight, eps):
+    """v = y SiLU(z); v / sqrt(mean(v^2) + eps) * weight. Returns it and 1 / sqrt."""
     b, length, inner = z.shape
-    groups = config.ngroups
-    out, scale = y.new_empty(b, length, inner), y.new_empty(b, length, groups, 1)
+    out, scale = y.new_empty(b, length, inner), y.new_empty(b, length, 1)
     for rows in _row_blocks(length, inner):
         for i in range(b):
-            v = torch.nn.functional.silu(z[i, rows]).mul_(y[i, rows]).view(-1, groups, inner // groups)
-            mean = torch.linalg.vector_norm(v, dim=-1, keepdim=True).square_().div_(inner // groups)
-            scale[i, rows] = mean.add_(config.norm_eps).rsqrt_()
-            torch.mul(v.mul_(scale[i, rows]).view(-1, inner), weight, out=out[i, rows])
+            v = F.silu(z[i, rows]).mul_(y[i, rows])
+            mean = torch.linalg.vector_norm(v, dim=-1, keepdim=True).square_().div_(inner)
+            scale[i, rows] = mean.add_(eps).rsqrt_()
+            torch.mul(v.mul_(scale[i, rows]), weight, out=out[i, rows])
     return out, scale
 
 
-def _gate_backward(grad, y, z, weight, scale, config, d_y, d_z):
+def _gate_backward(grad, y, z, weight, scale, d_y, d_z):
     """Writes d_y and d_z; returns the gradient of weight.
 
     With v = y s, s = SiLU(z), r = scale, n = v r and f = grad weight:   d_v = r (f - n mean(f n)).
     """
     b, length, inner = z.shape
-    groups = config.ngroups
     d_weight = torch.zeros_like(weight)
     for rows in _row_blocks(length, inner):
         for i in range(b):
-            gate = torch.nn.functional.silu(z[i, rows])
+            gate = F.silu(z[i, rows])
             r = scale[i, rows]
-            n = (gate * y[i, rows]).view(-1, groups, inner // groups).mul_(r)
-            product = n.view(-1, inner) * grad[i, rows]
+            n = (gate * y[i, rows]).mul_(r)
+            product = n * grad[i, rows]
             d_weight += product.sum(0)
-            mean = product.mul_(weight).view(-1, groups, inner // groups).mean(-1, keepdim=True)
-            d_v = torch.mul(grad[i, rows], weight, out=product).view(-1, groups, inner // groups)
-            d_v = d_v.addcmul_(n, mean, value=-1).mul_(r).view(-1, inner)
+            mean = product.mul_(weight).mean(-1, keepdim=True)
+            d_v = torch.mul(grad[i, rows], weight, out=product).addcmul_(n, mean, value=-1).mul_(r)
             torch.mul(d_v, gate, out=d_y[i, rows])
             torch.ops.aten.silu_backward.grad_input(d_v.mul_(y[i, rows]), z[i, rows], grad_input=d_z[i, rows])
     return d_weight
@@ -238,68 +236,16 @@ def _row_blocks(length, inner):
 
 
 def _parts(act, config, q):
-    """Views x [B, c, Q, G, R, P], B and C [B, c, Q, G, N] of act [B, T', E]."""
-    g, n = config.ngroups, config.d_state
-    act = act.unflatten(1, (-1, q))  # [B, c, Q, E]
-    x, B, C = act.split([config.d_inner, g * n, g * n], -1)
-    x = x.unflatten(-1, (g, -1, config.headdim))
-    return x, B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
-
-
-def _rows(t, i):
-    """[B, c, Q, G, N] -> the view [B*c, Q, N] of group i."""
-    return t[:, :, :, i].flatten(0, 1)
-
-
-def _some(t, i):
-    """[B, c - 1, Q, G, N] -> [B*(c - 1), Q, N] of group i, copied."""
-    return t[:, :, :, i].flatten(0, 1)
+    """Views x [B, c, Q, H, P], B and C [B, c, Q, N] of act [B, T', E]."""
+    x, B, C = act.unflatten(1, (-1, q)).split([config.d_inner, config.d_state, config.d_state], -1)
+    return x.unflatten(-1, (-1, config.headdim)), B, C
 
 
 def _heads(t):
-    """[B, c, Q, G, R, P] -> views [B*c, Q, P], one per head."""
-    return t.flatten(3, 4).flatten(0, 1).unbind(2)
-
-
-def _flat(t, q=None):
-    """[B, c - 1, N or Q, R, P] -> the view [B*(c - 1), N or Q, R*P]."""
-    return t.flatten(3, 4).flatten(0, 1)
+    """[B, c, Q, H, P] -> views [B*c, Q, P], one per head."""
+    return t.flatten(0, 1).unbind(2)
 
 
 def _over_tokens(t, b):
-    """[R, B*c, Q] -> [B, c, Q, R, 1]."""
+    """[H, B*c, Q] -> [B, c, Q, H, 1]."""
     return t.unflatten(1, (b, -1)).permute(1, 2, 3, 0).unsqueeze(-1)
-
-
-def _by_head(t, padded, q):
-    """[B, T, H] -> [H, B*c, Q], zero in the padding."""
-    b, length, h = t.shape
-    out = t.new_zeros(h, b, padded)
-    out[:, :, :length] = t.permute(2, 0, 1)
-    return out.view(h, -1, q)
-
-
-def _by_token(t, b, length):
-    """[H, B*c, Q] -> [B, T, H]."""
-    return t.reshape(t.shape[0], b, -1)[:, :, :length].permute(1, 2, 0)
-
-
-_SEGMENTS = {}
-
-
-def segment_weights(q, dtype, device):
-    """0/1 weights [Q, (Q + 1) * Q] that sum a_k over j < k <= i for every start j = -1 .. Q-1 and end i = 0 .. Q-1,
-    and an offset [(Q + 1) * Q], -inf where i < j.
-
-    The sums are made as one product, and each holds only its own terms: a difference of two cumulative sums would
-    lose digits, and could make exp of a positive number.
-    """
-    key = (q, dtype, device)
-    if key not in _SEGMENTS:
-        j = torch.arange(-1, q, device=device)[:, None]  # [Q + 1, 1]
-        i = torch.arange(q, device=device)  # [Q]
-        k = torch.arange(q, device=device)[:, None, None]  # [Q, 1, 1]
-        weights = ((k > j) & (k <= i)).to(dtype).flatten(1)  # [Q, (Q + 1) * Q]
-        offset = torch.zeros(q + 1, q, dtype=dtype, device=device).masked_fill_(i < j, -math.inf)
-        _SEGMENTS[key] = weights, offset.flatten()
-    return _SEGMENTS[key]

@@ -41,7 +41,7 @@ def make_model(config, *, kernel="auto", device="cpu", seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = Mamba2LM(config)
-    library = _find_mamba_ssm(kernel, device)
+    library = find_mamba_ssm(kernel, device)
     if library is None:
         return model.to(device)
     fast = MambaSSMLM(config, library, device)
@@ -97,7 +97,7 @@ class MambaSSMLM(LanguageModel):
         return self._theirs[0].generate(input_ids, max_length=length, top_k=1, vocab_size=self.vocab_size)
 
 
-def _find_mamba_ssm(kernel, device):
+def find_mamba_ssm(kernel, device):
     """What `MambaSSMLM` needs of mamba-ssm, or None for the torch kernel. Imports nothing unless the device is CUDA."""
     if kernel not in KERNELS:
         raise UsageError(f"unknown kernel {kernel}: choose one of {', '.join(KERNELS)}")

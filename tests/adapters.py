@@ -5,6 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
+from common.products import Product
+
 
 def normal(draw, *shape, dtype=torch.float64):
     return torch.tensor(draw.standard_normal(shape)).to(dtype)
@@ -23,6 +25,15 @@ def parts_of(seed, d, k, ranks):
 
 def dense(parts):
     return sum(w * s * B.numpy() @ A.numpy() for w, s, A, B in parts)
+
+
+def product_of(parts):
+    """sum_i weight_i scale_i B_i A_i as a `Product`."""
+    (*_, A, B), *_ = parts
+    total = Product(len(B), A.shape[1])
+    for weight, scale, A, B in parts:
+        total.add(A, B, weight * scale)
+    return total
 
 
 class Layers(torch.nn.Module):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from common import cross_entropy
-from common.cross_entropy import linear_cross_entropy, sample_labels, token_statistics
+from mamba_fl.cross_entropy import linear_cross_entropy, sample_labels, token_statistics
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import common.hub
 from common.cli import UsageError
-from lora_glue_fl import glue_files
 from lora_glue_fl.data_prep import (
     TASKS,
     encode,
@@ -190,7 +190,7 @@ def hub(monkeypatch):
         return state["rows"]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(glue_files, "hub_reachable", lambda: True)
+    monkeypatch.setattr(common.hub, "hub_reachable", lambda: True)
     return state
 
 

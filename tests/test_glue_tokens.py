@@ -101,8 +101,8 @@ def test_scores_are_floats_in_batches():
 
 def test_tokens_are_cached_under_everything_that_shapes_them(tmp_path, monkeypatch):
     calls = []
-    plain = data_prep._tokenize
-    monkeypatch.setattr(data_prep, "_tokenize", lambda *args: calls.append(args) or plain(*args))
+    plain = data_prep.tokenize
+    monkeypatch.setattr(data_prep, "tokenize", lambda *args: calls.append(args) or plain(*args))
     monkeypatch.setattr(data_prep, "_CHUNK", 500)  # several chunks
     data, tokenizer = load_task("rte", "demo"), load_tokenizer("demo")
     first, again = encode(data, tokenizer), encode(data, tokenizer)

@@ -153,7 +153,7 @@ def test_divergence_by_hand_and_against_scipy():
         wanted = jensenshannon(p, q, base=2) ** 2
         assert partition.js_divergence(p, q) == pytest.approx(wanted, abs=1e-12)
     for wrong in (([0, 0], [1, 1]), ([1, -1], [1, 1]), ([1, 1], [1, 1, 1]), ([1, math.nan], [1, 1])):
-        with pytest.raises(ValueError, match="one shape, no negative values and positive sums"):
+        with pytest.raises(ValueError, match="one number of classes, no negative values and positive sums"):
             partition.js_divergence(*wrong)
 
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import Ridge
 
 from common.cli import UsageError
 from vit_sparse_fl import vit
-from vit_sparse_fl.ridge import features_of, ridge_head
+from vit_sparse_fl.ridge import ridge_head
 from vit_sparse_fl.vit import make_model
 
 
@@ -41,11 +42,10 @@ def test_ridge_head_is_ridge_regression():
 
 
 def test_ridge_head_is_sklearns():
-    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     features, labels = ridge_data()
     model = make_model("tiny", image_size=32, n_classes=4)
     scale = ridge_head(model, features, labels, l2=2.5)["scale"]
-    ridge = linear_model.Ridge(alpha=2.5).fit(features.double().numpy(), np.eye(4)[labels.numpy()])
+    ridge = Ridge(alpha=2.5).fit(features.double().numpy(), np.eye(4)[labels.numpy()])
     np.testing.assert_allclose(model.classifier.weight.detach().numpy() / scale, ridge.coef_, atol=2e-6)
     np.testing.assert_allclose(model.classifier.bias.detach().numpy() / scale, ridge.intercept_, atol=2e-6)
 
@@ -84,13 +84,3 @@ def test_ridge_with_constant_features_and_wrong_labels():
     assert model.classifier(torch.ones(1, 12)).argmax().item() == 1
     with pytest.raises(UsageError, match="labels reach 4, the head has 4"):
         ridge_head(model, torch.ones(2, 12), torch.tensor([0, 4]))
-
-
-def test_features_of_batches():
-    model = make_model("tiny", image_size=32, n_classes=4).train()
-    x, y = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(5)
-    features, labels = features_of(model, [(x[:2], y[:2]), (x[2:], y[2:])])
-    torch.testing.assert_close(features, model.features(x))
-    assert torch.equal(labels, y) and model.training and not features.requires_grad
-    with pytest.raises(UsageError, match="no images"):
-        features_of(model, [])

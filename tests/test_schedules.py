@@ -24,11 +24,9 @@ def test_cosine_is_torchs(total, base, min_lr):
     assert [lr_at(t, total, base, "cosine", min_lr=min_lr) for t in range(total)] == pytest.approx(wanted, rel=1e-9)
 
 
-@pytest.mark.parametrize("step_size, gamma", [(3, 0.1), (4, 0.5)])
-def test_step_is_torchs(step_size, gamma):
-    wanted = torch_rates(lambda o: torch.optim.lr_scheduler.StepLR(o, step_size, gamma), 10, 0.2)
-    got = [lr_at(t, 10, 0.2, "step", step_size=step_size, gamma=gamma) for t in range(10)]
-    assert got == pytest.approx(wanted, rel=1e-12)
+def test_step_is_torchs_with_a_third_of_the_run():
+    wanted = torch_rates(lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=4, gamma=0.1), 10, 0.2)
+    assert [lr_at(t, 10, 0.2, "step") for t in range(10)] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_warm_up_then_cosine_is_torchs_sequence():

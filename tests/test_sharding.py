@@ -1,5 +1,4 @@
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -14,13 +13,14 @@ from common.sharding import (
     classes,
     contiguous,
     dirichlet,
-    fingerprint,
     iid,
-    load_manifest,
     overlap,
-    save_manifest,
     stratified,
 )
+
+
+def listed(parts):
+    return [part.tolist() for part in parts]
 
 
 @pytest.mark.parametrize("n, k", [(1, 1), (4, 4), (10, 3), (100, 7), (33, 32)])
@@ -39,8 +39,8 @@ def test_contiguous_is_in_order():
 
 def test_iid_is_random_and_repeatable():
     first, again, other = (iid(1000, 4, stream(seed, "sharding")) for seed in (0, 0, 1))
-    assert fingerprint(first) == fingerprint(again) != fingerprint(other)
-    assert fingerprint(first) != fingerprint(contiguous(1000, 4))
+    assert listed(first) == listed(again) != listed(other)
+    assert listed(first) != listed(contiguous(1000, 4))
     assert all(abs(part.mean() - 499.5) < 75 for part in first)  # 4 standard errors
 
 
@@ -83,40 +83,6 @@ def test_check_finds_what_is_wrong():
             check(bad, 3)
     with pytest.raises(ValueError, match="client 1 has 0"):
         check([[0, 1, 2], []], 3)
-
-
-def test_fingerprints_tell_partitions_apart():
-    assert len({fingerprint(p) for p in ([[0, 1], [2]], [[0], [1, 2]], [[0, 2], [1]], [[2], [0, 1]])}) == 4
-    assert fingerprint([[0, 1], [2]]) == fingerprint([np.array([0, 1], dtype=np.int32), np.array([2])])
-
-
-def test_a_manifest_comes_back_and_damage_is_noticed(tmp_path):
-    path, parts = tmp_path / "shards.json", iid(50, 4, stream(0, "sharding"))
-    save_manifest(path, parts, sharding="iid", seed=0)
-    loaded, facts = load_manifest(path)
-    assert facts == {"sharding": "iid", "seed": 0}
-    assert all(np.array_equal(a, b) for a, b in zip(loaded, parts, strict=True))
-    assert [p.name for p in tmp_path.iterdir()] == ["shards.json"]
-    content = json.loads(path.read_text())
-    content["clients"][0][0] += 1
-    path.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match="damaged"):
-        load_manifest(path)
-    for text in ('{"clients": [[', "[]", "{}", '{"clients": 3}'):
-        path.write_text(text)
-        with pytest.raises(UsageError, match="no partition"):
-            load_manifest(path)
-    with pytest.raises(UsageError, match="no partition"):
-        load_manifest(tmp_path / "missing.json")
-
-
-def test_a_failed_save_leaves_the_old_manifest(tmp_path):
-    path = tmp_path / "shards.json"
-    save_manifest(path, [[0], [1]])
-    before = path.read_bytes()
-    with pytest.raises(TypeError):
-        save_manifest(path, [[0, 1]], unwritable=object())
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 # ------------------------------------------------------------------------------------------- by label
@@ -189,7 +155,7 @@ def test_classes_where_nothing_divides():
 def test_classes_mix_afresh_and_follow_the_generator():
     labels = make_labels(10, 50)
     first, again, other = (classes(labels, 20, 2, stream(seed, "sharding"))[0] for seed in (0, 0, 1))
-    assert fingerprint(first) == fingerprint(again) != fingerprint(other)
+    assert listed(first) == listed(again) != listed(other)
     groups = {tuple(np.flatnonzero(row)) for row in class_counts(first, labels, 10)}
     assert len(groups) > 5  # blocks of 5 clients: one permutation for all would give 5 groups
     for seed in range(5):  # 3 of 53 left over in each class, 30 in all: they go to the clients that have the fewest
@@ -240,6 +206,29 @@ def test_dirichlet_notes_what_it_repaired():
     assert set(short) == set(np.flatnonzero(sizes == 3)) and len(short) <= moved <= 3 * len(short)
     assert (sizes == 3).sum() >= 4
     assert dirichlet(labels, 10, 100.0, stream(0, "sharding"))[1] == []
+
+
+def test_dirichlet_keeps_the_best_draw_and_takes_from_the_largest():
+    """A plain loop over the same draws; and a class's samples are dealt in random order, not in the corpus'."""
+    labels, k, least = np.repeat(np.arange(4), 100), 10, 12
+    parts, notes = dirichlet(labels, k, 0.05, stream(0, "sharding"), least)
+    generator, draws = stream(0, "sharding"), []
+    for _ in range(20):
+        counts = np.zeros((4, k), dtype=int)
+        for row, ideal in zip(counts, 100 * generator.dirichlet([0.05] * k, size=4), strict=True):
+            row += ideal.astype(int)
+            for client in sorted(range(k), key=lambda c: ideal[c].astype(int) - ideal[c])[: 100 - row.sum()]:
+                row[client] += 1
+        draws.append((sum(max(0, least - n) for n in counts.sum(axis=0)), counts.sum(axis=0).tolist()))
+    lacking, sizes = min(draws, key=lambda draw: draw[0])
+    assert 0 < lacking < max(draw[0] for draw in draws) and f"; {lacking} moved" in notes[0]
+    while min(sizes) < least:
+        to, giver = sizes.index(min(sizes)), sizes.index(max(sizes))
+        sizes[to] += 1
+        sizes[giver] -= 1
+    assert [len(part) for part in parts] == sizes
+    even = np.concatenate(dirichlet(labels, 2, 1e9, stream(0, "sharding"))[0][:1])
+    assert ((even % 100 < 50).sum() - 100) ** 2 < 30**2  # 200 of 400: about 100 from the classes' first halves
 
 
 def test_dirichlet_is_as_skewed_as_alpha_says():
@@ -313,9 +302,9 @@ def test_overlap_shares_what_rho_says(k, rho):
 def test_overlap_at_zero_is_stratified_and_follows_the_generator():
     labels = make_labels(3, 100)
     parts = overlap(labels, 7, 0.0, stream(3, "sharding"))[0]
-    assert fingerprint(parts) == fingerprint(stratified(labels, 7, stream(3, "sharding")))
+    assert listed(parts) == listed(stratified(labels, 7, stream(3, "sharding")))
     first, again, other = (overlap(labels, 7, 0.3, stream(seed, "sharding"))[0] for seed in (0, 0, 1))
-    assert fingerprint(first) == fingerprint(again) != fingerprint(other)
+    assert listed(first) == listed(again) != listed(other)
 
 
 @pytest.mark.parametrize("rho", [-0.1, 1.01, float("nan")])
@@ -369,4 +358,4 @@ def test_category_overlap_keeps_most_of_the_category():
         assert (labels[after] != own).sum() == pytest.approx(500 / 6, abs=16)
     assert "with several clients" in notes[0]
     same, notes = category_overlap(labels, 2, 0.0, stream(0, "sharding"))
-    assert fingerprint(same) == fingerprint(plain) and notes == []
+    assert listed(same) == listed(plain) and notes == []

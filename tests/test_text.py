@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from common import corpora, text
+from common import corpora, hub, text
 from common.cache import read_cached, write_cached
 from common.cli import UsageError
 
@@ -28,7 +28,7 @@ def _alone(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def write_wikitext(folder, names=corpora._RAW_FILES, change=lambda data: data):
+def write_wikitext(folder, names=corpora.RAW_FILES, change=lambda data: data):
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
         content = "".join(ARTICLE.format(f"Thing {i} {j}") for j in range(3)) + TABLE
@@ -63,7 +63,7 @@ def test_a_line_separator_inside_a_line_is_no_line_end():
 
 
 @pytest.mark.parametrize("folder", ["wikitext-2", "wikitext2", "wikitext-2-raw", "wikitext-2-raw-v1", "."])
-@pytest.mark.parametrize("variant, names", corpora._FILES)
+@pytest.mark.parametrize("variant, names", corpora.FILES)
 def test_local_files_are_found_under_their_usual_names(tmp_path, folder, variant, names):
     write_wikitext(tmp_path / "data" / folder, names)
     corpus = text.load_corpus("wikitext2", tmp_path / "data")
@@ -135,14 +135,14 @@ def test_no_files_and_no_network_is_one_line_with_the_way_out(tmp_path):
 
 def test_a_network_that_does_not_answer_is_given_up_soon(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(corpora, "_HUB_SECONDS", 0.2)
+    monkeypatch.setattr(hub, "HUB_SECONDS", 0.2)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
-        assert not corpora.hub_reachable()
+        assert not hub.hub_reachable()
         assert time.monotonic() - start < 3
-    assert not corpora.hub_reachable()  # now nobody listens
+    assert not hub.hub_reachable()  # now nobody listens
 
 
 def test_the_hub_gives_the_official_bytes_and_is_asked_once(tmp_path, monkeypatch):
@@ -150,16 +150,16 @@ def test_the_hub_gives_the_official_bytes_and_is_asked_once(tmp_path, monkeypatc
 
     write_wikitext(tmp_path / "local")
     local = text.load_corpus("wikitext2", tmp_path / "local")
-    names = dict(zip(text.SPLITS, corpora._RAW_FILES, strict=True))
+    names = dict(zip(text.SPLITS, corpora.RAW_FILES, strict=True))
     calls = []
 
-    def hub(*args):
+    def load_dataset(*args):
         calls.append(args)
         lines = {s: (tmp_path / "local" / names[s]).read_text("utf-8").splitlines(True) for s in names}
         return {s: {"text": ["" if not line.strip() else line for line in lines[s]]} for s in names}
 
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     first = text.load_corpus("wikitext2", tmp_path / "empty")
     assert first.fingerprint == local.fingerprint
     assert first.variant == "raw" and first.source.startswith("hub")
@@ -176,11 +176,11 @@ def test_the_hub_gives_the_official_bytes_and_is_asked_once(tmp_path, monkeypatc
 def test_a_hub_that_fails_is_one_line(tmp_path, monkeypatch):
     import datasets
 
-    def hub(*args):
+    def load_dataset(*args):
         raise ConnectionError("gone\nin the middle")
 
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     with pytest.raises(UsageError) as error:
         text.load_corpus("wikitext2", tmp_path)
     assert "gone" in one_line(error) and "--dataset demo" in str(error.value)
@@ -366,7 +366,7 @@ def test_the_cache_is_used_and_a_damaged_file_is_rebuilt(tmp_path, monkeypatch):
     path = next((tmp_path / "cache").glob("tokens-*"))
     good = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(text, "_tokenize", None)
+        patch.setattr(text, "tokenize", None)
         assert same(text.encode(corpus, tokenizer), first)
     inside = good.index(first["train"].tokens.tobytes()) + 8
     for bad in (flipped(good, inside), good[:-30], good[: len(good) // 2], b"", b"not an archive"):

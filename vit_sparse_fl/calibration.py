@@ -82,7 +82,7 @@ def make_masks(study, theta):
         raise RunFailed(f"the {args.mask_merge} of the clients' masks keeps none of {total} weights: use another")
     study.log.info(f"mask: {kept} of {total} weights are trained, {100 * kept / total:.2f} %")
     for layer, fraction in kept_per_layer(masks).items():
-        study.log.info(f"kept {100 * fraction:6.2f} % of {layer}", quiet=True)
+        study.log.info(f"kept {100 * fraction:6.2f} % of {layer}", extra={"quiet": True})
     if parallel.is_main():
         save_mask(path, masks, about)
     parallel.barrier()

@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional
 
 from common import sharding as shards
+from common.cache import one_line
 from common.cli import UsageError
-from common.corpora import data_folder, one_line
+from common.corpora import data_folder
 from common.seeding import stream
 from vit_sparse_fl import demo_images
 

@@ -29,7 +29,7 @@ from vit_sparse_fl.heads import fit_head
 from vit_sparse_fl.masks import maskable
 from vit_sparse_fl.schedules import lr_at
 from vit_sparse_fl.sparse_sgdm import SparseSGDM
-from vit_sparse_fl.text_log import TextLog
+from vit_sparse_fl.text_log import open_log
 from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, save_pretrained
 
 
@@ -95,7 +95,7 @@ class Study:
         facts = {"clients": len(self.examples), "weights_sha256": fingerprint(self.parameters)}
         if sparse and args.mask:
             facts["mask_sha256"] = hashlib.sha256(Path(args.mask).read_bytes()).hexdigest()
-        self.log = TextLog(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
+        self.log = open_log(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
         run.begin(data.fingerprint | facts, self._sizes(), self._resolved())
         for note in notes + more:
             self.log.info(note)
@@ -375,7 +375,7 @@ class Study:
         self.best.offer(round, metrics["val_accuracy"], theta)
         self.run.log(round, {**metrics, **fields}, time.perf_counter() - started)
         shown = [f"{name} {v:.4f}" for name, v in {**metrics, **fields}.items() if isinstance(v, float)]
-        self.log.info(f"round {round + 1}  " + "  ".join(shown), quiet=True)
+        self.log.info(f"round {round + 1}  " + "  ".join(shown), extra={"quiet": True})
 
     # ---- the end
 

@@ -7,21 +7,6 @@ from common.cli import UsageError
 _GRID = tuple(10.0**e for e in range(-6, 2))  # times the mean eigenvalue of the features' scatter matrix
 
 
-@torch.no_grad()
-def features_of(model, batches):
-    """(features [n, D] fp32, labels [n]) of `batches`, pairs (normalised pixels [B, 3, S, S], labels [B]).
-
-    The model is in eval mode meanwhile.
-    """
-    training = model.training
-    model.eval()
-    pairs = [(model.features(pixels).float(), labels) for pixels, labels in batches]
-    model.train(training)
-    if not pairs:
-        raise UsageError("no images to fit the head on: raise the number of images")
-    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
-
-
 def ridge_head(model, features, labels, l2=None, validation=None):
     """Fits `model.classifier` to features [n, D] and labels [n], and writes its weight and bias.
 

@@ -5,12 +5,12 @@ import math
 KINDS = ("cosine", "step", "none")
 
 
-def lr_at(step, total, base, kind="cosine", *, warmup=0, min_lr=0.0, step_size=None, gamma=0.1):
+def lr_at(step, total, base, kind="cosine", *, warmup=0, min_lr=0.0):
     """The learning rate of step (or epoch, or round) `step` = 0, 1, ... of `total`.
 
     warm-up, t < warmup: base (t + 1) / warmup. After it, with u = t - warmup and T = total - warmup:
         cosine: min_lr + (base - min_lr) (1 + cos(pi u / T)) / 2     (Loshchilov & Hutter 2017, eq. 5, no restart)
-        step:   max(min_lr, base gamma^floor(u / step_size)); step_size defaults to a third of T, rounded up
+        step:   max(min_lr, base 0.1^floor(u / ceil(T / 3)))
         none:   base
     Cosine and step are torch's CosineAnnealingLR(T_max=T, eta_min=min_lr) and StepLR in closed form. The last step
     of a cosine is one short of min_lr, as torch's is.
@@ -27,5 +27,5 @@ def lr_at(step, total, base, kind="cosine", *, warmup=0, min_lr=0.0, step_size=N
     if kind == "cosine":
         return min_lr + (base - min_lr) * (1 + math.cos(math.pi * u / length)) / 2
     if kind == "step":
-        return max(min_lr, base * gamma ** (u // (step_size or math.ceil(length / 3))))
+        return max(min_lr, base * 0.1 ** (u // math.ceil(length / 3)))
     return base

@@ -1,43 +1,43 @@
-"""The text log of a run: `LOG_DIR/NAME.log`, a line `timestamp | level | message` each."""
+"""The text log of a run: `LOG_DIR/NAME.log`, a line `timestamp | level | message` each, by Python's logging."""
 
+import logging
 import sys
-import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common import parallel
-from common.checkpoint import saving
 from common.cli import UsageError
 
 
-class TextLog:
-    """Appends lines to the log and shows them on stderr; the main process's part only.
+class _BesideTheBar(logging.Handler):
+    """Messages on stderr, above a progress bar; those with extra={"quiet": True} are for the file alone."""
+
+    def emit(self, record):
+        if not getattr(record, "quiet", False):
+            tqdm.write(record.getMessage(), file=sys.stderr)
+
+
+def open_log(folder, name):
+    """The study's logger, from now on into this run's file and on stderr; the main process's part only.
 
     Args: folder: of the logs; name: the run's. Raises UsageError when the folder cannot be made.
     """
-
-    def __init__(self, folder, name):
-        self.path = Path(folder) / f"{name}.log"
-        if parallel.is_main():
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UsageError(f"cannot write {folder}: {error.strerror}; choose --log-dir") from None
-
-    def info(self, message, quiet=False):
-        """A line of level INFO; quiet: only in the file."""
-        self._write("INFO", message, quiet)
-
-    def warning(self, message):
-        """A line of level WARNING."""
-        self._write("WARNING", message, quiet=False)
-
-    def _write(self, level, message, quiet):
-        if not parallel.is_main():
-            return
-        with saving(self.path):
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} | {level} | {message}\n")
-        if not quiet:
-            tqdm.write(message, file=sys.stderr)
+    log = logging.getLogger("vit_sparse_fl")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):  # of the run before this one
+        log.removeHandler(handler)
+        handler.close()
+    if parallel.is_main():
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write {folder}: {error.strerror}; choose --log-dir") from None
+        file = logging.FileHandler(Path(folder) / f"{name}.log", encoding="utf-8", delay=True)
+        file.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(file)
+        log.addHandler(_BesideTheBar())
+    else:
+        log.addHandler(logging.NullHandler())
+    return log

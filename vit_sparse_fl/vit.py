@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
+from common.cache import one_line
 from common.cli import UsageError
-from common.corpora import hub_reachable, one_line
-from common.hub import quiet
+from common.hub import hub_reachable, quiet
 from common.seeding import torch_stream
 
 DINO = "facebook/dino-vits16"
