@@ -10,11 +10,11 @@ import pytest
 import common.hub
 from common.cli import UsageError
 from lora_glue_fl.data_prep import (
-    TASKS,
     encode,
     load_task,
     load_tokenizer,
 )
+from lora_glue_fl.glue_tasks import TASKS
 from lora_glue_fl.metrics import evaluate
 
 FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI"}

@@ -9,12 +9,12 @@ from common.cli import UsageError
 from common.seeding import stream
 from lora_glue_fl import data_prep
 from lora_glue_fl.data_prep import (
-    TASKS,
     encode,
     load_task,
     load_tokenizer,
     training_batches,
 )
+from lora_glue_fl.glue_tasks import TASKS
 
 
 @pytest.fixture(autouse=True)

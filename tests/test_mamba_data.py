@@ -8,6 +8,7 @@ import torch
 
 from common import text
 from common.cli import UsageError
+from common.corpora import Corpus
 from mamba_fl import data
 
 
@@ -22,8 +23,8 @@ def _alone(monkeypatch, tmp_path):
 def marked(monkeypatch):
     """A corpus of 26 documents, each of one letter only, of different lengths; every letter is a token."""
     documents = [letter * (60 + 7 * i) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")]
-    corpus = text.Corpus("marked", "none", "a test", documents, ["zyx" * 11], ["wv" * 20])
-    monkeypatch.setattr(text, "load_corpus", lambda *args: corpus)
+    corpus = Corpus("marked", "none", "a test", documents, ["zyx" * 11], ["wv" * 20])
+    monkeypatch.setattr(data, "load_corpus", lambda *args: corpus)
     return corpus
 
 
