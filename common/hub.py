@@ -14,19 +14,20 @@ from common.cli import RunFailed, UsageError
 # Everything that asks the hub's library for a model gives these: it takes a download with fewer files for incomplete.
 MODEL_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights; no pickles
 _VARIABLES = ("HF_HOME", "HF_HUB_CACHE")
-HUB_SECONDS = 5  # for the hub's first answer
+ANSWER_SECONDS = 5  # for a server's first answer
 
 
 def hub_reachable():
-    """Whether the Hugging Face hub answers within seconds. False when HF_HUB_OFFLINE asks to stay offline.
+    """Whether the Hugging Face hub answers within seconds; its own clients try for up to a minute."""
+    return answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
-    Without a network the hub's own clients try again for half a minute to a minute before they give up.
-    """
+
+def answers(address):
+    """Whether the server at `address` answers within seconds. False when HF_HUB_OFFLINE asks to stay offline."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "on", "yes", "true"):
         return False
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=HUB_SECONDS).close()
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:
         return True  # an answer, if not a friendly one: the client will say what is wrong
     except (OSError, ValueError):

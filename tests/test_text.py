@@ -135,7 +135,7 @@ def test_no_files_and_no_network_is_one_line_with_the_way_out(tmp_path):
 
 def test_a_network_that_does_not_answer_is_given_up_soon(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(hub, "HUB_SECONDS", 0.2)
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.2)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
