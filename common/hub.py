@@ -146,6 +146,23 @@ def find_model(name, spec=None, advice=""):
     return folder
 
 
+def load_pretrained(kind, source, what, advice, **options):
+    """(model, transformers' loading info) of a folder or a name on the hub, in fp32, from safetensors.
+
+    Args: kind: a class of transformers with `from_pretrained`, which gets the options; what, advice: the message's
+        begin and end. Raises: UsageError where the files cannot be read as such a model.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, **options}
+    try:
+        with quiet():
+            return kind.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{what} ({one_line(error)}): {advice}") from error
+
+
 @contextlib.contextmanager
 def quiet():
     """Without transformers' own progress bars and warnings."""

@@ -266,26 +266,14 @@ def load_shards(shard_dir, data):
 
 
 def main(args):
-    info = make_client_splits(
-        args.task_name,
-        args.k,
-        args.mode,
-        args.overlap_ratio,
-        args.category_key,
-        args.seed,
-        args.bin_stsb,
-        dirichlet_alpha=args.dirichlet_alpha,
-        min_samples=args.min_samples,
-        max_examples=args.max_examples,
-        dataset=args.dataset,
-        data_root=args.data_root,
-        cache_dir=args.cache_dir,
-    )
-    save_shard_manifests(args.out_dir, info)
+    options = dict(vars(args))
+    folder = options.pop("out_dir")
+    info = make_client_splits(**options)
+    save_shard_manifests(folder, info)
     for note in info["notes"]:
         print(note)
     print(f"Client sizes: {info['size_per_client']}")
-    print(args.out_dir)
+    print(folder)
 
 
 def build_parser():

@@ -19,7 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from common.cache import one_line
 from common.cli import UsageError
-from common.hub import hub_reachable, quiet
+from common.hub import hub_reachable, load_pretrained, quiet
 from common.seeding import torch_stream
 
 DINO = "facebook/dino-vits16"
@@ -167,13 +167,10 @@ def _read_config(folder):
     return config
 
 
-def _from_pretrained(kind, source, **kwargs):
+def _from_pretrained(kind, source, **options):
     """(model, names of missing keys, names of extra keys) of a folder or hub name."""
-    with quiet():
-        try:
-            model, info = kind.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **kwargs)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"no weights could be read from {source} ({one_line(error)}): {_WHERE}") from error
+    what = f"no weights could be read from {source}"
+    model, info = load_pretrained(kind, source, what, _WHERE, use_safetensors=None, **options)
     return model, sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
 
 
