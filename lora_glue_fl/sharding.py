@@ -77,7 +77,7 @@ def make_client_splits(
     elif mode == "overlap":
         parts, more = shards.overlap(strata[rows], k, overlap_ratio, generator, what)
     elif mode == "dirichlet":
-        labels = _labels(task, train, bin_stsb)[rows]
+        labels = whole_labels(task, train, bin_stsb)[rows]
         parts, more = shards.dirichlet(
             labels, k, dirichlet_alpha, generator, min_samples, what, flag="--dirichlet-alpha", first=1
         )
@@ -120,7 +120,7 @@ def subset(data, n, seed, bin_stsb=True):
     return shards.stratified(_strata(data.task, train, bin_stsb), sizes, stream(seed, "subset"), "examples")[0]
 
 
-def _labels(task, train, bin_stsb):
+def whole_labels(task, train, bin_stsb):
     """A whole number for each example: its class, or the bin of its score."""
     if not task.regression:
         return train.labels
@@ -132,7 +132,7 @@ def _labels(task, train, bin_stsb):
 
 def _strata(task, train, bin_stsb):
     """What iid keeps the proportions of: the label; mnli: label and genre."""
-    labels = _labels(task, train, bin_stsb)
+    labels = whole_labels(task, train, bin_stsb)
     if task.name != "mnli" or "genre" not in train.categories:
         return labels
     genres = np.unique(train.categories["genre"], return_inverse=True)[1]
@@ -141,7 +141,7 @@ def _strata(task, train, bin_stsb):
 
 def _categories(task, train, key, bin_stsb):
     if key in ("label", "labels", "score"):
-        return _labels(task, train, bin_stsb)
+        return whole_labels(task, train, bin_stsb)
     columns = {**train.texts, **train.categories}
     if key not in columns:
         raise UsageError(

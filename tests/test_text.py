@@ -20,12 +20,7 @@ TABLE = " P = Played , \n = Wins ; L = \n = Losses = \n More of it . \n"
 REAL = os.environ.get("FEDQUARTET_DATA")
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch, tmp_path):
-    """No test reads the user's data or cache, or asks the network."""
-    monkeypatch.delenv("FEDQUARTET_DATA", raising=False)
-    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def write_wikitext(folder, names=corpora.RAW_FILES, change=lambda data: data):
@@ -62,14 +57,14 @@ def test_a_line_separator_inside_a_line_is_no_line_end():
     assert len(corpora.split_articles(" = A = \n \n one\u2028\u2028 = B = \n \n two \n")) == 1
 
 
-@pytest.mark.parametrize("folder", ["wikitext-2", "wikitext2", "wikitext-2-raw", "wikitext-2-raw-v1", "."])
-@pytest.mark.parametrize("variant, names", corpora.FILES)
-def test_local_files_are_found_under_their_usual_names(tmp_path, folder, variant, names):
-    write_wikitext(tmp_path / "data" / folder, names)
-    corpus = corpora.load_corpus("wikitext2", tmp_path / "data")
-    assert (corpus.name, corpus.variant) == ("wikitext2", variant)
-    assert [len(getattr(corpus, split)) for split in corpora.SPLITS] == [3, 3, 3]
-    assert "Thing 0 0" in corpus.train[0] and "Thing 1 0" in corpus.validation[0] and "Thing 2" in corpus.test[0]
+def test_local_files_are_found_under_their_usual_names(tmp_path):
+    for i, folder in enumerate(["wikitext-2", "wikitext2", "wikitext-2-raw", "wikitext-2-raw-v1", "."]):
+        variant, names = corpora.FILES[i % 3]
+        write_wikitext(tmp_path / f"data{i}" / folder, names)
+        corpus = corpora.load_corpus("wikitext2", tmp_path / f"data{i}")
+        assert (corpus.name, corpus.variant) == ("wikitext2", variant)
+        assert [len(getattr(corpus, split)) for split in corpora.SPLITS] == [3, 3, 3]
+        assert "Thing 0 0" in corpus.train[0] and "Thing 1 0" in corpus.validation[0] and "Thing 2" in corpus.test[0]
 
 
 def test_raw_is_preferred_and_the_environment_names_the_folder(tmp_path, monkeypatch):

@@ -19,9 +19,8 @@ KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """A CIFAR-100 of 400 + 100 images, and no way to the network."""
+    """A CIFAR-100 of 400 + 100 images."""
     monkeypatch.setattr(data, "CIFAR_COUNTS", {"train": 400, "test": 100})
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("FEDQUARTET_DATA", str(tmp_path))
     generator = stream(0, "small cifar")
     return {
@@ -78,7 +77,7 @@ def test_the_demo_has_no_image_twice_and_cannot_be_written_to():
 def test_shapes_are_their_own_mirror_images_and_differ():
     line = np.linspace(-1.1, 1.1, 23, dtype=np.float32)
     v, u = np.meshgrid(line, line, indexing="ij")
-    drawn = [demo_images._inside(shape, u, v) > 0.01 for shape in range(demo_images.SHAPES)]
+    drawn = [demo_images.inside(shape, u, v) > 0.01 for shape in range(demo_images.SHAPES)]
     for i, one in enumerate(drawn):
         assert np.array_equal(one, one[:, ::-1]) and one.sum() > 30
         assert all((one != other).mean() > 0.05 for other in drawn[:i])
@@ -143,8 +142,14 @@ def test_arguments_out_of_range():
 # --------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("place", ["cifar100.npz", "cifar100/cifar100.npz", "cifar-100/cifar100.npz"])
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize(
+    "place, save",
+    [
+        ("cifar100.npz", np.savez),
+        ("cifar100/cifar100.npz", np.savez_compressed),
+        ("cifar-100/cifar100.npz", np.savez),
+    ],
+)
 def test_an_npz_is_read(small, tmp_path, place, save):
     path = tmp_path / place
     path.parent.mkdir(exist_ok=True)
