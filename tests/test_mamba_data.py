@@ -8,22 +8,18 @@ import torch
 
 from common import text
 from common.cli import UsageError
+from common.corpora import Corpus
 from mamba_fl import data
 
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch, tmp_path):
-    monkeypatch.delenv("FEDQUARTET_DATA", raising=False)
-    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture
 def marked(monkeypatch):
     """A corpus of 26 documents, each of one letter only, of different lengths; every letter is a token."""
     documents = [letter * (60 + 7 * i) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")]
-    corpus = text.Corpus("marked", "none", "a test", documents, ["zyx" * 11], ["wv" * 20])
-    monkeypatch.setattr(text, "load_corpus", lambda *args: corpus)
+    corpus = Corpus("marked", "none", "a test", documents, ["zyx" * 11], ["wv" * 20])
+    monkeypatch.setattr(data, "load_corpus", lambda *args: corpus)
     return corpus
 
 
@@ -55,13 +51,13 @@ def test_padded_blocks_by_hand():
     assert data.padded_blocks(torch.arange(2), 3).tolist() == [[0, 1, -100, -100]]
 
 
-@pytest.mark.parametrize("tokens", range(2, 30))
-def test_every_token_but_the_first_is_a_label_once(tokens):
-    inputs, labels = data.inputs_and_labels(data.padded_blocks(torch.arange(tokens), 4))
-    counted = labels != data.IGNORE
-    assert labels[counted].tolist() == list(range(1, tokens))
-    assert inputs[counted].tolist() == list(range(tokens - 1))  # each is predicted from the token before it
-    assert inputs.min() >= 0 and inputs.shape == labels.shape == (-(-(tokens - 1) // 4), 4)
+def test_every_token_but_the_first_is_a_label_once():
+    for tokens in range(2, 30):
+        inputs, labels = data.inputs_and_labels(data.padded_blocks(torch.arange(tokens), 4))
+        counted = labels != data.IGNORE
+        assert labels[counted].tolist() == list(range(1, tokens))
+        assert inputs[counted].tolist() == list(range(tokens - 1))  # each is predicted from the token before it
+        assert inputs.min() >= 0 and inputs.shape == labels.shape == (-(-(tokens - 1) // 4), 4)
 
 
 @pytest.mark.parametrize("sharding", ["contiguous", "iid"])

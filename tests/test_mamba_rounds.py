@@ -35,7 +35,7 @@ def data():
 
 
 def run(module, folder, more="", bad=(), monkeypatch=None):
-    """(theta after the last round {name: fp64}, lines of metrics.jsonl). bad: places of clients whose weights turn NaN."""
+    """(theta after the last round {name: fp64}, lines of metrics.jsonl). bad: places of clients that turn NaN."""
     steps = module.local_steps
     seen = []
 
