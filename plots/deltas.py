@@ -1,14 +1,19 @@
-"""What two figures of parameter updates share: reading `deltas/step_*.npz`, singular values, heat maps.
+"""Figures of weights: updates stored in `deltas/step_*.npz` (singular values, heat maps), what masks keep of layers.
 
 Arrays are named `layers.{i}.in_proj` [rows, d_model] and `layers.{i}.{A_log,D,dt_bias}` [heads].
 """
 
+import json
+import math
 import re
 import zipfile
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from common.curves import COLORS, DASHES, MARKERS, log_axis, new_figure, save_figure, set_title, style
+from common.cli import UsageError
+from common.curves import COLORS, DASHES, GREY, MARKERS, log_axis, new_figure, save_figure, set_title, style
+from plots.style import band, caption, legend_below, looks_of, panel_axes, seeds_text, whole_numbers
 
 TOP = 80  # rows and columns of a heat map
 STEPS = 10  # panels of a heat map
@@ -282,12 +287,6 @@ def rank_text(ranks, full):
     return f"95 % of the energy, rank {mean:.3g}{between} of {full}"
 
 
-def whole_numbers(axis):
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-
-
 def panel_grid(count):
     wide = min(2, count)
     tall = -(-count // wide)
@@ -304,3 +303,96 @@ def label_panel(axis, name, i, axes, x, y):
         axis.set_xlabel(x)
     if i % wide == 0:
         axis.set_ylabel(y)
+
+
+# ---- masks
+
+# The end of a layer's name (in transformers' newer, older form) -> its panel's title, in the order of the panels.
+TITLES = {
+    "layernorm_before": "Norm before attention",
+    "attention.q_proj": "Query",
+    "attention.k_proj": "Key",
+    "attention.v_proj": "Value",
+    "attention.o_proj": "Attention output",
+    "layernorm_after": "Norm before MLP",
+    "mlp.fc1": "MLP, first",
+    "mlp.fc2": "MLP, second",
+    "attention.attention.query": "Query",
+    "attention.attention.key": "Key",
+    "attention.attention.value": "Value",
+    "attention.output.dense": "Attention output",
+    "intermediate.dense": "MLP, first",
+    "output.dense": "MLP, second",
+}
+OTHER = "Outside the blocks"
+OUTSIDE = {"layernorm": "last norm", "patch_embeddings.projection": "patches"}
+
+
+def kept_per_layer(path):
+    """dict layer name -> fraction kept (0 to 1), of a mask file's metadata. Raises UsageError for a damaged one."""
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+        kept = json.loads(metadata["mask"])["kept_per_layer"]
+        return {str(name): float(value) for name, value in kept.items()}
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is not a mask file with kept_per_layer ({error}): delete it or run again") from error
+
+
+def panels_of(kept):
+    """dict panel title -> dict block number (or name, outside the blocks) -> fraction, from layer -> fraction."""
+    panels = {}
+    for name, fraction in kept.items():
+        block = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+        if block:
+            panels.setdefault(TITLES.get(block[2], block[2]), {})[int(block[1])] = fraction
+        else:
+            place = name.removeprefix("vit.").removeprefix("embeddings.")
+            panels.setdefault(OTHER, {})[OUTSIDE.get(place, place)] = fraction
+    order = [*dict.fromkeys(TITLES.values())]
+    names = sorted(panels, key=lambda title: (title == OTHER, order.index(title) if title in order else len(order)))
+    return {name: panels[name] for name in names}
+
+
+def draw_layers(setting, curves, args):
+    """A panel per kind of layer, the blocks along the axis; dotted: the fraction kept of all weights."""
+    kept = [[panels_of(kept_per_layer(run.folder / "mask.safetensors")) for run in curve.runs] for curve in curves]
+    titles = list(dict.fromkeys(title for seeds in kept for panels in seeds for title in panels))
+    titles.sort(key=lambda title: title == OTHER)
+    looks = looks_of(curves)
+    extra = 0.9 + 0.2 * math.ceil((len(curves) + 1) / 3)
+    figure, axes = panel_axes(len(titles), 3, 9.6, 2.1, extra, sharey=True)
+    for axis, title in zip(axes, titles, strict=True):
+        places = list(dict.fromkeys(p for seeds in kept for panels in seeds for p in panels.get(title, {})))
+        places.sort(key=lambda place: place if isinstance(place, int) else 0)
+        for i, (curve, seeds) in enumerate(zip(curves, kept, strict=True)):
+            values = np.array([[100 * panels.get(title, {}).get(p, math.nan) for p in places] for panels in seeds])
+            look, x, mean = looks[curve.label], np.arange(len(places)), values.mean(axis=0)
+            if title == OTHER:  # not a sequence: side by side, bars for bands
+                low, high = values.min(axis=0), values.max(axis=0)
+                spread = np.maximum([mean - low, high - mean], 0)  # the mean of equal values may round past them
+                look = look | {"linestyle": "", "elinewidth": 1, "label": curve.label}
+                axis.errorbar(x + 0.1 * (i - (len(curves) - 1) / 2), mean, yerr=spread, **look)
+            else:
+                band(axis, x, values, curve.label, look, spread="range", alpha=0.15)
+        if "sparsity" in setting:
+            overall = 100 * (1 - setting["sparsity"])
+            axis.axhline(overall, color=GREY, linestyle=":", linewidth=1.2, label=f"all weights: {overall:.3g} %")
+        axis.set_title(title, fontsize=9)
+        # nothing kept must be seen, and 1 % told from 10 %
+        axis.set_yscale("symlog", linthresh=1, linscale=0.5)
+        axis.set_ylim(-0.15, 130)
+        axis.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+        axis.minorticks_off()
+        if title == OTHER:
+            axis.set_xticks(range(len(places)), [str(place) for place in places], size=7.5)
+            axis.set_xlim(-0.5, len(places) - 0.5)
+        else:
+            shown = range(0, len(places), math.ceil(len(places) / 12))
+            axis.set_xticks(shown, [str(places[i]) for i in shown])
+            axis.set_xlabel("Block")
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("Kept (%)")
+    legend_below(figure, axes[:1], 3)
+    caption(figure, f"Weights that the masks keep, by layer: {seeds_text(curves)}", setting, curves)
+    return figure
