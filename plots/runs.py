@@ -123,11 +123,15 @@ class Run:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run (or curve) that a table or figure does not show, and why."""
+    """A run (or curve) that a table or figure does not show, and why.
+
+    setting: of the group whose figure lacks it; None: all figures do.
+    """
 
     name: str
     why: str
     where: str = ""
+    setting: dict | None = None
 
     def __str__(self):
         return f"left out {self.where or self.name}: {self.why}"

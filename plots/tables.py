@@ -140,7 +140,7 @@ SEEDS = Column("seeds", lambda curve, _: str(len(curve.runs)))
 
 
 # study -> its module, imported when asked for: those modules import this one
-STUDIES = {"vit_sparse_fl": "plots.vit"}
+STUDIES = {"mamba_fl": "plots.mamba", "vit_sparse_fl": "plots.vit"}
 
 
 def build_parser():
