@@ -22,7 +22,7 @@ import numpy as np
 from common.cli import UsageError, run_main
 from common.curves import break_lines, log_axis, new_figure, token_unit, tokens_label
 from plots.runs import LeftOut, Study, like_with_like, text
-from plots.seeds import curves_of, label, lines_of
+from plots.seeds import curves_of, label, lines_of, paired
 from plots.style import (
     Figure,
     band,
@@ -380,6 +380,14 @@ def ratio(curve, curves):
     return spread(curve.results("final_val_ppl") / central.results("final_val_ppl").mean(), digits=3)
 
 
+def test_ratio(curve, curves):
+    """The last test perplexity over the central run's, seed by seed."""
+    central = central_of(curve, curves)
+    if central is None or central is curve:
+        return "1" if central else "-"
+    return spread(paired(curve, central, "test_ppl_last", np.divide), digits=3)
+
+
 def add_config(parser):
     parser.add_argument("--config", metavar="NAME", help="only this one, such as pure_ssm_1_layer (default: all)")
 
@@ -392,6 +400,7 @@ TABLE = Table(
         result("test ppl (best)", "test_ppl_best"),
         result("test ppl (last)", "test_ppl_last"),
         Column("ratio to central", ratio),
+        Column("test ratio", test_ratio),
         Column("tokens", whole("tokens")),
         result("minutes", "seconds", 1 / 60),
         SEEDS,

@@ -70,7 +70,9 @@ class Run:
     data: dict  # identity of the data (of old runs also facts of the shards)
     clients: dict  # facts of the shards
     status: str
-    ended: dict  # how (finished, stopped, failed, interrupted, running), by, round, clients, reason
+    ended: (
+        dict  # how (finished, stopped, failed, interrupted, running), by (an alarm, left_out), round, clients, reason
+    )
     results: dict
     rows: list
     commit: str | None
@@ -202,7 +204,7 @@ def _of_line(place, studies):
         record["command"] = here[0].commands[0]
     if isinstance(record.get("data"), str):
         record["data"] = {"sha256": record["data"]}
-    record = {"status": "finished"} | record
+    record = {"status": "failed" if record.get("reason") else "finished"} | record
     written = path.stat().st_mtime + 1e-6 * i
     return _make(record, record.get("name"), None, lambda: record.get("curve") or [], written, studies)
 
@@ -240,7 +242,7 @@ def completed(study, manifest, args, results, rows):
             ended |= {"how": "stopped", "by": stopped.get("detector"), "round": stopped.get("round", t)}
         if how == "failed" and reason and "not finite" in reason:
             at = re.match(r"round (\d+)", reason)
-            ended |= {"by": "not_finite", "round": int(at[1]) if at else t}
+            ended |= {"by": "left_out", "round": int(at[1]) if at else t}
     return method, ended
 
 

@@ -182,10 +182,10 @@ def usual_variants(curves, notes=None):
     return kept
 
 
-def paired(curve, base, name):
-    """[S] the differences in a result of two curves, seed by seed, over the seeds that both have."""
+def paired(curve, base, name, how=np.subtract):
+    """[S] how(curve's result, base's), seed by seed, over the seeds that both have: their differences, or ratios."""
     mine, other = (dict(zip([run.seed for run in c.runs], c.results(name), strict=True)) for c in (curve, base))
-    return np.array([mine[seed] - other[seed] for seed in mine if seed in other])
+    return np.array([how(mine[seed], other[seed]) for seed in mine if seed in other])
 
 
 def along(runs, free, axis, notes):

@@ -47,7 +47,7 @@ from plots.style import (
     seed_spread,
     seeds_text,
 )
-from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result
+from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent
 
 # ---- the study
 
@@ -422,7 +422,7 @@ TABLE = Table(
         result("test % (best)", "test_accuracy_best", 100, 2),
         result("val % (best)", "val_accuracy_best", 100, 2),
         Column("vs dense", lambda c, all_: difference(c, dense_of(c, all_), "test_accuracy_last", 100)),
-        result("MB up", "bytes_up", 1e-6, federated=True),
+        Column("MB up", lambda curve, _: sent(curve, "bytes_up")),
         over_rounds("cosine", "update_cosine", 1, 3),
         over_rounds("diversity", "gradient_diversity", 1, 3),
         over_rounds("sign conflict %", "sign_conflict", 100, 1),
