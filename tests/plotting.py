@@ -100,24 +100,37 @@ def refused(name, runs, more=""):
     return error
 
 
-def tables(text):
-    """{heading: {first cell: {column: cell}}} of the Markdown tables in a text."""
-    found, lines = {}, []
-    for line in text.splitlines():
+def tables(name, runs, more=""):
+    """[(heading, {first cell: {column: cell}})] of the Markdown tables that a command prints."""
+    found = []
+    for line in printed(name, runs, f"--markdown {more}").splitlines():
         if line.startswith("### "):
-            lines = found.setdefault(line[4:], [])
+            found.append((line[4:], []))
         elif line.startswith("| "):
-            lines.append([cell.strip() for cell in line.strip("| ").split(" | ")])
-    return {
-        heading: {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-        for heading, (head, _, *rows) in found.items()
-    }
+            found[-1][1].append([cell.strip() for cell in line.strip("| ").split(" | ")])
+    return [
+        (heading, {row[0]: dict(zip(head, row, strict=True)) for row in rows}) for heading, (head, _, *rows) in found
+    ]
 
 
 def table(name, runs, more=""):
-    """{first cell: {column: cell}} of a table command's only table."""
-    (rows,) = tables(printed(name, runs, f"--markdown {more}")).values()
+    """{first cell: {column: cell}} of a command's only table."""
+    ((_, rows),) = tables(name, runs, more)
     return rows
+
+
+def lines_of(axes):
+    """{label: line} of the lines that have one."""
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def ticks(axis):
+    """The labels at an axis' ticks, each on one line."""
+    return [" ".join(label.get_text().split()) for label in axis.get_ticklabels()]
+
+
+def texts_of(axes):
+    return [text.get_text() for text in axes.texts if text.get_text()]
 
 
 class Page(HTMLParser):
