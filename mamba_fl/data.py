@@ -24,7 +24,7 @@ class FederatedText:
     """Blocks of T + 1 tokens, int64: `inputs_and_labels` turns them into inputs and labels [B, T].
 
     train, held_out: a tensor [n_k, T + 1] for each client; validation, test: [n, T + 1], the tail padded with
-    -100. examples: n_k of each client. token_bytes: int64 [vocab_size]. fingerprint: for run.json.
+    -100. token_bytes: int64 [vocab_size]. fingerprint: what identifies the data; shards: how they are dealt.
     """
 
     train: list[torch.Tensor]
@@ -35,10 +35,7 @@ class FederatedText:
     vocab_size: int
     token_bytes: torch.Tensor
     fingerprint: dict
-
-    @property
-    def examples(self):
-        return [len(blocks) for blocks in self.train]
+    shards: dict
 
     @property
     def sequence_length(self):
@@ -117,6 +114,8 @@ def build_data(
             "sharding": sharding,
             "documents": {split: len(splits[split]) for split in text.SPLITS},
             "tokens": {split: len(splits[split].tokens) for split in text.SPLITS},
+        },
+        shards={
             "client_documents": [len(shard) for shard in shards],
             "client_tokens": client_tokens,
             "client_blocks": [len(blocks) for blocks in train],

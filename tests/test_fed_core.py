@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mamba_fl.client_states import Best, ClientStates, make_optimizer
 
 from mamba_fl import central, fed_avg
-from mamba_fl.client_states import Best, ClientStates, make_optimizer
 from mamba_fl.data import inputs_and_labels
 from mamba_fl.fed_core import Study
 from mamba_fl.flags import complete_flags
