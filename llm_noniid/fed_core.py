@@ -81,16 +81,14 @@ def load_study(args, run):
     rows, held = deal(parts, a.seed)
     seen, tested = (evaluated(len(model.tokens[s]), a.eval_samples, a.seed, s) for s in ("validation", "test"))
     study = Study(a, texts, model, rows, held, seen, tested)
-    shards = {
-        "examples": [len(part) for part in parts],
-        "sha256": texts.fingerprint["sha256"],  # of the splits, which the seed draws
-        "cut": {split: tokens.cut for split, tokens in model.tokens.items()},
-    }
-    data = {key: value for key, value in texts.fingerprint.items() if key != "sha256"}
+    splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
+    data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
+    cut = {split: tokens.cut for split, tokens in model.tokens.items()}
+    shards = {"examples": [len(part) for part in parts], "sha256": splits, "cut": cut}
     frozen = {name: p for name, p in model.module.named_parameters() if not p.requires_grad}
     total = model.weights.size + sum(p.numel() for p in frozen.values())
     parameters = {"total": total, "trainable": model.weights.size, "frozen_sha256": fingerprint(frozen)}
-    run.begin(data | {"tokenizer_tokens": len(model.tokenizer)}, parameters, clients=shards)
+    run.begin(data, parameters, clients=shards)
     n = sorted(study.examples)
     for line in [
         *texts.notes,
@@ -189,17 +187,13 @@ def probe(study):
 # ---- what is reported
 
 
-def evaluate(study, thetas, group, more=dict):
-    """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts.
-
-    more: function of nothing to further fields.
-    """
+def evaluate(study, thetas, group):
+    """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts."""
     weights = np.bincount(group, study.examples, len(thetas))
     return {
         **text_model.quality(study.model, study.texts, thetas, weights, "validation", study.seen, "val"),
         **text_model.clients_quality(study.model, thetas, group, study.held),
         **({"group": group.tolist()} if len(thetas) > 1 else {}),
-        **more(),
     }
 
 

@@ -51,33 +51,35 @@ def main(args):
     with start_run("train", a, flags.run_name(a)) as run:
         study = load_study(a, run)
         weights, rows, steps = study.model.weights, study.rows, a.local_steps
-        sent, models, groups = weights.bytes, 1, Groups(np.zeros(a.num_clients))
+        n = [len(mine) if a.client_weights == "examples" else 1 for mine in rows]
+        sent, models, groups = weights.bytes, 1, Groups(np.zeros(len(rows)))
         server = variates = None
-        if a.algorithm == "local":
-            sent, models, groups = 0, len(rows), Groups(np.arange(len(rows)))
-        if a.algorithm == "central":
-            sent, rows, steps = 0, [np.sort(np.concatenate(rows))], steps * flags.sampled(a)
+        match a.algorithm:
+            case "scaffold":
+                on_disk = rows_on_disk(len(n), flags.sampled(a), weights.bytes)
+                variates = ControlVariates(weights.theta, len(n), run.folder / "control_variates", on_disk, n)
+                sent = 2 * weights.bytes
+            case "fedavgm":
+                server = ServerMomentum(a.server_lr, a.server_momentum)
+            case "fedadam":
+                server = ServerAdam("adam", a.server_lr)
+            case "local":
+                sent, models, groups = 0, len(rows), Groups(np.arange(len(rows)))
+            case "central":
+                sent, steps, n, rows = 0, steps * flags.sampled(a), [1], [np.sort(np.concatenate(rows))]
         if a.cluster != "none":
             models = a.num_clusters
         if a.cluster == "labels":
             groups = Groups(cluster_labels(study.topic_counts(), models))
-        n = [len(mine) if a.client_weights == "examples" else 1 for mine in rows]
-        if a.algorithm == "scaffold":
-            sent, on_disk = 2 * weights.bytes, rows_on_disk(len(n), flags.sampled(a), weights.bytes)
-            variates = ControlVariates(weights.theta, len(n), run.folder / "control_variates", on_disk, n)
-        if a.algorithm == "fedavgm":
-            server = ServerMomentum(a.server_lr, a.server_momentum)
-        if a.algorithm == "fedadam":
-            server = ServerAdam("adam", a.server_lr)
 
         lasting = {"groups": groups, "server": server, "variates": variates, "control": variates and variates.rows}
         lasting = {name: thing for name, thing in lasting.items() if thing is not None}
         thetas = run.restore(weights.snapshot().repeat(models, 1), study.names, **lasting)  # [models, n]
         run.plan(a.num_rounds, a.eval_every)
-        run.report(0, thetas, partial(evaluate, study, thetas[:1], 0 * groups.of), partial(judge, run, 0))
+        run.report(0, thetas, lambda: evaluate(study, thetas[:1], 0 * groups.of), lambda row: judge(run, 0, row))
         for t in run.rounds():
-            longest = None if steps else [len(mine) for mine in rows]
-            clients = run.sample(n, a.participation_rate, t, up=sent, down=sent, work=longest)
+            sizes = None if steps else list(map(len, rows))
+            clients = run.sample(n, a.participation_rate, t, up=sent, down=sent, work=sizes)
             mean_of = NormalizedMean if a.algorithm == "fednova" else WeightedMean
             means = {g: mean_of(thetas[g], clients) for g in sorted({groups.of[k] for k in clients.clients})}
             if variates:
@@ -85,7 +87,7 @@ def main(args):
             regroups = a.cluster == "updates" and t + 1 == a.cluster_round
             # Several models pull apart by intention, and one client has nobody to pull apart from.
             compares = run.due(t + 1) and models == 1 and a.algorithm != "central"
-            keep = clients.clients if regroups else watched(a.seed, clients, t) if compares else ()
+            wanted = clients.clients if regroups else watched(a.seed, clients, t) if compares else ()
             seen = {}  # client: (theta_k, hidden states of the probed texts)
             for k in clients:
                 theta, mean = thetas[groups.of[k]], means[groups.of[k]]
@@ -93,28 +95,29 @@ def main(args):
                 batches = [rows[k][batch] for batch in batches]
                 clients.work(study.model.tokens["train"].scored(np.concatenate(batches)).sum())
                 update = partial(client_update, study, theta, batches, k, t)
-                if a.algorithm == "fedprox":
-                    done = update(mu=a.mu)
-                    counts = mean.add(weights.theta, n[k])
-                elif a.algorithm == "scaffold":
-                    correction = variates.correction(k)
-                    done = update(correction=correction, record=True)
-                    c_k = done.mean_gradient
-                    if a.scaffold_option == "II":
-                        optimizer = a.client_optimizer, a.learning_rate
-                        c_k = option_two(correction, theta, weights.theta, done.steps, *optimizer)
-                    counts = mean.add(weights.theta, n[k], finite=(c_k,))
-                    if counts:
-                        variates.offer(k, c_k)
-                elif a.algorithm == "fednova":
-                    done = update()
-                    a_k = effective_steps(done.steps, a.client_optimizer, momentum=0.9, lr=a.learning_rate)
-                    counts = mean.add(weights.theta, n[k], a=a_k)
-                else:
-                    done = update()
-                    counts = mean.add(weights.theta, n[k])
+                match a.algorithm:
+                    case "fedprox":
+                        done = update(mu=a.mu)
+                        counts = mean.add(weights.theta, n[k])
+                    case "scaffold":
+                        correction = variates.correction(k)
+                        done = update(correction=correction, record=True)
+                        c_k = done.mean_gradient
+                        if a.scaffold_option == "II":
+                            kind, lr = a.client_optimizer, a.learning_rate
+                            c_k = option_two(correction, theta, weights.theta, done.steps, kind, lr)
+                        counts = mean.add(weights.theta, n[k], finite=(c_k,))
+                        if counts:
+                            variates.offer(k, c_k)
+                    case "fednova":
+                        done = update()
+                        a_k = effective_steps(done.steps, a.client_optimizer, momentum=0.9, lr=a.learning_rate)
+                        counts = mean.add(weights.theta, n[k], a=a_k)
+                    case _:
+                        done = update()
+                        counts = mean.add(weights.theta, n[k])
                 clients.note(k, train_loss=done.loss, gradient_norm=done.gradient_norms.double().mean())
-                if counts and k in keep:
+                if counts and k in wanted:
                     seen[k] = weights.theta.to("cpu", copy=True), probe(study) if compares else None
             if variates:
                 variates.close_round()
@@ -126,8 +129,15 @@ def main(args):
             if regroups:
                 groups.of = group_by_updates(study, before[0], seen, models)
                 thetas = thetas[:1].repeat(models, 1)  # every group begins with the mean
-            pull = partial(compare, study, before[0], thetas[0], seen, n) if compares else dict
-            run.report(t + 1, thetas, partial(evaluate, study, thetas, groups.of, pull), partial(judge, run, t + 1))
+            run.report(
+                t + 1,
+                thetas,
+                lambda: (
+                    evaluate(study, thetas, groups.of)
+                    | (compare(study, before[0], thetas[0], seen, n) if compares else {})
+                ),
+                lambda row: judge(run, t + 1, row),
+            )
         finish(run, study, thetas, groups.of)
 
 
