@@ -2,7 +2,8 @@
 
 import sys
 
-from common.before.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
+import torch
+
 from common.cli import (
     Parser,
     UsageError,
@@ -14,6 +15,7 @@ from common.cli import (
     positive_int,
 )
 from common.config_file import apply_config
+from common.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
 from common.runlog import add_machine_flags, add_run_flags
 from llm_noniid.data import DATASETS
 from llm_noniid.detectors import STOP_ON
@@ -56,37 +58,67 @@ KEYS = {  # of a yaml file -> flag
 def build_parser(description):
     """The parser of train.py."""
     parser = Parser(description)
-    own = parser.add_argument_group("the method")
-    own.add_argument("--algorithm", choices=ALGORITHMS, default="fedavg", help="how the clients are brought together")
-    own.add_argument(
-        "--mu", type=non_negative_float, default=0.01, metavar="X", help="FedProx's mu, only there; off: 0"
+    method = parser.add_argument_group("the method")
+    method.add_argument(
+        "--algorithm", choices=ALGORITHMS, default="fedavg", help="how the clients are brought together"
     )
-    own.add_argument(
+    method.add_argument(
+        "--mu",
+        type=non_negative_float,
+        default=0.01,
+        metavar="X",
+        help="FedProx's mu, only there; off: 0",
+        when=reads("algorithm", "fedprox"),
+    )
+    method.add_argument(
         "--client-optimizer", choices=CLIENT_OPTIMIZERS, default="adamw", help="of the clients; sgdm: momentum 0.9"
     )
-    own.add_argument(
+    method.add_argument(
         "--scaffold-option",
         choices=SCAFFOLD_OPTIONS,
         default="mean_gradient",
         help="SCAFFOLD's new c_k: mean of the raw gradients, or the paper's formula II (not with adamw)",
+        when=reads("algorithm", "scaffold"),
     )
-    own.add_argument("--server-lr", type=positive_float, metavar="X", help="of fedavgm (default: 1), fedadam (0.01)")
-    own.add_argument("--server-momentum", type=half_open_fraction, default=0.9, metavar="X", help="of fedavgm; off: 0")
-    own.add_argument(
+    method.add_argument(
+        "--server-lr",
+        type=positive_float,
+        metavar="X",
+        help="of fedavgm (default: 1), fedadam (0.01)",
+        when=reads("algorithm", "fedavgm", "fedadam"),
+    )
+    method.add_argument(
+        "--server-momentum",
+        type=half_open_fraction,
+        default=0.9,
+        metavar="X",
+        help="of fedavgm; off: 0",
+        when=reads("algorithm", "fedavgm"),
+    )
+    method.add_argument(
         "--cluster",
         choices=CLUSTERS,
         default="none",
         help="FedAvg within groups of clients with like updates or topics",
+        when=reads("algorithm", "fedavg"),
     )
-    own.add_argument("--num-clusters", type=positive_int, default=2, metavar="C", help="groups, for --cluster")
-    own.add_argument(
+    method.add_argument(
+        "--num-clusters",
+        type=positive_int,
+        default=2,
+        metavar="C",
+        help="groups, for --cluster",
+        when=reads("cluster", "updates", "labels"),
+    )
+    method.add_argument(
         "--cluster-round",
         type=positive_int,
         default=1,
         metavar="T",
         help="round whose updates decide the groups; who is absent joins the largest",
+        when=reads("cluster", "updates"),
     )
-    own.add_argument(
+    method.add_argument(
         "--stop-on",
         choices=STOP_ON,
         default="never",
@@ -98,9 +130,14 @@ def build_parser(description):
     run = add_run_flags(parser, "--name")
     run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
     run.add_argument("--output-dir", "--results-dir", default="results", metavar="DIR", help="where run folders go")
-    add_machine_flags(run)
+    add_machine_flags(run, federated=True)
     run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
     return parser
+
+
+def reads(flag, *values):
+    """When a flag is read: where another one has one of these values."""
+    return lambda args: getattr(args, flag) in values
 
 
 def add_data_flags(parser):
@@ -116,17 +153,35 @@ def add_data_flags(parser):
     data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
     data.add_argument("--partition", choices=PARTITIONS, default="topic_skew", help="how texts are dealt to clients")
     data.add_argument(
-        "--alpha", type=positive_float, default=0.1, metavar="X", help="topic_skew: Dirichlet's concentration"
+        "--alpha",
+        type=positive_float,
+        default=0.1,
+        metavar="X",
+        help="topic_skew: Dirichlet's concentration",
+        when=reads("partition", "topic_skew"),
     )
     data.add_argument(
-        "--style-criterion", choices=STYLE_CRITERIA, default="length", help="style_skew: what the texts are sorted by"
+        "--style-criterion",
+        choices=STYLE_CRITERIA,
+        default="length",
+        help="style_skew: what the texts are sorted by",
+        when=reads("partition", "style_skew"),
     )
     data.add_argument(
-        "--skew-type", choices=SKEW_TYPES, default="frequency", help="token_skew: what the texts are sorted by"
+        "--skew-type",
+        choices=SKEW_TYPES,
+        default="frequency",
+        help="token_skew: what the texts are sorted by",
+        when=reads("partition", "token_skew"),
     )
     data.add_argument("--num-clients", type=positive_int, default=10, metavar="K", help="clients")
     data.add_argument(
-        "--min-samples", type=positive_int, default=10, metavar="N", help="texts of each client, at least"
+        "--min-samples",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="texts of each client, at least",
+        when=reads("partition", "topic_skew"),
     )
     return data
 
@@ -149,15 +204,28 @@ def add_federated_flags(parser):
     """Rounds and local work."""
     train = parser.add_argument_group("training")
     train.add_argument("--num-rounds", "--rounds", type=positive_int, default=50, metavar="T", help="rounds")
-    train.add_argument("--participation-rate", type=fraction, default=1.0, metavar="C", help="share of clients a round")
     train.add_argument(
-        "--local-epochs", type=positive_float, default=1.0, metavar="X", help="passes over a client's texts a round"
+        "--participation-rate",
+        "--participation",
+        type=fraction,
+        default=1.0,
+        metavar="C",
+        help="share of clients a round",
+        when=lambda a: a.algorithm != "central" or a.local_steps,
+    )
+    train.add_argument(
+        "--local-epochs",
+        type=positive_float,
+        default=1.0,
+        metavar="X",
+        help="passes over a client's texts a round",
+        when=lambda a: not a.local_steps,
     )
     train.add_argument(
         "--local-steps", type=non_negative_int, default=0, metavar="H", help="exactly so many steps instead; off: 0"
     )
     train.add_argument("--batch-size", type=positive_int, default=8, metavar="B", help="texts a step")
-    train.add_argument("--learning-rate", type=positive_float, default=5e-5, metavar="X", help="of the clients")
+    train.add_argument("--learning-rate", "--lr", type=positive_float, default=5e-5, metavar="X", help="of the clients")
     train.add_argument("--weight-decay", type=non_negative_float, default=0.0, metavar="X", help="off: 0")
     train.add_argument("--max-grad-norm", type=non_negative_float, default=0.0, metavar="X", help="clipping; off: 0")
     train.add_argument(
@@ -165,10 +233,23 @@ def add_federated_flags(parser):
         choices=["examples", "uniform"],
         default="examples",
         help="weight of a client in the mean, and of its control variate",
+        when=lambda a: a.algorithm not in ("local", "central"),
     )
     train.add_argument("--eval-every", type=positive_int, default=5, metavar="N", help="evaluate every N rounds")
-    train.add_argument("--probe-samples", type=non_negative_int, default=32, metavar="N", help="texts for CKA; off: 0")
+    train.add_argument(
+        "--probe-samples",
+        type=non_negative_int,
+        default=32,
+        metavar="N",
+        help="texts for CKA; off: 0",
+        when=lambda a: a.algorithm not in ("local", "central") and a.cluster == "none",
+    )
     return train
+
+
+def sampled(args):
+    """How many clients take part in a round."""
+    return max(1, int(args.participation_rate * args.num_clients + 0.5))
 
 
 def parse(parser, argv=None):
@@ -207,6 +288,8 @@ def complete(args, argv=None):
         )
     if args.server_lr is None:
         args.server_lr = {"fedavgm": 1.0, "fedadam": 0.01}.get(args.algorithm, 1.0)
+    if args.algorithm == "central" and not args.threads:
+        args.threads = torch.get_num_threads()  # all cores: there is one client
     return args
 
 

@@ -20,11 +20,11 @@ from transformers import GPT2LMHeadModel
 
 from common.allocator import reuse_large_memory
 from common.batches import evaluation_batches
-from common.before.local import gradients
 from common.checkpoint import saving, swap, write_json
 from common.cli import Parser, RunFailed, UsageError, fraction, positive_float, positive_int, run_main
 from common.evaluation import amp_context, perplexity, pick_device, resolve_amp
 from common.hub import quiet
+from common.local import gradients
 from common.runlog import add_machine_flags, git_commit, versions
 from common.seeding import seed_everything, seed_torch
 from common.text import load_tokenizer
@@ -60,8 +60,8 @@ def main(args):
 
 def train(args, model, tokens, device, amp):
     """The epochs. Returns a list of {"epoch", "train_loss", "val_loss", "val_ppl", "seconds"}."""
-    parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, weight_decay=0.1, fused=True)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.1, fused=True)
     per_epoch = math.ceil(len(tokens["train"]) / args.batch_size)
     total, history, started = per_epoch * args.epochs, [], time.perf_counter()
     warmup = math.ceil(args.warmup_ratio * total)
@@ -83,7 +83,7 @@ def train(args, model, tokens, device, amp):
                 group["lr"] = rate
             batch = {name: t.to(device) for name, t in tokens["train"].batch(rows).items()}
             sums += gradients(loss, (batch,), parameters, amp)
-            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             bar.update()
         train_loss = (sums / len(batches)).item()
