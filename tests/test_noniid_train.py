@@ -1,130 +1,23 @@
-"""llm_noniid/train.py: resume and processes, rounds against plain loops, identities, what is served, how it ends."""
+"""llm_noniid/train.py: rounds against plain loops, identities, what is served, how it ends."""
 
-import subprocess
-import sys
-
+import harness
 import numpy as np
 import pytest
 import torch
 from comparing import near, same_bits
-from noniid_script import call, done, lines_of, no_dropout, padded, served, spied, token_rows, words
-from running import ROOT
-from safetensors.torch import load_file
+from noniid_script import done, no_dropout, padded, served, spied, token_rows, words
 
 from common.checkpoint import read_json
-from common.runlog import Run, read_metrics
-from llm_noniid import fed_core, flags, train
+from common.runlog import read_metrics
+from llm_noniid import flags, train
 from llm_noniid.data import load_texts, training_batches
 
 pytestmark = pytest.mark.slow
-WAYS = {
-    "fedavg": "",
-    "scaffold": "--algorithm scaffold --participation-rate 0.5",
-    "fednova": "--algorithm fednova --client-optimizer sgdm --local-steps 0 --local-epochs 0.5",
-    "fedadam": "--algorithm fedadam",
-    "local": "--algorithm local --participation-rate 0.5",
-    "clusters": "--cluster updates --num-clusters 2",
-}
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """The folder of a finished run of each way."""
-    root, found = tmp_path_factory.mktemp("noniid"), {}
-
-    def of(way):
-        if way not in found:
-            found[way] = done(root, way, WAYS[way])
-        return found[way]
-
-    return of
-
-
-def same_run(a, b):
-    """The bits of final/, base/ and the checkpoint, and the metrics without their timings."""
-
-    assert lines_of(a) == lines_of(b)
-    files = sorted(str(f.relative_to(b)) for f in b.rglob("*.safetensors"))
-    assert files == sorted(str(f.relative_to(a)) for f in a.rglob("*.safetensors")) and len(files) >= 4
-    for file in files:
-        assert same_bits(load_file(a / file), load_file(b / file)), file
-    ends = [{k: v for k, v in read_json(folder / "run.json")["results"].items() if k != "seconds"} for folder in (a, b)]
-    assert ends[0] == ends[1]
-
-
-# ------------------------------------------------------------------------------------- resume and processes
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_an_interrupt_in_the_middle_of_a_round_changes_no_bit(way, runs, tmp_path, monkeypatch):
-    real, closed = fed_core.Study.close_round, []
-
-    def broken(self, round):
-        closed.append(round)
-        if round == 2:
-            raise KeyboardInterrupt
-        real(self, round)
-
-    monkeypatch.setattr(fed_core.Study, "close_round", broken)
-    line = words(tmp_path, way, WAYS[way])
-    assert call(*line) == 130
-    assert read_json(tmp_path / way / "run.json")["status"] == "interrupted"
-    monkeypatch.undo()
-    assert call(*line, "--resume") == 0
-    assert closed == [0, 1, 2]
-    same_run(tmp_path / way, runs(way))
-
-
-@pytest.mark.parametrize("way", ["scaffold", "clusters"])
-def test_a_line_that_was_written_before_its_checkpoint_is_written_once(way, runs, tmp_path, monkeypatch):
-    real = Run.save
-
-    def broken(self, round, *rest):
-        if round == 1:
-            raise KeyboardInterrupt
-        real(self, round, *rest)
-
-    monkeypatch.setattr(Run, "save", broken)
-    line = words(tmp_path, way, WAYS[way])
-    assert call(*line) == 130 and len(read_metrics(tmp_path / way)) == 2
-    monkeypatch.undo()
-    assert call(*line, "--resume") == 0
-    same_run(tmp_path / way, runs(way))
-
-
-def torchrun(*line):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *map(str, line)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=900, check=False)
-    assert ended.returncode == 0, ended.stderr
-
-
-@pytest.fixture(scope="session")
-def in_two(tmp_path_factory):
-    """All ways but clusters by two processes, one after the other: torch is imported once."""
-    root = tmp_path_factory.mktemp("in_two")
-    lines = [words(root, way, more) for way, more in WAYS.items() if way != "clusters"]
-    (root / "all.py").write_text(
-        "from common.cli import run_main\n"
-        "from llm_noniid import flags, train\n"
-        f"LINES = {lines!r}\n"
-        "def main(_):\n"
-        "    for line in LINES:\n"
-        "        train.main(flags.parse(train.build_parser(), line))\n"
-        "run_main(main, None)\n"
-    )
-    torchrun(root / "all.py")
-    return root
-
-
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "clusters"])
-def test_two_processes_change_no_bit(way, runs, in_two):
-    assert read_json(in_two / way / "run.json")["processes"] == 2
-    same_run(in_two / way, runs(way))
-
-
-def test_the_script_in_two_processes_changes_no_bit(runs, tmp_path):
-    torchrun(ROOT / "llm_noniid" / "train.py", *words(tmp_path, "clusters", WAYS["clusters"]))
-    same_run(tmp_path / "clusters", runs("clusters"))
+def whole(way):
+    """The finished run of tests/harness.py."""
+    return harness.whole(f"llm_noniid/{way}")
 
 
 # ---------------------------------------------------------------------------------- rounds against plain loops
@@ -204,12 +97,12 @@ def test_rounds_are_those_of_a_plain_loop(more, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ identities
 
 
-def test_fedprox_of_mu_zero_is_fedavg(runs, tmp_path):
-    assert same_bits(served(done(tmp_path, "prox", "--algorithm fedprox --mu 0")), served(runs("fedavg")))
+def test_fedprox_of_mu_zero_is_fedavg(tmp_path):
+    assert same_bits(served(done(tmp_path, "prox", "--algorithm fedprox --mu 0")), served(whole("fedavg")))
 
 
-def test_momentum_of_zero_on_the_server_is_fedavg(runs, tmp_path):
-    assert same_bits(served(done(tmp_path, "m", "--algorithm fedavgm --server-momentum 0")), served(runs("fedavg")))
+def test_momentum_of_zero_on_the_server_is_fedavg(tmp_path):
+    assert same_bits(served(done(tmp_path, "m", "--algorithm fedavgm --server-momentum 0")), served(whole("fedavg")))
 
 
 def test_scaffold_begins_as_fedavg_and_then_leaves_it(tmp_path):
@@ -265,14 +158,14 @@ def test_central_sees_all_texts_and_takes_the_clients_steps(tmp_path, monkeypatc
     assert np.array_equal(np.sort(everything), np.arange(160))
 
 
-def test_bytes_tokens_and_groups_are_logged(runs):
-    line, other = read_metrics(runs("fedavg"))[-1], read_metrics(runs("clusters"))
-    theta = sum(t.numel() for t in served(runs("fedavg")).values())
+def test_bytes_tokens_and_groups_are_logged():
+    line, other = read_metrics(whole("fedavg"))[-1], read_metrics(whole("clusters"))
+    theta = sum(t.numel() for t in served(whole("fedavg")).values())
     assert line["bytes_up"] == line["bytes_down"] == 4 * theta * 4 * 3
     assert 0 < line["tokens"] <= 3 * 4 * 3 * 4 * 95
     assert [len(row["group"]) for row in other] == [4, 4, 4] and set(other[-1]["group"]) == {0, 1}
     assert other[0]["group"] == other[-1]["group"]
-    assert (runs("clusters") / "final" / "group_1" / "adapter_config.json").exists()
-    assert read_metrics(runs("local"))[-1]["bytes_up"] == 0
-    partition = read_json(runs("fedavg") / "partition.json")
+    assert (whole("clusters") / "final" / "group_1" / "adapter_config.json").exists()
+    assert read_metrics(whole("local"))[-1]["bytes_up"] == 0
+    partition = read_json(whole("fedavg") / "partition.json")
     assert sum(partition["counts"]) == 160 and len(partition["vocabulary_overlap"]) == 4
