@@ -211,4 +211,4 @@ def test_processes_and_order_change_no_bit():
     alone = digests()
     assert alone[0] == alone[1] != alone[2]
     for size in (2, 3, 8):
-        assert answers_of(size, process, "common.before.aggregation") == {rank: alone for rank in range(size)}
+        assert answers_of(size, process) == {rank: alone for rank in range(size)}

@@ -381,7 +381,7 @@ def test_processes_order_and_place_change_no_bit(tmp_path):
     assert history(turned=True) == alone == history(tmp_path)
     assert len(set(alone.values())) == len(alone)
     for size in (2, 3, 8):
-        results = answers_of(size, process, "common.before.scaffold")
+        results = answers_of(size, process)
         assert {rank: found for rank, (_, found) in results.items()} == {rank: alone for rank in range(size)}
         assert all(strangers > 0 for strangers, _ in results.values())
 

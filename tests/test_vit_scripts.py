@@ -1,18 +1,14 @@
-"""vit_sparse_fl's scripts as a user runs them: the documented commands, runs killed, resumed, on two processes."""
+"""vit_sparse_fl's scripts as a user runs them: what a run leaves, the documented commands."""
 
-import hashlib
 import importlib
 import json
 import re
 import shlex
-import signal
-import subprocess
-import sys
 import time
 
+import harness
 import pytest
 import torch
-from running import ROOT
 from safetensors.torch import load_file
 
 from common.checkpoint import read_json
@@ -32,7 +28,7 @@ SCRIPTS = list(TINY)
 
 
 def command(script, *more):
-    return [str(ROOT / "vit_sparse_fl" / f"{script}.py"), *shlex.split(TINY[script]), *map(str, more)]
+    return [str(harness.ROOT / "vit_sparse_fl" / f"{script}.py"), *shlex.split(TINY[script]), *map(str, more)]
 
 
 def call(script, words):
@@ -46,62 +42,42 @@ def call(script, words):
     return stop.value.code
 
 
+def whole(script):
+    """The finished run of tests/harness.py."""
+    return harness.whole(f"vit_sparse_fl/{script.split('_')[-1]}")
+
+
 def small(script, *more):
     return call(script, command(script, *more)[1:])
 
 
-def result(folder):
-    """What must be the same bits: weights, masks, metrics and results without their timings."""
-    files = [*sorted((folder / "final").iterdir()), *sorted(folder.rglob("*.safetensors"))]
-    hashes = {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    timed = ("seconds", "images_per_second")
-    lines = [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(folder)]
-    results = {k: v for k, v in read_json(folder / "run.json")["results"].items() if k not in timed}
-    return hashes, lines, results
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """Folder of a whole run of each script, made once, in this process."""
-    made = {}
-
-    def get(script):
-        if script not in made:
-            out = tmp_path_factory.mktemp(script)
-            assert small(script, "--output-dir", out, "--run-name", "one") == 0
-            made[script] = out / "one"
-        return made[script]
-
-    return get
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_leaves_what_the_readme_says(script, unbroken):
-    folder = unbroken(script)
+def test_a_run_leaves_what_the_readme_says(script):
+    folder = whole(script)
     manifest = read_json(folder / "run.json")
     assert manifest["status"] == "finished" and manifest["command"] == script
     assert {"test_accuracy_last", "test_accuracy_best", "val_accuracy_best", "bytes_up"} <= manifest["results"].keys()
     lines = read_metrics(folder)
-    assert [line["round"] for line in lines] == ([1, 2, 3] if script == "train_centralized" else [2, 4])
+    assert [line["round"] for line in lines] == ([1, 2, 3] if script == "train_centralized" else [2, 4, 6])
     wanted = {"val_loss", "val_accuracy", "train_loss", "lr", "images", "bytes_up", "bytes_down", "seconds"}
     if script != "train_centralized":
         wanted |= {"update_cosine", "gradient_diversity", "sign_conflict", "drift", "drift_to_mean", "clients"}
         counts = torch.tensor(read_json(folder / "shards.json")["counts"])
         assert counts.shape == (12, 10) and counts.sum() == 720
-        assert script != "train_federated" or bool(((counts > 0).sum(1) == 3).all())
+        assert script != "train_federated" or len(set(counts.sum(1).tolist())) > 3
     assert wanted <= lines[-1].keys()
-    assert (folder / "one_curves.png").stat().st_size > 1000
-    log = (folder.parent / "logs" / "one.log").read_text()
+    assert (folder / "r_curves.png").stat().st_size > 1000
+    log = (folder.parent / "logs" / "r.log").read_text()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (INFO|WARNING) \| \S", line) for line in log.splitlines())
 
 
-def test_final_loads_in_transformers_and_gives_the_logged_accuracy(unbroken):
+def test_final_loads_in_transformers_and_gives_the_logged_accuracy():
     from transformers import AutoModelForImageClassification
 
     from vit_sparse_fl.data import load_images, prepare
 
-    folder = unbroken("train_federated")
+    folder = whole("train_federated")
     model = AutoModelForImageClassification.from_pretrained(folder / "final").eval()
     data = load_images("demo", 0, classes=(0, 10))
     with torch.no_grad():
@@ -110,8 +86,8 @@ def test_final_loads_in_transformers_and_gives_the_logged_accuracy(unbroken):
     assert accuracy == pytest.approx(read_json(folder / "run.json")["results"]["test_accuracy_last"], abs=1e-9)
 
 
-def test_a_masked_weight_keeps_its_bits_for_the_whole_run(unbroken):
-    folder = unbroken("train_federated_sparse")
+def test_a_masked_weight_keeps_its_bits_for_the_whole_run():
+    folder = whole("train_federated_sparse")
     before = make_model("tiny", image_size=32, n_classes=10, seed=0).state_dict()
     after = load_file(folder / "checkpoint" / "theta.safetensors")
     shapes = read_json(folder / "run.json")["parameters"]["maskable"]
@@ -126,57 +102,28 @@ def test_a_masked_weight_keeps_its_bits_for_the_whole_run(unbroken):
     assert moved > 0.5 * kept
 
 
-def test_sparse_uploads_cost_what_is_sent(unbroken, tmp_path):
-    lines = read_metrics(unbroken("train_federated_sparse"))
-    folder = unbroken("train_federated_sparse")
+def test_sparse_uploads_cost_what_is_sent():
+    lines = read_metrics(whole("train_federated_sparse"))
+    folder = whole("train_federated_sparse")
     shapes = read_json(folder / "run.json")["parameters"]["maskable"]
     kept = sum(int(m.sum()) for m in load_mask(folder / "mask.safetensors", shapes)[0].values())
     total = sum(torch.Size(s).numel() for s in shapes.values())
     clients = {k for line in lines for k in line["clients"]}
     assert len(clients) <= 12
-    values = 4 * 3 * 4 * kept  # rounds, clients a round, bytes
+    values = 6 * 3 * 4 * kept  # rounds, clients a round, bytes
     scores = 3 * 4 * 4 * total  # clients that calibrate, rounds, bytes
     indices = lines[-1]["bytes_up"] - values - scores
     per_client = -(-total // 8)
     joined = indices // per_client
     assert indices % per_client == 0 and len(clients) <= joined <= 12
 
-    whole = sum(t.numel() for t in load_file(folder / "checkpoint" / "theta.safetensors").values())
+    whole_model = sum(t.numel() for t in load_file(folder / "checkpoint" / "theta.safetensors").values())
     # calibration: the weights under the mask to 3 clients in each of 4 rounds; then the model and the mask to those
     # that join, the kept weights to the others
-    calibration, others = 3 * 4 * 4 * total, 4 * 3 - joined
-    assert lines[-1]["bytes_down"] == calibration + joined * (4 * whole + per_client) + others * 4 * kept
+    calibration, others = 3 * 4 * 4 * total, 6 * 3 - joined
+    assert lines[-1]["bytes_down"] == calibration + joined * (4 * whole_model + per_client) + others * 4 * kept
 
-    words = ("--upload", "topk", "--mask-strategy", "random", "--calibrate-on", "server", "--output-dir", tmp_path)
-    assert small("train_federated_sparse", *words, "--run-name", "topk") == 0
-    assert read_metrics(tmp_path / "topk")[-1]["bytes_up"] == 4 * 3 * 8 * (kept // 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_and_resumed_is_as_if_unbroken(script, unbroken, tmp_path):
-    whole = result(unbroken(script))
-    words = command(script, "--output-dir", tmp_path, "--run-name", "one", "--resume")
-    state = tmp_path / "one" / "checkpoint" / "state.json"
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    assert read_json(tmp_path / "one" / "run.json")["status"] == "running"
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "resumed after round" in done.stderr, done.stderr
-    assert result(tmp_path / "one") == whole
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_two_processes_give_the_same_bits(script, unbroken, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = command(script, "--output-dir", tmp_path, "--run-name", "one")
-    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert result(tmp_path / "one") == result(unbroken(script))
+    assert read_metrics(whole("topk"))[-1]["bytes_up"] == 6 * 3 * 8 * (kept // 2)
 
 
 def test_one_client_is_central_training_bitwise(tmp_path):
