@@ -52,7 +52,8 @@ def saving(path, *parts):
             if Path(part).is_dir():
                 shutil.rmtree(part, ignore_errors=True)
             else:
-                Path(part).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    Path(part).unlink()
         reason = getattr(error, "strerror", None) or str(error)
         raise RunFailed(
             f"cannot save {path}: {reason}; what was saved before is whole: make room, then --resume"

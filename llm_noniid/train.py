@@ -86,7 +86,7 @@ def main(args):
                 variates.open_round(clients)
             regroups = a.cluster == "updates" and t + 1 == a.cluster_round
             # Several models pull apart by intention, and one client has nobody to pull apart from.
-            compares = run.due(t + 1) and models == 1 and a.algorithm != "central"
+            compares = run.due(t + 1) and flags.is_compared(a)
             wanted = clients.clients if regroups else watched(a.seed, clients, t) if compares else ()
             seen = {}  # client: (theta_k, hidden states of the probed texts)
             for k in clients:
