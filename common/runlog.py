@@ -39,7 +39,8 @@ from common.seeding import seed_everything, stream
 
 # Flags that say how to run, not what to compute: --resume may change them.
 NOT_COMPARED = {"resume", "overwrite", "data_root", "output_dir", "run_name", "track", "log_dir", "num_workers"}
-NOT_COMPARED |= {"use_wandb", "wandb_project", "config", "processes"}  # what a config says is in the other flags
+NOT_COMPARED |= {"use_wandb", "wandb_project", "cache_dir", "processes"}
+NOT_COMPARED |= {"config"}  # what it says is in the other flags
 
 
 def add_run_flags(parser, *other_names):
