@@ -86,7 +86,7 @@ def load_encoder(spec, task, tokenizer, seed):
     """
     seed_torch(seed, "weights")
     if spec == "tiny":
-        model, fresh = _tiny(task, tokenizer), set()
+        model, fresh = tiny_encoder(task, tokenizer), set()
     else:
         model, fresh = _pretrained(spec, task)
     if model.get_input_embeddings().num_embeddings < len(tokenizer):
@@ -112,7 +112,8 @@ def _labels(task):
     return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
 
 
-def _tiny(task, tokenizer):
+def tiny_encoder(task, tokenizer):
+    """A RoBERTa of two layers with random weights and a head for the task."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     config = RobertaConfig(
