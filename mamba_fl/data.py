@@ -12,6 +12,7 @@ import torch
 
 from common import text
 from common.cli import UsageError
+from common.corpora import SPLITS, load_corpus
 from common.seeding import stream
 from common.sharding import contiguous, iid
 
@@ -73,7 +74,7 @@ def build_data(
     """
     if sharding not in ("contiguous", "iid"):
         raise UsageError(f"unknown sharding {sharding!r}: choose contiguous or iid")
-    corpus = text.load_corpus(dataset, data_root, cache_dir)
+    corpus = load_corpus(dataset, data_root, cache_dir)
     encoder = text.load_tokenizer(tokenizer, corpus, data_root, cache_dir)
     splits = text.encode(corpus, encoder, cache_dir)
     documents = splits["train"]
@@ -112,8 +113,8 @@ def build_data(
             "vocab_size": vocab_size,
             "sequence_length": sequence_length,
             "sharding": sharding,
-            "documents": {split: len(splits[split]) for split in text.SPLITS},
-            "tokens": {split: len(splits[split].tokens) for split in text.SPLITS},
+            "documents": {split: len(splits[split]) for split in SPLITS},
+            "tokens": {split: len(splits[split].tokens) for split in SPLITS},
         },
         shards={
             "client_documents": [len(shard) for shard in shards],

@@ -2,66 +2,30 @@
 
 from common import config_file
 
-NO_EFFECT = None
+
+def _section(section, same, **others):
+    """{"section.key": flag}: keys that are called as their flag, and others with theirs (None: no effect)."""
+    prefix = f"{section}." if section else ""
+    return {prefix + key: flag for key, flag in {**{key: key for key in same.split()}, **others}.items()}
+
+
+_TRAINING = "momentum weight_decay label_smoothing scheduler early_stopping_patience"
 SHARED = {
-    "seed": "seed",
-    "device": "device",
-    "num_workers": "num_workers",
-    "pin_memory": NO_EFFECT,
-    "dataset.name": "dataset",
-    "dataset.data_dir": "data_root",
-    "dataset.val_split": "val_split",
-    "dataset.batch_size": "batch_size",
-    "dataset.num_classes": "num_classes",
-    "model.name": "model",
-    "model.pretrained": "pretrained",
-    "model.freeze_backbone": "freeze_backbone",
-    "model.dropout": "dropout",
-    "model.freeze_layers": "freeze_layers",
-    "logging.use_wandb": "use_wandb",
-    "logging.wandb_project": "wandb_project",
-    "logging.log_interval": NO_EFFECT,
-    "logging.save_interval": "save_every",
-    "logging.checkpoint_dir": "output_dir",
-    "logging.log_dir": "log_dir",
-    "experiment.name": "run_name",
-    "experiment.num_runs": "num_runs",
+    **_section("", "seed device num_workers", pin_memory=None),
+    **_section("dataset", "val_split batch_size num_classes", name="dataset", data_dir="data_root"),
+    **_section("model", "pretrained freeze_backbone dropout freeze_layers", name="model"),
+    **_section("logging", "use_wandb wandb_project log_dir", log_interval=None, save_interval="save_every"),
+    **_section("logging", "", checkpoint_dir="output_dir"),
+    **_section("experiment", "num_runs", name="run_name"),
 }
-CENTRALIZED = {
-    "centralized.epochs": "epochs",
-    "centralized.learning_rate": "lr",
-    "centralized.momentum": "momentum",
-    "centralized.weight_decay": "weight_decay",
-    "centralized.scheduler": "scheduler",
-    "centralized.warmup_epochs": "warmup_epochs",
-    "centralized.label_smoothing": "label_smoothing",
-    "centralized.early_stopping_patience": "early_stopping_patience",
-}
+CENTRALIZED = _section("centralized", f"epochs warmup_epochs {_TRAINING}", learning_rate="lr")
 FEDERATED = {
-    "federated.num_clients": "num_clients",
-    "federated.participation_rate": "participation_rate",
-    "federated.local_steps": "local_steps",
-    "federated.num_rounds": "num_rounds",
-    "federated.learning_rate": "lr",
-    "federated.momentum": "momentum",
-    "federated.weight_decay": "weight_decay",
-    "federated.label_smoothing": "label_smoothing",
-    "federated.scheduler": "scheduler",
-    "federated.min_lr": "min_lr",
-    "federated.early_stopping_patience": "early_stopping_patience",
-    "federated.use_amp": "use_amp",
-    "federated.eval_every": "eval_every",
-    "sharding.strategy": "sharding",
-    "sharding.nc": "nc",
-    "heterogeneity_experiment.nc_values": "nc_values",
-    "heterogeneity_experiment.j_values": "j_values",
+    **_section("federated", "num_clients participation_rate local_steps num_rounds min_lr use_amp eval_every"),
+    **_section("federated", _TRAINING, learning_rate="lr"),
+    **_section("sharding", "nc", strategy="sharding"),
+    **_section("heterogeneity_experiment", "nc_values j_values"),
 }
-SPARSE = {
-    "sparse.sparsity_ratio": "sparsity_ratio",
-    "sparse.calibration_rounds": "calibration_rounds",
-    "sparse.mask_strategy": "mask_strategy",
-    "sparse.fisher_samples": "fisher_samples",
-}
+SPARSE = _section("sparse", "sparsity_ratio calibration_rounds mask_strategy fisher_samples")
 # switches of the source that only set another flag -> (that flag, its value)
 SWITCHES = {"use_amp": ("amp", "auto"), "use_wandb": ("track", "wandb")}
 EVERY_KEY = {**SHARED, **CENTRALIZED, **FEDERATED, **SPARSE}
