@@ -294,8 +294,7 @@ class Run:
         self.start_round, self.counters = meta["round"], meta["counters"]
         self.seconds, self.eval_seconds = meta["seconds"], meta["eval_seconds"]
         self._ended, self._first = meta.get("ended"), False
-        if parallel.is_main():
-            tqdm.write(f"resumed after round {self.start_round}", file=sys.stderr)
+        self.note(f"resumed after round {self.start_round}")
         if isinstance(theta, dict):
             return {key: saved[key] for key in theta}
         result = theta.clone()
@@ -318,6 +317,11 @@ class Run:
         self.clients = parallel.Round(chosen, work, closers, hint, t)
         self._weights, self._traffic = weights, (up, down)
         return self.clients
+
+    def note(self, text):
+        """A line on stderr, by the main process."""
+        if parallel.is_main():
+            tqdm.write(text, file=sys.stderr)
 
     def due(self, t):
         """Whether there is an evaluation after t rounds."""
@@ -352,9 +356,9 @@ class Run:
 
     def _count_round(self, clients):
         out = clients.left_out
-        if out and parallel.is_main():
+        if out:
             names = ", ".join(map(str, out))
-            tqdm.write(f"warning: round {self._at}: update not finite, left out: client {names}", file=sys.stderr)
+            self.note(f"warning: round {self._at}: update not finite, left out: client {names}")
         self._left_out += [[self._at, k] for k in out]
         up, down = (sum(f(k) for k in clients.clients) if callable(f) else f * len(clients) for f in self._traffic)
         self.count(bytes_up=up, bytes_down=down, left_out_updates=len(out), **{self.unit: clients.amount})
@@ -489,10 +493,15 @@ class Run:
 
 def participants(seed, total, participation, t):
     """The ids of the clients of round t (from 0): all, or a share of `total` drawn by the seed, unsorted."""
-    some = max(1, int(participation * total + 0.5))
+    some = per_round(participation, total)
     if some >= total:
         return list(range(total))
     return stream(seed, "participation", t).choice(total, some, replace=False).tolist()
+
+
+def per_round(participation, total):
+    """How many of `total` clients take part in a round."""
+    return max(1, int(participation * total + 0.5))
 
 
 class Turns:
