@@ -7,6 +7,8 @@ import torch
 from common.cli import (
     Parser,
     UsageError,
+    add_machine_flags,
+    add_run_flags,
     fraction,
     half_open_fraction,
     non_negative_float,
@@ -16,7 +18,6 @@ from common.cli import (
 )
 from common.config_file import apply_config
 from common.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
-from common.runlog import add_machine_flags, add_run_flags
 from llm_noniid.data import DATASETS
 from llm_noniid.detectors import STOP_ON
 from llm_noniid.partition import PARTITIONS, SKEW_TYPES, STYLE_CRITERIA

@@ -21,11 +21,20 @@ from transformers import GPT2LMHeadModel
 from common.allocator import reuse_large_memory
 from common.batches import evaluation_batches
 from common.checkpoint import saving, swap, write_json
-from common.cli import Parser, RunFailed, UsageError, fraction, positive_float, positive_int, run_main
+from common.cli import (
+    Parser,
+    RunFailed,
+    UsageError,
+    add_machine_flags,
+    fraction,
+    positive_float,
+    positive_int,
+    run_main,
+)
 from common.evaluation import amp_context, perplexity, pick_device, resolve_amp
 from common.hub import quiet
 from common.local import gradients
-from common.runlog import add_machine_flags, git_commit, versions
+from common.provenance import git_commit, versions
 from common.seeding import seed_everything, seed_torch
 from common.text import load_tokenizer
 from llm_noniid.data import IGNORE, as_corpus, encode, load_texts, training_batches

@@ -46,7 +46,9 @@ def test_linear_from_zero_is_transformers():
     from transformers import get_linear_schedule_with_warmup
 
     wanted = torch_rates(lambda o: get_linear_schedule_with_warmup(o, 3, 11), 11, 0.2)
-    assert [lr_at(t, 11, 0.2, "linear", warmup=3, from_zero=True) for t in range(11)] == pytest.approx(wanted, rel=1e-12)
+    assert [lr_at(t, 11, 0.2, "linear", warmup=3, from_zero=True) for t in range(11)] == pytest.approx(
+        wanted, rel=1e-12
+    )
 
 
 def test_by_hand():
