@@ -51,7 +51,9 @@ VIT = (
     "--dataset demo --model tiny --classes 0:10 --batch-size 8 --threads 1 --amp off --seed 0 --lr 0.05 "
     "--output-dir {out} --run-name r"
 )
-VIT_FEDERATED = f"{VIT} --num-clients 12 --participation-rate 0.25 --num-rounds 4 --eval-every 2 --save-every 2"
+VIT_FEDERATED = (
+    f"{VIT} --num-clients 12 --participation-rate 0.25 --num-rounds 4 --eval-every 2 --save-every 2 --processes 1"
+)
 SPARSE = f"{VIT_FEDERATED} --sharding non_iid --nc 3 --fisher-samples 16"
 GLUE = (
     "--model tiny --dataset demo --task-name sst2 --learning-rate 5e-3 --max-length 32 --threads 1 --amp off --seed 7"

@@ -260,21 +260,6 @@ def augment(images, image_size, generator, mean=MEAN, std=STD):
     return prepare(crops.view(images.shape), image_size, mean, std)
 
 
-def client_rows(n, batch_size, first_step, steps, seed, k):
-    """Which of its n images client k takes in its next `steps` batches: list of int64 [batch_size].
-
-    Pass after pass over the client's images, each in an order of its own, from where the client stands
-    (`first_step` batches done); a batch may hold the end of one pass and the start of the next.
-    """
-    if steps < 1:
-        return []
-    first, last = first_step * batch_size, (first_step + steps) * batch_size
-    passes = range(first // n, (last - 1) // n + 1)
-    order = np.concatenate([stream(seed, "batches", e, k).permutation(n) for e in passes])
-    rows = order[first - passes[0] * n : last - passes[0] * n]
-    return list(torch.from_numpy(rows).split(batch_size))
-
-
 # ------------------------------------------------------------------------------------------------ clients
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from common import parallel
 from common.checkpoint import read_json
 from common.runlog import start_run
-from vit_sparse_fl.data import check_batch_size, load_images, make_shards
+from vit_sparse_fl.calibration import calibrated
+from vit_sparse_fl.data import check_batch_size, load_images
+from vit_sparse_fl.masks import STRATEGIES
+from vit_sparse_fl.study import deal
 
 SWEEPS = ("hp_search", "heterogeneity_experiment", "local_steps_experiment", "compare_strategies")
 SWEEPS += ("sparsity_experiment",)
@@ -43,6 +46,32 @@ def federated_settings(args):
         fewest = min(args.j_values)
         found += [variant(args, local_steps=j, num_rounds=max(1, args.num_rounds * fewest // j)) for j in args.j_values]
     return [(f"fedavg_{shards_name(flags)}_J{flags.local_steps}", flags) for flags in found or [args]]
+
+
+def sparse_settings(args):
+    """(name, flags) of every setting that the sparse script's command line asks for."""
+    asked = []
+    if args.compare_strategies:
+        asked += [variant(args, mask_strategy=strategy) for strategy in STRATEGIES]
+    if args.sparsity_experiment:
+        asked += [variant(args, sparsity_ratio=sparsity) for sparsity in args.sparsity_values]
+    for one in asked or [args]:
+        for name, flags in federated_settings(one):
+            yield name.replace("fedavg", sparse_name(flags), 1), flags
+
+
+def sparse_name(args):
+    """sparse_STRATEGY_s0.9, with what differs from the default marked."""
+    if args.upload == "topk":
+        return f"topk_s{args.sparsity_ratio:g}"
+    if args.mask:
+        return f"mask_of_{Path(args.mask).resolve().parent.name}_s{args.sparsity_ratio:g}"
+    name = f"sparse_{args.mask_strategy}_s{args.sparsity_ratio:g}"
+    if calibrated(args):
+        name += f"_{args.calibration}{args.calibration_rounds}"
+        name += "_clients" if args.calibrate_on == "clients" else ""
+        name += f"_{args.mask_merge}" if args.mask_merge != "none" else ""
+    return name + ("_per_layer" if args.mask_scope == "layer" else "")
 
 
 def repeated(args, settings):
@@ -99,17 +128,7 @@ def check_shards(several):
         key = (flags.dataset, flags.seed, flags.val_split, flags.classes, flags.data_root)
         if key not in images:
             images = {key: load_images(*key).train_labels}
-        shards = make_shards(
-            images[key],
-            flags.sharding,
-            flags.num_clients,
-            flags.nc,
-            flags.alpha,
-            flags.seed,
-            flags.allow_unused_classes,
-            flags.min_samples or flags.batch_size,
-        )[0]
-        check_batch_size([len(rows) for rows in shards], flags.batch_size)
+        check_batch_size([len(rows) for rows in deal(flags, images[key])[0]], flags.batch_size)
 
 
 def table(runs):

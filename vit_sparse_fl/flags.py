@@ -23,6 +23,11 @@ ON_OFF = argparse.BooleanOptionalAction
 HEADS = ("ridge", "train", "random", "keep")
 
 
+def NEVER(args):  # noqa: N802
+    """`when` of flags that say how to run or what to run, not what a run computes."""
+    return False
+
+
 def make_parser(description, *, federated=True, sparse=False):
     """The parser of one script. Returns (parser, group for the script's own flags)."""
     parser = Parser(description)
@@ -48,6 +53,7 @@ def make_parser(description, *, federated=True, sparse=False):
         type=non_negative_float,
         default=1e-6,
         metavar="X",
+        when=lambda a: a.scheduler in ("cosine", "step"),
         help="where the cosine ends, the lowest of step; 0: none",
     )
     report = parser.add_argument_group("what is kept")
@@ -57,22 +63,28 @@ def make_parser(description, *, federated=True, sparse=False):
         type=positive_int,
         default=50 if federated else 10,
         metavar="N",
+        when=NEVER,
         help=f"resumable checkpoint every N {unit}",
     )
     report.add_argument(
-        "--keep-best", type=positive_int, default=3, metavar="N", help="checkpoints with the best validation accuracy"
+        "--keep-best",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        when=NEVER,
+        help="checkpoints with the best validation accuracy",
     )
     report.add_argument("--log-dir", metavar="DIR", help="text logs (default: OUTPUT_DIR/logs)")
     report.add_argument("--use-wandb", action="store_true", help="the same as --track wandb")
     report.add_argument("--wandb-project", default="fedquartet", metavar="NAME", help="project at wandb")
     run = add_run_flags(parser, "--experiment-name")
     run.add_argument(
-        "--num-runs", type=positive_int, default=1, metavar="N", help="runs, with seeds SEED, SEED + 1, ..."
+        "--num-runs", type=positive_int, default=1, metavar="N", when=NEVER, help="runs, with seeds SEED, SEED + 1, ..."
     )
     run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
     run.add_argument("--output-dir", "--checkpoint-dir", default="results", metavar="DIR", help="where run folders go")
-    add_machine_flags(run)
-    run.add_argument("--use-amp", action="store_true", help="the same as --amp auto")
+    add_machine_flags(run, federated=federated)
+    run.add_argument("--use-amp", action="store_true", when=NEVER, help="the same as --amp auto")
     run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
     run.add_argument(
         "--num-workers", type=non_negative_int, default=0, metavar="N", help="no effect: there is no loader"
@@ -115,7 +127,9 @@ def _data_flags(parser, federated):
     data.add_argument(
         "--classes", type=class_range, metavar="A:B", help="only the classes A to B-1, numbered from 0 (default: all)"
     )
-    data.add_argument("--num-classes", type=positive_int, metavar="N", help="checked against the data (default: not)")
+    data.add_argument(
+        "--num-classes", type=positive_int, metavar="N", when=NEVER, help="checked against the data (default: not)"
+    )
     if not federated:
         return
     data.add_argument(
@@ -124,12 +138,32 @@ def _data_flags(parser, federated):
         default="iid",
         help="images to clients: at random; --nc classes each; in Dirichlet(--alpha) proportions",
     )
-    data.add_argument("--nc", type=positive_int, default=10, metavar="N", help="classes a client, for non_iid")
-    data.add_argument("--alpha", type=positive_float, default=0.1, metavar="X", help="concentration, for dirichlet")
+    of_classes, of_dirichlet = (lambda a: a.sharding == "non_iid"), (lambda a: a.sharding == "dirichlet")
     data.add_argument(
-        "--min-samples", type=non_negative_int, default=0, metavar="N", help="of each client, for dirichlet; 0: a batch"
+        "--nc", type=positive_int, default=10, metavar="N", when=of_classes, help="classes a client, for non_iid"
     )
-    data.add_argument("--allow-unused-classes", action="store_true", help="classes that no client gets are left out")
+    data.add_argument(
+        "--alpha",
+        type=positive_float,
+        default=0.1,
+        metavar="X",
+        when=of_dirichlet,
+        help="concentration, for dirichlet",
+    )
+    data.add_argument(
+        "--min-samples",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        when=of_dirichlet,
+        help="of each client, for dirichlet; 0: a batch",
+    )
+    data.add_argument(
+        "--allow-unused-classes",
+        action="store_true",
+        when=of_classes,
+        help="classes that no client gets are left out",
+    )
 
 
 def _central_flags(train):
@@ -171,18 +205,35 @@ def _federated_flags(train):
 
 def add_experiment_flags(group):
     """The sweeps that both federated scripts have."""
-    group.add_argument("--heterogeneity-experiment", action="store_true", help="a run for each of --nc-values, and IID")
-    group.add_argument(
-        "--nc-values", type=positive_int, nargs="+", default=[1, 5, 10, 50], metavar="N", help="classes a client"
-    )
-    group.add_argument(
-        "--local-steps-experiment",
-        action="store_true",
-        help="a run for each of --j-values, J x rounds as with the smallest",
-    )
-    group.add_argument(
-        "--j-values", type=positive_int, nargs="+", default=[4, 8, 16], metavar="J", help="steps a client and round"
-    )
+    for name, values, metavar, runs, what in (
+        ("heterogeneity", "--nc-values", "N", "each of --nc-values, and IID", "classes a client"),
+        (
+            "local-steps",
+            "--j-values",
+            "J",
+            "each of --j-values, J x rounds as with the smallest",
+            "steps a client and round",
+        ),
+    ):
+        default = [1, 5, 10, 50] if metavar == "N" else [4, 8, 16]
+        group.add_argument(f"--{name}-experiment", action="store_true", when=NEVER, help=f"a run for {runs}")
+        group.add_argument(
+            values, type=positive_int, nargs="+", default=default, metavar=metavar, when=NEVER, help=what
+        )
+
+
+def clients_a_round(args):
+    """How many clients take part in a round."""
+    return max(1, int(args.participation_rate * args.num_clients + 0.5))
+
+
+def process_memory(args):
+    """Bytes that a process takes, at a guess: what a step of the model keeps for its backward pass, and the data."""
+    if args.model == "tiny":
+        return 2**30
+    tokens = (args.image_size // 16) ** 2 + 1
+    kept = 12 * args.batch_size * tokens * (18 * 384 + 2 * 6 * tokens) * 4  # ViT-S: 12 blocks, 6 heads, fp32
+    return 2**31 + kept
 
 
 def class_range(text):
