@@ -16,7 +16,7 @@ from vit_sparse_fl.vit import make_model
 def small_tiny(monkeypatch):
     """ "tiny" in this file: 1 block of width 12."""
     sizes = dict(patch_size=4, hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=24)
-    monkeypatch.setattr(vit, "_TINY", sizes)
+    monkeypatch.setattr(vit, "TINY", sizes)
 
 
 def ridge_data(n=60, d=12, classes=4, seed=0):

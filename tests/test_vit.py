@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from common.before.fisher import diagonal_fisher
 from common.cli import UsageError
+from common.fisher import diagonal_fisher
 from vit_sparse_fl import vit
 from vit_sparse_fl.vit import freeze, init_from, interpolate_positions, make_model, save_pretrained
 
@@ -19,7 +19,7 @@ SMALL = dict(patch_size=4, hidden_size=12, num_hidden_layers=2, num_attention_he
 @pytest.fixture(autouse=True)
 def small_tiny(monkeypatch):
     """ "tiny" in this file: 2 blocks of width 12."""
-    monkeypatch.setattr(vit, "_TINY", SMALL)
+    monkeypatch.setattr(vit, "TINY", SMALL)
 
 
 def official(dim=12, depth=2, patch=4, hidden=24, grid=8, seed=0):
@@ -224,8 +224,8 @@ def test_gradients_are_transformers(tmp_path):
 def test_attention_on_a_cpu_is_torchs():
     q, k, v = torch.randn(3, 2, 3, 17, 8, generator=torch.Generator().manual_seed(0))
     wanted = F.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(vit._attention(q, k, v), wanted, rtol=0, atol=1e-6)
-    half = vit._attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    torch.testing.assert_close(vit.attention(q, k, v), wanted, rtol=0, atol=1e-6)
+    half = vit.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), wanted, rtol=0, atol=0.03)
 
@@ -244,9 +244,8 @@ def test_per_sample_fisher_by_vmap_equals_the_loop():
     def nll(model, sample):
         return F.cross_entropy(model(sample[0][None]), sample[1][None])
 
-    loop = diagonal_fisher(model, nll, samples, method="loop")
-    for name, f in diagonal_fisher(model, nll, samples, method="vmap").items():
-        torch.testing.assert_close(f, loop[name], rtol=1e-3, atol=1e-9)
+    loop, vmap = (diagonal_fisher(model, nll, samples, method=method) for method in ("loop", "vmap"))
+    torch.testing.assert_close(vmap, loop, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("size, nearest", [(30, "28 or 32"), (3, "take 4"), (0, "take 4"), (-4, "take 4")])
@@ -337,10 +336,10 @@ def test_init_from_another_run(tmp_path):
 
 def test_init_from_another_architecture(tmp_path, monkeypatch):
     save_pretrained(make_model("tiny", image_size=32, n_classes=5), tmp_path)
-    monkeypatch.setattr(vit, "_TINY", SMALL | {"num_hidden_layers": 1})
+    monkeypatch.setattr(vit, "TINY", SMALL | {"num_hidden_layers": 1})
     with pytest.raises(UsageError, match=r"has besides vit\.layers\.1\."):
         init_from(make_model("tiny", image_size=32, n_classes=5), tmp_path)
-    monkeypatch.setattr(vit, "_TINY", SMALL | {"intermediate_size": 36})
+    monkeypatch.setattr(vit, "TINY", SMALL | {"intermediate_size": 36})
     model = make_model("tiny", image_size=32, n_classes=5)
     before = {n: p.clone() for n, p in model.state_dict().items()}
     with pytest.raises(UsageError, match=r"mlp\.fc1\.weight \[24, 12\] not \[36, 12\]"):

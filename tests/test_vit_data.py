@@ -246,7 +246,7 @@ def test_no_data_and_no_network(small, tmp_path, monkeypatch):
 
 
 def test_a_download_that_breaks_leaves_nothing(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_answers", lambda: True)
+    monkeypatch.setattr(data, "server_answers", lambda: True)
     refuse("no CIFAR-100 under", "cifar100", 0, download=False)
     monkeypatch.setattr("torchvision.datasets.CIFAR100.url", "http://127.0.0.1:9/nothing.tar.gz")
     refuse("torchvision could not download CIFAR-100 into .*: try again", "cifar100", 0)
@@ -261,12 +261,12 @@ def test_a_download_is_put_in_place_whole(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.CIFAR100.download", download)
     with pytest.raises(SystemExit):
-        data._download(tmp_path)
+        data.download_into(tmp_path)
     assert os.listdir(tmp_path) == []  # broken off: nothing stays
     monkeypatch.setattr("torchvision.datasets.CIFAR100.__init__", lambda self, root, download: _unpack(root))
-    data._download(tmp_path)
+    data.download_into(tmp_path)
     assert os.listdir(tmp_path) == ["cifar-100-python"]
-    data._download(tmp_path)  # another process was faster
+    data.download_into(tmp_path)  # another process was faster
     assert (tmp_path / "cifar-100-python" / "train").read_text() == "1"
 
 
@@ -421,7 +421,7 @@ def test_a_client_with_fewer_images_than_a_batch():
 
 def test_the_real_data_is_the_published_one():
     root = os.environ.get("FEDQUARTET_DATA", "")
-    if not any((Path(root) / place).is_file() for place in data._PLACES):
+    if not any((Path(root) / place).is_file() for place in data.PLACES):
         pytest.skip("no cifar100.npz under FEDQUARTET_DATA")
     splits = data.load_images("cifar100", 0)
     sha256 = splits.fingerprint["sha256"]

@@ -28,7 +28,7 @@ PAD = 4  # pixels on each side before the random crop
 CIFAR_CLASSES = 100
 CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
 CIFAR_SHAPE = (3, 32, 32)
-_PLACES = ("cifar100.npz", "cifar100/cifar100.npz", "cifar-100/cifar100.npz")
+PLACES = ("cifar100.npz", "cifar100/cifar100.npz", "cifar-100/cifar100.npz")
 _TORCHVISION_FOLDER = "cifar-100-python"
 _URL_SECONDS = 5  # for the first answer of the download's server
 
@@ -123,17 +123,17 @@ def _sha256(array):
 
 def _cifar100(root, download):
     """((train_images, train_labels, test_images, test_labels), where they are from)."""
-    for place in _PLACES:
+    for place in PLACES:
         if (root / place).is_file():
             return _read_npz(root / place), str(root / place)
     folder = root / _TORCHVISION_FOLDER
     if not folder.is_dir():
-        if not download or not _answers():
+        if not download or not server_answers():
             raise UsageError(
                 f"no CIFAR-100 under {root} and it cannot be downloaded: put cifar100.npz or torchvision's folder "
                 f"{_TORCHVISION_FOLDER} there, or give --data-root, or take --dataset demo"
             )
-        _download(root)
+        download_into(root)
     return _read_torchvision(root), str(folder)
 
 
@@ -190,7 +190,7 @@ def _read_torchvision(root):
     return arrays
 
 
-def _answers():
+def server_answers():
     """Whether the download's server answers within seconds; torchvision itself would wait for minutes."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "on", "yes", "true"):
         return False  # the environment's word for: stay offline
@@ -205,7 +205,7 @@ def _answers():
     return True
 
 
-def _download(root):
+def download_into(root):
     """Puts torchvision's folder under `root`, all of it or nothing: several processes may do so at once."""
     from torchvision.datasets import CIFAR100
 

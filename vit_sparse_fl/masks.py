@@ -120,7 +120,7 @@ def sensitivity(model, weights, images, *, labels=None, draws=None, prepare=None
             part = images[start : start + BATCH]
             inputs = part if prepare is None else prepare(part)  # [b, 3, S, S]
             if labels is None:
-                wanted, function = _drawn_labels(model, inputs, draws), _logit  # [b]
+                wanted, function = drawn_labels(model, inputs, draws), _logit  # [b]
             else:
                 wanted, function = labels[start : start + BATCH].to(inputs.device), _nll  # [b]
             total += diagonal_fisher(model, function, (inputs, wanted), **options) * (len(part) / len(images))
@@ -128,7 +128,7 @@ def sensitivity(model, weights, images, *, labels=None, draws=None, prepare=None
 
 
 @torch.no_grad()
-def _drawn_labels(model, inputs, draws):
+def drawn_labels(model, inputs, draws):
     """int64 [b]: labels drawn from the model's softmax, by the inverse of its distribution function."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

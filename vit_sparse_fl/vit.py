@@ -25,8 +25,8 @@ from common.seeding import torch_stream
 DINO = "facebook/dino-vits16"
 MODELS = {"tiny": "tiny", "dino_vits16": DINO}  # short names; every other name is a folder or one of the hub
 BACKBONE_PARAMETERS = 21_665_664  # of DINO ViT-S/16 at 224 px
-_TINY = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, patch_size=8)
-_VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=16)
+TINY = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, patch_size=8)
+VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=16)
 _WHERE = "give --model FOLDER or --weights FILE, or take --model tiny"
 
 
@@ -68,12 +68,12 @@ def _block(block, x, tokens):
     y = block.layernorm_before(x)
     q, k, v = a.q_proj(y[:, :tokens]), a.k_proj(y), a.v_proj(y)
     q, k, v = (t.unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for t in (q, k, v))  # [B, H, tokens or T, D/H]
-    y = _attention(q, k, v)  # [B, H, tokens, D/H]
+    y = attention(q, k, v)  # [B, H, tokens, D/H]
     x = x[:, :tokens] + a.o_proj(y.transpose(1, 2).flatten(2))  # [B, tokens, D]
     return x + block.mlp(block.layernorm_after(x))
 
 
-def _attention(q, k, v):
+def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v over the last two dimensions."""
     if q.device.type == "cpu":
         # torch's own kernel has a slow bf16 backward there (with it a step takes twice the time at 32 px) and no
@@ -137,12 +137,12 @@ def check_image_size(image_size, patch):
 def _find(name, weights, pretrained=True):
     """(config, where the backbone's own weights are: a folder, a hub name, or None)."""
     if name == "tiny":
-        return ViTConfig(image_size=32, layer_norm_eps=1e-6, **_TINY), None
+        return ViTConfig(image_size=32, layer_norm_eps=1e-6, **TINY), None
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _read_config(folder), folder
     if name == DINO and (weights is not None or not pretrained):
-        return ViTConfig(image_size=224, layer_norm_eps=1e-6, **_VIT_S), None
+        return ViTConfig(image_size=224, layer_norm_eps=1e-6, **VIT_S), None
     try:  # what an earlier download left, without asking the network
         return ViTConfig.from_pretrained(name, local_files_only=True), name
     except (OSError, ValueError):
