@@ -10,7 +10,7 @@ from common.checkpoint import read_json
 from common.cli import UsageError
 from vit_sparse_fl import train_centralized, train_federated, train_federated_sparse
 from vit_sparse_fl.flags import parse
-from vit_sparse_fl.masks import save_mask
+from vit_sparse_fl.mask_files import save_mask
 from vit_sparse_fl.vit import make_model
 
 CONFIG = "vit_sparse_fl/configs/default.yaml"

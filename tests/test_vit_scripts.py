@@ -1,26 +1,25 @@
-"""vit_sparse_fl's scripts as a user runs them: the documented commands, runs killed, resumed, on two processes."""
+"""vit_sparse_fl's scripts as a user runs them: the documented commands, runs killed, resumed, on several processes."""
 
-import hashlib
 import importlib
 import json
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 
+import harness
 import pytest
 import torch
-from running import ROOT
 from safetensors.torch import load_file
 
 from common.checkpoint import read_json
-from common.cli import run_main
+from common.cli import checked, run_main
 from common.curves import read_metrics
-from vit_sparse_fl.masks import load_mask
-from vit_sparse_fl.vit import make_model
+from vit_sparse_fl.flags import parse
+from vit_sparse_fl.mask_files import load_mask
+from vit_sparse_fl.vit import init_from, make_model
 
+NAMES = [name for name in harness.GOLDEN if name.startswith("vit_sparse_fl/")]
 SMALL = "--dataset demo --model tiny --classes 0:10 --batch-size 8 --threads 1 --seed 0"
 FEDERATED = f"{SMALL} --num-clients 12 --participation-rate 0.25 --num-rounds 4 --eval-every 2 --save-every 2 --lr 0.05"
 TINY = {
@@ -28,80 +27,65 @@ TINY = {
     "train_federated": f"{FEDERATED} --sharding non_iid --nc 3",
     "train_federated_sparse": f"{FEDERATED} --fisher-samples 16 --calibrate-on clients --calibration-clients 3",
 }
-SCRIPTS = list(TINY)
-
-
-def command(script, *more):
-    return [str(ROOT / "vit_sparse_fl" / f"{script}.py"), *shlex.split(TINY[script]), *map(str, more)]
 
 
 def call(script, words):
     """A script in this process. Returns its exit code."""
-    module = importlib.import_module(f"vit_sparse_fl.{script}")
-    flags = importlib.import_module("vit_sparse_fl.flags")
+    module, words = importlib.import_module(f"vit_sparse_fl.{script}"), [str(w) for w in words]
     with pytest.raises(SystemExit) as stop:
         if script == "run_all_experiments":
-            run_main(module.main, module.build_parser().parse_args([str(w) for w in words]))
-        run_main(lambda parser: module.main(flags.parse(parser, [str(w) for w in words])), module.build_parser())
+            run_main(module.main, module.build_parser().parse_args(words))
+        run_main(module.main, checked(parse, module.build_parser(), words))
     return stop.value.code
 
 
 def small(script, *more):
-    return call(script, command(script, *more)[1:])
+    return call(script, [*shlex.split(TINY[script]), *more])
 
 
-def result(folder):
-    """What must be the same bits: weights, masks, metrics and results without their timings."""
-    files = [*sorted((folder / "final").iterdir()), *sorted(folder.rglob("*.safetensors"))]
-    hashes = {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    timed = ("seconds", "images_per_second")
-    lines = [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(folder)]
-    results = {k: v for k, v in read_json(folder / "run.json")["results"].items() if k not in timed}
-    return hashes, lines, results
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """Folder of a whole run of each script, made once, in this process."""
-    made = {}
-
-    def get(script):
-        if script not in made:
-            out = tmp_path_factory.mktemp(script)
-            assert small(script, "--output-dir", out, "--run-name", "one") == 0
-            made[script] = out / "one"
-        return made[script]
-
-    return get
+def shapes_of(folder):
+    return read_json(folder / "run.json")["parameters"]["maskable"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_leaves_what_the_readme_says(script, unbroken):
-    folder = unbroken(script)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_leaves_what_the_readme_says(name):
+    folder, central = harness.whole(name), name.endswith("centralized")
     manifest = read_json(folder / "run.json")
-    assert manifest["status"] == "finished" and manifest["command"] == script
+    assert manifest["status"] == manifest["ended"]["how"] == "finished"
     assert {"test_accuracy_last", "test_accuracy_best", "val_accuracy_best", "bytes_up"} <= manifest["results"].keys()
     lines = read_metrics(folder)
-    assert [line["round"] for line in lines] == ([1, 2, 3] if script == "train_centralized" else [2, 4])
-    wanted = {"val_loss", "val_accuracy", "train_loss", "lr", "images", "bytes_up", "bytes_down", "seconds"}
-    if script != "train_centralized":
+    assert [line["round"] for line in lines] == ([0, 1, 2, 3] if central else [0, 2, 4])
+    wanted = {"val_loss", "val_accuracy", "images", "bytes_up", "bytes_down", "seconds"}
+    assert wanted <= lines[0].keys() and not {"train_loss", "lr"} & lines[0].keys()
+    wanted |= {"train_loss", "lr"}
+    if not central:
         wanted |= {"update_cosine", "gradient_diversity", "sign_conflict", "drift", "drift_to_mean", "clients"}
         counts = torch.tensor(read_json(folder / "shards.json")["counts"])
         assert counts.shape == (12, 10) and counts.sum() == 720
-        assert script != "train_federated" or bool(((counts > 0).sum(1) == 3).all())
+        assert manifest["args"]["sharding"] != "non_iid" or bool(((counts > 0).sum(1) == 3).all())
     assert wanted <= lines[-1].keys()
-    assert (folder / "one_curves.png").stat().st_size > 1000
-    log = (folder.parent / "logs" / "one.log").read_text()
+    assert (folder / "r_curves.png").stat().st_size > 1000
+    log = (folder.parent / "logs" / "r.log").read_text()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (INFO|WARNING) \| \S", line) for line in log.splitlines())
 
 
-def test_final_loads_in_transformers_and_gives_the_logged_accuracy(unbroken):
+def test_the_method_is_the_flags_that_a_run_reads():
+    sparse, topk, dense = (
+        read_json(harness.whole(f"vit_sparse_fl/{name}") / "run.json")["method"]
+        for name in ("sparse", "topk", "federated")
+    )
+    assert {"nc", "mask_strategy", "calibration_clients", "upload"} <= sparse.keys() and "alpha" not in sparse
+    assert "alpha" in dense and not {"nc", "allow_unused_classes", "keep_best", "save_every", "num_runs"} & dense.keys()
+    assert "sparsity_ratio" in topk and not {"mask_strategy", "calibration", "calibrate_on", "mask_scope"} & topk.keys()
+
+
+def test_final_loads_in_transformers_and_gives_the_logged_accuracy():
     from transformers import AutoModelForImageClassification
 
     from vit_sparse_fl.data import load_images, prepare
 
-    folder = unbroken("train_federated")
+    folder = harness.whole("vit_sparse_fl/federated")
     model = AutoModelForImageClassification.from_pretrained(folder / "final").eval()
     data = load_images("demo", 0, classes=(0, 10))
     with torch.no_grad():
@@ -110,73 +94,73 @@ def test_final_loads_in_transformers_and_gives_the_logged_accuracy(unbroken):
     assert accuracy == pytest.approx(read_json(folder / "run.json")["results"]["test_accuracy_last"], abs=1e-9)
 
 
-def test_a_masked_weight_keeps_its_bits_for_the_whole_run(unbroken):
-    folder = unbroken("train_federated_sparse")
-    before = make_model("tiny", image_size=32, n_classes=10, seed=0).state_dict()
-    after = load_file(folder / "checkpoint" / "theta.safetensors")
-    shapes = read_json(folder / "run.json")["parameters"]["maskable"]
-    masks, about = load_mask(folder / "mask.safetensors", shapes)
-    kept = sum(int(m.sum()) for m in masks.values())
-    assert kept == round(0.1 * sum(m.numel() for m in masks.values()))
+def test_a_masked_weight_keeps_its_bits_for_the_whole_run():
+    folder = harness.whole("vit_sparse_fl/sparse")
+    before = dict(make_model("tiny", image_size=32, n_classes=10, seed=0).named_parameters())
+    model = make_model("tiny", image_size=32, n_classes=10, seed=1)
+    init_from(model, folder)
+    after = {name: p.detach() for name, p in model.named_parameters()}
+    mask, about = load_mask(folder / "mask.safetensors", shapes_of(folder))
+    assert int(mask.sum()) == round(0.1 * len(mask))
     assert about["strategy"] == "least_sensitive" and about["calibrated_on"] == "clients"
+    parts = mask.split([torch.Size(shape).numel() for shape in shapes_of(folder).values()])
+    masks = dict(zip(shapes_of(folder), parts, strict=True))
+    moved = 0
     for name, old in before.items():
-        out = ~masks[name] if name in masks else torch.ones(old.shape, dtype=torch.bool)
-        assert torch.equal(old.view(torch.int32)[out], after[name].view(torch.int32)[out]), name
-    moved = sum(int((before[n] != after[n])[m].sum()) for n, m in masks.items())
-    assert moved > 0.5 * kept
+        kept = masks[name].view(old.shape) if name in masks else torch.zeros(old.shape, dtype=torch.bool)
+        assert torch.equal(old.detach().view(torch.int32)[~kept], after[name].view(torch.int32)[~kept]), name
+        moved += int((old != after[name])[kept].sum())
+    assert moved > 0.5 * int(mask.sum())
 
 
-def test_sparse_uploads_cost_what_is_sent(unbroken, tmp_path):
-    lines = read_metrics(unbroken("train_federated_sparse"))
-    folder = unbroken("train_federated_sparse")
-    shapes = read_json(folder / "run.json")["parameters"]["maskable"]
-    kept = sum(int(m.sum()) for m in load_mask(folder / "mask.safetensors", shapes)[0].values())
-    total = sum(torch.Size(s).numel() for s in shapes.values())
-    clients = {k for line in lines for k in line["clients"]}
-    assert len(clients) <= 12
+def test_sparse_uploads_cost_what_is_sent():
+    folder = harness.whole("vit_sparse_fl/sparse")
+    last, parameters = read_metrics(folder)[-1], read_json(folder / "run.json")["parameters"]
+    mask = load_mask(folder / "mask.safetensors", shapes_of(folder))[0]
+    kept, total = int(mask.sum()), len(mask)
     values = 4 * 3 * 4 * kept  # rounds, clients a round, bytes
     scores = 3 * 4 * 4 * total  # clients that calibrate, rounds, bytes
-    indices = lines[-1]["bytes_up"] - values - scores
-    per_client = -(-total // 8)
-    joined = indices // per_client
-    assert indices % per_client == 0 and len(clients) <= joined <= 12
-
-    whole = sum(t.numel() for t in load_file(folder / "checkpoint" / "theta.safetensors").values())
+    places = -(-total // 8)
+    joined, rest = divmod(last["bytes_up"] - values - scores, places)
+    assert rest == 0 and 6 <= joined <= 12
     # calibration: the weights under the mask to 3 clients in each of 4 rounds; then the model and the mask to those
     # that join, the kept weights to the others
-    calibration, others = 3 * 4 * 4 * total, 4 * 3 - joined
-    assert lines[-1]["bytes_down"] == calibration + joined * (4 * whole + per_client) + others * 4 * kept
+    model, others = 4 * parameters["total"] + places, 4 * 3 - joined
+    assert last["bytes_down"] == scores + joined * model + others * 4 * kept
 
-    words = ("--upload", "topk", "--mask-strategy", "random", "--calibrate-on", "server", "--output-dir", tmp_path)
-    assert small("train_federated_sparse", *words, "--run-name", "topk") == 0
-    assert read_metrics(tmp_path / "topk")[-1]["bytes_up"] == 4 * 3 * 8 * (kept // 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_and_resumed_is_as_if_unbroken(script, unbroken, tmp_path):
-    whole = result(unbroken(script))
-    words = command(script, "--output-dir", tmp_path, "--run-name", "one", "--resume")
-    state = tmp_path / "one" / "checkpoint" / "state.json"
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    assert read_json(tmp_path / "one" / "run.json")["status"] == "running"
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "resumed after round" in done.stderr, done.stderr
-    assert result(tmp_path / "one") == whole
+    topk = read_metrics(harness.whole("vit_sparse_fl/topk"))[-1]
+    assert topk["bytes_up"] == 4 * 3 * 8 * (kept // 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_two_processes_give_the_same_bits(script, unbroken, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = command(script, "--output-dir", tmp_path, "--run-name", "one")
-    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert result(tmp_path / "one") == result(unbroken(script))
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_and_resumed_is_as_if_unbroken(name, tmp_path):
+    words = harness.command(name, tmp_path, "--resume")
+    assert harness.run(words, die=(tmp_path / "r", 2, 9, signal.SIGKILL)).code == -9
+    assert read_json(tmp_path / "r" / "run.json")["status"] == "running"
+    done = harness.run(words)
+    assert done.code == 0, done.err
+    harness.same_run(tmp_path / "r", harness.whole(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if harness.GOLDEN[name].federated])
+def test_several_processes_give_the_same_bits(name, tmp_path):
+    ended = harness.run(harness.command(name, tmp_path, "--processes", 3))
+    assert ended.code == 0, ended.err
+    harness.same_run(tmp_path / "r", harness.whole(name))
+
+
+@pytest.mark.slow
+def test_a_run_of_a_frozen_fitted_head_is_gone_on_with(tmp_path):
+    """The head is fitted once: it is in the checkpoint, though it is not trained."""
+    words = f"{FEDERATED} --head ridge --freeze-head --sharding iid --processes 1 --run-name r"
+    words = ["vit_sparse_fl/train_federated.py", *words.split(), "--resume", "--output-dir"]
+    assert harness.run([*words, tmp_path / "a"]).code == 0
+    assert harness.run([*words, tmp_path / "b"], die=(tmp_path / "b" / "r", 3, 1, signal.SIGKILL)).code == -9
+    done = harness.run([*words, tmp_path / "b"])
+    assert done.code == 0 and "resumed after round 2" in done.err and "head fitted" not in done.err
+    harness.same_run(tmp_path / "a" / "r", tmp_path / "b" / "r")
 
 
 def test_one_client_is_central_training_bitwise(tmp_path):
@@ -188,18 +172,20 @@ def test_one_client_is_central_training_bitwise(tmp_path):
     assert all(torch.equal(fed[name], central[name]) for name in central)
 
 
-@pytest.mark.parametrize("every, rounds", [(1, [1, 2, 3]), (4, [4, 8])])
+@pytest.mark.parametrize("every, rounds", [(1, [0, 1, 2, 3]), (4, [0, 4, 8])])
 def test_early_stopping_ends_a_run_after_an_evaluation(every, rounds, tmp_path):
     words = ["--lr", 0, "--early-stopping-patience", 2, "--num-rounds", 50, "--eval-every", every]
     assert small("train_federated", *words, "--output-dir", tmp_path, "--run-name", "stopped") == 0
     assert [line["round"] for line in read_metrics(tmp_path / "stopped")] == rounds
-    assert read_json(tmp_path / "stopped" / "run.json")["results"]["best_round"] == rounds[0]
+    assert read_json(tmp_path / "stopped" / "run.json")["results"]["best_round"] == rounds[1]
+    ended = read_json(tmp_path / "stopped" / "run.json")["ended"]
+    assert (ended["how"], ended["by"], ended["round"]) == ("stopped", "early_stopping", rounds[-1])
 
 
 def test_the_best_checkpoints_are_kept_and_others_pruned(tmp_path):
     words = ["--keep-best", 2, "--num-rounds", 5, "--eval-every", 1, "--output-dir", tmp_path, "--run-name", "best"]
     assert small("train_federated", *words) == 0
-    lines = read_metrics(tmp_path / "best")
+    lines = read_metrics(tmp_path / "best")[1:]  # before training nothing is kept
     best = sorted(lines, key=lambda line: (-line["val_accuracy"], line["round"]))[:2]
     names = sorted(f"round_{line['round']:06d}.safetensors" for line in best)
     assert sorted(f.name for f in (tmp_path / "best" / "best").iterdir()) == names

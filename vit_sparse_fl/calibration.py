@@ -8,6 +8,7 @@ from common.aggregation import WeightedMean
 from common.checkpoint import read_json
 from common.cli import RunFailed, UsageError, positive_int
 from common.seeding import stream
+from vit_sparse_fl.flags import number
 from vit_sparse_fl.mask_files import load_mask, save_mask
 from vit_sparse_fl.masks import (
     CALIBRATIONS,
@@ -35,62 +36,31 @@ def calibrated(args):
 
 def add_mask_flags(group):
     """The flags that say how a mask is made."""
-    group.add_argument(
-        "--mask-strategy",
-        choices=STRATEGIES,
-        default="least_sensitive",
-        when=masked,
-        help="which weights the mask keeps",
-    )
-    group.add_argument(
-        "--mask-scope", choices=SCOPES, default="global", when=masked, help="one threshold, or one for each tensor"
-    )
-    group.add_argument(
-        "--calibration",
-        choices=CALIBRATIONS,
-        default="talos",
-        when=calibrated,
-        help="talos: rounds exclude step by step; seed: the source's mean over rounds",
-    )
-    group.add_argument(
-        "--calibration-rounds",
-        type=positive_int,
-        metavar="R",
-        when=calibrated,
-        help="calibration rounds (default: 4; seed: 5)",
-    )
-    group.add_argument(
-        "--fisher-samples",
-        type=positive_int,
-        default=512,
-        metavar="N",
-        when=calibrated,
-        help="images a calibration round",
-    )
-    group.add_argument(
-        "--calibrate-on",
-        choices=["server", "clients"],
-        default="server",
-        when=calibrated,
-        help="server: on its validation images; clients: the mean of scores that clients send",
-    )
-    on_clients = lambda a: calibrated(a) and a.calibrate_on == "clients"  # noqa: E731
-    group.add_argument(
-        "--calibration-clients",
-        type=positive_int,
-        default=10,
-        metavar="N",
-        when=on_clients,
-        help="clients that calibrate",
-    )
-    group.add_argument(
+    choice = group.add_argument
+    text = "which weights the mask keeps"
+    choice("--mask-strategy", choices=STRATEGIES, default="least_sensitive", when=masked, help=text)
+    text = "one threshold, or one for each tensor"
+    choice("--mask-scope", choices=SCOPES, default="global", when=masked, help=text)
+    text = "talos: rounds exclude step by step; seed: the source's mean over rounds"
+    choice("--calibration", choices=CALIBRATIONS, default="talos", when=calibrated, help=text)
+    text = "calibration rounds (default: 4; seed: 5)"
+    number(group, "--calibration-rounds", positive_int, None, "R", text, when=calibrated)
+    number(group, "--fisher-samples", positive_int, 512, "N", "images a calibration round", when=calibrated)
+    text = "server: on its validation images; clients: the mean of scores that clients send"
+    choice("--calibrate-on", choices=["server", "clients"], default="server", when=calibrated, help=text)
+    number(group, "--calibration-clients", positive_int, 10, "N", "clients that calibrate", when=_on_clients)
+    choice(
         "--mask-merge",
         choices=["none", "union", "intersection"],
         default="none",
-        when=on_clients,
+        when=_on_clients,
         help="of masks that the clients make each; none: one mask from the mean of their scores",
     )
-    group.add_argument("--mask", metavar="FILE", help="use this mask.safetensors of another run")
+    choice("--mask", metavar="FILE", help="use this mask.safetensors of another run")
+
+
+def _on_clients(args):
+    return calibrated(args) and args.calibrate_on == "clients"
 
 
 def check_mask(args, shapes, server_images, client_images):

@@ -3,65 +3,41 @@
 from common import config_file
 
 NO_EFFECT = None
+
+
+def _same(section, names):
+    """{"section.name": name} of keys that are called as their flags."""
+    return {f"{section}.{name}": name for name in names.split()}
+
+
 SHARED = {
-    "seed": "seed",
-    "device": "device",
-    "num_workers": "num_workers",
+    **{name: name for name in ("seed", "device", "num_workers")},
     "pin_memory": NO_EFFECT,
     "dataset.name": "dataset",
     "dataset.data_dir": "data_root",
-    "dataset.val_split": "val_split",
-    "dataset.batch_size": "batch_size",
-    "dataset.num_classes": "num_classes",
+    **_same("dataset", "val_split batch_size num_classes"),
     "model.name": "model",
-    "model.pretrained": "pretrained",
-    "model.freeze_backbone": "freeze_backbone",
-    "model.dropout": "dropout",
-    "model.freeze_layers": "freeze_layers",
-    "logging.use_wandb": "use_wandb",
-    "logging.wandb_project": "wandb_project",
+    **_same("model", "pretrained freeze_backbone dropout freeze_layers"),
+    **_same("logging", "use_wandb wandb_project log_dir"),
     "logging.log_interval": NO_EFFECT,
     "logging.save_interval": "save_every",
     "logging.checkpoint_dir": "output_dir",
-    "logging.log_dir": "log_dir",
     "experiment.name": "run_name",
     "experiment.num_runs": "num_runs",
 }
+TRAINING = "momentum weight_decay scheduler label_smoothing early_stopping_patience"
 CENTRALIZED = {
-    "centralized.epochs": "epochs",
     "centralized.learning_rate": "lr",
-    "centralized.momentum": "momentum",
-    "centralized.weight_decay": "weight_decay",
-    "centralized.scheduler": "scheduler",
-    "centralized.warmup_epochs": "warmup_epochs",
-    "centralized.label_smoothing": "label_smoothing",
-    "centralized.early_stopping_patience": "early_stopping_patience",
+    **_same("centralized", f"epochs warmup_epochs {TRAINING}"),
 }
 FEDERATED = {
-    "federated.num_clients": "num_clients",
-    "federated.participation_rate": "participation_rate",
-    "federated.local_steps": "local_steps",
-    "federated.num_rounds": "num_rounds",
     "federated.learning_rate": "lr",
-    "federated.momentum": "momentum",
-    "federated.weight_decay": "weight_decay",
-    "federated.label_smoothing": "label_smoothing",
-    "federated.scheduler": "scheduler",
-    "federated.min_lr": "min_lr",
-    "federated.early_stopping_patience": "early_stopping_patience",
-    "federated.use_amp": "use_amp",
-    "federated.eval_every": "eval_every",
+    **_same("federated", f"num_clients participation_rate local_steps num_rounds min_lr use_amp eval_every {TRAINING}"),
     "sharding.strategy": "sharding",
     "sharding.nc": "nc",
-    "heterogeneity_experiment.nc_values": "nc_values",
-    "heterogeneity_experiment.j_values": "j_values",
+    **_same("heterogeneity_experiment", "nc_values j_values"),
 }
-SPARSE = {
-    "sparse.sparsity_ratio": "sparsity_ratio",
-    "sparse.calibration_rounds": "calibration_rounds",
-    "sparse.mask_strategy": "mask_strategy",
-    "sparse.fisher_samples": "fisher_samples",
-}
+SPARSE = _same("sparse", "sparsity_ratio calibration_rounds mask_strategy fisher_samples")
 # switches of the source that only set another flag -> (that flag, its value)
 SWITCHES = {"use_amp": ("amp", "auto"), "use_wandb": ("track", "wandb")}
 EVERY_KEY = {**SHARED, **CENTRALIZED, **FEDERATED, **SPARSE}

@@ -17,7 +17,7 @@ from common.local import client_optimizer, local_steps
 from common.runlog import start_run
 from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.experiments import repeated, run_each, variant
-from vit_sparse_fl.flags import NEVER, make_parser, parse
+from vit_sparse_fl.flags import NEVER, make_parser, number, parse
 from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
 
 
@@ -91,16 +91,12 @@ def main(args):
 
 def build_parser():
     parser, own = make_parser(__doc__.split("\n")[0], federated=False)
-    own.add_argument(
-        "--hp-search", action="store_true", when=NEVER, help="a run for each of --hp-lrs x --hp-weight-decays"
-    )
-    for name, kind, default, many, text in (
-        ("--hp-epochs", positive_int, 10, None, "epochs of each of these runs"),
-        ("--hp-lrs", positive_float, [3e-4, 1e-3, 3e-3, 1e-2], "+", "learning rates"),
-        ("--hp-weight-decays", positive_float, [1e-4, 1e-3], "+", "weight decays"),
-    ):
-        metavar = "N" if kind is positive_int else "X"
-        own.add_argument(name, type=kind, default=default, nargs=many, metavar=metavar, when=NEVER, help=text)
+    grid = "a run for each of --hp-lrs x --hp-weight-decays"
+    own.add_argument("--hp-search", action="store_true", when=NEVER, help=grid)
+    number(own, "--hp-epochs", positive_int, 10, "N", "epochs of each of these runs", when=NEVER)
+    many = {"nargs": "+", "when": NEVER}
+    number(own, "--hp-lrs", positive_float, [3e-4, 1e-3, 3e-3, 1e-2], "X", "learning rates", **many)
+    number(own, "--hp-weight-decays", positive_float, [1e-4, 1e-3], "X", "weight decays", **many)
     return parser
 
 

@@ -24,7 +24,7 @@ from common.runlog import Turns, start_run
 from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.calibration import add_mask_flags, check_flags, make_mask, overlap_table
 from vit_sparse_fl.experiments import repeated, run_each, sparse_settings
-from vit_sparse_fl.flags import NEVER, add_experiment_flags, clients_a_round, make_parser, parse, process_memory
+from vit_sparse_fl.flags import NEVER, add_experiment_flags, clients_a_round, make_parser, number, parse, process_memory
 from vit_sparse_fl.interference import Interference
 from vit_sparse_fl.mask_files import sparsity_of
 from vit_sparse_fl.masks import check_sparsity, index_bytes
@@ -99,13 +99,8 @@ def main(args):
 
 def build_parser():
     parser, own = make_parser(__doc__.split("\n")[0], sparse=True)
-    own.add_argument(
-        "--sparsity-ratio",
-        type=non_negative_float,
-        default=0.9,
-        metavar="X",
-        help="share of the weights that is frozen, in (0, 1); of --mask FILE: the mask's own",
-    )
+    share = "share of the weights that is frozen, in (0, 1); of --mask FILE: the mask's own"
+    number(own, "--sparsity-ratio", non_negative_float, 0.9, "X", share)
     add_mask_flags(own)
     own.add_argument(
         "--upload",
@@ -113,19 +108,11 @@ def build_parser():
         default="masked",
         help="topk: no mask, each client sends its largest changes, as many bytes a round",
     )
-    own.add_argument("--compare-strategies", action="store_true", when=NEVER, help="a run for each strategy")
-    own.add_argument(
-        "--sparsity-experiment", action="store_true", when=NEVER, help="a run for each of --sparsity-values"
-    )
-    own.add_argument(
-        "--sparsity-values",
-        type=non_negative_float,
-        nargs="+",
-        default=[0.5, 0.7, 0.9, 0.95, 0.99],
-        metavar="X",
-        when=NEVER,
-        help="shares",
-    )
+    sweep = {"action": "store_true", "when": NEVER}
+    own.add_argument("--compare-strategies", **sweep, help="a run for each strategy")
+    own.add_argument("--sparsity-experiment", **sweep, help="a run for each of --sparsity-values")
+    shares = [0.5, 0.7, 0.9, 0.95, 0.99]
+    number(own, "--sparsity-values", non_negative_float, shares, "X", "shares", nargs="+", when=NEVER)
     add_experiment_flags(own)
     return parser
 
