@@ -2,9 +2,13 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import harness
@@ -161,6 +165,37 @@ def test_a_run_of_a_frozen_fitted_head_is_gone_on_with(tmp_path):
     done = harness.run([*words, tmp_path / "b"])
     assert done.code == 0 and "resumed after round 2" in done.err and "head fitted" not in done.err
     harness.same_run(tmp_path / "a" / "r", tmp_path / "b" / "r")
+
+
+@pytest.mark.slow
+def test_the_readmes_strategy_of_ones_own_runs(tmp_path):
+    """The README's function and its line, put where it says, in a copy of the study."""
+    shutil.copytree(harness.ROOT / "vit_sparse_fl", tmp_path / "vit_sparse_fl")
+    readme = (harness.ROOT / "vit_sparse_fl" / "README.md").read_text()
+    function, line = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    masks = tmp_path / "vit_sparse_fl" / "masks.py"
+    source = masks.read_text()
+    assert source.count("\nSTRATEGIES = {\n") == 1
+    masks.write_text(source.replace("\nSTRATEGIES = {\n", f"\n{function}\n\nSTRATEGIES = {{\n{line}"))
+    words = f"{TINY['train_federated_sparse']} --mask-strategy connection --num-rounds 2 --processes 1 --output-dir"
+    script = [sys.executable, str(tmp_path / "vit_sparse_fl" / "train_federated_sparse.py"), *words.split(), "out"]
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{harness.ROOT}"}
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (file.parent for file in tmp_path.glob("out/*/run.json"))
+    assert "sparse_connection_s0.9_talos4_clients" in folder.name
+    mask, about = load_mask(folder / "mask.safetensors", shapes_of(folder))
+    assert about["strategy"] == "connection" and int(mask.sum()) == round(0.1 * len(mask))
+
+
+def test_a_run_of_a_given_mask_says_the_masks_own_sparsity(tmp_path):
+    words = ("--mask-strategy", "random", "--output-dir", tmp_path, "--num-rounds", 1)
+    assert small("train_federated_sparse", *words, "--sparsity-ratio", 0.6, "--run-name", "first") == 0
+    assert small("train_federated_sparse", *words, "--mask", tmp_path / "first" / "mask.safetensors") == 0
+    (folder,) = tmp_path.glob("mask_of_first_s0.6_*")
+    manifest = read_json(folder / "run.json")
+    assert manifest["args"]["sparsity_ratio"] == manifest["method"]["sparsity_ratio"] == 0.6
+    assert not {"mask_strategy", "calibration"} & manifest["method"].keys()
 
 
 def test_one_client_is_central_training_bitwise(tmp_path):

@@ -92,6 +92,7 @@ def make_mask(study, run, theta):
         about = {key: about[key] for key in about if key not in ("shapes", "kept", "kept_per_layer", "sha256")}
         study.log.info(f"mask of {args.mask}: {about}")
     else:
+        study.model.eval()
         mask, about = _made(study, run, theta)
         weights.load(theta)
     kept, named = int(mask.sum()), weights.named(mask)

@@ -161,11 +161,11 @@ def _check_arrays(path, arrays):
     for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
         shape = (CIFAR_COUNTS[split], *CIFAR_SHAPE)
         if images.dtype != np.uint8 or images.shape != shape:
-            found = f"{images.dtype} {list(images.shape)}"
-            raise UsageError(f"{path}: {split}_images is {found}, not uint8 {list(shape)}: get the file again")
+            kind = f"{images.dtype} {list(images.shape)}"
+            raise UsageError(f"{path}: {split}_images is {kind}, not uint8 {list(shape)}: get the file again")
         if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
-            found = f"{labels.dtype} {list(labels.shape)}"
-            raise UsageError(f"{path}: {split}_labels is {found}, not uint8 {list(shape[:1])}: get the file again")
+            kind = f"{labels.dtype} {list(labels.shape)}"
+            raise UsageError(f"{path}: {split}_labels is {kind}, not uint8 {list(shape[:1])}: get the file again")
         if labels.min() < 0 or labels.max() >= CIFAR_CLASSES:
             raise UsageError(
                 f"{path}: {split}_labels goes from {labels.min()} to {labels.max()}, not from 0 to "

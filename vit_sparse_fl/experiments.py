@@ -36,16 +36,16 @@ def shards_name(args):
     return name + (f"_classes_{args.classes[0]}_{args.classes[1]}" if args.classes else "")
 
 
-def federated_settings(args):
+def federated_settings(args, method="fedavg"):
     """(name, flags) of every setting that the two sweeps of the federated scripts ask for, or of the one run."""
-    found = []
+    asked = []
     if args.heterogeneity_experiment:
-        found += [variant(args, sharding="iid")]
-        found += [variant(args, sharding="non_iid", nc=nc) for nc in args.nc_values]
+        asked += [variant(args, sharding="iid")]
+        asked += [variant(args, sharding="non_iid", nc=nc) for nc in args.nc_values]
     if args.local_steps_experiment:  # the same number of local steps in all: fewer rounds where there are more a round
         fewest = min(args.j_values)
-        found += [variant(args, local_steps=j, num_rounds=max(1, args.num_rounds * fewest // j)) for j in args.j_values]
-    return [(f"fedavg_{shards_name(flags)}_J{flags.local_steps}", flags) for flags in found or [args]]
+        asked += [variant(args, local_steps=j, num_rounds=max(1, args.num_rounds * fewest // j)) for j in args.j_values]
+    return [(f"{method}_{shards_name(flags)}_J{flags.local_steps}", flags) for flags in asked or [args]]
 
 
 def sparse_settings(args):
@@ -56,8 +56,7 @@ def sparse_settings(args):
     if args.sparsity_experiment:
         asked += [variant(args, sparsity_ratio=sparsity) for sparsity in args.sparsity_values]
     for one in asked or [args]:
-        for name, flags in federated_settings(one):
-            yield name.replace("fedavg", sparse_name(flags), 1), flags
+        yield from federated_settings(one, sparse_name(one))
 
 
 def sparse_name(args):
