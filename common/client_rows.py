@@ -34,14 +34,14 @@ class ClientRows:
 
     Args: folder: working copies of rows on disk; on_disk: see `rows_on_disk`; in_place: the tensors of a row are
         trained where they lie: a client that is left out then starts anew (its old row is spoiled), else it keeps its
-        old row.
+        old row; device: where rows are read to.
     """
 
-    def __init__(self, folder, on_disk=False, in_place=False):
+    def __init__(self, folder, on_disk=False, in_place=False, device="cpu"):
         self.folder, self.on_disk, self.in_place = Path(folder), on_disk, in_place
         self._rows, self._offers = {}, {}  # client -> row, or None where the row is a file
         self._saved, self._files = set(), None  # clients whose row is in the last checkpoint only
-        self.device = "cpu"
+        self.device = device
 
     def get(self, k):
         """Client k's row, or None if it never took part. Rows from files are copies."""
@@ -112,10 +112,10 @@ class ClientRows:
                 _link(self._saved_path(k), fresh / f"{name}_{k:06d}.safetensors")
         return sorted(touched | self._saved)
 
-    def load(self, folder, name, ids, device="cpu"):
+    def load(self, folder, name, ids):
         """Goes on from the checkpoint `folder`, whose clients are `ids`; rows are read when they are asked for."""
         self._rows, self._offers = {}, {}
-        self._saved, self._files, self.device = set(ids), (Path(folder), name), device
+        self._saved, self._files = set(ids), (Path(folder), name)
 
     def _saved_path(self, k):
         folder, name = self._files

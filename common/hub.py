@@ -14,19 +14,20 @@ from common.cli import RunFailed, UsageError
 # Everything that asks the hub's library for a model gives these: it takes a download with fewer files for incomplete.
 MODEL_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights; no pickles
 _VARIABLES = ("HF_HOME", "HF_HUB_CACHE")
-HUB_SECONDS = 5  # for the hub's first answer
+ANSWER_SECONDS = 5  # for a server's first answer
 
 
 def hub_reachable():
-    """Whether the Hugging Face hub answers within seconds. False when HF_HUB_OFFLINE asks to stay offline.
+    """Whether the Hugging Face hub answers within seconds; its own clients try for up to a minute."""
+    return answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
-    Without a network the hub's own clients try again for half a minute to a minute before they give up.
-    """
+
+def answers(address):
+    """Whether the server at `address` answers within seconds. False when HF_HUB_OFFLINE asks to stay offline."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "on", "yes", "true"):
         return False
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=HUB_SECONDS).close()
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:
         return True  # an answer, if not a friendly one: the client will say what is wrong
     except (OSError, ValueError):
@@ -143,6 +144,23 @@ def find_model(name, spec=None, advice=""):
             "wrote (pickled weights are not read)"
         )
     return folder
+
+
+def load_pretrained(kind, source, what, advice, **options):
+    """(model, transformers' loading info) of a folder or a name on the hub, in fp32, from safetensors.
+
+    Args: kind: a class of transformers with `from_pretrained`, which gets the options; what, advice: the message's
+        begin and end. Raises: UsageError where the files cannot be read as such a model.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, **options}
+    try:
+        with quiet():
+            return kind.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{what} ({one_line(error)}): {advice}") from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A client's local work: the one loop of optimiser steps that every study uses, and its optimisers."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -162,26 +163,57 @@ def client_optimizer(kind, parameters, lr, momentum=0.9, weight_decay=0.0, not_d
     return torch.optim.SGD(groups, momentum=momentum if kind == "sgdm" else 0.0, **options)
 
 
-def bind_moments(optimizer, weights, row):
-    """Puts AdamW's moments {"m" [n], "v" [n], "step" []} into the optimiser: views, so that its steps change them.
+class Moments:
+    """AdamW's moments of clients from round to round, one optimiser for all: a client's turn puts its own into it.
 
-    Returns the row; new zeros where `row` is None. The optimiser's parameters are those of `weights`.
+    A row is {"m" [n], "v" [n], "step" []}, as vectors. Without rows every client starts anew in every round.
+    Args: optimizer: over the parameters of `weights`; weights: `common.vector.Weights`; rows: `ClientRows` (in_place).
     """
-    if row is None:
-        zeros = torch.zeros_like(weights.theta)
-        row = {"m": zeros, "v": zeros.clone(), "step": torch.zeros(())}
-    m, v = weights.named(row["m"]), weights.named(row["v"])
-    step = row["step"].to(weights.theta.device)
-    for name, p in weights.parameters.items():
-        # every parameter counts its own steps, on its device where the optimiser is fused
-        optimizer.state[p] = {"step": step.clone(), "exp_avg": m[name], "exp_avg_sq": v[name]}
-    return row
+
+    def __init__(self, optimizer, weights, rows=None):
+        self.optimizer, self.weights, self.rows = optimizer, weights, rows
+        self._row = None
+
+    def load(self, k):
+        """Puts client k's moments into the optimiser: views of its row, so that steps change it where it lies."""
+        self.optimizer.state = defaultdict(dict)
+        if self.rows is None:
+            return
+        theta = self.weights.theta
+        zeros = {"m": torch.zeros_like(theta), "v": torch.zeros_like(theta), "step": torch.zeros(())}
+        self._row = self.rows.get(k) or zeros
+        m, v = self.weights.named(self._row["m"]), self.weights.named(self._row["v"])
+        for name, p in self.weights.parameters.items():
+            # every parameter counts its own steps, on its device where the optimiser is fused
+            step = self._row["step"].to(theta.device, copy=True)
+            self.optimizer.state[p] = {"step": step, "exp_avg": m[name], "exp_avg_sq": v[name]}
+
+    def store(self, k):
+        """Keeps client k's moments after its steps."""
+        if self.rows is not None:
+            first = next(iter(self.weights.parameters.values()))
+            self.rows.put(k, {**self._row, "step": self.optimizer.state[first]["step"].cpu()})
 
 
-def read_moments(optimizer, weights, row):
-    """The row of `bind_moments` after steps: the same tensors, with the new count of steps."""
-    first = next(iter(weights.parameters.values()))
-    return {**row, "step": optimizer.state[first]["step"].detach().cpu()}
+class OptimizerState:
+    """A torch optimiser's state as {"parameter/field": tensor}: a `lasting` object of central training.
+
+    Args: optimizer: over the values of `parameters`; parameters: {name: parameter}.
+    """
+
+    def __init__(self, optimizer, parameters):
+        self.optimizer, self.parameters = optimizer, parameters
+
+    def state_dict(self):
+        """What is there so far."""
+        state = self.optimizer.state
+        return {f"{n}/{f}": t for n, p in self.parameters.items() if p in state for f, t in state[p].items()}
+
+    def load_state_dict(self, tensors):
+        """Puts the state back."""
+        for name, tensor in tensors.items():
+            parameter, _, field = name.rpartition("/")
+            self.optimizer.state[self.parameters[parameter]][field] = tensor
 
 
 def check_scaffold(kind, option="mean_gradient"):

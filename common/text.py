@@ -1,6 +1,6 @@
-"""Text of the language-model studies: corpora, tokenizers and the token cache.
+"""Tokenizers of the language-model studies, and the token cache.
 
-    corpus = load_corpus("wikitext2", data_root=None)        # what lies on disk, else the hub
+    corpus = common.corpora.load_corpus("wikitext2", data_root=None)        # what lies on disk, else the hub
     tokenizer = load_tokenizer("gpt2", corpus, data_root=None)
     tokens = encode(corpus, tokenizer)                       # cached; each document ends with end of text
 
@@ -21,28 +21,8 @@ import tokenizers
 
 from common.cache import cache_folder, cached, one_line, pack_arrays, sha256_of, unpack_arrays
 from common.cli import UsageError
-from common.corpora import (
-    DATASETS,
-    SPLITS,
-    Corpus,
-    data_folder,
-    documents_sha256,
-    load_corpus,
-)
+from common.corpora import SPLITS, data_folder, documents_sha256
 from common.hub import hub_reachable
-
-__all__ = [
-    "DATASETS",
-    "SPLITS",
-    "Corpus",
-    "TokenizedDocuments",
-    "encode",
-    "load_corpus",
-    "load_tokenizer",
-    "token_byte_lengths",
-    "tokenizer_fingerprint",
-    "vocabulary_size",
-]
 
 END_OF_TEXT = "<|endoftext|>"
 _CACHE_FORMAT = 1  # raise it when the meaning of a cached file changes

@@ -30,7 +30,7 @@ def read(data_root=None, cache_dir=None):
     """
     paths = _find(data_folder(data_root))
     if paths:
-        found = {split: _read_csv(path) for split, path in paths.items()}
+        found = {split: read_csv(path) for split, path in paths.items()}
         source = f"{paths['train'].parent.name}/{paths['train'].name}, {_TEST_FILE}"
     else:
         found, source = _from_hub(data_folder(data_root), cache_folder(cache_dir)), f"hub, {HUB_NAME}"
@@ -63,7 +63,8 @@ def _find(root):
     return None
 
 
-def _read_csv(path):
+def read_csv(path):
+    """(texts, labels) of a file; errors as `read`."""
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -7,10 +7,7 @@ lora = LoraModel(base, r=8, alpha=16, dropout=0.05)                    # common.
 
 from pathlib import Path
 
-import torch
-
 from common import hub
-from common.cache import one_line
 from common.cli import UsageError
 from common.seeding import seed_torch
 from common.text import load_tokenizer, vocabulary_size
@@ -63,22 +60,14 @@ def load_base(name, tokenizer, max_length, seed):
     Raises UsageError for a model that is not there or cannot be read, has fewer embeddings than the tokenizer tokens,
     or fewer positions than max_length.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
     seed_torch(seed, "weights")
     if name == "tiny":
         return GPT2LMHeadModel(tiny_config(tokenizer, max_length))
     folder = find_model(name)
-    try:
-        with hub.quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=False, use_safetensors=True, output_loading_info=True, dtype=torch.float32
-            )
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise UsageError(
-            f"--model {name} cannot be read as a causal language model ({one_line(error)}): give another"
-        ) from error
+    what = f"--model {name} cannot be read as a causal language model"
+    model, info = hub.load_pretrained(AutoModelForCausalLM, folder, what, "give another", trust_remote_code=False)
     if info["missing_keys"]:
         raise UsageError(f"--model {name}: its file lacks {sorted(info['missing_keys'])[0]}: give a whole model")
     embeddings = model.get_input_embeddings().num_embeddings

@@ -23,21 +23,7 @@ from common.seeding import stream
 from common.text import hub_tokenizer, reading_tokenizer, tokenizer_fingerprint, vocabulary_size
 from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
 from lora_glue_fl.glue_files import read_task
-from lora_glue_fl.glue_tasks import TASKS, Split, Task, find_task
-
-__all__ = [
-    "DATASETS",
-    "TASKS",
-    "Encoded",
-    "Split",
-    "Task",
-    "TaskData",
-    "encode",
-    "find_task",
-    "load_task",
-    "load_tokenizer",
-    "training_batches",
-]
+from lora_glue_fl.glue_tasks import Split, Task, find_task
 
 DATASETS = ("glue", "demo")
 # Batches that are sorted by length together; half of them where there are few, so that batches mix every epoch

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from common import hub
-from common.cache import one_line
 from common.cli import UsageError
 from common.corpora import data_folder
 from common.lora import LoraModel
@@ -86,7 +85,7 @@ def load_encoder(spec, task, tokenizer, seed):
     """
     seed_torch(seed, "weights")
     if spec == "tiny":
-        model, fresh = _tiny(task, tokenizer), set()
+        model, fresh = tiny_encoder(task, tokenizer), set()
     else:
         model, fresh = _pretrained(spec, task)
     if model.get_input_embeddings().num_embeddings < len(tokenizer):
@@ -112,7 +111,8 @@ def _labels(task):
     return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
 
 
-def _tiny(task, tokenizer):
+def tiny_encoder(task, tokenizer):
+    """A RoBERTa of two layers with random weights and a head for the task."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     config = RobertaConfig(
@@ -127,27 +127,18 @@ def _tiny(task, tokenizer):
 
 
 def _pretrained(spec, task):
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     folder = find_model(spec)
-    try:
-        with hub.quiet():  # of new weights we have one line of our own
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **_labels(task))
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=config,
-                trust_remote_code=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # a head of another task; anything else is refused below
-                output_loading_info=True,
-                dtype=torch.float32,
-            )
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise UsageError(
-            f"model {spec} cannot be read as an encoder ({one_line(error)}): give a folder that transformers wrote, or "
-            "copy it again"
-        ) from error
+    model, info = hub.load_pretrained(
+        AutoModelForSequenceClassification,
+        folder,
+        f"model {spec} cannot be read as an encoder",
+        "give a folder that transformers wrote, or copy it again",
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # a head of another task; anything else is refused below
+        **_labels(task),
+    )
     wrong = [key[0] for key in info["mismatched_keys"] if key[0].startswith(model.base_model_prefix + ".")]
     if wrong:
         raise UsageError(f"model {spec}: {wrong[0]} has another size in its file than in its config.json")

@@ -77,7 +77,7 @@ def make_client_splits(
     elif mode == "overlap":
         parts, more = shards.overlap(strata[rows], k, overlap_ratio, generator, what)
     elif mode == "dirichlet":
-        labels = _labels(task, train, bin_stsb)[rows]
+        labels = whole_labels(task, train, bin_stsb)[rows]
         parts, more = shards.dirichlet(
             labels, k, dirichlet_alpha, generator, min_samples, what, flag="--dirichlet-alpha", first=1
         )
@@ -120,7 +120,7 @@ def subset(data, n, seed, bin_stsb=True):
     return shards.stratified(_strata(data.task, train, bin_stsb), sizes, stream(seed, "subset"), "examples")[0]
 
 
-def _labels(task, train, bin_stsb):
+def whole_labels(task, train, bin_stsb):
     """A whole number for each example: its class, or the bin of its score."""
     if not task.regression:
         return train.labels
@@ -132,7 +132,7 @@ def _labels(task, train, bin_stsb):
 
 def _strata(task, train, bin_stsb):
     """What iid keeps the proportions of: the label; mnli: label and genre."""
-    labels = _labels(task, train, bin_stsb)
+    labels = whole_labels(task, train, bin_stsb)
     if task.name != "mnli" or "genre" not in train.categories:
         return labels
     genres = np.unique(train.categories["genre"], return_inverse=True)[1]
@@ -141,7 +141,7 @@ def _strata(task, train, bin_stsb):
 
 def _categories(task, train, key, bin_stsb):
     if key in ("label", "labels", "score"):
-        return _labels(task, train, bin_stsb)
+        return whole_labels(task, train, bin_stsb)
     columns = {**train.texts, **train.categories}
     if key not in columns:
         raise UsageError(
@@ -266,26 +266,14 @@ def load_shards(shard_dir, data):
 
 
 def main(args):
-    info = make_client_splits(
-        args.task_name,
-        args.k,
-        args.mode,
-        args.overlap_ratio,
-        args.category_key,
-        args.seed,
-        args.bin_stsb,
-        dirichlet_alpha=args.dirichlet_alpha,
-        min_samples=args.min_samples,
-        max_examples=args.max_examples,
-        dataset=args.dataset,
-        data_root=args.data_root,
-        cache_dir=args.cache_dir,
-    )
-    save_shard_manifests(args.out_dir, info)
+    options = dict(vars(args))
+    folder = options.pop("out_dir")
+    info = make_client_splits(**options)
+    save_shard_manifests(folder, info)
     for note in info["notes"]:
         print(note)
     print(f"Client sizes: {info['size_per_client']}")
-    print(args.out_dir)
+    print(folder)
 
 
 def build_parser():

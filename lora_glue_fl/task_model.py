@@ -14,7 +14,8 @@ from common.batches import evaluation_batches
 from common.cli import RunFailed, UsageError
 from common.evaluation import amp_context, pick_device, resolve_amp
 from common.seeding import seed_everything
-from lora_glue_fl.data_prep import encode, find_task, load_task
+from lora_glue_fl.data_prep import encode, load_task
+from lora_glue_fl.glue_tasks import find_task
 from lora_glue_fl.metrics import evaluate
 from lora_glue_fl.models import Adapted, find_tokenizer, load_encoder, model_name, most_tokens
 

@@ -8,47 +8,46 @@ federated runs train on the same tokens; batches of 16 are 4 clients' batches of
 """
 
 from common import parallel
-from common.cli import RunFailed, UsageError, run_main
-from common.evaluation import pick_device
+from common.cli import RunFailed, UsageError, checked, run_main
+from common.local import OptimizerState, gradients
 from common.runlog import start_run
-from mamba_fl.fed_core import Study
+from mamba_fl.fed_core import client_batches, evaluate, finish, load_study, save_deltas, with_perplexity
 from mamba_fl.flags import complete_flags, make_parser, run_name
-from mamba_fl.gradient_watch import GradientWatch
+from mamba_fl.gradient_watch import WINDOW, GradientWatch, update_norms
 
 
 def main(args):
-    complete_flags(args)
-    if parallel.init_parallel(pick_device(args.device)).size > 1:
-        raise UsageError("central.py trains in one process: start it without torchrun")
     with start_run("central", args, run_name("central", args)) as run:
-        study = Study(args, run, federated=False)
-        theta = run.restore(study.initial_weights(), study.lasting)
-        study.load(theta)
-        optimizer = study.clients.optimizer(0)
-        watch = GradientWatch(study.parameters)
+        if parallel.world().size > 1:
+            raise UsageError("central.py trains in one process: start it without torchrun")
+        study = load_study(args, run, federated=False)
+        weights, watch = study.weights, GradientWatch(study.weights)
+        moments = OptimizerState(study.optimizer, weights.parameters)
+        theta = run.restore(weights.snapshot(), weights.named, **study.lasting, moments=moments, watch=watch)
+        run.report(0, theta, lambda: evaluate(study, theta, 0))
+        weights.load(theta)
+        theta = weights.theta
 
-        for step in run.rounds(study.rounds):
-            last_steps = args.val_freq - step % args.val_freq <= 10 or study.rounds - step <= 10
-            before = study.initial_weights() if study.evaluated(step) else None
-            (rows,) = study.clients.batches(0, step, 1, step)
-            loss = study.gradients(study.train[0][rows.to(study.device)])
-            if last_steps:
+        for t in run.rounds():
+            (rows,) = client_batches(study, 0, t)
+            before = weights.snapshot() if run.due(t + 1) else None
+            loss = gradients(study.loss, (study.train[0][rows.to(run.device)],), weights.parameters.values(), run.amp)
+            if any(run.due(step) for step in range(t + 1, t + WINDOW + 2)):  # the last of the steps to an evaluation
                 watch.see()
-            optimizer.step()
+            study.optimizer.step()
             run.count(tokens=args.batch_size * args.sequence_length)
-            if study.evaluated(step):
-                if not loss.isfinite():
-                    raise RunFailed(f"step {step + 1}: the loss is {loss.item()}: lower --lr ({args.lr}) or --amp off")
-                theta = study.initial_weights()
-                study.clients.keep(0, theta)
-                metrics, seconds = study.evaluate(theta, step, train_loss=loss.item())
-                metrics.update(grad_cosine=watch.mean_cosine(), delta_norms=watch.norms(before, theta))
-                run.log(step, metrics, seconds)
-                if args.save_deltas:
-                    study.save_deltas("server", before, theta, step)
-                run.save(step, theta, study.lasting)
+            if before is None:
+                run.report(t + 1, theta, None)
+                continue
+            if not loss.isfinite():
+                raise RunFailed(f"step {t + 1}: the loss is {loss.item()}: lower --lr ({args.lr}) or --amp off")
+            update = {"train_loss": loss.item(), "grad_cosine": watch.mean_cosine()}
+            update["delta_norms"] = update_norms(weights.named(before), weights.named(theta))
+            if args.save_deltas:
+                save_deltas(study, "server", before, theta, t)
+            run.report(t + 1, theta, lambda: update | evaluate(study, theta.clone(), t + 1), with_perplexity)
 
-        study.finish(theta)
+        finish(study, theta.clone())
 
 
 def build_parser():
@@ -56,4 +55,4 @@ def build_parser():
 
 
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(main, checked(complete_flags, build_parser().parse_args()))

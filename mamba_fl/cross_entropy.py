@@ -46,20 +46,15 @@ def token_statistics(hidden, weight, labels, *, vocab_size=None, ignore_index=-1
     """
     _check(hidden, weight, labels)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    dtype = _compute_dtype(hidden)
     counted = labels != ignore_index
     target = labels.masked_fill(~counted, 0)
-    head = weight.to(dtype)
     nll, entropy = [], []
-    with torch.autocast(hidden.device.type, enabled=False):
-        for start, stop in _chunks(hidden.shape[0], vocab_size, dtype, chunk):
-            logits = (hidden[start:stop].to(dtype) @ head.T)[:, :vocab_size]  # [n, V']
-            for a, b in _blocks(stop - start, vocab_size, logits.device):
-                p, highest, log_p_highest = _softmax(logits[a:b])  # [b - a, V], twice [b - a, 1]
-                below = logits[a:b] - highest  # [b - a, V], at most 0: both terms of both sums are positive
-                at_label = below.gather(-1, target[start + a : start + b, None])
-                nll.append((-at_label - log_p_highest).squeeze(-1))  # [b - a]
-                entropy.append(-log_p_highest.squeeze(-1) - torch.linalg.vecdot(p, below))  # [b - a]
+    for rows, logits in _logits(hidden, weight, vocab_size, chunk):
+        p, highest, log_p_highest = _softmax(logits)  # [n, V'], twice [n, 1]
+        below = logits - highest  # [n, V'], at most 0: both terms of both sums are positive
+        at_label = below.gather(-1, target[rows, None])
+        nll.append((-at_label - log_p_highest).squeeze(-1))  # [n]
+        entropy.append(-log_p_highest.squeeze(-1) - torch.linalg.vecdot(p, below))  # [n]
     nll = torch.cat(nll).double() * counted
     entropy = torch.cat(entropy).double() * counted
     if per_token:
@@ -75,20 +70,15 @@ def sample_labels(hidden, weight, *, vocab_size=None, generator=None, chunk=None
     torch's global one). Returns [N] int64.
     """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    dtype = _compute_dtype(hidden)
-    head = weight.to(dtype)
     where = "cpu" if generator is None else generator.device
     uniform = torch.rand(hidden.shape[0], generator=generator, device=where, dtype=torch.float64)
     uniform = uniform.to(hidden.device)
     drawn = []
-    with torch.autocast(hidden.device.type, enabled=False):
-        for start, stop in _chunks(hidden.shape[0], vocab_size, dtype, chunk):
-            logits = (hidden[start:stop].to(dtype) @ head.T)[:, :vocab_size]  # [n, V']
-            for a, b in _blocks(stop - start, vocab_size, logits.device):
-                cdf = torch.softmax(logits[a:b], -1, dtype=torch.float64).cumsum_(-1)
-                # Scaled by the last value, not by 1: a cumulative sum that ends at 0.9999 must not run out.
-                at = uniform[start + a : start + b, None] * cdf[:, -1:]
-                drawn.append(torch.searchsorted(cdf, at, right=True).squeeze(-1))
+    for rows, logits in _logits(hidden, weight, vocab_size, chunk):
+        cdf = torch.softmax(logits, -1, dtype=torch.float64).cumsum_(-1)
+        # Scaled by the last value, not by 1: a cumulative sum that ends at 0.9999 must not run out.
+        at = uniform[rows, None] * cdf[:, -1:]
+        drawn.append(torch.searchsorted(cdf, at, right=True).squeeze(-1))
     return torch.cat(drawn).clamp_max_(vocab_size - 1)
 
 
@@ -142,6 +132,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 out[a:b].copy_(d_weight[a:b]).mul_(grad)
             scaled[1] = out
         return *scaled, None, None, None, None, None
+
+
+def _logits(hidden, weight, vocab_size, chunk):
+    """(rows, logits [n, V']) of a few rows at a time, in the autocast dtype where autocast is on."""
+    dtype = _compute_dtype(hidden)
+    head = weight.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start, stop in _chunks(hidden.shape[0], vocab_size, dtype, chunk):
+            logits = (hidden[start:stop].to(dtype) @ head.T)[:, :vocab_size]
+            for a, b in _blocks(stop - start, vocab_size, logits.device):
+                yield slice(start + a, start + b), logits[a:b]
 
 
 def _softmax(logits):

@@ -12,6 +12,7 @@ import torch
 
 from common import text
 from common.cli import UsageError
+from common.corpora import SPLITS, load_corpus
 from common.seeding import stream
 from common.sharding import contiguous, iid
 
@@ -24,7 +25,7 @@ class FederatedText:
     """Blocks of T + 1 tokens, int64: `inputs_and_labels` turns them into inputs and labels [B, T].
 
     train, held_out: a tensor [n_k, T + 1] for each client; validation, test: [n, T + 1], the tail padded with
-    -100. examples: n_k of each client. token_bytes: int64 [vocab_size]. fingerprint: for run.json.
+    -100. token_bytes: int64 [vocab_size]. fingerprint: what identifies the data; shards: how they are dealt.
     """
 
     train: list[torch.Tensor]
@@ -35,10 +36,7 @@ class FederatedText:
     vocab_size: int
     token_bytes: torch.Tensor
     fingerprint: dict
-
-    @property
-    def examples(self):
-        return [len(blocks) for blocks in self.train]
+    shards: dict
 
     @property
     def sequence_length(self):
@@ -76,7 +74,7 @@ def build_data(
     """
     if sharding not in ("contiguous", "iid"):
         raise UsageError(f"unknown sharding {sharding!r}: choose contiguous or iid")
-    corpus = text.load_corpus(dataset, data_root, cache_dir)
+    corpus = load_corpus(dataset, data_root, cache_dir)
     encoder = text.load_tokenizer(tokenizer, corpus, data_root, cache_dir)
     splits = text.encode(corpus, encoder, cache_dir)
     documents = splits["train"]
@@ -115,8 +113,10 @@ def build_data(
             "vocab_size": vocab_size,
             "sequence_length": sequence_length,
             "sharding": sharding,
-            "documents": {split: len(splits[split]) for split in text.SPLITS},
-            "tokens": {split: len(splits[split].tokens) for split in text.SPLITS},
+            "documents": {split: len(splits[split]) for split in SPLITS},
+            "tokens": {split: len(splits[split].tokens) for split in SPLITS},
+        },
+        shards={
             "client_documents": [len(shard) for shard in shards],
             "client_tokens": client_tokens,
             "client_blocks": [len(blocks) for blocks in train],

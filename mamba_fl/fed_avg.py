@@ -6,38 +6,34 @@
 theta <- theta + sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMahan et al. 2017, algorithm 1)
 """
 
-from common import parallel
-from common.before.aggregation import WeightedMean
-from common.cli import run_main
-from common.evaluation import pick_device
+from common.aggregation import WeightedMean
+from common.cli import checked
+from common.local import local_steps
+from common.processes import run_federated
 from common.runlog import start_run
-from mamba_fl.fed_core import Study
-from mamba_fl.flags import complete_flags, make_parser, run_name
+from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, with_perplexity
+from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
 
 
 def main(args):
-    complete_flags(args)
-    parallel.init_parallel(pick_device(args.device))
     with start_run("fed_avg", args, run_name("fed_avg", args)) as run:
-        study = Study(args, run)
-        lasting = study.lasting
-        theta = run.restore(study.initial_weights(), lasting)
+        study = load_study(args, run)
+        theta = run.restore(study.weights.snapshot(), study.weights.named, **study.lasting)
+        run.report(0, theta, lambda: evaluate(study, theta, 0))
 
-        for round in run.rounds(study.rounds):
-            clients = study.sample_clients(round)
+        for t in run.rounds():
+            up, down = study.weights.bytes, study.bytes_down(t)
+            clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
             for k in clients:
-                theta_k, n_k = study.local_update(theta, k, round)
-                if study.left_out(k, theta_k):
-                    continue
-                mean.add(theta_k, weight=n_k)
-            study.close_round(round)
-            before, theta = theta, mean.result()
-            if study.evaluated(round):
-                study.report(before, theta, round)
-                run.save(round, theta, lasting)
+                batches = begin_client(study, theta, k, t)
+                done = local_steps(study.loss, batches, study.weights, study.optimizer, amp=run.amp)
+                theta_k = end_client(study, theta, k, t, clients, done)
+                mean.add(theta_k, weight=study.client_weights[k])
+            theta = mean.result()
+            run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 
-        study.finish(theta)
+        finish(study, theta)
 
 
 def build_parser():
@@ -45,4 +41,5 @@ def build_parser():
 
 
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    args = checked(complete_flags, build_parser().parse_args())
+    run_federated(main, args, *footprint(args))

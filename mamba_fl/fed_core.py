@@ -1,393 +1,338 @@
-"""What the five scripts of this study share: the `Study`, with data, model, local work and evaluation.
+"""What the five scripts of this study share: data and model (`Study`), and functions of them.
 
-The round loop is in each script; an algorithm differs from FedAvg only there.
+The round loop and the client's steps are in each script; an algorithm differs from FedAvg only there.
 """
 
 import math
 import os
-import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from common import parallel
 from common.allocator import reuse_large_memory
-from common.before.aggregation import finite
-from common.before.local import gradients
 from common.checkpoint import saving, write_json
-from common.cli import RunFailed, UsageError
+from common.cli import UsageError
+from common.client_rows import ClientRows, rows_on_disk
 from common.compiling import checked_compile
 from common.curves import draw_curve
-from common.evaluation import amp_context, bits_per_byte, perplexity, pick_device, resolve_amp
-from common.seeding import seed_everything, stream, torch_stream
-from mamba_fl.client_states import Best, ClientStates
-from mamba_fl.cross_entropy import sample_labels, token_statistics
-from mamba_fl.data import build_data, inputs_and_labels
+from common.evaluation import amp_context, bits_per_byte, perplexity
+from common.local import Moments, client_optimizer
+from common.runlog import Turns
+from common.seeding import stream
+from common.vector import Weights
+from mamba_fl.best import Best
+from mamba_fl.data import FederatedText, build_data, inputs_and_labels
 from mamba_fl.history import training_history
 from mamba_fl.ssm_config import make_config, make_model, save_pretrained
 
+NOT_DECAYED = ("dt_bias", "A_log", "D")  # Dao & Gu's recipe: no weight decay on the recurrence's own parameters
 WATCHED = ("in_proj.weight", "A_log", "D", "dt_bias")  # what --save-deltas keeps, per layer
 
 
+@dataclass(frozen=True)
 class Study:
-    """Data, model and the pieces of a round. Weights travel as {name: tensor}, one entry per storage.
+    """Data and model of a run.
 
-    Attributes: data (FederatedText), model, device, rounds (their number, also central's steps), best.
+    train: each client's blocks [n_k, T + 1] on the device (central: one client with all); weights: theta's live vector
+    and names; loss: mean NLL (nats a token) of blocks [B, T + 1]; optimizer: the one of all clients; rounds (central:
+    steps), total_steps of a client that is always there, epoch: rounds that an epoch of the data takes.
+    moments, own_weights: what clients keep with --client-state keep, and with --sync epoch (else None).
     """
 
-    def __init__(self, args, run, federated=True):
-        self.args, self.run = args, run
-        reuse_large_memory()
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        kind = pick_device(args.device)
-        self.device = parallel.world().device(kind)
-        self.amp = resolve_amp(args.amp, self.device)
-        seed_everything(args.seed)
-        self.data = build_data(
-            args.dataset,
-            args.tokenizer,
-            args.sequence_length,
-            args.num_clients,
-            args.sharding,
-            args.seed,
-            args.data_root,
-        )
-        self.validation = self.data.validation[: args.val_sequences or None].to(self.device)
-        self.train = [blocks.to(self.device) for blocks in self.data.train]
-        if not federated:  # one client with everybody's text
-            self.train = [torch.cat(self.train)]
-        self.examples = [len(blocks) for blocks in self.train]
-        self.token_bytes = self.data.token_bytes.to(self.device)
-        self._plan_rounds()
-        config = make_config(
-            chunk=args.chunk,
-            n_layer=args.layers,
-            vocab_size=self.data.vocab_size,
-            d_model=args.d_model,
-            d_state=args.d_state,
-            headdim=args.headdim,
-            expand=args.expand,
-        )
-        self.model = make_model(config, kernel=args.kernel, device=self.device, seed=args.seed)
-        self.parameters = dict(self.model.named_parameters())  # tied weights once
-        self.loss = checked_compile(self.batch_loss, self.parameters) if args.compile else self.batch_loss
-        self.clients = ClientStates(args, self.parameters, self.examples)
-        self.best = Best()
-        self._observed = {}  # client -> what is logged of it this round
-        self._left_out = []  # clients of this round
-        self._left_out_since = []  # [round, client] since the last evaluation
-        self._bytes = sum(p.numel() * p.element_size() for p in self.parameters.values())
-        resolved = {
-            "device": self.device.type,
-            "amp": str(self.amp or torch.float32).removeprefix("torch."),
-            "kernel": type(self.model).__name__,
-            "threads": torch.get_num_threads(),
-        }
-        run.begin(self.data.fingerprint, {"total": sum(p.numel() for p in self.parameters.values())}, resolved)
+    args: object
+    run: object
+    data: FederatedText
+    train: list
+    model: torch.nn.Module
+    weights: Weights
+    loss: object
+    optimizer: torch.optim.Optimizer
+    turns: Turns
+    rounds: int
+    total_steps: int
+    epoch: int
+    best: Best
+    moments: Moments
+    own_weights: ClientRows | None
 
-    def initial_weights(self):
-        """theta before the first round: {name: tensor}, copies."""
-        return {name: p.detach().clone() for name, p in self.parameters.items()}
+    @property
+    def examples(self):
+        """n_k: sequences of each client."""
+        return [len(blocks) for blocks in self.train]
+
+    @property
+    def client_weights(self):
+        """What each client counts in a mean: n_k, or 1 with --client-weights uniform."""
+        return self.examples if self.args.client_weights == "examples" else [1] * len(self.train)
 
     @property
     def lasting(self):
-        """With theta, all that outlives a round: what a checkpoint holds. A script adds its server optimiser."""
-        return {"clients": self.clients, "best": self.best}
+        """With theta, all that outlives a round. A script adds its server optimiser."""
+        rows = {"moments": self.moments.rows, "own_weights": self.own_weights}
+        return {"best": self.best} | {name: thing for name, thing in rows.items() if thing is not None}
 
-    # ---- plan
+    def steps(self, t):
+        """Steps of a client in round t: H, or what is left of the budget in the last round."""
+        return min(self.args.local_updates, self.total_steps - t * self.args.local_updates)
 
-    def _plan_rounds(self):
-        a, n = self.args, self.examples
-        self.per_round = max(1, int(a.participation * len(n) + 0.5))
-        if a.batch_size > min(n):
-            k = n.index(min(n))
-            raise UsageError(
-                f"client {k} has {n[k]} sequences, fewer than --batch-size {a.batch_size}: lower it, "
-                f"or lower --num-clients ({a.num_clients})"
-            )
-        if a.budget == "source":
-            steps = int(10 * a.n_epochs * min(n)) // a.batch_size**2
-        else:
-            steps = int(a.n_epochs * sum(n) / (self.per_round * a.batch_size))
-        self.total_steps = a.rounds * a.local_updates if a.rounds else max(1, steps)
-        self.rounds = -(-self.total_steps // a.local_updates)
-        self.rounds_per_epoch = max(1, round(self.rounds / a.n_epochs))
-        self._progress = (
-            0,
-            np.zeros(len(n), dtype=np.int64),
-        )  # a round, and the steps each client did before it
+    def synced(self, t):
+        """Whether the clients get the averaged model at the start of round t."""
+        return self.args.sync == "round" or t % self.epoch == 0
 
-    def local_steps(self, round):
-        """Steps of a client in this round: H, or what is left of the budget in the last round."""
-        return min(self.args.local_updates, self.total_steps - round * self.args.local_updates)
+    def bytes_down(self, t):
+        """What a client receives in round t."""
+        return self.weights.bytes if self.synced(t) else 0
 
-    def sample_clients(self, round):
-        """The round's clients, dealt to processes; a client with lasting state stays in one process."""
-        self._observed, self._left_out = {}, []
-        self._sampled = parallel.Lanes(self._chosen(round), sticky=self.clients.lasting)
-        return self._sampled
 
-    def _chosen(self, round):
-        everyone = len(self.examples)
-        if self.per_round == everyone:
-            return range(everyone)
-        return stream(self.args.seed, "participation", round).choice(everyone, self.per_round, replace=False).tolist()
+def load_study(args, run, federated=True):
+    """Reads the data, builds the model and begins the run. Raises: UsageError for what is not there or does not fit."""
+    reuse_large_memory()
+    data = build_data(
+        args.dataset,
+        args.tokenizer,
+        args.sequence_length,
+        args.num_clients,
+        args.sharding,
+        args.seed,
+        args.data_root,
+    )
+    train = [blocks.to(run.device) for blocks in data.train]
+    if not federated:  # one client with everybody's text
+        train = [torch.cat(train)]
+    rounds, total_steps, epoch = plan_rounds(args, [len(blocks) for blocks in train])
+    config = make_config(
+        chunk=args.chunk,
+        n_layer=args.layers,
+        vocab_size=data.vocab_size,
+        d_model=args.d_model,
+        d_state=args.d_state,
+        headdim=args.headdim,
+        expand=args.expand,
+    )
+    model = make_model(config, kernel=args.kernel, device=run.device, seed=args.seed)
+    weights = Weights(model)
 
-    def steps_before(self, k, round):
-        """Local steps that client k did before this round. Counted from the draws of the rounds: not carried."""
-        at, steps = self._progress
-        if at > round:
-            at, steps = 0, np.zeros_like(steps)
-        for r in range(at, round):
-            steps[list(self._chosen(r))] += self.local_steps(r)
-        self._progress = (round, steps)
-        return int(steps[k])
-
-    def synced(self, round):
-        """Whether the clients get the averaged model at the start of this round."""
-        return self.args.sync == "round" or round % self.rounds_per_epoch == 0
-
-    def evaluated(self, round):
-        """Whether this round ends with an evaluation and a checkpoint."""
-        return (round + 1) % self.args.val_freq == 0 or round + 1 == self.rounds
-
-    # ---- local work
-
-    def load(self, theta):
-        """Puts the weights theta into the model."""
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(theta[name])
-
-    def batch_loss(self, blocks):
-        """Mean NLL (nats a token) of blocks [B, T + 1]."""
+    def loss(blocks):
         inputs, labels = inputs_and_labels(blocks)
-        with amp_context(self.amp, self.device):
-            return self.model.nll(inputs, labels) / labels.numel()
+        with amp_context(run.amp, run.device):
+            return model.nll(inputs, labels) / labels.numel()
 
-    def gradients(self, blocks):
-        """Puts the gradients of the blocks' loss into the parameters. Returns the loss, detached."""
-        return gradients(self.loss, (blocks,), self.parameters, self.amp)
+    sampled = per_round(args, len(train))
 
-    def local_update(self, theta, k, round):
-        """Client k's H optimiser steps from theta. Returns (theta_k, n_k).
+    def rows(name, size, in_place=False):
+        on_disk = rows_on_disk(len(train), sampled, size)
+        return ClientRows(run.folder / "clients" / name, on_disk, in_place, run.device)
 
-        theta_k are the model's own tensors: valid until the next client.
-        """
-        start = self.clients.start(theta, k, fresh=self.synced(round))
-        self.load(start)
-        optimizer = self.clients.optimizer(k)
-        steps = self.local_steps(round)
-        total = torch.zeros((), device=self.device)
-        for rows in self.clients.batches(k, self.steps_before(k, round), steps, round):
-            total += self.gradients(self.train[k][rows.to(self.device)])
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        theta_k = {name: p.detach() for name, p in self.parameters.items()}
-        self.clients.keep(k, theta_k)
-        if self.evaluated(round):
-            self.observe(k, train_loss=(total / steps).item())
-            self._watch_client(start, theta_k, k, round)
-        return theta_k, (self.examples[k] if self.args.client_weights == "examples" else 1)
+    optimizer = client_optimizer(
+        args.client_optimizer, weights.parameters, args.lr, 0.0, args.weight_decay, NOT_DECAYED
+    )
+    keeps = federated and args.client_optimizer == "adamw" and args.client_state == "keep"
+    study = Study(
+        args=args,
+        run=run,
+        data=data,
+        train=train,
+        model=model,
+        weights=weights,
+        loss=checked_compile(loss, weights.parameters) if args.compile else loss,
+        optimizer=optimizer,
+        turns=Turns(args.seed, len(train), args.participation),
+        rounds=rounds,
+        total_steps=total_steps,
+        epoch=epoch,
+        best=Best(),
+        moments=Moments(optimizer, weights, rows("moments", 2 * weights.bytes, in_place=True) if keeps else None),
+        own_weights=rows("own_weights", weights.bytes) if args.sync == "epoch" else None,
+    )
+    resolved = run.resolved() | {"kernel": type(model).__name__}
+    run.begin(data.fingerprint, {"total": weights.size}, resolved, data.shards)
+    run.plan(rounds, args.val_freq, args.save_freq)
+    return study
 
-    def left_out(self, k, *weights):
-        """True if client k's weights (or what else it sends) are not finite: it is left out of this round."""
-        if all(finite(w) for w in weights):
-            return False
-        self._left_out.append(k)
-        self.clients.forget(k)
-        return True
 
-    def close_round(self, round, sent=1.0):
-        """Counts tokens and bytes (`sent`: models a client sends up) and the clients that were left out.
+def per_round(args, clients):
+    """How many of the clients take part in a round."""
+    return max(1, int(args.participation * clients + 0.5))
 
-        Raises RunFailed when more than half of the round's clients were.
-        """
-        lanes = self._sampled
-        out = sorted(lanes.gather({k: 1 for k in self._left_out}))
-        if out and parallel.is_main():
-            print(
-                f"\nround {round + 1}: update not finite, left out: client {', '.join(map(str, out))}",
-                flush=True,
-            )
-        self._left_out_since += [[round + 1, k] for k in out]
-        self._left_out = out
-        if 2 * len(out) > len(lanes):
-            raise RunFailed(
-                f"round {round + 1}: updates of {len(out)} of {len(lanes)} clients are not finite "
-                f"(clients {', '.join(map(str, out))}): lower --lr ({self.args.lr}) or --amp off"
-            )
-        self.run.count(
-            tokens=len(lanes) * self.local_steps(round) * self.args.batch_size * self.args.sequence_length,
-            bytes_up=sent * self._bytes * len(lanes),
-            bytes_down=self._bytes * len(lanes) if self.synced(round) else 0,
-            left_out_updates=len(out),
+
+def plan_rounds(args, examples):
+    """(rounds, steps of a client that is always there, rounds that an epoch of the data takes) of the flags.
+
+    Raises: UsageError for a client with fewer sequences than a batch.
+    """
+    if args.batch_size > min(examples):
+        k = examples.index(min(examples))
+        raise UsageError(
+            f"client {k} has {examples[k]} sequences, fewer than --batch-size {args.batch_size}: lower it, "
+            f"or lower --num-clients ({args.num_clients})"
         )
+    if args.budget == "source":
+        steps = int(10 * args.n_epochs * min(examples)) // args.batch_size**2
+    else:
+        steps = int(args.n_epochs * sum(examples) / (per_round(args, len(examples)) * args.batch_size))
+    epoch = max(1, round(max(1, steps) / args.local_updates / args.n_epochs))
+    total_steps = args.rounds * args.local_updates if args.rounds else max(1, steps)
+    return -(-total_steps // args.local_updates), total_steps, epoch
 
-    def observe(self, k, **values):
-        """Notes what is logged of client k at the next evaluation."""
-        self._observed.setdefault(k, {}).update(values)
 
-    # ---- what the methods ask of a client's model (its weights are in self.model)
+# ---- a client's work: between these two stand the steps, in the script
 
-    def nll(self, model, sample):
-        """Summed NLL of one sequence, for the Fisher: sample = (inputs [T], labels [T])."""
-        inputs, labels = sample
-        with amp_context(self.amp, self.device):
-            return model.nll(inputs[None], labels[None])
 
-    def calibration(self, k, round, samples, labels):
-        """`samples` training sequences of client k: (inputs [n, T], labels [n, T]).
+def begin_client(study, theta, k, t):
+    """Puts client k's start into the model and its moments into the optimiser. Returns its batches of round t.
 
-        labels "model": drawn from the model's own distribution (the Fisher); "data": the text's (the empirical).
-        """
-        draw = stream(self.args.seed, "fisher", round, k)
-        rows = draw.choice(len(self.train[k]), min(samples, len(self.train[k])), replace=False)
-        inputs, targets = inputs_and_labels(self.train[k][torch.from_numpy(np.sort(rows)).to(self.device)])
-        if labels == "data":
-            return inputs, targets
-        generator = torch_stream(self.args.seed, "fisher labels", round, k)
-        with torch.no_grad(), amp_context(self.amp, self.device):
-            hidden = self.model.hidden(inputs).flatten(0, 1)  # [n T, D]
-            drawn = sample_labels(hidden, self.model.head_weight, vocab_size=self.data.vocab_size, generator=generator)
-        return inputs, drawn.view_as(targets)
+    It starts from theta, or with --sync epoch from its own weights of before.
+    """
+    study.weights.load(_start(study, theta, k, t))
+    study.moments.load(k)
+    return ((study.train[k][rows.to(study.run.device)],) for rows in client_batches(study, k, t))
 
-    def entropy(self, k, round, samples):
-        """Mean entropy (nats a token) of the model's next-token distribution on client k's held-out text."""
-        held_out = self.data.held_out[k]
-        if 0 < samples < len(held_out):
-            rows = stream(self.args.seed, "entropy", round, k).choice(len(held_out), samples, replace=False)
-            held_out = held_out[np.sort(rows)]
-        inputs, labels = inputs_and_labels(held_out.to(self.device))
-        sums = []
-        with torch.no_grad(), amp_context(self.amp, self.device):
-            for x, y in zip(inputs.split(self._eval_batch()), labels.split(self._eval_batch()), strict=True):
-                hidden = self.model.hidden(x).flatten(0, 1)  # [B T, D]
-                sums.append(
-                    token_statistics(hidden, self.model.head_weight, y.flatten(), vocab_size=self.data.vocab_size)
-                )
-        return math.fsum(entropy.item() for _, entropy, _ in sums) / labels.numel()
 
-    # ---- evaluation
+def _start(study, theta, k, t):
+    own = None if study.own_weights is None or study.synced(t) else study.own_weights.get(k)
+    return theta if own is None else own["theta"]
 
-    def report(self, before, theta, round):
-        """Evaluates the round's theta and writes its line of metrics.jsonl; before: theta as the clients got it.
 
-        Lists are in the order of `clients`, with null for one that was left out; `left_out` names (round, client)
-        since the last evaluation.
-        """
-        clients = self._sampled.gather(self._observed)
-        sound = {k: seen for k, seen in clients.items() if k not in self._left_out}
-        fields = {"clients": list(clients)}
-        for field in ("train_loss", "val_ppl", "entropy"):
-            if any(field in seen for seen in sound.values()):
-                fields["client_" + field] = [sound[k][field] if k in sound else None for k in clients]
-        if self._left_out_since:
-            fields["left_out"] = self._left_out_since
-        train_loss = math.fsum(seen["train_loss"] for seen in sound.values()) / len(sound)
-        self._left_out_since = []
-        metrics, seconds = self.evaluate(theta, round, train_loss)
-        if self.args.save_deltas and parallel.is_main():
-            self.save_deltas("server", before, theta, round)
-        self.run.log(round, {**metrics, **fields}, seconds)
+def end_client(study, theta, k, t, clients, done):
+    """Keeps what of client k outlives the round, notes what is logged of it. Returns theta_k [n].
 
-    def evaluate(self, theta, round, train_loss):
-        """({field: value} of theta on the validation text, seconds it took)."""
-        started = time.perf_counter()
-        self.load(theta)
-        metrics = {
-            "steps": min(self.total_steps, (round + 1) * self.args.local_updates),
-            "train_loss": train_loss,
-            "train_ppl": perplexity(train_loss, 1),
-            **self.validate(self.validation, "val"),
-            "generated": self.generate(),
-        }
-        self.best.offer(round, metrics["val_loss"], theta)
-        return metrics, time.perf_counter() - started
+    theta_k is the model's own vector: valid until the next client. Args: done: of `common.local.local_steps`.
+    """
+    args, theta_k = study.args, study.weights.theta
+    study.moments.store(k)
+    if study.own_weights is not None:
+        study.own_weights.put(k, {"theta": theta_k.clone()})
+    clients.work(done.steps * args.batch_size * args.sequence_length)
+    if study.run.due(t + 1):
+        clients.note(k, train_loss=done.loss)
+        if args.client_val_sequences:
+            nll, tokens, _ = statistics(study, study.data.validation[: args.client_val_sequences])
+            clients.note(k, val_ppl=perplexity(nll, tokens))
+        if args.save_deltas:
+            save_deltas(study, f"client_{k}", _start(study, theta, k, t), theta_k, t)
+    return theta_k
 
-    def validate(self, blocks, split):
-        """{split_loss, split_ppl, split_bits_per_byte} of the model on blocks [n, T + 1], over all processes."""
-        batches = blocks.split(self._eval_batch())
-        lanes = parallel.Lanes(range(len(batches)))
-        sums = lanes.gather({b: self._statistics(batches[b].to(self.device)) for b in lanes}).values()
-        nll, tokens, size = (math.fsum(s[i] for s in sums) for i in range(3))
-        return {
-            f"{split}_loss": nll / tokens,
-            f"{split}_ppl": perplexity(nll, tokens),
-            f"{split}_bits_per_byte": bits_per_byte(nll, size),
-        }
 
-    @torch.no_grad()
-    def _statistics(self, blocks):
-        """(summed NLL, tokens, bytes) of blocks [B, T + 1], as Python numbers."""
-        inputs, labels = inputs_and_labels(blocks)
-        with amp_context(self.amp, self.device):
-            nll = self.model.nll(inputs, labels)
+def client_batches(study, k, t):
+    """Rows of client k's text for its batches of round t: a list of int64 [B].
+
+    Equal budget: pass after pass over the client's sequences, each in an order of its own, from where the client
+    stands. Source's budget: with replacement.
+    """
+    args, size, n, steps = study.args, study.args.batch_size, len(study.train[k]), study.steps(t)
+    if args.budget == "source":
+        rows = stream(args.seed, "batches with replacement", t, k).integers(n, size=steps * size)
+    else:
+        first = int(study.turns.before(t)[k]) * args.local_updates * size
+        last = first + steps * size
+        passes = range(first // n, (last - 1) // n + 1)
+        order = np.concatenate([stream(args.seed, "batches", e, k).permutation(n) for e in passes])
+        rows = order[first - passes[0] * n : last - passes[0] * n]
+    return torch.from_numpy(rows).split(size)
+
+
+# ---- evaluation
+
+
+def evaluate(study, theta, t):
+    """{field: value} of theta [n] after t rounds on the validation text; offers it as the best."""
+    study.weights.load(theta)
+    metrics = {
+        "steps": min(study.total_steps, t * study.args.local_updates),
+        **validate(study, study.data.validation[: study.args.val_sequences or None], "val"),
+        "generated": generate(study),
+    }
+    study.best.offer(t, metrics["val_loss"], theta)
+    return metrics
+
+
+def with_perplexity(row):
+    """train_ppl of the row's train_loss."""
+    return {"train_ppl": perplexity(row["train_loss"], 1)} if "train_loss" in row else {}
+
+
+def validate(study, blocks, split):
+    """{split_loss, split_ppl, split_bits_per_byte} of the model on blocks [n, T + 1], over all processes."""
+    batches = list(enumerate(blocks.split(eval_batch(study.run.device))))
+    parts = parallel.all_gather({b: statistics(study, rows) for b, rows in parallel.my_share(batches)})
+    sums = [values for part in parts for values in part.values()]
+    nll, tokens, size = (math.fsum(s[i] for s in sums) for i in range(3))
+    return {
+        f"{split}_loss": nll / tokens,
+        f"{split}_ppl": perplexity(nll, tokens),
+        f"{split}_bits_per_byte": bits_per_byte(nll, size),
+    }
+
+
+@torch.no_grad()
+def statistics(study, blocks):
+    """(summed NLL, tokens, bytes) of blocks [n, T + 1], as Python numbers."""
+    nll, tokens, size = [], 0, 0
+    for part in blocks.to(study.run.device).split(eval_batch(study.run.device)):
+        inputs, labels = inputs_and_labels(part)
+        with amp_context(study.run.amp, study.run.device):
+            nll.append(study.model.nll(inputs, labels).item())
         scored = labels[labels >= 0]
-        return nll.item(), len(scored), self.token_bytes[scored].sum().item()
+        tokens += len(scored)
+        size += study.data.token_bytes[scored.cpu()].sum().item()
+    return math.fsum(nll), tokens, size
 
-    def _eval_batch(self):
-        # Fixed per device: sums over other batches would round differently.
-        return 8 if self.device.type == "cpu" else 32
 
-    def generate(self, tokens=100):
-        """The greedy continuation of --prompt, on the main process; None elsewhere or when off."""
-        if not self.args.prompt or not parallel.is_main():
-            return None
-        ids = self.data.tokenizer.encode(self.args.prompt, add_special_tokens=False)
-        out = self.model.generate(torch.tensor([ids], device=self.device), tokens)
-        return self.data.tokenizer.decode(out[0].tolist())
+def eval_batch(device):
+    """Sequences that are evaluated at once. Fixed per device: sums over other batches would round differently."""
+    return 8 if device.type == "cpu" else 32
 
-    def _watch_client(self, start, theta_k, k, round):
-        if self.args.client_val_sequences:
-            blocks = self.data.validation[: self.args.client_val_sequences]
-            sums = [self._statistics(b.to(self.device)) for b in blocks.split(self._eval_batch())]
-            self.observe(k, val_ppl=perplexity(math.fsum(s[0] for s in sums), sum(s[1] for s in sums)))
-        if self.args.save_deltas:
-            self.save_deltas(f"client_{k}", start, theta_k, round)
 
-    def save_deltas(self, who, before, after, round):
-        """Stores the state-space parameters and their change in this round, arrays `layers.i.NAME`."""
-        folder = self.run.folder / who
-        kept = {}
-        for name in after:
+def generate(study, tokens=100):
+    """The greedy continuation of --prompt, on the main process; None elsewhere or when off."""
+    if not study.args.prompt or not parallel.is_main():
+        return None
+    ids = study.data.tokenizer.encode(study.args.prompt, add_special_tokens=False)
+    out = study.model.generate(torch.tensor([ids], device=study.run.device), tokens)
+    return study.data.tokenizer.decode(out[0].tolist())
+
+
+def save_deltas(study, who, before, after, t):
+    """Stores the state-space parameters and their change in round t, arrays `layers.i.NAME`."""
+    old, new = study.weights.named(before), study.weights.named(after)
+    for kind in ("params", "deltas"):
+        arrays = {}
+        for name in new:
             if name.endswith(WATCHED) and ".mixer." in name:
                 _, _, layer, _, rest = name.split(".", 4)
-                kept[f"layers.{layer}.{rest.removesuffix('.weight')}"] = name
-        for kind in ("params", "deltas"):
-            arrays = {
-                short: (after[name] - (before[name] if kind == "deltas" else 0)).cpu().numpy()
-                for short, name in kept.items()
-            }
-            path = folder / kind / f"step_{round + 1:06d}.npz"
-            fresh = path.with_suffix(".new.npz")
-            with saving(path, fresh):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.savez(fresh, **arrays)
-                os.replace(fresh, path)
+                value = new[name] - (old[name] if kind == "deltas" else 0)
+                arrays[f"layers.{layer}.{rest.removesuffix('.weight')}"] = value.cpu().numpy()
+        path = study.run.folder / who / kind / f"step_{t + 1:06d}.npz"
+        fresh = path.with_suffix(".new.npz")
+        with saving(path, fresh):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(fresh, **arrays)
+            os.replace(fresh, path)
 
-    # ---- the end
 
-    def finish(self, theta):
-        """Test perplexity of the last and of the best weights, final/, training_history.json, curve.png."""
-        self.load(theta)
-        test_ppl = self.validate(self.data.test, "test")["test_ppl"]
-        results = {"best_round": self.best.round + 1, "best_val_ppl": perplexity(self.best.loss, 1)}
-        results.update(test_ppl_best=test_ppl, test_ppl_last=test_ppl)
-        if self.best.round + 1 < self.rounds:
-            self.load(self.best.theta)
-            results["test_ppl_best"] = self.validate(self.data.test, "test")["test_ppl"]
-            self.load(theta)
-        lines = self.run.metrics() if parallel.is_main() else [None]
-        if parallel.is_main():
-            results.update(final_val_ppl=lines[-1]["val_ppl"], tokens=lines[-1]["tokens"], seconds=lines[-1]["seconds"])
-            self.run.write_final(lambda folder: save_pretrained(self.model, self.data.tokenizer, folder))
-            with saving(self.run.folder):
-                write_json(self.run.folder / "training_history.json", training_history(self.run.command, lines))
-                draw_curve(self.run.folder)
-            print(
-                f"test perplexity {results['test_ppl_last']:.2f} (weights of the best round, "
-                f"{results['best_round']}: {results['test_ppl_best']:.2f})"
-            )
-        self.run.finish(results)
+def finish(study, theta):
+    """Test and validation perplexity on all text, of the last and the best weights; final/, the history, curve.png."""
+    run, best = study.run, study.best
+    study.weights.load(theta)
+    test_ppl = validate(study, study.data.test, "test")["test_ppl"]
+    results = {"best_round": best.round, "best_val_ppl": perplexity(best.loss, 1)}
+    results.update(test_ppl_best=test_ppl, test_ppl_last=test_ppl)
+    results["final_val_ppl"] = validate(study, study.data.validation, "val")["val_ppl"]
+    if best.round < study.rounds:
+        study.weights.load(best.theta)
+        results["test_ppl_best"] = validate(study, study.data.test, "test")["test_ppl"]
+        study.weights.load(theta)
+    if parallel.is_main():
+        lines = run.metrics()
+        results.update(tokens=lines[-1]["tokens"], seconds=lines[-1]["seconds"])
+        run.write_final(lambda folder: save_pretrained(study.model, study.data.tokenizer, folder))
+        with saving(run.folder):
+            write_json(run.folder / "training_history.json", training_history(run.command, lines))
+            draw_curve(run.folder)
+        print(
+            f"test perplexity {results['test_ppl_last']:.2f} (weights of the best round, "
+            f"{results['best_round']}: {results['test_ppl_best']:.2f})"
+        )
+    run.finish(results)

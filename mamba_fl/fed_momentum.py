@@ -10,59 +10,52 @@ adam, ...   m <- b1 m + (1 - b1) Delta,  v <- b2 v + (1 - b2) Delta^2,
             theta <- theta + eta_s m / (sqrt v + tau)                  (Reddi et al. 2021, algorithm 2)
 """
 
-from common import parallel
-from common.before.aggregation import ServerAdam, ServerMomentum, WeightedMean
-from common.cli import half_open_fraction, positive_float, run_main
-from common.evaluation import pick_device
+from common.aggregation import ServerAdam, ServerMomentum, WeightedMean
+from common.cli import checked, half_open_fraction, positive_float
+from common.local import local_steps
+from common.processes import run_federated
 from common.runlog import start_run
-from mamba_fl.fed_core import Study
-from mamba_fl.flags import complete_flags, make_parser, run_name
+from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, with_perplexity
+from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
+
+MOMENTUM = ("momentum", "nesterov")
 
 
 def main(args):
-    complete_flags(args)
     if args.server_lr is None:
-        args.server_lr = 1.0 if args.server_optimizer in ("momentum", "nesterov") else 0.01
-    parallel.init_parallel(pick_device(args.device))
+        args.server_lr = 1.0 if args.server_optimizer in MOMENTUM else 0.01
     with start_run("fed_momentum", args, run_name("fed_momentum", args)) as run:
-        study = Study(args, run)
+        study = load_study(args, run)
         server = server_optimizer(args)
-        lasting = {**study.lasting, "server": server}
-        theta = run.restore(study.initial_weights(), lasting)
+        theta = run.restore(study.weights.snapshot(), study.weights.named, **study.lasting, server=server)
+        run.report(0, theta, lambda: evaluate(study, theta, 0))
 
-        for round in run.rounds(study.rounds):
-            clients = study.sample_clients(round)
+        for t in run.rounds():
+            up, down = study.weights.bytes, study.bytes_down(t)
+            clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
             for k in clients:
-                theta_k, n_k = study.local_update(theta, k, round)
-                if study.left_out(k, theta_k):
-                    continue
-                mean.add(theta_k, weight=n_k)
-            study.close_round(round)
-            before, theta = theta, server.step(theta, mean.delta())
-            if study.evaluated(round):
-                study.report(before, theta, round)
-                run.save(round, theta, lasting)
+                batches = begin_client(study, theta, k, t)
+                done = local_steps(study.loss, batches, study.weights, study.optimizer, amp=run.amp)
+                theta_k = end_client(study, theta, k, t, clients, done)
+                mean.add(theta_k, weight=study.client_weights[k])
+            theta = server.step(theta, mean.delta())
+            run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 
-        study.finish(theta)
+        finish(study, theta)
 
 
 def server_optimizer(args):
     """The server's optimiser that the flags ask for."""
-    if args.server_optimizer in ("momentum", "nesterov"):
+    if args.server_optimizer in MOMENTUM:
         nesterov = args.server_optimizer == "nesterov"
         return ServerMomentum(args.server_lr, args.server_momentum, nesterov=nesterov, form=args.momentum_form)
-    return ServerAdam(
-        args.server_optimizer,
-        args.server_lr,
-        b1=args.server_momentum,
-        b2=args.server_beta2,
-        tau=args.server_tau,
-    )
+    b1, b2, tau = args.server_momentum, args.server_beta2, args.server_tau
+    return ServerAdam(args.server_optimizer, args.server_lr, b1=b1, b2=b2, tau=tau)
 
 
 def build_parser():
-    parser, method = make_parser(__doc__.split("\n")[0], seed=42)
+    parser, method = make_parser(__doc__.split("\n")[0])
     method.add_argument(
         "--server-optimizer",
         choices=["momentum", "nesterov", "adam", "yogi", "adagrad"],
@@ -86,14 +79,28 @@ def build_parser():
         "--momentum-form",
         choices=["heavy_ball", "ema"],
         default="heavy_ball",
+        when=lambda a: a.server_optimizer in MOMENTUM,
         help="ema: v <- beta v + (1 - beta) Delta, the source's, steps ten times smaller",
     )
     method.add_argument(
-        "--server-beta2", type=half_open_fraction, default=0.99, metavar="X", help="b2 of Adam and Yogi"
+        "--server-beta2",
+        type=half_open_fraction,
+        default=0.99,
+        metavar="X",
+        when=lambda a: a.server_optimizer in ("adam", "yogi"),
+        help="b2 of Adam and Yogi",
     )
-    method.add_argument("--server-tau", type=positive_float, default=1e-3, metavar="X", help="tau of Adam and the like")
+    method.add_argument(
+        "--server-tau",
+        type=positive_float,
+        default=1e-3,
+        metavar="X",
+        when=lambda a: a.server_optimizer not in MOMENTUM,
+        help="tau of Adam and the like",
+    )
     return parser
 
 
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    args = checked(complete_flags, build_parser().parse_args())
+    run_federated(main, args, *footprint(args))

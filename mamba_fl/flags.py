@@ -19,7 +19,7 @@ DEFAULTS = {
 }
 
 
-def make_parser(description, *, federated=True, seed=0):
+def make_parser(description, *, federated=True):
     """The parser of one script: the source's flags and ours. Returns (parser, group for the method's own flags)."""
     parser = Parser(description)
     method = parser.add_argument_group("the method") if federated else None
@@ -108,14 +108,14 @@ def make_parser(description, *, federated=True, seed=0):
         train.add_argument(
             "--client-weights",
             choices=["examples", "uniform"],
-            default="examples",
-            help="weight of a client in the mean (fed_entropy has --entropy-prior instead)",
+            help="weight of a client in the mean (default: examples; fed_entropy: as --entropy-prior)",
         )
         train.add_argument("--client-optimizer", choices=["adamw", "sgd"], default="adamw", help="local optimiser")
         train.add_argument(
             "--client-state",
             choices=["keep", "reset"],
             default="keep",
+            when=lambda a: a.client_optimizer == "adamw",
             help="a client's AdamW moments from round to round",
         )
         train.add_argument(
@@ -156,14 +156,21 @@ def make_parser(description, *, federated=True, seed=0):
         type=positive_int,
         default=None if federated else 10,
         metavar="N",
-        help="evaluate and save every N " + ("rounds (default: 30; demo: 10)" if federated else "steps"),
+        help="evaluate every N " + ("rounds (default: 30; demo: 10)" if federated else "steps"),
+    )
+    report.add_argument(
+        "--save-freq",
+        type=positive_int,
+        default=None if federated else 100,
+        metavar="N",
+        help="save a checkpoint every N " + ("rounds (default: as --val-freq)" if federated else "steps"),
     )
     report.add_argument(
         "--val-sequences",
         type=non_negative_int,
-        default=0,
+        default=256,
         metavar="N",
-        help="validation sequences used while training; 0: all",
+        help="validation sequences used while training (the end uses all); 0: all",
     )
     if federated:
         report.add_argument(
@@ -178,7 +185,7 @@ def make_parser(description, *, federated=True, seed=0):
 
     run = add_run_flags(parser)
     run.add_argument("--output-dir", "--data-dir", default="results", metavar="DIR", help="where run folders go")
-    add_machine_flags(run, seed)
+    add_machine_flags(run, 0, federated)
     run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
     return parser, method
 
@@ -199,9 +206,27 @@ def complete_flags(args):
         raise UsageError(f"--config {args.config} and --layers {args.layers} contradict each other: give one")
     args.layers = args.layers or by_name or 1
     args.config = f"pure_ssm_{args.layers}_layer"
-    if getattr(args, "sync", "round") == "epoch" and args.participation < 1:
+    prior = {"none": "uniform", "examples": "examples"}.get(getattr(args, "entropy_prior", None))
+    if prior and args.client_weights not in (None, prior):
+        raise UsageError(
+            f"--client-weights {args.client_weights} and --entropy-prior {args.entropy_prior} contradict each other: "
+            "give one"
+        )
+    if hasattr(args, "entropy_prior"):
+        args.client_weights = args.client_weights or prior or "uniform"
+        args.entropy_prior = {"uniform": "none", "examples": "examples"}[args.client_weights]
+    args.client_weights = args.client_weights or "examples"
+    if args.sync == "epoch" and args.participation < 1:
         raise UsageError(f"--sync epoch needs every client in every round: --participation {args.participation} -> 1")
     return args
+
+
+def footprint(args):
+    """(clients that take part in a round, bytes that a process takes at a guess) of the flags."""
+    weights = args.d_model * 50264 + args.layers * 7 * args.d_model**2  # the embedding and in_proj, out_proj
+    logits = args.batch_size * args.sequence_length * 50264
+    clients = max(1, int(args.participation * args.num_clients + 0.5))
+    return clients, 2**29 + 4 * (6 * weights + 3 * logits)
 
 
 def run_name(command, args):

@@ -2,41 +2,55 @@
 
 import torch
 
+WINDOW = 10  # cosines that are averaged, as in the source
+
 
 class GradientWatch:
-    """Cosines of the gradients of neighbouring steps, since the last evaluation.
+    """Cosines of the gradients of neighbouring steps. A `lasting` object: a resumed run measures the same.
 
-    Nothing is kept past an evaluation, so that a resumed run measures the same.
+    Args: weights: `common.vector.Weights` of what is trained.
     """
 
-    def __init__(self, parameters):
-        self.parameters = parameters
-        self._start_anew()
+    def __init__(self, weights):
+        self.weights = weights
+        self._previous, self._square, self._cosines = None, None, []
 
     def see(self):
-        """Looks at the gradients of this step (after backward)."""
-        gradients = [p.grad for p in self.parameters.values()]
+        """Looks at the gradients of this step (after backward); they must not be changed later."""
+        gradients = [p.grad for p in self.weights.parameters.values()]
         square = sum((g * g).sum() for g in gradients)
         if self._previous is not None:
             product = sum((g * h).sum() for g, h in zip(gradients, self._previous, strict=True))
-            self._cosines.append(product / torch.sqrt(square * self._square).clamp_min(1e-30))
+            cosine = product / torch.sqrt(square * self._square).clamp_min(1e-30)
+            self._cosines = [*self._cosines, cosine][-WINDOW:]
         self._previous, self._square = gradients, square
 
     def mean_cosine(self):
-        """The mean of the last (at most 10) cosines; None with fewer than two steps since the last call."""
-        mean = torch.stack(self._cosines[-10:]).mean().item() if self._cosines else None
-        self._start_anew()
-        return mean
+        """The mean of the last ten cosines (fewer at the start); None before the second step."""
+        return torch.stack(self._cosines).mean().item() if self._cosines else None
 
-    def norms(self, before, after):
-        """{layers.i.NAME: norm of the last step's update} of the state-space parameters."""
+    def state_dict(self):
+        if self._previous is None:
+            return {}
+        whole = torch.cat([g.reshape(-1) for g in self._previous])
         return {
-            name.removeprefix("backbone.").replace(".mixer", "").removesuffix(".weight"): (after[name] - before[name])
-            .norm()
-            .item()
-            for name in after
-            if ".mixer." in name and name.endswith(("in_proj.weight", "A_log", "mixer.D", "dt_bias"))
+            "gradient": whole,
+            "square": self._square.reshape(1),
+            "cosines": torch.stack(self._cosines or [whole[0]]),
         }
 
-    def _start_anew(self):
-        self._previous, self._square, self._cosines = None, None, []
+    def load_state_dict(self, state):
+        if state:
+            self._previous = list(self.weights.named(state["gradient"]).values())
+            self._square, self._cosines = state["square"][0], list(state["cosines"])
+
+
+def update_norms(before, after):
+    """{layers.i.NAME: norm of the update} of the state-space parameters. Args: {name: tensor} before and after."""
+    return {
+        name.removeprefix("backbone.").replace(".mixer", "").removesuffix(".weight"): (after[name] - before[name])
+        .norm()
+        .item()
+        for name in after
+        if ".mixer." in name and name.endswith(("in_proj.weight", "A_log", "mixer.D", "dt_bias"))
+    }

@@ -16,6 +16,11 @@ def training_history(command, lines):
         "train_ppl": column("train_ppl"),
         "server_val_ppl": column("val_ppl"),
         "client_val_ppls": column("client_val_ppl", []),
-        "avg_client_entropy": [sum(h) / len(h) if h else None for h in entropies],
+        "avg_client_entropy": [_mean(h) for h in entropies],
         "generated": column("generated"),
     }
+
+
+def _mean(values):
+    seen = [v for v in values or [] if v is not None]  # null: a client that was left out
+    return sum(seen) / len(seen) if seen else None

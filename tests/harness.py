@@ -48,11 +48,12 @@ MAMBA = (
 )
 MAMBA_FEDERATED = f"{MAMBA} --participation 0.75 --client-val-sequences 2"
 VIT = (
-    "--dataset demo --model tiny --classes 0:10 --batch-size 8 --threads 1 --amp off --seed 0 --lr 0.05 "
+    "--dataset demo --model tiny --classes 0:10 --threads 1 --amp off --seed 0 --lr 0.01 "
     "--output-dir {out} --run-name r"
 )
 VIT_FEDERATED = (
-    f"{VIT} --num-clients 12 --participation-rate 0.25 --num-rounds 4 --eval-every 2 --save-every 2 --processes 1"
+    f"{VIT} --batch-size 8 --num-clients 12 --participation-rate 0.25 --num-rounds 6 --local-steps 2 --eval-every 2 "
+    "--save-every 2 --processes 1"
 )
 SPARSE = f"{VIT_FEDERATED} --sharding non_iid --nc 3 --fisher-samples 16"
 GLUE = (
@@ -84,13 +85,15 @@ GOLDEN = {
     "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", MAMBA_FEDERATED),
     "mamba_fl/fed_fisher": Golden("mamba_fl/fed_fisher.py", MAMBA_FEDERATED),
     "vit_sparse_fl/centralized": Golden(
-        "vit_sparse_fl/train_centralized.py", f"{VIT} --epochs 3 --save-every 1 --warmup-epochs 1", federated=False
+        "vit_sparse_fl/train_centralized.py",
+        f"{VIT} --batch-size 30 --epochs 3 --save-every 1 --warmup-epochs 1",
+        federated=False,
     ),
     "vit_sparse_fl/federated": Golden(
         "vit_sparse_fl/train_federated.py", f"{VIT_FEDERATED} --sharding dirichlet --alpha 0.5", facts=("shards.json",)
     ),
     "vit_sparse_fl/sparse": Golden(
-        "vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --calibrate-on clients --calibration-clients 3"
+        "vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --lr 0.3 --calibrate-on clients --calibration-clients 3"
     ),
     "vit_sparse_fl/topk": Golden(
         "vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --upload topk --calibrate-on server"
@@ -215,6 +218,7 @@ def run(words, die=None, env=None):
 
 def run_ranks(words, size):
     """The same by `size` processes, with the environment that torchrun gives them. Returns how each ended."""
+    words = [*words, "--processes", "0"] if "--processes" in words else words
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -226,7 +230,7 @@ def run_ranks(words, size):
 def _server():
     context = multiprocessing.get_context("forkserver")
     modules = [script.removesuffix(".py").replace("/", ".") for script in SCRIPTS]
-    context.set_forkserver_preload([*modules, "matplotlib.pyplot", "transformers.models.auto.modeling_auto"])
+    context.set_forkserver_preload([*modules, "matplotlib.backends.backend_agg", "peft", "sklearn.metrics"])
     return context
 
 

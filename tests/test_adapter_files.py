@@ -207,44 +207,45 @@ def test_what_is_no_adapter_is_not_written(tmp_path):
 # ---- what is refused
 
 
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        ({"peft_type": "IA3"}, "peft_type IA3"),
-        ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "auto_mapping, which names code"),
-        ({"megatron_core": "evil.module"}, "megatron_core evil.module, which names code"),
-        ({"megatron_config": {"x": 1}}, "megatron_config"),
-        ({"task_type": "CAUSAL_LM"}, "CAUSAL_LM"),
-        ({"use_dora": True}, "use_dora"),
-        ({"rank_pattern": {"query": 4}}, "rank_pattern"),
-        ({"alpha_pattern": {"query": 4}}, "alpha_pattern"),
-        ({"bias": "all"}, "bias all"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_parameters": ["x"]}, "target_parameters"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
-        ({"of_a_later_peft": "on"}, "of_a_later_peft"),
-        ({"r": 3}, "do not fit r 3"),
-        ({"r": 0}, "r 0"),
-        ({"r": True}, "r true"),
-        ({"r": "2"}, "r 2"),
-        ({"lora_alpha": 0}, "lora_alpha 0"),
-        ({"lora_alpha": float("nan")}, "lora_alpha NaN"),
-        ({"lora_alpha": 10**400}, "lora_alpha 1000"),
-        ({"use_rslora": "yes"}, "use_rslora yes"),
-        ({"base_model_name_or_path": 5}, "base_model_name_or_path 5"),
-        ({"target_modules": ["query"]}, "target_modules"),
-        ({"target_modules": ["query", "value", "key"]}, "target module key"),
-        ({"target_modules": {"query": 1}}, "list of names"),
-        ({"modules_to_save": None}, "classifier"),
-        ({"modules_to_save": "classifier"}, "list of names"),
-    ],
-)
-def test_options_that_are_refused(fields, words, tmp_path):
+REFUSED_OPTIONS = [
+    ({"peft_type": "IA3"}, "peft_type IA3"),
+    ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "auto_mapping, which names code"),
+    ({"megatron_core": "evil.module"}, "megatron_core evil.module, which names code"),
+    ({"megatron_config": {"x": 1}}, "megatron_config"),
+    ({"task_type": "CAUSAL_LM"}, "CAUSAL_LM"),
+    ({"use_dora": True}, "use_dora"),
+    ({"rank_pattern": {"query": 4}}, "rank_pattern"),
+    ({"alpha_pattern": {"query": 4}}, "alpha_pattern"),
+    ({"bias": "all"}, "bias all"),
+    ({"lora_bias": True}, "lora_bias"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"target_parameters": ["x"]}, "target_parameters"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
+    ({"of_a_later_peft": "on"}, "of_a_later_peft"),
+    ({"r": 3}, "do not fit r 3"),
+    ({"r": 0}, "r 0"),
+    ({"r": True}, "r true"),
+    ({"r": "2"}, "r 2"),
+    ({"lora_alpha": 0}, "lora_alpha 0"),
+    ({"lora_alpha": float("nan")}, "lora_alpha NaN"),
+    ({"lora_alpha": 10**400}, "lora_alpha 1000"),
+    ({"use_rslora": "yes"}, "use_rslora yes"),
+    ({"base_model_name_or_path": 5}, "base_model_name_or_path 5"),
+    ({"target_modules": ["query"]}, "target_modules"),
+    ({"target_modules": ["query", "value", "key"]}, "target module key"),
+    ({"target_modules": {"query": 1}}, "list of names"),
+    ({"modules_to_save": None}, "classifier"),
+    ({"modules_to_save": "classifier"}, "list of names"),
+]
+
+
+def test_options_that_are_refused(tmp_path):
     save_by_peft(tmp_path)
-    change(tmp_path, **fields)
-    refused(tmp_path, words)
+    good = read_json(tmp_path / CONFIG)
+    for fields, words in REFUSED_OPTIONS:
+        write_json(tmp_path / CONFIG, {**good, **fields})
+        refused(tmp_path, words)
 
 
 def test_code_that_a_file_names_is_not_imported(tmp_path, monkeypatch):
@@ -277,46 +278,44 @@ class Planted:
         return open, ("ran", "w")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.9, 0.9999])
-def test_truncated_weights(share, tmp_path):
+def test_truncated_weights_and_broken_json(tmp_path):
     save_by_peft(tmp_path)
     data = (tmp_path / WEIGHTS).read_bytes()
-    (tmp_path / WEIGHTS).write_bytes(data[: int(share * len(data))])
-    refused(tmp_path, f"{WEIGHTS} is damaged")
+    for share in (0.0, 0.001, 0.2, 0.9, 0.9999):
+        (tmp_path / WEIGHTS).write_bytes(data[: int(share * len(data))])
+        refused(tmp_path, f"{WEIGHTS} is damaged")
+    for text in ("", "{", "[]", "5", "\xff", "[" * 100_000):
+        (tmp_path / CONFIG).write_text(text, encoding="latin-1")
+        refused(tmp_path, CONFIG)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", "\xff", "[" * 100_000])
-def test_broken_json(text, tmp_path):
+REFUSED_TENSORS = [
+    ({"drop": f"{PREFIX}{QUERY}.lora_A.weight"}, f"no lora_A of {QUERY}"),
+    ({"drop": f"{PREFIX}{QUERY}.lora_B.weight"}, f"no lora_B of {QUERY}"),
+    ({"put": {f"{PREFIX}{QUERY}.lora_A.weight": torch.zeros(3, 16)}}, "do not fit r 2"),
+    ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.zeros(16, 3)}}, "do not fit r 2"),
+    ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.zeros(16, 2, 1, 1)}}, "do not fit r 2"),
+    ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.full((16, 2), torch.inf)}}, f"{QUERY}.lora_B.weight is not"),
+    (
+        {"put": {f"{PREFIX}classifier.dense.bias": torch.full((16,), torch.nan)}},
+        "classifier.dense.bias is not finite",
+    ),
+    ({"put": {f"{PREFIX}{QUERY}.lora_A.weight": torch.zeros(2, 16, dtype=torch.int64)}}, "int64"),
+    ({"put": {f"{PREFIX}{QUERY}.lora_magnitude_vector": torch.zeros(16)}}, "lora_magnitude_vector"),
+    ({"put": {f"{PREFIX}{QUERY}.lora_embedding_A": torch.zeros(2, 16)}}, "lora_embedding_A"),
+    ({"put": {f"{PREFIX}{QUERY}.bias": torch.zeros(16)}}, "query.bias"),
+    ({"put": {f"{QUERY}.lora_A.weight": torch.zeros(2, 16)}}, "neither"),
+    ({"put": {f"{PREFIX}lora_A.weight": torch.zeros(2, 16)}}, "neither"),
+]
+
+
+def test_tensors_that_are_refused(tmp_path):
     save_by_peft(tmp_path)
-    (tmp_path / CONFIG).write_text(text, encoding="latin-1")
-    refused(tmp_path, CONFIG)
-
-
-@pytest.mark.parametrize(
-    "how, words",
-    [
-        ({"drop": f"{PREFIX}{QUERY}.lora_A.weight"}, f"no lora_A of {QUERY}"),
-        ({"drop": f"{PREFIX}{QUERY}.lora_B.weight"}, f"no lora_B of {QUERY}"),
-        ({"put": {f"{PREFIX}{QUERY}.lora_A.weight": torch.zeros(3, 16)}}, "do not fit r 2"),
-        ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.zeros(16, 3)}}, "do not fit r 2"),
-        ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.zeros(16, 2, 1, 1)}}, "do not fit r 2"),
-        ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.full((16, 2), torch.inf)}}, f"{QUERY}.lora_B.weight is not"),
-        (
-            {"put": {f"{PREFIX}classifier.dense.bias": torch.full((16,), torch.nan)}},
-            "classifier.dense.bias is not finite",
-        ),
-        ({"put": {f"{PREFIX}{QUERY}.lora_A.weight": torch.zeros(2, 16, dtype=torch.int64)}}, "int64"),
-        ({"put": {f"{PREFIX}{QUERY}.lora_magnitude_vector": torch.zeros(16)}}, "lora_magnitude_vector"),
-        ({"put": {f"{PREFIX}{QUERY}.lora_embedding_A": torch.zeros(2, 16)}}, "lora_embedding_A"),
-        ({"put": {f"{PREFIX}{QUERY}.bias": torch.zeros(16)}}, "query.bias"),
-        ({"put": {f"{QUERY}.lora_A.weight": torch.zeros(2, 16)}}, "neither"),
-        ({"put": {f"{PREFIX}lora_A.weight": torch.zeros(2, 16)}}, "neither"),
-    ],
-)
-def test_tensors_that_are_refused(how, words, tmp_path):
-    save_by_peft(tmp_path)
-    rewrite(tmp_path, **how)
-    refused(tmp_path, words)
+    good = (tmp_path / WEIGHTS).read_bytes()
+    for how, words in REFUSED_TENSORS:
+        (tmp_path / WEIGHTS).write_bytes(good)
+        rewrite(tmp_path, **how)
+        refused(tmp_path, words)
 
 
 def test_a_head_that_is_missing(tmp_path):

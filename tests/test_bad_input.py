@@ -107,7 +107,8 @@ def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
 
 def test_a_tokenizer_that_does_not_fit_the_checkpoint(tmp_path, capsys):
     """The same path, with another tokenizer in it."""
-    from common.text import load_corpus, load_tokenizer
+    from common.corpora import load_corpus
+    from common.text import load_tokenizer
 
     corpus = load_corpus("demo")
     load_tokenizer("bpe:300", corpus).save_pretrained(tmp_path / "tokenizer")

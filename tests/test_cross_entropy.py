@@ -4,16 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import cross_entropy
+from mamba_fl import cross_entropy
 from mamba_fl.cross_entropy import linear_cross_entropy, sample_labels, token_statistics
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(n=23, d=8, v=40, dtype=torch.float64, seed=0):
@@ -29,8 +23,7 @@ def plain(hidden, weight, labels, vocab_size):
     return F.cross_entropy(hidden @ weight[:vocab_size].T, labels, reduction="sum")
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 7, 23, 100])
-@pytest.mark.parametrize("blocks", [2**19, 100])
+@pytest.mark.parametrize("chunk, blocks", [(None, 2**19), (None, 100), (1, 100), (7, 100), (23, 2**19), (100, 2**19)])
 def test_value_and_gradients_equal_the_plain_form(chunk, blocks, monkeypatch):
     monkeypatch.setattr(cross_entropy, "BLOCK_NUMBERS", blocks)  # 100: blocks of two rows, cut by chunks
     hidden, weight, labels = make()

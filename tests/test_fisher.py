@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from common.before.fisher import diagonal_fisher
+from common import fisher as fisher_module
+from common.vector import Weights
+
+
+def diagonal_fisher(model, nll, samples, **options):
+    """By name: {name: [shape]}."""
+    flat = fisher_module.diagonal_fisher(model, nll, samples, **options)
+    assert flat.dtype == torch.float32 and flat.dim() == 1
+    return Weights(model).named(flat)
 
 
 class Tied(torch.nn.Module):

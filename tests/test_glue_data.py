@@ -10,11 +10,11 @@ import pytest
 import common.hub
 from common.cli import UsageError
 from lora_glue_fl.data_prep import (
-    TASKS,
     encode,
     load_task,
     load_tokenizer,
 )
+from lora_glue_fl.glue_tasks import TASKS
 from lora_glue_fl.metrics import evaluate
 
 FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI"}
@@ -70,12 +70,7 @@ def write_files(root, task, end="\n", start=b""):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    """No data and no cache but the test's own, and no way to the network."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("FEDQUARTET_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def refuse(match, *args, **kwargs):
@@ -88,8 +83,9 @@ def refuse(match, *args, **kwargs):
 # ---------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("end, start", [("\n", b""), ("\r\n", b"\xef\xbb\xbf")])
-@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize(
+    "task, end, start", [*((task, "\n", b"") for task in TASKS), ("mrpc", "\r\n", b"\xef\xbb\xbf")]
+)
 def test_official_files(task, end, start, tmp_path):
     folder = write_files(tmp_path, task, end, start)
     data = load_task(task.upper(), data_root=tmp_path)
@@ -194,7 +190,7 @@ def hub(monkeypatch):
     return state
 
 
-@pytest.mark.parametrize("task", ["rte", "stsb", "mnli"])
+@pytest.mark.parametrize("task", ["stsb", "mnli"])
 def test_the_hub_gives_the_same_as_the_files_and_is_asked_once(task, hub, tmp_path):
     write_files(tmp_path, task)
     local = load_task(task, data_root=tmp_path)
@@ -209,11 +205,6 @@ def test_the_hub_gives_the_same_as_the_files_and_is_asked_once(task, hub, tmp_pa
         assert data.fingerprint["source"] == f"hub, nyu-mll/glue {task}"
         assert data.splits["train"].labels.dtype == local.splits["train"].labels.dtype
     assert hub["calls"] == [("nyu-mll/glue", task)]
-    (stored,) = (tmp_path / "cache").glob("glue-*.json.gz")
-    stored.write_bytes(stored.read_bytes()[:-9])
-    with pytest.warns(UserWarning, match="damaged .* downloading it again"):
-        load_task(task)
-    assert len(hub["calls"]) == 2
 
 
 def test_a_hub_that_fails_is_one_line(hub):

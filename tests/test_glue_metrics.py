@@ -65,27 +65,15 @@ def test_constant_predictions_are_zero_with_a_warning():
         assert f1(np.zeros(4, dtype=int), np.zeros(4, dtype=int)) == 0.0
 
 
-@pytest.mark.parametrize(
-    "task, names",
-    [
-        ("cola", ["val_matthews"]),
-        ("sst2", ["val_accuracy"]),
-        ("mrpc", ["val_accuracy", "val_f1"]),
-        ("stsb", ["val_pearson", "val_spearman"]),
-        ("qqp", ["val_accuracy", "val_f1"]),
-        ("mnli", ["val_accuracy"]),
-        ("qnli", ["val_accuracy"]),
-        ("rte", ["val_accuracy"]),
-        ("wnli", ["val_accuracy"]),
-    ],
-)
-def test_every_task_has_the_metrics_of_glue(task, names):
-    task = TASKS[task]
-    labels = np.arange(6) % 5 if task.regression else np.arange(6) % task.num_labels
-    perfect = labels[:, None] * 1.0 if task.regression else np.eye(task.num_labels)[labels] * 7 - 3
-    found = evaluate(task, task.evaluation_splits[0], perfect, labels)
-    assert list(found) == names and list(found.values()) == pytest.approx([1.0] * len(names))
-    assert all(type(value) is float for value in found.values())
+def test_every_task_has_the_metrics_of_glue():
+    others = {"cola": ["val_matthews"], "stsb": ["val_pearson", "val_spearman"]}
+    others |= dict.fromkeys(("mrpc", "qqp"), ["val_accuracy", "val_f1"])
+    for name, task in TASKS.items():
+        labels = np.arange(6) % 5 if task.regression else np.arange(6) % task.num_labels
+        perfect = labels[:, None] * 1.0 if task.regression else np.eye(task.num_labels)[labels] * 7 - 3
+        metrics = evaluate(task, task.evaluation_splits[0], perfect, labels)
+        assert list(metrics) == others.get(name, ["val_accuracy"])
+        assert all(type(value) is float and value == pytest.approx(1.0) for value in metrics.values())
 
 
 def test_both_parts_of_mnli_are_apart():

@@ -176,7 +176,7 @@ def test_one_round_is_the_plain_loop(shards, tmp_path):
     # the base model's own dropout would draw from another generator here
     from lora_glue_fl import models
 
-    real = models._tiny
+    real = models.tiny_encoder
 
     def without_dropout(task, tokenizer):
         model = real(task, tokenizer)
@@ -187,14 +187,14 @@ def test_one_round_is_the_plain_loop(shards, tmp_path):
                 part.dropout_prob = 0.0
         return model
 
-    models._tiny = without_dropout
+    models.tiny_encoder = without_dropout
     try:
         assert call(*line) == 0
         # a client that trains nothing: its adapter is what the round began with
         start = [*line, "--run-name", "start", "--learning-rate", "1e-30"]
         assert call(*start) == 0
     finally:
-        models._tiny = real
+        models.tiny_encoder = real
     begun = tmp_path / "start" / "round_1" / "client_1" / "adapter"
     data = load_task("sst2", "demo")
     encoded = encode(data, load_tokenizer("demo"), 32)["train"]

@@ -9,31 +9,20 @@ from common.cli import UsageError
 from common.seeding import stream
 from lora_glue_fl import data_prep
 from lora_glue_fl.data_prep import (
-    TASKS,
     encode,
     load_task,
     load_tokenizer,
     training_batches,
 )
+from lora_glue_fl.glue_tasks import TASKS
 
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    """No data and no cache but the test's own, and no way to the network."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("FEDQUARTET_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def test_the_demo_tokenizer():
     tokenizer = load_tokenizer("demo")
-    assert [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id] == [
-        0,
-        1,
-        2,
-        3,
-    ]
-    assert tokenizer("the Doctor sold", "zebra")["input_ids"][:1] == [0]
+    special = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
+    assert special == (0, 1, 2, 3)
     ids = tokenizer("the Doctor sold", "zebra")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "the", "doctor", "sold", "</s>", "</s>", "<unk>", "</s>"]
     for task in TASKS:
@@ -78,20 +67,11 @@ def test_batches_equal_the_tokenizers_own_padding(make, task, most):
         assert torch.equal(batch[name], own[name]) and batch[name].dtype == torch.int64
     assert batch["labels"].tolist() == data.splits["train"].labels[rows].tolist()
     wider = encoded["train"].batch(rows, multiple=16)
-    assert (
-        wider["input_ids"].shape == (4, -(-most // 16) * 16)
-        and wider["attention_mask"].sum() == batch["attention_mask"].sum()
-    )
+    assert wider["input_ids"].shape == (4, -(-most // 16) * 16)
+    assert wider["attention_mask"].sum() == batch["attention_mask"].sum()
     assert (wider["input_ids"][:, most:] == tokenizer.pad_token_id).all()
-    assert (
-        encoded["train"].lengths()
-        == [
-            len(ids)
-            for ids in tokenizer(
-                *[column[:1200] for column in data.splits["train"].texts.values()], truncation=True, max_length=most
-            )["input_ids"]
-        ]
-    ).all()
+    ids = tokenizer(*data.splits["train"].texts.values(), truncation=True, max_length=most)["input_ids"]
+    assert encoded["train"].lengths().tolist() == list(map(len, ids))
 
 
 def test_scores_are_floats_in_batches():
@@ -120,14 +100,11 @@ def test_tokens_are_cached_under_everything_that_shapes_them(tmp_path, monkeypat
     assert len(calls) == 11 and len(list((tmp_path / "cache").glob("glue-*.npz"))) == 6
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[:-100], lambda b: b[:300] + b"\x55" + b[301:], lambda b: b"", lambda b: b"PK"]
-)
-def test_a_damaged_cache_is_made_again(damage, tmp_path):
+def test_a_damaged_cache_is_made_again(tmp_path):
     data, tokenizer = load_task("wnli", "demo"), load_tokenizer("demo")
     good = encode(data, tokenizer)
     (path,) = (tmp_path / "cache").glob("glue-*.npz")
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(path.read_bytes()[:-100])
     with pytest.warns(UserWarning, match="damaged .* tokenising again"):
         again = encode(data, tokenizer)
     assert np.array_equal(good["train"].tokens, again["train"].tokens)
@@ -160,7 +137,7 @@ def test_lengths_and_tokenizers_that_do_not_fit(tmp_path):
 # ------------------------------------------------------------------------------------------------ batches
 
 
-@pytest.mark.parametrize("n, size", [(1, 8), (7, 8), (8, 8), (100, 8), (1000, 8), (65, 32)])
+@pytest.mark.parametrize("n, size", [(1, 8), (8, 8), (100, 8), (65, 32)])
 def test_every_epoch_has_each_example_once(n, size):
     lengths = stream(0, "lengths").integers(5, 60, size=n)
     batches = training_batches(lengths, size, 3, seed=0)
@@ -194,15 +171,8 @@ def test_batches_of_one_pool_are_not_in_the_order_of_their_lengths():
 
 def test_parts_of_epochs():
     lengths = np.full(100, 10)
-    assert [len(training_batches(lengths, 10, e, 0)) for e in (0.01, 0.1, 0.11, 0.5, 1, 1.25, 3.0)] == [
-        1,
-        1,
-        2,
-        5,
-        10,
-        13,
-        30,
-    ]
+    steps = {0.01: 1, 0.1: 1, 0.11: 2, 0.5: 5, 1: 10, 1.25: 13, 3.0: 30}
+    assert {epochs: len(training_batches(lengths, 10, epochs, 0)) for epochs in steps} == steps
     whole, part = training_batches(lengths, 10, 2, 0), training_batches(lengths, 10, 1.5, 0)
     assert all(np.array_equal(a, b) for a, b in zip(part, whole, strict=False))
 

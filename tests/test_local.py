@@ -1,14 +1,17 @@
 """A client's local steps equal plain loops of torch, in the order that the methods prescribe."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from comparing import near, same_bits
-from quadratics import Quadratics, flat, unflat
 
-from common.before.local import check_scaffold, client_optimizer, local_steps
 from common.cli import UsageError
+from common.client_rows import ClientRows
+from common.local import Moments, OptimizerState, check_scaffold, client_optimizer, local_steps
+from common.parallel import Round
+from common.vector import Weights
 
 KINDS = ("sgd", "sgdm", "adamw")
 
@@ -24,22 +27,26 @@ def batches(steps=6, seed=1):
 
 
 def loss_of(model):
-    return lambda batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+    return lambda x, y: torch.nn.functional.cross_entropy(model(x), y)
 
 
 def run(kind="sgd", seed=0, data=None, lr=0.1, **options):
-    """(weights after the steps, LocalResult)"""
+    """(weights after the steps, LocalResult with its mean gradient by name)"""
     model = net(seed)
-    parameters = dict(model.named_parameters())
-    optimizer = client_optimizer(kind, parameters, lr, momentum=0.8, weight_decay=0.01)
-    done = local_steps(loss_of(model), data or batches(), parameters, optimizer, **options)
-    assert all(p.grad is None for p in parameters.values())
-    return {name: p.detach() for name, p in parameters.items()}, done
+    weights = Weights(model)
+    for name in options.keys() & {"correction", "anchor"}:
+        options[name] = None if options[name] is None else weights.vector(options[name])
+    optimizer = client_optimizer(kind, weights.parameters, lr, momentum=0.8, weight_decay=0.01)
+    done = local_steps(loss_of(model), data or batches(), weights, optimizer, norms=True, **options)
+    assert all(p.grad is None for p in weights.parameters.values())
+    if done.mean_gradient is not None:
+        done = replace(done, mean_gradient=weights.named(done.mean_gradient))
+    return {name: p.detach() for name, p in weights.parameters.items()}, done
 
 
 def raw_gradients(model, batch):
     model.zero_grad()
-    value = loss_of(model)(batch)
+    value = loss_of(model)(*batch)
     value.backward()
     return value.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -107,15 +114,15 @@ def test_correction_then_proximal_term_then_clipping_then_the_optimiser(kind):
 def test_what_is_off_changes_no_bit(kind):
     expected, _ = run(kind)
     zeros = {n: torch.full_like(p, -0.0) for n, p in net().named_parameters()}
-    for options in ({"correction": zeros}, {"mu": 0.0, "anchors": zeros}, {"lrs": [0.1] * 6}, {"max_norm": 1e9}):
+    for options in ({"correction": zeros}, {"mu": 0.0, "anchor": zeros}, {"lrs": [0.1] * 6}, {"max_norm": 1e9}):
         assert same_bits(run(kind, **options)[0], expected)
 
 
 def test_anchors_are_where_the_parameters_came_in_unless_given():
     here = {n: p.detach().clone() for n, p in net().named_parameters()}
     away = {n: p + 1 for n, p in here.items()}
-    assert same_bits(run(mu=0.5, anchors=here)[0], run(mu=0.5)[0])
-    assert (run(mu=0.5, anchors=away)[0]["0.weight"] - run(mu=0.5)[0]["0.weight"]).abs().max() > 1e-2
+    assert same_bits(run(mu=0.5, anchor=here)[0], run(mu=0.5)[0])
+    assert (run(mu=0.5, anchor=away)[0]["0.weight"] - run(mu=0.5)[0]["0.weight"]).abs().max() > 1e-2
 
 
 def test_learning_rates_by_step():
@@ -134,40 +141,104 @@ def test_scaled_gradients_of_fp16_give_the_same_steps():
     assert near(scaled, ours, 1e-6) and near(other.mean_gradient, done.mean_gradient, 1e-6)
 
 
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+
+
 def test_a_parameter_that_the_loss_does_not_reach_has_gradient_zero():
-    used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    parameters = {"used": used, "unused": unused}
-    correction = {"used": torch.zeros(2), "unused": torch.full((2,), 0.5)}
-    optimizer = client_optimizer("sgd", parameters, 0.1)
+    weights = Weights(two := Two())
+    optimizer = client_optimizer("sgd", weights.parameters, 0.1)
+    correction = torch.tensor([0.0, 0.0, 0.5, 0.5])
     done = local_steps(
-        lambda b: (used * b).sum(), [1.0, 3.0], parameters, optimizer, correction=correction, record=True
+        lambda b: (two.used * b).sum(), [(1.0,), (3.0,)], weights, optimizer, correction=correction, record=True
     )
-    assert near(done.mean_gradient, {"used": torch.full((2,), 2.0), "unused": torch.zeros(2)})
-    assert near({"u": unused.detach()}, {"u": torch.full((2,), 0.9)}, 1e-6)  # 1 - 2 * 0.1 * 0.5
+    assert done.mean_gradient.tolist() == [2.0, 2.0, 0.0, 0.0]
+    assert weights.theta[2:].tolist() == pytest.approx([0.9, 0.9])  # 1 - 2 * 0.1 * 0.5
 
 
 def test_three_steps_with_momentum_by_hand():
     # gradient 1 - 0.5 (correction): u = 0.5, 0.75, 0.875; w = 0 - 0.1 (0.5 + 0.75 + 0.875)
-    w = torch.nn.Parameter(torch.zeros(1))
-    optimizer = client_optimizer("sgdm", {"w": w}, 0.1, momentum=0.5)
-    done = local_steps(
-        lambda batch: w.sum(), range(3), {"w": w}, optimizer, correction={"w": torch.tensor([-0.5])}, record=True
-    )
-    assert w.item() == pytest.approx(-0.2125) and done.mean_gradient["w"].item() == 1.0
+    weights = Weights(torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(1))}))
+    w = weights.parameters["w"]
+    optimizer = client_optimizer("sgdm", weights.parameters, 0.1, momentum=0.5)
+    correction = torch.tensor([-0.5])
+    done = local_steps(w.sum, [()] * 3, weights, optimizer, correction=correction, record=True, norms=True)
+    assert w.item() == pytest.approx(-0.2125) and done.mean_gradient.item() == 1.0
     assert done.gradient_norms.tolist() == [1.0, 1.0, 1.0] and done.loss.item() == pytest.approx(-0.175 / 3)
 
 
 def test_fedprox_ends_at_the_minimum_of_its_own_objective():
-    problem = Quadratics(seed=3)
-    theta = unflat(torch.linspace(-1, 1, 5, dtype=torch.float64))
-    for mu in (0.5, 5.0):
-        theta_k, _ = problem.local(theta, 2, 600, 0.1, mu=mu)
-        # (A + mu I) y = A w + mu theta
-        one = Quadratics(seed=3)
-        one.A, one.target = one.A[2:3], one.target[2:3]
-        assert torch.allclose(flat(theta_k), one.optimum(mu=mu, anchor=flat(theta)), atol=1e-12)
-    free, _ = problem.local(theta, 2, 600, 0.1)
-    assert torch.allclose(flat(free), problem.target[2], atol=1e-6) and not torch.allclose(flat(free), flat(theta_k))
+    for mu, minimum in ((0.0, 1.0), (0.5, (3.0 + 0.5 * -2.0) / 3.5), (5.0, (3.0 + 5.0 * -2.0) / 8.0)):
+        weights = Weights(torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.full((1,), -2.0).double())}))
+        w = weights.parameters["w"]  # f = 3/2 (w - 1)^2, pulled to -2
+        optimizer = client_optimizer("sgd", weights.parameters, 0.1)
+        local_steps(lambda w=w: 1.5 * (w - 1).square().sum(), [()] * 300, weights, optimizer, mu=mu)
+        assert w.item() == pytest.approx(minimum, abs=1e-12)
+
+
+def test_micro_batches_are_one_step_of_the_mean_over_their_examples():
+    whole = batches(2)
+    parts = [[(2, (x[:2], y[:2])), (3, (x[2:], y[2:]))] for x, y in whole]
+    ours, done = run("adamw", data=parts, mu=0.3, max_norm=0.4, record=True)
+    expected, other = run("adamw", data=whole, mu=0.3, max_norm=0.4, record=True)
+    assert near(ours, expected, 1e-5) and near(done.mean_gradient, other.mean_gradient, 1e-6)
+    assert done.loss.item() == pytest.approx(other.loss.item(), rel=1e-6) and done.steps == 2
+    # steps of different sizes: the loss is the mean over examples
+    uneven, _ = [(5, whole[0])], None
+    _, done = run(data=[uneven, [(1, (whole[1][0][:1], whole[1][1][:1]))]])
+    first, second = (run(data=[step], lr=0.1)[1].loss.item() for step in (whole[0], whole[0]))
+    assert first == second and done.loss.item() != pytest.approx(first)
+
+
+def test_a_client_goes_on_with_its_own_moments(tmp_path):
+    """Two clients in turn, through `Moments`, equal two optimisers of torch; without rows each turn starts anew."""
+    for keeps in (True, False):
+        weights, data = Weights(model := net()), batches(8)
+        optimizer = client_optimizer("adamw", weights.parameters, 0.05, weight_decay=0.1, not_decayed=("bias",))
+        moments = Moments(optimizer, weights, ClientRows(tmp_path, in_place=True) if keeps else None)
+        mine, start = {}, weights.snapshot()
+        for t in range(2):
+            closers = [moments.rows.close_round] if keeps else []
+            for k in Round([0, 1], closers=closers):
+                weights.load(mine.get(k, start))
+                moments.load(k)
+                local_steps(loss_of(model), data[4 * k + 2 * t : 4 * k + 2 * t + 2], weights, optimizer)
+                moments.store(k)
+                mine[k] = weights.snapshot()
+        for k in range(2):
+            other = net()
+            groups = [
+                {"params": [p for n, p in other.named_parameters() if n.endswith("weight")], "weight_decay": 0.1},
+                {"params": [p for n, p in other.named_parameters() if n.endswith("bias")], "weight_decay": 0.0},
+            ]
+            adamw = torch.optim.AdamW(groups, lr=0.05, foreach=False)
+            for i, batch in enumerate(data[4 * k : 4 * k + 4]):
+                if i == 2 and not keeps:
+                    adamw = torch.optim.AdamW(groups, lr=0.05, foreach=False)
+                raw_gradients(other, batch)
+                adamw.step()
+            expected = torch.cat([p.detach().flatten() for p in other.parameters()])
+            torch.testing.assert_close(mine[k], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimisers_state_goes_through_a_checkpoint():
+    for kind in ("adamw", "sgdm"):
+        answers = []
+        for resumed in (False, True):
+            weights = Weights(model := net())
+            optimizer = client_optimizer(kind, weights.parameters, 0.1)
+            local_steps(loss_of(model), batches(2), weights, optimizer)
+            if resumed:
+                state = {
+                    name: t.clone() for name, t in OptimizerState(optimizer, weights.parameters).state_dict().items()
+                }
+                optimizer = client_optimizer(kind, weights.parameters, 0.1)
+                OptimizerState(optimizer, weights.parameters).load_state_dict(state)
+            local_steps(loss_of(model), batches(2), weights, optimizer)
+            answers.append(weights.snapshot())
+        assert torch.equal(*answers)
 
 
 def test_scaffold_refuses_option_two_with_adamw():

@@ -18,13 +18,7 @@ from mamba_fl.ssm_config import CONFIGS, MambaSSMLM, load_pretrained, make_confi
 SMALL = {"d_model": 32, "n_layer": 2, "vocab_size": 101, "d_state": 16, "headdim": 16}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_model(**changes):

@@ -8,22 +8,18 @@ import torch
 
 from common import text
 from common.cli import UsageError
+from common.corpora import Corpus
 from mamba_fl import data
 
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch, tmp_path):
-    monkeypatch.delenv("FEDQUARTET_DATA", raising=False)
-    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture
 def marked(monkeypatch):
     """A corpus of 26 documents, each of one letter only, of different lengths; every letter is a token."""
     documents = [letter * (60 + 7 * i) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")]
-    corpus = text.Corpus("marked", "none", "a test", documents, ["zyx" * 11], ["wv" * 20])
-    monkeypatch.setattr(text, "load_corpus", lambda *args: corpus)
+    corpus = Corpus("marked", "none", "a test", documents, ["zyx" * 11], ["wv" * 20])
+    monkeypatch.setattr(data, "load_corpus", lambda *args: corpus)
     return corpus
 
 
@@ -55,13 +51,13 @@ def test_padded_blocks_by_hand():
     assert data.padded_blocks(torch.arange(2), 3).tolist() == [[0, 1, -100, -100]]
 
 
-@pytest.mark.parametrize("tokens", range(2, 30))
-def test_every_token_but_the_first_is_a_label_once(tokens):
-    inputs, labels = data.inputs_and_labels(data.padded_blocks(torch.arange(tokens), 4))
-    counted = labels != data.IGNORE
-    assert labels[counted].tolist() == list(range(1, tokens))
-    assert inputs[counted].tolist() == list(range(tokens - 1))  # each is predicted from the token before it
-    assert inputs.min() >= 0 and inputs.shape == labels.shape == (-(-(tokens - 1) // 4), 4)
+def test_every_token_but_the_first_is_a_label_once():
+    for tokens in range(2, 30):
+        inputs, labels = data.inputs_and_labels(data.padded_blocks(torch.arange(tokens), 4))
+        counted = labels != data.IGNORE
+        assert labels[counted].tolist() == list(range(1, tokens))
+        assert inputs[counted].tolist() == list(range(tokens - 1))  # each is predicted from the token before it
+        assert inputs.min() >= 0 and inputs.shape == labels.shape == (-(-(tokens - 1) // 4), 4)
 
 
 @pytest.mark.parametrize("sharding", ["contiguous", "iid"])
@@ -70,8 +66,8 @@ def test_documents_are_dealt_whole_before_packing(marked, sharding, num_clients)
     built = build(num_clients, sharding)
     seen = [letters(built, torch.cat([built.train[k], built.held_out[k]])) for k in range(num_clients)]
     assert sum(map(len, seen)) == 26 and set().union(*seen) == set("abcdefghijklmnopqrstuvwxyz")
-    assert sum(built.fingerprint["client_documents"]) == 26
-    assert sum(built.fingerprint["client_tokens"]) == built.fingerprint["tokens"]["train"]
+    assert sum(built.shards["client_documents"]) == 26
+    assert sum(built.shards["client_tokens"]) == built.fingerprint["tokens"]["train"]
     assert built.fingerprint["tokens"]["train"] == sum(map(len, marked.train)) + 26
 
 
@@ -79,9 +75,9 @@ def test_contiguous_keeps_the_order_and_balances_tokens(marked):
     built = build(4)
     order = [min(letters(built, built.train[k])) for k in range(4)]
     assert order == sorted(order) and order[0] == "a"
-    tokens = built.fingerprint["client_tokens"]
+    tokens = built.shards["client_tokens"]
     assert max(tokens) - min(tokens) <= max(map(len, marked.train)) + 1
-    assert max(built.fingerprint["client_documents"]) > min(built.fingerprint["client_documents"])
+    assert max(built.shards["client_documents"]) > min(built.shards["client_documents"])
 
 
 def test_iid_follows_the_seed(marked):
@@ -96,7 +92,7 @@ def test_a_clients_blocks_are_its_documents_in_a_row(marked):
     splits = text.encode(marked, built.tokenizer)
     whole = torch.from_numpy(splits["train"].tokens.astype(np.int64))
     at = 0
-    for k, tokens in enumerate(built.fingerprint["client_tokens"]):
+    for k, tokens in enumerate(built.shards["client_tokens"]):
         stream = client_stream(built, k)
         assert torch.equal(stream, whole[at : at + len(stream)]) and tokens - 16 <= len(stream) <= tokens
         at += tokens
@@ -110,7 +106,7 @@ def test_the_last_tenth_of_a_client_is_held_out(marked):
         assert len(held_out) == blocks // 10 > 1
         assert train.dtype == held_out.dtype == torch.int64 and train.shape[1] == held_out.shape[1] == 17
         assert torch.equal(train[-1, -1], held_out[0, 0])  # shared as a last label and a first input only
-    assert built.examples == [len(train) for train in built.train] == built.fingerprint["client_blocks"]
+    assert [len(b) for b in built.train] == [len(train) for train in built.train] == built.shards["client_blocks"]
     assert all(len(held_out) == 1 for held_out in build(26).held_out)
 
 
@@ -158,7 +154,7 @@ def test_an_unknown_sharding(marked):
 
 def test_the_demo_with_its_defaults_needs_no_download():
     built = data.build_data("demo", "bpe:1024", 64, 4, "contiguous", 0)
-    assert built.vocab_size == 1024 and min(built.examples) > 100
+    assert built.vocab_size == 1024 and min(map(len, built.train)) > 100
     assert built.validation.max() < 1024 and len(built.validation) > 50
     with pytest.raises(UsageError, match="training documents"):
         data.build_data("demo", "bpe:1024", 64, 500)

@@ -19,12 +19,7 @@ REAL = os.environ.get("FEDQUARTET_DATA")
 SPLITS = ("train", "validation", "test")
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    """No data and no cache but the test's own, and no way to the network."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("FEDQUARTET_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def write_rows(path, rows, start=b"", end="\r\n"):
@@ -65,7 +60,7 @@ def test_official_rows_are_read_as_they_are_meant(tmp_path, start, end):
     ]
     path = tmp_path / "train.csv"
     write_rows(path, rows, start, end)
-    texts, labels = ag_news._read_csv(path)
+    texts, labels = ag_news.read_csv(path)
     assert labels.dtype == np.int64 and labels.tolist() == [2, 3, 0, 1]
     assert texts == [
         "Fears for T N pension Unions say they are 'disappointed'.",
@@ -209,10 +204,6 @@ def test_the_hub_is_asked_once(hub, tmp_path):
     assert texts.labels["test"].tolist() == [0, 1, 2, 3]
     assert data.load_texts("ag_news", tmp_path).splits == texts.splits and len(hub.asked) == 1
     [stored] = (tmp_path / "cache").glob("ag_news*.gz")
-    stored.write_bytes(stored.read_bytes()[:-20])
-    with pytest.warns(UserWarning, match="is damaged .*: downloading it again"):
-        data.load_texts("ag_news", tmp_path)
-    assert len(hub.asked) == 2
     stored.write_bytes(gzip.compress(json.dumps({"train": {"text": ["a"], "label": []}}).encode()))
     with pytest.warns(UserWarning, match="same length"):
         data.load_texts("ag_news", tmp_path)

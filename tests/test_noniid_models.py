@@ -22,7 +22,6 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
 

@@ -55,6 +55,8 @@ def test_every_partition_is_disjoint_complete_and_large_enough(many, strategy, k
         assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
         if strategy != "topic_skew":
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    with pytest.raises(UsageError, match="300 texts cannot give 40 clients 8 each: lower --num-clients to at most 37"):
+        partition.partition(many, strategy, 40, 0, min_samples=8, **kwargs)
 
 
 @pytest.mark.parametrize("strategy", ["iid", "topic_skew"])
@@ -131,12 +133,6 @@ def test_bad_input(many, kwargs, match):
     with pytest.raises(UsageError, match=match) as error:
         partition.partition(many, **({"strategy": "topic_skew", "num_clients": 4, "seed": 0} | kwargs))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("strategy, kwargs", EVERY)
-def test_too_few_texts_for_min_samples_is_an_error_of_every_partition(many, strategy, kwargs):
-    with pytest.raises(UsageError, match="300 texts cannot give 40 clients 8 each: lower --num-clients to at most 37"):
-        partition.partition(many, strategy, 40, 0, min_samples=8, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------ statistics

@@ -9,10 +9,7 @@ from common.batches import evaluation_batches
 from common.cli import UsageError
 from llm_noniid import data
 
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def made_texts(*train):

@@ -20,12 +20,7 @@ TABLE = " P = Played , \n = Wins ; L = \n = Losses = \n More of it . \n"
 REAL = os.environ.get("FEDQUARTET_DATA")
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch, tmp_path):
-    """No test reads the user's data or cache, or asks the network."""
-    monkeypatch.delenv("FEDQUARTET_DATA", raising=False)
-    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def write_wikitext(folder, names=corpora.RAW_FILES, change=lambda data: data):
@@ -36,7 +31,7 @@ def write_wikitext(folder, names=corpora.RAW_FILES, change=lambda data: data):
 
 
 def small_corpus(train=("one two three two one . " * 20, "deux naïve trois . " * 20), **changes):
-    corpus = text.Corpus("small", "none", "a test", list(train), ["one two ."], ["three two .", "\u6771 one"])
+    corpus = corpora.Corpus("small", "none", "a test", list(train), ["one two ."], ["three two .", "\u6771 one"])
     return dataclasses.replace(corpus, **changes) if changes else corpus
 
 
@@ -62,32 +57,32 @@ def test_a_line_separator_inside_a_line_is_no_line_end():
     assert len(corpora.split_articles(" = A = \n \n one\u2028\u2028 = B = \n \n two \n")) == 1
 
 
-@pytest.mark.parametrize("folder", ["wikitext-2", "wikitext2", "wikitext-2-raw", "wikitext-2-raw-v1", "."])
-@pytest.mark.parametrize("variant, names", corpora.FILES)
-def test_local_files_are_found_under_their_usual_names(tmp_path, folder, variant, names):
-    write_wikitext(tmp_path / "data" / folder, names)
-    corpus = text.load_corpus("wikitext2", tmp_path / "data")
-    assert (corpus.name, corpus.variant) == ("wikitext2", variant)
-    assert [len(getattr(corpus, split)) for split in text.SPLITS] == [3, 3, 3]
-    assert "Thing 0 0" in corpus.train[0] and "Thing 1 0" in corpus.validation[0] and "Thing 2" in corpus.test[0]
+def test_local_files_are_found_under_their_usual_names(tmp_path):
+    for i, folder in enumerate(["wikitext-2", "wikitext2", "wikitext-2-raw", "wikitext-2-raw-v1", "."]):
+        variant, names = corpora.FILES[i % 3]
+        write_wikitext(tmp_path / f"data{i}" / folder, names)
+        corpus = corpora.load_corpus("wikitext2", tmp_path / f"data{i}")
+        assert (corpus.name, corpus.variant) == ("wikitext2", variant)
+        assert [len(getattr(corpus, split)) for split in corpora.SPLITS] == [3, 3, 3]
+        assert "Thing 0 0" in corpus.train[0] and "Thing 1 0" in corpus.validation[0] and "Thing 2" in corpus.test[0]
 
 
 def test_raw_is_preferred_and_the_environment_names_the_folder(tmp_path, monkeypatch):
     write_wikitext(tmp_path / "d" / "wikitext-2", ("train.txt", "valid.txt", "test.txt"))
     monkeypatch.setenv("FEDQUARTET_DATA", str(tmp_path / "d"))
-    assert text.load_corpus("wikitext2").variant == "tokens"
+    assert corpora.load_corpus("wikitext2").variant == "tokens"
     (tmp_path / "d" / "wikitext-2" / "wiki.train.raw").write_text("an incomplete copy beside a complete one")
-    assert text.load_corpus("wikitext2").variant == "tokens"
+    assert corpora.load_corpus("wikitext2").variant == "tokens"
     write_wikitext(tmp_path / "d" / "wikitext-2")
-    assert text.load_corpus("wikitext2").variant == "raw"
+    assert corpora.load_corpus("wikitext2").variant == "raw"
 
 
 def test_line_ends_and_a_byte_order_mark_do_not_change_the_text(tmp_path):
     write_wikitext(tmp_path / "unix")
     write_wikitext(tmp_path / "dos", change=lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"))
     assert (
-        text.load_corpus("wikitext2", tmp_path / "unix").fingerprint
-        == text.load_corpus("wikitext2", tmp_path / "dos").fingerprint
+        corpora.load_corpus("wikitext2", tmp_path / "unix").fingerprint
+        == corpora.load_corpus("wikitext2", tmp_path / "dos").fingerprint
     )
 
 
@@ -107,27 +102,27 @@ def test_an_incomplete_copy_is_named(tmp_path):
     write_wikitext(tmp_path / "wikitext-2")
     (tmp_path / "wikitext-2" / "wiki.valid.raw").unlink()
     with pytest.raises(UsageError) as error:
-        text.load_corpus("wikitext2", tmp_path)
+        corpora.load_corpus("wikitext2", tmp_path)
     assert "wiki.valid.raw" in one_line(error) and "wiki.test.raw" not in str(error.value)
 
 
 def test_files_that_are_not_wikitext_are_refused(tmp_path):
     write_wikitext(tmp_path / "a", change=lambda data: b"no heading here\n")
     with pytest.raises(UsageError, match="no article in the train split"):
-        text.load_corpus("wikitext2", tmp_path / "a")
+        corpora.load_corpus("wikitext2", tmp_path / "a")
     write_wikitext(tmp_path / "b", change=lambda data: b"\xff\xfe" + data)
     with pytest.raises(UsageError, match="cannot read .*wiki.train.raw"):
-        text.load_corpus("wikitext2", tmp_path / "b")
+        corpora.load_corpus("wikitext2", tmp_path / "b")
 
 
 def test_an_unknown_dataset_is_refused():
     with pytest.raises(UsageError, match="'wikitext3': choose one of wikitext2, demo"):
-        text.load_corpus("wikitext3")
+        corpora.load_corpus("wikitext3")
 
 
 def test_no_files_and_no_network_is_one_line_with_the_way_out(tmp_path):
     with pytest.raises(UsageError) as error:
-        text.load_corpus("wikitext2", tmp_path / "nothing")
+        corpora.load_corpus("wikitext2", tmp_path / "nothing")
     message = one_line(error)
     for part in (str(tmp_path / "nothing"), "wiki.train.raw", "train.txt", "--data-root", "--dataset demo"):
         assert part in message
@@ -135,7 +130,7 @@ def test_no_files_and_no_network_is_one_line_with_the_way_out(tmp_path):
 
 def test_a_network_that_does_not_answer_is_given_up_soon(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(hub, "HUB_SECONDS", 0.2)
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.2)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -149,8 +144,8 @@ def test_the_hub_gives_the_official_bytes_and_is_asked_once(tmp_path, monkeypatc
     import datasets
 
     write_wikitext(tmp_path / "local")
-    local = text.load_corpus("wikitext2", tmp_path / "local")
-    names = dict(zip(text.SPLITS, corpora.RAW_FILES, strict=True))
+    local = corpora.load_corpus("wikitext2", tmp_path / "local")
+    names = dict(zip(corpora.SPLITS, corpora.RAW_FILES, strict=True))
     calls = []
 
     def load_dataset(*args):
@@ -160,16 +155,16 @@ def test_the_hub_gives_the_official_bytes_and_is_asked_once(tmp_path, monkeypatc
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub, "hub_reachable", lambda: True)
-    first = text.load_corpus("wikitext2", tmp_path / "empty")
+    first = corpora.load_corpus("wikitext2", tmp_path / "empty")
     assert first.fingerprint == local.fingerprint
     assert first.variant == "raw" and first.source.startswith("hub")
     assert calls == [("Salesforce/wikitext", "wikitext-2-raw-v1")]
-    assert text.load_corpus("wikitext2", tmp_path / "empty") == first and len(calls) == 1
+    assert corpora.load_corpus("wikitext2", tmp_path / "empty") == first and len(calls) == 1
 
     archive = next((tmp_path / "cache").glob("wikitext*"))
     archive.write_bytes(flipped(archive.read_bytes(), 100))
     with pytest.warns(UserWarning, match="damaged"):
-        assert text.load_corpus("wikitext2", tmp_path / "empty") == first
+        assert corpora.load_corpus("wikitext2", tmp_path / "empty") == first
     assert len(calls) == 2
 
 
@@ -182,7 +177,7 @@ def test_a_hub_that_fails_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     with pytest.raises(UsageError) as error:
-        text.load_corpus("wikitext2", tmp_path)
+        corpora.load_corpus("wikitext2", tmp_path)
     assert "gone" in one_line(error) and "--dataset demo" in str(error.value)
 
 
@@ -211,25 +206,25 @@ def test_demo_keeps_prose_and_drops_the_rest():
 
 
 def test_demo_splits_share_no_paragraph_and_need_nothing():
-    corpus = text.load_corpus("demo", "/nonexistent")
-    paragraphs = [{line for d in getattr(corpus, split) for line in d.splitlines()} for split in text.SPLITS]
+    corpus = corpora.load_corpus("demo", "/nonexistent")
+    paragraphs = [{line for d in getattr(corpus, split) for line in d.splitlines()} for split in corpora.SPLITS]
     train, validation, test = paragraphs
     assert not train & validation and not train & test and not validation & test
-    sizes = [sum(map(len, getattr(corpus, split))) for split in text.SPLITS]
+    sizes = [sum(map(len, getattr(corpus, split))) for split in corpora.SPLITS]
     assert sizes[0] > 150_000 and all(0.05 * sum(sizes) < size < 0.2 * sum(sizes) for size in sizes[1:])
     assert len(corpus.train) >= 30 and min(map(len, corpus.train)) >= 300
-    assert corpus == text.load_corpus("demo")
+    assert corpus == corpora.load_corpus("demo")
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
 
 
 def test_bpe_has_the_size_asked_for_and_is_the_same_in_every_process():
-    corpus = text.load_corpus("demo")
+    corpus = corpora.load_corpus("demo")
     tokenizer = text.load_tokenizer("bpe:700", corpus)
     assert text.vocabulary_size(tokenizer) == 700 and tokenizer.eos_token == text.END_OF_TEXT
     program = (
-        "import hashlib; from common import text; c = text.load_corpus('demo');"
+        "import hashlib; from common import corpora, text; c = corpora.load_corpus('demo');"
         "print(hashlib.sha256(text.train_bpe(c.train, 700).to_str().encode()).hexdigest())"
     )
     environment = {**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
@@ -331,7 +326,7 @@ def flipped(data, at):
 
 def same(a, b):
     return all(
-        np.array_equal(a[s].tokens, b[s].tokens) and np.array_equal(a[s].offsets, b[s].offsets) for s in text.SPLITS
+        np.array_equal(a[s].tokens, b[s].tokens) and np.array_equal(a[s].offsets, b[s].offsets) for s in corpora.SPLITS
     )
 
 
@@ -339,7 +334,7 @@ def test_documents_come_back_whole_each_with_its_end():
     corpus = small_corpus()
     tokenizer = text.load_tokenizer("bpe:270", corpus)
     splits = text.encode(corpus, tokenizer)
-    for split in text.SPLITS:
+    for split in corpora.SPLITS:
         documents = splits[split]
         assert len(documents) == len(getattr(corpus, split)) and documents.tokens.dtype == np.uint16
         for i, document in enumerate(getattr(corpus, split)):
@@ -427,14 +422,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not REAL, reason="FEDQUARTET_DATA is not set")
 def test_real_wikitext2_has_its_articles_and_loads_fast_from_the_cache():
-    corpus = text.load_corpus("wikitext2", REAL)
-    assert [len(getattr(corpus, split)) for split in text.SPLITS] == [600, 60, 60]
+    corpus = corpora.load_corpus("wikitext2", REAL)
+    assert [len(getattr(corpus, split)) for split in corpora.SPLITS] == [600, 60, 60]
     tokenizer = text.load_tokenizer("gpt2", corpus, REAL)
     assert text.vocabulary_size(tokenizer) == 50257
     splits = text.encode(corpus, tokenizer)
     start = time.monotonic()
-    again = text.encode(text.load_corpus("wikitext2", REAL), tokenizer)
+    again = text.encode(corpora.load_corpus("wikitext2", REAL), tokenizer)
     assert time.monotonic() - start < 2 and same(splits, again)
     lengths = text.token_byte_lengths(tokenizer)
-    for split in text.SPLITS:
+    for split in corpora.SPLITS:
         assert lengths[splits[split].tokens].sum() == sum(len(d.encode()) for d in getattr(corpus, split))

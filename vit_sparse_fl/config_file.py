@@ -2,42 +2,30 @@
 
 from common import config_file
 
-NO_EFFECT = None
+
+def _section(section, same, **others):
+    """{"section.key": flag}: keys that are called as their flag, and others with theirs (None: no effect)."""
+    prefix = f"{section}." if section else ""
+    return {prefix + key: flag for key, flag in {**{key: key for key in same.split()}, **others}.items()}
 
 
-def _same(section, names):
-    """{"section.name": name} of keys that are called as their flags."""
-    return {f"{section}.{name}": name for name in names.split()}
-
-
+_TRAINING = "momentum weight_decay label_smoothing scheduler early_stopping_patience"
 SHARED = {
-    **{name: name for name in ("seed", "device", "num_workers")},
-    "pin_memory": NO_EFFECT,
-    "dataset.name": "dataset",
-    "dataset.data_dir": "data_root",
-    **_same("dataset", "val_split batch_size num_classes"),
-    "model.name": "model",
-    **_same("model", "pretrained freeze_backbone dropout freeze_layers"),
-    **_same("logging", "use_wandb wandb_project log_dir"),
-    "logging.log_interval": NO_EFFECT,
-    "logging.save_interval": "save_every",
-    "logging.checkpoint_dir": "output_dir",
-    "experiment.name": "run_name",
-    "experiment.num_runs": "num_runs",
+    **_section("", "seed device num_workers", pin_memory=None),
+    **_section("dataset", "val_split batch_size num_classes", name="dataset", data_dir="data_root"),
+    **_section("model", "pretrained freeze_backbone dropout freeze_layers", name="model"),
+    **_section("logging", "use_wandb wandb_project log_dir", log_interval=None, save_interval="save_every"),
+    **_section("logging", "", checkpoint_dir="output_dir"),
+    **_section("experiment", "num_runs", name="run_name"),
 }
-TRAINING = "momentum weight_decay scheduler label_smoothing early_stopping_patience"
-CENTRALIZED = {
-    "centralized.learning_rate": "lr",
-    **_same("centralized", f"epochs warmup_epochs {TRAINING}"),
-}
+CENTRALIZED = _section("centralized", f"epochs warmup_epochs {_TRAINING}", learning_rate="lr")
 FEDERATED = {
-    "federated.learning_rate": "lr",
-    **_same("federated", f"num_clients participation_rate local_steps num_rounds min_lr use_amp eval_every {TRAINING}"),
-    "sharding.strategy": "sharding",
-    "sharding.nc": "nc",
-    **_same("heterogeneity_experiment", "nc_values j_values"),
+    **_section("federated", "num_clients participation_rate local_steps num_rounds min_lr use_amp eval_every"),
+    **_section("federated", _TRAINING, learning_rate="lr"),
+    **_section("sharding", "nc", strategy="sharding"),
+    **_section("heterogeneity_experiment", "nc_values j_values"),
 }
-SPARSE = _same("sparse", "sparsity_ratio calibration_rounds mask_strategy fisher_samples")
+SPARSE = _section("sparse", "sparsity_ratio calibration_rounds mask_strategy fisher_samples")
 # switches of the source that only set another flag -> (that flag, its value)
 SWITCHES = {"use_amp": ("amp", "auto"), "use_wandb": ("track", "wandb")}
 EVERY_KEY = {**SHARED, **CENTRALIZED, **FEDERATED, **SPARSE}

@@ -2,10 +2,7 @@
 
 import dataclasses
 import hashlib
-import os
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,6 +15,7 @@ from common import sharding as shards
 from common.cache import one_line
 from common.cli import UsageError
 from common.corpora import data_folder
+from common.hub import answers
 from common.seeding import stream
 from vit_sparse_fl import demo_images
 
@@ -30,7 +28,6 @@ CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
 CIFAR_SHAPE = (3, 32, 32)
 PLACES = ("cifar100.npz", "cifar100/cifar100.npz", "cifar-100/cifar100.npz")
 _TORCHVISION_FOLDER = "cifar-100-python"
-_URL_SECONDS = 5  # for the first answer of the download's server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +125,15 @@ def _cifar100(root, download):
             return _read_npz(root / place), str(root / place)
     folder = root / _TORCHVISION_FOLDER
     if not folder.is_dir():
-        if not download or not server_answers():
+        from torchvision.datasets import CIFAR100  # only here: it takes a second to import
+
+        # torchvision itself would wait for minutes
+        if not download or not answers(CIFAR100.url):
             raise UsageError(
                 f"no CIFAR-100 under {root} and it cannot be downloaded: put cifar100.npz or torchvision's folder "
                 f"{_TORCHVISION_FOLDER} there, or give --data-root, or take --dataset demo"
             )
-        download_into(root)
+        download_cifar100(root)
     return _read_torchvision(root), str(folder)
 
 
@@ -190,22 +190,7 @@ def _read_torchvision(root):
     return arrays
 
 
-def server_answers():
-    """Whether the download's server answers within seconds; torchvision itself would wait for minutes."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "on", "yes", "true"):
-        return False  # the environment's word for: stay offline
-    from torchvision.datasets import CIFAR100
-
-    try:
-        urllib.request.urlopen(urllib.request.Request(CIFAR100.url, method="HEAD"), timeout=_URL_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True  # an answer, if not a friendly one: the download will say what is wrong
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def download_into(root):
+def download_cifar100(root):
     """Puts torchvision's folder under `root`, all of it or nothing: several processes may do so at once."""
     from torchvision.datasets import CIFAR100
 

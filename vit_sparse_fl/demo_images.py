@@ -67,14 +67,14 @@ def _images(shape, colour, generator):
 
     half = uniform(7, 11)
     u, v = (x - uniform(11, 21)) / half, (y - uniform(11, 21)) / half  # [n, 32, 32], within -1..1 on the shape
-    cover = np.clip(_inside(shape, u, v) * half + np.float32(0.5), 0, 1)[:, None]  # [n, 1, 32, 32]
+    cover = np.clip(inside(shape, u, v) * half + np.float32(0.5), 0, 1)[:, None]  # [n, 1, 32, 32]
     ink = np.array(COLOURS, dtype=np.float32)[colour][:, :, None, None] + uniform(-20, 20, 3)
     image += cover * (ink - image)
     image += generator.integers(-25, 26, image.shape, dtype=np.int8)
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def _inside(shape, u, v):
+def inside(shape, u, v):
     """About the distance to the shape's edge, in half sizes, positive inside; u to the right, v down."""
     wide, high = abs(u), abs(v)
     box = np.float32(0.9) - np.maximum(wide, high)

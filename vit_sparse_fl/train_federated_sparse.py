@@ -14,6 +14,7 @@ train densely, send the largest changes.
 """
 
 import numpy as np
+import torch
 
 from common import parallel
 from common.aggregation import WeightedMean
@@ -69,7 +70,7 @@ def train(args):
                 clients.note(k, train_loss=local.loss)
                 clients.work(steps * args.batch_size)
                 theta_k = largest_changes(theta, weights.theta, size) if topk else weights.theta
-                if mean.add(theta_k, weight=study.client_weights[k]) and pull:
+                if mean.add(theta_k, weight=study.client_weights[k], finite=(weights.theta,)) and pull:
                     pull.add(theta_k)
             theta = mean.result()
             report(study, run, best, t + 1, theta, pull, lr=lr)
@@ -78,10 +79,14 @@ def train(args):
 
 
 def largest_changes(theta, theta_k, size):
-    """theta with the `size` largest changes of theta_k in absolute value, the rest not sent (no error feedback: clients
-    keep nothing between rounds). A new vector [n]."""
-    sent = (theta_k - theta).abs().topk(size, sorted=False).indices  # [size]
-    return theta.index_copy(0, sent, theta_k[sent])
+    """theta with the `size` largest changes of theta_k in absolute value, among equal ones the first; the rest is not
+    sent (no error feedback: clients keep nothing between rounds). A new vector [n]."""
+    change = (theta_k - theta).abs()
+    edge = change.topk(size).values[-1]
+    sent = change > edge
+    ties = (change == edge).nonzero().view(-1)
+    sent[ties[: size - int(sent.sum())]] = True
+    return torch.where(sent, theta_k, theta)
 
 
 def main(args):

@@ -19,14 +19,13 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from common.cache import one_line
 from common.cli import UsageError
-from common.hub import hub_reachable, quiet
+from common.hub import hub_reachable, load_pretrained, quiet
 from common.seeding import torch_stream
 
 DINO = "facebook/dino-vits16"
 MODELS = {"tiny": "tiny", "dino_vits16": DINO}  # short names; every other name is a folder or one of the hub
-BACKBONE_PARAMETERS = 21_665_664  # of DINO ViT-S/16 at 224 px
 TINY = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, patch_size=8)
-VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=16)
+_VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=16)
 _WHERE = "give --model FOLDER or --weights FILE, or take --model tiny"
 
 
@@ -115,13 +114,6 @@ def make_model(name_or_path=DINO, weights=None, image_size=224, n_classes=100, d
             key = "embeddings.position_embeddings"
             tensors[key] = interpolate_positions(tensors[key].float(), grid)
             _load(model.vit, tensors, f"the weights {weights or source}")
-    if name == DINO:
-        # What interpolation changes is left out.
-        count = sum(p.numel() for n, p in model.vit.named_parameters() if "position" not in n) + 197 * 384
-        if count != BACKBONE_PARAMETERS:
-            raise UsageError(
-                f"{weights or source} has {count} parameters, DINO ViT-S/16 has {BACKBONE_PARAMETERS}: {_WHERE}"
-            )
     return model
 
 
@@ -142,7 +134,7 @@ def _find(name, weights, pretrained=True):
     if folder.is_dir():
         return _read_config(folder), folder
     if name == DINO and (weights is not None or not pretrained):
-        return ViTConfig(image_size=224, layer_norm_eps=1e-6, **VIT_S), None
+        return ViTConfig(image_size=224, layer_norm_eps=1e-6, **_VIT_S), None
     try:  # what an earlier download left, without asking the network
         return ViTConfig.from_pretrained(name, local_files_only=True), name
     except (OSError, ValueError):
@@ -167,13 +159,10 @@ def _read_config(folder):
     return config
 
 
-def _from_pretrained(kind, source, **kwargs):
+def _from_pretrained(kind, source, **options):
     """(model, names of missing keys, names of extra keys) of a folder or hub name."""
-    with quiet():
-        try:
-            model, info = kind.from_pretrained(source, output_loading_info=True, dtype=torch.float32, **kwargs)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"no weights could be read from {source} ({one_line(error)}): {_WHERE}") from error
+    what = f"no weights could be read from {source}"
+    model, info = load_pretrained(kind, source, what, _WHERE, use_safetensors=None, **options)
     return model, sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
 
 
