@@ -261,7 +261,7 @@ class Run:
         """The clients of round t (from 0), a `common.parallel.Round`: a share of all, without replacement, by the seed.
 
         weights: what each of the K clients counts in a mean; up, down: bytes that a client sends and receives in this
-        round, a number or a function of its id; work: size of each client's work, for an even load.
+        round, a number, a list of all K, or a function of its id; work: size of each client's work, for an even load.
         """
         chosen = participants(self.args.seed, len(weights), participation, t)
         lr = next((name for name in ("lr", "learning_rate") if hasattr(self.args, name)), None)
@@ -315,7 +315,7 @@ class Run:
             names = ", ".join(map(str, out))
             self.note(f"warning: round {self._at}: update not finite, left out: client {names}")
         self._left_out += [[self._at, k] for k in out]
-        up, down = (sum(f(k) for k in clients.clients) if callable(f) else f * len(clients) for f in self._traffic)
+        up, down = (sum(_amount(bytes_, k) for k in clients.clients) for bytes_ in self._traffic)
         self.count(bytes_up=up, bytes_down=down, left_out_updates=len(out), **{self.unit: clients.amount})
 
     def _client_fields(self, clients):
@@ -436,6 +436,13 @@ class Run:
             fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             os.replace(fresh, path)
         parallel.barrier()
+
+
+def _amount(amounts, k):
+    """Client k's of a number for all, a list, or a function of the id."""
+    if callable(amounts):
+        return amounts(k)
+    return amounts if isinstance(amounts, (int, float)) else amounts[k]
 
 
 def _without_source(data):

@@ -53,7 +53,7 @@ VIT = (
 )
 VIT_FEDERATED = (
     f"{VIT} --batch-size 8 --num-clients 12 --participation-rate 0.25 --num-rounds 6 --local-steps 2 --eval-every 2 "
-    "--save-every 2"
+    "--save-every 2 --processes 1"
 )
 SPARSE = f"{VIT_FEDERATED} --sharding non_iid --nc 3 --fisher-samples 16"
 GLUE = (
@@ -218,6 +218,7 @@ def run(words, die=None, env=None):
 
 def run_ranks(words, size):
     """The same by `size` processes, with the environment that torchrun gives them. Returns how each ended."""
+    words = [*words, "--processes", "0"] if "--processes" in words else words
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])

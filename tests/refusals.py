@@ -15,7 +15,7 @@ import torch
 from encoders import save_encoder
 from safetensors.torch import load_file, save_file
 
-from vit_sparse_fl.masks import save_mask
+from vit_sparse_fl.mask_files import save_mask
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DEMO = "--model tiny --dataset demo --task-name sst2 --threads 1"
@@ -171,7 +171,7 @@ VIT = [
     ("federated", "--image-size 36", ["36", "32 or 40"]),
     ("federated", "--classes 0:101", ["101"]),
     ("federated", "--classes 5", ["FROM:TO"]),
-    ("train_federated.py", "--dataset demo --model tiny --num-classes 99 --output-dir {tmp}/out", ["99"]),
+    ("train_federated.py", "--dataset demo --model tiny --num-classes 99 --processes 1 --output-dir {tmp}/out", ["99"]),
     ("federated", "--freeze-layers 9", ["9", "4"]),
     ("federated", "--head keep", ["--init-from"]),
     ("federated", "--init-from /no/such/run", ["/no/such/run"]),
