@@ -54,7 +54,7 @@ class Preset:
 @dataclass(frozen=True)
 class Run:
     """name: also its folder below the output folder; command: a script's path in the repository, then its flags;
-    needs: the run that must be finished first; record: the file that says how it ended."""
+    needs: the run that must be finished first; record: the file that says how it ended (without "status": finished)."""
 
     name: str
     command: tuple
@@ -89,7 +89,7 @@ def build_parser(description, presets, default, output, preset_names=(), output_
 
 def complete(args, presets):
     """Fills in the flags whose defaults depend on the preset: seeds, jobs, output_dir."""
-    args.seeds = args.seeds or list(presets[args.preset].seeds)
+    args.seeds = args.seeds or list(presets[args.preset].seeds if args.preset in presets else ())
     if len(set(args.seeds)) < len(args.seeds):
         raise UsageError(f"--seeds {' '.join(map(str, args.seeds))}: one is there twice: drop it")
     args.jobs = args.jobs or (cores() if args.preset == "quick" else 1)
@@ -144,6 +144,8 @@ def run_study(args, runs, show=(), prepare=None):
     first run. Raises RunFailed, naming them, where runs failed.
     """
     output = Path(args.output_dir)
+    if not runs:
+        raise UsageError("these flags leave nothing to run: drop --only or what else chooses among the settings")
     if args.plan:
         for run in runs:
             print(f"# {run.name}: {state(output / run.name / run.record)}\npython {shlex.join(run.command)}")
@@ -265,9 +267,11 @@ def broke_down(manifest):
 def over(run, output):
     """Whether the very command of `run` has ended with a result."""
     path = output / run.name / run.record
-    manifest = read_json(path) if path.exists() else {}
-    before, now = ([w for w in words if w != "--resume"] for words in (manifest.get("argv", [])[1:], run.command[1:]))
-    return before == now and (manifest["status"] == "finished" or broke_down(manifest))
+    if not path.exists():
+        return False
+    manifest = read_json(path)
+    words, now = ([w for w in line[1:] if w != "--resume"] for line in (manifest.get("argv", run.command), run.command))
+    return words == now and (manifest.get("status", "finished") == "finished" or broke_down(manifest))
 
 
 def state(path):
@@ -275,7 +279,7 @@ def state(path):
     if not path.exists():
         return "not run yet"
     manifest = read_json(path)
-    if manifest["status"] != "finished":
+    if manifest.get("status", "finished") != "finished":
         return ending(manifest)["reason"] if broke_down(manifest) else f"{manifest['status']}, goes on"
     seconds = (manifest.get("results") or {}).get("seconds")
     return "finished" if seconds is None else f"finished, took {duration(seconds)}"
