@@ -76,7 +76,10 @@ def build_parser(description, presets, default, output, preset_names=(), output_
         "--seeds", type=non_negative_int, nargs="+", metavar="N", help="default: 0 1 2; 0 where a preset is of one seed"
     )
     parser.add_argument(
-        "--jobs", type=positive_int, metavar="N", help="runs at a time, of one thread each (default: 1; quick: cores)"
+        "--jobs",
+        type=positive_int,
+        metavar="N",
+        help="runs at a time, of one thread each; a run alone may take all cores (default: 1; quick: as many as cores)",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these settings or groups (default: all)")
     parser.add_argument("--plan", action="store_true", help="print the commands, how long each took, and do nothing")
@@ -170,7 +173,12 @@ def run_study(args, runs, show=(), prepare=None):
     return 0
 
 
-def run_all(runs, output, jobs, say=print):
+def say_now(text):
+    """Prints a line at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def run_all(runs, output, jobs, say=say_now):
     """Runs what is not finished, `jobs` at a time. Returns the names of those that failed, or waited for one that did.
 
     What is running when this ends early (Ctrl-C) is interrupted too.
@@ -186,7 +194,7 @@ def run_all(runs, output, jobs, say=print):
             ready = [run for run in waiting if run.needs in ended or not run.needs]
             for run in ready[: jobs - len(running)]:
                 waiting.remove(run)
-                running[run] = start(run.command, output / "output" / f"{run.name}.txt")
+                running[run] = start(run.command, output / "output" / f"{run.name}.txt", alone=jobs == 1)
             if not running:
                 failed += [run.name for run in waiting]
                 say(f"not started: {', '.join(run.name for run in waiting)}, which need {waiting[0].needs}")
@@ -206,14 +214,17 @@ def run_all(runs, output, jobs, say=print):
     return failed
 
 
-def start(command, log):
-    """Starts a command line with its output appended to the file `log`, as a group of processes of its own."""
+def start(command, log, alone=True):
+    """Starts a command line with its output appended to the file `log`, as a group of processes of its own.
+
+    alone: the run may take the whole machine, else it is one process (as torchrun's only one) of one thread.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, str(ROOT / command[0]), *command[1:]]
-    one_thread = {"OMP_NUM_THREADS": "1"} | os.environ
+    place = os.environ | ({} if alone else {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"})
     with open(log, "a", encoding="utf-8") as file:
         return subprocess.Popen(
-            line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=one_thread, start_new_session=True
+            line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=place, start_new_session=True
         )
 
 
@@ -252,6 +263,14 @@ def failure(code, output, name):
 # ---------------------------------------------------------------------------------------------- what there is
 
 
+def read_record(path):
+    """A run's record; {"status": "damaged"} where it is not JSON."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return {"status": "damaged"}
+
+
 def ending(manifest):
     """A run.json's `ended` {"how", "by", "round", "clients", "reason"}; made up from what older ones say."""
     nothing = dict.fromkeys(("by", "round", "clients"))
@@ -261,7 +280,7 @@ def ending(manifest):
 def broke_down(manifest):
     """Whether a run's training broke down: the updates of its clients were not finite."""
     ended = ending(manifest)
-    return ended["how"] == "failed" and bool(ended["clients"] or "not finite" in (ended["reason"] or ""))
+    return ended["how"] == "failed" and (ended["by"] == "left_out" or "not finite" in (ended["reason"] or ""))
 
 
 def over(run, output):
@@ -269,7 +288,7 @@ def over(run, output):
     path = output / run.name / run.record
     if not path.exists():
         return False
-    manifest = read_json(path)
+    manifest = read_record(path)
     words, now = ([w for w in line[1:] if w != "--resume"] for line in (manifest.get("argv", run.command), run.command))
     return words == now and (manifest.get("status", "finished") == "finished" or broke_down(manifest))
 
@@ -278,7 +297,7 @@ def state(path):
     """What --plan says of the run whose run.json (or file like it) is at `path`."""
     if not path.exists():
         return "not run yet"
-    manifest = read_json(path)
+    manifest = read_record(path)
     if manifest.get("status", "finished") != "finished":
         return ending(manifest)["reason"] if broke_down(manifest) else f"{manifest['status']}, goes on"
     seconds = (manifest.get("results") or {}).get("seconds")
@@ -300,7 +319,7 @@ def collect(output):
     others = [path.parent for path in output.rglob(RESULTS) if path.parent != output]
     lines = []
     for path in sorted(output.rglob("run.json")):
-        folder, manifest = path.parent, read_json(path)
+        folder, manifest = path.parent, read_record(path)
         hidden = any(part.startswith(".") for part in folder.relative_to(output).parts)
         if hidden or manifest["status"] not in ("finished", "failed") or set(others) & {folder, *folder.parents}:
             continue
@@ -311,6 +330,7 @@ def collect(output):
         curve = [{key: value for key, value in row.items() if "second" not in key} for row in rows]
         name = folder.relative_to(output).as_posix()
         start = {"name": name, "command": manifest["command"], "args": told(manifest["args"])}
+        start["status"] = manifest["status"]
         lines.append(start | {"ended": ending(manifest)} | facts | {"curve": curve})
     output.mkdir(parents=True, exist_ok=True)
     fresh = output / f"{RESULTS}.new"

@@ -25,7 +25,7 @@ flags = dict(zip(sys.argv[1:-1:2], sys.argv[2::2]))          # all flags but --r
 assert sys.argv[-1] == "--resume"
 out = pathlib.Path(flags["--output-dir"])
 folder = out / flags["--run-name"]
-print("started with", os.environ["OMP_NUM_THREADS"], "thread", flush=True)
+print("started with", os.environ["OMP_NUM_THREADS"], "thread,", os.environ.get("WORLD_SIZE", "any"), flush=True)
 kind = flags["--kind"]
 if kind == "refuses":
     sys.exit("error: --kind refuses: take another")
@@ -52,7 +52,7 @@ if kind == "breaks":
     write(status="failed", reason="no space left")
     sys.exit("failed: no space left")
 if kind == "diverges":
-    ended = {"how": "failed", "by": None, "round": 2, "clients": [0, 1], "reason": "round 2: lower --lr"}
+    ended = {"how": "failed", "by": "left_out", "round": 2, "clients": [0, 1], "reason": "round 2: lower --lr"}
     write(status="failed", ended=ended)
     sys.exit(1)
 write(status="finished", results={"seconds": 0.3}, method={"model": "/some/where/small"})
@@ -73,7 +73,7 @@ def scripted(tmp_path, monkeypatch):
 
 
 def starts(out, name):
-    return (out / "output" / f"{name}.txt").read_text().count("started with 1 thread")
+    return (out / "output" / f"{name}.txt").read_text().count("started with 1 thread, 1")  # and one process
 
 
 def lines_of(out):
@@ -231,7 +231,7 @@ PLANS = {
         23,
         "8fa6093b10d7",
     ),
-    ("vit_sparse_fl/run_all_experiments", "--quick"): (18, "7904d6eaee74"),
+    ("vit_sparse_fl/run_all_experiments", "--quick"): (17, "1634299cb31c"),
     ("vit_sparse_fl/run_all_experiments", "--stand-in"): (76, "4ac79fe9407a"),
     ("vit_sparse_fl/run_all_experiments", "--preset stand-in-gpu"): (76, "2227c0aa6cdd"),
     ("lora_glue_fl/run_study", "--model FOLDER"): (143, "4cdbec1c6eb7"),
@@ -349,15 +349,15 @@ def run_study(runner, line, out):
         ("mamba_fl/run_study", "--preset quick --only fed_avg_lu8", ["fed_avg_lu8_seed_0"], "| FedAvg"),
         (
             "vit_sparse_fl/run_all_experiments",
-            "--quick --num-runs 2 --only-centralized",
-            ["centralized_seed_0", "centralized_seed_1"],
+            "--quick --num-runs 2 --only centralized --seed 4 --classes 0:4",
+            ["centralized_seed_4", "centralized_seed_5"],
             "+-",
         ),
         (
             "lora_glue_fl/run_study",
             "--preset quick --only sst2_tiny/central sst2_ranks_svd",
             ["sst2_ranks_svd_seed_0", "sst2_tiny/central_seed_0"],
-            "| svd",
+            "| SVD",
         ),
         (
             "llm_noniid/run_experiments",

@@ -22,10 +22,11 @@ class Sizes:
     lower: tuple = ()  # dense FedAvg where the common learning rate is too high: (nc1 or J16, the rate)
 
 
+# from random weights, of which a threshold over all layers takes those that train nothing: one threshold a tensor
 QUICK = Sizes(
     central="--epochs 6 --warmup-epochs 1 --lr 0.1",
     federated="--num-clients 20 --participation-rate 0.25 --lr 0.1 --eval-every 2",
-    sparse="--fisher-samples 64 --no-freeze-head",
+    sparse="--fisher-samples 64 --no-freeze-head --mask-scope layer --lr 0.5",
     rounds=8,
     nc=(5, 1),
     j=(8,),
@@ -83,7 +84,8 @@ def settings(sizes):
     if "--freeze-head" in federated:
         yield dense("fedavg_iid_head_trained", "--no-freeze-head")
     yield sparse("topk_s0.9", "--upload", "topk", "--mask-strategy", "random", group="extension")
-    yield sparse("per_layer", "--mask-scope", "layer", group="extension")
+    if "--mask-scope" not in sizes.sparse:
+        yield sparse("per_layer", "--mask-scope", "layer", group="extension")
     for name, lr in sizes.lower:
         more = ["--sharding", "non_iid", "--nc", 1, "--lr", lr] if name == "nc1" else ["--lr", lr]
         yield dense(f"fedavg_{name}_lr{lr}", *more, **(steps(16) if name == "J16" else {}))
