@@ -10,9 +10,9 @@ import torch
 from comparing import same_bits
 from safetensors.torch import load_file
 
-from common.before.lowrank import RULES
 from common.checkpoint import read_json
 from common.cli import run_main
+from common.lowrank import RULES
 from common.runlog import read_metrics
 
 TINY = "--model tiny --dataset demo --task-name sst2 --lora-r 4 --svd-rank 4 --learning-rate 5e-3 --threads 1".split()

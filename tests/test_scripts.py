@@ -1,7 +1,6 @@
 """The scripts as a user runs them: what they leave, identities between them, the study's runner."""
 
 import importlib
-import shlex
 import sys
 import types
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from running import SCRIPTS, call, final_weights, flags
 
 from common.checkpoint import read_json
-from common.cli import run_main
 from common.runlog import read_metrics
 
 
@@ -153,42 +151,6 @@ def test_metrics_go_to_a_tracker(tmp_path, monkeypatch):
     losses = [line["val_loss"] for line in read_metrics(tmp_path / "r")]
     assert [value for name, value, _ in seen if name == "fed_avg/val_loss"] == losses
     assert (tmp_path / "r" / "tensorboard").is_dir()
-
-
-@pytest.mark.parametrize("preset", ["small", "source"])
-def test_the_studys_commands_parse(preset, capsys):
-    from mamba_fl import run_study
-    from mamba_fl.flags import complete_flags
-
-    run_study.main(run_study.build_parser().parse_args(["--preset", preset, "--plan", "--seeds", "0", "1"]))
-    lines = capsys.readouterr().out.splitlines()
-    names = set()
-    for line in lines:
-        python, script, *words = shlex.split(line)
-        module = importlib.import_module(f"mamba_fl.{Path(script).stem}")
-        names.add(complete_flags(module.build_parser().parse_args(words)).run_name)
-    assert len(names) == len(lines) == 2 * len(run_study.PRESETS[preset][1])
-
-
-def test_run_study_runs_skips_and_tabulates(tmp_path, monkeypatch, capfd):
-    from mamba_fl import run_study
-
-    tiny = flags("fed_avg")
-    monkeypatch.setitem(run_study.PRESETS, "small", (tiny, {"fed_avg_lu1": ["fed_avg"]}))
-    words = ["--preset", "small", "--seeds", "0", "--output-dir", str(tmp_path)]
-    for _ in range(2):
-        run_study.main(run_study.build_parser().parse_args(words))
-    assert "already finished" in (tmp_path / "logs" / "fed_avg_lu1_seed_0.log").read_text()
-    assert "| FedAvg" in capfd.readouterr().out
-    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert (
-        '"name": "fed_avg_lu1_seed_0"' in line
-        and '"val_ppl"' in line
-        and str(tmp_path) not in line.split('"results"')[1]
-    )
-    with pytest.raises(SystemExit) as stop:
-        run_main(run_study.main, run_study.build_parser().parse_args([*words, "--only", "nosuch"]))
-    assert stop.value.code == 2 and "fed_avg_lu1" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
