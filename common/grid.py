@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.checkpoint import read_json
@@ -173,12 +174,7 @@ def run_study(args, runs, show=(), prepare=None):
     return 0
 
 
-def say_now(text):
-    """Prints a line at once, also into a pipe."""
-    print(text, flush=True)
-
-
-def run_all(runs, output, jobs, say=say_now):
+def run_all(runs, output, jobs, say=partial(print, flush=True)):
     """Runs what is not finished, `jobs` at a time. Returns the names of those that failed, or waited for one that did.
 
     What is running when this ends early (Ctrl-C) is interrupted too.

@@ -245,7 +245,7 @@ PLANS = {
     ("llm_noniid/run_experiments", "--mode study --model models/small --amp auto"): (78, "115ea169b000"),
     ("llm_noniid/run_experiments", "--mode study --model tiny --dataset demo --rounds 3"): (
         76,
-        "71b9e73c3d23",
+        "06970167c44f",
     ),
 }
 
