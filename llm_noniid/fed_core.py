@@ -6,6 +6,7 @@ more models, thetas [G, n]: one for all clients, one for each group of them, or 
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from common import parallel
 from common.allocator import reuse_large_memory
 from common.checkpoint import saving, write_json
+from common.compiling import checked_compile
 from common.seeding import stream
 from common.sharding import class_counts
 from common.vector import fingerprint
@@ -32,7 +34,8 @@ class Study:
     """Data and model of a run.
 
     rows, held: each client's training texts and those that it is judged by; examples: numbers of the former; seen:
-    validation texts that are evaluated, tested: test texts. All are rows of their split, int64.
+    validation texts that are evaluated, tested: test texts. All are rows of their split, int64. loss: of a batch,
+    compiled with --compile.
     """
 
     args: object
@@ -40,6 +43,7 @@ class Study:
     model: TextModel
     rows: list[np.ndarray]
     held: list[np.ndarray]
+    loss: Callable
     seen: np.ndarray
     tested: np.ndarray
 
@@ -80,7 +84,8 @@ def load_study(args, run):
     model = text_model.load_text_model(a, texts, run.device, run.amp)
     rows, held = deal(parts, a.seed)
     seen, tested = (evaluated(len(model.tokens[s]), a.eval_samples, a.seed, s) for s in ("validation", "test"))
-    study = Study(a, texts, model, rows, held, seen, tested)
+    loss = checked_compile(model.loss, model.weights.parameters) if a.compile else model.loss
+    study = Study(a, texts, model, rows, held, loss, seen, tested)
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
     data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
     cut = {split: tokens.cut for split, tokens in model.tokens.items()}

@@ -5,7 +5,6 @@ that was loaded last. Losses are in nats.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,6 @@ from torch.nn import functional as F
 from common import parallel
 from common.adapter_files import write_adapter
 from common.batches import evaluation_batches
-from common.compiling import checked_compile
 from common.evaluation import amp_context, bits_per_byte, perplexity
 from common.lora import LoraModel
 from common.vector import Weights
@@ -27,29 +25,28 @@ EVAL_BATCH = 16  # fixed: sums over other batches would round differently
 
 @dataclass(frozen=True)
 class TextModel:
-    """tokens: {split: `TokenizedTexts`}; weights: theta in the model; loss: of a batch, compiled with --compile."""
+    """module: what is called; tokens: {split: `TokenizedTexts`}; weights: theta in the module; lora: None without."""
 
     name: str
     tokenizer: object
     tokens: dict[str, TokenizedTexts]
-    lora: LoraModel
+    module: torch.nn.Module
     weights: Weights
-    loss: Callable
     device: torch.device
     amp: torch.dtype | None
-
-    @property
-    def module(self):
-        """What is called: peft's model."""
-        return self.lora.model
+    lora: LoraModel | None = None
 
     def batch(self, split, rows):
         """The texts `rows` of a split, padded, on the device: {input_ids, attention_mask, labels} [B, L]."""
         return {name: t.to(self.device, non_blocking=True) for name, t in self.tokens[split].batch(rows).items()}
 
+    def loss(self, batch):
+        """Mean negative log-likelihood of the scored tokens of a batch."""
+        return negative_log_likelihood(self.module, batch, self.amp).sum() / (batch["labels"][:, 1:] != IGNORE).sum()
+
 
 def load_text_model(args, texts, device, amp):
-    """The model and the tokens that a command line names.
+    """The model with its adapter and the tokens that a command line names.
 
     Raises: UsageError for a model or tokenizer that is not there or does not fit.
     """
@@ -58,15 +55,8 @@ def load_text_model(args, texts, device, amp):
     tokens = encode(texts, tokenizer, a.max_length, a.cache_dir)
     base = load_base(a.model, tokenizer, a.max_length, a.seed)
     lora = LoraModel(base, a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules, seed=a.seed)
-    lora.model.to(device)
-    weights = Weights(lora.model, lora.trainable())
-
-    def loss(batch):
-        """Mean negative log-likelihood of the scored tokens of a batch."""
-        return negative_log_likelihood(lora.model, batch, amp).sum() / (batch["labels"][:, 1:] != IGNORE).sum()
-
-    chosen = checked_compile(loss, weights.parameters) if a.compile else loss
-    return TextModel(a.model, tokenizer, tokens, lora, weights, chosen, device, amp)
+    module = lora.model.to(device)
+    return TextModel(a.model, tokenizer, tokens, module, Weights(module, lora.trainable()), device, amp, lora)
 
 
 def negative_log_likelihood(module, batch, amp):

@@ -43,7 +43,7 @@ def client_update(study, theta, batches, k, t, **method):
     )
     steps = ((model.batch("train", rows),) for rows in batches)
     options = {"amp": model.amp, "max_norm": a.max_grad_norm, "norms": True}
-    return local_steps(model.loss, steps, model.weights, optimizer, **options, **method)
+    return local_steps(study.loss, steps, model.weights, optimizer, **options, **method)
 
 
 def main(args):
