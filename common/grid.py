@@ -174,11 +174,12 @@ def run_study(args, runs, show=(), prepare=None):
     return 0
 
 
-def run_all(runs, output, jobs, say=partial(print, flush=True)):
+def run_all(runs, output, jobs, say=None):
     """Runs what is not finished, `jobs` at a time. Returns the names of those that failed, or waited for one that did.
 
     What is running when this ends early (Ctrl-C) is interrupted too.
     """
+    say = say or partial(print, flush=True)
     ended = {run.name for run in runs if over(run, output)}
     waiting = [run for run in runs if run.name not in ended]
     running, failed, began = {}, [], time.monotonic()
