@@ -140,7 +140,10 @@ SEEDS = Column("seeds", lambda curve, _: str(len(curve.runs)))
 
 
 # study -> its module, imported when asked for: those modules import this one
-STUDIES = {"vit_sparse_fl": "plots.vit"}
+STUDIES = {
+    "vit_sparse_fl": "plots.vit",
+    "lora_glue_fl": "plots.glue",
+}
 
 
 def build_parser():
