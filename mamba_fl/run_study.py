@@ -5,7 +5,7 @@
     python mamba_fl/run_study.py --preset small --plan          # only shows the commands
 
 Each run is one of the scripts beside this file, in a process of its own; runs that are finished are skipped and
-broken ones go on, so that the command can be given again at any time. The table is plots/summarize.py's.
+broken ones go on, so that the command can be given again at any time. The table is plots/tables.py's.
 """
 
 import json
@@ -83,10 +83,10 @@ def main(args):
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = [name for name, code in pool.map(lambda run: one_run(*run, output), runs) if code]
     collect(output, output / "results.jsonl")
-    summary = [sys.executable, str(HERE.parent / "plots" / "summarize.py"), "--data_dir", str(output), "--markdown"]
+    summary = [sys.executable, str(HERE.parent / "plots" / "tables.py"), "mamba_fl", "--data-dir", str(output)]
     tabulated = subprocess.run(summary, check=False).returncode
     if tabulated and not failed:
-        raise RunFailed(f"the runs are finished but plots/summarize.py ended with exit code {tabulated}")
+        raise RunFailed(f"the runs are finished but plots/tables.py ended with exit code {tabulated}")
     if failed:
         raise RunFailed(f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed)}): see {output}/logs")
 

@@ -335,6 +335,8 @@ def away(curve, _):
 
 def has_failed(run):
     """Whether a run counts as failed: see this module's docstring."""
+    if isinstance(run.results.get("failed"), str):
+        return bool(run.results["failed"])
     values = [loss for _, loss in losses(run)]
     alarmed = any(alarm.get("detector") == "diverged" for row in run.rows for alarm in row.get("alarms") or [])
     return alarmed or not values or not values[-1] <= values[0]

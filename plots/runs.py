@@ -72,7 +72,9 @@ class Run:
     data: dict  # identity of the data (of old runs also facts of the shards)
     clients: dict  # facts of the shards
     status: str
-    ended: dict  # how (finished, stopped, failed, interrupted, running), by, round, clients, reason
+    ended: (
+        dict  # how (finished, stopped, failed, interrupted, running), by (an alarm, left_out), round, clients, reason
+    )
     results: dict
     rows: list
     commit: str | None
@@ -125,11 +127,15 @@ class Run:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run (or curve) that a table or figure does not show, and why."""
+    """A run (or curve) that a table or figure does not show, and why.
+
+    setting: of the group whose figure lacks it; None: all figures do.
+    """
 
     name: str
     why: str
     where: str = ""
+    setting: dict | None = None
 
     def __str__(self):
         return f"left out {self.where or self.name}: {self.why}"
@@ -209,7 +215,7 @@ def _of_line(place, studies):
         record["command"] = here[0].commands[0]
     if isinstance(record.get("data"), str):
         record["data"] = {"sha256": record["data"]}
-    record = {"status": "finished"} | record
+    record = {"status": "failed" if record.get("reason") else "finished"} | record
     written = path.stat().st_mtime + 1e-6 * i
     return _make(record, record.get("name"), None, lambda: record.get("curve") or [], written, studies)
 
@@ -247,7 +253,7 @@ def completed(study, manifest, args, results, rows):
             ended |= {"how": "stopped", "by": stopped.get("detector"), "round": stopped.get("round", t)}
         if how == "failed" and reason and "not finite" in reason:
             at = re.match(r"round (\d+)", reason)
-            ended |= {"by": "not_finite", "round": int(at[1]) if at else t}
+            ended |= {"by": "left_out", "round": int(at[1]) if at else t}
     return method, ended
 
 

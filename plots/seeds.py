@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from common.curves import number
-from plots.runs import LeftOut, words_for
+from plots.runs import LeftOut, like_with_like, words_for
 
 
 class Curve:
@@ -57,7 +57,7 @@ class Curve:
 
     def mean_over_rounds(self, name):
         """[S] the mean of a field over the rounds that have it; nan without any or with one not finite."""
-        given = [[number(row[name]) for row in run.rows if name in row] for run in self.runs]
+        given = [[number(row[name]) for row in run.rows if row.get(name) is not None] for run in self.runs]
         return np.array([np.mean(values) if values else math.nan for values in given])
 
 
@@ -133,6 +133,8 @@ def usual(curves):
     for name in _names(federated):
         values = [curve.args[name] for curve in federated if name in curve.args]
         most = max(values, key=values.count)
+        if name in federated[0].study.spoken:
+            continue
         if len(set(map(str, values))) > 1 and 2 * values.count(most) > len(values):
             words += words_for(federated[0].study, name, most)
     return ", ".join(words)
@@ -180,7 +182,27 @@ def usual_variants(curves, notes=None):
     return kept
 
 
-def paired(curve, base, name):
-    """[S] the differences in a result of two curves, seed by seed, over the seeds that both have."""
+def paired(curve, base, name, how=np.subtract):
+    """[S] how(curve's result, base's), seed by seed, over the seeds that both have: their differences, or ratios."""
     mine, other = (dict(zip([run.seed for run in c.runs], c.results(name), strict=True)) for c in (curve, base))
-    return np.array([mine[seed] - other[seed] for seed in mine if seed in other])
+    return np.array([how(mine[seed], other[seed]) for seed in mine if seed in other])
+
+
+def along(runs, free, axis, notes):
+    """Groups with lines of two points or more along `axis`: list[(setting, (lines, central curves))].
+
+    A line is a method with its values of the other keys in `free`.
+    """
+    chosen = []
+    for setting, members in like_with_like(runs, free):
+        curves = curves_of([run for run in members if run.kind != "central"], free, axis, notes)
+        lines = [line for line in lines_of(curves) if len({str(curve.place[axis[0]]) for curve in line}) > 1]
+        ceiling = curves_of([run for run in members if run.kind == "central"], notes=notes)
+        if lines:
+            label([curve for line in lines for curve in line])
+            chosen.append((setting, (lines, ceiling)))
+            alone = [curve.label for curve in curves if not any(curve in line for line in lines)]
+            if alone:
+                name = f"{len(alone)} methods with one value of {axis[0].replace('_', ' ')}"
+                notes.append(LeftOut(name, f"a line needs two: {'; '.join(alone)}", setting=setting))
+    return chosen

@@ -1,6 +1,6 @@
 """What all figures share: their command line, the look of a method, lines with bands, captions, legends.
 
-A study declares its figures as {name on the command line: [Figure, ...]}. `draw_figures` selects the runs of each,
+A study declares its figures: {name on the command line: [Figure, ...]}. `draw_figures` selects the runs of each,
 draws and saves it, and says in its caption which runs it leaves out; `caption` adds budgets that differ. A look
 (colour, marker, dash) follows the method, the same in all figures of a study; variants of a method and values of a
 factor differ in dash and filling, so that a figure says the same in grey.
@@ -10,7 +10,7 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,9 @@ NAMED = 3  # runs that a caption names; the others it counts, the output names a
 class Figure:
     """One kind of file that a study draws.
 
-    select(runs, notes) -> list[(setting, what to draw)], appending LeftOut to `notes`; draw(setting, what, args) ->
-    matplotlib's Figure, called inside `style()`; needs: the runs that it needs, in words; paths: `select` gets the
-    paths of --data-dir instead of the runs.
+    select(runs, notes) -> list[(setting, what to draw)], appending LeftOut to `notes` (see `of_group`);
+    draw(setting, what, args) -> matplotlib's Figure, called inside `style()`; needs: the runs that it needs, in words;
+    paths: `select` gets the paths of --data-dir instead of the runs.
     """
 
     file: str
@@ -66,7 +66,7 @@ def draw_figures(study, figures, args, keys=None):
         raise UsageError(f"no figure {unknown[0]!r} in {study.name}: choose from {', '.join(figures)}")
     runs, notes = read_runs(args.data_dir, study, unfinished=args.unfinished)
     missing, wrote = [], []
-    chosen = [figure for name in args.names or figures for figure in figures[name]]
+    chosen = [figure for name in args.names or figures for figure in figures_for(figures[name], runs)]
     for stem, figure in each_figure(chosen, runs, notes, missing, args, keys or study.keys, strict=bool(args.names)):
         wrote.append(save_figure(figure, Path(args.out_dir) / f"{stem}.{args.format}"))
     said = dict.fromkeys([*(f"not drawn: {text}" for text in missing), *map(str, notes)])
@@ -75,6 +75,11 @@ def draw_figures(study, figures, args, keys=None):
     if not wrote:
         where = ", ".join(map(str, args.data_dir))
         raise UsageError(f"no figure could be drawn from {where}: {'; '.join(missing)}")
+
+
+def figures_for(declared, runs):
+    """The Figures under one name: a list, or what a function makes of the runs (a file for each configuration)."""
+    return declared(runs) if callable(declared) else declared
 
 
 def each_figure(figures, runs, notes, missing, args, keys, strict=False):
@@ -93,7 +98,7 @@ def each_figure(figures, runs, notes, missing, args, keys, strict=False):
             for (setting, what), suffix in zip(chosen, suffixes([s for s, _ in chosen], keys), strict=True):
                 with style():
                     drawn = figure.draw(setting, what, args)
-                    add_left_out(drawn, [*read, *more])
+                    add_left_out(drawn, [*read, *(note for note in more if note.setting in (None, setting))])
                     yield f"{figure.file}{suffix}", drawn
         except UsageError as error:
             if strict:
@@ -105,27 +110,22 @@ def each_figure(figures, runs, notes, missing, args, keys, strict=False):
 # ---- captions and legends
 
 
-def caption(figure, title, setting, curves=(), lines=()):
+def caption(figure, title, setting, curves, lines=(), unsaid=True):
     """The title over a figure: what it shows, the setting that all share, what its labels leave unsaid, budgets.
 
-    lines: further lines of the caption.
+    lines: further lines; unsaid: False where the labels say all.
     """
-    study = curves[0].study if curves else None
-    words = [title]
-    if study:
-        words.append(describe(study, shared_setting(setting, curves)))
-        if shared := usual(curves):
-            words.append(f"unless said otherwise: {shared}")
-        words.append(budgets(curves))
-    set_title(figure, "\n".join(filter(None, [*words, *lines])))
+    words = [title, describe(curves[0].study, shared_setting(setting, curves))]
+    if unsaid and (shared := usual(curves)):
+        words.append(f"unless said otherwise: {shared}")
+    set_title(figure, "\n".join(filter(None, [*words, budgets(curves), *lines])))
 
 
 def budgets(curves):
-    """`rounds differ: 15 to 30`, of the federated curves (a central run's round is another thing); "" if none do."""
-    federated = [curve for curve in curves if not curve.central]
+    """`rounds differ: 15 to 30`; "" if no budget does. A central run's round is another thing: it is not among them."""
     words = []
-    for name in federated[0].study.budgets if federated else ():
-        if ends := differing(federated, name):
+    for name in curves[0].study.budgets:
+        if ends := differing([c for c in curves if not (c.central and name == "rounds")], name):
             words.append(f"{name.replace('_', ' ')} differ: {ends[0]:,.0f} to {ends[1]:,.0f}")
     return ", ".join(words)
 
@@ -137,6 +137,11 @@ def add_left_out(figure, notes):
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         line = textwrap.fill(f"left out: {'; '.join(names[:NAMED])}{more}", int(figure.get_figwidth() * 14))
         figure.suptitle(f"{figure.get_suptitle()}\n{line}", fontsize=9.5)
+
+
+def of_group(setting, notes):
+    """LeftOuts as those of the group with this setting only."""
+    return [replace(note, setting=setting) for note in notes]
 
 
 def seeds_range(curves):
@@ -213,12 +218,12 @@ def markers_at(i, points, lines):
 # ---- panels and lines
 
 
-def panel_axes(count, wide=3, width=None, height=2.9, extra=1.5, **kwargs):
-    """A figure with `count` axes in rows of at most `wide` (four make a square): (figure, list of axes).
+def panel_axes(count, wide=None, width=None, height=2.9, extra=1.5, **kwargs):
+    """A figure with `count` axes in rows of at most `wide`: (figure, list of axes). Cells without a panel are blank.
 
-    height: of a row of panels, extra: of title and legend, in inches. Cells without a panel are blank.
+    wide: by default 3, and four panels make a square; height: of a row of panels, extra: of title and legend, inches.
     """
-    wide = 2 if count == 4 and wide > 2 else min(wide, count)
+    wide = min(wide or (2 if count == 4 else 3), count)
     rows = math.ceil(count / wide)
     if width is None:
         width = 6.4 if wide == 1 else 4.0 * wide + 0.4 if wide < 3 else 3.5 * wide + 0.4

@@ -82,13 +82,9 @@ def layout(rows):
 # ---- cells
 
 
-def result(head, name, factor=1.0, digits=None, federated=False):
-    """A Column of a result; federated: `-` for runs without a federation."""
-
-    def cell(curve, _):
-        return "-" if federated and curve.central else spread(factor * curve.results(name), digits)
-
-    return Column(head, cell)
+def result(head, name, factor=1.0, digits=None):
+    """A Column of a result of run.json."""
+    return Column(head, lambda curve, _: spread(factor * curve.results(name), digits))
 
 
 def over_rounds(head, name, factor=1.0, digits=None):
@@ -141,8 +137,10 @@ SEEDS = Column("seeds", lambda curve, _: str(len(curve.runs)))
 
 # study -> its module, imported when asked for: those modules import this one
 STUDIES = {
+    "mamba_fl": "plots.mamba",
     "vit_sparse_fl": "plots.vit",
     "lora_glue_fl": "plots.glue",
+    "llm_noniid": "plots.noniid",
 }
 
 

@@ -29,8 +29,8 @@ import numpy as np
 from common.cli import UsageError, run_main
 from common.curves import GREY, break_lines, new_figure, number, set_title
 from plots.deltas import draw_layers
-from plots.runs import LeftOut, Study, base_name, describe, like_with_like, order_of, text
-from plots.seeds import curves_of, label, lines_of, usual_variants
+from plots.runs import Study, base_name, describe, like_with_like, order_of, text
+from plots.seeds import along, curves_of, usual_variants
 from plots.style import (
     POINTS,
     Figure,
@@ -40,13 +40,14 @@ from plots.style import (
     figure_parser,
     legend_below,
     looks_of,
+    of_group,
     points_figure,
     reference_lines,
     rounds_figure,
     seed_spread,
     seeds_text,
 )
-from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result
+from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent
 
 # ---- the study
 
@@ -198,7 +199,7 @@ def by_strategy(runs, notes):
         left_out = []
         curves = usual_variants(curves_of(members, notes=notes), left_out)
         if len(curves) > 1:
-            notes += left_out
+            notes += of_group(setting, left_out)
             chosen.append((setting, curves))
     return chosen
 
@@ -210,36 +211,16 @@ def central(runs, notes):
 
 def measured(select):
     """`select`, restricted to runs whose metrics.jsonl holds measures of interference."""
+
+    def has_measures(run):
+        return any(not math.isnan(number(row.get(field))) for row in run.rows for field, *_ in INTERFERENCE)
+
     return lambda runs, notes: select([run for run in runs if has_measures(run)], notes)
-
-
-def has_measures(run):
-    return any(not math.isnan(number(row.get(field))) for row in run.rows for field, *_ in INTERFERENCE)
 
 
 # ---- accuracy against a factor
 
 FREE = ("shards", "local_steps", "num_rounds", "sparsity")
-
-
-def along(runs, free, axis, notes):
-    """Groups with lines of two points or more along `axis`: list[(setting, (lines, central curves))].
-
-    A line is a method with its values of the other keys in `free`.
-    """
-    chosen = []
-    for setting, members in like_with_like(runs, free):
-        curves = curves_of([run for run in members if run.kind != "central"], free, axis, notes)
-        lines = [line for line in lines_of(curves) if len({str(curve.place[axis[0]]) for curve in line}) > 1]
-        ceiling = curves_of([run for run in members if run.kind == "central"], notes=notes)
-        if lines:
-            label([curve for line in lines for curve in line])
-            chosen.append((setting, (lines, ceiling)))
-            alone = [curve.label for curve in curves if not any(curve in line for line in lines)]
-            if alone:
-                name = f"{len(alone)} methods with one value of {axis[0].replace('_', ' ')}"
-                notes.append(LeftOut(name, f"a line needs two: {'; '.join(alone)}"))
-    return chosen
 
 
 def sparsity_lines(runs, notes):
@@ -326,8 +307,12 @@ def draw_strategies(setting, curves, args):
 
 def with_masks(runs, notes):
     masked = [r for r in runs if r.kind != "topk" and r.folder and (r.folder / "mask.safetensors").is_file()]
-    groups = like_with_like(masked)
-    return [(setting, usual_variants(curves_of(members, notes=notes), notes)) for setting, members in groups]
+    chosen = []
+    for setting, members in like_with_like(masked):
+        left_out = []
+        chosen.append((setting, usual_variants(curves_of(members, notes=notes), left_out)))
+        notes += of_group(setting, left_out)
+    return chosen
 
 
 def with_shards(runs, notes):
@@ -369,69 +354,50 @@ def draw_shards(setting, maps, args):
 
 # ---- all of them
 
-STRATEGIES = tuple(STUDY.kinds)[2:7]
 SHARDINGS = "runs of train_federated.py with two shardings, such as --nc 1 and --nc 5"
 STEPS = "runs of train_federated.py with two values of --local-steps, such as 4 and 8"
-MASKS = "runs of train_federated_sparse.py with two strategies, or one and a run of train_federated.py"
+SPARSE = "runs of train_federated_sparse.py with"
+MASKS = f"{SPARSE} two strategies, or one and a run of train_federated.py"
+NAMES = ", ".join(list(STUDY.kinds)[2:7])
 MEASURED = ", with update_cosine in metrics.jsonl"
-# by what dense runs differ: (file, select, title, what it needs)
-VARIED = (
-    ("heterogeneity", by_factor("shards"), "Classes per client (Nc)", SHARDINGS),
-    ("local_steps", by_factor("local_steps", "num_rounds"), "Local steps (J) per round", STEPS),
-    ("strategies", by_strategy, "Dense and sparse fine-tuning", MASKS),
-)
-CENTRAL = Figure(
-    "central_curves", central, rounds_figure("Central training", ACCURACY, "Epoch"), "runs of train_centralized.py"
-)
+# what runs differ in -> (select, title over rounds, title of the interference, what it needs)
+VARIED = {
+    "heterogeneity": (by_factor("shards"), "Classes per client (Nc)", "by classes per client (Nc)", SHARDINGS),
+    "local_steps": (by_factor("local_steps", "num_rounds"), "Local steps (J) per round", "by local steps (J)", STEPS),
+    "strategies": (by_strategy, "Dense and sparse fine-tuning", "dense and sparse", MASKS),
+}
 
 
-def interference(title):
-    return rounds_figure(f"Interference between clients: {title}", INTERFERENCE, columns=3)
+def over(axis):
+    return lambda runs, notes: along(runs, FREE, axis, notes)
 
 
+def between(title):
+    return rounds_figure(f"Interference between clients, {title}", INTERFERENCE, columns=3)
+
+
+BY_SHARDS = points("Heterogeneity", by_shards, "Shards (Nc: classes per client)")
+BY_STEPS = points("Local steps", by_steps, "Local steps J (rounds of the run)")
+BY_SPARSITY = points("Sparsity", by_sparsity, "Sparsity (weights that are trained)")
+EPOCHS = rounds_figure("Central training", ACCURACY, "Epoch")
 FIGURES = {
-    "curves": [Figure(f"{a}_curves", s, rounds_figure(t, ACCURACY), n) for a, s, t, n in VARIED] + [CENTRAL],
-    "heterogeneity": [
-        Figure(
-            "heterogeneity",
-            lambda runs, notes: along(runs, FREE, ("shards",), notes),
-            points("Heterogeneity", by_shards, "Shards (Nc: classes per client)"),
-            "runs with two shardings, such as --nc 1 and --nc 5",
-        )
+    "curves": [
+        *(Figure(f"{a}_curves", select, rounds_figure(t, ACCURACY), n) for a, (select, t, _, n) in VARIED.items()),
+        Figure("central_curves", central, EPOCHS, "runs of train_centralized.py"),
     ],
-    "local_steps": [
-        Figure(
-            "local_steps",
-            lambda runs, notes: along(runs, FREE, ("local_steps", "num_rounds"), notes),
-            points("Local steps", by_steps, "Local steps J (rounds of the run)"),
-            "runs with two values of --local-steps, such as 4 and 8",
-        )
-    ],
+    "heterogeneity": [Figure("heterogeneity", over(("shards",)), BY_SHARDS, SHARDINGS)],
+    "local_steps": [Figure("local_steps", over(("local_steps", "num_rounds")), BY_STEPS, STEPS)],
     "strategies": [
-        Figure(
-            "strategy_comparison",
-            strategies,
-            draw_strategies,
-            f"runs of train_federated_sparse.py with two of --mask-strategy {', '.join(STRATEGIES)}",
-        )
+        Figure("strategy_comparison", strategies, draw_strategies, f"{SPARSE} two of --mask-strategy {NAMES}")
     ],
     "sparsity": [
-        Figure(
-            "sparsity",
-            sparsity_lines,
-            points("Sparsity", by_sparsity, "Sparsity (weights that are trained)"),
-            "runs of train_federated_sparse.py with two values of --sparsity-ratio, such as 0.5 and 0.9",
-        )
+        Figure("sparsity", sparsity_lines, BY_SPARSITY, f"{SPARSE} two of --sparsity-ratio, such as 0.5 and 0.9")
     ],
-    "layers": [
-        Figure(
-            "mask_layers",
-            with_masks,
-            draw_layers,
-            "runs of train_federated_sparse.py with mask.safetensors in their folder",
-        )
+    "layers": [Figure("mask_layers", with_masks, draw_layers, f"{SPARSE} mask.safetensors in their folder")],
+    "interference": [
+        Figure(f"{a}_interference", measured(select), between(title), needs + MEASURED)
+        for a, (select, _, title, needs) in VARIED.items()
     ],
-    "interference": [Figure(f"{a}_interference", measured(s), interference(t), n + MEASURED) for a, s, t, n in VARIED],
     "shards": [Figure("shards", with_shards, draw_shards, "federated runs with shards.json in their folder")],
 }
 
@@ -456,7 +422,7 @@ TABLE = Table(
         result("test % (best)", "test_accuracy_best", 100, 2),
         result("val % (best)", "val_accuracy_best", 100, 2),
         Column("vs dense", lambda c, all_: difference(c, dense_of(c, all_), "test_accuracy_last", 100)),
-        result("MB up", "bytes_up", 1e-6, federated=True),
+        Column("MB up", lambda curve, _: sent(curve, "bytes_up")),
         over_rounds("cosine", "update_cosine", 1, 3),
         over_rounds("diversity", "gradient_diversity", 1, 3),
         over_rounds("sign conflict %", "sign_conflict", 100, 1),

@@ -17,31 +17,31 @@ COMMANDS = {
     "mamba": "plots/plot_perplexities.py",
     "mamba central updates": "plots/visualize_deltas.py",
     "mamba federated updates": "plots/visualize_federated_deltas.py",
-    "vit": "plots/vit_figures.py",
-    "vit curves": "plots/vit_curves.py",
-    "vit heterogeneity": "plots/vit_heterogeneity.py",
-    "vit local_steps": "plots/vit_local_steps.py",
-    "vit strategies": "plots/vit_strategies.py",
-    "vit sparsity": "plots/vit_sparsity.py",
-    "vit layers": "plots/vit_layers.py",
-    "vit interference": "plots/vit_interference.py",
-    "vit shards": "plots/vit_shards.py",
+    "vit": "plots/vit.py",
+    "vit curves": "plots/vit.py curves",
+    "vit heterogeneity": "plots/vit.py heterogeneity",
+    "vit local_steps": "plots/vit.py local_steps",
+    "vit strategies": "plots/vit.py strategies",
+    "vit sparsity": "plots/vit.py sparsity",
+    "vit layers": "plots/vit.py layers",
+    "vit interference": "plots/vit.py interference",
+    "vit shards": "plots/vit.py shards",
     "glue": "plots/glue.py",
     "glue metric": "plots/glue.py metric",
     "glue error": "plots/glue.py error",
     "glue bytes": "plots/glue.py bytes",
     "glue clients": "plots/glue.py clients",
-    "noniid": "plots/noniid_figures.py",
-    "noniid curves": "plots/noniid_curves.py",
-    "noniid drift": "plots/noniid_drift.py",
-    "noniid clients": "plots/noniid_clients.py",
-    "noniid similarity": "plots/noniid_similarity.py",
-    "noniid partition": "plots/noniid_partition.py",
-    "noniid failure_map": "plots/noniid_failure_map.py",
-    "table mamba": "plots/summarize.py",
-    "table vit": "plots/vit_table.py",
+    "noniid": "plots/noniid.py",
+    "noniid curves": "plots/noniid.py curves",
+    "noniid drift": "plots/noniid.py drift",
+    "noniid clients": "plots/noniid.py clients",
+    "noniid similarity": "plots/noniid.py similarity",
+    "noniid partition": "plots/noniid.py partition",
+    "noniid failure_map": "plots/noniid.py failure_map",
+    "table mamba": "plots/tables.py mamba_fl",
+    "table vit": "plots/tables.py vit_sparse_fl",
     "table glue": "plots/tables.py lora_glue_fl",
-    "table noniid": "plots/noniid_table.py",
+    "table noniid": "plots/tables.py llm_noniid",
     "page noniid": "llm_noniid/report.py --no-figures",
     "verdicts noniid": "llm_noniid/run_experiments.py --mode compare",
 }
@@ -100,24 +100,37 @@ def refused(name, runs, more=""):
     return error
 
 
-def tables(text):
-    """{heading: {first cell: {column: cell}}} of the Markdown tables in a text."""
-    found, lines = {}, []
-    for line in text.splitlines():
+def tables(name, runs, more=""):
+    """[(heading, {first cell: {column: cell}})] of the Markdown tables that a command prints."""
+    found = []
+    for line in printed(name, runs, f"--markdown {more}").splitlines():
         if line.startswith("### "):
-            lines = found.setdefault(line[4:], [])
+            found.append((line[4:], []))
         elif line.startswith("| "):
-            lines.append([cell.strip() for cell in line.strip("| ").split(" | ")])
-    return {
-        heading: {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-        for heading, (head, _, *rows) in found.items()
-    }
+            found[-1][1].append([cell.strip() for cell in line.strip("| ").split(" | ")])
+    return [
+        (heading, {row[0]: dict(zip(head, row, strict=True)) for row in rows}) for heading, (head, _, *rows) in found
+    ]
 
 
 def table(name, runs, more=""):
-    """{first cell: {column: cell}} of a table command's only table."""
-    (rows,) = tables(printed(name, runs, f"--markdown {more}")).values()
+    """{first cell: {column: cell}} of a command's only table."""
+    ((_, rows),) = tables(name, runs, more)
     return rows
+
+
+def lines_of(axes):
+    """{label: line} of the lines that have one."""
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def ticks(axis):
+    """The labels at an axis' ticks, each on one line."""
+    return [" ".join(label.get_text().split()) for label in axis.get_ticklabels()]
+
+
+def texts_of(axes):
+    return [text.get_text() for text in axes.texts if text.get_text()]
 
 
 class Page(HTMLParser):

@@ -1,443 +1,354 @@
-"""The plots, on synthetic run folders: what is compared with what, the numbers that are drawn, the files."""
+"""Which runs figures and tables compare, which they leave out and say so, and what they refuse."""
 
-import json
-import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
+import fixed_runs
 import pytest
+from fixed_runs import CENTRAL, FULL, LORA, SPARSE, write_glue, write_mamba, write_vit
+from noniid_folders import write_map
+from noniid_folders import write_run as write_noniid
+from plotting import COMMANDS, ROOT, STUDIES, call, command_line, figures, lines_of, printed, refused, table, tables
 
-from common import curves
-from common.cli import UsageError
-from plots import deltas, plot_perplexities, run_folders, summarize, visualize_deltas, visualize_federated_deltas
+from common.lowrank import RULES
+from llm_noniid import flags
+from llm_noniid.detectors import DETECTORS
+from lora_glue_fl.glue_tasks import TASKS
 
-ROOT = Path(__file__).resolve().parents[1]
-FEDERATED = {"num_clients": 4, "local_updates": 1, "client_optimizer": "adamw", "budget": "equal", "sync": "round"}
+WRITE = {"mamba": write_mamba, "vit": write_vit, "glue": write_glue, "noniid": write_noniid}
+# study -> flags and facts of a run that set it apart from a run without them
+OTHERS = {
+    "mamba": [{"dataset": "demo"}, {"tokenizer": "bpe:4096"}, {"layers": 2}, {"d_model": 128}, {"sequence_length": 128}]
+    + [{"val_sequences": 8}, {"variant": "tokens"}, {"sync": "epoch"}, {"local_updates": 8}],
+    "vit": [{"dataset": "demo"}, {"model": "dino_vits16"}, {"image_size": 64}, {"num_clients": 10}, {"local_steps": 8}]
+    + [{"sharding": "non_iid"}, {"num_rounds": 60}, {"init_from": None}, {"val_split": 0.2}],
+    "glue": [{"task_name": "mrpc"}, {"model": "elsewhere/bert"}, {"model_size": "large"}, {"lora_r": 8}]
+    + [{"lora_alpha": 4.0}, {"rounds": 5}, {"local_epochs": 2.0}, {"data": {"clients": 9}}, {"svd_rank": 2}]
+    + [{"data": {"mode": "dirichlet"}}, {"data": {"sha256": {"train": "other"}}}, {"data": {"examples": [20] * 3}}]
+    + [{"data": {"dataset": "demo"}}, {"client_ranks": [2, 4], "data": {"ranks": [2, 4, 2]}}, {"mu": 0.01}]
+    + [{"svd_split": "balanced"}, {"aggregate": "naive"}],
+    "noniid": [{"partition": "iid"}, {"alpha": 1.0}, {"style_criterion": "formality", "partition": "style_skew"}]
+    + [{"num_clients": 5}, {"participation_rate": 0.5}, {"local_steps": 7}, {"learning_rate": 1e-4}]
+    + [{"num_rounds": 8}, {"max_samples": 500}, {"eval_samples": 100}, {"model": "models/big"}, {"lora_r": 4}]
+    + [{"dataset": "wikitext"}, {"local_steps": 0}, {"algorithm": "fedprox"}, {"cluster": "labels"}],
+}
+# study -> (of both runs, what is different and does not matter)
+SAME = {
+    "mamba": [
+        ({}, {"threads": 2}),
+        ({}, {"output_dir": "x"}),
+        ({"layers": 2}, {"layers": None, "config": "pure_ssm_2_layer"}),
+    ],
+    "vit": [({}, {"nc": 5, "alpha": 1.0, "nc_values": [1]}), ({}, {"init_from": "elsewhere/pretrain_seed_1/final"})]
+    + [({}, {"num_classes": 50, "mask_scope": "layer"}), ({"command": SPARSE}, {"calibration_rounds": 9})]
+    + [({"command": SPARSE, "mask_strategy": "least_sensitive"}, {"calibration_clients": 3})],
+    "glue": [({}, {"shard_dir": "elsewhere"}), ({}, {"eval_batch_size": 7}), ({}, {"server_lr": 0.1})]
+    + [({}, {"save_clients": False}), ({}, {"data": {"source": "hub", "shard_seed": 9}}), ({}, {"lora_alpha": 8})]
+    + [({"aggregate": "naive"}, {"skip_svd": True, "svd_rank": 2, "svd_split": "balanced"})],
+    "noniid": [({}, {"output_dir": "x"}), ({}, {"mu": 0.5}), ({}, {"num_clusters": 9}), ({}, {"server_lr": 3.0})]
+    + [({}, {"style_criterion": "formality"}), ({}, {"stop_on": "divergence"}), ({}, {"local_epochs": 3.0})]
+    + [({"partition": "iid"}, {"alpha": 9.0, "min_samples": 3})],
+}
 
 
-def write_run(
-    root, command="fed_avg", name=None, seed=0, ppl=(400.0, 200.0, 150.0), layers=1, status="finished", **more
-):
-    """One run folder with an evaluation at 1000, 2000, ... tokens; `more` goes to args, `variant` to data."""
-    variant = more.pop("variant", "raw")
-    args = {
-        "dataset": "wikitext2",
-        "tokenizer": "gpt2",
-        "layers": layers,
-        "config": None,
-        "d_model": 512,
-        "val_sequences": 0,
+def rows_of(study, root):
+    """[(heading, first cell, number of seeds)] of a study's tables."""
+    found = tables(f"table {study}", root)
+    return [(about, label, int(row["seeds"])) for about, rows in found for label, row in rows.items()]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_only_runs_that_differ_in_nothing_but_their_seed_are_averaged(study, tmp_path):
+    cases = [({}, other, [1, 1]) for other in OTHERS[study]] + [(both, other, [2]) for both, other in SAME[study]]
+    for i, (both, other, expected) in enumerate(cases):
+        for seed, more in enumerate((both, both | other)):
+            if study == "vit" and "val_split" in other:
+                more = {"val_split": 0.1} | more
+            WRITE[study](tmp_path / str(i), seed=seed, **more)
+        assert [seeds for *_, seeds in rows_of(study, tmp_path / str(i))] == expected, other
+
+
+def test_every_flag_of_llm_noniid_sets_runs_apart_or_does_not_by_decision(tmp_path):
+    parsed = vars(flags.build_parser("x").parse_args([]))
+    apart = set()
+    for name, value in parsed.items():
+        if name not in ("seed", "algorithm", "partition", "cluster"):
+            kinds = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 2 or 0.5}
+            write_noniid(tmp_path / name, **{name: value})
+            write_noniid(tmp_path / name, **{name: kinds.get(type(value), lambda v: "other")(value)}, seed=1)
+            if len(rows_of("noniid", tmp_path / name)) == 2:
+                apart.add(name)
+    setting = "alpha amp dataset eval_samples learning_rate local_steps lora_alpha lora_r max_samples model".split()
+    setting += "num_clients num_rounds participation_rate".split()
+    method = "batch_size client_optimizer client_weights lora_dropout max_grad_norm max_length min_samples".split()
+    method += "target_modules tokenizer weight_decay".split()
+    assert apart == {*setting, *method}, "decide for a new flag: does it make another method, or none?"
+
+
+def test_labels_say_what_differs_and_nothing_else(tmp_path):
+    def labels(study):
+        return [label for _, label, _ in rows_of(study, tmp_path / study)]
+
+    write = {study: lambda *args, s=study, **more: WRITE[s](tmp_path / s, *args, **more) for study in STUDIES}
+    write["mamba"]("central", seed=5)
+    write["mamba"]()
+    write["mamba"]("fed_fisher", seed=1, threads=2)
+    write["mamba"]("fed_momentum", server_optimizer="nesterov")
+    write["mamba"]("fed_momentum", server_optimizer="adam", client_optimizer="sgd")
+    expected = ["Central", "FedAvg", "FedMomentum, nesterov", "FedMomentum, client sgd, adam", "FedFisher"]
+    assert labels("mamba") == expected
+    write["mamba"](local_updates=8)
+    assert labels("mamba")[:3] == ["Central", "FedAvg, LU 1", "FedAvg, LU 8"]
+
+    for steps, more in ((4, {"seed": 0}), (4, {"seed": 1}), (8, {"sharding": "non_iid"})):
+        write["vit"](local_steps=steps, num_rounds=120 // steps, freeze_head=steps == 4, **more)
+    write["vit"](SPARSE, upload="topk", freeze_head=True, lr=0.1)
+    write["vit"](SPARSE, mask_strategy="most_sensitive", freeze_head=True, mask_merge="union")
+    write["vit"](CENTRAL, lr=0.5)
+    dense = ["Dense FedAvg", "Dense FedAvg, Nc 10, J 8, 15 rounds, head trained"]
+    assert labels("vit") == ["Central", *dense, "Most sensitive", "Top-k updates, lr 0.1"]
+    assert "Unless said otherwise: IID, J 4, 30 rounds, head frozen, lr 0.01." in printed("table vit", tmp_path / "vit")
+
+    for rule in ("svd", "naive", "ffa"):
+        write["glue"](aggregate=rule)
+    write["glue"](mu=0.01)
+    write["glue"](aggregate="naive", server_optimizer="momentum", server_beta=0.9)
+    names = ["SVD (FlexLoRA)", "SVD (FlexLoRA), FedProx 0.01"]
+    assert labels("glue") == [*names, "Naive (FedIT)", "Naive (FedIT), server momentum", "FFA-LoRA"]
+
+    write["noniid"]()
+    for seed, mu in enumerate((0.01, 0.01, 0.1)):
+        write["noniid"](algorithm="fedprox", mu=mu, seed=seed)
+    assert labels("noniid") == ["FedAvg", "FedProx, mu 0.01", "FedProx, mu 0.1"]
+
+
+def test_central_runs_stand_beside_every_federation_on_their_data(tmp_path):
+    def tables_of(study):
+        return {about: list(rows) for about, rows in tables(f"table {study}", tmp_path / study)}
+
+    for sync in ("round", "epoch"):
+        write_mamba(tmp_path / "mamba", sync=sync, expand=2)
+    write_mamba(tmp_path / "mamba", "central", sync="round", budget="equal", local_updates=1, expand=2)
+    found = tables_of("mamba")
+    assert [about.rpartition(", ")[2] for about in found] == ["sync every epoch", "sync every round"]
+    assert list(found.values()) == [["Central", "FedAvg"]] * 2
+
+    for more in ({"num_clients": 7}, {"dataset": "demo"}):
+        write_vit(tmp_path / "vit", CENTRAL, **more)
+    write_vit(tmp_path / "vit")
+    write_vit(tmp_path / "vit", SPARSE)
+    assert list(tables_of("vit").values()) == [["Central", "Dense FedAvg", "Random"], ["Central"]]
+
+    write_glue(tmp_path / "glue", LORA)
+    write_glue(tmp_path / "glue", LORA, data={"examples": 40})
+    write_glue(tmp_path / "glue", FULL)
+    for more in ({}, {"data": {"mode": "dirichlet", "dirichlet_alpha": 0.5}}, {"lora_r": 8, "lora_alpha": 16.0}):
+        write_glue(tmp_path / "glue", **more)
+    both, svd = ["Central LoRA", "Central, all weights"], "SVD (FlexLoRA)"
+    assert list(tables_of("glue").values()) == [[*both, svd], [*both, svd], [both[1], svd], [both[0]]]
+
+    write_noniid(tmp_path / "noniid", algorithm="central")
+    for partition in ("iid", "topic_skew"):
+        write_noniid(tmp_path / "noniid", partition=partition)
+    drawn = figures("noniid curves", tmp_path / "noniid")
+    there = {name: ["Central, last round" in lines_of(axes) for axes in drawn[name].axes] for name in drawn}
+    only_its_own = {"noniid_curves.png": [True, True], "noniid_curves_worst.png": [False, True]}
+    assert there == only_its_own, "clients are compared with central training on their own partition"
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_what_is_left_out_is_named(study, tmp_path):
+    write = WRITE[study]
+    for name, written_at in (("a", 2_000), ("b", 1_000)):
+        os.utime(write(tmp_path / "deep" / "er", name=name) / "metrics.jsonl", (written_at, written_at))
+    for name in ("damaged", "no_line", "no_file"):
+        write(tmp_path, name=name, seed=7)
+    (tmp_path / "damaged" / "run.json").write_text("{")
+    (tmp_path / "no_line" / "metrics.jsonl").write_text("")
+    (tmp_path / "no_file" / "metrics.jsonl").unlink()
+    write(tmp_path, name="half", seed=4, status="interrupted")
+    fixed_runs.save(tmp_path / "another_study", [{"round": 1}], command="pretrain", status="finished")
+    text = printed(f"table {study}", tmp_path)
+    notes = {line.split(":")[0].removeprefix(f"left out {tmp_path}/") for line in text.splitlines() if "left" in line}
+    assert notes == {"deep/er/b", "damaged", "no_line", "no_file", "half"}
+    assert [seeds for *_, seeds in rows_of(study, tmp_path)] == [1]
+    assert "deep/er/a, which is later" in text and "--unfinished" in text
+    ((_, rows),) = tables(f"table {study}", tmp_path, "--unfinished")
+    assert [row["seeds"] for row in rows.values()] == ["2"]
+
+
+def test_runs_of_failure_maps_and_before_training_are_no_runs_of_the_study(tmp_path):
+    write_noniid(tmp_path, name="mine")
+    write_noniid(tmp_path, name="start", learning_rate=1e-30)
+    write_map(tmp_path / "map")
+    write_noniid(tmp_path / "map", name="map_run_1_0", learning_rate=9e-4)
+    assert len(rows_of("noniid", tmp_path)) == 1 and "1 run of failure maps" in printed("table noniid", tmp_path)
+
+
+def test_a_run_whose_updates_were_all_not_finite_counts_as_diverged(tmp_path):
+    reason = "round 13: the updates of all 6 clients are not finite: lower --learning-rate (5) or --amp off"
+    folder = write_noniid(tmp_path, status="failed", reason=reason, losses=[5.0, 6.0, 9.0])
+    write_noniid(tmp_path, status="failed", reason="out of memory", seed=1)
+    row = table("table noniid", tmp_path)["FedAvg"]
+    assert (row["val loss"], row["alarms"], row["seeds"]) == ("-", "diverged", "1")
+    (folder / "metrics.jsonl").unlink()
+    write_noniid(tmp_path, partition="iid")
+    found = {label: row["alarms"] for label, row in table("table noniid", tmp_path).items()}
+    assert found == {"FedAvg, topic skew": "diverged", "FedAvg, IID": "-"}
+
+
+def test_methods_of_mamba_fl_are_compared_at_the_fewest_local_updates_and_missing_figures_are_named(tmp_path):
+    write_mamba(tmp_path)
+    write_mamba(tmp_path, "fed_fisher")
+    write_mamba(tmp_path, "fed_entropy", local_updates=8)
+    (figure,) = figures("mamba", tmp_path).values()
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["FedAvg", "FedFisher"]
+    _, text, _ = call(command_line("mamba", tmp_path, tmp_path / "plots"))
+    assert "not drawn: 2_lu_comparison_pure_ssm_1_layer.png needs runs of fed_avg.py" in text
+    assert "not drawn: 4_multi_config_comparison.png needs" in text
+
+
+def test_files_say_what_sets_a_further_group_apart(tmp_path):
+    for optimizer in ("momentum", "adam"):
+        for sync in ("round", "epoch"):
+            folder = write_mamba(tmp_path, "fed_momentum", server_optimizer=optimizer, sync=sync)
+            fixed_runs.write_deltas(folder / "server" / "deltas", steps=(1,), layers=1)
+    drawn = [name for name in figures("mamba federated updates", tmp_path) if name.startswith("svd_spectrum")]
+    stem = "svd_spectrum_fed_momentum_pure_ssm_1_layer_lu_1"
+    assert drawn == [f"{stem}{end}.png" for end in ("", "_momentum", "_sync_epoch", "_sync_epoch_momentum")]
+    (folder / "server" / "deltas" / "step_000009.npz").write_bytes(b"PK damaged")
+    _, text, _ = call(command_line("mamba federated updates", tmp_path, tmp_path / "plots"))
+    assert "step_000009.npz" in text and "damaged" in text
+
+
+@pytest.mark.parametrize("study", STUDIES[1:])
+def test_a_method_looks_the_same_in_every_figure_and_unlike_the_others_in_grey(study, tmp_path):
+    if study == "vit":
+        for sparsity in (0.9, 0.99):
+            for strategy in ("least_sensitive", "random", "most_sensitive")[:: 1 if sparsity == 0.9 else 2]:
+                kept = {"vit.layers.0.attention.q_proj": 0.2}
+                write_vit(tmp_path, SPARSE, mask_strategy=strategy, sparsity_ratio=sparsity, kept=kept)
+        write_vit(tmp_path)
+    elif study == "glue":
+        for rule in RULES:
+            write_glue(tmp_path, aggregate=rule)
+        for rule in ("naive", "ffa"):
+            write_glue(tmp_path, aggregate=rule, lora_r=8)
+    else:
+        for algorithm in flags.ALGORITHMS:
+            write_noniid(tmp_path, algorithm=algorithm)
+        for cluster in ("updates", "labels"):
+            write_noniid(tmp_path, cluster=cluster)
+    names = {
+        "vit": ["vit curves", "vit layers"],
+        "glue": ["glue metric", "glue bytes"],
+        "noniid": ["noniid curves", "noniid drift"],
     }
-    args |= {"sequence_length": 256, "lr": 5e-4, "seed": seed, "n_epochs": 1, "batch_size": 16, "output_dir": str(root)}
-    if command != "central":
-        args |= FEDERATED | {"batch_size": 4}
-    args |= more
-    folder = root / (name or f"{command}_{len(list(root.glob('*')))}")
-    folder.mkdir(parents=True)
-    lines = []
-    for i, value in enumerate(ppl, start=1):
-        line = {"round": i, "tokens": 1000 * i, "val_ppl": value, "train_ppl": 100.0, "seconds": 60.0 * i}
-        if command != "central":
-            line |= {
-                "clients": [0, 1],
-                "client_val_ppl": [value, value] if isinstance(value, str) else [value + 1, value],
-            }
-        lines.append(json.dumps(line))
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    results = {"test_ppl_best": 90.0, "test_ppl_last": 95.0, "final_val_ppl": ppl[-1], "tokens": 1000 * len(ppl)}
-    manifest = {"command": command, "args": args, "data": {"variant": variant}, "status": status, "results": results}
-    (folder / "run.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return folder
+    looks = {}
+    for name in names[study]:
+        for file, figure in figures(name, tmp_path, out=tmp_path / name).items():
+            for label, line in lines_of(figure.axes[0]).items():
+                if "interference" not in file and not label.startswith(("Central", "orthogonal", "all weights")):
+                    look = line.get_linestyle(), line.get_marker(), line.get_color()
+                    assert looks.setdefault(label, look) == look, (file, label)
+    assert len(looks) == {"vit": 4, "glue": 6, "noniid": 9}[study], looks
+    assert len({look[:2] for look in looks.values()}) == len(looks)
+    assert not {*RULES, *flags.ALGORITHMS} & set(looks), "names in words"
 
 
-def write_deltas(folder, steps=(1, 2, 3), layers=2, seed=0):
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    for step in steps:
-        arrays = {}
-        for i in range(layers):
-            # d_model 32, d_inner 64, state 16, 4 heads: 64 + 64 + 16 + 16 + 4 rows; rank 2
-            arrays[f"layers.{i}.in_proj"] = (rng.normal(size=(164, 2)) @ rng.normal(size=(2, 32)) / step).astype("f4")
-            arrays |= {f"layers.{i}.{name}": rng.normal(size=4).astype("f4") for name in deltas.VECTORS}
-        np.savez(folder / f"step_{step:06d}.npz", **arrays)
+def test_every_task_metric_and_detector_has_its_words(tmp_path):
+    for task in TASKS:
+        write_glue(tmp_path / "glue", task_name=task)
+    found = tables("table glue", tmp_path / "glue")
+    assert len(found) == len(TASKS) and not {about.split(",")[0] for about, _ in found} & set(TASKS)
+    metrics = {list(row)[1] for _, rows in found for row in rows.values()}
+    assert all(name.endswith(("(%)", "(x 100)")) for name in metrics)
+    write_noniid(tmp_path / "noniid", alarms=[(name, 12) for name in DETECTORS])
+    about = " ".join(figures("noniid curves", tmp_path / "noniid")["noniid_curves.png"].get_suptitle().split())
+    assert len(about.partition("first alarms: ")[2].split(", ")) == len(DETECTORS)
+    alarms = table("table noniid", tmp_path / "noniid")["FedAvg"]["alarms"].split(", ")
+    assert {name.replace(" ", "_") for name in alarms} == set(DETECTORS)
 
 
-def parse(script, root, *words):
-    """The script's args for the runs in root and the figures in root/plots."""
-    return script.build_parser().parse_args(["--data_dir", str(root), *words])
+# ---- what is refused
 
 
-def draw(script, root, *words):
-    flag = "--out_dir" if script is plot_perplexities else "--output_dir"
-    script.main(parse(script, root, flag, str(root / "plots"), *words))
-    return sorted(path.name for path in (root / "plots").iterdir())
+def test_a_wrong_folder_and_one_without_runs_are_refused_by_every_command(tmp_path):
+    for name in COMMANDS:
+        assert "is not a folder" in refused(name, tmp_path / "nowhere"), name
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert any(words in refused(name, tmp_path / "empty") for words in ("no finished run", "is not there")), name
 
 
-# ---- curves
+NO_CLIENTS = ["client_val_loss", "val_topic_loss", "relative_drift", "gradient_diversity", "mean_cosine", "mean_cka"]
+REFUSED = [
+    ("mamba", write_mamba, {}, "", "central.py"),
+    ("mamba", write_mamba, {}, "--config pure_ssm_9_layer", "pure_ssm_9_layer"),
+    ("table mamba", write_mamba, {}, "--config pure_ssm_9_layer", "pure_ssm_9_layer"),
+    ("mamba central updates", write_mamba, {"command": "central"}, "", "--save-deltas"),
+    ("mamba federated updates", write_mamba, {}, "", "--save-deltas"),
+    ("vit", write_vit, {}, "", "no figure could be drawn"),
+    ("vit heterogeneity", write_vit, {}, "", "--nc 1 and --nc 5"),
+    ("vit interference", write_vit, {}, "", "needs"),
+    ("vit shards", write_vit, {}, "", "needs"),
+    ("glue", write_glue, {}, "--tasks qqp", "there are rte"),
+    ("table glue", write_glue, {}, "--tasks qqp", "there are rte"),
+    ("glue metric", write_glue, {"drop": ["val_accuracy"]}, "", "--eval-each-round"),
+    ("glue bytes", write_glue, {"drop": ["bytes_up", "bytes_down"]}, "", "bytes_up"),
+    ("glue clients", write_glue, {"drop": ["client_val_accuracy"]}, "", "--eval-clients"),
+    ("glue error", write_glue, {"drop": ["aggregation_error"]}, "", "aggregation_error"),
+    ("noniid curves", write_noniid, {"drop": ["val_loss", "worst_client_val_loss"]}, "", "val_loss"),
+    ("noniid clients", write_noniid, {"drop": NO_CLIENTS}, "", "client_val_loss"),
+    ("noniid drift", write_noniid, {"drop": NO_CLIENTS}, "", "relative_drift"),
+    ("noniid similarity", write_noniid, {"drop": ["update_cosines"]}, "", "update_cosines"),
+]
 
 
-@pytest.mark.parametrize("low, high", [(100, 110), (99, 310), (90, 60_000), (0.02, 0.7), (1.001, 1.002), (500, 501)])
-def test_a_log_axis_has_three_to_eight_round_numbers(low, high):
-    ticks = curves.round_ticks(low, high)
-    assert 3 <= len(ticks) <= 8 and ticks == sorted(set(ticks))
-    assert all(low <= t <= high for t in ticks)
+def test_a_figure_without_its_runs_or_fields_names_what_it_needs(tmp_path):
+    for i, (name, write, more, words, expected) in enumerate(REFUSED):
+        write(tmp_path / str(i), **more)
+        assert expected in refused(name, tmp_path / str(i), words), name
 
 
-def test_a_metrics_line_cut_off_by_a_crash_is_left_out_and_damage_elsewhere_is_named(tmp_path):
-    folder = write_run(tmp_path)
-    path = folder / "metrics.jsonl"
+POINT = '{"points": [{"alpha": 0, "value": 1, "failed": true}]}'
+PARTITION = '{"label_histograms": [[1], [2]], "counts": [1]}'
+DAMAGED = [
+    ("vit shards", write_vit, "shards.json", ["{", '{"counts": [1, 2]}', '{"counts": [["a"]]}', "{}"]),
+    ("vit layers", lambda root: write_vit(root, SPARSE), "mask.safetensors", ["damaged"]),
+    ("noniid partition", write_noniid, "partition.json", ["{", "[]", '{"label_histograms": [[1, 2]]}', PARTITION]),
+    ("noniid failure_map", write_noniid, "failure_map.json", ["{", "[]", '{"points": []}', POINT]),
+]
+
+
+def test_damaged_files_beside_a_run_are_named(tmp_path):
+    for name, write, file, texts in DAMAGED:
+        for i, text in enumerate(texts):
+            folder = write(tmp_path / f"{name}_{i}")
+            (folder / file).write_text(text)
+            error = refused(name, folder.parent)
+            assert str(folder) in error and ("damaged" in error or "kept_per_layer" in error), (name, text, error)
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out_and_damage_elsewhere_is_named(tmp_path):
+    path = write_mamba(tmp_path) / "metrics.jsonl"
     whole = path.read_text()
     path.write_text(whole + '{"round": 4, "val_p')
-    assert [row["round"] for row in curves.read_metrics(folder)] == [1, 2, 3]
+    assert table("table mamba", tmp_path)["FedAvg"]["tokens"] == "3,000"
     path.write_text("{damaged\n" + whole)
-    with pytest.raises(ValueError, match="line 1"):
-        curves.read_metrics(folder)
+    assert "line 1" in refused("table mamba", tmp_path)
 
 
-def test_draw_curve_writes_the_figure_and_needs_a_finite_perplexity(tmp_path):
-    path = curves.draw_curve(write_run(tmp_path, ppl=(300.0, "inf", 200.0)))
-    assert path.name == "curve.png" and path.read_bytes().startswith(b"\x89PNG")
-    assert not list(path.parent.glob(".curve*")), "the temporary file stays behind"
-    assert curves.draw_curve(write_run(tmp_path, ppl=("inf", "nan"))) is None
-
-
-def test_drawing_in_a_training_process_needs_no_pyplot(tmp_path):
-    folder = write_run(tmp_path)
-    code = "import sys; from common.curves import draw_curve; assert 'matplotlib' not in sys.modules; "
-    code += f"draw_curve({str(folder)!r}); assert 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-# ---- what is compared with what
-
-
-def groups_of(root):
-    runs, _ = run_folders.find_runs(root)
-    return run_folders.like_with_like(runs)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"dataset": "demo"},
-        {"tokenizer": "bpe:4096"},
-        {"layers": 2},
-        {"d_model": 128},
-        {"sequence_length": 128},
-        {"val_sequences": 8},
-        {"variant": "tokens"},
-    ],
-)
-def test_runs_on_other_data_or_models_are_never_in_one_group(tmp_path, other):
-    write_run(tmp_path, "central")
-    write_run(tmp_path)
-    write_run(tmp_path, **other)
-    assert sorted(len(members) for _, members in groups_of(tmp_path)) == [1, 2]
-
-
-def test_the_central_run_joins_each_schedule_and_the_default_one_comes_first(tmp_path):
-    write_run(tmp_path, "central")
-    for seed in range(3):
-        write_run(tmp_path, seed=seed, sync="epoch")
-    write_run(tmp_path)
-    groups = groups_of(tmp_path)
-    assert [(setting["sync"], len(members)) for setting, members in groups] == [("round", 2), ("epoch", 4)]
-    assert run_folders.suffixes(groups) == ["", "_sync_epoch"]
-
-
-def test_central_has_no_schedule_of_its_own_whatever_its_args_hold(tmp_path):
-    write_run(tmp_path, "central", sync="round", budget="equal", local_updates=1, expand=2)
-    write_run(tmp_path, sync="epoch", local_updates=8, expand=2)
-    ((setting, members),) = groups_of(tmp_path)
-    assert setting["sync"] == "epoch" and len(members) == 2
-    assert [curve.label for curve in run_folders.curves_of(members)] == ["Central", "FedAvg"]
-    assert "LU" not in run_folders.describe(setting) and "expand" not in run_folders.describe(setting)
-
-
-def test_config_and_layers_are_the_same_flag(tmp_path):
-    write_run(tmp_path, layers=2)
-    write_run(tmp_path, layers=None, config="pure_ssm_2_layer", seed=1)
-    ((setting, members),) = groups_of(tmp_path)
-    assert setting["config"] == "pure_ssm_2_layer" and {run.layers for run in members} == {2}
-
-
-def test_mean_and_range_over_seeds_at_the_rounds_that_all_have(tmp_path):
-    write_run(tmp_path, seed=0, ppl=(400.0, 200.0, 100.0))
-    write_run(tmp_path, seed=1, ppl=(500.0, 300.0))
-    write_run(tmp_path, seed=2, ppl=(600.0, "inf", 100.0))
-    (curve,) = run_folders.curves_of(run_folders.find_runs(tmp_path)[0])
-    tokens, mean, low, high = curve.series("val_ppl")
-    assert tokens.tolist() == [1000, 2000]
-    assert (mean[0], low[0], high[0]) == (500, 400, 600)
-    assert np.isnan([mean[1], low[1], high[1]]).all(), "one seed's inf is a gap, not a mean of the others"
-
-
-def test_labels_name_what_differs_and_nothing_else(tmp_path):
-    write_run(tmp_path, "central", seed=5)
-    write_run(tmp_path)
-    write_run(tmp_path, "fed_fisher", seed=1, threads=2)
-    write_run(tmp_path, "fed_momentum", server_optimizer="nesterov")
-    write_run(tmp_path, "fed_momentum", server_optimizer="adam", client_optimizer="sgd")
-    made = run_folders.curves_of(run_folders.find_runs(tmp_path)[0])
-    expected = ["Central", "FedAvg", "FedMomentum, nesterov", "FedMomentum, client sgd, adam", "FedFisher"]
-    assert [curve.label for curve in made] == expected
-    write_run(tmp_path, local_updates=8)
-    labels = [curve.label for curve in run_folders.curves_of(run_folders.find_runs(tmp_path)[0])]
-    assert labels[:3] == ["Central", "FedAvg, LU 1", "FedAvg, LU 8"]
-
-
-def test_of_two_runs_with_one_seed_one_counts_and_the_other_is_named(tmp_path):
-    for name, written_at in (("a", 2_000), ("b", 1_000)):
-        os.utime(write_run(tmp_path, name=name) / "metrics.jsonl", (written_at, written_at))
-    notes = []
-    (curve,) = run_folders.curves_of(run_folders.find_runs(tmp_path)[0], notes)
-    assert [run.folder.name for run in curve.runs] == ["a"], "the later one counts"
-    assert len(notes) == 1 and notes[0].startswith(f"left out {tmp_path / 'b'}")
-
-
-def test_unfinished_and_damaged_runs_are_left_out_and_named(tmp_path):
-    write_run(tmp_path, name="good")
-    write_run(tmp_path, name="cut", status="failed")
-    write_run(tmp_path, name="bad")
-    (tmp_path / "bad" / "run.json").write_text("{")
-    runs, notes = run_folders.find_runs(tmp_path)
-    assert [run.folder.name for run in runs] == ["good"]
-    assert any("bad" in note and "damaged" in note for note in notes)
-    assert any("cut" in note and "failed" in note for note in notes)
-    assert len(run_folders.find_runs(tmp_path, unfinished=True)[0]) == 2
-
-
-# ---- figures of perplexity
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """file name -> the figure that was drawn; nothing is written."""
-    seen = {}
-    monkeypatch.setattr(plot_perplexities, "save_figure", lambda figure, path: seen.setdefault(path.name, figure))
-    return seen
-
-
-def test_the_four_figures_have_the_sources_names(tmp_path):
-    for seed in range(2):
-        for layers in (1, 2):
-            write_run(tmp_path, "central", seed=seed, layers=layers)
-            write_run(tmp_path, seed=seed, layers=layers)
-        write_run(tmp_path, local_updates=8, seed=seed)
-        write_run(tmp_path, "fed_fisher", seed=seed)
-    drawn = draw(plot_perplexities, tmp_path, "--config", "pure_ssm_1_layer")
-    assert drawn == [
-        "1_central_vs_fed_pure_ssm_1_layer.png",
-        "2_lu_comparison_pure_ssm_1_layer.png",
-        "3_method_comparison_pure_ssm_1_layer.png",
-        "4_multi_config_comparison.png",
-    ]
-
-
-def test_a_second_group_gets_its_own_file_and_pdf_is_pdf(tmp_path):
+def test_a_script_of_its_own_ends_with_one_line_and_2_and_its_files_are_pictures(tmp_path):
     for sync in ("round", "epoch"):
-        write_run(tmp_path, sync=sync)
-    write_run(tmp_path, "central")
-    drawn = draw(plot_perplexities, tmp_path, "--format", "pdf")
-    assert drawn == ["1_central_vs_fed_pure_ssm_1_layer.pdf", "1_central_vs_fed_pure_ssm_1_layer_sync_epoch.pdf"]
-    assert (tmp_path / "plots" / drawn[0]).read_bytes().startswith(b"%PDF")
-
-
-def test_a_figure_shows_the_mean_against_tokens_with_units_and_says_its_band(tmp_path, figures):
-    for seed, ppl in enumerate([(400.0, 200.0), (600.0, 300.0)]):
-        write_run(tmp_path, seed=seed, ppl=ppl)
-        write_run(tmp_path, seed=seed, ppl=ppl, local_updates=8)
-    plot_perplexities.main(parse(plot_perplexities, tmp_path))
-    figure = figures["2_lu_comparison_pure_ssm_1_layer.png"]
-    (axis,) = figure.axes
-    assert axis.get_xlabel().startswith("Tokens seen, all clients together") and axis.get_yscale() == "log"
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["FedAvg, LU 1: 250", "FedAvg, LU 8: 250"]
-    assert axis.lines[0].get_ydata().tolist() == [500, 250] and axis.lines[0].get_xdata()[-1] == 2000
-    # in grey too
-    assert len({(line.get_linestyle(), line.get_marker()) for line in axis.lines}) == 2
-    assert "mean of 2 seeds, band: minimum to maximum" in figure.get_suptitle()
-    assert "tokenizer gpt2" in figure.get_suptitle()
-
-
-def test_methods_are_compared_at_the_fewest_local_updates_only(tmp_path, figures):
-    write_run(tmp_path)
-    write_run(tmp_path, "fed_fisher")
-    write_run(tmp_path, "fed_entropy", local_updates=8)
-    plot_perplexities.main(parse(plot_perplexities, tmp_path))
-    names = figures["3_method_comparison_pure_ssm_1_layer.png"].axes[1].get_yticklabels()
-    assert [name.get_text() for name in names] == ["FedAvg", "FedFisher"]
-
-
-def test_figures_without_runs_are_named_and_none_at_all_exits_with_2(tmp_path, capsys):
-    write_run(tmp_path)
-    command = [sys.executable, str(ROOT / "plots/plot_perplexities.py"), "--data_dir", str(tmp_path)]
-    command += ["--out_dir", str(tmp_path / "plots")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        write_mamba(tmp_path, sync=sync)
+    words = command_line("mamba", tmp_path, tmp_path / "plots")
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "central.py" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "plots").exists()
-    write_run(tmp_path, "central")
-    draw(plot_perplexities, tmp_path)
-    out = capsys.readouterr().out
-    assert "not drawn: 2_lu_comparison_pure_ssm_1_layer.png needs runs of fed_avg.py" in out
-    assert "not drawn: 4_multi_config_comparison.png needs" in out
-
-
-@pytest.mark.parametrize("script", [plot_perplexities, visualize_deltas, visualize_federated_deltas, summarize])
-def test_a_wrong_folder_is_a_usage_error(tmp_path, script):
-    with pytest.raises(UsageError, match="not a folder"):
-        script.main(parse(script, tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match="no finished run"):
-        script.main(parse(script, tmp_path))
-    if hasattr(parse(script, tmp_path), "config"):
-        write_run(tmp_path)
-        with pytest.raises(UsageError, match="pure_ssm_9_layer"):
-            script.main(parse(script, tmp_path, "--config", "pure_ssm_9_layer"))
-
-
-# ---- the table
-
-
-def test_the_table_has_mean_standard_deviation_and_ratio_to_central(tmp_path, capsys):
-    for seed, (central, federated) in enumerate([(100.0, 130.0), (110.0, 140.0), (120.0, 150.0)]):
-        write_run(tmp_path, "central", seed=seed, ppl=(300.0, central))
-        write_run(tmp_path, seed=seed, ppl=(100.0, federated))
-    summarize.main(parse(summarize, tmp_path, "--markdown"))
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert rows[0][:2] == ["method", "final val ppl"] and len({len(row) for row in rows}) == 1
-    head, _, central, federated = rows
-    assert central[head.index("final val ppl")] == "110.0 +- 10.0"
-    table = dict(zip(head, federated, strict=True))
-    assert table["final val ppl"] == "140.0 +- 10.0" and table["best val ppl"] == "100.0 +- 0.0"
-    assert table["ratio to central"] == "1.273 +- 0.091"
-    assert table["test ppl (best)"] == "90.00 +- 0.00" and table["test ppl (last)"] == "95.00 +- 0.00"
-    assert (table["tokens"], table["minutes"], table["seeds"]) == ("2,000", "2.00 +- 0.00", "3")
-
-
-def test_the_ratio_is_to_the_central_run_with_the_same_arguments(tmp_path, capsys):
-    write_run(tmp_path, "central", ppl=(100.0,), lr=1e-3)
-    write_run(tmp_path, "central", ppl=(50.0,), lr=5e-4)
-    write_run(tmp_path, ppl=(100.0,), lr=5e-4)
-    summarize.main(parse(summarize, tmp_path))
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FedAvg")]
-    assert " 2.000 " in row
-
-
-def test_a_diverged_seed_is_a_dash_not_a_mean_of_the_others(tmp_path):
-    assert summarize.spread(np.array([100.0, math.nan])) == "-"
-
-
-# ---- updates
-
-
-def test_singular_values_and_the_rank_of_the_energy():
-    matrix = np.random.default_rng(0).normal(size=(40, 12))
-    expected = np.linalg.svd(matrix, compute_uv=False)
-    for m in (matrix, matrix.T):
-        np.testing.assert_allclose(deltas.singular_values(m), expected, rtol=1e-10)
-    # squares 16, 3, 1 of 20: 80 %, 95 %, 100 %
-    assert deltas.energy_rank(np.sqrt([16.0, 3.0, 1.0])) == 2
-    assert deltas.energy_rank(np.sqrt([16.0, 2.9, 1.1])) == 3
-    assert deltas.energy_rank(np.zeros(3)) == 0
-
-
-def test_a_heat_map_takes_the_rows_and_columns_with_the_largest_norm_over_all_steps():
-    first, second = np.zeros((200, 100)), np.zeros((200, 100))
-    first[150:] = second[40:70] = 1.0
-    first[:, 90:] *= 0.5
-    second[:, 90:] *= 0.5
-    rows, columns = deltas.strongest([first, second])
-    assert rows.tolist() == [*range(40, 70), *range(150, 200)]
-    assert columns.tolist() == list(range(80))
-
-
-def test_in_proj_blocks_of_the_sources_size():
-    blocks = deltas.in_proj_blocks({"expand": 2}, rows=2320, columns=512, heads=16)
-    assert blocks == [("z", 0), ("x", 1024), ("B", 2048), ("C", 2176), ("dt", 2304)]
-    assert deltas.in_proj_blocks({"expand": 4}, rows=2320, columns=512, heads=16) == []
-
-
-def test_ten_steps_are_spread_over_the_run():
-    assert deltas.evenly(list(range(100)), 10) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
-    assert deltas.evenly([1, 2], 10) == [1, 2]
-
-
-def test_figures_of_central_updates(tmp_path):
-    for seed in range(2):
-        folder = write_run(
-            tmp_path, "central", name=f"central_config_pure_ssm_2_layer_seed_{seed}", layers=2, seed=seed
-        )
-        write_deltas(folder / "server" / "deltas", seed=seed)
-    drawn = draw(visualize_deltas, tmp_path)
-    expected = ["averaged_final_spectrum_pure_ssm_2_layer.png", "averaged_svd_evolution_pure_ssm_2_layer.png"]
-    for seed in range(2):
-        run = f"central_config_pure_ssm_2_layer_seed_{seed}"
-        expected += [f"heatmap_heads_{run}.png"] + [f"heatmap_structure_{run}_layer_{i}.png" for i in range(2)]
-    assert drawn == sorted(expected)
-
-
-def test_averaged_is_over_layers_then_over_seeds(tmp_path, monkeypatch):
-    for seed, scale in enumerate((1.0, 3.0)):
-        folder = write_run(tmp_path, "central", seed=seed, layers=2)
-        (folder / "deltas").mkdir()
-        arrays = {f"layers.{i}.in_proj": scale * (i + 1) * np.eye(4, dtype="f4") for i in range(2)}
-        np.savez(folder / "deltas" / "step_000007.npz", **arrays)
-    seen = []
-    monkeypatch.setattr(deltas, "evolution", lambda path, panels, *_: seen.extend(panels))
-    draw(visualize_deltas, tmp_path)
-    ((_, steps, values),) = seen
-    assert steps == [7] and values.shape == (2, 1, 4)
-    np.testing.assert_allclose(values[:, 0, 0], [1.5, 4.5])
-
-
-@pytest.mark.parametrize("entity, end", [("server", ""), ("client", "_client")])
-def test_figures_of_federated_updates(tmp_path, capsys, entity, end):
-    folder = write_run(tmp_path, "fed_fisher", local_updates=8)
-    write_deltas(folder / "server" / "deltas", layers=1)
-    for i in range(2):
-        write_deltas(folder / f"client_{i}" / "deltas", layers=1, seed=i)
-        (folder / f"client_{i}" / "deltas" / "step_000009.npz").write_bytes(b"PK damaged")
-    drawn = draw(visualize_federated_deltas, tmp_path, "--entity", entity)
-    name = "fed_fisher_pure_ssm_1_layer_lu_8"
-    expected = [f"svd_evolution_{name}{end}.png", f"svd_spectrum_{name}{end}.png"]
-    expected += [f"heatmap_{name}_seed_0_layer_0_{entity}.png"]
-    expected += [f"heatmap_heads_{name}_seed_0_server.png"] if entity == "server" else []
-    assert drawn == sorted(expected)
-    assert ("damaged" in capsys.readouterr().out) == (entity == "client")
-
-
-def test_file_names_say_what_sets_a_further_curve_apart(tmp_path):
-    for more in (
-        {"server_optimizer": "momentum"},
-        {"server_optimizer": "adam"},
-        {"server_optimizer": "adam", "seed": 1},
-    ):
-        write_run(tmp_path, "fed_momentum", **more)
-        write_run(tmp_path, "fed_momentum", sync="epoch", **more)
-    runs, notes = run_folders.find_runs(tmp_path)
-    named = run_folders.named_curves(runs, visualize_federated_deltas.base_name, notes)
-    name = "fed_momentum_pure_ssm_1_layer_lu_1"
-    assert [found for *_, found in named] == [
-        name,
-        f"{name}_momentum",
-        f"{name}_sync_epoch",
-        f"{name}_sync_epoch_momentum",
-    ]
-    assert [len(curve.runs) for _, curve, _ in named] == [2, 1, 2, 1]
-
-
-def test_two_settings_of_one_method_do_not_overwrite_each_other(tmp_path):
-    for optimizer in ("momentum", "adam"):
-        folder = write_run(tmp_path, "fed_momentum", server_optimizer=optimizer)
-        write_deltas(folder / "server" / "deltas", steps=(1,), layers=1)
-    drawn = draw(visualize_federated_deltas, tmp_path)
-    assert len([name for name in drawn if name.startswith("svd_spectrum")]) == 2
-
-
-@pytest.mark.parametrize("script, command", [(visualize_deltas, "central"), (visualize_federated_deltas, "fed_avg")])
-def test_runs_without_stored_updates_name_the_flag(tmp_path, script, command):
-    write_run(tmp_path, command)
-    with pytest.raises(UsageError, match="--save-deltas"):
-        draw(script, tmp_path)
+    write_mamba(tmp_path, "central")
+    assert call(words)[0] == call([*words, "--format", "pdf"])[0] == 0
+    drawn = {path.name: path.read_bytes()[:4] for path in (tmp_path / "plots").iterdir()}
+    name = "1_central_vs_fed_pure_ssm_1_layer"
+    kinds = {"png": b"\x89PNG", "pdf": b"%PDF"}
+    assert drawn == {f"{name}{end}.{kind}": start for end in ("", "_sync_epoch") for kind, start in kinds.items()}

@@ -173,7 +173,7 @@ def main(args):
     if failed:
         raise RunFailed(f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed)}): see {output}/output")
     if table:
-        raise RunFailed(f"the runs are finished but plots/vit_table.py ended with exit code {table}")
+        raise RunFailed(f"the runs are finished but plots/tables.py ended with exit code {table}")
     print(output)
 
 
@@ -196,9 +196,9 @@ def collected(output):
 def draw(output):
     """Draws what the runs allow into `output`/figures and prints the table. Returns the table's exit code."""
     plots = HERE.parent / "plots"
-    figures = [sys.executable, str(plots / "vit_figures.py"), "--data-dir", str(output)]
+    figures = [sys.executable, str(plots / "vit.py"), "--data-dir", str(output)]
     subprocess.run([*figures, "--out-dir", str(output / "figures")], check=False)
-    table = [sys.executable, str(plots / "vit_table.py"), "--data-dir", str(output), "--markdown"]
+    table = [sys.executable, str(plots / "tables.py"), "vit_sparse_fl", "--data-dir", str(output)]
     return subprocess.run(table, check=False).returncode
 
 

@@ -1,0 +1,349 @@
+"""The numbers in figures and tables, computed by hand from runs with known values."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from fixed_runs import CENTRAL, LORA, SPARSE, change, change_rows, vit_study, write_glue, write_mamba, write_vit
+from noniid_folders import write_run as write_noniid
+from plotting import ROOT, figures, lines_of, table, texts_of, ticks
+
+from common import curves
+
+
+def spread(values):
+    return np.std(values, ddof=1)
+
+
+def bars_of(axes):
+    """[(x, mean, half the bar's length)] of every point with a bar, from left to right."""
+    bars = []
+    for container in axes.containers:
+        line, _, (bar,) = container.lines
+        for (x, mean), segment in zip(line.get_xydata(), bar.get_segments(), strict=True):
+            bars.append((round(x, 3), mean, (segment[1, 1] - segment[0, 1]) / 2))
+    return sorted(bars)
+
+
+def band_at(axes, x):
+    """(lowest, highest) of an axes' first band at x."""
+    corners = axes.collections[0].get_paths()[0].vertices
+    values = corners[corners[:, 0] == x, 1]
+    return values.min(), values.max()
+
+
+# ---- tables
+
+
+def test_the_table_of_mamba_fl_has_mean_spread_and_the_ratio_to_central(tmp_path):
+    for seed, (central, federated) in enumerate([(100.0, 130.0), (110.0, 140.0), (120.0, 150.0)]):
+        write_mamba(tmp_path, "central", seed=seed, ppl=(300.0, central))
+        write_mamba(tmp_path, seed=seed, ppl=(100.0, federated))
+    rows = table("table mamba", tmp_path)
+    assert rows["Central"]["final val ppl"] == "110.0 +- 10.0"
+    row = rows["FedAvg"]
+    assert row["final val ppl"] == "140.0 +- 10.0" and row["best val ppl"] == "100.0 +- 0.0"
+    assert row["ratio to central"] == "1.273 +- 0.091"
+    assert row["test ppl (best)"] == "90.00 +- 0.00" and row["test ppl (last)"] == "95.00 +- 0.00"
+    assert (row["tokens"], row["minutes"], row["seeds"]) == ("2,000", "2.00 +- 0.00", "3")
+
+
+def test_the_ratio_is_to_the_central_run_with_the_same_arguments(tmp_path):
+    for lr, ppl in ((1e-3, 100.0), (5e-4, 50.0)):
+        write_mamba(tmp_path, "central", ppl=(ppl,), lr=lr)
+    write_mamba(tmp_path, ppl=(100.0,), lr=5e-4)
+    assert table("table mamba", tmp_path)["FedAvg"]["ratio to central"] == "2.000"
+
+
+def test_the_table_of_vit_sparse_fl_has_differences_to_dense_seed_by_seed(tmp_path):
+    for seed, (dense, sparse) in enumerate([(0.50, 0.49), (0.60, 0.58), (0.70, 0.67)]):
+        write_vit(tmp_path, CENTRAL, accuracy=0.8, seed=seed)
+        write_vit(tmp_path, accuracy=dense, seed=seed)
+        write_vit(tmp_path, accuracy=0.3, seed=seed, sharding="non_iid", nc=5)
+        write_vit(tmp_path, SPARSE, accuracy=sparse, seed=seed)
+    write_vit(tmp_path, SPARSE, seed=1, sharding="non_iid", nc=5, accuracy=0.25)
+    write_vit(tmp_path, SPARSE, seed=9, sparsity_ratio=0.5, accuracy=0.2)
+    rows = table("table vit", tmp_path)
+    dense, sparse = rows["Dense FedAvg"], rows["Random"]
+    assert (dense["test % (last)"], dense["vs dense"], dense["seeds"]) == ("60.00 +- 10.00", "-", "3")
+    assert dense["test % (best)"] == "61.00 +- 10.00" and dense["val % (best)"] == "60.00 +- 10.00"
+    assert dense["MB up"] == "30.00 +- 0.00" and dense["rounds"] == "30" and dense["minutes"] == "1.0 +- 0.0"
+    assert sparse["vs dense"] == "-2.00 +- 1.00", "the spread of the pairs, not of the runs"
+    assert rows["Random, Nc 5"]["vs dense"] == "-5.00", "to dense with the same shards"
+    assert rows["Random, sparsity 0.5"]["vs dense"] == "-", "no dense run of that seed"
+    assert rows["Central"]["MB up"] == "-"
+    row = table("table vit", tmp_path, "--interference")["Dense FedAvg"]
+    names = ("cosine", "sign conflict %", "drift %")
+    assert [row[name] for name in names] == ["0.200 +- 0.000", "50.0 +- 0.0", "1.000 +- 0.000"]
+
+
+def test_the_table_of_lora_glue_fl_has_differences_to_central_or_a_rule_seed_by_seed(tmp_path):
+    for seed, (central, svd, naive) in enumerate([(0.70, 0.60, 0.59), (0.72, 0.65, 0.63), (0.74, 0.70, 0.67)]):
+        write_glue(tmp_path, LORA, central, seed)
+        write_glue(tmp_path, value=svd, seed=seed)
+        write_glue(tmp_path, value=naive, seed=seed, aggregate="naive")
+    write_glue(tmp_path, value=0.5, seed=9, aggregate="ffa")
+    rows = table("table glue", tmp_path)
+    svd = rows["SVD (FlexLoRA)"]
+    assert (svd["Accuracy (%)"], svd["best"]) == ("65.00 +- 5.00", "66.00 +- 5.00")
+    assert svd["vs central"] == "-7.00 +- 3.00", "the spread of the pairs, not of the runs"
+    assert (svd["error %"], svd["discarded %"]) == ("20.00 +- 0.00", "4.00 +- 0.00")
+    assert (svd["MB up"], svd["MB down"], svd["minutes"], svd["seeds"]) == ("3.00", "9.00", "1.0 +- 0.0", "3")
+    assert rows["FFA-LoRA"]["error %"] == "<0.01" and rows["FFA-LoRA"]["discarded %"] == "-"
+    assert rows["FFA-LoRA"]["vs central"] == "-", "no central run of that seed"
+    assert rows["Central LoRA"]["MB up"] == "-" and rows["Central LoRA"]["vs central"] == "-"
+    rows = table("table glue", tmp_path, "--against svd")
+    assert rows["Naive (FedIT)"]["vs svd"] == "-2.00 +- 1.00" and rows["Central LoRA"]["vs svd"] == "+7.00 +- 3.00"
+
+
+def test_the_table_of_llm_noniid_has_paired_differences_alarms_and_rounds_to_a_loss(tmp_path):
+    for seed, last in enumerate((4.0, 4.4)):
+        write_noniid(tmp_path, losses=[6.0] * 9 + [last], alarms=[("slow", 20)][seed:], seed=seed)
+        write_noniid(tmp_path, losses=[6.0] * 9 + [last - 0.1 - 0.1 * seed], algorithm="scaffold", seed=seed)
+        write_noniid(tmp_path, losses=[6.0] * 9 + [last], partition="iid", seed=seed)
+    rows = table("table noniid", tmp_path, "--target 4.1")
+    assert list(rows) == ["FedAvg", "FedAvg, IID", "SCAFFOLD"]
+    assert rows["FedAvg"]["val loss"] == "4.200 +- 0.283" and rows["FedAvg"]["vs FedAvg"] == "-"
+    assert rows["SCAFFOLD"]["vs FedAvg"] == "-0.150 +- 0.071", "of the same partition, seed by seed"
+    assert rows["FedAvg"]["alarms"] == "slow 1/2" and rows["SCAFFOLD"]["alarms"] == "-"
+    assert rows["FedAvg"]["worst client"] == "4.450 +- 0.283"
+    assert rows["FedAvg"]["to 4.1"] == ">40", "one seed never had it"
+    assert table("table noniid", tmp_path, "--target 6")["FedAvg"]["to 6"] == "4.0 +- 0.0", "the first evaluation"
+
+
+def test_a_seed_without_a_result_is_a_dash_not_a_mean_of_the_others(tmp_path):
+    for study, write, field, column in (
+        ("mamba", write_mamba, "val_ppl", "final val ppl"),
+        ("vit", write_vit, "test_accuracy_last", "test % (last)"),
+        ("glue", write_glue, "val_accuracy", "Accuracy (%)"),
+        ("noniid", write_noniid, "val_loss", "val loss"),
+    ):
+        for seed in range(2):
+            folder = write(tmp_path / study, seed=seed)
+        change(folder, **{field: "nan", "final_val_ppl": "nan"})
+        change_rows(folder, lambda row, field=field: row | {field: "nan"} if field in row else row)
+        (row,) = table(f"table {study}", tmp_path / study).values()
+        assert row[column] == "-" and row["seeds"] == "2", study
+
+
+# ---- figures
+
+
+def test_perplexity_is_drawn_against_tokens_as_mean_and_range_with_gaps_where_a_seed_is_not_finite(tmp_path):
+    for seed, middle in enumerate((300.0, "inf")):
+        write_mamba(tmp_path, seed=seed, ppl=(400.0 + 200 * seed, 200.0 + 100 * seed))
+        write_mamba(tmp_path, seed=seed, ppl=(300.0 + 200 * seed, middle, 100.0), local_updates=8)
+    figure = figures("mamba", tmp_path)["2_lu_comparison_pure_ssm_1_layer.png"]
+    (axes,) = figure.axes
+    assert axes.get_xlabel().startswith("Tokens seen, all clients together") and axes.get_yscale() == "log"
+    first, second = axes.lines[:2]
+    assert (
+        first.get_ydata().tolist() == [500, 250] and first.get_xdata()[-1] == 2000 and band_at(axes, 1000) == (400, 600)
+    )
+    np.testing.assert_array_equal(second.get_ydata(), [400, np.nan, 100])
+    assert texts_of(axes) == [] and "mean of 2 seeds, band: minimum to maximum" in figure.get_suptitle()
+
+
+def write_updates(root, seed, matrices):
+    """A central run whose stored updates of in_proj are these, one list of layers a step."""
+    folder = write_mamba(root, "central", seed=seed, layers=len(matrices[0])) / "deltas"
+    folder.mkdir()
+    for step, layers in enumerate(matrices, start=1):
+        arrays = {f"layers.{i}.in_proj": matrix.astype("f4") for i, matrix in enumerate(layers)}
+        np.savez(folder / f"step_{step:06d}.npz", **arrays)
+
+
+def test_singular_values_are_averaged_over_layers_then_seeds_with_the_rank_of_the_energy(tmp_path):
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0][:, :3]
+    for seed, scale in enumerate((1.0, 3.0)):
+        # squares 16, 3.1, 0.9 of 20: 80 %, 95.5 %, 100 %
+        matrix = scale * turn * np.sqrt([16.0, 3.1, 0.9])
+        write_updates(tmp_path, seed, [[matrix, 2 * matrix]])
+    drawn = figures("mamba central updates", tmp_path)
+    (axes,) = drawn["averaged_final_spectrum_pure_ssm_2_layer.png"].axes
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), 3 * np.sqrt([16.0, 3.1, 0.9]), rtol=1e-5)
+    np.testing.assert_allclose(band_at(axes, 1), (1.5 * 4, 4.5 * 4), rtol=1e-5)
+    assert "rank 2 of 3" in axes.get_title()
+
+
+def test_a_heat_map_takes_the_rows_and_columns_with_the_largest_norm_at_ten_steps(tmp_path):
+    first, second = np.zeros((200, 100)), np.zeros((200, 100))
+    first[150:] = second[40:70] = 1.0
+    first[:, 90:] *= 0.5
+    second[:, 90:] *= 0.5
+    write_updates(tmp_path, 0, [[first]] * 50 + [[second]] * 50)
+    drawn = figures("mamba central updates", tmp_path)
+    (figure,) = [figure for name, figure in drawn.items() if name.startswith("heatmap_structure")]
+    maps = [axes for axes in figure.axes if axes.get_title().startswith("step")]
+    assert [axes.get_title() for axes in maps] == [f"step {step}" for step in (1, 12, 23, 34, 45, 56, 67, 78, 89, 100)]
+    images = [np.asarray(axes.images[0].get_array()) for axes in maps]
+    assert all(image.shape == (80, 80) for image in images)
+    assert images[0][30:].all() and not images[0][:30].any() and images[-1][:30].all() and not images[-1][30:].any()
+
+
+def test_heterogeneity_goes_up_to_iid_in_percent_with_standard_deviations_and_the_ceiling(tmp_path):
+    vit_study(tmp_path)
+    drawn = figures("vit", tmp_path)
+    (axes,) = drawn["heterogeneity.png"].axes
+    assert ticks(axes.xaxis) == ["Dirichlet 0.1", "Nc 1", "Nc 5", "IID"]
+    expected = [(0, 35, 0), (1, 30, 0), (2, 42, 100 * spread([0.4, 0.44])), (3, 51, 100 * spread([0.50, 0.52]))]
+    np.testing.assert_allclose(bars_of(axes), expected, atol=1e-9)
+    assert axes.containers[0].lines[0].get_xdata().tolist() == [1, 2, 3], "no line leads to Dirichlet"
+    assert lines_of(axes)["Central: 60.0 %"].get_ydata()[0] == 60
+    accuracy, loss = drawn["heterogeneity_curves.png"].axes
+    np.testing.assert_allclose(lines_of(accuracy)["Dense FedAvg, IID"].get_ydata(), [17, 34, 51])
+    np.testing.assert_allclose([band_at(accuracy, x) for x in (10, 30)], [(50 / 3, 52 / 3), (50, 52)])
+
+
+def test_a_curve_is_over_the_rounds_that_all_seeds_have_and_a_gap_where_one_is_not_finite(tmp_path):
+    for seed in range(2):
+        folder = write_vit(tmp_path, CENTRAL, seed=seed)
+    change_rows(folder, lambda row: row | ({"val_accuracy": "nan"} if row["round"] == 20 else {}))
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    line = lines_of(figures("vit curves", tmp_path)["central_curves.png"].axes[0])["Central"]
+    np.testing.assert_allclose([line.get_xdata(), line.get_ydata()], [[10, 20], [50 / 3, np.nan]])
+
+
+def test_masks_as_they_are_saved_are_drawn_and_equal_ones_of_several_seeds_too(tmp_path):
+    import torch
+
+    from vit_sparse_fl import masks
+
+    kept = {"vit.layers.0.mlp.fc1.weight": torch.tensor([[True, False]])}
+    kept["vit.layers.0.mlp.fc1.bias"] = torch.ones(2) > 0
+    masks.save_mask(write_vit(tmp_path, SPARSE) / "mask.safetensors", kept, {"strategy": "random"})
+    for seed in range(3):  # the mean of equal fractions may round past them
+        write_vit(tmp_path, SPARSE, seed=seed, mask_strategy="least_sensitive", kept={"vit.layers.0.mlp.fc1": 0.07})
+    (figure,) = figures("vit layers", tmp_path).values()
+    lines = lines_of(figure.axes[0])
+    np.testing.assert_allclose([lines[name].get_ydata() for name in ("Least sensitive", "Random")], [[7], [75]])
+
+
+def test_shards_are_one_map_per_sharding_of_the_lowest_seed(tmp_path):
+    for seed in (10, 9):
+        write_vit(tmp_path, seed=seed, counts=[[seed, 1], [1, 1]])
+        write_vit(tmp_path, seed=seed, sharding="non_iid", nc=1, counts=[[seed, 0], [0, 3]])
+    iid, skewed, _ = figures("vit shards", tmp_path)["shards.png"].axes
+    assert iid.get_title() == "IID (seed 9)\n2 classes a client"
+    assert skewed.get_title() == "Nc 1 (seed 9)\n1 class a client"
+    shown = skewed.images[0].get_array()
+    assert shown.mask.tolist() == [[False, True], [True, False]] and shown[0, 0] == 9
+
+
+def test_a_metric_of_glue_has_standard_deviations_at_evaluated_rounds_and_the_central_line(tmp_path):
+    for seed in range(2):
+        write_glue(tmp_path, LORA, 0.70 + 0.02 * seed, seed)
+        write_glue(tmp_path, value=0.60 + 0.04 * seed, seed=seed)
+    write_glue(tmp_path, task_name="cola")
+    axes, cola = figures("glue metric", tmp_path)["metric.png"].axes
+    assert [a.get_title() for a in (axes, cola)] == ["RTE, 3 clients, IID (2 seeds)", "CoLA, 3 clients, IID (1 seed)"]
+    svd = lines_of(axes)["SVD (FlexLoRA)"]
+    assert svd.get_xdata().tolist() == [1, 3], "no gap and no value at the round without evaluation"
+    np.testing.assert_allclose(svd.get_ydata(), [52, 62])
+    sd = 100 * spread([0.60, 0.64])
+    np.testing.assert_allclose([band_at(axes, 1), band_at(axes, 3)], [(52 - sd, 52 + sd), (62 - sd, 62 + sd)])
+    assert lines_of(axes)["Central LoRA"].get_ydata()[0] == pytest.approx(71)
+    spans = [(patch.get_y(), patch.get_height()) for patch in axes.patches]
+    central = 100 * spread([0.70, 0.72])
+    assert any(np.allclose(span, (71 - central, 2 * central)) for span in spans)
+
+
+@pytest.mark.parametrize("value", [0.02, "nan"])
+def test_a_rule_that_is_not_exact_once_is_not_called_so(tmp_path, value):
+    for seed in range(2):
+        folder = write_glue(tmp_path, aggregate="ffa", seed=seed)
+    change_rows(folder, lambda row: row | ({"aggregation_error": value} if row["round"] == 2 else {}))
+    assert list(lines_of(figures("glue error", tmp_path)["error_rounds.png"].axes[0])) == ["FFA-LoRA"]
+
+
+def test_losses_have_standard_deviations_the_central_line_and_first_alarms(tmp_path):
+    ends = [last + (5.5 - last) * 0.9**36 for last in (4.0, 4.4)]
+    for seed, last in enumerate((4.0, 4.4)):
+        write_noniid(tmp_path, last, [("drifting", 12), ("slow", 20)][: 1 + seed], seed=seed)
+        write_noniid(tmp_path, last - 0.1, algorithm="central", seed=seed)
+    figure = figures("noniid curves", tmp_path)["noniid_curves.png"]
+    (axes,) = figure.axes
+    line = lines_of(axes)["FedAvg"]
+    assert line.get_xdata().tolist() == list(range(4, 41, 4))
+    expected = 4.2 + (5.5 - 4.2) * 0.9 ** (np.arange(4, 41, 4) - 4)
+    np.testing.assert_allclose(line.get_ydata(), expected)
+    np.testing.assert_allclose(band_at(axes, 40), [np.mean(ends) - spread(ends), np.mean(ends) + spread(ends)])
+    central = [last - 0.1 + (5.6 - last) * 0.9**36 for last in (4.0, 4.4)]
+    assert lines_of(axes)["Central, last round"].get_ydata()[0] == pytest.approx(np.mean(central))
+    assert texts_of(axes) == ["\u25cf Dr", "\u25cf Sl 1/2"]
+    assert [text for text in axes.texts if text.get_text()][1].xy == (20, pytest.approx(expected[4]))
+    assert "first alarms: Dr drifting, Sl slow" in " ".join(figure.get_suptitle().split())
+
+
+def test_a_diverging_curve_leaves_the_axis_and_a_loss_that_is_not_finite_is_said(tmp_path):
+    for rate in (1e-4, 1e-3, 3e-3):
+        write_noniid(tmp_path / "a", learning_rate=rate)
+    wild = [5.5, 6.0, 20.0, 50.0, 80.0, 90.0, 90.0, 90.0, 90.0, 90.0]
+    write_noniid(tmp_path / "a", 90.0, [("diverged", 12)], losses=wild, learning_rate=0.1)
+    drawn = figures("noniid curves", tmp_path / "a")
+    figure = drawn["noniid_curves_learning_rate.png"]
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    assert 3.5 < low < 4.1 and 6 < high < 9 and "the curve leaves the axis" in figure.get_suptitle()
+    (arrow,) = [text for text in axes.texts if text.arrow_patch is not None and text.anncoords == "data"]
+    np.testing.assert_allclose(np.array(arrow.xy, dtype=float), [8 + 4 * (high - 6) / 14, high])
+    (last,) = drawn["noniid_curves_last_learning_rate.png"].axes
+    assert last.get_yscale() == "log"
+    write_noniid(tmp_path / "b", participation_rate=1.0)
+    write_noniid(tmp_path / "b", participation_rate=0.5, losses=[5.0] * 9 + ["nan"])
+    (axes,) = figures("noniid curves", tmp_path / "b")["noniid_curves_last_participation.png"].axes
+    assert texts_of(axes) == ["not\nfinite"] and len(bars_of(axes)) == 1
+
+
+def test_the_line_of_orthogonal_updates_is_that_of_as_many_clients_as_take_part(tmp_path):
+    write_noniid(tmp_path, participation_rate=1.0)
+    figure = figures("noniid drift", tmp_path)["noniid_drift.png"]
+    lines = [lines_of(axes)["orthogonal updates"].get_ydata()[0] for axes in figure.axes[:3]]
+    np.testing.assert_allclose(lines, [np.sqrt(5), 1, 1 / np.sqrt(6)])
+
+
+def test_clients_that_were_drawn_for_the_comparison_have_their_own_names(tmp_path):
+    some = {"compared": [1, 4], "update_cosines": [[1.0, 0.3], [0.3, 1.0]]}
+    change_rows(write_noniid(tmp_path, partition="style_skew"), lambda row: row | some)
+    axes = figures("noniid similarity", tmp_path)["noniid_similarity.png"].axes[0]
+    assert ticks(axes.xaxis) == ["1", "4"] and axes.images[0].get_array()[0, 1] == 0.3
+
+
+def test_each_client_is_compared_with_itself_under_fedavg_with_the_same_seed(tmp_path):
+    for seed, (base, clustered) in enumerate(((4.0, 3.8), (4.6, 4.5))):
+        write_noniid(tmp_path, base, losses=[base] * 10, seed=seed)
+        write_noniid(tmp_path, clustered, losses=[clustered] * 10, seed=seed, cluster="updates")
+    write_noniid(tmp_path, 1.0, losses=[1.0] * 10, seed=9, cluster="updates")
+    drawn = figures("noniid clients", tmp_path)
+    (axes,) = drawn["noniid_clients_against.png"].axes
+    np.testing.assert_allclose(sorted(lines_of(axes)["a client"].get_ydata()), [-0.2] * 6 + [-0.1] * 6)
+    np.testing.assert_allclose(bars_of(axes)[0][1:], [-0.15, spread([-0.2, -0.1])])
+    assert texts_of(axes) == ["100 %"]
+    (own,) = drawn["noniid_clients.png"].axes
+    worst = [c.lines[0].get_ydata()[0] for c in own.containers if c.get_label() == "worst client"]
+    np.testing.assert_allclose(worst[0], np.mean([4.0, 4.6]) + 5 / 20)
+
+
+# ---- a run's own curve
+
+
+def test_a_log_axis_has_three_to_eight_round_numbers():
+    for low, high in ((100, 110), (99, 310), (90, 60_000), (0.02, 0.7), (1.001, 1.002), (500, 501)):
+        marks = curves.round_ticks(low, high)
+        assert 3 <= len(marks) <= 8 and marks == sorted(set(marks)) and all(low <= mark <= high for mark in marks)
+
+
+def test_draw_curve_writes_the_figure_and_needs_a_finite_perplexity(tmp_path):
+    path = curves.draw_curve(write_mamba(tmp_path, ppl=(300.0, "inf", 200.0)))
+    assert path.name == "curve.png" and path.read_bytes().startswith(b"\x89PNG")
+    assert not list(path.parent.glob(".curve*")), "the temporary file stays behind"
+    assert curves.draw_curve(write_mamba(tmp_path, ppl=("inf", "nan"))) is None
+
+
+def test_drawing_in_a_training_process_needs_no_pyplot(tmp_path):
+    folder = write_mamba(tmp_path)
+    code = "import sys; from common.curves import draw_curve; assert 'matplotlib' not in sys.modules; "
+    code += f"draw_curve({str(folder)!r}); assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
