@@ -4,13 +4,13 @@
 
 One table per group of runs on the same texts and model with as many clients and rounds. A row is one algorithm with the
 settings and arguments that set it apart. Losses are in nats per token, after the last round. `vs FedAvg` is the
-difference in validation loss to FedAvg in the same setting; of FedAvg itself, to FedAvg in the setting that most runs
-share. `mean client`, `worst client`: losses on the clients' own held-out texts; `gap`: generalisation gap. drift, cosine
-(mean over pairs of updates, which does not depend on how many clients there are, as drift does), gradient variance and
-1 - CKA are means over the evaluated rounds, `-` where one client is alone in each. `to half`: the first round, of each
-seed, with the loss that this FedAvg of the same seed has at the middle of its evaluations; --target: with that loss.
-`failed`: the alarm `diverged`, no finite update, or a last loss that is not finite or above the first evaluation's.
-`alarms`: the detectors that spoke, with the number of seeds where not all had one.
+difference in validation loss to FedAvg in the same setting; of FedAvg and central training, to FedAvg in the setting
+that most runs share. `mean client`, `worst client`: losses on the clients' own held-out texts; `gap`: generalisation
+gap. drift, cosine (mean over pairs of updates, which does not depend on how many clients there are, as drift does),
+gradient variance and 1 - CKA are means over the evaluated rounds, `-` where one client is alone in each. `to half`: the
+first round, of each seed, with the loss that this FedAvg of the same seed has at the middle of its evaluations;
+--target: with that loss. `failed`: the alarm `diverged`, no finite update, or a last loss that is not finite or above
+the first evaluation's. `alarms`: the detectors that spoke, with the number of seeds where not all had one.
 """
 
 import math
@@ -100,7 +100,7 @@ def not_finite(run):
 
 
 def prepared(runs, notes):
-    """Without the runs of failure maps (their figure has them) and of no training; what is not finite has a last line."""
+    """The runs without those of failure maps, which have a figure of their own, and of no training."""
     chosen, of_maps = [], 0
     for run in runs:
         if run.folder and (run.folder.parent / MAP_FILE).is_file():
@@ -328,6 +328,13 @@ def to_target(target):
     return cell
 
 
+def variance(curve, _):
+    """Of the clients' gradient norms: its values lie orders of magnitude apart."""
+    values = curve.mean_over_rounds("gradient_norm_variance")
+    digits = 2 - math.floor(math.log10(values.mean())) if np.isfinite(values).all() and values.mean() > 0 else 0
+    return spread(values, max(0, digits))
+
+
 def away(curve, _):
     """1 - CKA, from 0 on."""
     return spread(np.maximum(1 - curve.mean_over_rounds("mean_cka"), 0), 3)
@@ -362,7 +369,7 @@ def columns(curves, args):
         result("gap", "generalization_gap", digits=3),
         over_rounds("drift", "relative_drift", digits=2),
         over_rounds("cosine", "update_cosine", digits=3),
-        over_rounds("gradient variance", "gradient_norm_variance", digits=5),
+        Column("gradient variance", variance),
         Column("1 - CKA", away),
         Column("to half", to_half),
         *([Column(f"to {args.target:g}", to_target(args.target))] if args.target else ()),

@@ -42,6 +42,8 @@ def axes_of(panels, height=2.9, extra=1.5, places=(), **kwargs):
     else:
         figure, chosen = panel_axes(len(panels), height=height, extra=extra, **kwargs)
     title_panels(chosen, panels)
+    for axis in chosen:
+        axis.tick_params(labelleft=True)
     return figure, chosen
 
 
@@ -51,14 +53,16 @@ def title_panels(axes, panels):
     for axis, panel, count in zip(axes, panels, counts, strict=True):
         seeds = f" ({count} seed{'s' * (count != '1')})" if len(set(counts)) > 1 else ""
         axis.set_title(panel.title + seeds, fontsize=9.5)
-        axis.tick_params(labelleft=True)
 
 
-def finish(figure, axes, title, setting, keys, panels, spread="bands", lines=()):
-    """The legend of all panels below them; over them the title, the setting in words over `keys`, budgets, `lines`."""
+def finish(figure, axes, title, setting, keys, panels, spread="bands", lines=(), where=""):
+    """The legend of all panels below them; over them the title, the setting in words over `keys`, budgets, `lines`.
+
+    where: said before the number of seeds.
+    """
     curves = all_curves(panels)
     legend_below(figure, axes)
-    seeds = seeds_text(curves, f"{spread}: standard deviation")
+    seeds = where + seeds_text(curves, f"{spread}: standard deviation")
     about = describe(curves[0].study, setting, keys)
     set_title(figure, "\n".join(filter(None, [f"{title}: {seeds}", about, budgets(curves), *lines])))
     return figure

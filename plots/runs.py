@@ -215,6 +215,8 @@ def _of_line(place, studies):
         record["command"] = here[0].commands[0]
     if isinstance(record.get("data"), str):
         record["data"] = {"sha256": record["data"]}
+    if "failed" in record:  # how the study judged the run, with what the line does not tell
+        record["results"] = (record.get("results") or {}) | {"failed": record["failed"]}
     record = {"status": "failed" if record.get("reason") else "finished"} | record
     written = path.stat().st_mtime + 1e-6 * i
     return _make(record, record.get("name"), None, lambda: record.get("curve") or [], written, studies)
