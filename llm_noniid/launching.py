@@ -9,7 +9,7 @@ from common.checkpoint import read_json
 from common.cli import UsageError
 from common.runlog import Run
 from llm_noniid import flags
-from llm_noniid.outcomes import BLOWN_UP, MAP_FILE, read_outcomes
+from llm_noniid.outcomes import BLOWN_UP, MAP_FILE, START_RATE, failure, read_outcome, start_key
 
 _UNTOLD = ("seconds", "tokens_per_second", "update_cosines", "clients", "client_cka")  # not in results.jsonl
 
@@ -92,13 +92,21 @@ def took(folder):
 
 def collect(output, path):
     """Writes a line of JSON for each run in `output`: flags, commit, versions, data, results, curve."""
-    runs, _ = read_outcomes(output)
+    maps = {map_file.parent for map_file in Path(output).rglob(MAP_FILE)}
+    folders = [p.parent for p in sorted(Path(output).rglob("run.json")) if not maps & set(p.parents)]
+    runs = [(folder, read_outcome(folder)) for folder in folders if done(folder)]
+    runs = [(folder, run) for folder, run in runs if run]
+    before = [run for _, run in runs if run.method["learning_rate"] <= START_RATE]
+    starts = {start_key(run.method): run.last("val_loss") for run in before}
     with open(path, "w", encoding="utf-8") as file:
-        for run in runs:
-            found = manifest(run.folder)
+        for folder, run in runs:
+            if run in before:
+                continue
+            failed = "no update was finite" if run.blown_up else failure(run.rows, starts.get(start_key(run.method)))
+            found = manifest(folder)
             keys = ("git_commit", "versions", "resolved", "results", "reason")
             kept = launching.told(found, *keys, places=("model", "tokenizer", "cache_dir"))
             kept["data"] = {key: found["data"].get(key) for key in ("sha256", "clients", "examples")}
             curve = [{k: v for k, v in row.items() if k not in _UNTOLD} for row in run.rows]
-            name = str(run.folder.relative_to(output))
-            file.write(json.dumps({"name": name, "failed": run.failed, **kept, "curve": curve}) + "\n")
+            name = str(folder.relative_to(output))
+            file.write(json.dumps({"name": name, "failed": failed, **kept, "curve": curve}) + "\n")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_float, positive_int, run_main
-from llm_noniid import launching, report, tables
+from llm_noniid import launching, report
 from llm_noniid.failure_map import ALPHAS
 from llm_noniid.models import label
 from llm_noniid.outcomes import START_RATE
@@ -175,7 +175,7 @@ def main(args, given):
         if given:
             raise UsageError(f"{given[0]}: --mode {args.mode} runs nothing, so it takes no flag of train.py: drop it")
         if args.mode == "compare":
-            print(tables.text(output))
+            print(report.text(output))
         else:
             print(report.write(output, output / "report.html"))
         return
@@ -188,7 +188,7 @@ def main(args, given):
     output.mkdir(parents=True, exist_ok=True)
     launching.collect(output, output / "results.jsonl")
     if len(failed) < len(runs):
-        print(tables.text(output))
+        print(report.text(output))
         print(report.write(output, output / "report.html"))
     if failed:
         raise RunFailed(f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed)}): see {output}/output")

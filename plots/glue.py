@@ -279,10 +279,14 @@ FIGURES = {
 __all__ = ["FIGURES", "STUDY", "TABLE"]
 
 
+def build_parser():
+    return figure_parser(STUDY, FIGURES, add_tasks)
+
+
 def main(args):
     study = replace(STUDY, prepared=lambda runs, notes: of_tasks(runs, args.tasks))
     draw_figures(study, FIGURES, args, FIGURE)
 
 
 if __name__ == "__main__":
-    run_main(main, figure_parser(STUDY, FIGURES, add_tasks).parse_args())
+    run_main(main, build_parser().parse_args())

@@ -300,6 +300,7 @@ def add_table_flags(parser):
 
 TABLE = Table(
     study=STUDY,
+    words=__doc__.split("\n\n", 2)[2],
     columns=columns,
     free=SERVED,
     first="rule",

@@ -437,9 +437,13 @@ for factor, name in FACTORS.items():
     ]
 
 
+def build_parser():
+    return figure_parser(STUDY, FIGURES)
+
+
 def main(args):
     draw_figures(STUDY, FIGURES, args)
 
 
 if __name__ == "__main__":
-    run_main(main, figure_parser(STUDY, FIGURES).parse_args())
+    run_main(main, build_parser().parse_args())

@@ -268,10 +268,10 @@ def draw_cosines(axis, cosines, ids, blocks, low, high, numbers):
 AXES = {"learning_rate": "Learning rate", "local_steps": "Local steps a round"}
 
 
-def read_maps(paths, notes):
+def read_maps(paths, notes, strict=True):
     """The failure maps as dicts, with their `path`; of two with one algorithm, axis and setting the later counts.
 
-    Raises UsageError for a damaged one.
+    strict: a damaged one raises UsageError; else `notes` gets a line.
     """
     maps = {}
     files = {file for path in paths for file in files_named(path, STUDY.beside)}
@@ -286,7 +286,11 @@ def read_maps(paths, notes):
                     raise ValueError(f"the boundary {line}")
             key = one["algorithm"], one["axis"], json.dumps(one.get("setting"), sort_keys=True), one.get("seed")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} is damaged ({error}): run failure_map.py again") from error
+            damage = f"{path} is damaged ({error}): run failure_map.py again"
+            if strict:
+                raise UsageError(damage) from error
+            notes.append(damage)
+            continue
         if not one["points"]:
             notes.append(LeftOut(path.parent.name, "no run yet", str(path)))
             continue

@@ -9,8 +9,9 @@ that most runs share. `mean client`, `worst client`: losses on the clients' own 
 gap. drift, cosine (mean over pairs of updates, which does not depend on how many clients there are, as drift does),
 gradient variance and 1 - CKA are means over the evaluated rounds, `-` where one client is alone in each. `to half`: the
 first round, of each seed, with the loss that this FedAvg of the same seed has at the middle of its evaluations;
---target: with that loss. `failed`: the alarm `diverged`, no finite update, or a last loss that is not finite or above
-the first evaluation's. `alarms`: the detectors that spoke, with the number of seeds where not all had one.
+--target: with that loss. `failed`: the alarm `diverged`, no finite update, or a last loss that is not finite, above the
+first evaluation's or above that before training. `alarms`: the detectors that spoke, with the number of seeds where not
+all had one.
 """
 
 import math
@@ -100,16 +101,29 @@ def not_finite(run):
 
 
 def prepared(runs, notes):
-    """The runs without those of failure maps, which have a figure of their own, and of no training."""
+    """The runs without those of failure maps, which have a figure of their own, and of no training.
+
+    What old runs of no training say is round 0 of the others.
+    """
+    before = [run for run in runs if run.rows and run.args.get("learning_rate", 1) <= NO_TRAINING]
+    starts = {start_key(run): {"round": 0, "val_loss": run.rows[-1].get("val_loss")} for run in before}
     chosen, of_maps = [], 0
     for run in runs:
         if run.folder and (run.folder.parent / MAP_FILE).is_file():
             of_maps += 1
         elif run.args.get("learning_rate", 1) > NO_TRAINING:
+            first = [starts[start_key(run)]] if start_key(run) in starts else []
+            run = replace(run, rows=[*first, *run.rows]) if first and run.rows else run
             chosen.append(diverged(run) if not_finite(run) else run)
     if of_maps:
         notes.append(LeftOut(f"{of_maps} run{'s' * (of_maps > 1)} of failure maps", "see the figure failure_map"))
     return chosen
+
+
+def start_key(run):
+    """What decides the loss before training: the model, the texts and their choice."""
+    names = ("dataset", "tokenizer", "max_samples", "max_length", "eval_samples", "seed")
+    return base_name(str(run.args.get("model"))), *(str(run.args.get(name)) for name in names)
 
 
 def diverged(run):
@@ -295,8 +309,8 @@ def against_fedavg(curve, curves):
 
 
 def losses(run):
-    """[(round, validation loss)] of its evaluations, nan where it is not finite."""
-    return [(row["round"], number(row["val_loss"])) for row in run.rows if "val_loss" in row]
+    """[(round, validation loss)] of its evaluations after a round, nan where it is not finite."""
+    return [(row["round"], number(row["val_loss"])) for row in run.rows if "val_loss" in row and row["round"]]
 
 
 def first_at(run, target):
@@ -345,8 +359,9 @@ def has_failed(run):
     if isinstance(run.results.get("failed"), str):
         return bool(run.results["failed"])
     values = [loss for _, loss in losses(run)]
+    start = [number(row.get("val_loss")) for row in run.rows if not row["round"]]
     alarmed = any(alarm.get("detector") == "diverged" for row in run.rows for alarm in row.get("alarms") or [])
-    return alarmed or not values or not values[-1] <= values[0]
+    return alarmed or not values or not values[-1] <= values[0] or any(values[-1] > loss for loss in start)
 
 
 def alarms(curve, _):
@@ -384,6 +399,7 @@ def columns(curves, args):
 
 TABLE = Table(
     study=STUDY,
+    words=__doc__.split("\n\n", 2)[2],
     columns=columns,
     free=FREE,
     flags=lambda parser: parser.add_argument(

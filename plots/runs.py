@@ -79,6 +79,7 @@ class Run:
     rows: list
     commit: str | None
     versions: dict
+    resolved: dict  # what flags such as --device auto came to
     written: float  # when its last line was written: of two equal runs the later counts
 
     @property
@@ -227,7 +228,7 @@ def _make(manifest, name, folder, rows, written, studies):
     study = next((study for study in studies if command in study.commands), None)
     if study is None:
         return None
-    parts = {key: manifest.get(key) for key in ("args", "data", "clients", "results", "versions")}
+    parts = {key: manifest.get(key) for key in ("args", "data", "clients", "results", "versions", "resolved")}
     parts = {key: value if isinstance(value, dict) else {} for key, value in parts.items()}
     try:
         rows = rows()

@@ -45,19 +45,21 @@ class Table:
     select: Callable = lambda runs, args: runs  # the runs that the flags ask for
     about: Callable = lambda study, setting, curves: describe(study, setting)
     text: Callable | None = None  # (runs, notes, args) -> list[str], where one group is not one table
+    words: str = ""  # what its columns mean
 
 
 def report(table, paths, args):
     """The tables of all groups of runs in `paths` as Markdown, with notes on the runs that were left out."""
     runs, notes = read_runs(paths, table.study, unfinished=args.unfinished)
-    runs = table.select(runs, args)
-    parts = table.text(runs, notes, args) if table.text else parts_of(table, runs, notes, args)
+    parts = parts_of(table, runs, notes, args)
     return "\n\n".join([*parts, *dict.fromkeys(map(str, notes))])
 
 
 def parts_of(table, runs, notes, args):
-    """A heading, what most rows share, and the table, for every group of runs: list[str]."""
-    parts = []
+    """A heading, what most rows share, and the table, for every group of the runs that the flags ask for: list[str]."""
+    runs, parts = table.select(runs, args), []
+    if table.text:
+        return table.text(runs, notes, args)
     for setting, members in like_with_like(runs, table.free):
         curves = curves_of(members, table.free, notes=notes)
         parts += one_table(table, table.about(table.study, setting, curves), curves, args)
