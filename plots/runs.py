@@ -33,7 +33,7 @@ class Study:
     """What the runs of a study are called, what tells them apart, in which words.
 
     setting_of(run) -> dict over `keys`: runs in one table or figure agree on these, apart from what it varies. A key
-    that a run lacks agrees with anything: a central run joins every federation on its data.
+    that a run lacks (or None) agrees with anything: a central run joins every federation on its data; "" is a value.
     """
 
     name: str  # its folder

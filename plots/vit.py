@@ -70,7 +70,8 @@ def kind_of(command, args):
 def setting_of(run):
     args = run.args
     hidden = ("data", "shards", "sparsity") + (FEDERATION if run.kind == "central" else ())
-    values = {key: text(args[key]) for key in KEYS if key in args and key not in hidden}
+    # a flag without a value is a value too: pretrained from nothing is not like anything
+    values = {key: "" if args[key] is None else text(args[key]) for key in KEYS if key in args and key not in hidden}
     for key in ("weights", "init_from", "model"):
         if isinstance(args.get(key), str):
             values[key] = base_name(args[key], inner=("final",))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from fixed_runs import DENSE, SPARSE, STUDIES, change_rows, unpack, vit_study, write_mamba, write_vit
-from plotting import figures, printed
+from plotting import call, figures, printed
 
 from common.cli import UsageError
 from plots import mamba, tables, vit
@@ -59,8 +59,6 @@ def test_a_committed_log_gives_the_table_of_the_folders_that_it_was_made_from(st
 
 
 def call_tables(study, *more):
-    from plotting import call
-
     return call(["plots/tables.py", study, *more])
 
 
@@ -168,7 +166,8 @@ def test_differences_are_taken_over_the_seeds_that_both_have(tmp_path):
         if sparse:
             write_vit(tmp_path, SPARSE, accuracy=sparse, seed=seed)
     dense, sparse = curves_of(read_runs(tmp_path, vit.STUDY)[0])
-    np.testing.assert_allclose(paired(sparse, dense, "test_accuracy_last"), [-0.1, -0.2])
+    for curve, base, sign in ((sparse, dense, -1), (dense, sparse, 1)):
+        np.testing.assert_allclose(paired(curve, base, "test_accuracy_last"), [sign * 0.1, sign * 0.2])
     np.testing.assert_allclose(paired(sparse, dense, "test_accuracy_last", np.divide), [0.8, 5 / 7])
 
 
@@ -209,8 +208,6 @@ def make(folder):
 
 def test_an_unknown_figure_is_refused_with_the_names(tmp_path):
     write_vit(tmp_path)
-    from plotting import call
-
     code, _, error = call(["plots/vit.py", "heterogenity", "--data-dir", str(tmp_path)])
     assert code == 2 and "'heterogenity'" in error and "local_steps" in error and error.count("\n") == 1
 

@@ -275,7 +275,7 @@ def test_all_experiments_run_skip_and_end_with_a_table(tmp_path, capfd):
     assert call("run_all_experiments", words) == 0
     first = json.loads((tmp_path / "all_results.json").read_text())
     assert len(first) == 2 and all(0 <= run["results"]["test_accuracy_last"] <= 1 for run in first)
-    assert "+-" in capfd.readouterr().out
+    assert " ± " in capfd.readouterr().out
     assert list((tmp_path / "figures").glob("*.png"))
     started = time.monotonic()
     assert call("run_all_experiments", [*words, "--plan"]) == 0
