@@ -227,7 +227,7 @@ def draw_clients(axis, panel, looks, _):
         axis.hlines(clients.mean(), i - 0.36, i - 0.04, **mean)
         look = looks[curve.label] | {"linestyle": "", "capsize": 3, "markersize": 7, "zorder": 4}
         served = 100 * np.array([number(line[field]) for line in lines])
-        bars(axis, [i + 0.2], [served], label=f"{curve.label}, global", **look)
+        bars(axis, [i + 0.2], [served], always=False, label=f"{curve.label}, global", **look)
     # a star for a variant, whose marker the legend names
     name_places(axis, [c.name.partition(" (")[0] + "*" * (c.label != c.name) for c in panel.curves])
     axis.set_ylabel(metric_label(field))

@@ -326,7 +326,7 @@ def draw_dots(axis, i, values):
     axis.plot(x, values, ".", color=GREY, markersize=4, zorder=2, label="a client")
 
 
-BAR = {"capsize": 3, "markersize": 6, "linestyle": "", "color": "black", "zorder": 4}
+BAR = {"always": False, "capsize": 3, "markersize": 6, "linestyle": "", "color": "black", "zorder": 4}
 TURNED = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
 
 

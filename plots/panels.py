@@ -68,10 +68,13 @@ def finish(figure, axes, title, setting, keys, panels, spread="bands", lines=(),
     return figure
 
 
-def bars(axis, at, values, **look):
-    """The mean of each array of `values` (a number a seed) at the places `at`, with a bar of one standard deviation."""
+def bars(axis, at, values, always=True, **look):
+    """The mean of each array of `values` (a number a seed) at the places `at`, with a bar of one standard deviation.
+
+    always: bars of no length too.
+    """
     spreads = [seed_spread(v) for v in values]
-    axis.errorbar(at, [np.mean(v) for v in values], spreads if any(spreads) or len(at) > 1 else None, **look)
+    axis.errorbar(at, [np.mean(v) for v in values], spreads if always or any(spreads) else None, **look)
 
 
 def draw_along(axis, curves, values_of, tick_of, order_of, hidden=()):

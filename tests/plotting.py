@@ -103,8 +103,7 @@ def refused(name, runs, more=""):
 def tables(name, runs, more=""):
     """[(heading, {first cell: {column: cell}})] of the Markdown tables that a command prints."""
     found = []
-    markdown = "" if "tables.py" in COMMANDS[name] else "--markdown"
-    for line in printed(name, runs, f"{markdown} {more}").splitlines():
+    for line in printed(name, runs, more).splitlines():
         if line.startswith("### "):
             found.append((line[4:], []))
         elif line.startswith("| "):

@@ -52,7 +52,8 @@ def test_a_log_and_its_folders_give_the_same_runs(tmp_path):
 def test_a_committed_log_gives_the_table_of_the_folders_that_it_was_made_from(study, tmp_path):
     for log in sorted((ROOT / study / "results").glob("*.jsonl")):
         unpack(log.relative_to(ROOT), tmp_path / log.stem)
-    from_folders = printed(f"table {study.split('_')[0]}", tmp_path)
+    name = {"lora_glue_fl": "glue", "llm_noniid": "noniid"}.get(study, study.split("_")[0])
+    from_folders = printed(f"table {name}", tmp_path)
     code, from_logs, error = call_tables(study)
     assert code == 0, error
     assert drop_notes(from_logs) == drop_notes(from_folders)
