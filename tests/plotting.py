@@ -42,6 +42,7 @@ COMMANDS = {
     "table vit": "plots/tables.py vit_sparse_fl",
     "table glue": "plots/tables.py lora_glue_fl",
     "table noniid": "plots/tables.py llm_noniid",
+    "page": "plots/report.py --no-figures",
     "page noniid": "llm_noniid/report.py --no-figures",
     "verdicts noniid": "llm_noniid/run_experiments.py --mode compare",
 }
@@ -50,7 +51,9 @@ STUDIES = ("mamba", "vit", "glue", "noniid")
 
 def command_line(name, runs, out, more=""):
     """The words of a command on the run folders in `runs`; a figure's or page's goes into `out`."""
-    if name.endswith(" noniid") and not name.startswith("table"):
+    if name == "page":
+        places = [runs, "--out", f"{out}/page.html"]
+    elif name.endswith(" noniid") and not name.startswith("table"):
         places = ["--results-dir", runs, *(["--out", f"{out}/page.html"] if name.startswith("page") else [])]
     else:
         places = ["--data-dir", runs, *([] if name.startswith("table") else ["--out-dir", out])]
