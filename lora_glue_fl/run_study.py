@@ -111,14 +111,14 @@ def main(args):
         failed = [name for name, code in pool.map(lambda run: one_run(*run, output), runs) if code]
     collect(output, output / "results.jsonl")
     plots = HERE.parent / "plots"
-    figures = [sys.executable, str(plots / "glue_figures.py"), "--data-dir", str(output)]
+    figures = [sys.executable, str(plots / "glue.py"), "--data-dir", str(output)]
     subprocess.run([*figures, "--out-dir", str(output / "figures")], check=False)
-    table = [sys.executable, str(plots / "glue_table.py"), "--data-dir", str(output), "--markdown"]
+    table = [sys.executable, str(plots / "tables.py"), "lora_glue_fl", "--data-dir", str(output)]
     code = subprocess.run(table, check=False).returncode
     if failed:
         raise RunFailed(f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed)}): see {output}/output")
     if code:
-        raise RunFailed(f"the runs are finished but plots/glue_table.py ended with exit code {code}")
+        raise RunFailed(f"the runs are finished but plots/tables.py ended with exit code {code}")
     print(output)
 
 

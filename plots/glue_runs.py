@@ -42,7 +42,7 @@ def kind_of(command, args):
 def setting_of(run):
     args, facts = run.args, run.facts
     model = args.get("model") or facts.get("model") or f"roberta-{args.get('model_size')}"
-    ranks, examples = facts.get("ranks") or [], facts.get("examples")
+    ranks, examples = facts.get("ranks") or args.get("client_ranks") or [], facts.get("examples")
     mixed = len(set(ranks)) > 1
     values = {
         "dataset": facts.get("dataset") or args.get("dataset"),
@@ -73,11 +73,13 @@ def whole(value):
 def shards_name(facts):
     """`IID`, `Dirichlet 0.5`, `overlap 0.2`, `category genre`: how a run's examples were dealt to its clients."""
     mode = str(facts.get("mode"))
-    if mode in ("iid", "dirichlet"):
-        return "IID" if mode == "iid" else f"Dirichlet {facts.get('dirichlet_alpha')}"
-    more = [facts.get("category_key") if "category" in mode else None]
+    if mode == "iid":
+        return "IID"
+    more = [facts.get("dirichlet_alpha") if mode == "dirichlet" else None]
+    more += [facts.get("category_key") if "category" in mode else None]
     more += [facts.get("overlap_ratio") if "overlap" in mode else None]
-    return " ".join([mode.replace("_", " "), *(str(value) for value in more if value is not None)])
+    name = "Dirichlet" if mode == "dirichlet" else mode.replace("_", " ")
+    return " ".join([name, *(str(value) for value in more if value is not None)])
 
 
 def order(key, value):

@@ -6,12 +6,12 @@ One table per group of runs on the same texts and model with as many clients and
 settings and arguments that set it apart. Losses are in nats per token, after the last round. `vs FedAvg` is the
 difference in validation loss to FedAvg in the same setting; of FedAvg and central training, to FedAvg in the setting
 that most runs share. `mean client`, `worst client`: losses on the clients' own held-out texts; `gap`: generalisation
-gap. drift, cosine (mean over pairs of updates, which does not depend on how many clients there are, as drift does),
-gradient variance and 1 - CKA are means over the evaluated rounds, `-` where one client is alone in each. `to half`: the
-first round, of each seed, with the loss that this FedAvg of the same seed has at the middle of its evaluations;
---target: with that loss. `failed`: the alarm `diverged`, no finite update, or a last loss that is not finite, above the
-first evaluation's or above that before training. `alarms`: the detectors that spoke, with the number of seeds where not
-all had one.
+gap. drift, cosine (mean over pairs of updates, which does not depend on how many clients there are, as drift does; `-`
+where one client is alone), gradient variance and 1 - CKA are means over the evaluated rounds. `to half`: the first
+round, of each seed, with the loss that this FedAvg of the same seed has at the middle of its evaluations; --target:
+with that loss. `failed`: the alarm `diverged`, no finite update, or a last loss that is not finite, above the first
+evaluation's or above that before training. `alarms`: the detectors that spoke, with the number of seeds where not all
+had one.
 """
 
 import math

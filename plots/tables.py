@@ -3,6 +3,7 @@
     python plots/tables.py vit_sparse_fl                           # from the study's committed logs: the README's table
     python plots/tables.py vit_sparse_fl --data-dir results        # from run folders, or from a log
     python plots/tables.py lora_glue_fl --data-dir out_fedavg --against svd
+    python plots/tables.py llm_noniid --columns "val loss" "vs FedAvg" failed
 
 One table per group of runs that may be compared; a row is one method with the settings and arguments that set it apart,
 what most rows share is said above it. `±` is the sample standard deviation over seeds (n - 1 in the denominator), `-` a
@@ -69,6 +70,10 @@ def parts_of(table, runs, notes, args):
 def one_table(table, about, curves, args):
     """The heading, what most rows share (if anything), and the table of some curves: list[str]."""
     columns = table.columns(curves, args) if callable(table.columns) else table.columns
+    if unknown := set(args.columns or ()) - {column.head for column in columns}:
+        heads = ", ".join(column.head for column in columns)
+        raise UsageError(f"--columns {' '.join(sorted(unknown))}: the table of {about} has {heads}")
+    columns = [column for column in columns if column.head in (args.columns or [column.head])]
     rows = [[curve.label, *(column.cell(curve, curves) for column in columns)] for curve in curves]
     shared = usual(curves)
     said = [f"Unless said otherwise: {shared}."] if shared else []
@@ -153,6 +158,7 @@ def build_parser():
         one = each.add_parser(name, description=f"Prints what the runs of {name} reached.")
         one.add_argument("--data-dir", nargs="+", help="run folders or logs (default: the study's committed logs)")
         one.add_argument("--unfinished", action="store_true", help="take runs that have not finished too")
+        one.add_argument("--columns", nargs="+", metavar="HEAD", help="only these columns")
         import_module(place).TABLE.flags(one)
     return parser
 
