@@ -28,6 +28,7 @@ from common.runlog import NOT_COMPARED
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results.jsonl"
 FACTS = ("method", "clients", "git_commit", "versions", "processes", "resolved", "parameters", "results")
+SAY = partial(print, flush=True)
 PLACES = ("model", "tokenizer", "init_from", "init_adapter", "weights", "mask", "shard_dir", "cache_dir")
 
 
@@ -174,7 +175,7 @@ def run_study(args, runs, show=(), prepare=None):
     return 0
 
 
-def run_all(runs, output, jobs, say=partial(print, flush=True)):
+def run_all(runs, output, jobs, say=SAY):
     """Runs what is not finished, `jobs` at a time. Returns the names of those that failed, or waited for one that did.
 
     What is running when this ends early (Ctrl-C) is interrupted too.
