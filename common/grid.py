@@ -64,9 +64,6 @@ class Run:
     record: str = "run.json"
 
 
-# ------------------------------------------------------------------------------------------- what there is to run
-
-
 def build_parser(description, presets, default, output, preset_names=(), output_names=()):
     """The flags that the runners of all studies have. preset_names, output_names: more spellings of the two flags."""
     parser = Parser(description)
@@ -74,9 +71,7 @@ def build_parser(description, presets, default, output, preset_names=(), output_
     parser.add_argument(
         "--preset", *preset_names, choices=list(presets), default=default, help="what is run, and at which sizes"
     )
-    parser.add_argument(
-        "--seeds", type=non_negative_int, nargs="+", metavar="N", help="default: 0 1 2; 0 where a preset is of one seed"
-    )
+    parser.add_argument("--seeds", type=non_negative_int, nargs="+", metavar="N", help="default: the preset's")
     parser.add_argument(
         "--jobs",
         type=positive_int,
@@ -137,9 +132,6 @@ def expand(settings, shared, seeds, output, name="{setting}_seed_{seed}", needs=
             place = ["--output-dir", str(output), "--run-name", Path(called).name, "--resume"]
             runs.append(Run(called, (s.script, *words, *place), needs))
     return runs
-
-
-# -------------------------------------------------------------------------------------------------- running it
 
 
 def run_study(args, runs, show=(), prepare=None):
@@ -255,9 +247,6 @@ def failure(code, output, name):
     log = output / "output" / f"{name}.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
     return f"exit code {code}: {lines[-1][:300]} (see {log})"
-
-
-# ---------------------------------------------------------------------------------------------- what there is
 
 
 def read_record(path):
