@@ -154,8 +154,9 @@ def say(options, clock):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rounds, floors = statistics.median(clock.rounds), statistics.median(clock.floors)
     ratios = sorted(r / f for r, f in zip(clock.rounds, clock.floors, strict=True))
+    name = f"{options.study:14s} {options.clients:4d} clients  {options.processes[0]} processes"
     print(
-        f"{options.study:14s} {options.clients:4d} clients  {options.processes[0]} processes  steps {1000 * floors:8.1f} ms  "
+        f"{name}  steps {1000 * floors:8.1f} ms  "
         f"round {1000 * rounds:8.1f} ms  ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})  "
         f"peak {peak:.0f} MiB",
         flush=True,

@@ -8,6 +8,8 @@
 In the papers theta and delta are vectors, and here an algorithm is its formula: theta_k - theta is a client's update.
 """
 
+import hashlib
+
 import torch
 
 
@@ -71,3 +73,12 @@ def is_finite(*vectors):
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 return False
     return True
+
+
+def fingerprint(tensors):
+    """SHA-256 of {name: tensor}: names, dtypes, shapes and bits. A fact of a run: of the weights that it freezes."""
+    hashed = hashlib.sha256()
+    for name, t in tensors.items():
+        hashed.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        hashed.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()

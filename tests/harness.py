@@ -61,7 +61,7 @@ GLUE = (
 )
 GLUE_ROUNDS = (
     f"{GLUE} --shard-dir {{lora_glue_fl/sharding}} --output-root {{out}} --run-name r --rounds 3 --local-epochs 0.5 "
-    "--lora-r 4 --eval-each-round --eval-clients --keep all --aggregate"
+    "--batch-size 8 --lora-r 4 --eval-each-round --eval-clients --keep all --aggregate"
 )
 GLUE_CENTRAL = f"{GLUE} --output-dir {{out}} --do-train --do-eval --max-examples 100 --num-train-epochs 3"
 GLUE_CENTRAL += " --batch-size 16"
@@ -111,8 +111,8 @@ GOLDEN = {
         f"lora_glue_fl/{rule}": Golden("lora_glue_fl/fedavg_rounds.py", f"{GLUE_ROUNDS} {rule} {more}")
         for rule, more in {
             "svd": "--svd-rank 4",
-            "naive": "--server-optimizer momentum",
-            "ffa": "",
+            "naive": "",
+            "ffa": "--server-optimizer momentum",
             "stack": "--client-ranks 2 4 3",
             "residual": "",
             "rolora": "",
@@ -195,7 +195,7 @@ class Started:
     def __init__(self, words, die=None, env=None):
         self.place = Path(tempfile.mkdtemp(prefix="script_"))
         every = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
-        self.process = _server().Process(target=_script, args=([*map(str, words)], str(self.place), every, die))
+        self.process = server().Process(target=_script, args=([*map(str, words)], str(self.place), every, die))
         self.process.start()
 
     def ended(self, seconds=300):
@@ -227,10 +227,13 @@ def run_ranks(words, size):
     return [rank.ended() for rank in ranks]
 
 
-def _server():
+def server():
+    """The multiprocessing context whose processes are forked from one that has imported every script."""
     context = multiprocessing.get_context("forkserver")
     modules = [script.removesuffix(".py").replace("/", ".") for script in SCRIPTS]
-    context.set_forkserver_preload([*modules, "matplotlib.backends.backend_agg", "peft", "sklearn.metrics"])
+    context.set_forkserver_preload(
+        [*modules, "matplotlib.pyplot", "matplotlib.backends.backend_agg", "peft", "sklearn.metrics"]
+    )
     return context
 
 

@@ -153,5 +153,5 @@ def everything():
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_processes_change_no_bit(size):
-    results = answers_of(size, process, "vit_sparse_fl.interference")
+    results = answers_of(size, process)
     assert results == {rank: everything() for rank in range(size)}

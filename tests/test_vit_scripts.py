@@ -1,7 +1,6 @@
 """vit_sparse_fl's scripts as a user runs them: the documented commands, runs killed, resumed, on several processes."""
 
 import importlib
-import json
 import os
 import re
 import shlex
@@ -9,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import harness
 import pytest
@@ -39,8 +37,6 @@ def call(script, words):
     """A script in this process. Returns its exit code."""
     module, words = importlib.import_module(f"vit_sparse_fl.{script}"), [str(w) for w in words]
     with pytest.raises(SystemExit) as stop:
-        if script == "run_all_experiments":
-            run_main(module.main, module.build_parser().parse_args(words))
         run_main(module.main, checked(parse, module.build_parser(), words))
     return stop.value.code
 
@@ -270,38 +266,6 @@ def test_hp_search_ends_with_a_table(tmp_path, capsys):
 def _usage_error(run, *words, capsys):
     assert run(*words) == 2
     return capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_all_experiments_run_skip_and_end_with_a_table(tmp_path, capfd):
-    words = shlex.split("--quick --num-runs 2 --only-centralized --dataset demo --model tiny --classes 0:10")
-    words += ["--output-dir", str(tmp_path)]
-    assert call("run_all_experiments", words) == 0
-    first = json.loads((tmp_path / "all_results.json").read_text())
-    assert len(first) == 2 and all(0 <= run["results"]["test_accuracy_last"] <= 1 for run in first)
-    assert " ± " in capfd.readouterr().out
-    assert list((tmp_path / "figures").glob("*.png"))
-    started = time.monotonic()
-    assert call("run_all_experiments", [*words, "--plan"]) == 0
-    assert time.monotonic() - started < 5
-    assert capfd.readouterr().out.count("finished, took") == 2
-
-
-@pytest.mark.parametrize("preset", ["--quick", "--full", "--stand-in", "--stand-in-gpu"])
-def test_every_planned_command_is_a_good_command(preset, tmp_path, monkeypatch):
-    from vit_sparse_fl.run_all_experiments import build_parser, output_dir, plan
-
-    folder = output_dir(build_parser().parse_args([preset]))
-    assert folder.name == "vit_" + preset.removeprefix("--").replace("-", "_")
-
-    args = build_parser().parse_args([preset, "--num-runs", "1", "--output-dir", str(tmp_path)])
-    names = []
-    for _, name, (script, *words) in plan(args):
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        flags = parse(module.build_parser(), words)
-        assert flags.run_name == name and flags.output_dir == str(tmp_path)
-        names.append(name)
-    assert len(set(names)) == len(names) > 15
 
 
 def test_the_mask_of_a_run_can_be_used_again(tmp_path):

@@ -8,6 +8,8 @@ from pathlib import Path
 from common.cli import (
     Parser,
     UsageError,
+    add_machine_flags,
+    add_run_flags,
     fraction,
     half_open_fraction,
     non_negative_float,
@@ -15,7 +17,6 @@ from common.cli import (
     positive_float,
     positive_int,
 )
-from common.runlog import add_machine_flags, add_run_flags
 from vit_sparse_fl.config_file import apply_config
 from vit_sparse_fl.data import DATASETS, SHARDINGS
 

@@ -13,8 +13,9 @@ import numpy as np
 from common.aggregation import WeightedMean
 from common.cli import checked
 from common.local import client_optimizer, local_steps
+from common.participation import Turns
 from common.processes import run_federated
-from common.runlog import Turns, start_run
+from common.runlog import start_run
 from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.experiments import federated_settings, repeated, run_each
 from vit_sparse_fl.flags import add_experiment_flags, clients_a_round, make_parser, parse, process_memory

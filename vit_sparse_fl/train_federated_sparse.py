@@ -20,8 +20,9 @@ from common import parallel
 from common.aggregation import WeightedMean
 from common.cli import checked, non_negative_float
 from common.local import client_optimizer, local_steps
+from common.participation import Turns
 from common.processes import run_federated
-from common.runlog import Turns, start_run
+from common.runlog import start_run
 from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.calibration import add_mask_flags, check_flags, make_mask, overlap_table
 from vit_sparse_fl.experiments import repeated, run_each, sparse_settings
