@@ -36,8 +36,8 @@ def resume(name, out):
 
 @pytest.mark.parametrize("name, changes", [(name, i % 8) for i, name in enumerate(RESUMED) if name not in ALIKE])
 def test_killed_and_resumed_is_as_if_unbroken(name, changes, tmp_path):
-    """kill -9 after the second line of metrics.jsonl: before, while or after its checkpoint is written."""
-    ended, folder = run_that_dies(name, tmp_path, 2, changes)
+    """kill -9 after the third line of metrics.jsonl, the first is round 0: before, while or after its checkpoint."""
+    ended, folder = run_that_dies(name, tmp_path, 3, changes)
     assert ended.code == -signal.SIGKILL and status(folder) == "running", ended.err
     assert "resumed after round" in resume(name, tmp_path).err
     harness.same_run(folder, harness.whole(name))
