@@ -12,7 +12,7 @@ from comparing import same_bits
 from running import ROOT
 from safetensors.torch import load_file
 
-from common.before.lowrank import RULES
+from common.lowrank import RULES
 from common.checkpoint import read_json
 from common.cli import run_main
 from common.runlog import read_metrics
