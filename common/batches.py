@@ -1,4 +1,4 @@
-"""Batches: a client's passes over its examples; texts of different lengths, padded per batch, batches of like lengths."""
+"""Batches: a client's passes over its examples; texts of different lengths padded, batches of like lengths."""
 
 import numpy as np
 

@@ -63,7 +63,7 @@ class ControlVariates:
         if not 0 <= k < self.total_clients:
             raise ValueError(f"client {k} is none of 0 to {self.total_clients - 1}")
         row = self.rows.get(k)
-        held = torch.zeros_like(self.c) if row is None else row["c"].to(self.c)
+        held = torch.zeros_like(self.c) if row is None else row["c"].to(self.c, copy=True)
         return held.sub_(self.c).neg_().to(self._like.dtype)
 
     def offer(self, k, mean_gradient):

@@ -191,8 +191,12 @@ class TokenizedTexts:
         return len(self.offsets) - 1
 
     def lengths(self):
-        """Tokens of each text, its end included: int64 [n]. One fewer is scored."""
+        """Tokens of each text, its end included: int64 [n]."""
         return np.diff(self.offsets)
+
+    def scored(self, rows):
+        """How many tokens of each of the texts `rows` are scored, all but its first: int64 [n]."""
+        return self.offsets[rows + 1] - self.offsets[rows] - 1
 
     def batch(self, rows, multiple=1):
         """The texts `rows` as int64 tensors {"input_ids", "attention_mask", "labels"} [B, L], padded on the right.

@@ -5,17 +5,18 @@ adapter for any invertible R). Client k's update of a layer is d_k = s (B_k A_k 
 clients' updates is in their Gram matrix G_ij = <d_i, d_j>, m x m, which `update_gram` computes without forming any
 d x k matrix:
 
-    gram = update_gram(theta, [theta_k of the clients, by id], scale)
-    run.log(round, update_figures(gram, weights))
+    gram = update_gram(named(theta), [named(theta_k) of the clients, by id], scale)
+    row |= update_figures(gram, weights)
 
-theta is {"A.<layer>": [r, k], "B.<layer>": [d, r]}. Weights are the p_k of the round's mean, sum_k p_k d_k; they are
-divided by their sum, and None means equal ones. Figures of updates are numbers without a unit; losses are in nats.
+named(theta) is {"A.<layer>": [r, k], "B.<layer>": [d, r]}. Weights are the p_k of the round's mean, sum_k p_k d_k; they
+are divided by their sum, and None means equal ones. Figures of updates are numbers without a unit; losses are in nats.
 """
 
 import math
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from common.products import one_thread
 
@@ -37,24 +38,35 @@ def update_gram(theta, clients, scale):
     Args:
         theta: {"A.<layer>": [r, k], "B.<layer>": [d, r]}, the factors that the clients started from.
         clients: list of such dicts, one a client, of theta's shapes; at least one.
-        scale: s = alpha/r, a number, or {layer: number}.
-    Raises: ValueError for other names or shapes than theta's, and for factors that are not finite (such a client is
-        left out of the round, and has no update).
+        scale: s = alpha/r.
+    Raises: ValueError for no client, and for factors that are not finite (such a client is left out of the round, and
+        has no update).
     """
-    clients = list(clients)
     if not clients:
         raise ValueError("no client: there are no updates to compare")
-    for i, theta_k in enumerate(clients):
-        if {n: t.shape for n, t in theta_k.items()} != {n: t.shape for n, t in theta.items()}:
-            raise ValueError(f"client number {i} of the list has other factors than theta")
     gram = np.zeros((len(clients), len(clients)))
-    for layer in _layers(theta):
-        s = scale[layer] if isinstance(scale, dict) else scale
-        with one_thread():
-            gram += s * s * _layer_gram(*(_pair(t, layer) for t in (theta, *clients)))
+    with one_thread():
+        for layer in (name[2:] for name in theta if name.startswith("A.")):
+            gram += scale**2 * _layer_gram(
+                *([_exact(f[f"{letter}.{layer}"]) for letter in "AB"] for f in (theta, *clients))
+            )
     if not np.isfinite(gram).all():
         broken = [i for i in range(len(gram)) if not np.isfinite(gram[i, i])]
         raise ValueError(f"updates number {broken} of the list are not finite: leave these clients out")
+    return gram
+
+
+def _layer_gram(start, *pairs):
+    (A, B), m = start, len(pairs)
+    r = 2 * len(A)
+    left = torch.cat([torch.cat([B_k - B, B], dim=1) for _, B_k in pairs], dim=1)  # [d, m 2r]
+    right = torch.cat([torch.cat([A_k, A_k - A]) for A_k, _ in pairs])  # [m 2r, k]
+    gram = np.zeros((m, m))
+    for i in range(m):
+        these, rest = slice(i * r, (i + 1) * r), slice(i * r, None)
+        products = (left[:, these].T @ left[:, rest]) * (right[these] @ right[rest].T)  # [2r, (m - i) 2r]
+        gram[i, i:] = products.view(r, m - i, r).sum((0, 2)).numpy()  # [m - i]
+        gram[i:, i] = gram[i, i:]
     return gram
 
 
@@ -72,14 +84,14 @@ def relative_drift(gram, weights=None):
     apart = norms[:, None] + norms[None] - 2 * gram  # [m, m]
     apart[apart < _ROUNDING * (norms[:, None] + norms[None])] = 0
     # Of distances between clients, not of norms: equal updates then have exactly 0.
-    own = apart @ p - 0.5 * (p @ apart @ p)  # [m]
-    return np.sqrt(np.maximum(own, 0) / mean)
+    distances = apart @ p - 0.5 * (p @ apart @ p)  # [m]
+    return np.sqrt(np.maximum(distances, 0) / mean)
 
 
 def gradient_diversity(gram):
     """sum_k ||d_k||^2 / ||sum_k d_k||^2 (Yin et al. 2018): 1/m all alike, 1 orthogonal; None where the sum is 0."""
-    gram, _ = _checked(gram, None)
-    total = len(gram) ** 2 * _mean_square(gram, np.full(len(gram), 1 / len(gram)))
+    gram, p = _checked(gram, None)
+    total = len(gram) ** 2 * _mean_square(gram, p)
     return float(np.trace(gram) / total) if total > 0 else None
 
 
@@ -92,13 +104,6 @@ def cosines_with_mean(gram, weights=None):
     lengths = np.sqrt(np.diag(gram) * _mean_square(gram, p))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.clip(np.where(lengths > 0, (gram @ p) / lengths, np.nan), -1, 1)
-
-
-def mean_cosine(gram, weights=None):
-    """The mean over the clients that moved of their cosine with the weighted mean; None where there is none."""
-    found = cosines_with_mean(gram, weights)
-    found = found[np.isfinite(found)]
-    return float(found.mean()) if len(found) else None
 
 
 def cosine_matrix(gram):
@@ -127,7 +132,7 @@ def update_figures(gram, weights=None):
         "relative_drift": _or_none(math.sqrt(p @ drift**2)),
         "relative_drift_max": _or_none(drift.max()),
         "gradient_diversity": gradient_diversity(gram),
-        "mean_cosine": mean_cosine(gram, p),
+        "mean_cosine": float(cosines.mean()) if len(cosines) else None,
         "min_cosine": float(cosines.min()) if len(cosines) else None,
         "update_cosine": float(pairs.mean()) if len(pairs) else None,
         "update_norm": math.sqrt(_mean_square(gram, p)),
@@ -135,54 +140,22 @@ def update_figures(gram, weights=None):
     }
 
 
-def round_figures(before, after, clients, weights, scale):
-    """`update_figures` of a round, its update_cosines [m][m] with 4 decimals, weight_cosine_drift: JSON values.
-
-    Args: before, after: theta as the round began and ended; clients, scale: of `update_gram`; weights: as above.
-    """
-    gram = update_gram(before, clients, scale)
-    return {
-        **update_figures(gram, weights),
-        "update_cosines": np.round(cosine_matrix(gram), 4).tolist(),
-        "weight_cosine_drift": weight_cosine_drift(after, clients),
-    }
-
-
-# ---- weights and gradients
-
-
-def weight_cosines(mean, clients):
-    """The source's measure: the cosine of each client's weights (A and B, not products) with the mean's; a list.
-
-    Nearly always 1, as weights share what they started from: use the figures of updates. None for weights of zeros.
-
-    Args: mean: {name: tensor}; clients: list of such dicts.
-    """
-    squares = _inner(mean, mean)
-    result = []
-    for theta_k in clients:
-        lengths = math.sqrt(squares * _inner(theta_k, theta_k))
-        result.append(_inner(theta_k, mean) / lengths if lengths > 0 else None)
-    return result
-
-
 def weight_cosine_drift(mean, clients):
-    """1 - the mean of `weight_cosines`, the source's "weight cosine drift"; None where there is no cosine."""
-    found = [c for c in weight_cosines(mean, clients) if c is not None]
-    return 1 - sum(found) / len(found) if found else None
+    """The source's "weight cosine drift": 1 - the mean cosine of the clients' weights (A and B, not products) with the
+    mean's. Nearly always 0, as weights share what they started from: use the figures of updates.
+
+    Args: mean [n]; clients: list of vectors [n].
+    """
+    mean = _exact(mean)
+    return 1 - float(np.mean([F.cosine_similarity(mean, _exact(theta_k), dim=0).item() for theta_k in clients]))
 
 
 def gradient_norm_variance(norms):
-    """The variance over clients (divided by m) of each client's mean gradient norm.
+    """The variance over clients (divided by m) of their mean gradient norms [m].
 
-    Args: norms: a list with the gradient norms of every client's steps (arrays or tensors [steps], or one number).
-    Returns None for fewer than two clients, and where a norm is not finite.
+    None for fewer than two clients, and where a norm is not finite.
     """
-    means = [float(torch.as_tensor(n, dtype=torch.float64).mean()) for n in norms]
-    return float(np.var(means)) if len(means) > 1 and all(map(math.isfinite, means)) else None
-
-
-# ---- representations
+    return float(np.var(norms)) if len(norms) > 1 and np.isfinite(norms).all() else None
 
 
 def linear_cka(X, Y):
@@ -197,14 +170,12 @@ def linear_cka(X, Y):
     Returns: a float, None where either is constant over the tokens.
     Raises: ValueError when the numbers of tokens differ.
     """
-    X, Y = (torch.as_tensor(M).detach().to("cpu", torch.float64) for M in (X, Y))
+    X, Y = (_exact(torch.as_tensor(M)) for M in (X, Y))
     if X.dim() != 2 or Y.dim() != 2 or len(X) != len(Y):
         raise ValueError(f"hidden states {tuple(X.shape)} and {tuple(Y.shape)}: give [n, p] and [n, q] of n tokens")
-    constant = [M.shape[0] == 0 or bool((M == M[:1]).all()) for M in (X, Y)]
-    if any(constant):
+    if any(len(M) == 0 or bool((M == M[:1]).all()) for M in (X, Y)):
         return None
-    X, Y = (M - M.mean(0) for M in (X, Y))
-    X, Y = (M / torch.linalg.vector_norm(M) for M in (X, Y))
+    X, Y = (F.normalize(M - M.mean(0), dim=(0, 1), eps=0) for M in (X, Y))
     if len(X) < max(X.shape[1], Y.shape[1]):
         K, L = X @ X.T, Y @ Y.T  # [n, n]
         above, left, right = (K * L).sum(), K, L
@@ -213,17 +184,14 @@ def linear_cka(X, Y):
     return float(above / (torch.linalg.vector_norm(left) * torch.linalg.vector_norm(right)))
 
 
-def cka_figures(own, clients):
+def cka_figures(served, clients):
     """{client_cka: the clients' `linear_cka` with the served model, mean_cka: of those that have one, else None}.
 
-    Args: own: hidden states [n, p] under the served model; clients: of each client's, of the same texts.
+    Args: served: hidden states [n, p] under the served model; clients: of each client's, of the same texts.
     """
-    found = [linear_cka(own, states) for states in clients]
-    known = [value for value in found if value is not None]
-    return {"client_cka": found, "mean_cka": sum(known) / len(known) if known else None}
-
-
-# ---- curves
+    every = [linear_cka(served, states) for states in clients]
+    known = [value for value in every if value is not None]
+    return {"client_cka": every, "mean_cka": sum(known) / len(known) if known else None}
 
 
 def generalization_gap(train_loss, val_loss):
@@ -235,38 +203,10 @@ def generalization_gap(train_loss, val_loss):
 
 def rounds_to_target(rounds, losses, target):
     """The first of `rounds` whose loss is at most `target` (convergence speed); None when none is."""
-    for round, loss in zip(rounds, losses, strict=True):
-        if loss is not None and loss <= target:
-            return round
-    return None
+    return next((t for t, f in zip(rounds, losses, strict=True) if f is not None and f <= target), None)
 
 
 # ---- pieces
-
-
-def _layers(theta):
-    layers = [name[2:] for name in theta if name.startswith("A.")]
-    if {f"{letter}.{layer}" for layer in layers for letter in "AB"} != set(theta):
-        raise ValueError(f"factors {sorted(theta)} are not pairs A.<layer>, B.<layer>")
-    return layers
-
-
-def _pair(theta, layer):
-    return [_exact(theta[f"{letter}.{layer}"]) for letter in "AB"]
-
-
-def _layer_gram(start, *pairs):
-    (A, B), m = start, len(pairs)
-    r = 2 * len(A)
-    left = torch.cat([torch.cat([B_k - B, B], dim=1) for _, B_k in pairs], dim=1)  # [d, m 2r]
-    right = torch.cat([torch.cat([A_k, A_k - A]) for A_k, _ in pairs])  # [m 2r, k]
-    gram = np.zeros((m, m))
-    for i in range(m):
-        mine, rest = slice(i * r, (i + 1) * r), slice(i * r, None)
-        products = (left[:, mine].T @ left[:, rest]) * (right[mine] @ right[rest].T)  # [2r, (m - i) 2r]
-        gram[i, i:] = products.view(r, m - i, r).sum((0, 2)).numpy()  # [m - i]
-        gram[i:, i] = gram[i, i:]
-    return gram
 
 
 def _checked(gram, weights):
@@ -285,10 +225,6 @@ def _mean_square(gram, p):
     """||sum_k p_k d_k||^2; 0 where the updates cancel up to rounding."""
     square = float(p @ gram @ p)
     return square if square > _ROUNDING * float(p @ np.diag(gram)) else 0.0
-
-
-def _inner(a, b):
-    return sum(float((_exact(a[n]) * _exact(b[n])).sum()) for n in a)
 
 
 def _exact(tensor):

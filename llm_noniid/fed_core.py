@@ -1,14 +1,13 @@
-"""What a run of this study is made of: the `Study`, with texts, clients, local work, groups, what is reported.
+"""What a run of this study is made of: texts, clients and model (`Study`), and what is measured of it.
 
-The round loop is in `train.py`, the model and its evaluation are in `text_model.py`. theta is {"A.<layer>": [r, k],
-"B.<layer>": [d, r]}, the LoRA factors of one model. A run has one or more models (`thetas`): one for all clients, one
-for each group of clients (--cluster), or one for each client (--algorithm local); `group[k]` says which is client k's.
+The rounds and the client's steps are in `train.py`, the model and its evaluation in `text_model.py`. A run has one or
+more models, thetas [G, n]: one for all clients, one for each group of them, or one for each client.
 """
 
 import math
 import sys
-import time
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,390 +15,230 @@ from tqdm import tqdm
 
 from common import parallel
 from common.allocator import reuse_large_memory
-from common.before.aggregation import NormalizedMean, ServerAdam, ServerMomentum, WeightedMean, effective_steps, finite
-from common.before.local import client_optimizer, local_steps
-from common.before.scaffold import ControlVariates, option_two
 from common.checkpoint import saving, write_json
-from common.cli import RunFailed
-from common.evaluation import pick_device, resolve_amp
-from common.seeding import seed_everything, seed_torch, stream
+from common.compiling import checked_compile
+from common.seeding import stream
 from common.sharding import class_counts
-from llm_noniid import clustering, detectors, diagnostics
-from llm_noniid.data import load_texts, training_batches
+from common.vector import fingerprint
+from llm_noniid import clustering, detectors, diagnostics, text_model
+from llm_noniid.data import Texts, load_texts
 from llm_noniid.partition import partition, statistics
 from llm_noniid.text_model import TextModel
 
 HELD_OUT = 10  # one of so many of a client's texts is not trained on: what its model is judged by
 WATCHED = 64  # clients whose updates are compared with each other in a round, at most
-ON_DISK = 200  # clients from whose number on control variates are kept in files
 
 
+@dataclass(frozen=True)
 class Study:
-    """Texts, model and the pieces of a round.
+    """Data and model of a run.
 
-    Attributes: text_model (`TextModel`); rows, held: each client's training texts and those that it is judged by;
-    examples: numbers of the former; models: how many thetas; group (int64 [K]); server (None: the plain mean);
-    variates (None but for SCAFFOLD).
+    rows, held: each client's training texts and those that it is judged by; examples: numbers of the former; seen:
+    validation texts that are evaluated, tested: test texts. All are rows of their split, int64. loss: of a batch,
+    compiled with --compile.
     """
 
-    def __init__(self, args, run):
-        self.args, self.run = args, run
-        reuse_large_memory()
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        device = parallel.world().device(pick_device(args.device))
-        amp = resolve_amp(args.amp, device)
-        seed_everything(args.seed)
-        a = args
-        self.texts = load_texts(a.dataset, a.data_root, a.cache_dir, a.max_samples, a.seed)
-        parts, notes = partition(
-            self.texts,
-            a.partition,
-            a.num_clients,
-            a.seed,
-            alpha=a.alpha,
-            style_criterion=a.style_criterion,
-            skew_type=a.skew_type,
-            min_samples=max(2, a.min_samples),
-        )
-        self.text_model = TextModel(a, self.texts, device, amp)
-        self._deal(parts)
-        n = len(self.rows)
-        self.group = np.arange(n) if a.algorithm == "local" else np.zeros(n, dtype=np.int64)
-        self.models = n if a.algorithm == "local" else a.num_clusters if a.cluster != "none" else 1
-        if a.cluster == "labels":
-            counts = class_counts(self.rows, self.texts.labels["train"], len(self.texts.label_names))
-            self.group = clustering.cluster_labels(counts, a.num_clusters)
-        self.server = self._server_optimizer()
-        self.variates = self._control_variates()
-        self.seen = self.text_model.evaluated_rows("validation")
-        self._left_out_since = []
-        self._begin(parts, notes)
-
-    def _deal(self, parts):
-        """rows, held: each client's training texts and those that it is judged by; central: one client with all."""
-        rows, held = [], []
-        for k, part in enumerate(parts):
-            order = stream(self.args.seed, "held out", 0, k).permutation(len(part))
-            n = max(1, len(part) // HELD_OUT)
-            held.append(np.sort(part[order[:n]]))
-            rows.append(np.sort(part[order[n:]]))
-        self.held = held
-        self.rows = [np.sort(np.concatenate(rows))] if self.args.algorithm == "central" else rows
-        self.examples = [len(r) for r in self.rows]
-
-    def _server_optimizer(self):
-        if self.args.algorithm == "fedavgm":
-            return ServerMomentum(self.args.server_lr, self.args.server_momentum)
-        if self.args.algorithm == "fedadam":
-            return ServerAdam("adam", self.args.server_lr)
-        return None
-
-    def _control_variates(self):
-        a = self.args
-        if a.algorithm != "scaffold":
-            return None
-        folder = self.run.folder / "control_variates" if len(self.rows) > ON_DISK else None
-        weights = self.examples if a.client_weights == "examples" else None
-        template = {name: p.detach() for name, p in self.text_model.parameters.items()}
-        return ControlVariates(template, len(self.rows), folder, weights)
-
-    def _begin(self, parts, notes):
-        model = self.text_model
-        facts = {
-            **self.texts.fingerprint,
-            "clients": len(parts),
-            "examples": [len(part) for part in parts],
-            "tokenizer_tokens": len(model.tokenizer),
-            "cut": {split: part.cut for split, part in model.tokens.items()},
-        }
-        self.run.begin(facts, model.sizes(), model.resolved())
-        for note in [*self.texts.notes, *notes]:
-            self.note(note)
-        n = sorted(self.examples)
-        self.note(f"{len(n)} clients, training texts a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})")
-        if parallel.is_main():
-            path = self.run.folder / "partition.json"
-            with saving(path):
-                write_json(path, statistics(self.texts, model.tokens, parts, self.args.seed))
-
-    def note(self, text):
-        """A line on stderr, by the main process."""
-        if parallel.is_main():
-            tqdm.write(text, file=sys.stderr)
-
-    # ---- state
-
-    def initial_weights(self):
-        """The models before the first round: a list of equal thetas."""
-        return [_copied(self.text_model.parameters) for _ in range(self.models)]
-
-    @staticmethod
-    def packed(thetas):
-        """The models as one {name: tensor}, for a checkpoint."""
-        return {f"{g}/{name}": t for g, theta in enumerate(thetas) for name, t in theta.items()}
-
-    def unpacked(self, state):
-        """The list of models of `packed`."""
-        return [{name: state[f"{g}/{name}"] for name in self.text_model.parameters} for g in range(self.models)]
+    args: object
+    texts: Texts
+    model: TextModel
+    rows: list[np.ndarray]
+    held: list[np.ndarray]
+    loss: Callable
+    seen: np.ndarray
+    tested: np.ndarray
 
     @property
-    def lasting(self):
-        """With the models, all that outlives a round: what a checkpoint holds."""
-        found = {"groups": SimpleNamespace(state_dict=self._groups, load_state_dict=self._load_groups)}
-        if self.server:
-            found["server"] = self.server
-        return found | (self.variates.lasting if self.variates else {})
+    def examples(self):
+        return [len(rows) for rows in self.rows]
 
-    def _groups(self):
-        return {"group": torch.from_numpy(self.group)}
+    def topic_counts(self):
+        """How many training texts of each topic a client has: int64 [K, topics]."""
+        return class_counts(self.rows, self.texts.labels["train"], len(self.texts.label_names))
 
-    def _load_groups(self, state):
-        self.group = state["group"].cpu().numpy()
+    def names(self, thetas):
+        """{"g/A.<layer>", "g/B.<layer>": view} of thetas [G, n]."""
+        named = self.model.weights.named
+        return {f"{g}/{name}": t for g, theta in enumerate(thetas) for name, t in named(theta).items()}
 
-    # ---- a round
 
-    def evaluated(self, round):
-        """Whether this round ends with an evaluation."""
-        return (round + 1) % self.args.eval_every == 0 or round + 1 == self.args.num_rounds
+class Groups:
+    """Which model serves each client, `of` int64 [K]; lasts from round to round."""
 
-    def _groups_now(self, round):
-        return self.args.cluster == "updates" and round + 1 == self.args.cluster_round
+    def __init__(self, of):
+        self.of = np.asarray(of, dtype=np.int64)
 
-    def sample_clients(self, round):
-        """The round's clients, dealt to processes."""
-        a, everyone = self.args, len(self.rows)
-        some = max(1, int(a.participation_rate * everyone + 0.5)) if a.algorithm != "central" else 1
-        chosen = list(range(everyone))
-        if some < everyone:
-            chosen = stream(a.seed, "participation", round).choice(everyone, some, replace=False).tolist()
-        self._sampled = parallel.Lanes(chosen, sticky=self.variates is not None)
-        self._tokens, self._left_out, self._done, self._watch, self._hidden = {}, [], {}, {}, {}
-        # Several models pull apart by intention, and one client has nobody to pull apart from.
-        self._compared = self.evaluated(round) and self.models == 1 and a.algorithm != "central"
-        self._watched = set(chosen if self._groups_now(round) or self._compared else ())
-        if len(self._watched) > WATCHED and not self._groups_now(round):  # drawn: by number, clients are sorted by skew
-            self._watched = set(stream(a.seed, "watched", round).choice(chosen, WATCHED, replace=False).tolist())
-        return self._sampled
+    def state_dict(self):
+        return {"group": torch.from_numpy(self.of)}
 
-    def means(self, thetas):
-        """An accumulator for each model: the weighted mean, or FedNova's."""
-        kind = NormalizedMean if self.args.algorithm == "fednova" else WeightedMean
-        return [kind(theta, self._sampled) for theta in thetas]
+    def load_state_dict(self, state):
+        self.of = state["group"].cpu().numpy()
 
-    def batches(self, k, round):
-        """Client k's batches of the round: rows of the training texts. Central: as many steps as all clients have."""
-        a = self.args
-        steps = a.local_steps or None
-        if steps and a.algorithm == "central":
-            steps *= max(1, int(a.participation_rate * a.num_clients + 0.5))
-        found = training_batches(self.examples[k], a.batch_size, a.local_epochs, a.seed, round, k, steps)
-        return [self.rows[k][rows] for rows in found]
 
-    def local_update(self, theta, k, round):
-        """Client k's steps from theta. Returns (theta_k, n_k, result: `common.before.local.LocalResult`).
+def load_study(args, run):
+    """The `Study` of a command line; begins the run: its folder with run.json and partition.json."""
+    a = args
+    reuse_large_memory()
+    texts = load_texts(a.dataset, a.data_root, a.cache_dir, a.max_samples, a.seed)
+    skew = {"alpha": a.alpha, "style_criterion": a.style_criterion, "skew_type": a.skew_type}
+    parts, notes = partition(texts, a.partition, a.num_clients, a.seed, min_samples=max(2, a.min_samples), **skew)
+    model = text_model.load_text_model(a, texts, run.device, run.amp)
+    rows, held = deal(parts, a.seed)
+    seen, tested = (evaluated(len(model.tokens[s]), a.eval_samples, a.seed, s) for s in ("validation", "test"))
+    loss = checked_compile(model.loss, model.weights.parameters) if a.compile else model.loss
+    study = Study(a, texts, model, rows, held, loss, seen, tested)
+    splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
+    data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
+    cut = {split: tokens.cut for split, tokens in model.tokens.items()}
+    shards = {"examples": [len(part) for part in parts], "sha256": splits, "cut": cut}
+    frozen = {name: p for name, p in model.module.named_parameters() if not p.requires_grad}
+    total = model.weights.size + sum(p.numel() for p in frozen.values())
+    parameters = {"total": total, "trainable": model.weights.size, "frozen_sha256": fingerprint(frozen)}
+    run.begin(data, parameters, clients=shards)
+    n = sorted(study.examples)
+    for line in [
+        *texts.notes,
+        *notes,
+        f"{len(n)} clients, training texts a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})",
+    ]:
+        note(line)
+    if parallel.is_main():
+        path = run.folder / "partition.json"
+        with saving(path):
+            write_json(path, statistics(texts, model.tokens, parts, a.seed))
+    return study
 
-        theta_k are the model's own tensors: valid until the next client.
-        """
-        a, model = self.args, self.text_model
-        batches = self.batches(k, round)
-        self._tokens[k] = int(model.scored("train", np.concatenate(batches)).sum())
-        model.load(theta)
-        model.model.train()
-        seed_torch(a.seed, "dropout", round, k)
-        done = local_steps(
-            model.loss,
-            (model.batch("train", rows) for rows in batches),
-            model.parameters,
-            client_optimizer(a.client_optimizer, model.parameters, a.learning_rate, weight_decay=a.weight_decay),
-            amp=model.amp,
-            correction=self.variates.correction(k) if self.variates else None,
-            mu=a.mu if a.algorithm == "fedprox" else 0.0,
-            anchors=theta,
-            max_norm=a.max_grad_norm,
-            record=self.variates is not None,
-        )
-        theta_k = {name: p.detach() for name, p in model.parameters.items()}
-        return theta_k, self._weight(k), done
 
-    def _weight(self, k):
-        return self.examples[k] if self.args.client_weights == "examples" else 1
+def deal(parts, seed):
+    """(rows, held): of each client's texts those that it trains on, and a tenth that it is judged by."""
+    rows, held = [], []
+    for k, part in enumerate(parts):
+        order = stream(seed, "held out", 0, k).permutation(len(part))
+        n = max(1, len(part) // HELD_OUT)
+        held.append(np.sort(part[order[:n]]))
+        rows.append(np.sort(part[order[n:]]))
+    return rows, held
 
-    def control_variate(self, theta, theta_k, k, done):
-        """Client k's new control variate: the mean of its raw gradients, or the paper's option II."""
-        a = self.args
-        if a.scaffold_option == "mean_gradient":
-            return done.mean_gradient
-        correction = self.variates.correction(k)
-        return option_two(correction, theta, theta_k, done.steps, a.client_optimizer, a.learning_rate)
 
-    def effective_steps(self, done):
-        """FedNova's a of a client's local work."""
-        a = self.args
-        momentum = 0.9 if a.client_optimizer == "sgdm" else 0.0
-        return effective_steps(done.steps, a.client_optimizer, momentum, a.learning_rate)
+def evaluated(n, wanted, seed, split):
+    """The texts of a split that are evaluated: all n (wanted 0), or so many drawn once."""
+    if not wanted or wanted >= n:
+        return np.arange(n)
+    return np.sort(stream(seed, f"evaluated {split}").choice(n, wanted, replace=False))
 
-    def left_out(self, k, theta_k, done):
-        """True if client k's weights or its mean gradient are not finite: it is left out of this round."""
-        if finite(theta_k) and finite(done.mean_gradient or {}):
-            return False
-        self._left_out.append(k)
-        return True
 
-    def observe(self, k, theta_k, done):
-        """Keeps what the round's figures need of client k; its losses stay on the device until `report` asks."""
-        self._done[k] = (done.loss, done.gradient_norms)
-        if k in self._watched:
-            self._watch[k] = {name: t.to("cpu", copy=True) for name, t in theta_k.items()}
-            if self._compared and self.args.probe_samples:
-                self._hidden[k] = self._probe()
+def note(line):
+    """A line on stderr, by the main process."""
+    if parallel.is_main():
+        tqdm.write(line, file=sys.stderr)
 
-    def close_round(self, round):
-        """Counts tokens and bytes; names the clients that were left out.
 
-        Raises RunFailed when all were: then there is no mean.
-        """
-        told = self._sampled.gather({k: (tokens, k in self._left_out) for k, tokens in self._tokens.items()})
-        self._left_out = out = [k for k, (_, left_out) in told.items() if left_out]
-        self._left_out_since += [[round + 1, k] for k in out]
-        if out:
-            self.note(f"warning: round {round + 1}: update not finite, left out: client {', '.join(map(str, out))}")
-        if len(out) == len(self._sampled):
-            raise RunFailed(
-                f"round {round + 1}: the updates of all {len(out)} clients are not finite: lower --learning-rate "
-                f"({self.args.learning_rate:g}) or --amp off"
-            )
-        sent = self.text_model.sizes()["trainable"] * (2 if self.variates else 1)  # numbers each way, of a client
-        alone = self.args.algorithm in ("local", "central")
-        self.run.count(
-            tokens=sum(tokens for tokens, _ in told.values()),
-            bytes_up=0 if alone else 4 * sent * len(self._sampled),
-            bytes_down=0 if alone else 4 * sent * len(self._sampled),
-            left_out_updates=len(out),
-        )
+# ---- a round's updates
 
-    def server_update(self, thetas, means):
-        """The models after the round: each group's mean, by the server's optimiser if there is one."""
-        took_part = {self.group[k] for k in self._sampled.clients if k not in self._left_out}
-        step = self.server.step if self.server else None
-        return [
-            theta if g not in took_part else step(theta, mean.delta()) if step else mean.result()
-            for g, (theta, mean) in enumerate(zip(thetas, means, strict=True))
-        ]
 
-    def regroup(self, before, thetas, round):
-        """--cluster updates: after its round, groups by the cosines of the updates; each begins with the mean.
+def watched(seed, clients, t):
+    """Ids of the round's clients whose updates are compared, drawn: by number they may be sorted by their skew."""
+    if len(clients) <= WATCHED:
+        return set(clients.clients)
+    return set(stream(seed, "watched", t).choice(sorted(clients.clients), WATCHED, replace=False).tolist())
 
-        Clients that did not take part join the largest group.
-        """
-        if not self._groups_now(round):
-            return thetas
-        watch = self._sampled.gather(self._watch)
-        gram = diagnostics.update_gram(before[0], watch.values(), self.text_model.lora.scale)
-        found = clustering.cluster_updates(diagnostics.cosine_matrix(gram), min(self.args.num_clusters, len(watch)))
-        self.group = np.full(len(self.rows), np.bincount(found).argmax())
-        self.group[list(watch)] = found
-        self.note(f"groups after round {round + 1}: {self.group.tolist()}")
-        if len(watch) < len(self.rows):
-            absent = len(self.rows) - len(watch)
-            self.note(
-                f"warning: {absent} of {len(self.rows)} clients had no update to go by: they are in the largest group"
-            )
-        return [_copied(thetas[0]) for _ in thetas]
 
-    # ---- what is reported
+def group_by_updates(study, theta, seen, clusters):
+    """Groups of all clients [K] by the cosines of the updates; who did not take part joins the largest group.
 
-    def quality(self, thetas, split, rows, name):
-        """`TextModel.quality` with each model weighted by its clients' texts, as a random client would see them."""
-        weights = np.bincount(self.group, self.examples, len(thetas))
-        return self.text_model.quality(thetas, weights, split, rows, name)
+    Args: theta [n]: what the clients started from; seen: {client: (theta_k [n], ...)}.
+    """
+    named = study.model.weights.named
+    gram = diagnostics.update_gram(
+        named(theta), [named(theta_k) for theta_k, _ in seen.values()], study.model.lora.scale
+    )
+    labels = clustering.cluster_updates(diagnostics.cosine_matrix(gram), min(clusters, len(seen)))
+    of = np.full(len(study.rows), np.bincount(labels).argmax())
+    of[list(seen)] = labels
+    note(f"groups: {of.tolist()}")
+    if absent := len(of) - len(seen):
+        note(f"warning: {absent} of {len(of)} clients had no update to go by: they are in the largest group")
+    return of
 
-    def _probe(self):
-        return self.text_model.probe("validation", self.seen[: self.args.probe_samples])
 
-    def _update_figures(self, before, theta):
-        """How far the clients' updates of the round pull apart, where updates are compared."""
-        if not self._compared:
-            return {}
-        watch, hidden = self._sampled.gather(self._watch), self._sampled.gather(self._hidden)
-        if len(watch) < 2:
-            return {}
-        figures = {"compared": list(watch)} | diagnostics.round_figures(
-            before, theta, watch.values(), [self._weight(k) for k in watch], self.text_model.lora.scale
-        )
-        if hidden:
-            self.text_model.load(theta)
-            figures |= diagnostics.cka_figures(self._probe(), hidden.values())
-        return figures
+def compare(study, theta, after, seen, weights):
+    """How far the clients' updates of a round pull apart, as fields of metrics.jsonl.
 
-    def report(self, before, thetas, round):
-        """Evaluates, looks for alarms and writes the round's line. Returns the alarm that ends the run, or None."""
-        started = time.perf_counter()
-        done = self._sampled.gather({k: (loss.item(), norms.tolist()) for k, (loss, norms) in self._done.items()})
-        losses, norms = [v[0] for v in done.values()], [v[1] for v in done.values()]
-        train_loss = math.fsum(losses) / len(losses)
-        metrics = self.quality(thetas, "validation", self.seen, "val")
-        owners = [0] * len(self.held) if self.args.algorithm == "central" else self.group
-        row = {
-            "train_loss": train_loss,
-            **metrics,
-            **self.text_model.clients_quality(thetas, owners, self.held),
-            "clients": list(done),
-            "client_train_loss": losses,
-            "gradient_norm_variance": diagnostics.gradient_norm_variance(norms),
-            "generalization_gap": diagnostics.generalization_gap(train_loss, metrics["val_loss"]),
-            **self._update_figures(before[0], thetas[0]),
-        }
-        if self._left_out_since:
-            row["left_out"], self._left_out_since = self._left_out_since, []
-        if self.models > 1:
-            row["group"] = self.group.tolist()
-        alarms, ending = parallel.broadcast(self._alarms(row, round) if parallel.is_main() else None)
-        if alarms:
-            row["alarms"] = [alarm.row() for alarm in alarms]
-        for alarm in alarms:
-            self.note(f"alarm: {alarm.message}")
-        self.run.log(round, row, time.perf_counter() - started)
-        return ending
+    Args: theta, after [n]: as the round began and ended; seen: {client: (theta_k, hidden states of the probed texts)};
+        weights: of each client in the mean.
+    """
+    if len(seen) < 2:
+        return {}
+    thetas = [theta_k for theta_k, _ in seen.values()]
+    model, named = study.model, study.model.weights.named
+    gram = diagnostics.update_gram(named(theta), [named(theta_k) for theta_k in thetas], model.lora.scale)
+    figures = {
+        "compared": list(seen),
+        **diagnostics.update_figures(gram, [weights[k] for k in seen]),
+        "update_cosines": np.round(diagnostics.cosine_matrix(gram), 4).tolist(),
+        "weight_cosine_drift": diagnostics.weight_cosine_drift(after, thetas),
+    }
+    if study.args.probe_samples:
+        model.weights.load(after)
+        figures |= diagnostics.cka_figures(probe(study), [hidden for _, hidden in seen.values()])
+    return figures
 
-    def _alarms(self, row, round):
-        """(alarms since the last evaluation, the one of them that ends the run). Detectors look only back."""
-        rows = self.run.metrics() if (self.run.folder / "metrics.jsonl").exists() else []
-        alarms = detectors.run_detectors(detectors.curves_of([*rows, {"round": round + 1, **row}]))
-        new = [alarm for alarm in alarms if not rows or alarm.round > rows[-1]["round"]]
-        return new, detectors.stops(new, self.args.stop_on)
 
-    # ---- the end
+def probe(study):
+    """Hidden states of the --probe-samples validation texts under what the model has loaded; None of no texts."""
+    rows = study.seen[: study.args.probe_samples]
+    return text_model.hidden_states(study.model, "validation", rows) if len(rows) else None
 
-    def ended(self):
-        """The alarm that ended the run whose checkpoint was restored, where the end itself was not reached; or None."""
-        if not self.run.start_round:
-            return None
-        alarms = detectors.run_detectors(detectors.curves_of(self.run.metrics())) if parallel.is_main() else []
-        return parallel.broadcast(detectors.stops(alarms, self.args.stop_on))
 
-    def finish(self, thetas, ending):
-        """final/ (peft adapters), test metrics, results."""
-        quality = self.quality(thetas, "test", self.text_model.evaluated_rows("test"), "test")
-        self.run.write_final(lambda folder: self.text_model.write(folder, thetas, self.run.folder / "base"))
-        if self.variates:
-            self.variates.delete_files()
-        if not parallel.is_main():
-            return
-        lines = self.run.metrics()
+# ---- what is reported
+
+
+def evaluate(study, thetas, group):
+    """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts."""
+    weights = np.bincount(group, study.examples, len(thetas))
+    return {
+        **text_model.quality(study.model, study.texts, thetas, weights, "validation", study.seen, "val"),
+        **text_model.clients_quality(study.model, thetas, group, study.held),
+        **({"group": group.tolist()} if len(thetas) > 1 else {}),
+    }
+
+
+def judge(run, t, row):
+    """What follows from a line of metrics.jsonl: figures of the clients, and "alarms" since the evaluation before.
+
+    Ends the run at an alarm that --stop-on names.
+    """
+    figures, alarms = {}, ()
+    if t:
+        norms = [norm for norm in row["client_gradient_norm"] if norm is not None]
+        figures["gradient_norm_variance"] = diagnostics.gradient_norm_variance(norms)
+        figures["generalization_gap"] = diagnostics.generalization_gap(row["train_loss"], row["val_loss"])
+    if parallel.is_main():
+        rows = run.metrics() if t else []
+        every = detectors.run_detectors(detectors.curves_of([*rows, {"round": t, **row, **figures}]))
+        alarms = [alarm for alarm in every if not rows or alarm.round > rows[-1]["round"]]
+    alarms = parallel.broadcast(alarms)
+    for alarm in alarms:
+        note(f"alarm: {alarm.message}")
+    if ending := detectors.stops(alarms, run.args.stop_on):
+        run.stop(ending.detector, ending.message)
+    return figures | ({"alarms": [alarm.row() for alarm in alarms]} if alarms else {})
+
+
+def finish(run, study, thetas, group):
+    """final/ (peft adapters), test metrics, results."""
+    model, weights = study.model, np.bincount(group, study.examples, len(thetas))
+    quality = text_model.quality(model, study.texts, thetas, weights, "test", study.tested, "test")
+    run.write_final(lambda folder: text_model.write(model, folder, thetas, run.folder / "base"))
+    results = {}
+    if parallel.is_main():
+        lines = [line for line in run.metrics() if line["round"]]
         last = lines[-1]
         names = ("val_loss", "val_ppl", "val_bits_per_byte", "mean_client_val_loss", "worst_client_val_loss")
         results = {name: last[name] for name in names} | quality
         results |= {key: last[key] for key in ("bytes_up", "bytes_down", "tokens", "seconds")}
-        results["rounds"] = last["round"]
         reached = [float(line["val_loss"]) for line in lines]  # "nan" and "inf" are text there
+        results["rounds"] = last["round"]
         results["best_val_loss"] = min((loss for loss in reached if math.isfinite(loss)), default=math.nan)
         results["alarms"] = [alarm for line in lines for alarm in line.get("alarms", [])]
-        results["stopped"] = ending.row() if ending else None
         print(f"val_ppl {float(results['val_ppl']):.2f}  test_ppl {results['test_ppl']:.2f}")
-        self.run.finish(results)
-
-
-def _copied(theta):
-    """Tensors of its own for each model: a checkpoint takes none that share their memory."""
-    return {name: t.detach().clone() for name, t in theta.items()}
+    run.finish(results)

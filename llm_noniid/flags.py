@@ -1,11 +1,15 @@
 """The flags of this study's scripts and the keys of its yaml files: the source's names and defaults, and ours."""
 
+import json
 import sys
 
-from common.before.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
+import torch
+
 from common.cli import (
     Parser,
     UsageError,
+    add_machine_flags,
+    add_run_flags,
     fraction,
     half_open_fraction,
     non_negative_float,
@@ -14,7 +18,8 @@ from common.cli import (
     positive_int,
 )
 from common.config_file import apply_config
-from common.runlog import add_machine_flags, add_run_flags
+from common.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
+from common.runlog import NOT_COMPARED
 from llm_noniid.data import DATASETS
 from llm_noniid.detectors import STOP_ON
 from llm_noniid.partition import PARTITIONS, SKEW_TYPES, STYLE_CRITERIA
@@ -56,49 +61,29 @@ KEYS = {  # of a yaml file -> flag
 def build_parser(description):
     """The parser of train.py."""
     parser = Parser(description)
-    own = parser.add_argument_group("the method")
-    own.add_argument("--algorithm", choices=ALGORITHMS, default="fedavg", help="how the clients are brought together")
-    own.add_argument(
-        "--mu", type=non_negative_float, default=0.01, metavar="X", help="FedProx's mu, only there; off: 0"
-    )
-    own.add_argument(
-        "--client-optimizer", choices=CLIENT_OPTIMIZERS, default="adamw", help="of the clients; sgdm: momentum 0.9"
-    )
-    own.add_argument(
-        "--scaffold-option",
-        choices=SCAFFOLD_OPTIONS,
-        default="mean_gradient",
-        help="SCAFFOLD's new c_k: mean of the raw gradients, or the paper's formula II (not with adamw)",
-    )
-    own.add_argument("--server-lr", type=positive_float, metavar="X", help="of fedavgm (default: 1), fedadam (0.01)")
-    own.add_argument("--server-momentum", type=half_open_fraction, default=0.9, metavar="X", help="of fedavgm; off: 0")
-    own.add_argument(
-        "--cluster",
-        choices=CLUSTERS,
-        default="none",
-        help="FedAvg within groups of clients with like updates or topics",
-    )
-    own.add_argument("--num-clusters", type=positive_int, default=2, metavar="C", help="groups, for --cluster")
-    own.add_argument(
-        "--cluster-round",
-        type=positive_int,
-        default=1,
-        metavar="T",
-        help="round whose updates decide the groups; who is absent joins the largest",
-    )
-    own.add_argument(
-        "--stop-on",
-        choices=STOP_ON,
-        default="never",
-        help="end the run at a detector's alarm: of divergence, or of any",
-    )
+    method = parser.add_argument_group("the method")
+    choice(method, "--algorithm", ALGORITHMS, "fedavg", "how the clients are brought together")
+    number(method, "--mu", non_negative_float, 0.01, "FedProx's mu, only there; off: 0", when=of("fedprox"))
+    choice(method, "--client-optimizer", CLIENT_OPTIMIZERS, "adamw", "of the clients; sgdm: momentum 0.9")
+    text = "SCAFFOLD's new c_k: mean of the raw gradients, or the paper's formula II (not with adamw)"
+    choice(method, "--scaffold-option", SCAFFOLD_OPTIONS, "mean_gradient", text, when=of("scaffold"))
+    text = "of fedavgm (default: 1), fedadam (0.01)"
+    number(method, "--server-lr", positive_float, None, text, when=of("fedavgm", "fedadam"))
+    number(method, "--server-momentum", half_open_fraction, 0.9, "of fedavgm; off: 0", when=of("fedavgm"))
+    text = "FedAvg within groups of clients with like updates or topics"
+    choice(method, "--cluster", CLUSTERS, "none", text, when=of("fedavg"))
+    clusters = of("updates", "labels", flag="cluster")
+    number(method, "--num-clusters", positive_int, 2, "groups, for --cluster", "C", when=clusters)
+    text = "round whose updates decide the groups; who is absent joins the largest"
+    number(method, "--cluster-round", positive_int, 1, text, "T", when=of("updates", flag="cluster"))
+    choice(method, "--stop-on", STOP_ON, "never", "end the run at a detector's alarm: of divergence, or of any")
     add_data_flags(parser)
     add_model_flags(parser)
     add_federated_flags(parser)
     run = add_run_flags(parser, "--name")
     run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
     run.add_argument("--output-dir", "--results-dir", default="results", metavar="DIR", help="where run folders go")
-    add_machine_flags(run)
+    add_machine_flags(run, federated=True)
     run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
     return parser
 
@@ -106,41 +91,32 @@ def build_parser(description):
 def add_data_flags(parser):
     """Texts and their partition."""
     data = parser.add_argument_group("the data")
-    data.add_argument("--dataset", choices=DATASETS, default="ag_news", help="demo is built in and needs no network")
-    data.add_argument("--max-samples", type=non_negative_int, default=0, metavar="N", help="training texts; 0: all")
-    data.add_argument("--max-length", type=positive_int, default=128, metavar="N", help="tokens of a text, at most")
-    data.add_argument(
-        "--eval-samples", type=non_negative_int, default=500, metavar="N", help="validation and test texts; 0: all"
-    )
+    choice(data, "--dataset", DATASETS, "ag_news", "demo is built in and needs no network")
+    number(data, "--max-samples", non_negative_int, 0, "training texts; 0: all", "N")
+    number(data, "--max-length", positive_int, 128, "tokens of a text, at most", "N")
+    number(data, "--eval-samples", non_negative_int, 500, "validation and test texts; 0: all", "N")
     data.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
     data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
-    data.add_argument("--partition", choices=PARTITIONS, default="topic_skew", help="how texts are dealt to clients")
-    data.add_argument(
-        "--alpha", type=positive_float, default=0.1, metavar="X", help="topic_skew: Dirichlet's concentration"
-    )
-    data.add_argument(
-        "--style-criterion", choices=STYLE_CRITERIA, default="length", help="style_skew: what the texts are sorted by"
-    )
-    data.add_argument(
-        "--skew-type", choices=SKEW_TYPES, default="frequency", help="token_skew: what the texts are sorted by"
-    )
-    data.add_argument("--num-clients", type=positive_int, default=10, metavar="K", help="clients")
-    data.add_argument(
-        "--min-samples", type=positive_int, default=10, metavar="N", help="texts of each client, at least"
-    )
+    choice(data, "--partition", PARTITIONS, "topic_skew", "how texts are dealt to clients")
+    topic, style, token = (of(f"{name}_skew", flag="partition") for name in ("topic", "style", "token"))
+    number(data, "--alpha", positive_float, 0.1, "topic_skew: Dirichlet's concentration", when=topic)
+    text = "style_skew: what the texts are sorted by"
+    choice(data, "--style-criterion", STYLE_CRITERIA, "length", text, when=style)
+    choice(data, "--skew-type", SKEW_TYPES, "frequency", "token_skew: what the texts are sorted by", when=token)
+    number(data, "--num-clients", positive_int, 10, "clients", "K")
+    number(data, "--min-samples", positive_int, 10, "texts of each client, at least", "N", when=topic)
     return data
 
 
 def add_model_flags(parser):
     """The model and its adapter."""
     model = parser.add_argument_group("the model")
-    model.add_argument(
-        "--model", default="distilgpt2", metavar="NAME", help="distilgpt2, gpt2, tinyllama, qwen-0.5b, tiny, a folder"
-    )
+    text = "distilgpt2, gpt2, tinyllama, qwen-0.5b, tiny, a folder"
+    model.add_argument("--model", default="distilgpt2", metavar="NAME", help=text)
     model.add_argument("--tokenizer", metavar="NAME", help="bpe:N, a folder (default: the model's; tiny: bpe:2048)")
-    model.add_argument("--lora-r", type=positive_int, default=8, metavar="R", help="rank of the adapter")
-    model.add_argument("--lora-alpha", type=positive_float, default=16, metavar="X", help="its scale is alpha / r")
-    model.add_argument("--lora-dropout", type=half_open_fraction, default=0.05, metavar="X", help="dropout; off: 0")
+    number(model, "--lora-r", positive_int, 8, "rank of the adapter", "R")
+    number(model, "--lora-alpha", positive_float, 16, "its scale is alpha / r")
+    number(model, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0")
     model.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: attention's)")
     return model
 
@@ -148,27 +124,55 @@ def add_model_flags(parser):
 def add_federated_flags(parser):
     """Rounds and local work."""
     train = parser.add_argument_group("training")
-    train.add_argument("--num-rounds", "--rounds", type=positive_int, default=50, metavar="T", help="rounds")
-    train.add_argument("--participation-rate", type=fraction, default=1.0, metavar="C", help="share of clients a round")
-    train.add_argument(
-        "--local-epochs", type=positive_float, default=1.0, metavar="X", help="passes over a client's texts a round"
+    number(train, "--num-rounds", positive_int, 50, "rounds", "T", "--rounds")
+    number(
+        train,
+        "--participation-rate",
+        fraction,
+        1.0,
+        "share of clients a round",
+        "C",
+        "--participation",
+        when=lambda a: a.algorithm != "central" or a.local_steps > 0,
     )
-    train.add_argument(
-        "--local-steps", type=non_negative_int, default=0, metavar="H", help="exactly so many steps instead; off: 0"
-    )
-    train.add_argument("--batch-size", type=positive_int, default=8, metavar="B", help="texts a step")
-    train.add_argument("--learning-rate", type=positive_float, default=5e-5, metavar="X", help="of the clients")
-    train.add_argument("--weight-decay", type=non_negative_float, default=0.0, metavar="X", help="off: 0")
-    train.add_argument("--max-grad-norm", type=non_negative_float, default=0.0, metavar="X", help="clipping; off: 0")
-    train.add_argument(
-        "--client-weights",
-        choices=["examples", "uniform"],
-        default="examples",
-        help="weight of a client in the mean, and of its control variate",
-    )
-    train.add_argument("--eval-every", type=positive_int, default=5, metavar="N", help="evaluate every N rounds")
-    train.add_argument("--probe-samples", type=non_negative_int, default=32, metavar="N", help="texts for CKA; off: 0")
+    text = "passes over a client's texts a round"
+    number(train, "--local-epochs", positive_float, 1.0, text, when=lambda a: a.local_steps == 0)
+    number(train, "--local-steps", non_negative_int, 0, "exactly so many steps instead; off: 0", "H")
+    number(train, "--batch-size", positive_int, 8, "texts a step", "B")
+    number(train, "--learning-rate", positive_float, 5e-5, "of the clients", "X", "--lr")
+    number(train, "--weight-decay", non_negative_float, 0.0, "off: 0")
+    number(train, "--max-grad-norm", non_negative_float, 0.0, "clipping; off: 0")
+    together = of(*(name for name in ALGORITHMS if name not in ("local", "central")))
+    text = "weight of a client in the mean, and of its control variate"
+    choice(train, "--client-weights", ["examples", "uniform"], "examples", text, when=together)
+    number(train, "--eval-every", positive_int, 5, "evaluate every N rounds", "N")
+    number(train, "--probe-samples", non_negative_int, 32, "texts for CKA; off: 0", "N", when=is_compared)
     return train
+
+
+def number(group, flag, kind, default, text, letter="X", *spellings, when=None):
+    """A flag that takes a number."""
+    group.add_argument(flag, *spellings, type=kind, default=default, metavar=letter, help=text, when=when)
+
+
+def choice(group, flag, choices, default, text, when=None):
+    """A flag that takes one of several words."""
+    group.add_argument(flag, choices=choices, default=default, help=text, when=when)
+
+
+def is_compared(args):
+    """Whether a round's updates are compared: of one model that several clients share."""
+    return args.cluster == "none" and args.algorithm not in ("local", "central")
+
+
+def of(*values, flag="algorithm"):
+    """When a flag is read: where another one has one of these values."""
+    return lambda args: getattr(args, flag) in values
+
+
+def sampled(args):
+    """How many clients take part in a round."""
+    return max(1, int(args.participation_rate * args.num_clients + 0.5))
 
 
 def parse(parser, argv=None):
@@ -207,7 +211,22 @@ def complete(args, argv=None):
         )
     if args.server_lr is None:
         args.server_lr = {"fedavgm": 1.0, "fedadam": 0.01}.get(args.algorithm, 1.0)
+    if args.algorithm == "central" and not args.threads:
+        args.threads = torch.get_num_threads()  # all cores: there is one client
     return args
+
+
+def compared(args):
+    """The flags of a run of train.py that decide what is computed, as JSON values."""
+    return {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items() if k not in NOT_COMPARED}
+
+
+def refuse(words, names):
+    """Raises UsageError where one of these flags is among the words: the script that starts the runs sets it."""
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in names:
+            raise UsageError(f"--{name.replace('_', '-')} is set for each run by this script (see --help): drop it")
 
 
 def run_name(args):

@@ -82,6 +82,15 @@ def load_base(name, tokenizer, max_length, seed):
     return model
 
 
+def memory(args):
+    """Bytes that a process takes, at a guess from the flags: the model, and the logits of a batch."""
+    size = {"distilgpt2": 3e8, "gpt2": 5e8, "tinyllama": 4.4e9, "qwen-0.5b": 2e9, "tiny": 0}.get(args.model, 5e8)
+    if Path(args.model).is_dir():
+        size = sum(2 * file.stat().st_size for file in Path(args.model).glob("*.safetensors"))
+    vocabulary = 2048 if args.model == "tiny" else 50_000
+    return int(6e8 + size + 12 * args.batch_size * args.max_length * vocabulary)
+
+
 def label(name):
     """What stands for a model in folder names."""
     return Path(name).name

@@ -14,22 +14,34 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
 from common.allocator import reuse_large_memory
-from common.batches import evaluation_batches
-from common.before.local import gradients
 from common.checkpoint import saving, swap, write_json
-from common.cli import Parser, RunFailed, UsageError, fraction, positive_float, positive_int, run_main
-from common.evaluation import amp_context, perplexity, pick_device, resolve_amp
+from common.cli import (
+    Parser,
+    RunFailed,
+    UsageError,
+    add_machine_flags,
+    fraction,
+    positive_float,
+    positive_int,
+    run_main,
+)
+from common.evaluation import perplexity, pick_device, resolve_amp
 from common.hub import quiet
-from common.runlog import add_machine_flags, git_commit, versions
-from common.seeding import seed_everything, seed_torch
+from common.local import local_steps
+from common.provenance import git_commit, versions
+from common.runlog import prepare_machine
+from common.seeding import seed_torch
 from common.text import load_tokenizer
-from llm_noniid.data import IGNORE, as_corpus, encode, load_texts, training_batches
+from common.vector import Weights
+from llm_noniid.data import as_corpus, encode, load_texts, training_batches
 from llm_noniid.models import tiny_config
+from llm_noniid.text_model import TextModel, text_losses
 
 
 def main(args):
@@ -41,56 +53,47 @@ def main(args):
     if args.d_model % args.heads:
         raise UsageError(f"--d-model {args.d_model} is not a multiple of --heads {args.heads}: change one")
     reuse_large_memory()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare_machine(args)
     device = pick_device(args.device)
     amp = resolve_amp(args.amp, device)
-    seed_everything(args.seed)
     texts = load_texts(args.dataset, args.data_root, args.cache_dir, args.max_samples, args.seed)
     tokenizer = load_tokenizer(args.tokenizer, as_corpus(texts), args.data_root, args.cache_dir)
     tokens = encode(texts, tokenizer, args.max_length, args.cache_dir)
     seed_torch(args.seed, "weights")
-    model = GPT2LMHeadModel(tiny_config(tokenizer, args.max_length, args.d_model, args.layers, args.heads)).to(device)
+    gpt2 = GPT2LMHeadModel(tiny_config(tokenizer, args.max_length, args.d_model, args.layers, args.heads)).to(device)
     for note in texts.notes:
         print(note, file=sys.stderr)
-    history = train(args, model, tokens, device, amp)
-    write(args, folder, model, tokenizer, texts, history)
+    model = TextModel("pretrained", tokenizer, tokens, gpt2, Weights(gpt2), device, amp)
+    write(args, folder, model, texts, train(args, model))
     print(folder)
 
 
-def train(args, model, tokens, device, amp):
+def train(args, model):
     """The epochs. Returns a list of {"epoch", "train_loss", "val_loss", "val_ppl", "seconds"}."""
-    parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=args.learning_rate, weight_decay=0.1, fused=True)
-    per_epoch = math.ceil(len(tokens["train"]) / args.batch_size)
+    optimizer = torch.optim.AdamW(model.module.parameters(), lr=args.learning_rate, weight_decay=0.1, fused=True)
+    texts, validation = len(model.tokens["train"]), np.arange(len(model.tokens["validation"]))
+    scored = int(model.tokens["validation"].scored(validation).sum())
+    per_epoch = math.ceil(texts / args.batch_size)
     total, history, started = per_epoch * args.epochs, [], time.perf_counter()
     warmup = math.ceil(args.warmup_ratio * total)
-
-    def loss(batch):
-        with amp_context(amp, device):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return nll(logits, batch["labels"]) / (batch["labels"][:, 1:] != IGNORE).sum()
-
     bar = tqdm(total=total, unit="step", disable=None)
     for epoch in range(args.epochs):
-        model.train()
+        model.module.train()
         seed_torch(args.seed, "dropout", epoch)
-        batches = training_batches(len(tokens["train"]), args.batch_size, 1, args.seed, epoch)
-        sums = torch.zeros((), device=device)
-        for i, rows in enumerate(batches):
-            rate = args.learning_rate * schedule(epoch * per_epoch + i, total, warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            batch = {name: t.to(device) for name, t in tokens["train"].batch(rows).items()}
-            sums += gradients(loss, (batch,), parameters, amp)
-            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
-            bar.update()
-        train_loss = (sums / len(batches)).item()
+        batches = training_batches(texts, args.batch_size, 1, args.seed, epoch)
+        steps = ((model.batch("train", rows),) for rows in batches)
+        lrs = [args.learning_rate * schedule(epoch * per_epoch + i, total, warmup) for i in range(per_epoch)]
+        options = {"amp": model.amp, "max_norm": 1.0, "lrs": lrs, "after_step": bar.update}
+        train_loss = local_steps(model.loss, steps, model.weights, optimizer, **options).loss.item()
         if not math.isfinite(train_loss):
             raise RunFailed(f"epoch {epoch + 1}: the loss is {train_loss}: lower --learning-rate or --amp off")
-        nll_sum, n = validate(model, tokens["validation"], device, amp)
-        row = {"epoch": epoch + 1, "train_loss": train_loss, "val_loss": nll_sum / n, "val_ppl": perplexity(nll_sum, n)}
+        nll = math.fsum(text_losses(model, "validation", validation))
+        row = {
+            "epoch": epoch + 1,
+            "train_loss": train_loss,
+            "val_loss": nll / scored,
+            "val_ppl": perplexity(nll, scored),
+        }
         history.append(row | {"seconds": time.perf_counter() - started})
         tqdm.write(f"epoch {epoch + 1}/{args.epochs}  train_loss {train_loss:.4f}  val_ppl {row['val_ppl']:.2f}")
         bar.set_postfix(val_ppl=f"{row['val_ppl']:.2f}")
@@ -105,34 +108,14 @@ def schedule(step, total, warmup):
     return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, total - warmup))
 
 
-def nll(logits, labels):
-    """Summed negative log-likelihood of the scored tokens, in nats."""
-    logits = logits[:, :-1].float().flatten(0, 1)  # [B (L - 1), V]
-    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-@torch.no_grad()
-def validate(model, encoded, device, amp):
-    """(summed NLL, scored tokens) of a split."""
-    model.eval()
-    sums, count = 0.0, 0
-    for rows in evaluation_batches(encoded.lengths(), 32):
-        batch = {name: t.to(device) for name, t in encoded.batch(rows).items()}
-        with amp_context(amp, device):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        sums += nll(logits, batch["labels"]).item()
-        count += int((batch["labels"][:, 1:] != IGNORE).sum())
-    return sums, count
-
-
-def write(args, folder, model, tokenizer, texts, history):
+def write(args, folder, model, texts, history):
     """The model's folder, whole or not at all, with pretraining.json: flags, data, versions, curve."""
     fresh = folder.with_name(folder.name + ".new")
     with saving(folder, fresh):
         fresh.mkdir(parents=True, exist_ok=True)
         with quiet():
-            model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
+            model.module.save_pretrained(fresh)
+        model.tokenizer.save_pretrained(fresh)
         about = {"args": vars(args), "git_commit": git_commit(), "versions": versions(), "data": texts.fingerprint}
         write_json(fresh / "pretraining.json", about | {"history": history})
         swap(fresh, folder)

@@ -3,62 +3,142 @@
     python llm_noniid/train.py --algorithm fedavg --partition topic_skew --num-rounds 50
     python llm_noniid/train.py --model tiny --dataset demo --num-rounds 10 --learning-rate 3e-3     # offline, a CPU
 
-theta: LoRA factors A, B of all layers; p_k = n_k / sum_j n_j (--client-weights uniform: 1 / |S|)
+theta [n]: LoRA factors A, B of all layers; p_k = n_k / sum_j n_j (--client-weights uniform: 1 / |S|)
 fedavg    theta <- theta + sum_k p_k (theta_k - theta)                                   (McMahan et al. 2017)
 fedprox   the same; clients add mu (w - theta) to their gradients                        (Li et al. 2020)
 scaffold  clients add c - c_k; c_k <- mean of client k's raw gradients, c <- their mean  (Karimireddy et al. 2020)
 fednova   theta - (sum p_k a_k) sum p_k (theta - theta_k) / a_k                          (Wang et al. 2020)
 fedavgm, fedadam    the server's momentum or Adam on sum_k p_k (theta_k - theta)         (Hsu et al. 2019; Reddi 2021)
 local     each client for itself; central: one client with all texts, as many steps (--local-epochs: as many epochs)
+--cluster fedavg within groups of clients with like updates or topics                    (Sattler et al. 2020)
 """
 
-from common import parallel
-from common.cli import run_main
-from common.evaluation import pick_device
+from functools import partial
+
+import numpy as np
+
+from common.aggregation import NormalizedMean, ServerAdam, ServerMomentum, WeightedMean, effective_steps
+from common.cli import checked
+from common.client_rows import rows_on_disk
+from common.local import client_optimizer, local_steps
+from common.processes import run_federated
 from common.runlog import start_run
+from common.scaffold import ControlVariates, option_two
+from common.seeding import seed_torch
 from llm_noniid import flags
-from llm_noniid.fed_core import Study
+from llm_noniid.clustering import cluster_labels
+from llm_noniid.data import training_batches
+from llm_noniid.fed_core import Groups, compare, evaluate, finish, group_by_updates, judge, load_study, probe, watched
+from llm_noniid.models import memory
 
 
-def train(args):
-    with start_run("train", args, flags.run_name(args)) as run:
-        study = Study(args, run)
-        lasting = study.lasting
-        thetas = study.unpacked(run.restore(study.packed(study.initial_weights()), lasting))
-        ending = study.ended()
-
-        for round in run.rounds(0 if ending else args.num_rounds):
-            clients = study.sample_clients(round)
-            means = study.means(thetas)
-            for k in clients:
-                theta = thetas[study.group[k]]
-                theta_k, n_k, done = study.local_update(theta, k, round)
-                if study.left_out(k, theta_k, done):
-                    continue
-                if args.algorithm == "fednova":
-                    means[study.group[k]].add(theta_k, weight=n_k, a=study.effective_steps(done))
-                else:
-                    means[study.group[k]].add(theta_k, weight=n_k)
-                if study.variates:
-                    study.variates.offer(k, study.control_variate(theta, theta_k, k, done))
-                study.observe(k, theta_k, done)
-            study.close_round(round)
-            if study.variates:
-                study.variates.close_round(clients)
-            before, thetas = thetas, study.server_update(thetas, means)
-            thetas = study.regroup(before, thetas, round)
-            if study.evaluated(round):
-                ending = study.report(before, thetas, round)
-                run.save(round, study.packed(thetas), lasting)
-            if ending:
-                break
-
-        study.finish(thetas, ending)
+def client_update(study, theta, batches, k, t, **method):
+    """Client k's steps from theta [n]; theta_k is then in the model. Returns `common.local.LocalResult`."""
+    a, model = study.args, study.model
+    model.weights.load(theta)
+    model.module.train()
+    seed_torch(a.seed, "dropout", t, k)
+    optimizer = client_optimizer(
+        a.client_optimizer, model.weights.parameters, a.learning_rate, weight_decay=a.weight_decay
+    )
+    steps = ((model.batch("train", rows),) for rows in batches)
+    options = {"amp": model.amp, "max_norm": a.max_grad_norm, "norms": True}
+    return local_steps(study.loss, steps, model.weights, optimizer, **options, **method)
 
 
 def main(args):
-    parallel.init_parallel(pick_device(args.device))
-    train(args)
+    a = args
+    with start_run("train", a, flags.run_name(a)) as run:
+        study = load_study(a, run)
+        weights, rows, steps = study.model.weights, study.rows, a.local_steps
+        n = [len(mine) if a.client_weights == "examples" else 1 for mine in rows]
+        sent, models, groups = weights.bytes, 1, Groups(np.zeros(len(rows)))
+        server = variates = None
+        match a.algorithm:
+            case "scaffold":
+                on_disk = rows_on_disk(len(n), flags.sampled(a), weights.bytes)
+                variates = ControlVariates(weights.theta, len(n), run.folder / "control_variates", on_disk, n)
+                sent = 2 * weights.bytes
+            case "fedavgm":
+                server = ServerMomentum(a.server_lr, a.server_momentum)
+            case "fedadam":
+                server = ServerAdam("adam", a.server_lr)
+            case "local":
+                sent, models, groups = 0, len(rows), Groups(np.arange(len(rows)))
+            case "central":
+                sent, steps, n, rows = 0, steps * flags.sampled(a), [1], [np.sort(np.concatenate(rows))]
+        if a.cluster != "none":
+            models = a.num_clusters
+        if a.cluster == "labels":
+            groups = Groups(cluster_labels(study.topic_counts(), models))
+
+        lasting = {"groups": groups, "server": server, "variates": variates, "control": variates and variates.rows}
+        lasting = {name: thing for name, thing in lasting.items() if thing is not None}
+        thetas = run.restore(weights.snapshot().repeat(models, 1), study.names, **lasting)  # [models, n]
+        run.plan(a.num_rounds, a.eval_every)
+        run.report(0, thetas, lambda: evaluate(study, thetas[:1], 0 * groups.of), lambda row: judge(run, 0, row))
+        for t in run.rounds():
+            sizes = None if steps else list(map(len, rows))
+            clients = run.sample(n, a.participation_rate, t, up=sent, down=sent, work=sizes)
+            mean_of = NormalizedMean if a.algorithm == "fednova" else WeightedMean
+            means = {g: mean_of(thetas[g], clients) for g in sorted({groups.of[k] for k in clients.clients})}
+            if variates:
+                variates.open_round(clients)
+            regroups = a.cluster == "updates" and t + 1 == a.cluster_round
+            # Several models pull apart by intention, and one client has nobody to pull apart from.
+            compares = run.due(t + 1) and flags.is_compared(a)
+            wanted = clients.clients if regroups else watched(a.seed, clients, t) if compares else ()
+            seen = {}  # client: (theta_k, hidden states of the probed texts)
+            for k in clients:
+                theta, mean = thetas[groups.of[k]], means[groups.of[k]]
+                batches = training_batches(len(rows[k]), a.batch_size, a.local_epochs, a.seed, t, k, steps or None)
+                batches = [rows[k][batch] for batch in batches]
+                clients.work(study.model.tokens["train"].scored(np.concatenate(batches)).sum())
+                update = partial(client_update, study, theta, batches, k, t)
+                match a.algorithm:
+                    case "fedprox":
+                        done = update(mu=a.mu)
+                        counts = mean.add(weights.theta, n[k])
+                    case "scaffold":
+                        correction = variates.correction(k)
+                        done = update(correction=correction, record=True)
+                        c_k = done.mean_gradient
+                        if a.scaffold_option == "II":
+                            kind, lr = a.client_optimizer, a.learning_rate
+                            c_k = option_two(correction, theta, weights.theta, done.steps, kind, lr)
+                        counts = mean.add(weights.theta, n[k], finite=(c_k,))
+                        if counts:
+                            variates.offer(k, c_k)
+                    case "fednova":
+                        done = update()
+                        a_k = effective_steps(done.steps, a.client_optimizer, momentum=0.9, lr=a.learning_rate)
+                        counts = mean.add(weights.theta, n[k], a=a_k)
+                    case _:
+                        done = update()
+                        counts = mean.add(weights.theta, n[k])
+                clients.note(k, train_loss=done.loss, gradient_norm=done.gradient_norms.double().mean())
+                if counts and k in wanted:
+                    seen[k] = weights.theta.to("cpu", copy=True), probe(study) if compares else None
+            if variates:
+                variates.close_round()
+
+            before, thetas = thetas, thetas.clone()
+            for g in sorted({groups.of[k] for k in clients.clients if k not in clients.left_out}):
+                thetas[g] = server.step(before[g], means[g].delta()) if server else means[g].result()
+            seen = clients.gather(seen)
+            if regroups:
+                groups.of = group_by_updates(study, before[0], seen, models)
+                thetas = thetas[:1].repeat(models, 1)  # every group begins with the mean
+            run.report(
+                t + 1,
+                thetas,
+                lambda: (
+                    evaluate(study, thetas, groups.of)
+                    | (compare(study, before[0], thetas[0], seen, n) if compares else {})
+                ),
+                lambda row: judge(run, t + 1, row),
+            )
+        finish(run, study, thetas, groups.of)
 
 
 def build_parser():
@@ -66,4 +146,6 @@ def build_parser():
 
 
 if __name__ == "__main__":
-    run_main(lambda parser: main(flags.parse(parser)), build_parser())
+    args = checked(flags.parse, build_parser())
+    clients = 1 if args.algorithm == "central" else flags.sampled(args)
+    run_federated(main, args, clients, memory(args))

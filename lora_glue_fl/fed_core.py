@@ -19,8 +19,8 @@ from common.aggregation import ServerAdam, ServerMomentum
 from common.cli import UsageError
 from common.compiling import checked_compile
 from common.lowrank import MIXED_RANKS, trained_factors
+from common.participation import per_round
 from common.products import fit_rank, scaling
-from common.runlog import per_round
 from common.seeding import seed_torch, torch_stream
 from common.vector import Weights
 from lora_glue_fl.fitting import batches, learning_rates, plan_steps

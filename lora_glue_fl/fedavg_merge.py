@@ -18,11 +18,10 @@ import torch
 
 from common.adapter_files import read_adapter, write_adapter
 from common.aggregation import WeightedMean
-from common.cli import Parser, positive_float, positive_int, run_main
+from common.cli import Parser, add_machine_flags, positive_float, positive_int, run_main
 from common.lowrank import AdapterMean
 from common.parallel import Round
 from common.products import SPLITS
-from common.runlog import add_machine_flags
 from lora_glue_fl.flags import add_task_flags, refuse
 from lora_glue_fl.glue_tasks import find_task
 from lora_glue_fl.merging import base_model, check_alike, check_place, check_ranks, client_weights, error_lines

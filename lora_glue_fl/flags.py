@@ -6,12 +6,13 @@ from common.checkpoint import read_json
 from common.cli import (
     Parser,
     UsageError,
+    add_machine_flags,
+    add_run_flags,
     half_open_fraction,
     non_negative_float,
     positive_float,
     positive_int,
 )
-from common.runlog import add_machine_flags, add_run_flags
 from lora_glue_fl.data_prep import DATASETS
 from lora_glue_fl.models import size_label
 

@@ -131,7 +131,7 @@ def check_ranks(args, adapters, rule):
 
 
 def error_lines(adapters, served):
-    """`svd: relative error 0.1, discarded energy 0.01`, a line a rule. Args: served: {rule: `common.lowrank.Served`}."""
+    """`svd: relative error 0.1, discarded energy 0.01`, a line a rule. served: {rule: `common.lowrank.Served`}."""
     lines = [f"{rule}: relative error {each.error:.4g}" for rule, each in served.items()]
     svd = served["svd"]
     lines[0] += f", discarded energy {svd.discarded:.4g}"

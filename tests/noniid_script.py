@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.cli import run_main
+from common.cli import checked, run_main
 from common.runlog import read_metrics
-from llm_noniid import fed_core, flags, models, train
+from llm_noniid import flags, models, train
 from llm_noniid.data import IGNORE
 
 TINY = "--model tiny --dataset demo --tokenizer bpe:800 --max-length 96 --lora-r 4 --threads 1".split()
@@ -15,11 +15,15 @@ TINY += "--local-steps 3 --learning-rate 5e-3 --num-rounds 3 --eval-every 1 --al
 ADAPTER = "final/adapter/adapter_model.safetensors"
 
 
+def parsed(*line):
+    """The flags of a command line."""
+    return flags.parse(train.build_parser(), [str(word) for word in line])
+
+
 def call(*line):
     """train.py in this process. Returns its exit code."""
-    argv = [str(word) for word in line]
     with pytest.raises(SystemExit) as stop:
-        run_main(lambda parser: train.main(flags.parse(parser, argv)), train.build_parser())
+        run_main(train.main, checked(parsed, *line))
     return stop.value.code
 
 
@@ -58,16 +62,28 @@ def no_dropout(monkeypatch):
     monkeypatch.setattr(models, "tiny_config", config)
 
 
+def failing(monkeypatch, when):
+    """Makes the weights of the clients in `when`, a set of (round from 0, client), infinite after their steps."""
+    real = train.client_update
+
+    def update(study, theta, batches, k, t, **method):
+        done = real(study, theta, batches, k, t, **method)
+        if (t, k) in when:
+            study.model.weights.theta[-1] = torch.inf
+        return done
+
+    monkeypatch.setattr(train, "client_update", update)
+
+
 def spied(monkeypatch):
-    """A list that the next run's Study is put into."""
-    studies = []
+    """A list that the next runs' `Study`s are put into."""
+    studies, real = [], train.load_study
 
-    class Spy(fed_core.Study):
-        def __init__(self, *args):
-            super().__init__(*args)
-            studies.append(self)
+    def load_study(*args):
+        studies.append(real(*args))
+        return studies[-1]
 
-    monkeypatch.setattr(train, "Study", Spy)
+    monkeypatch.setattr(train, "load_study", load_study)
     return studies
 
 

@@ -1,278 +1,182 @@
-"""llm_noniid/train.py: resume and processes, rounds against plain loops, identities, what is served, how it ends."""
+"""llm_noniid/train.py: kills, resuming and processes change no bit; identities of algorithms; how runs end."""
 
-import subprocess
-import sys
+import math
+import signal
 
 import numpy as np
 import pytest
 import torch
-from comparing import near, same_bits
-from noniid_script import call, done, lines_of, no_dropout, padded, served, spied, token_rows, words
-from running import ROOT
-from safetensors.torch import load_file
+from comparing import same_bits
+from harness import command, run, same_run, whole
+from noniid_script import call, done, failing, lines_of, served, spied, words
 
 from common.checkpoint import read_json
+from common.cli import UsageError
 from common.runlog import Run, read_metrics
-from llm_noniid import fed_core, flags, train
-from llm_noniid.data import load_texts, training_batches
+from llm_noniid import detectors, fed_core, flags, train
 
 pytestmark = pytest.mark.slow
-WAYS = {
-    "fedavg": "",
-    "scaffold": "--algorithm scaffold --participation-rate 0.5",
-    "fednova": "--algorithm fednova --client-optimizer sgdm --local-steps 0 --local-epochs 0.5",
-    "fedadam": "--algorithm fedadam",
-    "local": "--algorithm local --participation-rate 0.5",
-    "clusters": "--cluster updates --num-clusters 2",
-}
+LASTING = ["scaffold", "fedadam", "clusters", "local"]  # of each kind of what outlives a round
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """The folder of a finished run of each way."""
-    root, found = tmp_path_factory.mktemp("noniid"), {}
-
-    def of(way):
-        if way not in found:
-            found[way] = done(root, way, WAYS[way])
-        return found[way]
-
-    return of
+# ---------------------------------------------------------------------------------------- resume and processes
 
 
-def same_run(a, b):
-    """The bits of final/, base/ and the checkpoint, and the metrics without their timings."""
-
-    assert lines_of(a) == lines_of(b)
-    files = sorted(str(f.relative_to(b)) for f in b.rglob("*.safetensors"))
-    assert files == sorted(str(f.relative_to(a)) for f in a.rglob("*.safetensors")) and len(files) >= 4
-    for file in files:
-        assert same_bits(load_file(a / file), load_file(b / file)), file
-    ends = [{k: v for k, v in read_json(folder / "run.json")["results"].items() if k != "seconds"} for folder in (a, b)]
-    assert ends[0] == ends[1]
-
-
-# ------------------------------------------------------------------------------------- resume and processes
+@pytest.mark.parametrize("way, lines, changes", [(way, 2, 4 * i) for i, way in enumerate(LASTING)])
+def test_a_killed_run_goes_on_to_the_same_bits(way, lines, changes, tmp_path):
+    """Killed at a change of a file after `lines` lines of metrics: within a checkpoint, or before the next one."""
+    name = f"llm_noniid/{way}"
+    ended = run(command(name, tmp_path, "--processes", 1), die=(tmp_path / "r", lines, changes, signal.SIGKILL))
+    assert ended.code == -9 and read_json(tmp_path / "r" / "run.json")["status"] == "running"
+    ended = run(command(name, tmp_path, "--resume"))
+    assert ended.code == 0, ended.err
+    same_run(tmp_path / "r", whole(name))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_an_interrupt_in_the_middle_of_a_round_changes_no_bit(way, runs, tmp_path, monkeypatch):
-    real, closed = fed_core.Study.close_round, []
+@pytest.mark.parametrize("way, processes", [("scaffold", 1), ("clusters", 3), ("local", 2), ("fednova", 3)])
+def test_processes_change_no_bit(way, processes, tmp_path):
+    name = f"llm_noniid/{way}"
+    ended = run(command(name, tmp_path, "--processes", processes))
+    assert ended.code == 0, ended.err
+    assert read_json(tmp_path / "r" / "run.json")["processes"] == processes
+    same_run(tmp_path / "r", whole(name))
 
-    def broken(self, round):
-        closed.append(round)
-        if round == 2:
+
+def test_an_interrupt_in_the_middle_of_a_round_changes_no_bit(tmp_path, monkeypatch):
+    real, more = train.client_update, "--algorithm scaffold --participation-rate 0.5 --eval-every 2 --num-rounds 4"
+    folder = done(tmp_path, "whole", more)
+
+    def broken(study, theta, batches, k, t, **method):
+        if t == 3 and k == max(read_metrics(folder)[-1]["clients"]):
             raise KeyboardInterrupt
-        real(self, round)
+        return real(study, theta, batches, k, t, **method)
 
-    monkeypatch.setattr(fed_core.Study, "close_round", broken)
-    line = words(tmp_path, way, WAYS[way])
-    assert call(*line) == 130
-    assert read_json(tmp_path / way / "run.json")["status"] == "interrupted"
+    monkeypatch.setattr(train, "client_update", broken)
+    assert call(*words(tmp_path, "a", more)) == 130
+    assert read_json(tmp_path / "a" / "run.json")["ended"]["how"] == "interrupted"
     monkeypatch.undo()
-    assert call(*line, "--resume") == 0
-    assert closed == [0, 1, 2]
-    same_run(tmp_path / way, runs(way))
-
-
-@pytest.mark.parametrize("way", ["scaffold", "clusters"])
-def test_a_line_that_was_written_before_its_checkpoint_is_written_once(way, runs, tmp_path, monkeypatch):
-    real = Run.save
-
-    def broken(self, round, *rest):
-        if round == 1:
-            raise KeyboardInterrupt
-        real(self, round, *rest)
-
-    monkeypatch.setattr(Run, "save", broken)
-    line = words(tmp_path, way, WAYS[way])
-    assert call(*line) == 130 and len(read_metrics(tmp_path / way)) == 2
-    monkeypatch.undo()
-    assert call(*line, "--resume") == 0
-    same_run(tmp_path / way, runs(way))
-
-
-def torchrun(*line):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *map(str, line)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=900, check=False)
-    assert ended.returncode == 0, ended.stderr
-
-
-@pytest.fixture(scope="session")
-def in_two(tmp_path_factory):
-    """All ways but clusters by two processes, one after the other: torch is imported once."""
-    root = tmp_path_factory.mktemp("in_two")
-    lines = [words(root, way, more) for way, more in WAYS.items() if way != "clusters"]
-    (root / "all.py").write_text(
-        "from common.cli import run_main\n"
-        "from llm_noniid import flags, train\n"
-        f"LINES = {lines!r}\n"
-        "def main(_):\n"
-        "    for line in LINES:\n"
-        "        train.main(flags.parse(train.build_parser(), line))\n"
-        "run_main(main, None)\n"
-    )
-    torchrun(root / "all.py")
-    return root
-
-
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "clusters"])
-def test_two_processes_change_no_bit(way, runs, in_two):
-    assert read_json(in_two / way / "run.json")["processes"] == 2
-    same_run(in_two / way, runs(way))
-
-
-def test_the_script_in_two_processes_changes_no_bit(runs, tmp_path):
-    torchrun(ROOT / "llm_noniid" / "train.py", *words(tmp_path, "clusters", WAYS["clusters"]))
-    same_run(tmp_path / "clusters", runs("clusters"))
-
-
-# ---------------------------------------------------------------------------------- rounds against plain loops
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        "--weight-decay 0.1 --local-steps 0 --local-epochs 0.5",
-        "--algorithm fedprox --mu 20 --client-optimizer sgdm --learning-rate 0.02 --max-grad-norm 0.5",
-        "--algorithm scaffold --client-optimizer sgd --learning-rate 0.1 --participation-rate 0.5 --num-rounds 4",
-        "--algorithm scaffold --client-weights uniform",
-    ],
-)
-def test_rounds_are_those_of_a_plain_loop(more, tmp_path, monkeypatch):
-    """torch, peft and transformers used directly, with the batches and clients of the run."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    no_dropout(monkeypatch)
-    studies = spied(monkeypatch)
-    more += " --lora-dropout 0"
-    a = flags.parse(train.build_parser(), words(tmp_path, "a", more))
-    folder = done(tmp_path, "a", more)
-    # what the run began with: of a run that trains nothing
-    begun = done(tmp_path, "begun", "--lora-dropout 0 --client-optimizer sgd --learning-rate 1e-30 --num-rounds 1")
-    model = AutoModelForCausalLM.from_pretrained(folder / "base")
-    model = PeftModel.from_pretrained(model, begun / "final" / "adapter", is_trainable=True).train()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    rows = token_rows(tokenizer, load_texts("demo", max_samples=160).splits["train"])
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    mine = studies[0].rows
-    sizes = [len(part) if a.client_weights == "examples" else 1 for part in mine]
-    theta = start = {name: p.detach().clone() for name, p in trained.items()}
-    c = {name: torch.zeros_like(p) for name, p in trained.items()}
-    c_k = [c] * len(mine)
-    for t, line in enumerate(read_metrics(folder)):
-        sums, change = {}, {}
-        for k in line["clients"]:
-            for name, p in trained.items():
-                p.data.copy_(theta[name])
-            momentum = 0.9 if a.client_optimizer == "sgdm" else 0.0
-            sgd = torch.optim.SGD(trained.values(), lr=a.learning_rate, momentum=momentum)
-            adamw = torch.optim.AdamW(trained.values(), lr=a.learning_rate, weight_decay=a.weight_decay, fused=False)
-            optimizer = adamw if a.client_optimizer == "adamw" else sgd
-            steps = a.local_steps or None
-            batches = training_batches(len(mine[k]), 4, a.local_epochs, 42, t, k, steps)
-            raw = {name: torch.zeros_like(p) for name, p in trained.items()}
-            for at in batches:
-                optimizer.zero_grad()
-                loss = model(**padded([rows[i] for i in mine[k][at]], tokenizer.eos_token_id)).loss
-                if a.algorithm == "fedprox":
-                    loss = loss + a.mu / 2 * sum(((p - theta[name]) ** 2).sum() for name, p in trained.items())
-                loss.backward()
-                for name, p in trained.items():
-                    raw[name] += p.grad / len(batches)
-                    if a.algorithm == "scaffold":
-                        p.grad += c[name] - c_k[k][name]
-                if a.max_grad_norm:
-                    torch.nn.utils.clip_grad_norm_(trained.values(), a.max_grad_norm)
-                optimizer.step()
-            for name, p in trained.items():
-                sums[name] = sums.get(name, 0) + sizes[k] * p.detach().double()
-                change[name] = change.get(name, 0) + sizes[k] * (raw[name] - c_k[k][name])
-            c_k[k] = raw
-        total = sum(sizes[k] for k in line["clients"])
-        theta = {name: (s / total).float() for name, s in sums.items()}
-        c = {name: c[name] + change[name] / sum(sizes) for name in c}
-    left = served(folder)
-    assert left.keys() == {name.replace(".default", "") for name in theta}
-    for name, expected in theta.items():
-        moved = (expected - start[name]).norm()
-        assert moved > 0
-        assert (left[name.replace(".default", "")] - expected).norm() <= 2e-3 * moved, name
+    assert call(*words(tmp_path, "a", more), "--resume") == 0
+    same_run(tmp_path / "a", folder)
 
 
 # ------------------------------------------------------------------------------------------------ identities
 
 
-def test_fedprox_of_mu_zero_is_fedavg(runs, tmp_path):
-    assert same_bits(served(done(tmp_path, "prox", "--algorithm fedprox --mu 0")), served(runs("fedavg")))
+def test_fedprox_of_mu_zero_and_momentum_of_zero_are_fedavg(tmp_path):
+    plain = served(done(tmp_path, "plain", "--num-rounds 2"))
+    for name, more in (("prox", "--algorithm fedprox --mu 0"), ("m", "--algorithm fedavgm --server-momentum 0")):
+        assert same_bits(served(done(tmp_path, name, f"--num-rounds 2 {more}")), plain)
 
 
-def test_momentum_of_zero_on_the_server_is_fedavg(runs, tmp_path):
-    assert same_bits(served(done(tmp_path, "m", "--algorithm fedavgm --server-momentum 0")), served(runs("fedavg")))
-
-
-def test_scaffold_begins_as_fedavg_and_then_leaves_it(tmp_path):
-    ones = [done(tmp_path, f"{a}1", f"--algorithm {a} --num-rounds 1") for a in ("scaffold", "fedavg")]
-    assert same_bits(*map(served, ones))
-    lines = [read_metrics(folder)[0] for folder in ones]
-    assert lines[0]["client_train_loss"] == lines[1]["client_train_loss"]
-    theta = sum(t.numel() for t in served(ones[0]).values())
-    assert lines[0]["bytes_up"] == 2 * lines[1]["bytes_up"] == 2 * 4 * 4 * theta
-    twos = [served(done(tmp_path, f"{a}2", f"--algorithm {a} --num-rounds 2")) for a in ("scaffold", "fedavg")]
-    assert any(not torch.equal(t, twos[1][name]) for name, t in twos[0].items())
-
-
-def test_scaffolds_two_options_agree_under_sgd(tmp_path):
-    more = "--algorithm scaffold --client-optimizer sgd --learning-rate 0.3 --num-rounds 3"
-    a, b = (served(done(tmp_path, o, f"{more} --scaffold-option {o}")) for o in ("mean_gradient", "II"))
-    plain = served(done(tmp_path, "plain", more.replace("scaffold", "fedavg")))
-    for name in a:
-        assert (a[name] - b[name]).norm() <= 0.02 * (a[name] - plain[name]).norm(), name
-
-
-def test_fednova_of_equal_steps_is_fedavg_and_of_unequal_ones_is_not(tmp_path):
-    for steps, equal in (("--local-steps 3", True), ("--local-steps 0 --local-epochs 1", False)):
-        sgd = f"--client-optimizer sgd --learning-rate 0.3 --num-rounds 2 --overwrite {steps}"
-        nova, plain = (served(done(tmp_path, a, f"--algorithm {a} {sgd}")) for a in ("fednova", "fedavg"))
-        if equal:
-            assert near(nova, plain, 1e-6)
-        else:
-            name = next(n for n in nova if "lora_B" in n)
-            assert (nova[name] - plain[name]).norm() > 1e-2 * plain[name].norm()
-
-
-@pytest.mark.parametrize("other", ["central", "local"])
-def test_one_client_is_central_training_and_local_training(other, tmp_path):
+def test_one_client_is_central_training_and_local_training(tmp_path):
     alone = "--num-clients 1 --num-rounds 2"
-    a, b = done(tmp_path, "a", alone), done(tmp_path, "b", f"{alone} --algorithm {other}")
-    assert same_bits(served(a), served(b))
-    for x, y in zip(read_metrics(a), read_metrics(b), strict=True):
-        assert all(x[name] == y[name] for name in ("train_loss", "val_loss", "client_val_loss", "tokens"))
-    assert y["bytes_up"] == y["bytes_down"] == 0 < x["bytes_up"]
+    folders = [done(tmp_path, a, f"{alone} --algorithm {a}") for a in ("fedavg", "central", "local")]
+    lines = [read_metrics(folder)[1:] for folder in folders]
+    for folder, other in zip(folders[1:], lines[1:], strict=True):
+        assert same_bits(served(folders[0]), served(folder))
+        for x, y in zip(lines[0], other, strict=True):
+            assert all(x[name] == y[name] for name in ("train_loss", "val_loss", "client_val_loss", "tokens"))
 
 
-def test_central_sees_all_texts_and_takes_the_clients_steps(tmp_path, monkeypatch):
+def test_each_client_holds_out_a_tenth_of_its_texts(tmp_path, monkeypatch):
     studies = spied(monkeypatch)
-    for a in ("central", "fedavg"):
-        done(tmp_path, a, f"--algorithm {a} --num-rounds 1 --participation-rate 0.5")
-    central, clients = studies
-    assert np.array_equal(central.rows[0], np.sort(np.concatenate(clients.rows)))
-    assert len(central.batches(0, 0)) == 2 * len(clients.batches(0, 0)) == 6
-    for mine, held in zip(clients.rows, clients.held, strict=True):
+    done(tmp_path, "a", "--num-rounds 1 --local-steps 1")
+    (study,) = studies
+    for mine, held in zip(study.rows, study.held, strict=True):
         assert len(held) == max(1, (len(mine) + len(held)) // 10) and not set(mine) & set(held)
-    everything = np.concatenate([*clients.rows, *clients.held])
-    assert np.array_equal(np.sort(everything), np.arange(160))
-
-
-def test_bytes_tokens_and_groups_are_logged(runs):
-    line, other = read_metrics(runs("fedavg"))[-1], read_metrics(runs("clusters"))
-    theta = sum(t.numel() for t in served(runs("fedavg")).values())
-    assert line["bytes_up"] == line["bytes_down"] == 4 * theta * 4 * 3
-    assert 0 < line["tokens"] <= 3 * 4 * 3 * 4 * 95
-    assert [len(row["group"]) for row in other] == [4, 4, 4] and set(other[-1]["group"]) == {0, 1}
-    assert other[0]["group"] == other[-1]["group"]
-    assert (runs("clusters") / "final" / "group_1" / "adapter_config.json").exists()
-    assert read_metrics(runs("local"))[-1]["bytes_up"] == 0
-    partition = read_json(runs("fedavg") / "partition.json")
+    assert np.array_equal(np.sort(np.concatenate([*study.rows, *study.held])), np.arange(160))
+    partition = read_json(tmp_path / "a" / "partition.json")
     assert sum(partition["counts"]) == 160 and len(partition["vocabulary_overlap"]) == 4
+
+
+# ----------------------------------------------------------------------------------------------- how runs end
+
+
+def test_clients_that_are_left_out_raise_an_alarm_once_and_more_than_half_of_a_round_end_the_run(tmp_path, monkeypatch):
+    failing(monkeypatch, {(0, 2), (1, 2), (3, 0), (3, 1), (3, 3)})
+    assert call(*words(tmp_path, "a", "--eval-every 3 --num-rounds 9 --local-steps 1")) == 1
+    first, line = read_metrics(tmp_path / "a")
+    assert first["round"] == 0 and line["left_out"] == [[1, 2], [2, 2]] and line["left_out_updates"] == 2
+    assert [(alarm["detector"], alarm["round"]) for alarm in line["alarms"]] == [("left_out", 1)]
+    manifest = read_json(tmp_path / "a" / "run.json")
+    assert manifest["status"] == "failed" and "--learning-rate (0.005)" in manifest["reason"]
+    expected = {"how": "failed", "by": "left_out", "round": 4, "clients": [0, 1, 3], "reason": manifest["reason"]}
+    assert manifest["ended"] == expected
+
+
+def test_a_run_whose_loss_is_not_finite_ends_with_all_its_files(tmp_path):
+    """The weights are finite, the loss under them is not."""
+    folder = done(tmp_path, "a", "--learning-rate 1e20 --local-steps 1 --num-rounds 1")
+    line, results = read_metrics(folder)[-1], read_json(folder / "run.json")["results"]
+    assert not math.isfinite(float(line["val_loss"])) and not math.isfinite(float(line["worst_client_val_loss"]))
+    assert not math.isfinite(float(results["val_ppl"])) and results["best_val_loss"] == "nan"
+    assert [alarm["detector"] for alarm in results["alarms"]] == ["diverged"]
+    assert (folder / "final" / "adapter").is_dir()
+
+
+def rising(monkeypatch):
+    """Makes the logged loss rise from the third round on, by a half of itself a round."""
+    real = fed_core.text_model.quality
+    seen = []
+
+    def quality(model, texts, thetas, weights, split, rows, name):
+        figures = real(model, texts, thetas, weights, split, rows, name)
+        if name == "val":
+            figures["val_loss"] *= 1 + max(0, len(seen) - 2) / 2
+            seen.append(1)
+        return figures
+
+    monkeypatch.setattr(fed_core.text_model, "quality", quality)
+
+
+@pytest.mark.parametrize("stop_on, rounds", [("never", 7), ("divergence", 5), ("any", 5)])
+def test_stop_on_ends_the_run_at_the_alarm(stop_on, rounds, tmp_path, monkeypatch):
+    rising(monkeypatch)
+    more = f"--num-rounds 7 --local-steps 1 --probe-samples 0 --stop-on {stop_on}"
+    folder, manifest = done(tmp_path, "a", more), read_json(tmp_path / "a" / "run.json")
+    assert manifest["results"]["rounds"] == rounds == read_metrics(folder)[-1]["round"]
+    (alarm,) = (alarm for alarm in manifest["results"]["alarms"] if alarm["detector"] == "diverged")
+    assert alarm["round"] == 5  # the third loss in a row above 1.3 times the best
+    stopped = {"how": "stopped", "by": "diverged", "round": 5, "clients": None, "reason": alarm["message"]}
+    finished = {"how": "finished", "by": None, "round": 7, "clients": None, "reason": None}
+    assert manifest["ended"] == (finished if stop_on == "never" else stopped)
+    after = detectors.run_detectors(detectors.curves_of(read_metrics(folder)))
+    assert sorted(a["message"] for a in manifest["results"]["alarms"]) == sorted(a.message for a in after)
+
+
+def test_a_run_that_was_cut_off_after_its_last_alarm_does_not_go_on(tmp_path, monkeypatch):
+    more = "--num-rounds 7 --local-steps 1 --probe-samples 0 --stop-on divergence"
+    rising(monkeypatch)
+    folder = done(tmp_path, "whole", more)
+    monkeypatch.undo()
+    rising(monkeypatch)
+
+    def broken(self, write):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "write_final", broken)
+    assert call(*words(tmp_path, "a", more)) == 130
+    monkeypatch.undo()
+    assert call(*words(tmp_path, "a", more), "--resume") == 0
+    assert read_json(tmp_path / "a" / "run.json")["ended"] == read_json(folder / "run.json")["ended"]
+    assert lines_of(folder) == lines_of(tmp_path / "a")
+
+
+# ------------------------------------------------------------------------------------------------- its flags
+
+
+def test_a_flag_that_another_one_switches_off_is_no_part_of_the_method(tmp_path):
+    method = read_json(whole("llm_noniid/fedprox") / "run.json")["method"]
+    assert method["mu"] == 5 and method["style_criterion"] == "length"
+    assert not method.keys() & {"alpha", "server_lr", "num_clusters", "local_epochs", "skew_type", "output_dir"}
+    data = [read_json(whole(f"llm_noniid/{way}") / "run.json")["data"] for way in ("fedprox", "fedavg")]
+    other = read_json(done(tmp_path, "a", "--seed 1 --num-rounds 1 --local-steps 1") / "run.json")
+    assert data[0] == data[1] == other["data"]  # whatever the seed
+
+
+def test_central_takes_all_cores_unless_told():
+    for threads, expected in ((0, torch.get_num_threads()), (3, 3)):
+        line = ["--algorithm", "central", "--threads", str(threads)]
+        assert flags.parse(train.build_parser(), line).threads == expected
+    with pytest.raises(UsageError, match="fednova"):
+        flags.parse(train.build_parser(), ["--algorithm", "fednova"])
