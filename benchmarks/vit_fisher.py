@@ -16,20 +16,21 @@ import torch
 from torch.nn import functional as F
 
 from common.seeding import stream
+from common.vector import Weights
 from vit_sparse_fl.masks import maskable, sensitivity
 from vit_sparse_fl.vit import make_model
 
 
-def batch_one(model, names, images, labels):
+def batch_one(model, weights, images, labels):
     """The textbook loop."""
     model.eval()
-    parameters = dict(model.named_parameters())
-    total = {name: torch.zeros_like(parameters[name]) for name in names}
+    total = torch.zeros_like(weights.theta)
+    sums = weights.named(total)
     for i in range(len(images)):
         model.zero_grad(set_to_none=True)
         F.cross_entropy(model(images[i : i + 1]), labels[i : i + 1]).backward()
-        for name in names:
-            total[name].add_(parameters[name].grad.square(), alpha=1 / len(images))
+        for name, p in weights.parameters.items():
+            sums[name].add_(p.grad.square(), alpha=1 / len(images))
     model.zero_grad(set_to_none=True)
     return total
 
@@ -74,14 +75,15 @@ def main():
         model.classifier.weight.copy_(
             torch.from_numpy(stream(0, "head").normal(0, 0.05, tuple(model.classifier.weight.shape)))
         )
-    names = maskable(model)
+    named = dict(model.named_parameters())
+    weights = Weights(model, {name: named[name] for name in maskable(model)})
     shape = (options.samples, 3, options.image_size, options.image_size)
     images = torch.from_numpy(stream(0, "images").standard_normal(shape, dtype="float32")).to(options.device)
     labels = torch.arange(options.samples, device=options.device) % 100
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)  # lr 0: all repeats see the same weights
 
     def ours(method):
-        return sensitivity(model, names, images, labels=labels, method=method, chunk_size=options.chunk_size)
+        return sensitivity(model, weights, images, labels=labels, method=method, chunk_size=options.chunk_size)
 
     scores = {}
     seconds = {"loop": [], "vmap": [], "batch one": [], "epoch": []}
@@ -89,20 +91,20 @@ def main():
         for method in ("loop", "vmap"):
             spent, scores[method] = timed(ours, method)
             seconds[method].append(spent)
-        seconds["batch one"].append(timed(batch_one, model, names, images, labels)[0])
+        seconds["batch one"].append(timed(batch_one, model, weights, images, labels)[0])
         seconds["epoch"].append(timed(epoch, model, optimizer, images, labels, options.batch_size)[0])
-    expected = batch_one(model, names, images, labels)
+    expected = batch_one(model, weights, images, labels)
     median = {name: statistics.median(spent[1:]) for name, spent in seconds.items()}
-    size = sum(p.numel() for n, p in model.named_parameters() if n in names)
     print(
-        f"{options.model} at {options.image_size} px, {size:,} maskable weights, {options.samples} samples, "
+        f"{options.model} at {options.image_size} px, {weights.size:,} maskable weights, {options.samples} samples, "
         f"{options.device}, {options.threads} threads"
     )
     print(f"batch-1 loop {median['batch one']:.3f} s, training epoch {median['epoch']:.3f} s")
-    for method, found in scores.items():
+    for method, score in scores.items():
+        off = difference(weights.named(score), weights.named(expected))
         print(
             f"{method}: {median[method]:.3f} s, {median[method] / median['batch one']:.2f} of the batch-1 loop, "
-            f"{median[method] / median['epoch']:.2f} epochs, differs by {difference(found, expected):.1e}"
+            f"{median[method] / median['epoch']:.2f} epochs, differs by {off:.1e}"
         )
 
 

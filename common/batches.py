@@ -1,6 +1,22 @@
-"""Texts of different lengths as batches: one flat array of tokens, padded per batch; batches of like lengths."""
+"""Batches: a client's passes over its examples; texts of different lengths padded, batches of like lengths."""
 
 import numpy as np
+
+from common.seeding import stream
+
+
+def pass_after_pass(n, batch_size, first, steps, seed, client):
+    """Which of its n examples a client takes in its next `steps` batches: int64 [steps, batch_size].
+
+    Pass after pass over all of them, each in an order of its own, from where the client stands (`first` batches done);
+    a batch may hold the end of one pass and the start of the next. Keyed by (seed, pass, client).
+    """
+    if steps < 1:
+        return np.empty((0, batch_size), dtype=np.int64)
+    low, high = first * batch_size, (first + steps) * batch_size
+    passes = range(low // n, (high - 1) // n + 1)
+    order = np.concatenate([stream(seed, "batches", e, client).permutation(n) for e in passes])
+    return order[low - passes[0] * n : high - passes[0] * n].reshape(steps, batch_size)
 
 
 def padded(tokens, offsets, rows, pad, multiple=1):

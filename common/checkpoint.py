@@ -60,14 +60,13 @@ def saving(path, *parts):
         ) from error
 
 
-def save(folder, meta, shared, clients=None, rows=None):
+def save(folder, meta, shared, rows=None):
     """Replaces the checkpoint at `folder`. Every process calls it.
 
     meta: JSON object (the main process's counts). shared: {name: {key: tensor}}, the same on every process;
     the main process writes it. rows: {name: `common.client_rows.ClientRows`}.
     Raises RunFailed if it cannot be written (disk full); the old checkpoint is then untouched.
     """
-    clients, rows = clients or {}, rows or {}
     folder = Path(folder)
     fresh = folder.with_name(folder.name + ".new")
     with saving(folder, fresh):
@@ -75,9 +74,7 @@ def save(folder, meta, shared, clients=None, rows=None):
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
         parallel.barrier()
-        for k, tensors in clients.items():
-            _save_tensors(tensors, fresh / f"client_{k:06d}.safetensors")
-        ids = {name: row.save(fresh, name) for name, row in rows.items()}
+        ids = {name: row.save(fresh, name) for name, row in (rows or {}).items()}
         parallel.barrier()
         if parallel.is_main():
             for name, tensors in shared.items():
@@ -90,9 +87,8 @@ def save(folder, meta, shared, clients=None, rows=None):
 
 
 def load(folder, device="cpu"):
-    """The checkpoint at `folder`: (meta, shared, client), or None if there is none.
+    """The checkpoint at `folder`: (meta, shared: {name: {key: tensor}}), or None if there is none.
 
-    shared: {name: {key: tensor}}; client: a function of a client id, its {key: tensor} or None.
     Raises UsageError for a file that is damaged.
     """
     folder = Path(folder)
@@ -101,21 +97,16 @@ def load(folder, device="cpu"):
     parallel.barrier()
     if not (folder / "state.json").exists():
         return None
-    files = {f.stem: f for f in sorted(folder.glob("*.safetensors"))}
 
-    def read(file):
+    def read(name):
+        file = folder / f"{name}.safetensors"
         try:
             return load_file(file, device=str(device))
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{file} is damaged ({error}): start the run anew with --overwrite") from None
 
-    def client(k):
-        file = files.get(f"client_{k:06d}")
-        return read(file) if file else None
-
     meta = read_json(folder / "state.json")
-    shared = {name: read(files[name]) for name in meta["shared"] if name in files}
-    return meta, shared, client
+    return meta, {name: read(name) for name in meta["shared"]}
 
 
 def swap(fresh, folder):

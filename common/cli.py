@@ -158,6 +158,44 @@ def _number(text, kind, holds, wanted):
     return value
 
 
+def add_run_flags(parser, *other_names):
+    """The flags of the run itself, the same in every script. other_names: more spellings of --run-name."""
+    group = parser.add_argument_group("the run")
+    group.add_argument(
+        "--run-name", *other_names, metavar="NAME", help="folder of this run (default: made from the flags)"
+    )
+    group.add_argument("--resume", action="store_true", help="go on with the run of this name, if there is one")
+    group.add_argument("--overwrite", action="store_true", help="delete the run of this name and start anew")
+    group.add_argument(
+        "--track", choices=["off", "wandb", "tensorboard"], default="off", help="also send the metrics there"
+    )
+    return group
+
+
+def add_machine_flags(group, seed=42, federated=False):
+    """Seed, device, threads and precision, and for federated scripts processes. Args: seed: the default."""
+    group.add_argument("--seed", type=seed_number, default=seed, metavar="N", help="all randomness follows from it")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument(
+        "--threads",
+        type=thread_count,
+        default=0,
+        metavar="N",
+        help="CPU threads a process; 0: " + ("one" if federated else "all cores"),
+    )
+    if federated:
+        group.add_argument(
+            "--processes",
+            type=thread_count,
+            default=0,
+            metavar="N",
+            help="processes that share a round's clients; 0: one a core (on CUDA a GPU), as clients and memory allow",
+        )
+    group.add_argument(
+        "--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products"
+    )
+
+
 def checked(function, *args):
     """function(*args); where that is a UsageError, its line on stderr and the end with exit code 2."""
     try:

@@ -81,7 +81,8 @@ def _add_vmap(fisher, model, parameters, nll, samples, chunk_size):
     # vmap's own chunk_size would hold every sample's gradient until the end.
     for part in zip(*(s.split(chunk_size) for s in samples), strict=True):
         for name, g in per_sample(theta, *part).items():
-            fisher[name].add_(g.float().square().sum(0))
+            # parameters beside these may be trainable, so that g has a graph
+            fisher[name].add_(g.detach().float().square().sum(0))
 
 
 class _Shim(torch.nn.Module):

@@ -111,10 +111,11 @@ class AdapterMean:
         self._mean = None if rule in MIXED_RANKS else WeightedMean(self._vector(self.factors), clients)
         self._products = _ProductMeans(clients, self.factors)
 
-    def add(self, factors, weight, scale=None):
-        """Adds the client that the round is at. Returns False if it is left out: its factors are not finite.
+    def add(self, factors, weight, scale=None, finite=()):
+        """Adds the client that the round is at. Returns False if it is left out: something is not finite.
 
-        Args: factors: {layer: (A, B)}; weight: at least 0, e.g. its number of examples; scale: its s.
+        Args: factors: {layer: (A, B)}; weight: at least 0, e.g. its number of examples; scale: its s; finite: other
+            tensors that must be finite, such as its head.
         Raises: UsageError for other layers or layer sizes, or a rank or scale that the rule does not take; ValueError
             for a weight below 0, or a changed factor that this round does not train.
         """
@@ -122,7 +123,7 @@ class AdapterMean:
         self._check_sizes(factors, scale)
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"weight {weight} is not a finite number of at least 0")
-        if not is_finite(*(t for pair in factors.values() for t in pair)):
+        if not is_finite(*(t for pair in factors.values() for t in pair), *finite):
             self.clients.leave_out(self.clients.current)
             return False
         self._check_frozen(factors)

@@ -18,67 +18,27 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from common import checkpoint, parallel
-from common.cli import UsageError, method_of, seed_number, thread_count
+from common.cli import UsageError, method_of
 from common.client_rows import ClientRows
 from common.curves import read_metrics
 from common.evaluation import pick_device, resolve_amp
-from common.seeding import seed_everything, stream
+from common.participation import participants
+from common.provenance import git_commit, tracker, versions
+from common.seeding import seed_everything
 
 # Flags that say how to run, not what to compute: --resume may change them.
 NOT_COMPARED = {"resume", "overwrite", "data_root", "output_dir", "run_name", "track", "log_dir", "num_workers"}
 NOT_COMPARED |= {"use_wandb", "wandb_project", "cache_dir", "processes"}
 NOT_COMPARED |= {"config"}  # what it says is in the other flags
-
-
-def add_run_flags(parser, *other_names):
-    """The flags of the run itself, the same in every script. other_names: more spellings of --run-name."""
-    group = parser.add_argument_group("the run")
-    group.add_argument(
-        "--run-name", *other_names, metavar="NAME", help="folder of this run (default: made from the flags)"
-    )
-    group.add_argument("--resume", action="store_true", help="go on with the run of this name, if there is one")
-    group.add_argument("--overwrite", action="store_true", help="delete the run of this name and start anew")
-    group.add_argument(
-        "--track", choices=["off", "wandb", "tensorboard"], default="off", help="also send the metrics there"
-    )
-    return group
-
-
-def add_machine_flags(group, seed=42, federated=False):
-    """Seed, device, threads and precision, and for federated scripts processes. Args: seed: the default."""
-    group.add_argument("--seed", type=seed_number, default=seed, metavar="N", help="all randomness follows from it")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument(
-        "--threads",
-        type=thread_count,
-        default=0,
-        metavar="N",
-        help="CPU threads a process; 0: " + ("one" if federated else "all cores"),
-    )
-    if federated:
-        group.add_argument(
-            "--processes",
-            type=thread_count,
-            default=0,
-            metavar="N",
-            help="processes that share a round's clients; 0: one a core (on CUDA a GPU), as clients and memory allow",
-        )
-    group.add_argument(
-        "--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products"
-    )
 
 
 def start_run(command, args, name, unit="tokens"):
@@ -246,7 +206,7 @@ class Run:
             except OSError as error:
                 raise UsageError(f"cannot write {self.folder}: {error.strerror}; choose --output-dir") from error
         self.begun = True
-        self._tracker = _tracker(self.args, self.folder, self.command) if parallel.is_main() else None
+        self._tracker = tracker(self.args, self.folder, self.command) if parallel.is_main() else None
         self._t0 = time.perf_counter()
         parallel.barrier()
 
@@ -269,9 +229,7 @@ class Run:
         False. lasting: all else that outlives a round, by name: objects with state_dict() and load_state_dict(tensors),
         or `ClientRows`. What is named here is exactly what a checkpoint holds.
         """
-        old_form = isinstance(named, dict)  # {name: object}, until every study has its theta as one vector
-        lasting = named if old_form else lasting
-        self._lasting, self._named = lasting, (lambda t: t) if old_form or named is None else named
+        self._lasting, self._named = lasting, named or (lambda tensors: tensors)
         into = self._named(theta)
         device = next(iter(into.values())).device
         checkpoint_folder = self.folder / "checkpoint"
@@ -279,23 +237,19 @@ class Run:
         self._cut_metrics(state[0]["round"] if state else -1)
         if state is None:
             return theta
-        meta, shared, client = state
+        meta, shared = state
         saved = shared["theta"]
         if saved.keys() != into.keys() or (same_shapes and any(saved[n].shape != into[n].shape for n in into)):
             raise UsageError(f"{self.folder}/checkpoint is of another model: use --overwrite or another --run-name")
         for name, thing in lasting.items():
-            if hasattr(thing, "load_client"):
-                for k in meta["clients"]:
-                    thing.load_client(k, client)
-            elif isinstance(thing, ClientRows):
+            if isinstance(thing, ClientRows):
                 thing.load(checkpoint_folder, name, meta["rows"][name])
             else:
                 thing.load_state_dict(shared.get(name, {}))
         self.start_round, self.counters = meta["round"], meta["counters"]
         self.seconds, self.eval_seconds = meta["seconds"], meta["eval_seconds"]
         self._ended, self._first = meta.get("ended"), False
-        if parallel.is_main():
-            tqdm.write(f"resumed after round {self.start_round}", file=sys.stderr)
+        self.note(f"resumed after round {self.start_round}")
         if isinstance(theta, dict):
             return {key: saved[key] for key in theta}
         result = theta.clone()
@@ -307,7 +261,7 @@ class Run:
         """The clients of round t (from 0), a `common.parallel.Round`: a share of all, without replacement, by the seed.
 
         weights: what each of the K clients counts in a mean; up, down: bytes that a client sends and receives in this
-        round, a number or a function of its id; work: size of each client's work, for an even load.
+        round, a number, a list of all K, or a function of its id; work: size of each client's work, for an even load.
         """
         chosen = participants(self.args.seed, len(weights), participation, t)
         lr = next((name for name in ("lr", "learning_rate") if hasattr(self.args, name)), None)
@@ -318,6 +272,11 @@ class Run:
         self.clients = parallel.Round(chosen, work, closers, hint, t)
         self._weights, self._traffic = weights, (up, down)
         return self.clients
+
+    def note(self, text):
+        """A line on stderr, by the main process."""
+        if parallel.is_main():
+            tqdm.write(text, file=sys.stderr)
 
     def due(self, t):
         """Whether there is an evaluation after t rounds."""
@@ -345,18 +304,18 @@ class Run:
             row = self._client_fields(clients) if clients is not None else {}
             row |= evaluate()
             row |= complete(row) if complete is not None else {}
-            self.log(t - 1, row, time.perf_counter() - started)
+            self._log(t, row, time.perf_counter() - started)
         if t and (t % self.save_every == 0 or t == self.total or self._ended):
-            self.save(t - 1, theta, self._lasting)
+            self._save(theta)
         return row
 
     def _count_round(self, clients):
         out = clients.left_out
-        if out and parallel.is_main():
+        if out:
             names = ", ".join(map(str, out))
-            tqdm.write(f"warning: round {self._at}: update not finite, left out: client {names}", file=sys.stderr)
+            self.note(f"warning: round {self._at}: update not finite, left out: client {names}")
         self._left_out += [[self._at, k] for k in out]
-        up, down = (sum(f(k) for k in clients.clients) if callable(f) else f * len(clients) for f in self._traffic)
+        up, down = (sum(_amount(bytes_, k) for k in clients.clients) for bytes_ in self._traffic)
         self.count(bytes_up=up, bytes_down=down, left_out_updates=len(out), **{self.unit: clients.amount})
 
     def _client_fields(self, clients):
@@ -398,12 +357,12 @@ class Run:
         for name, amount in amounts.items():
             self.counters[name] += int(amount)
 
-    def log(self, round, metrics, eval_seconds=0.0):
-        """Appends the line of metrics.jsonl for `round` (from 0; the line counts finished rounds)."""
+    def _log(self, t, metrics, eval_seconds):
+        """Appends the line of metrics.jsonl after t rounds."""
         self.eval_seconds += eval_seconds
         seconds = self.seconds + time.perf_counter() - self._t0
         line = {
-            "round": round + 1,
+            "round": t,
             **self.counters,
             **metrics,
             "seconds": seconds,
@@ -418,7 +377,7 @@ class Run:
         shown = {k: line[k] for k in names if k in line}
         text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
         tqdm.write(
-            f"round {round + 1}/{self.total}  {text}  {line[self.unit + '_per_second']:.0f} {self.unit}/s",
+            f"round {t}/{self.total}  {text}  {line[self.unit + '_per_second']:.0f} {self.unit}/s",
             file=sys.stderr,
         )
         if self._bar is not None:
@@ -426,27 +385,19 @@ class Run:
         if self._tracker:
             self._tracker(line)
 
-    def save(self, round, theta, lasting):
-        """Replaces the checkpoint by the state after `round`: exactly theta, `lasting` and the counters."""
-        shared, clients, known = {"theta": self._named(theta)}, {}, set()
-        rows = {name: thing for name, thing in lasting.items() if isinstance(thing, ClientRows)}
-        for name, thing in lasting.items():
-            if name in rows:
-                continue
-            if hasattr(thing, "client_states"):
-                clients = thing.client_states()
-                known = set().union(*parallel.all_gather(sorted(clients)))
-            elif tensors := thing.state_dict():
-                shared[name] = tensors
+    def _save(self, theta):
+        """Replaces the checkpoint by the state after this round: exactly theta, what is lasting and the counters."""
+        rows = {name: thing for name, thing in self._lasting.items() if isinstance(thing, ClientRows)}
+        states = {name: thing.state_dict() for name, thing in self._lasting.items() if name not in rows}
+        shared = {"theta": self._named(theta)} | {name: tensors for name, tensors in states.items() if tensors}
         meta = {
-            "round": round + 1,
+            "round": self._at,
             "counters": self.counters,
-            "clients": sorted(known),
             "seconds": self.seconds + time.perf_counter() - self._t0,
             "eval_seconds": self.eval_seconds,
             "ended": self._ended,
         }
-        checkpoint.save(self.folder / "checkpoint", meta, shared, clients, rows)
+        checkpoint.save(self.folder / "checkpoint", meta, shared, rows)
 
     def metrics(self):
         """The lines of metrics.jsonl so far, as a list of dicts."""
@@ -487,64 +438,11 @@ class Run:
         parallel.barrier()
 
 
-def participants(seed, total, participation, t):
-    """The ids of the clients of round t (from 0): all, or a share of `total` drawn by the seed, unsorted."""
-    some = max(1, int(participation * total + 0.5))
-    if some >= total:
-        return list(range(total))
-    return stream(seed, "participation", t).choice(total, some, replace=False).tolist()
-
-
-class Turns:
-    """How often each client took part before a round: counted from the draws of the rounds, so nothing is carried."""
-
-    def __init__(self, seed, total, participation):
-        self._draw = (seed, total, participation)
-        self._at, self._counts = 0, np.zeros(total, dtype=np.int64)
-
-    def before(self, t):
-        """int64 [K]: rounds among 0 to t - 1 that each client took part in. Not to be changed."""
-        if t < self._at:
-            self._at, self._counts = 0, np.zeros_like(self._counts)
-        for earlier in range(self._at, t):
-            self._counts[participants(*self._draw, earlier)] += 1
-        self._at = t
-        return self._counts
-
-
-def git_commit():
-    """The commit of this source tree, with `+changes` where tracked files differ from it; None outside git."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words):
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def versions():
-    """Versions of what decides the bits of a run."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in (
-        "torch",
-        "numpy",
-        "transformers",
-        "tokenizers",
-        "safetensors",
-        "peft",
-        "torchvision",
-        "mamba-ssm",
-    ):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def _amount(amounts, k):
+    """Client k's of a number for all, a list, or a function of the id."""
+    if callable(amounts):
+        return amounts(k)
+    return amounts if isinstance(amounts, (int, float)) else amounts[k]
 
 
 def _without_source(data):
@@ -561,26 +459,3 @@ def _json_safe(value):
     if isinstance(value, (list, tuple)):
         return [_json_safe(v) for v in value]
     return value
-
-
-def _tracker(args, folder, command):
-    """A function that takes a line of metrics, for --track; None when off."""
-    if args.track == "off":
-        return None
-    if args.track == "wandb":
-        import wandb
-
-        project = getattr(args, "wandb_project", "fedquartet")
-        session = wandb.init(project=project, id=folder.name, config=vars(args), resume="allow")
-        return lambda line: session.log(line, step=line["round"])
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def write(line):
-        for key, value in line.items():
-            if isinstance(value, (int, float)):
-                writer.add_scalar(f"{command}/{key}", value, line["round"])
-        writer.flush()
-
-    return write

@@ -1,5 +1,6 @@
 """The flags of this study's scripts and the keys of its yaml files: the source's names and defaults, and ours."""
 
+import json
 import sys
 
 import torch
@@ -7,6 +8,8 @@ import torch
 from common.cli import (
     Parser,
     UsageError,
+    add_machine_flags,
+    add_run_flags,
     fraction,
     half_open_fraction,
     non_negative_float,
@@ -16,7 +19,7 @@ from common.cli import (
 )
 from common.config_file import apply_config
 from common.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
-from common.runlog import add_machine_flags, add_run_flags
+from common.runlog import NOT_COMPARED
 from llm_noniid.data import DATASETS
 from llm_noniid.detectors import STOP_ON
 from llm_noniid.partition import PARTITIONS, SKEW_TYPES, STYLE_CRITERIA
@@ -211,6 +214,19 @@ def complete(args, argv=None):
     if args.algorithm == "central" and not args.threads:
         args.threads = torch.get_num_threads()  # all cores: there is one client
     return args
+
+
+def compared(args):
+    """The flags of a run of train.py that decide what is computed, as JSON values."""
+    return {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items() if k not in NOT_COMPARED}
+
+
+def refuse(words, names):
+    """Raises UsageError where one of these flags is among the words: the script that starts the runs sets it."""
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in names:
+            raise UsageError(f"--{name.replace('_', '-')} is set for each run by this script (see --help): drop it")
 
 
 def run_name(args):

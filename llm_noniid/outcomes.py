@@ -10,7 +10,7 @@ A run that ended because no client's update was finite is an outcome: its loss i
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from llm_noniid.diagnostics import rounds_to_target
 
 COMMAND = "train"
 BLOWN_UP = "are not finite"  # in the reason of a run that had no finite update left
-START_RATE = 1e-20  # runs with a lower learning rate only say what the model's loss is before training
+START_RATE = 1e-20  # older runs with a lower learning rate only say what the model's loss is before training
 MAP_FILE = "failure_map.json"
 BROKEN = ("diverged", "oscillating", "left_out")  # alarms of training that is not stable
 
@@ -72,7 +72,8 @@ _ONLY_WHERE = {  # a factor that a run does not read is not compared
 class Outcome:
     """A run: its folder, run.json's args, results, status and reason, the lines of metrics.jsonl.
 
-    start_loss: the model's validation loss before training, None where no run tells.
+    start_loss: the model's validation loss before training (round 0, not among the lines); of older runs, which did
+    not log it, what a run of no training beside them says, else None.
     """
 
     folder: Path
@@ -82,6 +83,10 @@ class Outcome:
     status: str
     reason: str = ""
     start_loss: float | None = None
+
+    def started_at(self, loss):
+        """The same run with this loss before training."""
+        return replace(self, start_loss=loss)
 
     @property
     def seed(self):
@@ -195,12 +200,10 @@ def read_outcomes(folder):
     starts = {
         start_key(run.args): run.last("val_loss") for run in runs if run.args.get("learning_rate", 1) <= START_RATE
     }
-    known = [
-        Outcome(run.folder, run.args, run.rows, run.results, run.status, run.reason, starts.get(start_key(run.args)))
-        for run in runs
-        if run.args.get("learning_rate", 1) > START_RATE
-    ]
-    return known, notes
+    known = [run for run in runs if run.args.get("learning_rate", 1) > START_RATE]
+    return [
+        run if run.start_loss is not None else run.started_at(starts.get(start_key(run.args))) for run in known
+    ], notes
 
 
 def read_outcome(folder):
@@ -213,7 +216,9 @@ def read_outcome(folder):
     except FileNotFoundError:
         rows = []
     results, reason = manifest.get("results") or {}, manifest.get("reason") or ""
-    return Outcome(Path(folder), manifest["args"], rows, results, manifest["status"], reason)
+    start = next((number(row.get("val_loss")) for row in rows if row["round"] == 0), None)
+    rows = [row for row in rows if row["round"] > 0]
+    return Outcome(Path(folder), manifest["args"], rows, results, manifest["status"], reason, start)
 
 
 def read_maps(folder):

@@ -21,11 +21,21 @@ from transformers import GPT2LMHeadModel
 
 from common.allocator import reuse_large_memory
 from common.checkpoint import saving, swap, write_json
-from common.cli import Parser, RunFailed, UsageError, fraction, positive_float, positive_int, run_main
+from common.cli import (
+    Parser,
+    RunFailed,
+    UsageError,
+    add_machine_flags,
+    fraction,
+    positive_float,
+    positive_int,
+    run_main,
+)
 from common.evaluation import perplexity, pick_device, resolve_amp
 from common.hub import quiet
 from common.local import local_steps
-from common.runlog import add_machine_flags, git_commit, prepare_machine, versions
+from common.provenance import git_commit, versions
+from common.runlog import prepare_machine
 from common.seeding import seed_torch
 from common.text import load_tokenizer
 from common.vector import Weights

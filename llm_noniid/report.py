@@ -13,11 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common.checkpoint import saving
+from common.checkpoint import read_json, saving
 from common.cli import Parser, run_main
 from llm_noniid import comparing, outcomes, tables
 from llm_noniid import verdicts as judging
-from llm_noniid.launching import manifest
 
 FIGURES = Path(__file__).resolve().parent.parent / "plots" / "noniid_figures.py"
 CAPTIONS = {  # by the beginning of a figure's file name, in the report's order
@@ -298,7 +297,7 @@ def provenance(found):
     commits, versions, devices = set(), set(), set()
     for context in found:
         for run in context.runs:
-            about = manifest(run.folder) or {}
+            about = read_json(run.folder / "run.json")
             commits.add(str(about.get("git_commit"))[:12])
             versions.add(", ".join(f"{k} {v}" for k, v in (about.get("versions") or {}).items()))
             devices.add(", ".join(f"{k} {v}" for k, v in (about.get("resolved") or {}).items()))

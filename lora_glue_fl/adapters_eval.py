@@ -7,8 +7,7 @@ python lora_glue_fl/adapters_eval.py --model tiny --dataset demo --task_name sst
 from pathlib import Path
 
 from common.checkpoint import write_json
-from common.cli import Parser, UsageError, positive_int, run_main
-from common.runlog import add_machine_flags
+from common.cli import Parser, UsageError, add_machine_flags, positive_int, run_main
 from lora_glue_fl.flags import add_task_flags
 from lora_glue_fl.models import model_name, size_label
 from lora_glue_fl.task_model import evaluate_adapter

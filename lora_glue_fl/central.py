@@ -1,151 +1,101 @@
 """Central training on a GLUE task, of an adapter or of all weights: for `main_glue_lora.py` and `baseline_run.py`.
 
-The optimiser's loop is that of the federated clients (`fitting.fit`); a round of the metrics is an epoch.
+The optimiser's loop is that of the federated clients (`common.local.local_steps`); a round of the metrics is an epoch.
 """
 
 import math
-import sys
-import time
+from dataclasses import dataclass
 
-import torch
-from tqdm import tqdm
+import numpy as np
 
-from common.cli import positive_float
+from common import parallel
+from common.cli import RunFailed, UsageError, positive_float
 from common.compiling import checked_compile
+from common.local import OptimizerState, client_optimizer, local_steps
 from common.seeding import seed_torch
-from lora_glue_fl.fitting import fit, lr_at, make_optimizer, plan_steps, warmup_steps
-from lora_glue_fl.flags import add_training_flags, make_parser, refuse
+from common.vector import Weights
+from lora_glue_fl import flags
+from lora_glue_fl.fitting import batches, learning_rates, plan_steps
 from lora_glue_fl.sharding import load_manifest, subset
-from lora_glue_fl.task_model import TaskModel, check_loss
+from lora_glue_fl.task_model import TaskModel
 
 
-class CentralStudy:
-    """Data, model and epochs. Attributes: task_model, trained {name: parameter}, optimizer, epochs (a whole number).
+@dataclass(frozen=True)
+class Study:
+    """Data and model of a run. rows: int64, its examples of the training split; weights: what is trained."""
 
-    Args: lora: as `TaskModel`; None: all weights train.
-    """
-
-    def __init__(self, args, run, lora=None):
-        self.args, self.run = args, run
-        self.task_model = found = TaskModel(args, lora, train=args.do_train)
-        self.trained = found.adapted.trainable() if found.adapted else dict(found.model.named_parameters())
-        self.optimizer = make_optimizer(self.trained, args)
-        self.loss = checked_compile(found.loss, self.trained) if args.compile else found.loss
-        self.epochs, self.best, facts = 0, None, found.facts()
-        if args.do_train:
-            self._plan()
-            facts["examples"] = len(self.rows)
-        run.begin(facts, found.sizes(self.trained), found.resolved())
-        for note in found.notes:
-            tqdm.write(note, file=sys.stderr)
-
-    def _plan(self):
-        a, found = self.args, self.task_model
-        if a.shard:
-            self.rows = load_manifest(a.shard, found.data)["indices"]
-        else:
-            self.rows = subset(found.data, a.max_examples, a.seed)
-        lengths = found.encoded["train"].lengths()[self.rows]
-        self.steps = plan_steps(lengths, a, a.num_train_epochs)
-        self.epochs = math.ceil(a.num_train_epochs)
-        self.per_epoch = math.ceil(math.ceil(len(lengths) / a.batch_size) / a.gradient_accumulation_steps)
-
-    @property
-    def lasting(self):
-        """With the weights, all that outlives an epoch."""
-        return {"optimizer": OptimizerState(self.optimizer, self.trained)}
-
-    def weights(self):
-        """{name: tensor} of what is trained: the model's own tensors."""
-        return {name: p.detach() for name, p in self.trained.items()}
-
-    @torch.no_grad()
-    def load(self, weights):
-        """Puts {name: tensor} into the model."""
-        for name, p in self.trained.items():
-            p.copy_(weights[name])
-
-    def train_epoch(self, epoch):
-        """One pass over the examples. Returns their mean loss."""
-        a, total = self.args, len(self.steps)
-        at = range(epoch * self.per_epoch, min((epoch + 1) * self.per_epoch, total))
-        steps = [[self.rows[rows] for rows in micro] for micro in self.steps[at.start : at.stop]]
-        lrs = [lr_at(i, total, a.learning_rate, warmup_steps(a, total), a.lr_scheduler) for i in at]
-        self.task_model.model.train()
-        seed_torch(a.seed, "dropout", epoch)
-        found = self.task_model
-        loss = fit(
-            self.loss,
-            found.encoded["train"],
-            steps,
-            self.trained,
-            self.optimizer,
-            lrs,
-            a,
-            found.amp,
-            found.device,
-        ).item()
-        self.run.count(examples=sum(len(rows) for micro in steps for rows in micro))
-        check_loss(loss, f"epoch {epoch + 1}", a)
-        return loss
-
-    def report(self, epoch, loss=None):
-        """Evaluates with --do-eval and writes the epoch's line of metrics.jsonl (epoch -1: before training)."""
-        started = time.perf_counter()
-        metrics = {} if loss is None else {"train_loss": loss}
-        if self.args.do_eval:
-            metrics |= self.task_model.evaluate()
-        self.run.log(epoch, metrics, time.perf_counter() - started)
-
-    def results(self):
-        """What run.json says at the end; prints the metrics."""
-        lines = self.run.metrics()
-        line, headline = lines[-1], self.task_model.headline
-        found = {name: v for name, v in line.items() if name.startswith("val_")}
-        if found:
-            print("  ".join(f"{name} {v:.4f}" for name, v in found.items()))
-            best = max(lines, key=lambda row: row[headline])
-            found |= {"best_round": best["round"], f"best_{headline}": best[headline]}
-        return found | {key: line[key] for key in ("examples", "seconds")} | {"rounds": line["round"]}
+    args: object
+    run: object
+    model: TaskModel
+    rows: np.ndarray
+    weights: Weights
 
 
-class OptimizerState:
-    """The state of a torch optimiser as {name/key: tensor}, for a checkpoint.
-
-    Args: optimizer: over the values of parameters; parameters: {name: parameter}.
-    """
-
-    def __init__(self, optimizer, parameters):
-        self.optimizer, self.parameters = optimizer, parameters
-
-    def state_dict(self):
-        """What is there so far."""
-        state = self.optimizer.state
-        return {
-            f"{name}/{key}": value
-            for name, p in self.parameters.items()
-            if p in state
-            for key, value in state[p].items()
-        }
-
-    def load_state_dict(self, tensors):
-        """Puts it back."""
-        for name, value in tensors.items():
-            name, key = name.rsplit("/", 1)
-            self.optimizer.state[self.parameters[name]][key] = value
+def load_study(args, run, lora=None):
+    """Reads the data, builds the model and begins the run. Args: lora: as `TaskModel`; None: all weights train."""
+    a = args
+    if parallel.world().size > 1:
+        raise UsageError("central training is one process: start it without torchrun")
+    model = TaskModel(a, lora, train=a.do_train)
+    trained = model.adapted.trainable() if lora else dict(model.model.named_parameters())
+    rows = np.empty(0, dtype=np.int64)
+    if a.do_train:
+        rows = load_manifest(a.shard, model.data)["indices"] if a.shard else subset(model.data, a.max_examples, a.seed)
+    weights = Weights(model.model, trained)
+    run.begin(model.facts(), model.sizes(trained), clients={"examples": len(rows)} if a.do_train else None)
+    run.plan(math.ceil(a.num_train_epochs) if a.do_train else 0)
+    for line in model.notes:
+        run.note(line)
+    return Study(a, run, model, rows, weights)
 
 
-def make_central_parser(description, output_dir, learning_rate):
+def train(study):
+    """Epochs of AdamW with one schedule over all of them, evaluated before and after each with --do-eval."""
+    a, run, model, weights = study.args, study.run, study.model, study.weights
+    optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate, weight_decay=a.weight_decay)
+    loss = checked_compile(model.loss, weights.parameters) if a.compile else model.loss
+    moments = OptimizerState(optimizer, weights.parameters)
+    weights.load(run.restore(weights.snapshot(), weights.named, optimizer=moments))
+    evaluate = model.evaluate if a.do_eval else dict
+    run.report(0, weights.theta, evaluate)
+    if not a.do_train:
+        return
+    encoded, batch = model.encoded["train"], a.batch_size * a.gradient_accumulation_steps
+    plan = plan_steps(encoded.lengths()[study.rows], a, a.num_train_epochs)
+    lrs, epoch = learning_rates(a, len(plan)), math.ceil(len(study.rows) / batch)  # steps of an epoch
+    for t in run.rounds():
+        now = slice(t * epoch, (t + 1) * epoch)
+        model.model.train()
+        seed_torch(a.seed, "dropout", t)
+        steps = batches(encoded, study.rows, plan[now], model.device)
+        done = local_steps(
+            loss, steps, weights, optimizer, amp=run.amp, max_norm=a.max_grad_norm, lrs=lrs[now]
+        ).loss.item()
+        run.count(examples=sum(len(rows) for step in plan[now] for rows in step))
+        if not math.isfinite(done):
+            hint = f"lower --learning-rate ({a.learning_rate:g}) or --amp off"
+            raise RunFailed(f"epoch {t + 1}: the loss is {done}: {hint}")
+        run.report(t + 1, weights.theta, lambda value=done: {"train_loss": value} | evaluate())
+
+
+def results(study):
+    """What run.json says at the end; prints the metrics."""
+    rows, headline = study.run.metrics(), study.model.headline
+    last = rows[-1]
+    values = {name: v for name, v in last.items() if name.startswith("val_")}
+    if values:
+        print("  ".join(f"{name} {v:.4f}" for name, v in values.items()))
+        best = max(rows[1:] or rows, key=lambda row: row[headline])
+        values |= {"best_round": best["round"], f"best_{headline}": best[headline]}
+    return values | {name: last[name] for name in ("examples", "seconds")} | {"rounds": last["round"]}
+
+
+def make_parser(description, output_dir, learning_rate):
     """The parser of a central script. Returns (parser, group for the script's own flags)."""
-    parser, own = make_parser(description, output_dir)
+    parser, own = flags.make_parser(description, output_dir)
     own.add_argument("--do-train", action="store_true", help="train")
     own.add_argument("--do-eval", action="store_true", help="evaluate every epoch; without --do-train: zero-shot")
-    train = add_training_flags(
-        parser,
-        learning_rate,
-        *("--per-device-train-batch-size", "--per-device-eval-batch-size"),
-        *("--batch-size", "--eval-batch-size"),
-    )
+    train = flags.add_training_flags(parser, learning_rate, flags.LONG + flags.SHORT)
     train.add_argument(
         "--num-train-epochs", type=positive_float, default=3.0, metavar="X", help="passes over the examples"
     )
@@ -155,8 +105,7 @@ def make_central_parser(description, output_dir, learning_rate):
 
 
 def complete(args):
-    """Fills in what depends on other flags. Raises UsageError for flags that contradict each other."""
-    refuse(not (args.do_train or args.do_eval), "nothing to do: give --do-train, --do-eval or both")
-    refuse(args.shard and args.max_examples, "--shard and --max-examples are both given: choose one")
-    args.mu = 0.0  # no FedProx: there is one client
+    """The flags, or UsageError for those that contradict each other."""
+    flags.refuse(not (args.do_train or args.do_eval), "nothing to do: give --do-train, --do-eval or both")
+    flags.refuse(args.shard and args.max_examples, "--shard and --max-examples are both given: choose one")
     return args

@@ -1,436 +1,425 @@
-"""What the rounds of federated LoRA are made of: the `Study`, with clients, local work, evaluation and folders.
+"""What a run of federated LoRA is made of: data and model (`Study`), and functions of them.
 
-The round loop is in `fedavg_rounds.py`, the rules that average are in `common/lowrank.py`.
+The round loop and the client's steps are in `fedavg_rounds.py`, the rules that average are in `common/lowrank.py`.
+
+theta is {name: tensor}: `A.<layer>` [r, k] and `B.<layer>` [d, r] of the adapter that the server serves (r may change
+from round to round), `head` [h], all of the head's parameters in one vector, and for stack and residual
+`base.<layer>`, the weight under the adapter.
 """
 
 import math
-import sys
-import time
+from dataclasses import dataclass
+from pathlib import Path
 
-from tqdm import tqdm
+import torch
 
 from common import parallel
 from common.adapter_files import read_adapter, write_adapter
-from common.before.aggregation import ServerAdam, ServerMomentum, finite
-from common.before.lowrank import MIXED_RANKS, AdapterMean, trained_factors
-from common.cli import RunFailed, UsageError
+from common.aggregation import ServerAdam, ServerMomentum
+from common.cli import UsageError
 from common.compiling import checked_compile
+from common.lowrank import MIXED_RANKS, trained_factors
+from common.participation import per_round
 from common.products import fit_rank, scaling
 from common.seeding import seed_torch, torch_stream
-from lora_glue_fl.fitting import fit, lr_at, make_optimizer, plan_steps, warmup_steps
+from common.vector import Weights
+from lora_glue_fl.fitting import batches, learning_rates, plan_steps
 from lora_glue_fl.round_folders import RoundFolders
-from lora_glue_fl.sharding import load_shards
+from lora_glue_fl.sharding import client_files, load_shards
 from lora_glue_fl.task_model import TaskModel, check_fits
 
 CHANGES_BASE = ("stack", "residual")
+# What of the factors changes for the clients after a round. stack, residual: nothing, they get everybody's stacked
+# factors or their product, from which a client has the base's update and mean A, mean B; a fresh A all can draw.
+RECEIVED = {"ffa": ("B",), "stack": (), "residual": ()}
 
 
+@dataclass(frozen=True)
 class Study:
-    """Data, model and the pieces of a round.
+    """Data and model of a run.
 
-    theta is {name: tensor}: `A.<layer>` [r, k] and `B.<layer>` [d, r] of the adapter that the server serves,
-    `head.<name>`, and for stack and residual `base.<layer>`, the weight under the adapter.
+    model: task, tokens and encoder with its adapter; rows: each client's examples, int64 [n_k] of the training split;
+    ranks: each client's; scale: s of every client's adapter; theta: before the first round; loss: mean over the
+    examples of a batch; servers: {part of theta: server optimiser}, empty for plain averaging; folders: of the rounds.
     """
 
-    def __init__(self, args, run):
-        self.args, self.run = args, run
-        self.task_model = TaskModel(
-            args, (args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules), train=True
-        )
-        self.adapted, self.device = self.task_model.adapted, self.task_model.device
-        self.amp = self.task_model.amp
-        shards = load_shards(args.shard_dir, self.task_model.data)
-        self.rows = [shard["indices"] for shard in shards]
-        self.examples = [len(rows) for rows in self.rows]
-        self.lengths = [self.task_model.encoded["train"].lengths()[rows] for rows in self.rows]
-        self.ranks = self._client_ranks()
-        self.client_scale = scaling(args.lora_alpha, args.lora_r)
-        self._check_ranks()
-        self.init_adapter = read_adapter(args.init_adapter) if args.init_adapter else None
-        self.initial = self._initial_weights()
-        self.server = _server_optimizer(args)
-        self.folders = RoundFolders(run.folder, args.keep, self._fused_name(), self._about())
-        loss = self.task_model.loss
-        self.loss = checked_compile(loss, self._with_gradients) if args.compile else loss
-        self._observed, self._left_out, self._left_out_since = {}, [], []
-        self._client_metrics = {}
-        self._begin(shards)
+    args: object
+    run: object
+    model: TaskModel
+    rows: list
+    ranks: list
+    scale: float
+    theta: dict
+    loss: object
+    servers: dict
+    folders: RoundFolders
 
-    def _with_gradients(self):
-        # asked for when there is a first batch: rules train other factors in other rounds
-        return {name: p for name, p in self.adapted.model.named_parameters() if p.requires_grad}
+    @property
+    def examples(self):
+        """n_k: examples of each client."""
+        return [len(rows) for rows in self.rows]
 
-    def _client_ranks(self):
-        given, clients = self.args.client_ranks or [self.args.lora_r], len(self.examples)
-        if len(given) > clients:
-            raise UsageError(f"{len(given)} --client-ranks for {clients} clients: give one a client, or fewer")
-        return [given[k % len(given)] for k in range(clients)]
-
-    def _check_ranks(self):
-        a = self.args
-        most = min(min(B.shape[0], A.shape[1]) for A, B in self.adapted.factors().values())
-        served = [a.svd_rank] if a.aggregate == "svd" else []
-        if max([*self.ranks, *served]) > most:
-            raise UsageError(
-                f"rank {max([*self.ranks, *served])} is above {most}, the smaller side of an adapted layer: lower "
-                "--lora-r, --client-ranks or --svd-rank"
-            )
-        if a.aggregate not in MIXED_RANKS and set(self.ranks) != {a.lora_r}:
-            raise UsageError(
-                f"--client-ranks {' '.join(map(str, a.client_ranks))}: rule {a.aggregate} needs rank {a.lora_r} of all "
-                f"clients: take --aggregate {' or '.join(MIXED_RANKS)}"
-            )
-        if a.aggregate == "svd" and a.svd_rank > sum(self.ranks):
-            raise UsageError(
-                f"--svd-rank {a.svd_rank} is above {sum(self.ranks)}, the rank of the mean of {len(self.ranks)} "
-                f"clients of rank {min(self.ranks)} to {max(self.ranks)}: lower it"
-            )
-
-    def _begin(self, shards):
-        a, found = self.args, self.task_model
-        first = shards[0]
-        facts = {
-            **found.facts(),
-            "clients": len(self.examples),
-            "examples": self.examples,
-            "ranks": self.ranks,
-            **{key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key")},
-            "shard_seed": first.get("seed"),
-        }
-        if a.init_adapter:
-            facts["init_adapter_sha256"] = self.init_adapter.sha256
-        self.run.begin(facts, found.sizes(self.adapted.trainable()), found.resolved())
-        n = sorted(self.examples)
-        self.note(f"{len(n)} clients, examples a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})")
-        for note in found.notes:
-            self.note(note)
-        if a.aggregate == "svd" and a.svd_rank > min(self.ranks):
-            self.note(f"clients of rank {min(self.ranks)} get the leading directions of what is served at {a.svd_rank}")
-        self.note(self._size_on_disk())
-        if parallel.is_main():
-            found.save_base(self.run.folder)
-
-    def note(self, text):
-        """A line on stderr, by the main process."""
-        if parallel.is_main():
-            tqdm.write(text, file=sys.stderr)
-
-    def _about(self):
-        return self.adapted.about() | {"base_model": self.task_model.base_model(self.run.folder)}
-
-    def _fused_name(self):
-        a = self.args
-        return (
-            f"fused_r{a.svd_rank}"
-            if a.aggregate == "svd"
-            else f"fused_r{a.lora_r}" + "_nosvd" * (a.aggregate == "naive")
-        )
-
-    def _size_on_disk(self):
-        theta = self.initial
-        adapter = 4 * sum(t.numel() for name, t in theta.items() if not name.startswith("base."))
-        base = 4 * sum(t.numel() for name, t in theta.items() if name.startswith("base."))
-        whole = 4 * self.run.manifest["parameters"]["total"] if base else adapter  # final/
-        rounds = self.folders.rounds_kept(self.args.rounds)
-        clients = len(self.examples) if self.args.save_clients else 0
-        total = rounds * ((clients + 1) * adapter + base) + adapter + base + whole
-        return (
-            f"on disk at the end: about {total / 2**20:,.1f} MiB ({rounds} rounds (--keep {' '.join(self.args.keep)}) "
-            f"of {clients} + 1 adapters of {adapter / 2**20:.2f} MiB, a checkpoint, final/)"
-        )
-
-    # ---- theta
-
-    def _initial_weights(self):
-        """theta before the first round, on the device: peft's adapter (A random, B zero), or --init-adapter's."""
-        a = self.args
-        factors = {name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in self.adapted.factors().items()}
-        head = {name: p.detach().clone() for name, p in self.adapted.head.items()}
-        if a.init_adapter:
-            file = self.init_adapter
-            check_fits(file, self.adapted)
-            least = min(a.lora_r, *self.ranks)
-            if file.r > least:
-                flag = "--lora-r" if least == a.lora_r else "--client-ranks"
-                raise UsageError(
-                    f"--init-adapter has rank {file.r}, above {flag} {least}: raise {flag}, or compress it with "
-                    f"fedavg_merge.py --adapters {a.init_adapter} --svd-rank {least}"
-                )
-            factors = self._resized(file.factors, file.scale, a.lora_r, self.client_scale, 0)
-            head = {name: t.clone() for name, t in file.head.items()}
-        theta = self._theta(factors, head)
-        if a.aggregate in CHANGES_BASE:
-            theta |= {f"base.{name}": w.detach().clone() for name, w in self.adapted.base_weights().items()}
-        return {name: t.to(self.device) for name, t in theta.items()}
-
-    def initial_weights(self):
-        """theta before the first round."""
-        return self.initial
+    @property
+    def client_weights(self):
+        """What each client counts in a mean: n_k, or 1 with --client-weights uniform."""
+        return self.examples if self.args.client_weights == "examples" else [1] * len(self.rows)
 
     @property
     def lasting(self):
-        """With theta, all that outlives a round: what a checkpoint holds."""
-        return {"folders": self.folders} | ({"server": self.server} if self.server else {})
+        """With theta, all that outlives a round."""
+        return {"folders": self.folders} | {f"server_{part}": server for part, server in self.servers.items()}
 
-    @staticmethod
-    def _theta(factors, head):
-        theta = {f"{x}.{name}": t for name, pair in factors.items() for x, t in zip("AB", pair, strict=True)}
-        return theta | {f"head.{name}": t for name, t in head.items()}
-
-    def split(self, theta):
-        """(factors, head, base) of theta: {layer: (A, B)}, {name: tensor}, {layer: weight}."""
-        factors = {name: (theta[f"A.{name}"], theta[f"B.{name}"]) for name in self.adapted.layers}
-        parts = [{n.removeprefix(p): t for n, t in theta.items() if n.startswith(p)} for p in ("head.", "base.")]
-        return factors, *parts
-
-    def scale_before(self, round):
-        """s of theta's adapter before a round: the clients', from the second on that of what svd serves."""
-        a = self.args
-        return scaling(a.alpha, a.svd_rank) if a.aggregate == "svd" and round > 0 else self.client_scale
-
-    def _resized(self, factors, scale, rank, new_scale, round):
-        """An adapter for clients of another rank or scale; new rows of A are the same for all clients of a round."""
-        if scale == new_scale and all(A.shape[0] == rank for A, _ in factors.values()):
-            return factors
-        return {
-            name: fit_rank(A, B, rank, torch_stream(self.args.seed, f"new rows of {name}", round), scale / new_scale)
-            for name, (A, B) in factors.items()
-        }
-
-    # ---- a round
-
-    def begin_round(self, theta, round):
-        """The round's clients, dealt to processes; their base weights are loaded."""
-        self._observed, self._left_out, self._client_metrics = {}, [], {}
-        self._sampled = parallel.Lanes(range(len(self.examples)))
-        factors, _, base = self.split(theta)
-        self.adapted.load_base(base)
-        self._broadcast = {
-            r: self._resized(factors, self.scale_before(round), r, self.client_scale, round) for r in set(self.ranks)
-        }
-        self._letters = trained_factors(self.args.aggregate, round)
-        return self._sampled
-
-    def adapter_mean(self, theta, round):
-        """The round's `AdapterMean`, by --aggregate."""
-        a = self.args
-        about = {"round": round, "seed": a.seed, "split": a.svd_split}
-        if a.aggregate == "svd":
-            about |= {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank)}
-        elif a.aggregate == "stack":
-            about |= {"rank": a.lora_r}
-        return AdapterMean(a.aggregate, self.split(theta)[0], self.client_scale, self._sampled, **about)
-
-    def local_update(self, theta, k, round):
-        """Client k's epochs of AdamW from theta. Returns (factors_k, head_k, n_k).
-
-        What it returns are the model's own tensors: valid until the next client.
-        """
-        a, adapted = self.args, self.adapted
-        head = self.split(theta)[1]
-        adapted.load(self._broadcast[self.ranks[k]], head, self.client_scale)
-        trained = adapted.trainable(self._letters)
-        anchors = {name: p.detach().clone() for name, p in trained.items()} if a.mu else None
-        steps = plan_steps(self.lengths[k], a, a.local_epochs, round, k)
-        steps = [[self.rows[k][rows] for rows in micro] for micro in steps]
-        total = len(steps)
-        lrs = [lr_at(i, total, a.learning_rate, warmup_steps(a, total), a.lr_scheduler) for i in range(total)]
-        self.task_model.model.train()
-        seed_torch(a.seed, "dropout", round, k)
-        loss = fit(
-            self.loss,
-            self.task_model.encoded["train"],
-            steps,
-            trained,
-            make_optimizer(trained, a),
-            lrs,
-            a,
-            self.amp,
-            self.device,
-            anchors,
-        )
-        self._observed[k] = loss.item()
-        factors_k = {name: (A.detach(), B.detach()) for name, (A, B) in adapted.factors().items()}
-        head_k = {f"head.{name}": p.detach() for name, p in adapted.head.items()}
-        return factors_k, head_k, self.examples[k] if a.client_weights == "examples" else 1
-
-    def left_out(self, k, factors_k, head_k):
-        """True if what client k trained is not finite: it is left out of this round."""
-        if finite(self._theta(factors_k, {}) | head_k):
-            return False
-        self._left_out.append(k)
-        return True
-
-    def keep_client(self, k, factors_k, head_k, round):
-        """Writes client k's adapter and, with --eval-clients, evaluates it."""
-        if self.args.eval_clients:
-            self._client_metrics[k] = self.task_model.evaluate(share=False)
-        if self.args.save_clients:
-            head = {name.removeprefix("head."): t for name, t in head_k.items()}
-            self.folders.client(round, k, factors_k, head, self.client_scale * self.ranks[k])
-
-    def check_left_out(self, round):
-        """Names the clients that were left out. Raises RunFailed when they are more than half of all."""
-        out = sorted(self._sampled.gather({k: 1 for k in self._left_out}))
-        names = ", ".join(str(k + 1) for k in out)
-        if out:
-            self.note(f"warning: round {round + 1}: update not finite, left out: client {names}")
-        self._left_out = out
-        self._left_out_since += [[round + 1, k] for k in out]
-        if 2 * len(out) > len(self.examples):
-            raise RunFailed(
-                f"round {round + 1}: updates of {len(out)} of {len(self.examples)} clients are not finite (clients "
-                f"{names}): lower --learning-rate ({self.args.learning_rate:g}) or --amp off"
-            )
-
-    def close_round(self, served, round):
-        """Counts examples and bytes."""
-        head = sum(p.numel() for p in self.adapted.head.values())
-        up = sum(self._numbers(r, self._letters) + head for r in self.ranks)
-        # what changed for the clients. stack, residual: everybody's stacked factors or their product, from which a
-        # client has the base's update and mean A, mean B; a fresh A all can draw
-        letters = {"ffa": "B", "rolora": self._letters, "stack": "", "residual": ""}.get(self.args.aggregate, "AB")
-        down = self._numbers(self._served_rank(), letters) + head
-        if served.updates:
-            down += self._stacked()
-        # once, before the first round: everybody's adapter and head
-        first = sum(self._numbers(r, "AB") + head for r in self.ranks) if round == 0 else 0
-        self.run.count(
-            examples=sum(self._trained_examples(k) for k in range(len(self.examples))),
-            bytes_up=4 * up,
-            bytes_down=4 * (down * len(self.examples) + first),
-            left_out_updates=len(self._left_out),
-        )
-
-    def _trained_examples(self, k):
-        return math.ceil(self.examples[k] * self.args.local_epochs)
-
-    def _stacked(self):
-        """Numbers of all clients' factors, or where they are fewer of their products [d, k]."""
-        rank, sizes = sum(self.ranks), [(B.shape[0], A.shape[1]) for A, B in self.adapted.factors().values()]
-        return sum(min(rank * (d + k), d * k) for d, k in sizes)
-
-    def _served_rank(self):
+    @property
+    def served_rank(self):
         return self.args.svd_rank if self.args.aggregate == "svd" else self.args.lora_r
 
-    def _numbers(self, rank, letters):
-        return sum(
-            rank * {"A": A.shape[1], "B": B.shape[0]}[x] for A, B in self.adapted.factors().values() for x in letters
-        )
-
-    def step(self):
-        """The server optimiser's step(theta, delta), None for plain averaging."""
-        return self.server.step if self.server else None
-
-    def serve(self, theta, served, heads):
-        """theta after the round. Args: served: of `AdapterMean.result`; heads: a `WeightedMean` of the heads."""
-        mean = self.step()(self.head(theta), heads.delta()) if self.server else heads.result()
-        new = self._theta(served.factors, {}) | mean
-        if self.args.aggregate in CHANGES_BASE:
-            base = self.adapted.updated(self.split(theta)[2], served.updates)
-            new |= {f"base.{name}": weight for name, weight in base.items()}
-        return new
-
-    @staticmethod
-    def head(theta):
-        """The head's entries of theta."""
-        return {name: t for name, t in theta.items() if name.startswith("head.")}
-
-    # ---- evaluation and folders
-
-    def load(self, theta, round):
-        """Puts what is served after `round` into the model."""
-        factors, head, base = self.split(theta)
-        self.adapted.load_base(base)
-        self.adapted.load(factors, head, self.scale_before(round + 1))
-
-    def report(self, theta, served, round):
-        """Evaluates theta where asked, and writes the round's line of metrics.jsonl and the server's folder."""
-        a, started = self.args, time.perf_counter()
-        last = round + 1 == a.rounds
-        losses = self._sampled.gather({k: v for k, v in self._observed.items() if k not in self._left_out})
-        weights = [self.examples[k] for k in losses]
-        fields = {
-            "train_loss": math.fsum(w * v for w, v in zip(weights, losses.values(), strict=True)) / sum(weights),
-            "clients": list(losses),
-            "client_train_loss": list(losses.values()),
-            "aggregation_error": served.error,
-            "delta_norm": served.norm,
-        }
-        if a.aggregate == "svd":
-            fields |= {"discarded_energy": served.discarded, "missing_directions": served.missing}
-        if self._left_out_since:
-            fields["left_out"], self._left_out_since = self._left_out_since, []
-        metrics = {}
-        if a.eval_each_round or last:
-            self.load(theta, round)
-            metrics = self.task_model.evaluate()
-            self.folders.offer(round, metrics[self.task_model.headline])
-        clients = self._sampled.gather(self._client_metrics)
-        for name in next(iter(clients.values()), {}):
-            fields[f"client_{name}"] = [found[name] for found in clients.values()]
-        self.run.log(round, {**metrics, **fields}, time.perf_counter() - started)
-        factors, head, base = self.split(theta)
-        changed = {f"{name}.weight": weight for name, weight in base.items()}
-        alpha = self.scale_before(round + 1) * self._served_rank()
-        self.folders.server(round, factors, head, alpha, changed, self._fuse_manifest(round, served, metrics))
-
-    def _fuse_manifest(self, round, served, metrics):
+    def served_scale(self, t):
+        """s of theta's adapter before round t: the clients', from the second on that of what svd serves."""
         a = self.args
-        clients = [k for k in range(len(self.examples)) if k not in self._left_out]
-        weights = [self.examples[k] if a.client_weights == "examples" else 1 for k in clients]
-        return {
-            "dataset": "glue" if a.dataset == "glue" else a.dataset,
-            "model_id": self.task_model.encoder.name,
-            "task": self.task_model.task.name,
-            "round": round + 1,
-            "k_adapters": len(clients),
-            "adapters": [f"../client_{k + 1}/adapter" for k in clients] if a.save_clients else [],
-            "weights": [w / sum(weights) for w in weights],
-            "left_out": [k + 1 for k in self._left_out],
-            "aggregate": a.aggregate,
-            "svd_rank": a.svd_rank if a.aggregate == "svd" else None,
-            "alpha": self.scale_before(round + 1) * self._served_rank(),
-            "target_modules": list(self.adapted.targets),
-            "aggregation_error": served.error,
-            "discarded_energy": served.discarded,
-            "metrics": metrics,
-        }
+        return scaling(a.alpha, a.svd_rank) if a.aggregate == "svd" and t > 0 else self.scale
 
-    def finish(self, theta):
-        """final/ and the results: an adapter, or for stack and residual the merged model."""
-        lines = self.run.metrics() if parallel.is_main() else []
-        self.load(theta, self.args.rounds - 1)
-        self.run.write_final(lambda folder: self._write_final(folder, theta))
-        if parallel.is_main():
-            line = lines[-1]
-            results = {name: v for name, v in line.items() if name.startswith("val_")}
-            results |= {"best_round": self.folders.best + 1, f"best_{self.task_model.headline}": self.folders.value}
-            results |= {
-                key: line[key] for key in ("aggregation_error", "bytes_up", "bytes_down", "examples", "seconds")
-            }
-            results["rounds"] = line["round"]
-            print("  ".join(f"{name} {v:.4f}" for name, v in results.items() if name.startswith("val_")))
-            self.run.finish(results)
-
-    def _write_final(self, folder, theta):
-        if self.args.aggregate in CHANGES_BASE:
-            self.adapted.save_merged(folder)
-            self.task_model.tokenizer.save_pretrained(folder)
-            return
-        factors, head, _ = self.split(theta)
-        alpha = self.scale_before(self.args.rounds) * self._served_rank()
-        write_adapter(folder, factors, head, alpha=alpha, **self._about())
+    def step(self, letters):
+        """The server optimiser's step(theta, delta) for these factors, None for plain averaging."""
+        server = self.servers.get("".join(letters))
+        return server.step if server else None
 
 
-def _server_optimizer(args):
-    if args.server_optimizer == "none":
-        return None
-    if args.aggregate not in ("naive", "ffa", "rolora"):
+def load_study(args, run):
+    """Reads data, shards and model and begins the run. Raises: UsageError for what is not there or does not fit."""
+    a = args
+    model = TaskModel(a, (a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules))
+    adapted = model.adapted
+    shards = load_shards(a.shard_dir, model.data)
+    rows, ranks = [shard["indices"] for shard in shards], client_ranks(a, len(shards))
+    check_ranks(a, ranks, adapted)
+    scale = scaling(a.lora_alpha, a.lora_r)
+    start = read_adapter(a.init_adapter) if a.init_adapter else None
+    fused = f"fused_r{a.svd_rank if a.aggregate == 'svd' else a.lora_r}" + "_nosvd" * (a.aggregate == "naive")
+    about = adapted.about() | {"base_model": model.base_model(run.folder)}
+    # rules train other factors in other rounds: compiled is asked for its leaves when there is a first batch
+    compiled = checked_compile(model.loss, model.leaves) if a.compile else model.loss
+    study = Study(
+        args=a,
+        run=run,
+        model=model,
+        rows=rows,
+        ranks=ranks,
+        scale=scale,
+        theta=first_theta(a, adapted, start, ranks, scale, run.device),
+        loss=compiled,
+        servers=server_optimizers(a),
+        folders=RoundFolders(run.folder, a.keep, fused, about),
+    )
+    first, n = shards[0], sorted(study.examples)
+    data = model.facts() | {"clients": len(n), "client_examples": sum(n)}
+    data |= {key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key")}
+    clients = {"examples": study.examples, "ranks": ranks, "shard_seed": first.get("seed")}
+    if start:
+        clients["init_adapter_sha256"] = start.sha256
+    run.begin(data, model.sizes(adapted.trainable()), clients=clients)
+    run.plan(a.rounds)
+    run.note(f"{len(n)} clients, examples a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})")
+    for line in model.notes:
+        run.note(line)
+    if a.aggregate == "svd" and a.svd_rank > min(ranks):
+        run.note(f"clients of rank {min(ranks)} get the leading directions of what is served at {a.svd_rank}")
+    run.note(size_on_disk(study))
+    if parallel.is_main():
+        model.save_base(run.folder)
+    return study
+
+
+def client_ranks(args, clients):
+    """--client-ranks, in turn, of so many clients."""
+    given = args.client_ranks or [args.lora_r]
+    if len(given) > clients:
+        raise UsageError(f"{len(given)} --client-ranks for {clients} clients: give one a client, or fewer")
+    return [given[k % len(given)] for k in range(clients)]
+
+
+def check_ranks(args, ranks, adapted):
+    """Raises UsageError for ranks that a layer or the rule does not take."""
+    a = args
+    most = min(min(B.shape[0], A.shape[1]) for A, B in adapted.factors().values())
+    highest = max([*ranks, a.svd_rank] if a.aggregate == "svd" else ranks)
+    if highest > most:
         raise UsageError(
-            f"--server-optimizer {args.server_optimizer} with --aggregate {args.aggregate}: its factors are new in "
-            "every round, moments of them mean nothing: take naive, ffa or rolora"
+            f"rank {highest} is above {most}, the smaller side of an adapted layer: lower --lora-r, --client-ranks or "
+            "--svd-rank"
         )
-    if args.server_optimizer == "momentum":
-        return ServerMomentum(args.server_lr, args.server_beta)
-    return ServerAdam(args.server_optimizer, args.server_lr)
+    if a.aggregate not in MIXED_RANKS and set(ranks) != {a.lora_r}:
+        raise UsageError(
+            f"--client-ranks {' '.join(map(str, a.client_ranks))}: rule {a.aggregate} needs rank {a.lora_r} of all "
+            f"clients: take --aggregate {' or '.join(MIXED_RANKS)}"
+        )
+    if a.aggregate == "svd" and a.svd_rank > sum(ranks):
+        raise UsageError(
+            f"--svd-rank {a.svd_rank} is above {sum(ranks)}, the rank of the mean of {len(ranks)} clients of rank "
+            f"{min(ranks)} to {max(ranks)}: lower it"
+        )
+
+
+def first_theta(args, adapted, start, ranks, scale, device):
+    """theta before the first round: peft's adapter (A random, B zero), or --init-adapter's, the `AdapterFile` start."""
+    a = args
+    pairs = {name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in adapted.factors().items()}
+    head = adapted.head
+    if start:
+        check_fits(start, adapted)
+        least = min(a.lora_r, *ranks)
+        if start.r > least:
+            flag = "--lora-r" if least == a.lora_r else "--client-ranks"
+            raise UsageError(
+                f"--init-adapter has rank {start.r}, above {flag} {least}: raise {flag}, or compress it with "
+                f"fedavg_merge.py --adapters {a.init_adapter} --svd-rank {least}"
+            )
+        pairs, head = resized(start.factors, start.scale, a.lora_r, scale, a.seed, 0), start.head
+    theta = named_factors(pairs) | {"head": torch.cat([head[name].detach().reshape(-1) for name in adapted.head])}
+    if a.aggregate in CHANGES_BASE:
+        theta |= {f"base.{name}": w.detach().clone() for name, w in adapted.base_weights().items()}
+    return {name: t.to(device) for name, t in theta.items()}
+
+
+def server_optimizers(args):
+    """{part of theta that a round trains: its server optimiser}: moments of B must not move A."""
+    a = args
+    if a.server_optimizer == "none":
+        return {}
+    if a.aggregate not in ("naive", "ffa", "rolora"):
+        raise UsageError(
+            f"--server-optimizer {a.server_optimizer} with --aggregate {a.aggregate}: its factors are new in every "
+            "round, moments of them mean nothing: take naive, ffa or rolora"
+        )
+    parts = {"".join(trained_factors(a.aggregate, t)) for t in (0, 1)} | {"head"}
+    if a.server_optimizer == "momentum":
+        return {part: ServerMomentum(a.server_lr, a.server_beta) for part in sorted(parts)}
+    return {part: ServerAdam(a.server_optimizer, a.server_lr) for part in sorted(parts)}
+
+
+def size_on_disk(study):
+    """A line on what the run will leave."""
+    a, theta = study.args, study.theta
+    adapter = 4 * sum(t.numel() for name, t in theta.items() if not name.startswith("base."))
+    base = 4 * sum(t.numel() for name, t in theta.items() if name.startswith("base."))
+    whole = 4 * study.run.manifest["parameters"]["total"] if base else adapter  # final/
+    rounds = study.folders.rounds_kept(a.rounds)
+    clients = per_round(a.participation, len(study.rows)) if a.save_clients else 0
+    total = rounds * ((clients + 1) * adapter + base) + adapter + base + whole
+    return (
+        f"on disk at the end: about {total / 2**20:,.1f} MiB ({rounds} rounds (--keep {' '.join(a.keep)}) of {clients} "
+        f"+ 1 adapters of {adapter / 2**20:.2f} MiB, a checkpoint, final/)"
+    )
+
+
+def footprint(args):
+    """(clients that take part in a round, bytes that a process takes at a guess) of the flags."""
+    folder, model = Path(args.shard_dir), args.model or args.model_size or "base"
+    clients = len(client_files(folder)) if folder.is_dir() else 1
+    size, width = {"large": (1.5e9, 24 * 1024), "tiny": (0, 2 * 64)}.get(model, (5e8, 12 * 768))  # layers x hidden
+    if Path(model).is_dir():
+        size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    activations = 70 * width * args.batch_size * args.max_length
+    return per_round(args.participation, max(1, clients)), int(6e8 + 2 * size + activations)
+
+
+# ---- theta
+
+
+def named_factors(pairs):
+    """{"A.<layer>": A, "B.<layer>": B} of {layer: (A, B)}."""
+    return {f"{x}.{name}": t for name, pair in pairs.items() for x, t in zip("AB", pair, strict=True)}
+
+
+def factors(theta):
+    """{layer: (A, B)} of theta."""
+    return {name[2:]: (A, theta["B." + name[2:]]) for name, A in theta.items() if name.startswith("A.")}
+
+
+def base_of(theta):
+    """{layer: weight under the adapter} of theta, empty but for stack and residual."""
+    return {name.removeprefix("base."): t for name, t in theta.items() if name.startswith("base.")}
+
+
+def named_head(study, vector):
+    """{name: view} of a head's vector [h]."""
+    head = study.model.adapted.head
+    pieces = vector.split([p.numel() for p in head.values()])
+    return {name: piece.view(p.shape) for (name, p), piece in zip(head.items(), pieces, strict=True)}
+
+
+def resized(pairs, scale, rank, new_scale, seed, t):
+    """An adapter for clients of another rank or scale; new rows of A are the same for all clients of round t."""
+    if scale == new_scale and all(A.shape[0] == rank for A, _ in pairs.values()):
+        return pairs
+    return {
+        name: fit_rank(A, B, rank, torch_stream(seed, f"new rows of {name}", t), scale / new_scale)
+        for name, (A, B) in pairs.items()
+    }
+
+
+def served_as(args):
+    """What the rule serves where it chooses: keywords of `common.lowrank.AdapterMean`."""
+    if args.aggregate == "svd":
+        return {"rank": args.svd_rank, "new_scale": scaling(args.alpha, args.svd_rank), "split": args.svd_split}
+    return {"rank": args.lora_r}
+
+
+def load(study, theta, t):
+    """Puts what is served before round t into the model."""
+    study.model.adapted.load_base(base_of(theta))
+    study.model.adapted.load(factors(theta), named_head(study, theta["head"]), study.served_scale(t))
+
+
+# ---- a round: between `begin_client` and `end_client` stand the steps, in the script
+
+
+def begin_round(study, theta, t):
+    """The base weights go into the model. Returns {rank: factors that its clients begin with}."""
+    study.model.adapted.load_base(base_of(theta))
+    pairs, scale, seed = factors(theta), study.served_scale(t), study.args.seed
+    return {r: resized(pairs, scale, r, study.scale, seed, t) for r in set(study.ranks)}
+
+
+def begin_client(study, theta, starts, k, t):
+    """Puts client k's start into the model. Returns (weights, steps, lrs) of its work in round t.
+
+    weights: `common.vector.Weights` of what the rule's round trains, the head last.
+    """
+    a, model = study.args, study.model
+    model.adapted.load(starts[study.ranks[k]], named_head(study, theta["head"]), study.scale)
+    weights = Weights(model.model, model.adapted.trainable(trained_factors(a.aggregate, t)))
+    model.model.train()
+    seed_torch(a.seed, "dropout", t, k)
+    rows, train = study.rows[k], model.encoded["train"]
+    plan = plan_steps(train.lengths()[rows], a, a.local_epochs, t, k)
+    return weights, batches(train, rows, plan, model.device), learning_rates(a, len(plan))
+
+
+def end_client(study, weights, k, clients, done):
+    """Notes what is logged of client k. Returns (factors_k, head_k [h]), valid until the next client."""
+    clients.work(math.ceil(len(study.rows[k]) * study.args.local_epochs))
+    clients.note(k, train_loss=done.loss)
+    pairs = {name: (A.detach(), B.detach()) for name, (A, B) in study.model.adapted.factors().items()}
+    return pairs, weights.theta[-len(study.theta["head"]) :]
+
+
+def keep_client(study, factors_k, head_k, k, t, clients):
+    """Writes client k's adapter and, with --eval-clients, evaluates it."""
+    if study.args.eval_clients:
+        clients.note(k, **study.model.evaluate(share=False))
+    if study.args.save_clients:
+        study.folders.client(t, k, factors_k, named_head(study, head_k), study.scale * study.ranks[k])
+
+
+def serve(study, theta, served, heads):
+    """theta after a round. Args: served: of `AdapterMean.result`; heads: a `WeightedMean` of the heads."""
+    step = study.step("head")
+    new = named_factors(served.factors) | {"head": step(theta["head"], heads.delta()) if step else heads.result()}
+    if study.args.aggregate in CHANGES_BASE:
+        base = study.model.adapted.updated(base_of(theta), served.updates)
+        new |= {f"base.{name}": weight for name, weight in base.items()}
+    return new
+
+
+def bytes_up(study, t, k):
+    """What client k sends in round t: what its round trains."""
+    return 4 * (_numbers(study, study.ranks[k], trained_factors(study.args.aggregate, t)) + len(study.theta["head"]))
+
+
+def bytes_down(study, clients, t):
+    """What all clients together, sampled or not, receive after round t: what changed for them.
+
+    Before the first round everybody's adapter and head too.
+    """
+    a, head = study.args, len(study.theta["head"])
+    letters = trained_factors("rolora", t) if a.aggregate == "rolora" else RECEIVED.get(a.aggregate, ("A", "B"))
+    each = _numbers(study, study.served_rank, letters) + head
+    if (
+        a.aggregate in CHANGES_BASE
+    ):  # the sampled clients' factors, or where they are fewer numbers their product [d, k]
+        rank = sum(study.ranks[k] for k in clients.clients)
+        each += sum(min(rank * (d + k), d * k) for d, k in _sizes(study))
+    first = sum(_numbers(study, r, ("A", "B")) + head for r in study.ranks) if t == 0 else 0
+    return 4 * (each * len(study.rows) + first)
+
+
+def _numbers(study, rank, letters):
+    return sum(rank * {"A": k, "B": d}[letter] for d, k in _sizes(study) for letter in letters)
+
+
+def _sizes(study):
+    return [(B.shape[0], A.shape[1]) for A, B in study.model.adapted.factors().values()]
+
+
+# ---- evaluation and folders
+
+
+def evaluate(study, theta, t):
+    """{field: value} of what is served after t rounds; {} where it is not asked for."""
+    if t and t < study.args.rounds and not study.args.eval_each_round:
+        return {}
+    load(study, theta, t)
+    return study.model.evaluate()
+
+
+def publish(study, theta, served, clients, t):
+    """Evaluates what is served after round t where asked, and writes the server's folder. Returns what is logged."""
+    metrics = evaluate(study, theta, t + 1)
+    if metrics:
+        study.folders.offer(t, metrics[study.model.headline])
+    fields = {"aggregation_error": served.error, "delta_norm": served.norm}
+    if study.args.aggregate == "svd":
+        fields |= {"discarded_energy": served.discarded, "missing_directions": served.missing}
+    alpha = study.served_scale(t + 1) * study.served_rank
+    manifest = fuse_manifest(study, served, clients, alpha, metrics, t)
+    changed = {f"{name}.weight": weight for name, weight in base_of(theta).items()}
+    study.folders.server(t, factors(theta), named_head(study, theta["head"]), alpha, changed, manifest)
+    return metrics | fields
+
+
+def fuse_manifest(study, served, clients, alpha, metrics, t):
+    """What the server's folder says of itself; clients and rounds count from 1."""
+    a, model = study.args, study.model
+    counted = [k for k in sorted(clients.clients) if k not in clients.left_out]
+    weights = [study.client_weights[k] for k in counted]
+    return {
+        "dataset": a.dataset,
+        "model_id": model.encoder.name,
+        "task": model.task.name,
+        "round": t + 1,
+        "k_adapters": len(counted),
+        "adapters": [f"../client_{k + 1}/adapter" for k in counted] if a.save_clients else [],
+        "weights": [w / sum(weights) for w in weights],
+        "left_out": [k + 1 for k in clients.left_out],
+        "aggregate": a.aggregate,
+        "svd_rank": a.svd_rank if a.aggregate == "svd" else None,
+        "alpha": alpha,
+        "target_modules": list(model.adapted.targets),
+        "aggregation_error": served.error,
+        "discarded_energy": served.discarded,
+        "metrics": metrics,
+    }
+
+
+def finish(study, theta):
+    """final/ and the results: an adapter, or for stack and residual the merged model."""
+    run, adapted = study.run, study.model.adapted
+    load(study, theta, study.args.rounds)
+
+    def write(folder):
+        if study.args.aggregate in CHANGES_BASE:
+            adapted.save_merged(folder)
+            study.model.tokenizer.save_pretrained(folder)
+        else:
+            alpha = study.served_scale(study.args.rounds) * study.served_rank
+            head = named_head(study, theta["head"])
+            write_adapter(folder, factors(theta), head, alpha=alpha, **study.folders.about)
+
+    run.write_final(write)
+    if parallel.is_main():
+        line, folders = run.metrics()[-1], study.folders
+        results = {name: v for name, v in line.items() if name.startswith("val_")}
+        print("  ".join(f"{name} {v:.4f}" for name, v in results.items()))
+        results |= {"best_round": folders.best + 1, f"best_{study.model.headline}": folders.value}
+        results |= {name: line[name] for name in ("aggregation_error", "bytes_up", "bytes_down", "examples", "seconds")}
+        run.finish(results | {"rounds": line["round"]})

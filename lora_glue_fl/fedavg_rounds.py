@@ -9,98 +9,75 @@ Bai et al. 2024), the other rules are in common/lowrank.py. The head is averaged
 """
 
 import argparse
+from functools import partial
 
-from common import parallel
-from common.before.aggregation import WeightedMean
-from common.before.lowrank import RULES
-from common.checkpoint import read_json
-from common.cli import half_open_fraction, non_negative_float, positive_float, positive_int, run_main
-from common.evaluation import pick_device
+from common.aggregation import WeightedMean
+from common.cli import checked, fraction, half_open_fraction, non_negative_float, positive_float, positive_int
+from common.local import client_optimizer, local_steps
+from common.lowrank import RULES, AdapterMean
+from common.processes import run_federated
 from common.products import SPLITS
 from common.runlog import start_run
-from lora_glue_fl.fed_core import Study
-from lora_glue_fl.flags import add_lora_flags, add_training_flags, make_parser, refuse
-from lora_glue_fl.models import size_label
-
-
-def train(args):
-    with start_run("fedavg_rounds", args, args.run_name, unit="examples") as run:
-        study = Study(args, run)
-        lasting = study.lasting
-        theta = run.restore(study.initial_weights(), lasting, same_shapes=False)
-        study.folders.clean(run.start_round - 1)
-
-        for round in run.rounds(args.rounds):
-            clients = study.begin_round(theta, round)
-            mean, heads = study.adapter_mean(theta, round), WeightedMean(study.head(theta), clients)
-            for k in clients:
-                factors_k, head_k, n_k = study.local_update(theta, k, round)
-                if study.left_out(k, factors_k, head_k):
-                    continue
-                mean.add(factors_k, weight=n_k)
-                heads.add(head_k, weight=n_k)
-                study.keep_client(k, factors_k, head_k, round)
-            study.check_left_out(round)
-            served = mean.result(study.step())
-            study.close_round(served, round)
-            theta = study.serve(theta, served, heads)
-            study.report(theta, served, round)
-            run.save(round, theta, lasting)
-            study.folders.prune(round)
-
-        study.finish(theta)
+from lora_glue_fl import fed_core, flags
 
 
 def main(args):
-    parallel.init_parallel(pick_device(args.device))
-    train(complete(args))
+    a = args
+    with start_run("fedavg_rounds", a, a.run_name, unit="examples") as run:
+        study = fed_core.load_study(a, run)
+        n, served_as = study.client_weights, fed_core.served_as(a)
+        theta = run.restore(study.theta, None, same_shapes=False, **study.lasting)
+        study.folders.clean(run.start_round - 1)
+        run.report(0, theta, partial(fed_core.evaluate, study, theta, 0))
 
+        for t in run.rounds():
+            up = partial(fed_core.bytes_up, study, t)
+            clients = run.sample(n, a.participation, t, up=up, work=study.examples)
+            starts = fed_core.begin_round(study, theta, t)
+            mean = AdapterMean(a.aggregate, fed_core.factors(theta), study.scale, clients, t, a.seed, **served_as)
+            heads = WeightedMean(theta["head"], clients)
+            for k in clients:
+                weights, steps, lrs = fed_core.begin_client(study, theta, starts, k, t)
+                optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate, weight_decay=a.weight_decay)
+                options = {"amp": run.amp, "mu": a.mu, "max_norm": a.max_grad_norm, "lrs": lrs}
+                done = local_steps(study.loss, steps, weights, optimizer, **options)
+                factors_k, head_k = fed_core.end_client(study, weights, k, clients, done)
+                if mean.add(factors_k, n[k], finite=(head_k,)):
+                    heads.add(head_k, n[k])
+                    fed_core.keep_client(study, factors_k, head_k, k, t, clients)
+            served = mean.result(study.step(mean.trained))
+            theta = fed_core.serve(study, theta, served, heads)
+            run.count(bytes_down=fed_core.bytes_down(study, clients, t))
+            run.report(t + 1, theta, partial(fed_core.publish, study, theta, served, clients, t))
+            study.folders.prune(t)
 
-def complete(args):
-    """Fills in what depends on other flags. Raises UsageError for flags that contradict each other."""
-    if args.skip_svd:
-        refuse(args.aggregate not in (None, "naive"), f"--skip-svd is --aggregate naive, not {args.aggregate}")
-        args.aggregate = "naive"
-    args.aggregate = args.aggregate or "svd"
-    args.alpha = args.svd_rank if args.alpha is None else args.alpha
-    if args.server_lr is None:
-        args.server_lr = 1.0 if args.server_optimizer in ("none", "momentum") else 0.01
-    args.keep = sorted(set(args.keep))
-    args.run_name = args.run_name or run_name(args)
-    return args
-
-
-def run_name(args):
-    """The run's folder: {task}_{size}, or where that holds a run of another rule or start, with these in its name."""
-    name = f"{args.task_name.lower()}_{size_label(args)}"
-    manifest = f"{args.output_dir}/{name}/run.json"
-    try:
-        there = read_json(manifest)["args"]
-    except (OSError, ValueError, KeyError):
-        return name
-    if args.overwrite or all(there.get(key) == getattr(args, key) for key in ("aggregate", "init_adapter")):
-        return name
-    other = f"{name}_{args.aggregate}" + "_warm" * bool(args.init_adapter)
-    if parallel.is_main():
-        print(f"{args.output_dir}/{name} holds a run of {there.get('aggregate')}: this one goes to {other}")
-    return other
+        fed_core.finish(study, theta)
 
 
 def build_parser():
-    parser, own = make_parser(__doc__.split("\n")[0], "./out_fedavg", "--output-root")
+    parser, own = flags.make_parser(__doc__.split("\n")[0], "./out_fedavg", "--output-root", federated=True)
+
+    def svd(a):
+        return a.aggregate == "svd"
+
     own.add_argument(
         "--aggregate", choices=RULES, help="how the server averages the adapters, see common/lowrank.py (default: svd)"
     )
-    own.add_argument("--skip-svd", action="store_true", help="the same as --aggregate naive")
-    own.add_argument("--svd-rank", type=positive_int, default=8, metavar="R", help="svd: rank of what is served")
-    own.add_argument("--alpha", type=positive_float, metavar="X", help="svd: alpha of what is served (default: R)")
+    own.add_argument("--skip-svd", action="store_true", help="the same as --aggregate naive", when=lambda a: False)
+    own.add_argument(
+        "--svd-rank", type=positive_int, default=8, metavar="R", help="svd: rank of what is served", when=svd
+    )
+    own.add_argument(
+        "--alpha", type=positive_float, metavar="X", help="svd: alpha of what is served (default: R)", when=svd
+    )
     own.add_argument(
         "--svd-split",
         choices=SPLITS,
         default="us",
         help="svd: B = U S, A = V^T, or the singular values' roots in both",
+        when=svd,
     )
-    add_lora_flags(own)
+    flags.add_lora_flags(own)
     own.add_argument(
         "--client-ranks",
         type=positive_int,
@@ -117,24 +94,37 @@ def build_parser():
         help="on the mean factors and head, for naive, ffa and rolora",
     )
     own.add_argument(
-        "--server-lr", type=positive_float, metavar="X", help="its learning rate (default: 1 for momentum, else 0.01)"
+        "--server-lr",
+        type=positive_float,
+        metavar="X",
+        help="its learning rate (default: 1 for momentum, else 0.01)",
+        when=lambda a: a.server_optimizer != "none",
     )
-    own.add_argument("--server-beta", type=half_open_fraction, default=0.9, metavar="X", help="of momentum; off: 0")
+    own.add_argument(
+        "--server-beta",
+        type=half_open_fraction,
+        default=0.9,
+        metavar="X",
+        help="of momentum; off: 0",
+        when=lambda a: a.server_optimizer == "momentum",
+    )
     federated = parser.add_argument_group("rounds")
     federated.add_argument("--shard-dir", required=True, metavar="DIR", help="manifests that sharding.py wrote")
     federated.add_argument("--rounds", "--num-rounds", type=positive_int, default=5, metavar="T", help="rounds")
+    federated.add_argument(
+        *("--participation", "--participation-rate"),
+        type=fraction,
+        default=1.0,
+        metavar="X",
+        help="share of the clients that trains in a round",
+    )
     federated.add_argument(
         "--local-epochs", type=positive_float, default=1.0, metavar="X", help="passes over a client's examples a round"
     )
     federated.add_argument(
         "--client-weights", choices=["examples", "uniform"], default="examples", help="weight of a client in the mean"
     )
-    add_training_flags(
-        parser,
-        2e-4,
-        *("--batch-size", "--eval-batch-size"),
-        *("--per-device-train-batch-size", "--per-device-eval-batch-size"),
-    )
+    flags.add_training_flags(parser, 2e-4, batch_names=flags.SHORT + flags.LONG)
     report = parser.add_argument_group("what is kept")
     report.add_argument("--eval-each-round", action="store_true", help="evaluate every round (else only the last)")
     report.add_argument("--eval-clients", action="store_true", help="evaluate each client's adapter too")
@@ -153,4 +143,5 @@ def build_parser():
 
 
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    args = checked(flags.complete_rounds, build_parser().parse_args())
+    run_federated(main, args, *fed_core.footprint(args))

@@ -1,35 +1,47 @@
 """The flags of this study's scripts: the source's names and defaults, and ours."""
 
+import os
+
+from common.checkpoint import read_json
 from common.cli import (
     Parser,
     UsageError,
+    add_machine_flags,
+    add_run_flags,
     half_open_fraction,
     non_negative_float,
     positive_float,
     positive_int,
 )
-from common.runlog import add_machine_flags, add_run_flags
 from lora_glue_fl.data_prep import DATASETS
+from lora_glue_fl.models import size_label
+
+SHORT = ("--batch-size", "--eval-batch-size")
+LONG = ("--per-device-train-batch-size", "--per-device-eval-batch-size")
 
 
-def make_parser(description, output_dir, *output_names):
+def make_parser(description, output_dir, *output_names, federated=False):
     """The parser of one training script: model, data, the run. Returns (parser, group for the script's own flags).
 
-    Args: output_dir: the default; output_names: more spellings of --output-dir.
+    Args: output_dir: the default; output_names: more spellings of --output-dir; federated: as `add_machine_flags`.
     """
     parser = Parser(description)
     own = parser.add_argument_group("the method")
     add_task_flags(parser)
     run = add_run_flags(parser)
     run.add_argument("--output-dir", *output_names, default=output_dir, metavar="DIR", help="where run folders go")
-    add_machine_flags(run)
+    add_machine_flags(run, federated=federated)
     return parser, own
 
 
 def add_task_flags(parser, task_required=True):
     """Model, task and data."""
     model = parser.add_argument_group("the model")
-    model.add_argument("--model-size", choices=["base", "large"], help="roberta-base or roberta-large")
+    model.add_argument(
+        "--model-size",
+        choices=["base", "large"],
+        help="roberta-base or roberta-large (default: base, where there is no --model)",
+    )
     model.add_argument(
         "--model", metavar="NAME", help="another encoder: a folder or a name on the hub; tiny needs no download"
     )
@@ -46,7 +58,7 @@ def add_task_flags(parser, task_required=True):
     return model, data
 
 
-def add_training_flags(parser, learning_rate, *batch_names):
+def add_training_flags(parser, learning_rate, batch_names):
     """The optimiser. Args: batch_names: spellings of --batch-size and of --eval-batch-size, alternating."""
     train = parser.add_argument_group("training")
     train.add_argument(
@@ -61,7 +73,7 @@ def add_training_flags(parser, learning_rate, *batch_names):
         help="examples a batch in evaluation",
     )
     train.add_argument(
-        "--learning-rate", type=positive_float, default=learning_rate, metavar="X", help="AdamW's highest"
+        "--learning-rate", "--lr", type=positive_float, default=learning_rate, metavar="X", help="AdamW's highest"
     )
     train.add_argument("--weight-decay", type=non_negative_float, default=0.0, metavar="X", help="AdamW's; off: 0")
     train.add_argument(
@@ -98,3 +110,32 @@ def refuse(wrong, message):
     """Raises UsageError(message) where `wrong` is true."""
     if wrong:
         raise UsageError(message)
+
+
+def complete_rounds(args):
+    """Fills in what depends on other flags. Raises UsageError for flags that contradict each other."""
+    if args.skip_svd:
+        refuse(args.aggregate not in (None, "naive"), f"--skip-svd is --aggregate naive, not {args.aggregate}")
+        args.aggregate = "naive"
+    args.aggregate = args.aggregate or "svd"
+    args.alpha = args.svd_rank if args.alpha is None else args.alpha
+    if args.server_lr is None:
+        args.server_lr = 1.0 if args.server_optimizer in ("none", "momentum") else 0.01
+    args.keep = sorted(set(args.keep))
+    args.run_name = args.run_name or run_name(args)
+    return args
+
+
+def run_name(args):
+    """The run's folder: {task}_{size}, or where that holds a run of another rule or start, with these in its name."""
+    name = f"{args.task_name.lower()}_{size_label(args)}"
+    try:
+        there = read_json(f"{args.output_dir}/{name}/run.json")["args"]
+    except (OSError, ValueError, KeyError):
+        return name
+    if args.overwrite or all(there.get(key) == getattr(args, key) for key in ("aggregate", "init_adapter")):
+        return name
+    other = f"{name}_{args.aggregate}" + "_warm" * bool(args.init_adapter)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun
+        print(f"{args.output_dir}/{name} holds a run of {there.get('aggregate')}: this one goes to {other}")
+    return other

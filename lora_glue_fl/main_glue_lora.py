@@ -8,31 +8,22 @@ W + s B A with s = alpha / r; A random, B zero, W frozen   (Hu et al. 2022), tra
 
 from pathlib import Path
 
-from common import parallel
 from common.adapter_files import write_adapter
 from common.checkpoint import saving
-from common.cli import UsageError, run_main
-from common.evaluation import pick_device
+from common.cli import checked, run_main
 from common.runlog import start_run
-from lora_glue_fl.central import CentralStudy, complete, make_central_parser
+from lora_glue_fl import central
 from lora_glue_fl.flags import add_lora_flags
 from lora_glue_fl.models import size_label
 
 
-def train(args):
+def main(args):
     with start_run("main_glue_lora", args, f"r{args.lora_r}", unit="examples") as run:
-        study = CentralStudy(args, run, (args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules))
-        lasting = study.lasting
-        study.load(run.restore(study.weights(), lasting))
+        lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
+        study = central.load_study(args, run, lora)
+        central.train(study)
 
-        if not args.do_train:
-            study.report(-1)
-        for epoch in run.rounds(study.epochs):
-            loss = study.train_epoch(epoch)
-            study.report(epoch, loss)
-            run.save(epoch, study.weights(), lasting)
-
-        results = study.results()
+        results = central.results(study)
         if args.do_train:
             save(study, Path(args.adapter_output_dir or run.folder / "adapter"))
         write_manifest(study, results)
@@ -41,30 +32,30 @@ def train(args):
 
 def save(study, folder):
     """The adapter in peft's format, with the head; beside the tiny model's adapter the model itself."""
-    found, adapted = study.task_model, study.task_model.adapted
+    model, adapted = study.model, study.model.adapted
     write_adapter(
         folder,
         {name: (A.detach(), B.detach()) for name, (A, B) in adapted.factors().items()},
         {name: p.detach() for name, p in adapted.head.items()},
         alpha=study.args.lora_alpha,
-        base_model=found.base_model(study.run.folder),
+        base_model=model.base_model(study.run.folder),
         **adapted.about(),
     )
     with saving(study.run.folder / "base"):
-        found.save_base(study.run.folder)
+        model.save_base(study.run.folder)
 
 
 def write_manifest(study, results):
     """manifest.txt: what was trained, with which flags, and what it reached; `key: value` lines."""
-    found = study.task_model
+    model = study.model
     lines = {
-        "task": found.task.name,
-        "model": found.encoder.name,
+        "task": model.task.name,
+        "model": model.encoder.name,
         "trainable parameters": study.run.manifest["parameters"]["trainable"],
         "total parameters": study.run.manifest["parameters"]["total"],
         **{name: getattr(study.args, name) for name in ("lora_r", "lora_alpha", "lora_dropout", "learning_rate")},
         **{name: getattr(study.args, name) for name in ("num_train_epochs", "batch_size", "seed")},
-        "target_modules": " ".join(found.adapted.targets),
+        "target_modules": " ".join(model.adapted.targets),
         **results,
     }
     path = study.run.folder / "manifest.txt"
@@ -72,20 +63,19 @@ def write_manifest(study, results):
         path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()), encoding="utf-8")
 
 
-def main(args):
-    if parallel.init_parallel(pick_device(args.device)).size > 1:
-        raise UsageError("central training is one process: start it without torchrun")
-    complete(args)
+def complete(args):
+    """The flags, with the run's folder in one of its task and model."""
+    args = central.complete(args)
     args.output_dir = str(Path(args.output_dir) / f"{args.task_name.lower()}_{size_label(args)}")
-    train(args)
+    return args
 
 
 def build_parser():
-    parser, own = make_central_parser(__doc__.split("\n")[0], "./out", 2e-4)
+    parser, own = central.make_parser(__doc__.split("\n")[0], "./out", 2e-4)
     add_lora_flags(own)
     own.add_argument("--adapter-output-dir", metavar="DIR", help="where the adapter goes (default: RUN/adapter)")
     return parser
 
 
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(main, checked(complete, build_parser().parse_args()))

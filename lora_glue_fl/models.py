@@ -38,17 +38,13 @@ class Encoder:
 
 
 def model_name(args):
-    """The model that --model or --model-size names. Raises UsageError when neither does."""
-    if args.model:
-        return args.model
-    if args.model_size is None:
-        raise UsageError("no model: give --model-size base or large, or --model NAME_OR_PATH")
-    return SIZES[args.model_size]
+    """The model that --model names, or --model-size (default: base)."""
+    return args.model or SIZES[args.model_size or "base"]
 
 
 def size_label(args):
     """What stands for the model in folder names: --model-size, else the model's last name."""
-    return args.model_size or Path(model_name(args)).name
+    return args.model_size or (Path(args.model).name if args.model else "base")
 
 
 def find_model(spec):

@@ -176,7 +176,7 @@ def save_shard_manifests(out_dir, shard_info):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").unlink(missing_ok=True)  # while it is missing, the folder is not complete
-        for number, path in _client_files(folder):
+        for number, path in client_files(folder):
             if number > k:
                 path.unlink()
         for i, indices in enumerate(shard_info["client_indices"], 1):
@@ -186,7 +186,8 @@ def save_shard_manifests(out_dir, shard_info):
         raise UsageError(f"cannot write {folder}: {error.strerror}; choose another --out-dir") from error
 
 
-def _client_files(folder):
+def client_files(folder):
+    """[(number, path)] of the clients' manifests in a folder, by number."""
     found = [(_CLIENT_FILE.fullmatch(path.name), path) for path in folder.iterdir()]
     return sorted((int(match[1]), path) for match, path in found if match)
 
@@ -242,7 +243,7 @@ def load_shards(shard_dir, data):
     or does not fit summary.json (where that is there).
     """
     folder = Path(shard_dir)
-    files = _client_files(folder) if folder.is_dir() else []
+    files = client_files(folder) if folder.is_dir() else []
     if not files:
         state = "has no client_1.json" if folder.is_dir() else "is missing"
         raise UsageError(f"shard folder {folder} {state}: python lora_glue_fl/sharding.py --out-dir {folder} makes it")

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from common import parallel
 from common.adapter_files import read_adapter
 from common.batches import evaluation_batches
-from common.cli import RunFailed, UsageError
+from common.cli import UsageError
 from common.evaluation import amp_context, pick_device, resolve_amp
-from common.seeding import seed_everything
+from common.runlog import prepare_machine
+from common.vector import fingerprint
 from lora_glue_fl.data_prep import encode, load_task
 from lora_glue_fl.glue_tasks import find_task
 from lora_glue_fl.metrics import evaluate
@@ -31,12 +32,8 @@ class TaskModel:
     """
 
     def __init__(self, args, lora, train=True):
-        self.args = args
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        self.device = parallel.world().device(pick_device(args.device))
+        self.args, self.device = args, pick_device(args.device)
         self.amp = resolve_amp(args.amp, self.device)
-        seed_everything(args.seed)
         task, name = find_task(args.task_name), model_name(args)
         splits = task.splits if train else task.evaluation_splits
         self.data = load_task(task.name, args.dataset, args.data_root, args.cache_dir, splits=splits)
@@ -82,36 +79,33 @@ class TaskModel:
         self.model.eval()
         encoded = self.encoded[split]
         batches = evaluation_batches(encoded.lengths(), self.args.eval_batch_size)
-
-        def answer(i):
-            batch = {name: t.to(self.device) for name, t in encoded.batch(batches[i]).items()}
-            return self._outputs(batch).cpu().numpy()
-
-        if share and parallel.world().size > 1:
-            lanes = parallel.Lanes(range(len(batches)))
-            parts = lanes.gather({i: answer(i) for i in lanes})
-        else:
-            parts = {i: answer(i) for i in range(len(batches))}
-        found = np.empty((len(encoded), self.task.num_labels), dtype=np.float32)
-        for i, rows in enumerate(batches):
-            found[rows] = parts[i]
-        return torch.from_numpy(found)  # [n, num_labels]
+        parts = []
+        for rows in parallel.my_share(batches) if share else batches:
+            batch = {name: t.to(self.device) for name, t in encoded.batch(rows).items()}
+            parts.append((rows, self._outputs(batch).cpu().numpy()))
+        outputs = np.empty((len(encoded), self.task.num_labels), dtype=np.float32)
+        for part in parallel.all_gather(parts) if share else [parts]:
+            for rows, values in part:
+                outputs[rows] = values
+        return torch.from_numpy(outputs)  # [n, num_labels]
 
     def evaluate(self, share=True):
         """{val_loss, val_<metric> ...} on the task's validation examples; mnli: on both parts, the loss on the matched.
 
         Raises RunFailed for outputs that are not finite.
         """
-        found = {}
+        result = {}
         for split in self.task.evaluation_splits:
             outputs, labels = self.outputs(split, share), self.encoded[split].labels
             metrics = evaluate(self.task, split, outputs.numpy(), labels)
-            if "val_loss" not in found:
-                found["val_loss"] = self._loss(
-                    outputs.double(), torch.from_numpy(labels).to(_label_type(labels))
-                ).item()
-            found |= metrics
-        return found
+            kind = torch.float64 if self.task.regression else torch.int64
+            loss = self._loss(outputs.double(), torch.from_numpy(labels).to(kind)).item()
+            result = {"val_loss": loss} | result | metrics
+        return result
+
+    def leaves(self):
+        """{name: parameter} of what is trained now."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def headline(self):
@@ -123,13 +117,15 @@ class TaskModel:
         return {**self.data.fingerprint, "model": self.encoder.name}
 
     def sizes(self, trainable):
-        """Numbers of parameters for run.json. Args: trainable: {name: parameter}."""
+        """Counts for run.json, and a fingerprint of what is frozen. Args: trainable: {name: parameter}."""
         # peft keeps the head that it replaced
-        unused = sum(p.numel() for name, p in self.model.named_parameters() if ".original_module." in name)
+        used = {name: p for name, p in self.model.named_parameters() if ".original_module." not in name}
+        frozen = {name: p for name, p in used.items() if not p.requires_grad}
         return {
-            "total": sum(p.numel() for p in self.model.parameters()) - unused,
+            "total": sum(p.numel() for p in used.values()),
             "trainable": sum(p.numel() for p in trainable.values()),
             "head": sum(p.numel() for name, p in trainable.items() if name.startswith("head.")),
+            "frozen_sha256": fingerprint(frozen) if frozen else None,
         }
 
     def base_model(self, folder):
@@ -144,18 +140,6 @@ class TaskModel:
             self.adapted.save_base(base)
             self.tokenizer.save_pretrained(base)
 
-    def resolved(self):
-        """What flags came to on this machine, for run.json."""
-        return {
-            "device": self.device.type,
-            "amp": str(self.amp or torch.float32).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        }
-
-
-def _label_type(labels):
-    return torch.float64 if labels.dtype == np.float32 else torch.int64
-
 
 def evaluate_adapter(path, args):
     """A saved adapter on its task's validation examples: {"val_loss", "val_<metric>", ..., "seconds"}.
@@ -165,14 +149,15 @@ def evaluate_adapter(path, args):
     Raises UsageError for an adapter that cannot be read, or of another model or task.
     """
     started = time.perf_counter()
+    prepare_machine(args)
     file = read_adapter(path)
     if model_name(args) == "tiny" and file.base_model and Path(file.base_model).is_dir():
         args = copy.copy(args)  # its weights follow from a seed: take those that the adapter was trained on
         args.model, args.tokenizer = file.base_model, args.tokenizer or file.base_model
-    found = TaskModel(args, (file.r, file.alpha, 0.0, file.target_modules), train=False)
-    check_fits(file, found.adapted)
-    found.adapted.load(file.factors, file.head, file.scale)
-    return {**found.evaluate(), "seconds": time.perf_counter() - started}
+    model = TaskModel(args, (file.r, file.alpha, 0.0, file.target_modules), train=False)
+    check_fits(file, model.adapted)
+    model.adapted.load(file.factors, file.head, file.scale)
+    return {**model.evaluate(), "seconds": time.perf_counter() - started}
 
 
 def check_fits(file, adapted):
@@ -200,9 +185,3 @@ def check_fits(file, adapted):
 
 def _shapes(head):
     return ", ".join(f"{name} {'x'.join(map(str, t.shape))}" for name, t in head.items()) or "none"
-
-
-def check_loss(loss, where, args):
-    """Raises RunFailed for a loss that is not finite."""
-    if not np.isfinite(loss):
-        raise RunFailed(f"{where}: the loss is {loss}: lower --learning-rate ({args.learning_rate:g}) or --amp off")

@@ -19,7 +19,7 @@ from common.compiling import checked_compile
 from common.curves import draw_curve
 from common.evaluation import amp_context, bits_per_byte, perplexity
 from common.local import Moments, client_optimizer
-from common.runlog import Turns
+from common.participation import Turns
 from common.seeding import stream
 from common.vector import Weights
 from mamba_fl.best import Best

@@ -3,13 +3,14 @@
 from common.cli import (
     Parser,
     UsageError,
+    add_machine_flags,
+    add_run_flags,
     fraction,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
 )
-from common.runlog import add_machine_flags, add_run_flags
 from mamba_fl.ssm_config import CONFIGS
 
 # What a flag that was not given means, by data set. The demo's need no download.

@@ -1,14 +1,21 @@
-"""What two figures of parameter updates share: reading `deltas/step_*.npz`, singular values, heat maps.
+"""Figures of weights: updates stored in `deltas/step_*.npz` (singular values, heat maps), what masks keep of layers.
 
 Arrays are named `layers.{i}.in_proj` [rows, d_model] and `layers.{i}.{A_log,D,dt_bias}` [heads].
 """
 
+import json
+import math
 import re
 import zipfile
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from common.curves import COLORS, DASHES, MARKERS, log_axis, new_figure, save_figure, set_title, style
+from common.cli import UsageError
+from common.curves import COLORS, DASHES, GREY, MARKERS, log_axis, new_figure, save_figure, set_title, style
+from plots.runs import like_with_like, suffixes
+from plots.seeds import curves_of
+from plots.style import band, caption, legend_below, looks_of, markers_at, panel_axes, seeds_text, whole_numbers
 
 TOP = 80  # rows and columns of a heat map
 STEPS = 10  # panels of a heat map
@@ -20,12 +27,12 @@ _WHOLE_RANGE = 99.5  # percentile at which the colour scale ends: one outlier mu
 
 def delta_files(folder):
     """The steps stored in a `deltas` folder: list[(step, path)], in order; empty if there is none."""
-    found = []
+    files = []
     for path in folder.glob("step_*.npz"):
         number = re.fullmatch(r"step_(\d+)", path.stem)
         if number:
-            found.append((int(number.group(1)), path))
-    return sorted(found)
+            files.append((int(number.group(1)), path))
+    return sorted(files)
 
 
 def readable(files, notes):
@@ -46,8 +53,8 @@ def readable(files, notes):
 def layers_in(path):
     """The layer indices that a file has an in_proj of."""
     with np.load(path, allow_pickle=False) as arrays:
-        found = (re.fullmatch(r"layers\.(\d+)\.in_proj", name) for name in arrays.files)
-        return sorted(int(match.group(1)) for match in found if match)
+        matches = (re.fullmatch(r"layers\.(\d+)\.in_proj", name) for name in arrays.files)
+        return sorted(int(match.group(1)) for match in matches if match)
 
 
 def load(path, layer, name="in_proj"):
@@ -84,12 +91,12 @@ def energy_rank(sigma, energy=ENERGY):
 
 def spectra(files, layer):
     """dict step -> singular values of that step's in_proj update; a step with a non-finite entry is left out."""
-    found = {}
+    values = {}
     for step, path in files:
         matrix = load(path, layer)
         if matrix is not None and np.isfinite(matrix).all():
-            found[step] = singular_values(matrix)
-    return found
+            values[step] = singular_values(matrix)
+    return values
 
 
 def mean_over(histories):
@@ -209,26 +216,34 @@ def head_heatmaps(path, files, layers, title, step_name):
         return save_figure(figure, path)
 
 
+def spectra_axes(panels, x_label, y_label):
+    figure, axes = panel_axes(len(panels), 2, 6.2 if len(panels) == 1 else 9.6, 3.0, 0.9)
+    for axis in axes:
+        if axis.get_subplotspec().is_last_row():
+            axis.set_xlabel(x_label)
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(y_label)
+    return figure, axes
+
+
 def evolution(path, panels, title, step_name):
     """The largest singular values of each update over training: mean and minimum to maximum.
 
     panels: list[(name, steps, values [n, steps, r])].
     """
     with style():
-        figure, axes = panel_grid(len(panels))
-        for i, (axis, (name, steps, values)) in enumerate(zip(axes.flat, panels, strict=False)):
+        figure, axes = spectra_axes(panels, step_name, "Singular value of the update")
+        for axis, (name, steps, values) in zip(axes, panels, strict=True):
             top = values[:, :, :SINGULAR_VALUES]  # [n, steps, 8]
             for k in range(top.shape[2]):
                 # From dark to light: the order of the values is the order of the greys.
                 shade = COLORS[0] if k == 0 else str(round(0.1 + 0.07 * k, 2))
-                mean = top[:, :, k].mean(axis=0)
-                every = (k * max(1, len(steps) // 8) // 8, max(1, len(steps) // 8))
                 axis.plot(
                     steps,
-                    mean,
+                    top[:, :, k].mean(axis=0),
                     color=shade,
                     marker=MARKERS[k],
-                    markevery=every,
+                    markevery=markers_at(k, len(steps), SINGULAR_VALUES),
                     linewidth=1.2,
                     label=f"$\\sigma_{k + 1}$",
                 )
@@ -241,9 +256,8 @@ def evolution(path, panels, title, step_name):
             whole_numbers(axis.xaxis)
             if len(steps) == 1:
                 axis.set_xlim(steps[0] - 1, steps[0] + 1)
-            label_panel(axis, name, i, axes, step_name, "Singular value of the update")
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center")
+            axis.set_title(name, fontsize=9)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
         set_title(figure, title)
         return save_figure(figure, path)
 
@@ -254,23 +268,18 @@ def spectrum(path, panels, title):
     panels: list[(name, values [n, r])]; the rank is each spectrum's own, then averaged.
     """
     with style():
-        figure, axes = panel_grid(len(panels))
-        for i, (axis, (name, values)) in enumerate(zip(axes.flat, panels, strict=False)):
-            index = np.arange(1, values.shape[1] + 1)
+        figure, axes = spectra_axes(panels, "Index", "Singular value")
+        for axis, (name, values) in zip(axes, panels, strict=True):
             ranks = [energy_rank(sigma) for sigma in values]
-            axis.plot(index, values.mean(axis=0), color=COLORS[2])
-            if len(values) > 1:
-                low, high = values.min(axis=0), values.max(axis=0)
-                axis.fill_between(index, low, high, color=COLORS[2], alpha=0.2, linewidth=0)
+            band(axis, np.arange(1, values.shape[1] + 1), values, None, {"color": COLORS[2]}, None, "range", 0.2)
             axis.axvline(np.mean(ranks), color=COLORS[1], linestyle=DASHES[1])
             # What lies below a millionth of the largest is rounding: it would squeeze the rest.
-            floor = values.max() * 1e-6
-            positive = values[values > floor]
+            positive = values[values > values.max() * 1e-6]
             if positive.size:
                 log_axis(axis, positive.min(), positive.max())
             axis.set_xlim(left=0)
-            name = f"{name}, " if name else ""
-            label_panel(axis, f"{name}dashed: {rank_text(ranks, values.shape[1])}", i, axes, "Index", "Singular value")
+            rank = rank_text(ranks, values.shape[1])
+            axis.set_title(f"{name}, dashed: {rank}" if name else f"dashed: {rank}", fontsize=9)
         set_title(figure, title)
         return save_figure(figure, path)
 
@@ -282,25 +291,115 @@ def rank_text(ranks, full):
     return f"95 % of the energy, rank {mean:.3g}{between} of {full}"
 
 
-def whole_numbers(axis):
-    from matplotlib.ticker import MaxNLocator
+def named_curves(runs, base, notes):
+    """list[(setting, curve, name)]: every curve of every group, with a name for files that no other has.
 
-    axis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    The name is `base(curve)`; for a further curve of that name, what sets its group or its arguments apart follows.
+    """
+    groups, used, named = like_with_like(runs), set(), []
+    names = suffixes([setting for setting, _ in groups], runs[0].study.keys) if runs else []
+    for (setting, members), suffix in zip(groups, names, strict=True):
+        for curve in curves_of(members, notes=notes):
+            words = re.sub(r"[^A-Za-z0-9.]+", "_", curve.label.partition(", ")[2]).strip("_")
+            name = base(curve)
+            name += suffix if name in used else ""
+            name += f"_{words}" if name in used else ""
+            unique, count = name, 2
+            while unique in used:
+                unique, count = f"{name}_{count}", count + 1
+            used.add(unique)
+            named.append((setting, curve, unique))
+    return named
 
 
-def panel_grid(count):
-    wide = min(2, count)
-    tall = -(-count // wide)
-    figure, axes = new_figure(tall, wide, width=6.2 if wide == 1 else 9.6, height=0.9 + 3.0 * tall)
-    for axis in axes.flat[count:]:
-        axis.set_axis_off()
-    return figure, axes
+# ---- masks
+
+# The end of a layer's name (in transformers' newer, older form) -> its panel's title, in the order of the panels.
+TITLES = {
+    "layernorm_before": "Norm before attention",
+    "attention.q_proj": "Query",
+    "attention.k_proj": "Key",
+    "attention.v_proj": "Value",
+    "attention.o_proj": "Attention output",
+    "layernorm_after": "Norm before MLP",
+    "mlp.fc1": "MLP, first",
+    "mlp.fc2": "MLP, second",
+    "attention.attention.query": "Query",
+    "attention.attention.key": "Key",
+    "attention.attention.value": "Value",
+    "attention.output.dense": "Attention output",
+    "intermediate.dense": "MLP, first",
+    "output.dense": "MLP, second",
+}
+OTHER = "Outside the blocks"
+OUTSIDE = {"layernorm": "last norm", "patch_embeddings.projection": "patches"}
 
 
-def label_panel(axis, name, i, axes, x, y):
-    wide = axes.shape[1]
-    axis.set_title(name, fontsize=9)
-    if i // wide == axes.shape[0] - 1 or axes.shape[0] == 1:
-        axis.set_xlabel(x)
-    if i % wide == 0:
-        axis.set_ylabel(y)
+def kept_per_layer(path):
+    """dict layer name -> fraction kept (0 to 1), of a mask file's metadata. Raises UsageError for a damaged one."""
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+        kept = json.loads(metadata["mask"])["kept_per_layer"]
+        return {str(name): float(value) for name, value in kept.items()}
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is not a mask file with kept_per_layer ({error}): delete it or run again") from error
+
+
+def panels_of(kept):
+    """dict panel title -> dict block number (or name, outside the blocks) -> fraction, from layer -> fraction."""
+    panels = {}
+    for name, fraction in kept.items():
+        block = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+        if block:
+            panels.setdefault(TITLES.get(block[2], block[2]), {})[int(block[1])] = fraction
+        else:
+            place = name.removeprefix("vit.").removeprefix("embeddings.")
+            panels.setdefault(OTHER, {})[OUTSIDE.get(place, place)] = fraction
+    order = [*dict.fromkeys(TITLES.values())]
+    names = sorted(panels, key=lambda title: (title == OTHER, order.index(title) if title in order else len(order)))
+    return {name: panels[name] for name in names}
+
+
+def draw_layers(setting, curves, args):
+    """A panel per kind of layer, the blocks along the axis; dotted: the fraction kept of all weights."""
+    kept = [[panels_of(kept_per_layer(run.folder / "mask.safetensors")) for run in curve.runs] for curve in curves]
+    titles = list(dict.fromkeys(title for seeds in kept for panels in seeds for title in panels))
+    titles.sort(key=lambda title: title == OTHER)
+    looks = looks_of(curves)
+    extra = 0.9 + 0.2 * math.ceil((len(curves) + 1) / 3)
+    figure, axes = panel_axes(len(titles), 3, 9.6, 2.1, extra, sharey=True)
+    for axis, title in zip(axes, titles, strict=True):
+        places = list(dict.fromkeys(p for seeds in kept for panels in seeds for p in panels.get(title, {})))
+        places.sort(key=lambda place: place if isinstance(place, int) else 0)
+        for i, (curve, seeds) in enumerate(zip(curves, kept, strict=True)):
+            values = np.array([[100 * panels.get(title, {}).get(p, math.nan) for p in places] for panels in seeds])
+            look, x, mean = looks[curve.label], np.arange(len(places)), values.mean(axis=0)
+            if title == OTHER:  # not a sequence: side by side, bars for bands
+                low, high = values.min(axis=0), values.max(axis=0)
+                spread = np.maximum([mean - low, high - mean], 0)  # the mean of equal values may round past them
+                look = look | {"linestyle": "", "elinewidth": 1, "label": curve.label}
+                axis.errorbar(x + 0.1 * (i - (len(curves) - 1) / 2), mean, yerr=spread, **look)
+            else:
+                band(axis, x, values, curve.label, look, spread="range", alpha=0.15)
+        if "sparsity" in setting:
+            overall = 100 * (1 - setting["sparsity"])
+            axis.axhline(overall, color=GREY, linestyle=":", linewidth=1.2, label=f"all weights: {overall:.3g} %")
+        axis.set_title(title, fontsize=9)
+        # nothing kept must be seen, and 1 % told from 10 %
+        axis.set_yscale("symlog", linthresh=1, linscale=0.5)
+        axis.set_ylim(-0.15, 130)
+        axis.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+        axis.minorticks_off()
+        if title == OTHER:
+            axis.set_xticks(range(len(places)), [str(place) for place in places], size=7.5)
+            axis.set_xlim(-0.5, len(places) - 0.5)
+        else:
+            shown = range(0, len(places), math.ceil(len(places) / 12))
+            axis.set_xticks(shown, [str(places[i]) for i in shown])
+            axis.set_xlabel("Block")
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("Kept (%)")
+    legend_below(figure, axes[:1], 3)
+    caption(figure, f"Weights that the masks keep, by layer: {seeds_text(curves)}", setting, curves)
+    return figure

@@ -1,13 +1,14 @@
-"""What federated training changes: heat maps and singular values of the server's or the clients' updates of in_proj.
+"""What training changes: heat maps and singular values of the updates of in_proj, of the server or of the clients.
 
     python plots/visualize_federated_deltas.py --data_dir results --output_dir results/plots --entity server
     python plots/visualize_federated_deltas.py --data_dir results --output_dir results/plots --entity client
 
-Needs federated runs with --save-deltas. {method} is the source's: federated, fed_momentum, fed_entropy, fed_fisher.
-For each run (a heat map cannot be averaged):
+Needs federated runs with --save-deltas (of central runs: visualize_deltas.py). {method} is the source's: federated,
+fed_momentum, fed_entropy, fed_fisher. For each run (a heat map cannot be averaged):
 
     heatmap_{method}_{config}_lu_{LU}_seed_{s}_layer_{i}_server.png   |update|, 80 rows and columns, 10 rounds
     heatmap_{method}_{config}_lu_{LU}_seed_{s}_layer_{i}_client.png   the same of every client's last update
+    heatmap_heads_{method}_{config}_lu_{LU}_seed_{s}_server.png       |update| of A_log, D and dt_bias, heads by rounds
 
 and for each method, a panel per layer, the mean over seeds (--entity client: over clients and seeds):
 
@@ -22,116 +23,132 @@ from pathlib import Path
 
 from common.cli import Parser, UsageError, run_main
 from plots import deltas
-from plots.run_folders import METHODS, describe, find_runs, named_curves
+from plots.mamba import FILES, STUDY
+from plots.runs import describe, read_runs
 
-STEP = "Round"
+WHOSE = {"central": "Updates", "server": "Server's updates", "client": "Clients' updates"}
+STEP = {True: "Optimiser step", False: "Round"}  # of central runs or not
 
 
-def build_parser():
-    parser = Parser("Draws the parameter updates of federated runs.")
+def build_parser(description="Draws the parameter updates of federated runs.", federated=True):
+    parser = Parser(description)
     parser.add_argument("--data-dir", default="results", help="folder that holds the run folders")
     parser.add_argument("--output-dir", "--out-dir", default="results/plots", help="folder for the figures")
-    parser.add_argument("--entity", choices=["server", "client"], default="server", help="whose updates")
+    if federated:
+        parser.add_argument("--entity", choices=["server", "client"], default="server", help="whose updates")
     parser.add_argument("--format", choices=["png", "pdf"], default="png")
     parser.add_argument("--unfinished", action="store_true", help="take runs that have not finished too")
     return parser
 
 
 def main(args):
-    runs, notes = find_runs(args.data_dir, args.unfinished)
-    runs = [run for run in runs if run.command != "central"]
-    files = {run: entity_files(run, args.entity, notes) for run in runs}
-    files = {run: found for run, found in files.items() if found}
-    drawn = []
-    for setting, curve, name in named_curves(list(files), base_name, notes):
+    draw_updates(args, args.entity)
+
+
+def draw_updates(args, entity):
+    """Draws the updates of `entity`: central, server or client. Raises UsageError where no run has stored any."""
+    runs, notes = read_runs(args.data_dir, STUDY, unfinished=args.unfinished)
+    runs = [run for run in runs if run.central == (entity == "central") and run.folder]
+    files = {run: stored(run.folder, entity, notes) for run in runs}
+    files = {run: whole for run, whole in files.items() if whole}
+    wrote = []
+    for setting, curve, name in deltas.named_curves(list(files), lambda curve: base_name(curve, entity), notes):
         for run in curve.runs:
-            drawn += draw_run(run, files[run], name, args)
-        drawn += draw_method(curve, setting, files, name, args, notes)
-
-    for line in [f"wrote {path}" for path in drawn] + notes:
+            wrote += draw_run(run, files[run], name, entity, args)
+        wrote += draw_method(setting, curve, [files[run] for run in curve.runs], name, entity, args, notes)
+    for line in dict.fromkeys([f"wrote {path}" for path in wrote] + [str(note) for note in notes]):
         print(line)
-    if not drawn:
-        what = f"{args.entity} updates"
-        count = f"{len(runs)} federated run(s) there, none with stored {what}" if runs else "no federated run"
-        raise UsageError(f"nothing to draw in {args.data_dir}: {count}; train with --save-deltas")
+    if not wrote:
+        kind = "run(s) of central.py" if entity == "central" else "federated run(s)"
+        there = f"{len(runs)} {kind} there, none with stored {entity} updates" if runs else f"no {kind}"
+        raise UsageError(f"nothing to draw in {args.data_dir}: {there}; train with --save-deltas")
 
 
-def entity_files(run, entity, notes):
-    """dict name -> stored updates of the server, or of each client that has any."""
-    folders = [run.folder / "server"] if entity == "server" else run.folder.glob("client_*")
-    numbered = []
-    for folder in folders:
-        match = re.fullmatch(r"server|client_(\d+)", folder.name)
-        if match:
-            numbered.append((int(match.group(1) or 0), folder))
-    found = {}
-    for _, folder in sorted(numbered):
-        files = deltas.readable(deltas.delta_files(folder / "deltas"), notes)
-        if files:
-            found[folder.name.replace("_", " ")] = files
-    return found
+def stored(folder, entity, notes):
+    """{name: stored updates} of the run, of the server, or of each client that has any."""
+    if entity == "central":
+        places = {"run": folder / "deltas"} if (folder / "deltas").is_dir() else {"run": folder / "server" / "deltas"}
+    elif entity == "server":
+        places = {"server": folder / "server" / "deltas"}
+    else:
+        numbers = [int(p.name[7:]) for p in folder.glob("client_*") if re.fullmatch(r"client_\d+", p.name)]
+        places = {f"client {i}": folder / f"client_{i}" / "deltas" for i in sorted(numbers)}
+    files = {name: deltas.readable(deltas.delta_files(place), notes) for name, place in places.items()}
+    return {name: whole for name, whole in files.items() if whole}
 
 
-def base_name(curve):
-    """`fed_fisher_pure_ssm_1_layer_lu_1`, as in the source."""
-    return f"{METHODS[curve.command][1]}_{curve.runs[0].config}_lu_{curve.local_updates}"
+def base_name(curve, entity):
+    """`fed_fisher_pure_ssm_1_layer_lu_1`, as in the source; of central runs the configuration."""
+    config = curve.runs[0].setting["config"]
+    return config if entity == "central" else f"{FILES[curve.kind]}_{config}_lu_{curve.args.get('local_updates')}"
 
 
-def draw_run(run, entities, name, args):
-    """One heat map per layer: the server's update at 10 rounds, or the last update of each of 10 clients."""
-    out, paths = Path(args.output_dir), []
-    some = next(iter(entities.values()))
-    for layer in deltas.layers_in(some[-1][1]):
-        if args.entity == "server":
-            panels = [(f"round {step:,}", path) for step, path in deltas.evenly(some, deltas.STEPS)]
+def draw_run(run, files, name, entity, args):
+    """One heat map per layer: the update at 10 steps, or the last update of each of 10 clients; one of the vectors."""
+    central, out, paths = entity == "central", Path(args.output_dir), []
+    step_name, heat, end = ("step", "heatmap_structure", "") if central else ("round", "heatmap", f"_{entity}")
+    run_name = run.folder.name if central else f"{name}_seed_{run.seed}"
+    first = next(iter(files.values()))
+    layers = deltas.layers_in(first[-1][1])
+    for layer in layers:
+        if entity == "client":
+            last = [(client, *files[client][-1]) for client in deltas.evenly(list(files), deltas.STEPS)]
+            panels = [(f"{client}, {step_name} {step:,}", path) for client, step, path in last]
         else:
-            chosen = deltas.evenly(list(entities), deltas.STEPS)
-            panels = [(f"{client}, round {entities[client][-1][0]:,}", entities[client][-1][1]) for client in chosen]
+            panels = [(f"{step_name} {step:,}", path) for step, path in deltas.evenly(first, deltas.STEPS)]
         heads = deltas.load(panels[0][1], layer, "A_log")
         panels = [(text, deltas.load(path, layer)) for text, path in panels]
-        rows, columns = panels[0][1].shape
-        blocks = deltas.in_proj_blocks(run.args, rows, columns, None if heads is None else len(heads))
-        file_name = f"heatmap_{name}_seed_{run.seed}_layer_{layer}_{args.entity}.{args.format}"
-        whose = "Server's updates" if args.entity == "server" else "Clients' last updates"
+        blocks = deltas.in_proj_blocks(run.args, *panels[0][1].shape, None if heads is None else len(heads))
+        whose = "Clients' last updates" if entity == "client" else WHOSE[entity]
         title = f"{whose} of in_proj, layer {layer}: {run.folder.name}"
-        paths.append(deltas.heatmaps(out / file_name, panels, title, blocks))
-    if args.entity == "server":
-        path = out / f"heatmap_heads_{name}_seed_{run.seed}_server.{args.format}"
-        layers, title = deltas.layers_in(some[-1][1]), f"|update| of each head, server: {run.folder.name}"
-        drawn = deltas.head_heatmaps(path, some, layers, title, STEP)
-        paths += [drawn] if drawn else []
-    return paths
+        path = out / f"{heat}_{run_name}_layer_{layer}{end}.{args.format}"
+        paths.append(deltas.heatmaps(path, panels, title, blocks))
+    if entity != "client":
+        title = f"|update| of each head{'' if central else ', server'}: {run.folder.name}"
+        path = out / f"heatmap_heads_{run_name}{end}.{args.format}"
+        paths.append(deltas.head_heatmaps(path, first, layers, title, STEP[central]))
+    return [path for path in paths if path]
 
 
-def draw_method(curve, setting, files, name, args, notes):
-    """The singular values of one method, a panel per layer, averaged over seeds (and clients)."""
-    layers = deltas.layers_in(next(iter(files[curve.runs[0]].values()))[-1][1])
-    over_time, last = [], []
-    for layer in layers:
-        histories = [deltas.spectra(found, layer) for run in curve.runs for found in files[run].values()]
-        steps, values = deltas.mean_over(histories)
+def draw_method(setting, curve, files, name, entity, args, notes):
+    """The singular values of one method, averaged over seeds (and clients): of each layer, of central runs of all.
+
+    files: for each seed {name: stored updates}.
+    """
+    central, several = entity == "central", [stored for seed in files for stored in seed.values()]
+    layers = deltas.layers_in(several[0][-1][1])
+    panels, last = [], []
+    for words, group in [("", layers)] if central else [(f"layer {layer}", [layer]) for layer in layers]:
+        steps, values = deltas.mean_over([mean_history(stored, group) for stored in several])
         if not steps:
             notes.append(f"not drawn: svd_*_{name} needs a round that every run and client has stored")
             return []
-        over_time.append((f"layer {layer}", steps, values))
-        last.append((f"layer {layer}", values[:, -1]))
-    end = "" if args.entity == "server" else "_client"
-    out = Path(args.output_dir)
-    paths = [out / f"svd_{kind}_{name}{end}.{args.format}" for kind in ("evolution", "spectrum")]
-    who = "Server's" if args.entity == "server" else "Clients'"
-    about = f"{curve.label}: {describe(setting)}\n{average_text(curve, files, args.entity)}"
-    deltas.evolution(paths[0], over_time, f"{who} updates of in_proj, {about}", STEP)
-    deltas.spectrum(paths[1], last, f"{who} last update of in_proj (round {over_time[0][1][-1]:,}), {about}")
+        panels.append((words, steps, values))
+        last.append((words, values[:, -1]))
+    about = f"{curve.label}: {describe(STUDY, setting)}\n{average_text(len(files), len(several), entity)}"
+    names = ("averaged_svd_evolution", "averaged_final_spectrum") if central else ("svd_evolution", "svd_spectrum")
+    end = "_client" if entity == "client" else ""
+    paths = [Path(args.output_dir) / f"{stem}_{name}{end}.{args.format}" for stem in names]
+    deltas.evolution(paths[0], panels, f"{WHOSE[entity]} of in_proj, {about}", STEP[central])
+    whose = WHOSE[entity].removesuffix("updates").removesuffix("Updates") + ("Last" if central else "last")
+    when = f"{'step' if central else 'round'} {panels[0][1][-1]:,}"
+    deltas.spectrum(paths[1], last, f"{whose} update of in_proj ({when}), {about}")
     return paths
 
 
-def average_text(curve, files, entity):
-    seeds = len(curve.runs)
-    count = sum(len(files[run]) for run in curve.runs)
+def mean_history(stored, layers):
+    """{step: singular values}, the mean over layers."""
+    steps, values = deltas.mean_over([deltas.spectra(stored, layer) for layer in layers])
+    return dict(zip(steps, values.mean(axis=0), strict=True)) if steps else {}
+
+
+def average_text(seeds, count, entity):
+    """`mean of 2 clients x 3 seeds, band: minimum to maximum`"""
+    over = "mean over layers; " if entity == "central" else ""
     if count == 1:
-        return "one seed"
-    of = f"{seeds} seeds" if entity == "server" else f"{count // seeds} clients" + f" x {seeds} seeds" * (seeds > 1)
-    return f"mean of {of}, band: minimum to maximum"
+        return f"{over}one seed"
+    of = f"{count // seeds} clients" + f" x {seeds} seeds" * (seeds > 1) if entity == "client" else f"{seeds} seeds"
+    return f"{over}mean of {of}, band: minimum to maximum"
 
 
 if __name__ == "__main__":

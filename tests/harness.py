@@ -48,17 +48,20 @@ MAMBA = (
 )
 MAMBA_FEDERATED = f"{MAMBA} --participation 0.75 --client-val-sequences 2"
 VIT = (
-    "--dataset demo --model tiny --classes 0:10 --batch-size 8 --threads 1 --amp off --seed 0 --lr 0.05 "
+    "--dataset demo --model tiny --classes 0:10 --threads 1 --amp off --seed 0 --lr 0.01 "
     "--output-dir {out} --run-name r"
 )
-VIT_FEDERATED = f"{VIT} --num-clients 12 --participation-rate 0.25 --num-rounds 4 --eval-every 2 --save-every 2"
+VIT_FEDERATED = (
+    f"{VIT} --batch-size 8 --num-clients 12 --participation-rate 0.25 --num-rounds 6 --local-steps 2 --eval-every 2 "
+    "--save-every 2 --processes 1"
+)
 SPARSE = f"{VIT_FEDERATED} --sharding non_iid --nc 3 --fisher-samples 16"
 GLUE = (
     "--model tiny --dataset demo --task-name sst2 --learning-rate 5e-3 --max-length 32 --threads 1 --amp off --seed 7"
 )
 GLUE_ROUNDS = (
     f"{GLUE} --shard-dir {{lora_glue_fl/sharding}} --output-root {{out}} --run-name r --rounds 3 --local-epochs 0.5 "
-    "--lora-r 4 --eval-each-round --eval-clients --keep all --aggregate"
+    "--batch-size 8 --lora-r 4 --eval-each-round --eval-clients --keep all --aggregate"
 )
 GLUE_CENTRAL = f"{GLUE} --output-dir {{out}} --do-train --do-eval --max-examples 100 --num-train-epochs 3"
 GLUE_CENTRAL += " --batch-size 16"
@@ -82,13 +85,15 @@ GOLDEN = {
     "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", MAMBA_FEDERATED),
     "mamba_fl/fed_fisher": Golden("mamba_fl/fed_fisher.py", MAMBA_FEDERATED),
     "vit_sparse_fl/centralized": Golden(
-        "vit_sparse_fl/train_centralized.py", f"{VIT} --epochs 3 --save-every 1 --warmup-epochs 1", federated=False
+        "vit_sparse_fl/train_centralized.py",
+        f"{VIT} --batch-size 30 --epochs 3 --save-every 1 --warmup-epochs 1",
+        federated=False,
     ),
     "vit_sparse_fl/federated": Golden(
         "vit_sparse_fl/train_federated.py", f"{VIT_FEDERATED} --sharding dirichlet --alpha 0.5", facts=("shards.json",)
     ),
     "vit_sparse_fl/sparse": Golden(
-        "vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --calibrate-on clients --calibration-clients 3"
+        "vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --lr 0.3 --calibrate-on clients --calibration-clients 3"
     ),
     "vit_sparse_fl/topk": Golden(
         "vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --upload topk --calibrate-on server"
@@ -106,8 +111,8 @@ GOLDEN = {
         f"lora_glue_fl/{rule}": Golden("lora_glue_fl/fedavg_rounds.py", f"{GLUE_ROUNDS} {rule} {more}")
         for rule, more in {
             "svd": "--svd-rank 4",
-            "naive": "--server-optimizer momentum",
-            "ffa": "",
+            "naive": "",
+            "ffa": "--server-optimizer momentum",
             "stack": "--client-ranks 2 4 3",
             "residual": "",
             "rolora": "",
@@ -190,7 +195,7 @@ class Started:
     def __init__(self, words, die=None, env=None):
         self.place = Path(tempfile.mkdtemp(prefix="script_"))
         every = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
-        self.process = _server().Process(target=_script, args=([*map(str, words)], str(self.place), every, die))
+        self.process = server().Process(target=_script, args=([*map(str, words)], str(self.place), every, die))
         self.process.start()
 
     def ended(self, seconds=300):
@@ -213,6 +218,7 @@ def run(words, die=None, env=None):
 
 def run_ranks(words, size):
     """The same by `size` processes, with the environment that torchrun gives them. Returns how each ended."""
+    words = [*words, "--processes", "0"] if "--processes" in words else words
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -221,10 +227,13 @@ def run_ranks(words, size):
     return [rank.ended() for rank in ranks]
 
 
-def _server():
+def server():
+    """The multiprocessing context whose processes are forked from one that has imported every script."""
     context = multiprocessing.get_context("forkserver")
     modules = [script.removesuffix(".py").replace("/", ".") for script in SCRIPTS]
-    context.set_forkserver_preload([*modules, "matplotlib.pyplot", "transformers.models.auto.modeling_auto"])
+    context.set_forkserver_preload(
+        [*modules, "matplotlib.pyplot", "matplotlib.backends.backend_agg", "peft", "sklearn.metrics"]
+    )
     return context
 
 

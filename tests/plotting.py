@@ -17,15 +17,15 @@ COMMANDS = {
     "mamba": "plots/plot_perplexities.py",
     "mamba central updates": "plots/visualize_deltas.py",
     "mamba federated updates": "plots/visualize_federated_deltas.py",
-    "vit": "plots/vit_figures.py",
-    "vit curves": "plots/vit_curves.py",
-    "vit heterogeneity": "plots/vit_heterogeneity.py",
-    "vit local_steps": "plots/vit_local_steps.py",
-    "vit strategies": "plots/vit_strategies.py",
-    "vit sparsity": "plots/vit_sparsity.py",
-    "vit layers": "plots/vit_layers.py",
-    "vit interference": "plots/vit_interference.py",
-    "vit shards": "plots/vit_shards.py",
+    "vit": "plots/vit.py",
+    "vit curves": "plots/vit.py curves",
+    "vit heterogeneity": "plots/vit.py heterogeneity",
+    "vit local_steps": "plots/vit.py local_steps",
+    "vit strategies": "plots/vit.py strategies",
+    "vit sparsity": "plots/vit.py sparsity",
+    "vit layers": "plots/vit.py layers",
+    "vit interference": "plots/vit.py interference",
+    "vit shards": "plots/vit.py shards",
     "glue": "plots/glue_figures.py",
     "glue metric": "plots/glue_metric.py",
     "glue error": "plots/glue_error.py",
@@ -38,8 +38,8 @@ COMMANDS = {
     "noniid similarity": "plots/noniid_similarity.py",
     "noniid partition": "plots/noniid_partition.py",
     "noniid failure_map": "plots/noniid_failure_map.py",
-    "table mamba": "plots/summarize.py",
-    "table vit": "plots/vit_table.py",
+    "table mamba": "plots/tables.py mamba_fl",
+    "table vit": "plots/tables.py vit_sparse_fl",
     "table glue": "plots/glue_table.py",
     "table noniid": "plots/noniid_table.py",
     "page noniid": "llm_noniid/report.py --no-figures",
@@ -103,7 +103,8 @@ def refused(name, runs, more=""):
 def tables(name, runs, more=""):
     """[(heading, {first cell: {column: cell}})] of the Markdown tables that a command prints."""
     found = []
-    for line in printed(name, runs, f"--markdown {more}").splitlines():
+    markdown = "" if "tables.py" in COMMANDS[name] else "--markdown"
+    for line in printed(name, runs, f"{markdown} {more}").splitlines():
         if line.startswith("### "):
             found.append((line[4:], []))
         elif line.startswith("| "):

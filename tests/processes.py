@@ -1,10 +1,10 @@
 """Several processes for a test, as torchrun would start them."""
 
 import contextlib
-import multiprocessing
 import os
 import socket
 
+import harness
 import torch
 
 from common import parallel
@@ -21,14 +21,9 @@ def as_rank(rank, size, port):
     parallel.close_parallel()
 
 
-def answers_of(size, process, preload):
-    """{rank: answer} of `size` processes process(rank, size, port, answers), each putting (rank, answer).
-
-    preload: module that a server process imports once; it forks the others (importing torch 17 times would take most
-    of a minute).
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload])
+def answers_of(size, process):
+    """{rank: answer} of `size` processes process(rank, size, port, answers), each putting (rank, answer)."""
+    context = harness.server()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -1,5 +1,6 @@
-"""main_glue_lora.py, baseline_run.py and adapters_eval.py: epochs, resume, zero-shot, subsets, what is logged."""
+"""main_glue_lora.py, baseline_run.py and adapters_eval.py: epochs, zero-shot, subsets, what is logged."""
 
+import harness
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from test_glue_rounds import call
 
 from common.checkpoint import read_json
-from common.runlog import Run, read_metrics
+from common.runlog import read_metrics
 from lora_glue_fl.data_prep import load_task
 from lora_glue_fl.sharding import subset
 
@@ -34,18 +35,9 @@ def folder_of(script, out, size="tiny", task="sst2"):
     return out / f"{task}_{size}" / "r4" if script == "main_glue_lora" else out / f"{task}_{size}"
 
 
-@pytest.fixture(scope="session")
-def central(tmp_path_factory):
-    """A finished run of a script: three epochs of 100 examples."""
-    root, done = tmp_path_factory.mktemp("central"), {}
-
-    def of(script):
-        if script not in done:
-            assert run(script, root / script, *TRAIN) == 0
-            done[script] = folder_of(script, root / script)
-        return done[script]
-
-    return of
+def central(script):
+    """The finished run of tests/harness.py: three epochs of 100 examples."""
+    return harness.whole(f"lora_glue_fl/{'central_lora' if script == 'main_glue_lora' else 'baseline'}")
 
 
 def lines(folder):
@@ -60,28 +52,7 @@ def same_run(a, b):
         assert same_bits(load_file(a / file), load_file(b / file)), file
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_resume_changes_no_bit(script, central, tmp_path, monkeypatch):
-    real, saved = Run.save, []
-
-    def broken(self, epoch, *rest):
-        real(self, epoch, *rest)
-        saved.append(epoch)
-        if epoch == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "save", broken)
-    assert run(script, tmp_path, *TRAIN) == 130
-    monkeypatch.setattr(Run, "save", real)
-    folder = folder_of(script, tmp_path)
-    assert read_json(folder / "run.json")["status"] == "interrupted" and saved == [0, 1] and len(lines(folder)) == 2
-    assert run(script, tmp_path, *TRAIN, "--resume") == 0
-    same_run(folder, central(script))
-    losses = [line["train_loss"] for line in lines(folder)]
-    assert len(set(losses)) == 3 and losses[2] < losses[0]
-
-
-def test_the_adapter_is_evaluated_to_what_was_logged(central, tmp_path):
+def test_the_adapter_is_evaluated_to_what_was_logged(tmp_path):
     folder = central("main_glue_lora")
     words = ("--adapter-path", folder / "adapter", "--output-dir", tmp_path)
     # another seed, and so other weights of the tiny model, were they not taken from beside the adapter
@@ -112,7 +83,7 @@ def test_an_encoder_in_a_folder_is_trained_and_evaluated(tmp_path, capsys):
     assert {name: found[name] for name in logged} == pytest.approx(logged, rel=1e-5)
 
 
-def test_the_baselines_model_gives_the_logged_metric(central):
+def test_the_baselines_model_gives_the_logged_metric():
     from test_glue_rounds import validation
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -124,7 +95,7 @@ def test_the_baselines_model_gives_the_logged_metric(central):
     assert accuracy == pytest.approx(last["val_accuracy"]) and loss == pytest.approx(last["val_loss"], rel=1e-4)
 
 
-def test_zero_shot_is_the_model_as_it_begins(central, tmp_path):
+def test_zero_shot_is_the_model_as_it_begins(tmp_path):
     found = {}
     for script in SCRIPTS:
         assert run(script, tmp_path / script, "--do-eval") == 0
@@ -170,7 +141,7 @@ def test_a_shard_and_max_examples_are_the_same_subset(tmp_path):
     assert lines(a)[0]["examples"] == 90 == read_json(a / "run.json")["data"]["examples"]
 
 
-def test_only_the_adapter_and_the_head_are_trained(central):
+def test_only_the_adapter_and_the_head_are_trained():
     folder = central("main_glue_lora")
     numbers = read_json(folder / "run.json")["parameters"]
     head = 64 * 64 + 64 + 2 * 64 + 2

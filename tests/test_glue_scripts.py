@@ -132,16 +132,3 @@ def test_scripts_run_from_inside_the_folder(here):
     done = subprocess.run([*command, *SMALL.split()], cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(here / "x/sst2_base/r8")
-
-
-@pytest.mark.slow
-def test_the_study_runs_small_and_skips_what_is_finished(here, capfd):
-    words = "--model tiny --dataset demo --preset quick --seeds 0 --jobs 2 --output-dir study".split()
-    some = [*words, "--settings", "base", "ranks"]
-    assert call(*some, script="run_study") == 0
-    said = capfd.readouterr().out
-    assert said.count("finished, took") == 9 and "FedEx" in said  # central, six rules; svd and stack
-    assert len((here / "study/results.jsonl").read_text().splitlines()) == 9
-    assert call(*words, "--plan", script="run_study") == 0
-    plan = capfd.readouterr().out
-    assert plan.count("finished, took") == 9 and plan.count("python lora_glue_fl/") == 36

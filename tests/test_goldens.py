@@ -5,15 +5,16 @@
 
 Bits depend on the processor and on torch: digests of tensors, and text drawn from a model, are compared where these
 are those of the recording. Numbers are compared everywhere, to 1e-4 of their size: a hundred times what rounding does
-to these runs (kernels for AVX2 instead of AVX-512 move no number by more than 1e-6), and far below what an error in a
-formula does to them. Rounds and keys that were not recorded are ignored. The demo's text is Python's own
-documentation: where it is another text, the studies of texts are skipped.
+to these runs (with kernels for AVX2 instead of AVX-512 one number of 3,000 moves by 2e-6, the others by less than
+1e-6), and far below what an error in a formula does. Rounds and keys that were not recorded are ignored. The demo's
+text is Python's own documentation: where that is another one, the two studies of texts are skipped.
 """
 
 import hashlib
 import json
 import math
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import pytest
 
 FILE = Path(__file__).parent / "goldens" / "scripts.json"
 RTOL, ATOL = 1e-4, 1e-6
+COUNTED = 0.01  # shares of images, texts, weights: one at the border may fall on the other side
 OF_TEXTS = ("mamba_fl/", "llm_noniid/")
 
 
@@ -59,11 +61,10 @@ def differences(then, now, path="", exact=False, rtol=RTOL):
         return found
     numbers = [isinstance(value, (int, float)) and not isinstance(value, bool) for value in (then, now)]
     if all(numbers):
-        atol = ATOL if rtol else 0.0
+        atol = (COUNTED if re.search("accuracy|sign_conflict", path) else ATOL) if rtol else 0.0
         return {} if math.isclose(then, now, rel_tol=rtol, abs_tol=atol) else {path: (then, now)}
-    if then == now or (not exact and path.split(".")[-1] in ("generated", "message", "tensors")):
-        return {}
-    return {path: (then, now)}
+    of_bits = re.search(r"\.(generated|message|sha256(\[\d+\])?)$|^tensors$", path)
+    return {} if then == now or (of_bits and not exact) else {path: (then, now)}
 
 
 def by_round(record):
@@ -87,14 +88,14 @@ def test_golden(name):
 
 
 def test_differences_are_seen_and_new_keys_are_not():
-    then = {"a": 1.0, "b": [1, None], "generated": "x", "c": {"n": 3}}
+    then = {"a": 1.0, "b": [1, None], "t.generated": "x", "c": {"n": 3}}
     assert differences(then, {**then, "new": 1, "a": 1.00009}) == {}
     assert differences(then, {**then, "a": 1.0002}) == {"a": (1.0, 1.0002)}
     assert differences(then, {**then, "b": [1, 2]}) == {"b[1]": (None, 2)}
     assert differences(then, {**then, "b": [1]}) == {"b": ([1, None], [1])}
-    assert differences(then, {"a": 1.0, "b": [1, None], "generated": "x"}) == {"c": ({"n": 3}, "(gone)")}
-    other = {**then, "generated": "y"}
-    assert differences(then, other) == {} and differences(then, other, exact=True) == {"generated": ("x", "y")}
+    assert differences(then, {"a": 1.0, "b": [1, None], "t.generated": "x"}) == {"c": ({"n": 3}, "(gone)")}
+    other = {**then, "t.generated": "y"}
+    assert differences(then, other) == {} and differences(then, other, exact=True) == {"t.generated": ("x", "y")}
 
 
 # ------------------------------------------------------------------------------------------------- to record

@@ -7,51 +7,45 @@ import pytest
 import torch
 from processes import answers_of, as_rank
 
-from common.parallel import CHUNK, Lanes
+from common.parallel import CHUNK, Round
 from vit_sparse_fl.interference import Interference
 
 IDS = [31, 4, 17, 2, 90, 8, 55, 12, 40, 23]
-SHAPES = {"w": (37, 5), "chunked": (CHUNK + 77,), "bias": (3,)}
+SIZES = (185, CHUNK + 77, 3)  # the second is summed in several pieces
 
 
-def tensors(tag, client=0):
-    draw = np.random.default_rng([tag, client])
-    theta = {name: torch.tensor(draw.standard_normal(shape)).float() for name, shape in SHAPES.items()}
-    return theta | {"steps": torch.tensor(client)}
+def vector(tag, client=0):
+    return torch.tensor(np.random.default_rng([tag, client]).standard_normal(sum(SIZES))).float()
 
 
 def clients(theta, ids, still=()):
     """theta_k: a common direction and noise; a part that nobody moves, a part that only some move."""
-    common, result = tensors(1), {}
+    common, result = vector(1), {}
     for k in ids:
-        noise = tensors(2, k)
-        theta_k = {n: theta[n] + 0.01 * (common[n] + noise[n]) for n in SHAPES} | {"steps": torch.tensor(k)}
-        theta_k["chunked"][:1000] = theta["chunked"][:1000]
+        theta_k = theta + 0.01 * (common + vector(2, k))
+        theta_k[SIZES[0] : SIZES[0] + 1000] = theta[SIZES[0] : SIZES[0] + 1000]
         if k % 2:
-            theta_k["w"][:10] = theta["w"][:10]
-        result[k] = dict(theta) if k in still else theta_k
+            theta_k[:50] = theta[:50]
+        result[k] = theta.clone() if k in still else theta_k
     return result
 
 
-def some_masks():
-    draw = np.random.default_rng(3)
-    return {n: torch.from_numpy(draw.random(SHAPES[n]) < 0.3) for n in ("w", "chunked")}
+def some_places():
+    kept = torch.from_numpy(np.random.default_rng(3).random(sum(SIZES)) < 0.3)
+    kept[-SIZES[-1] :] = False
+    return kept.nonzero().view(-1)
 
 
-def measured(theta, theta_ks, masks=None):
-    figures = Interference(theta, lanes := Lanes(theta_ks), masks)
-    for k in lanes:
+def measured(theta, theta_ks, kept=None, frozen=0.0):
+    figures = Interference(theta, order := Round(theta_ks), kept, frozen)
+    for k in order:
         figures.add(theta_ks[k])
     return figures.result()
 
 
-def by_numpy(theta, theta_ks, masks=None):
-    def flat(weights, counted):
-        parts = [(n, weights[n].double().numpy().ravel()) for n in counted]
-        return np.concatenate([p if masks is None else p[masks[n].numpy().ravel()] for n, p in parts])
-
-    counted = [n for n in SHAPES if masks is None or n in masks]
-    d = np.stack([flat(w, counted) - flat(theta, counted) for w in theta_ks.values()])  # [m, weights]
+def by_numpy(theta, theta_ks, kept=None, frozen=0.0):
+    d = np.stack([(theta_k.double() - theta.double()).numpy() for theta_k in theta_ks.values()])  # [m, n]
+    d = d if kept is None else d[:, kept.numpy()]
     norms = np.linalg.norm(d, axis=1)
     moved = d[norms > 0]
     unit = moved / np.linalg.norm(moved, axis=1, keepdims=True)
@@ -59,23 +53,22 @@ def by_numpy(theta, theta_ks, masks=None):
     up, down = (d > 0).sum(0), (d < 0).sum(0)
     any_ = up + down > 1
     mean = d.mean(0)
-    whole = np.concatenate([theta[n].double().numpy().ravel() for n in SHAPES])
+    whole = math.sqrt((theta.double().numpy() ** 2).sum() + frozen)
     return {
         "update_cosine": cosines.mean(),
         "gradient_diversity": (norms**2).sum() / (d.sum(0) ** 2).sum(),
         "sign_conflict": (1 - np.abs(up - down)[any_] / (up + down)[any_]).mean(),
-        "drift": norms.mean() / np.linalg.norm(whole),
+        "drift": norms.mean() / whole,
         "drift_to_mean": math.sqrt((np.linalg.norm(d - mean, axis=1) ** 2).mean()) / np.linalg.norm(mean),
     }
 
 
-@pytest.mark.parametrize("masks", [None, some_masks()], ids=["all", "masked"])
-@pytest.mark.parametrize("still", [(), (4, 90)], ids=["all move", "two stay"])
-@pytest.mark.parametrize("m", [5, 10])
-def test_equals_numpy_on_stacked_updates(m, still, masks):
-    theta = tensors(0)
+@pytest.mark.parametrize("kept", [None, some_places()], ids=["all", "masked"])
+@pytest.mark.parametrize("m, still", [(5, ()), (10, ()), (10, (4, 90))])
+def test_equals_numpy_on_stacked_updates(m, still, kept):
+    theta = vector(0)
     theta_ks = clients(theta, IDS[:m], still)
-    ours, expected = measured(theta, theta_ks, masks), by_numpy(theta, theta_ks, masks)
+    ours, expected = (of(theta, theta_ks, kept, 250.0) for of in (measured, by_numpy))
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         assert ours[name] == pytest.approx(value, rel=1e-9), name
@@ -83,23 +76,19 @@ def test_equals_numpy_on_stacked_updates(m, still, masks):
 
 def test_counting_weights_that_nobody_moved_changes_nothing():
     """Updates that are zero outside of the mask: counting them or not gives the same figures."""
-    theta, masks = tensors(0), some_masks()
-    theta_ks = clients(theta, IDS)
-    for theta_k in theta_ks.values():
-        theta_k["bias"] = theta["bias"]
-        for name, mask in masks.items():
-            theta_k[name] = torch.where(mask, theta_k[name], theta[name])
-    with_, without = measured(theta, theta_ks, masks), measured(theta, theta_ks)
+    theta, kept = vector(0), some_places()
+    moved = {k: theta.index_copy(0, kept, theta_k[kept]) for k, theta_k in clients(theta, IDS).items()}
+    with_, without = measured(theta, moved, kept), measured(theta, moved)
     for name in with_:
         assert with_[name] == pytest.approx(without[name], rel=1e-12), name
 
 
 def test_figures_by_hand():
     """Two clients at right angles, (3, 0, 0) and (0, 4, 0); two opposed; two alike."""
-    theta = {"w": torch.tensor([0.0, 0.0, 5.0])}
+    theta = torch.tensor([0.0, 0.0, 5.0])
 
     def of(*updates):
-        return measured(theta, {k: {"w": theta["w"] + torch.tensor(u)} for k, u in enumerate(updates)})
+        return measured(theta, {k: theta + torch.tensor(u) for k, u in enumerate(updates)})
 
     right = of([3.0, 0, 0], [0, 4.0, 0])
     assert right == {
@@ -118,33 +107,35 @@ def test_figures_by_hand():
 
 
 def test_one_client_no_movement_no_client():
-    theta = tensors(0)
+    theta = vector(0)
     one = measured(theta, clients(theta, [4]))
     assert one["update_cosine"] is None and one["gradient_diversity"] == pytest.approx(1)
-    none = measured(theta, {k: dict(theta) for k in (1, 2)})
+    none = measured(theta, {k: theta.clone() for k in (1, 2)})
     assert none["drift"] == 0
     assert all(none[n] is None for n in ("update_cosine", "gradient_diversity", "sign_conflict", "drift_to_mean"))
     with pytest.raises(ValueError, match="no client"):
-        Interference(theta, Lanes([1])).result()
+        Interference(theta, Round([1])).result()
 
 
-def test_nothing_is_changed_and_nothing_is_kept_per_client():
-    theta = tensors(0)
-    theta_ks = clients(theta, IDS)
-    copies = [{n: t.clone() for n, t in w.items()} for w in (theta, *theta_ks.values())]
-    measured(theta, theta_ks, some_masks())
-    for copy, w in zip(copies, (theta, *theta_ks.values()), strict=True):
-        assert all(torch.equal(copy[n], w[n]) for n in copy)
+def test_a_client_that_is_left_out_does_not_count():
+    theta = vector(0)
+    theta_ks = clients(theta, IDS[:4])
+    figures = Interference(theta, order := Round(theta_ks))
+    for k in order:
+        if k != IDS[0]:
+            figures.add(theta_ks[k])
+    del theta_ks[IDS[0]]
+    assert figures.result() == pytest.approx(by_numpy(theta, theta_ks), rel=1e-9)
 
 
 def test_threads_change_no_bit():
-    theta = tensors(0)
+    theta = vector(0)
     theta_ks = clients(theta, IDS)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append([measured(theta, theta_ks), measured(theta, theta_ks, some_masks())])
+            results.append([measured(theta, theta_ks), measured(theta, theta_ks, some_places())])
     finally:
         torch.set_num_threads(before)
     assert results[0] == results[1] == results[2]
@@ -156,11 +147,11 @@ def process(rank, size, port, answers):
 
 
 def everything():
-    theta = tensors(0)
-    return [measured(theta, clients(theta, IDS), masks) for masks in (None, some_masks())]
+    theta = vector(0)
+    return [measured(theta, clients(theta, IDS), kept) for kept in (None, some_places())]
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_processes_change_no_bit(size):
-    results = answers_of(size, process, "vit_sparse_fl.interference")
+    results = answers_of(size, process)
     assert results == {rank: everything() for rank in range(size)}

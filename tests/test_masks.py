@@ -1,14 +1,15 @@
 """Masks: exact k with a fixed tie-break, calibration over rounds as written down, sensitivities per sample."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from comparing import near, same_bits
 from torch.nn import functional as F
 
 from common.cli import RunFailed, UsageError
-from common.parallel import Lanes
 from common.seeding import stream
+from common.vector import Weights
 from vit_sparse_fl import masks as m
 from vit_sparse_fl.vit import make_model
 
@@ -48,28 +49,41 @@ def images():
 
 
 @pytest.fixture
-def theta(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+def weights(model):
+    """Of what a mask covers."""
+    parameters = dict(model.named_parameters())
+    return Weights(model, {name: parameters[name] for name in NAMES})
 
 
-def random_scores(theta, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(theta[name].shape, generator=draw) for name in NAMES}
+@pytest.fixture
+def sizes(weights):
+    return [shape.numel() for shape in weights.shapes.values()]
 
 
-def by_sorting(scores, k, largest, allowed=None):
+def random_scores(n, seed=0):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed))
+
+
+def by_sorting(scores, k, largest=False, allowed=None):
     """The k first places of a stable sort, in plain Python."""
-    ranked = []
-    for name, score in scores.items():
-        flags = [True] * score.numel() if allowed is None else allowed[name].reshape(-1).tolist()
-        ranked += [
-            (v, name, i) for i, (v, free) in enumerate(zip(score.reshape(-1).tolist(), flags, strict=True)) if free
-        ]
-    ranked.sort(key=lambda entry: -entry[0] if largest else entry[0])
-    kept = {name: torch.zeros(score.numel(), dtype=torch.bool) for name, score in scores.items()}
-    for _, name, i in ranked[:k]:
-        kept[name][i] = True
-    return {name: flat.view(scores[name].shape) for name, flat in kept.items()}
+    free = range(len(scores)) if allowed is None else allowed.nonzero().view(-1).tolist()
+    values = scores.tolist()
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[sorted(free, key=lambda i: -values[i] if largest else values[i])[:k]] = True
+    return kept
+
+
+def make(theta, sizes, strategy, sparsity, scores=lambda at, r: random_scores(len(at), r), **rule):
+    """The mask of a strategy by name, images replaced by random scores."""
+    chosen = m.STRATEGIES[strategy]
+    if not chosen.images:
+        sample = m.Sample(
+            None, SimpleNamespace(theta=theta, size=len(theta)), stream(rule.pop("seed", 0), "random mask")
+        )
+        return m.calibrate(
+            theta, lambda *_: chosen.scores(sample), sizes, sparsity=sparsity, largest=chosen.largest, rounds=1, **rule
+        )
+    return m.calibrate(theta, scores, sizes, sparsity=sparsity, largest=chosen.largest, **rule)
 
 
 # ---- maskable
@@ -80,12 +94,8 @@ def test_maskable_are_the_modules_weights_but_not_head_tokens_and_frozen_ones(mo
     model.patches.requires_grad_(False)
     model.mlp[0].bias.requires_grad_(False)
     assert m.maskable(model) == [n for n in NAMES if not n.startswith("patches") and n != "mlp.0.bias"]
-    assert m.maskable(torch.nn.ModuleDict({"a": torch.nn.MultiheadAttention(4, 2)})) == [
-        "a.in_proj_weight",
-        "a.in_proj_bias",
-        "a.out_proj.weight",
-        "a.out_proj.bias",
-    ]
+    attention = m.maskable(torch.nn.ModuleDict({"a": torch.nn.MultiheadAttention(4, 2)}))
+    assert attention == ["a.in_proj_weight", "a.in_proj_bias", "a.out_proj.weight", "a.out_proj.bias"]
 
 
 def test_maskable_of_the_real_model():
@@ -100,176 +110,139 @@ def test_maskable_of_the_real_model():
 # ---- choose
 
 
-@pytest.mark.parametrize("largest", [False, True])
-@pytest.mark.parametrize("keep", [0.0, 0.001, 0.1, 0.5, 0.99, 1.0, 0, 1, 77])
 @pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "zeros", "fp64", "bf16", "signed zeros"])
-def test_exactly_k_by_rank_with_ties_in_order(theta, kind, keep, largest):
-    scores = random_scores(theta)
-    n = sum(score.numel() for score in scores.values())
+def test_exactly_k_by_rank_with_ties_in_order(sizes, kind):
+    n = sum(sizes)
+    scores = random_scores(n)
     if kind == "ties":
-        scores = {name: (score * 4).floor() for name, score in scores.items()}
+        scores = (scores * 4).floor()
     elif kind == "equal":
-        scores = {name: torch.ones_like(score) for name, score in scores.items()}
+        scores = torch.ones(n)
     elif kind == "zeros":  # `<= quantile` would keep all of these 40 %
-        scores = {name: torch.where(score < 0.4, 0.0, score) for name, score in scores.items()}
+        scores = torch.where(scores < 0.4, 0.0, scores)
     elif kind == "fp64":  # differences that fp32 cannot see
-        scores = {name: 1 + score.double() * 1e-12 for name, score in scores.items()}
+        scores = 1 + scores.double() * 1e-12
     elif kind == "bf16":
-        scores = {name: score.bfloat16() for name, score in scores.items()}
+        scores = scores.bfloat16()
     elif kind == "signed zeros":
-        scores = {name: torch.where(score < 0.5, -0.0, 0.0) for name, score in scores.items()}
-    k = keep if isinstance(keep, int) else round(keep * n)
-    chosen = m.choose(scores, keep, largest=largest)
-    assert m.count(chosen) == k
-    assert same_bits(chosen, by_sorting(scores, k, largest))
+        scores = torch.where(scores < 0.5, -0.0, 0.0)
+    for keep in (0.0, 0.001, 0.1, 0.5, 0.99, 1.0):
+        for largest in (False, True):
+            mask = m.choose(scores, keep, sizes, largest=largest)
+            assert mask.dtype == torch.bool and int(mask.sum()) == round(keep * n)
+            assert torch.equal(mask, by_sorting(scores, round(keep * n), largest)), (keep, largest)
 
 
 @pytest.mark.parametrize("largest", [False, True])
-def test_only_allowed_weights_are_chosen_and_all_count(theta, largest):
-    scores = {name: (score * 9).floor() for name, score in random_scores(theta).items()}
-    allowed = m.choose(random_scores(theta, 1), 0.4)
-    n = sum(score.numel() for score in scores.values())
-    chosen = m.choose(scores, 0.3, largest=largest, allowed=allowed)
-    assert m.count(chosen) == round(0.3 * n)
-    assert same_bits(chosen, by_sorting(scores, round(0.3 * n), largest, allowed))
+def test_only_allowed_weights_are_chosen_and_all_count(sizes, largest):
+    n = sum(sizes)
+    scores, allowed = (random_scores(n) * 9).floor(), m.choose(random_scores(n, 1), 0.4, sizes)
+    mask = m.choose(scores, 0.3, sizes, largest=largest, allowed=allowed)
+    assert torch.equal(mask, by_sorting(scores, round(0.3 * n), largest, allowed))
     with pytest.raises(ValueError, match="are to be kept"):
-        m.choose(scores, 0.41, allowed=allowed)
+        m.choose(scores, 0.41, sizes, allowed=allowed)
 
 
-def test_layer_scope_is_exact_in_every_tensor(theta):
-    scores = {name: score * (1 + i) for i, (name, score) in enumerate(random_scores(theta).items())}
-    chosen = m.choose(scores, 0.3, scope="layer")
-    for name, score in scores.items():
-        assert same_bits({name: chosen[name]}, by_sorting({name: score}, round(0.3 * score.numel()), False))
-    assert list(chosen) == list(scores)
+def test_layer_scope_is_exact_in_every_tensor(weights, sizes):
+    scores = random_scores(weights.size) * torch.cat([torch.full((n,), 1.0 + i) for i, n in enumerate(sizes)])
+    allowed = m.choose(random_scores(weights.size, 1), 0.6, sizes, scope="layer")
+    for free in (torch.ones_like(allowed), allowed):
+        mask = m.choose(scores, 0.3, sizes, scope="layer", allowed=free)
+        for part, score, open_ in zip(*(v.split(sizes) for v in (mask, scores, free)), strict=True):
+            assert torch.equal(part, by_sorting(score, round(0.3 * len(score)), False, open_))
     # The global threshold is another: scales differ between tensors.
-    fractions = m.kept_per_layer(m.choose(scores, 0.3))
+    fractions = m.kept_per_layer(weights.named(m.choose(scores, 0.3, sizes)))
     assert fractions["patches"] > 0.35 and fractions["mlp.2"] < 0.2
 
 
-def test_broken_scores_and_words(theta):
-    scores = random_scores(theta)
+def test_broken_scores_and_words():
     for bad in (torch.nan, torch.inf):
-        scores["mlp.0.weight"][2, 3] = bad
-        with pytest.raises(RunFailed, match=r"mlp\.0\.weight are not finite"):
-            m.choose(scores, 0.5)
+        scores = random_scores(20)
+        scores[3] = bad
+        with pytest.raises(RunFailed, match="scores of 1 weights are not finite"):
+            m.choose(scores, 0.5, [20])
     with pytest.raises(ValueError, match="scope"):
-        m.choose(random_scores(theta), 0.5, scope="row")
+        m.choose(random_scores(20), 0.5, [20], scope="row")
     with pytest.raises(ValueError, match="fraction"):
-        m.choose(random_scores(theta), 1.5)
+        m.choose(random_scores(20), 1.5, [20])
 
 
 def test_threads_change_no_bit_of_a_large_mask():
-    draw = torch.Generator().manual_seed(0)
-    scores = {name: (torch.rand(200_000, generator=draw) * 1e4).floor() for name in "abc"}
-    before, found = torch.get_num_threads(), []
+    scores = (random_scores(600_000) * 1e4).floor()
+    before, masks = torch.get_num_threads(), []
     try:
         for threads in (1, 4):
             torch.set_num_threads(threads)
-            found.append(m.choose(scores, 0.1))
+            masks.append(m.choose(scores, 0.1, [600_000]))
     finally:
         torch.set_num_threads(before)
-    assert same_bits(*found) and m.count(found[0]) == 60_000
+    assert torch.equal(*masks) and int(masks[0].sum()) == 60_000
 
 
 # ---- calibrate
 
 
-def test_talos_keeps_the_fractions_damps_the_excluded_and_never_readmits(theta):
-    seen = []
+def test_talos_keeps_the_fractions_damps_the_excluded_and_never_readmits(weights, sizes):
+    theta, seen = weights.snapshot(), []
 
-    def scores(weights, r):
-        seen.append({name: tensor.clone() for name, tensor in weights.items()})
-        return random_scores(theta, r)
+    def scores(at, r):
+        seen.append(at.clone())
+        return random_scores(len(at), r)
 
-    found = m.calibrate(theta, NAMES, scores, strategy="least_sensitive", sparsity=0.9, rounds=4)
-    n = sum(theta[name].numel() for name in NAMES)
+    mask = make(theta, sizes, "least_sensitive", 0.9, scores, rounds=4)
     kept = None
     for r in range(4):
-        expected = (
-            theta
-            if kept is None
-            else {name: torch.where(kept[name], old, old * 0.1) if name in kept else old for name, old in theta.items()}
-        )
-        assert same_bits(seen[r], expected)
-        kept = by_sorting(random_scores(theta, r), round(0.1 ** ((r + 1) / 4) * n), False, kept)
-    assert len(seen) == 4 and same_bits(found, kept) and m.count(found) == round(0.1 * n)
+        assert torch.equal(seen[r], theta if kept is None else torch.where(kept, theta, theta * 0.1))
+        kept = by_sorting(random_scores(len(theta), r), round(0.1 ** ((r + 1) / 4) * len(theta)), False, kept)
+    assert len(seen) == 4 and torch.equal(mask, kept) and int(mask.sum()) == round(0.1 * len(theta))
     # Rounds matter: a single threshold on the last scores is another mask.
-    assert m.jaccard(found, m.choose(random_scores(theta, 3), 0.1)) < 0.5
+    assert m.jaccard(mask, m.choose(random_scores(len(theta), 3), 0.1, sizes)) < 0.5
 
 
-def test_seed_calibration_is_one_threshold_on_the_mean(theta):
-    found = m.calibrate(
-        theta,
-        NAMES,
-        lambda weights, r: random_scores(weights, r),
-        strategy="most_sensitive",
-        sparsity=0.7,
-        method="seed",
-        rounds=3,
-    )
-    mean = {n: sum(random_scores(theta, r)[n].double() for r in range(3)) / 3 for n in NAMES}
-    assert m.jaccard(found, m.choose(mean, 0.3, largest=True)) == 1.0
+def test_seed_calibration_is_one_threshold_on_the_mean(weights, sizes):
+    mask = make(weights.theta, sizes, "most_sensitive", 0.7, method="seed", rounds=3)
+    mean = sum(random_scores(weights.size, r).double() for r in range(3)) / 3
+    assert m.jaccard(mask, m.choose(mean, 0.3, sizes, largest=True)) == 1.0
 
 
-@pytest.mark.parametrize("scope", m.SCOPES)
-@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.95])
 @pytest.mark.parametrize("strategy", m.STRATEGIES)
-def test_every_strategy_keeps_exactly_k_and_changes_no_weight(theta, strategy, sparsity, scope):
-    before = {name: tensor.clone() for name, tensor in theta.items()}
-    for method in m.CALIBRATIONS:
-        found = m.calibrate(
-            theta,
-            NAMES,
-            lambda weights, r: random_scores(weights, r),
-            strategy=strategy,
-            sparsity=sparsity,
-            method=method,
-            scope=scope,
-        )
-        sizes = [theta[name].numel() for name in NAMES]
-        if scope == "global":
-            assert m.count(found) == round((1 - sparsity) * sum(sizes))
-        else:
-            assert [int(mask.sum()) for mask in found.values()] == [round((1 - sparsity) * n) for n in sizes]
-        assert list(found) == NAMES and all(mask.dtype == torch.bool for mask in found.values())
-    assert same_bits(theta, before)
+def test_every_strategy_keeps_exactly_k_and_changes_no_weight(weights, sizes, strategy):
+    before = weights.snapshot()
+    for sparsity in (0.5, 0.95):
+        for method in m.CALIBRATIONS:
+            whole = make(weights.theta, sizes, strategy, sparsity, method=method)
+            assert int(whole.sum()) == round((1 - sparsity) * weights.size)
+            layers = make(weights.theta, sizes, strategy, sparsity, method=method, scope="layer")
+            assert [int(part.sum()) for part in layers.split(sizes)] == [round((1 - sparsity) * n) for n in sizes]
+    assert torch.equal(weights.theta, before)
 
 
-def test_magnitude_strategies_rank_by_absolute_value_without_data(theta):
+def test_magnitude_strategies_rank_by_absolute_value_without_data(weights, sizes):
     for strategy, largest in (("lowest_magnitude", False), ("highest_magnitude", True)):
-        found = m.calibrate(theta, NAMES, None, strategy=strategy, sparsity=0.8)
-        sizes = {name: theta[name].abs() for name in NAMES}
-        assert same_bits(found, by_sorting(sizes, m.count(found), largest))
+        mask = make(weights.theta, sizes, strategy, 0.8)
+        assert torch.equal(mask, by_sorting(weights.theta.abs(), int(mask.sum()), largest))
 
 
-def test_random_masks_are_keyed_and_even(theta):
-    make = lambda seed: m.calibrate(theta, NAMES, None, strategy="random", sparsity=0.5, seed=seed)  # noqa: E731
-    assert same_bits(make(1), make(1))
-    assert 0.2 < m.jaccard(make(1), make(2)) < 0.45  # a third is expected
-    large = {"a": torch.zeros(100_000), "b": torch.zeros(300_000)}
-    fractions = m.kept_per_layer(m.calibrate(large, ["a", "b"], None, strategy="random", sparsity=0.9))
-    assert all(abs(fraction - 0.1) < 0.005 for fraction in fractions.values())  # sd 0.001
+def test_random_masks_are_keyed_and_even(weights, sizes):
+    a, again, b = (make(weights.theta, sizes, "random", 0.5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(a, again) and 0.2 < m.jaccard(a, b) < 0.45  # a third is expected
+    parts = make(torch.zeros(400_000), [100_000, 300_000], "random", 0.9).split([100_000, 300_000])
+    assert all(abs(part.double().mean() - 0.1) < 0.005 for part in parts)  # sd 0.001
 
 
-@pytest.mark.parametrize("bad", [0, 0.0, 1, 1.0, -0.1, 1.5, float("nan")])
-def test_sparsity_outside_is_an_error(theta, bad):
-    with pytest.raises(UsageError, match="sparsity"):
-        m.calibrate(theta, NAMES, None, strategy="random", sparsity=bad)
-
-
-def test_nothing_to_keep_or_to_mask_is_an_error(theta):
+def test_nothing_to_keep_or_to_mask_is_an_error():
+    for bad in (0, 1.0, -0.1, 1.5, float("nan")):
+        with pytest.raises(UsageError, match="sparsity"):
+            make(torch.ones(50), [50], "random", bad)
     with pytest.raises(UsageError, match="keeps 0 of"):
-        m.calibrate(theta, ["norm.bias"], None, strategy="random", sparsity=0.99)
+        make(torch.ones(6), [6], "random", 0.99)
     with pytest.raises(UsageError, match="keeps 0 of"):
-        m.calibrate(theta, ["norm.bias", "norm.weight"], None, strategy="random", sparsity=0.95, scope="layer")
+        make(torch.ones(12), [6, 6], "random", 0.95, scope="layer")
     with pytest.raises(UsageError, match="freeze-layers"):
-        m.calibrate(theta, [], None, strategy="random", sparsity=0.5)
-    with pytest.raises(ValueError, match="scores are missing"):
-        m.calibrate(theta, NAMES, lambda weights, r: {}, strategy="least_sensitive", sparsity=0.5)
-    for bad in ({"strategy": "best"}, {"strategy": "random", "method": "none"}, {"strategy": "random", "rounds": 0}):
+        make(torch.ones(0), [], "random", 0.5)
+    for bad in ({"method": "none"}, {"rounds": 0}):
         with pytest.raises(ValueError, match="unknown"):
-            m.calibrate(theta, NAMES, None, sparsity=0.5, **bad)
+            make(torch.ones(50), [50], "least_sensitive", 0.5, **bad)
 
 
 def test_calibration_rows():
@@ -287,35 +260,44 @@ def test_calibration_rows():
 # ---- sensitivity
 
 
-def batch_one(model, function, images, labels):
-    """Mean of squared gradients by `.backward()` on one image at a time."""
+def batch_one(model, weights, function, images, labels):
+    """Mean of squared gradients by `.backward()` on one image at a time, [n] in fp64."""
     model.eval()
-    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    total = torch.zeros(weights.size, dtype=torch.float64)
     for image, label in zip(images, labels, strict=True):
         model.zero_grad()
         function(model(image[None])[0], label).backward()
-        for name, p in model.named_parameters():
-            total[name] += p.grad**2 / len(images)
+        total += torch.cat([p.grad.double().reshape(-1) for p in weights.parameters.values()]) ** 2 / len(images)
     model.zero_grad(set_to_none=True)
     return total
 
 
+def nll(z, y):
+    return F.cross_entropy(z[None], y[None])
+
+
+def near(ours, expected, tolerance=1e-5):
+    torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance * expected.max().item())
+    return True
+
+
 @pytest.mark.parametrize("method", ["loop", "vmap"])
 @pytest.mark.parametrize("real", [False, True], ids=["small", "vit"])
-def test_sensitivity_is_the_batch_one_loop(model, images, method, real):
+def test_sensitivity_is_the_batch_one_loop(model, weights, images, method, real):
     if real:
         model = make_model("tiny", image_size=32, n_classes=5, seed=3)
         with torch.no_grad():  # a new head is zero in places: no gradient would come through
             model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
         images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    names = m.maskable(model)
+        parameters = dict(model.named_parameters())
+        weights = Weights(model, {name: parameters[name] for name in m.maskable(model)})
     labels = torch.arange(len(images)) % 5
-    ours = m.sensitivity(model, names, images, labels=labels, method=method)
-    expected = batch_one(model, lambda z, y: F.cross_entropy(z[None], y[None]), images, labels)
-    assert list(ours) == names
-    for name in names:  # against the largest of a tensor: a key bias has no gradient but rounding
-        scale = max(expected[name].max(), 1e-8)
-        torch.testing.assert_close(ours[name] / scale, expected[name] / scale, rtol=1e-4, atol=1e-5)
+    ours = m.sensitivity(model, weights, images, labels=labels, method=method)
+    expected = batch_one(model, weights, nll, images, labels)
+    assert near(ours, expected)
+    F.cross_entropy(model(images), labels).backward()
+    of_batch = sum(p.grad.double().square().sum() for p in weights.parameters.values())
+    assert of_batch < 0.7 * expected.sum()  # the square of a batch's mean is another, smaller thing
 
 
 @pytest.mark.filterwarnings("error")
@@ -332,81 +314,45 @@ def test_fused_attention_goes_through_vmap():
 
     torch.manual_seed(0)
     model, images, labels = Attending(), torch.randn(4, 3, 2, 3), torch.arange(4)
-    both = [m.sensitivity(model, ["qkv.weight"], images, labels=labels, method=how) for how in ("loop", "vmap")]
-    assert near(*both, 1e-5)
+    weights = Weights(model, {"qkv.weight": model.qkv.weight})
+    both = [m.sensitivity(model, weights, images, labels=labels, method=how) for how in ("loop", "vmap")]
+    assert near(*(score.double() for score in both))
 
 
-def test_drawn_labels_and_their_logits(model, images):
+def test_drawn_labels_and_their_logits(model, weights, images):
     """The label is drawn from the model's softmax, and the gradient is that of its logit, not of its NLL."""
     with torch.no_grad():
         p = model.eval()(images).double().softmax(-1).cumsum(-1)
     u = stream(0, "labels").random(len(images))
     labels = torch.tensor([int(np.searchsorted(p[i].numpy(), u[i], side="right")) for i in range(len(images))])
     assert len(set(labels.tolist())) > 1
-    ours = m.sensitivity(model, NAMES, images, uniform=stream(0, "labels"))
-    expected = batch_one(model, lambda z, y: z[y], images, labels)
-    assert near(ours, {name: expected[name] for name in NAMES}, 1e-5)
-    with pytest.raises(ValueError, match="uniform"):
-        m.sensitivity(model, NAMES, images)
+    ours = m.sensitivity(model.train(), weights, images, draws=stream(0, "labels"))
+    assert model.training and near(ours, batch_one(model, weights, lambda z, y: z[y], images, labels))
+    with pytest.raises(ValueError, match="draws"):
+        m.sensitivity(model, weights, images)
     with pytest.raises(ValueError, match="no image"):
-        m.sensitivity(model, NAMES, images[:0], labels=labels[:0])
+        m.sensitivity(model, weights, images[:0], labels=labels[:0])
 
 
 def test_drawn_labels_have_the_models_distribution(model):
     """20,000 draws for one image: each class within five standard deviations of its probability."""
     image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(4)).expand(20_000, -1, -1, -1)
     p = model.eval()(image[:1])[0].softmax(-1).detach()
-    drawn = m._draw_labels(model, image, stream(1, "labels"))
-    found = torch.bincount(drawn, minlength=5) / 20_000
-    assert ((found - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt()).all()
+    shares = torch.bincount(m.drawn_labels(model, image, stream(1, "labels")), minlength=5) / 20_000
+    assert ((shares - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt()).all()
 
 
-def test_images_in_parts_prepared_and_weights_given_and_put_back(model, images, theta, monkeypatch):
+def test_images_in_parts_and_prepared_and_the_model_as_before(model, weights, images, monkeypatch):
     labels = torch.arange(7) % 5
-    other = {name: tensor * 0.5 for name, tensor in theta.items() if name in NAMES}
     model.train()
     model.dropout.eval()
     model.cls_token.requires_grad_(False)
     model.norm.weight.grad = torch.ones(6)
-    with torch.no_grad():
-        model.norm.bias[0] = -0.0
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    prepare = lambda x: x * 2  # noqa: E731
-    ours = m.sensitivity(model, NAMES, images, labels=labels, weights=other, prepare=prepare)
-    monkeypatch.setattr(m, "_BATCH", 2)
-    parts = m.sensitivity(model, NAMES, images, labels=labels, weights=other, prepare=prepare)
-    assert near(ours, parts, 1e-5)
-
-    assert same_bits({name: p.detach() for name, p in model.named_parameters()}, before)
+    before = weights.snapshot()
+    whole = m.sensitivity(model, weights, images, labels=labels, prepare=lambda x: x * 2)
+    monkeypatch.setattr(m, "BATCH", 2)
+    assert near(m.sensitivity(model, weights, images, labels=labels, prepare=lambda x: x * 2), whole.double())
+    assert torch.equal(weights.theta.view(torch.int32), before.view(torch.int32))
     assert model.training and not model.dropout.training and model.norm.training
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["cls_token"]
     assert torch.equal(model.norm.weight.grad, torch.ones(6)) and model.mlp[0].weight.grad is None
-
-    fresh = Small()
-    fresh.load_state_dict(before | other)
-    expected = batch_one(fresh, lambda z, y: F.cross_entropy(z[None], y[None]), images * 2, labels)
-    assert near(ours, {name: expected[name] for name in NAMES}, 1e-5)
-
-
-def test_the_model_is_put_back_after_an_error(model, images, theta):
-    halves = {name: tensor / 2 for name, tensor in theta.items()}
-    with pytest.raises(RuntimeError):
-        m.sensitivity(model, NAMES, images[:, :2], labels=torch.zeros(7, dtype=torch.int64), weights=halves)
-    assert same_bits({name: p.detach() for name, p in model.named_parameters()}, theta)
-    assert model.training and all(p.requires_grad for p in model.parameters())
-
-
-def test_clients_scores_are_averaged_as_one_pool(model, images):
-    """Two clients with 5 and 2 images: the server's mean is the score of all seven."""
-    labels = torch.arange(7) % 5
-    parts = {3: slice(0, 5), 8: slice(5, 7)}
-    shapes = {name: dict(model.named_parameters())[name].shape for name in NAMES}
-
-    def client_scores(k):
-        return m.sensitivity(model, NAMES, images[parts[k]], labels=labels[parts[k]]), len(images[parts[k]])
-
-    mean = m.mean_over_clients(Lanes([8, 3]), shapes, client_scores)
-    assert all(score.dtype == torch.float64 for score in mean.values())
-    pooled = m.sensitivity(model, NAMES, images, labels=labels)
-    assert near(mean, pooled, 1e-6)
+    assert near(whole, batch_one(model, weights, nll, images * 2, labels))

@@ -48,6 +48,13 @@ def test_the_loss_before_training_is_that_of_the_run_of_no_size(tmp_path):
     make_run(tmp_path, [9.0, 7.0], seed=1)
     runs = {run.seed: run for run in outcomes.read_outcomes(tmp_path)[0]}
     assert len(runs) == 2 and runs[0].start_loss == 5.0 and runs[1].start_loss is None
+    # newer runs log it themselves, as round 0
+    folder = make_run(tmp_path, [4.0, 3.0], seed=7)
+    lines = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text('{"round": 0, "val_loss": 2.5}\n' + lines)
+    run = outcomes.read_outcome(folder)
+    assert run.start_loss == 2.5 and run.curve("val_loss") == ([1, 2], [4.0, 3.0])
+    assert run.failed == "ends above the model before training"
     assert runs[0].failed and not runs[1].failed
 
 

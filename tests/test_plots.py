@@ -131,7 +131,7 @@ def test_central_runs_stand_beside_every_federation_on_their_data(tmp_path):
         write_mamba(tmp_path / "mamba", sync=sync, expand=2)
     write_mamba(tmp_path / "mamba", "central", sync="round", budget="equal", local_updates=1, expand=2)
     found = tables_of("mamba")
-    assert [about.rpartition(", ")[2] for about in found] == ["sync every epoch", "sync every round"]
+    assert [about.rpartition(", ")[2] for about in found] == ["sync every round", "sync every epoch"]
     assert list(found.values()) == [["Central", "FedAvg"]] * 2
 
     for more in ({"num_clients": 7}, {"dataset": "demo"}):

@@ -23,7 +23,8 @@ from common.cli import (
     run_main,
 )
 from common.client_rows import ClientRows
-from common.runlog import Turns, participants, read_metrics, start_run
+from common.participation import Turns, participants
+from common.runlog import read_metrics, start_run
 
 
 def arguments(folder, **more):
@@ -198,7 +199,7 @@ def test_a_death_at_any_step_of_a_save_leaves_one_whole_checkpoint(tmp_path, mon
         except SystemExit:
             died = True
     assert died == (n < 6)  # as many calls as a save has
-    meta, shared, _ = checkpoint.load(folder)
+    meta, shared = checkpoint.load(folder)
     assert torch.equal(shared["theta"]["w"], torch.ones(2) if meta["round"] == 1 else torch.zeros(2))
     checkpoint.save(folder, {"round": 3}, {"theta": {"w": torch.zeros(2)}})
     assert checkpoint.load(folder)[0]["round"] == 3

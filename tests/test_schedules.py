@@ -1,9 +1,9 @@
-"""vit_sparse_fl/schedules.py against torch's schedulers."""
+"""common/schedules.py against torch's schedulers, and transformers'."""
 
 import pytest
 import torch
 
-from vit_sparse_fl.schedules import lr_at
+from common.schedules import lr_at
 
 
 def torch_rates(make, steps, base):
@@ -26,7 +26,7 @@ def test_cosine_is_torchs(total, base, min_lr):
 
 def test_step_is_torchs_with_a_third_of_the_run():
     wanted = torch_rates(lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=4, gamma=0.1), 10, 0.2)
-    assert [lr_at(t, 10, 0.2, "step") for t in range(10)] == pytest.approx(wanted, rel=1e-12)
+    assert [lr_at(t, 10, 0.2, "step") for t in range(10)] == pytest.approx(wanted)
 
 
 def test_warm_up_then_cosine_is_torchs_sequence():
@@ -42,11 +42,20 @@ def test_warm_up_then_cosine_is_torchs_sequence():
     assert got[:6] == pytest.approx([0.06, 0.12, 0.18, 0.24, 0.3, 0.3])
 
 
+def test_linear_from_zero_is_transformers():
+    from transformers import get_linear_schedule_with_warmup
+
+    wanted = torch_rates(lambda o: get_linear_schedule_with_warmup(o, 3, 11), 11, 0.2)
+    assert [lr_at(t, 11, 0.2, "linear", warmup=3, from_zero=True) for t in range(11)] == pytest.approx(wanted)
+
+
 def test_by_hand():
     assert lr_at(5, 10, 1.0, "cosine", min_lr=0.2) == pytest.approx(0.6)
     assert [lr_at(t, 4, 0.5, "none", warmup=2) for t in range(4)] == [0.25, 0.5, 0.5, 0.5]
     assert [lr_at(t, 9, 1.0, "step") for t in (0, 2, 3, 6)] == pytest.approx([1.0, 1.0, 0.1, 0.01])
     assert lr_at(8, 9, 1.0, "step", min_lr=0.05) == 0.05
+    assert [lr_at(t, 4, 0.5, "constant") for t in range(2)] == [0.5, 0.5]
+    assert lr_at(3, 4, 1.0, "linear", min_lr=0.2) == pytest.approx(0.4)
     # A run shorter than its warm-up only warms up.
     assert [lr_at(t, 2, 1.0, "cosine", warmup=5) for t in range(2)] == pytest.approx([0.2, 0.4])
 
@@ -55,5 +64,5 @@ def test_by_hand():
 def test_outside_and_unknown(step):
     with pytest.raises(ValueError, match=r"not in 0\.\.9"):
         lr_at(step, 10, 0.1)
-    with pytest.raises(ValueError, match="linear"):
-        lr_at(0, 10, 0.1, "linear")
+    with pytest.raises(ValueError, match="line"):
+        lr_at(0, 10, 0.1, "line")

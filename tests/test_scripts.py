@@ -1,45 +1,23 @@
-"""The scripts as a user runs them: whole runs at tiny size, killed, resumed, on several processes."""
+"""The scripts as a user runs them: what they leave, identities between them, the study's runner."""
 
 import importlib
-import random
-import shlex
-import signal
-import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
+import harness
 import pytest
 import torch
-from running import FEDERATED, SCRIPTS, call, command, final_weights, flags, result, run
+from running import SCRIPTS, call, final_weights, flags
 
 from common.checkpoint import read_json
-from common.cli import run_main
 from common.runlog import read_metrics
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """Folder of a whole run of each script, made once."""
-    made = {}
-
-    def get(script):
-        if script not in made:
-            out = tmp_path_factory.mktemp(script)
-            done = run(script, "--output-dir", out, "--run-name", "one", "--save-deltas")
-            assert done.returncode == 0, done.stderr
-            assert done.stdout.splitlines()[-1] == str(out / "one")
-            made[script] = out / "one"
-        return made[script]
-
-    return get
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_leaves_what_the_readme_says(script, unbroken):
-    folder = unbroken(script)
+def test_a_run_leaves_what_the_readme_says(script):
+    folder = harness.whole(f"mamba_fl/{script}")
     manifest = read_json(folder / "run.json")
     assert manifest["status"] == "finished" and manifest["command"] == script
     assert manifest["data"]["variant"] and manifest["versions"]["torch"]
@@ -54,80 +32,24 @@ def test_a_run_leaves_what_the_readme_says(script, unbroken):
     history = read_json(folder / "training_history.json")
     field = "step" if script == "central" else "global_step"
     assert history[field] == [2, 4, 6] and len(history["generated"]) == 3
-    who = {"server"} if script == "central" else {"server", "client_0", "client_1", "client_2"}
+    who = {"server"} if script == "central" else {"server", *(f"client_{k}" for k in range(4))}
     assert {f.parents[1].name for f in folder.rglob("*.npz")} == who
 
 
 @pytest.mark.slow
-def test_final_loads_in_transformers_and_gives_the_logged_loss(unbroken):
+def test_final_loads_in_transformers_and_gives_the_logged_loss():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mamba_fl.data import build_data, inputs_and_labels
 
-    folder = unbroken("fed_fisher")
+    folder = harness.whole("mamba_fl/fed_fisher")
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     assert len(AutoTokenizer.from_pretrained(folder / "final")) == 400
-    inputs, labels = inputs_and_labels(build_data("demo", "bpe:400", 32, 3).validation[:6])
+    inputs, labels = inputs_and_labels(build_data("demo", "bpe:400", 32, 4).validation[:6])
     with torch.no_grad():
         logits = model(inputs).logits[..., :400].double()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
     assert loss == pytest.approx(read_metrics(folder)[-1]["val_loss"], abs=2e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_and_resumed_is_as_if_unbroken(script, unbroken, tmp_path):
-    whole = result(unbroken(script))
-    words = command(script, "--output-dir", tmp_path, "--run-name", "one", "--save-deltas", "--resume")
-    state = tmp_path / "one" / "checkpoint" / "state.json"
-
-    def kill_when(reached):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not reached() and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(random.Random(script).uniform(0, 0.03))
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
-
-    kill_when((tmp_path / "one" / "run.json").exists)  # before, in or after the first round
-    kill_when(state.exists)
-    assert state.exists() and read_json(tmp_path / "one" / "run.json")["status"] == "running"
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "resumed after round" in done.stderr
-    assert result(tmp_path / "one") == whole
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", FEDERATED)
-def test_two_processes_give_the_same_bits(script, unbroken, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = command(script, "--output-dir", tmp_path, "--run-name", "one", "--save-deltas")[1:]
-    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert result(tmp_path / "one") == result(unbroken(script))
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_a_run_that_resumes(unbroken, tmp_path):
-    words = command("fed_avg", "--output-dir", tmp_path, "--run-name", "one", "--save-deltas")
-    # a shell that runs the tests in the background has it ignore SIGINT, and children inherit that
-    process = subprocess.Popen(
-        words,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while not (tmp_path / "one" / "run.json").exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
-    assert read_json(tmp_path / "one" / "run.json")["status"] == "interrupted"
-    assert subprocess.run([*words, "--resume"], capture_output=True, timeout=300).returncode == 0
-    assert result(tmp_path / "one") == result(unbroken("fed_avg"))
 
 
 def test_one_client_is_central_training_bitwise(tmp_path):
@@ -229,42 +151,6 @@ def test_metrics_go_to_a_tracker(tmp_path, monkeypatch):
     losses = [line["val_loss"] for line in read_metrics(tmp_path / "r")]
     assert [value for name, value, _ in seen if name == "fed_avg/val_loss"] == losses
     assert (tmp_path / "r" / "tensorboard").is_dir()
-
-
-@pytest.mark.parametrize("preset", ["small", "source"])
-def test_the_studys_commands_parse(preset, capsys):
-    from mamba_fl import run_study
-    from mamba_fl.flags import complete_flags
-
-    run_study.main(run_study.build_parser().parse_args(["--preset", preset, "--plan", "--seeds", "0", "1"]))
-    lines = capsys.readouterr().out.splitlines()
-    names = set()
-    for line in lines:
-        python, script, *words = shlex.split(line)
-        module = importlib.import_module(f"mamba_fl.{Path(script).stem}")
-        names.add(complete_flags(module.build_parser().parse_args(words)).run_name)
-    assert len(names) == len(lines) == 2 * len(run_study.PRESETS[preset][1])
-
-
-def test_run_study_runs_skips_and_tabulates(tmp_path, monkeypatch, capfd):
-    from mamba_fl import run_study
-
-    tiny = flags("fed_avg")
-    monkeypatch.setitem(run_study.PRESETS, "small", (tiny, {"fed_avg_lu1": ["fed_avg"]}))
-    words = ["--preset", "small", "--seeds", "0", "--output-dir", str(tmp_path)]
-    for _ in range(2):
-        run_study.main(run_study.build_parser().parse_args(words))
-    assert "already finished" in (tmp_path / "logs" / "fed_avg_lu1_seed_0.log").read_text()
-    assert "| FedAvg" in capfd.readouterr().out
-    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert (
-        '"name": "fed_avg_lu1_seed_0"' in line
-        and '"val_ppl"' in line
-        and str(tmp_path) not in line.split('"results"')[1]
-    )
-    with pytest.raises(SystemExit) as stop:
-        run_main(run_study.main, run_study.build_parser().parse_args([*words, "--only", "nosuch"]))
-    assert stop.value.code == 2 and "fed_avg_lu1" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

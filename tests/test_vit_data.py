@@ -368,23 +368,6 @@ def test_splits_move_to_a_device():
 # ------------------------------------------------------------------------------------------------- clients
 
 
-def test_client_rows_go_pass_after_pass_from_where_the_client_stands():
-    n, size = 10, 4
-    whole = data.client_rows(n, size, 0, 15, seed=1, k=3)
-    assert [len(rows) for rows in whole] == [size] * 15 and whole[0].dtype == torch.int64
-    order = torch.cat(whole)
-    for e in range(6):
-        one = order[e * n : (e + 1) * n]
-        assert one.sort().values.tolist() == list(range(n))
-        assert one.tolist() == stream(1, "batches", e, 3).permutation(n).tolist()
-    for first in range(11):  # stopped and continued anywhere
-        rest = data.client_rows(n, size, first, 4, seed=1, k=3)
-        assert torch.equal(torch.stack(rest), torch.stack(whole[first : first + 4]))
-    assert not torch.equal(torch.cat(data.client_rows(n, size, 0, 15, 1, 4)), order)
-    assert not torch.equal(torch.cat(data.client_rows(n, size, 0, 15, 2, 3)), order)
-    assert data.client_rows(n, size, 3, 0, 1, 3) == []
-
-
 def test_make_shards():
     labels = data.load_images("demo", 0).train_labels
     for sharding in data.SHARDINGS:

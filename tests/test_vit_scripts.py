@@ -1,26 +1,29 @@
-"""vit_sparse_fl's scripts as a user runs them: the documented commands, runs killed, resumed, on two processes."""
+"""vit_sparse_fl's scripts as a user runs them: the documented commands, runs killed, resumed, on several processes."""
 
-import hashlib
 import importlib
-import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
+import harness
 import pytest
 import torch
-from running import ROOT
 from safetensors.torch import load_file
 
 from common.checkpoint import read_json
-from common.cli import run_main
+from common.cli import checked, run_main
 from common.curves import read_metrics
-from vit_sparse_fl.masks import load_mask
-from vit_sparse_fl.vit import make_model
+from vit_sparse_fl import train_centralized, train_federated, train_federated_sparse
+from vit_sparse_fl.flags import parse
+from vit_sparse_fl.mask_files import load_mask
+from vit_sparse_fl.vit import init_from, make_model
 
+CONFIG = "vit_sparse_fl/configs/default.yaml"
+NAMES = [name for name in harness.GOLDEN if name.startswith("vit_sparse_fl/")]
 SMALL = "--dataset demo --model tiny --classes 0:10 --batch-size 8 --threads 1 --seed 0"
 FEDERATED = f"{SMALL} --num-clients 12 --participation-rate 0.25 --num-rounds 4 --eval-every 2 --save-every 2 --lr 0.05"
 TINY = {
@@ -28,80 +31,63 @@ TINY = {
     "train_federated": f"{FEDERATED} --sharding non_iid --nc 3",
     "train_federated_sparse": f"{FEDERATED} --fisher-samples 16 --calibrate-on clients --calibration-clients 3",
 }
-SCRIPTS = list(TINY)
-
-
-def command(script, *more):
-    return [str(ROOT / "vit_sparse_fl" / f"{script}.py"), *shlex.split(TINY[script]), *map(str, more)]
 
 
 def call(script, words):
     """A script in this process. Returns its exit code."""
-    module = importlib.import_module(f"vit_sparse_fl.{script}")
-    flags = importlib.import_module("vit_sparse_fl.flags")
+    module, words = importlib.import_module(f"vit_sparse_fl.{script}"), [str(w) for w in words]
     with pytest.raises(SystemExit) as stop:
-        if script == "run_all_experiments":
-            run_main(module.main, module.build_parser().parse_args([str(w) for w in words]))
-        run_main(lambda parser: module.main(flags.parse(parser, [str(w) for w in words])), module.build_parser())
+        run_main(module.main, checked(parse, module.build_parser(), words))
     return stop.value.code
 
 
 def small(script, *more):
-    return call(script, command(script, *more)[1:])
+    return call(script, [*shlex.split(TINY[script]), *more])
 
 
-def result(folder):
-    """What must be the same bits: weights, masks, metrics and results without their timings."""
-    files = [*sorted((folder / "final").iterdir()), *sorted(folder.rglob("*.safetensors"))]
-    hashes = {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    timed = ("seconds", "images_per_second")
-    lines = [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(folder)]
-    results = {k: v for k, v in read_json(folder / "run.json")["results"].items() if k not in timed}
-    return hashes, lines, results
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """Folder of a whole run of each script, made once, in this process."""
-    made = {}
-
-    def get(script):
-        if script not in made:
-            out = tmp_path_factory.mktemp(script)
-            assert small(script, "--output-dir", out, "--run-name", "one") == 0
-            made[script] = out / "one"
-        return made[script]
-
-    return get
+def shapes_of(folder):
+    return read_json(folder / "run.json")["parameters"]["maskable"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_leaves_what_the_readme_says(script, unbroken):
-    folder = unbroken(script)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_leaves_what_the_readme_says(name):
+    folder, central = harness.whole(name), name.endswith("centralized")
     manifest = read_json(folder / "run.json")
-    assert manifest["status"] == "finished" and manifest["command"] == script
+    assert manifest["status"] == manifest["ended"]["how"] == "finished"
     assert {"test_accuracy_last", "test_accuracy_best", "val_accuracy_best", "bytes_up"} <= manifest["results"].keys()
     lines = read_metrics(folder)
-    assert [line["round"] for line in lines] == ([1, 2, 3] if script == "train_centralized" else [2, 4])
-    wanted = {"val_loss", "val_accuracy", "train_loss", "lr", "images", "bytes_up", "bytes_down", "seconds"}
-    if script != "train_centralized":
+    assert [line["round"] for line in lines] == ([0, 1, 2, 3] if central else [0, 2, 4, 6])
+    wanted = {"val_loss", "val_accuracy", "images", "bytes_up", "bytes_down", "seconds"}
+    assert wanted <= lines[0].keys() and not {"train_loss", "lr"} & lines[0].keys()
+    wanted |= {"train_loss", "lr"}
+    if not central:
         wanted |= {"update_cosine", "gradient_diversity", "sign_conflict", "drift", "drift_to_mean", "clients"}
         counts = torch.tensor(read_json(folder / "shards.json")["counts"])
         assert counts.shape == (12, 10) and counts.sum() == 720
-        assert script != "train_federated" or bool(((counts > 0).sum(1) == 3).all())
+        assert manifest["args"]["sharding"] != "non_iid" or bool(((counts > 0).sum(1) == 3).all())
     assert wanted <= lines[-1].keys()
-    assert (folder / "one_curves.png").stat().st_size > 1000
-    log = (folder.parent / "logs" / "one.log").read_text()
+    assert (folder / "r_curves.png").stat().st_size > 1000
+    log = (folder.parent / "logs" / "r.log").read_text()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (INFO|WARNING) \| \S", line) for line in log.splitlines())
 
 
-def test_final_loads_in_transformers_and_gives_the_logged_accuracy(unbroken):
+def test_the_method_is_the_flags_that_a_run_reads():
+    sparse, topk, dense = (
+        read_json(harness.whole(f"vit_sparse_fl/{name}") / "run.json")["method"]
+        for name in ("sparse", "topk", "federated")
+    )
+    assert {"nc", "mask_strategy", "calibration_clients", "upload"} <= sparse.keys() and "alpha" not in sparse
+    assert "alpha" in dense and not {"nc", "allow_unused_classes", "keep_best", "save_every", "num_runs"} & dense.keys()
+    assert "sparsity_ratio" in topk and not {"mask_strategy", "calibration", "calibrate_on", "mask_scope"} & topk.keys()
+
+
+def test_final_loads_in_transformers_and_gives_the_logged_accuracy():
     from transformers import AutoModelForImageClassification
 
     from vit_sparse_fl.data import load_images, prepare
 
-    folder = unbroken("train_federated")
+    folder = harness.whole("vit_sparse_fl/federated")
     model = AutoModelForImageClassification.from_pretrained(folder / "final").eval()
     data = load_images("demo", 0, classes=(0, 10))
     with torch.no_grad():
@@ -110,73 +96,85 @@ def test_final_loads_in_transformers_and_gives_the_logged_accuracy(unbroken):
     assert accuracy == pytest.approx(read_json(folder / "run.json")["results"]["test_accuracy_last"], abs=1e-9)
 
 
-def test_a_masked_weight_keeps_its_bits_for_the_whole_run(unbroken):
-    folder = unbroken("train_federated_sparse")
-    before = make_model("tiny", image_size=32, n_classes=10, seed=0).state_dict()
-    after = load_file(folder / "checkpoint" / "theta.safetensors")
-    shapes = read_json(folder / "run.json")["parameters"]["maskable"]
-    masks, about = load_mask(folder / "mask.safetensors", shapes)
-    kept = sum(int(m.sum()) for m in masks.values())
-    assert kept == round(0.1 * sum(m.numel() for m in masks.values()))
+def test_a_masked_weight_keeps_its_bits_for_the_whole_run():
+    folder = harness.whole("vit_sparse_fl/sparse")
+    before = dict(make_model("tiny", image_size=32, n_classes=10, seed=0).named_parameters())
+    model = make_model("tiny", image_size=32, n_classes=10, seed=1)
+    init_from(model, folder)
+    after = {name: p.detach() for name, p in model.named_parameters()}
+    mask, about = load_mask(folder / "mask.safetensors", shapes_of(folder))
+    assert int(mask.sum()) == round(0.1 * len(mask))
     assert about["strategy"] == "least_sensitive" and about["calibrated_on"] == "clients"
+    parts = mask.split([torch.Size(shape).numel() for shape in shapes_of(folder).values()])
+    masks = dict(zip(shapes_of(folder), parts, strict=True))
+    moved = 0
     for name, old in before.items():
-        out = ~masks[name] if name in masks else torch.ones(old.shape, dtype=torch.bool)
-        assert torch.equal(old.view(torch.int32)[out], after[name].view(torch.int32)[out]), name
-    moved = sum(int((before[n] != after[n])[m].sum()) for n, m in masks.items())
-    assert moved > 0.5 * kept
+        kept = masks[name].view(old.shape) if name in masks else torch.zeros(old.shape, dtype=torch.bool)
+        assert torch.equal(old.detach().view(torch.int32)[~kept], after[name].view(torch.int32)[~kept]), name
+        moved += int((old != after[name])[kept].sum())
+    assert moved > 0.5 * int(mask.sum())
 
 
-def test_sparse_uploads_cost_what_is_sent(unbroken, tmp_path):
-    lines = read_metrics(unbroken("train_federated_sparse"))
-    folder = unbroken("train_federated_sparse")
-    shapes = read_json(folder / "run.json")["parameters"]["maskable"]
-    kept = sum(int(m.sum()) for m in load_mask(folder / "mask.safetensors", shapes)[0].values())
-    total = sum(torch.Size(s).numel() for s in shapes.values())
-    clients = {k for line in lines for k in line["clients"]}
-    assert len(clients) <= 12
-    values = 4 * 3 * 4 * kept  # rounds, clients a round, bytes
+def test_sparse_uploads_cost_what_is_sent():
+    folder = harness.whole("vit_sparse_fl/sparse")
+    last, parameters = read_metrics(folder)[-1], read_json(folder / "run.json")["parameters"]
+    mask = load_mask(folder / "mask.safetensors", shapes_of(folder))[0]
+    kept, total = int(mask.sum()), len(mask)
+    values = 6 * 3 * 4 * kept  # rounds, clients a round, bytes
     scores = 3 * 4 * 4 * total  # clients that calibrate, rounds, bytes
-    indices = lines[-1]["bytes_up"] - values - scores
-    per_client = -(-total // 8)
-    joined = indices // per_client
-    assert indices % per_client == 0 and len(clients) <= joined <= 12
-
-    whole = sum(t.numel() for t in load_file(folder / "checkpoint" / "theta.safetensors").values())
+    places = -(-total // 8)
+    joined, rest = divmod(last["bytes_up"] - values - scores, places)
+    assert rest == 0 and 6 <= joined <= 12
     # calibration: the weights under the mask to 3 clients in each of 4 rounds; then the model and the mask to those
     # that join, the kept weights to the others
-    calibration, others = 3 * 4 * 4 * total, 4 * 3 - joined
-    assert lines[-1]["bytes_down"] == calibration + joined * (4 * whole + per_client) + others * 4 * kept
+    model, others = 4 * parameters["total"] + places, 6 * 3 - joined
+    assert last["bytes_down"] == scores + joined * model + others * 4 * kept
 
-    words = ("--upload", "topk", "--mask-strategy", "random", "--calibrate-on", "server", "--output-dir", tmp_path)
-    assert small("train_federated_sparse", *words, "--run-name", "topk") == 0
-    assert read_metrics(tmp_path / "topk")[-1]["bytes_up"] == 4 * 3 * 8 * (kept // 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_and_resumed_is_as_if_unbroken(script, unbroken, tmp_path):
-    whole = result(unbroken(script))
-    words = command(script, "--output-dir", tmp_path, "--run-name", "one", "--resume")
-    state = tmp_path / "one" / "checkpoint" / "state.json"
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    assert read_json(tmp_path / "one" / "run.json")["status"] == "running"
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "resumed after round" in done.stderr, done.stderr
-    assert result(tmp_path / "one") == whole
+    topk = read_metrics(harness.whole("vit_sparse_fl/topk"))[-1]
+    assert topk["bytes_up"] == 6 * 3 * 8 * (kept // 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_two_processes_give_the_same_bits(script, unbroken, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = command(script, "--output-dir", tmp_path, "--run-name", "one")
-    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, timeout=300)
+def test_a_run_of_a_frozen_fitted_head_is_gone_on_with(tmp_path):
+    """The head is fitted once: it is in the checkpoint, though it is not trained."""
+    words = f"{FEDERATED} --head ridge --freeze-head --sharding iid --processes 1 --run-name r"
+    words = ["vit_sparse_fl/train_federated.py", *words.split(), "--resume", "--output-dir"]
+    assert harness.run([*words, tmp_path / "a"]).code == 0
+    assert harness.run([*words, tmp_path / "b"], die=(tmp_path / "b" / "r", 3, 1, signal.SIGKILL)).code == -9
+    done = harness.run([*words, tmp_path / "b"])
+    assert done.code == 0 and "resumed after round 2" in done.err and "head fitted" not in done.err
+    harness.same_run(tmp_path / "a" / "r", tmp_path / "b" / "r")
+
+
+@pytest.mark.slow
+def test_the_readmes_strategy_of_ones_own_runs(tmp_path):
+    """The README's function and its line, put where it says, in a copy of the study."""
+    shutil.copytree(harness.ROOT / "vit_sparse_fl", tmp_path / "vit_sparse_fl")
+    readme = (harness.ROOT / "vit_sparse_fl" / "README.md").read_text()
+    function, line = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    masks = tmp_path / "vit_sparse_fl" / "masks.py"
+    source = masks.read_text()
+    assert source.count("\nSTRATEGIES = {\n") == 1
+    masks.write_text(source.replace("\nSTRATEGIES = {\n", f"\n{function}\n\nSTRATEGIES = {{\n{line}"))
+    words = f"{TINY['train_federated_sparse']} --mask-strategy connection --num-rounds 2 --processes 1 --output-dir"
+    script = [sys.executable, str(tmp_path / "vit_sparse_fl" / "train_federated_sparse.py"), *words.split(), "out"]
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{harness.ROOT}"}
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert result(tmp_path / "one") == result(unbroken(script))
+    (folder,) = (file.parent for file in tmp_path.glob("out/*/run.json"))
+    assert "sparse_connection_s0.9_talos4_clients" in folder.name
+    mask, about = load_mask(folder / "mask.safetensors", shapes_of(folder))
+    assert about["strategy"] == "connection" and int(mask.sum()) == round(0.1 * len(mask))
+
+
+def test_a_run_of_a_given_mask_says_the_masks_own_sparsity(tmp_path):
+    words = ("--mask-strategy", "random", "--output-dir", tmp_path, "--num-rounds", 1)
+    assert small("train_federated_sparse", *words, "--sparsity-ratio", 0.6, "--run-name", "first") == 0
+    assert small("train_federated_sparse", *words, "--mask", tmp_path / "first" / "mask.safetensors") == 0
+    (folder,) = tmp_path.glob("mask_of_first_s0.6_*")
+    manifest = read_json(folder / "run.json")
+    assert manifest["args"]["sparsity_ratio"] == manifest["method"]["sparsity_ratio"] == 0.6
+    assert not {"mask_strategy", "calibration"} & manifest["method"].keys()
 
 
 def test_one_client_is_central_training_bitwise(tmp_path):
@@ -188,18 +186,20 @@ def test_one_client_is_central_training_bitwise(tmp_path):
     assert all(torch.equal(fed[name], central[name]) for name in central)
 
 
-@pytest.mark.parametrize("every, rounds", [(1, [1, 2, 3]), (4, [4, 8])])
+@pytest.mark.parametrize("every, rounds", [(1, [0, 1, 2, 3]), (4, [0, 4, 8])])
 def test_early_stopping_ends_a_run_after_an_evaluation(every, rounds, tmp_path):
     words = ["--lr", 0, "--early-stopping-patience", 2, "--num-rounds", 50, "--eval-every", every]
     assert small("train_federated", *words, "--output-dir", tmp_path, "--run-name", "stopped") == 0
     assert [line["round"] for line in read_metrics(tmp_path / "stopped")] == rounds
-    assert read_json(tmp_path / "stopped" / "run.json")["results"]["best_round"] == rounds[0]
+    assert read_json(tmp_path / "stopped" / "run.json")["results"]["best_round"] == rounds[1]
+    ended = read_json(tmp_path / "stopped" / "run.json")["ended"]
+    assert (ended["how"], ended["by"], ended["round"]) == ("stopped", "early_stopping", rounds[-1])
 
 
 def test_the_best_checkpoints_are_kept_and_others_pruned(tmp_path):
     words = ["--keep-best", 2, "--num-rounds", 5, "--eval-every", 1, "--output-dir", tmp_path, "--run-name", "best"]
     assert small("train_federated", *words) == 0
-    lines = read_metrics(tmp_path / "best")
+    lines = read_metrics(tmp_path / "best")[1:]  # before training nothing is kept
     best = sorted(lines, key=lambda line: (-line["val_accuracy"], line["round"]))[:2]
     names = sorted(f"round_{line['round']:06d}.safetensors" for line in best)
     assert sorted(f.name for f in (tmp_path / "best" / "best").iterdir()) == names
@@ -268,34 +268,62 @@ def _usage_error(run, *words, capsys):
     return capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_all_experiments_run_skip_and_end_with_a_table(tmp_path, capfd):
-    words = shlex.split("--quick --num-runs 2 --only-centralized --dataset demo --model tiny --classes 0:10")
-    words += ["--output-dir", str(tmp_path)]
-    assert call("run_all_experiments", words) == 0
-    first = json.loads((tmp_path / "all_results.json").read_text())
-    assert len(first) == 2 and all(0 <= run["results"]["test_accuracy_last"] <= 1 for run in first)
-    assert "+-" in capfd.readouterr().out
-    assert list((tmp_path / "figures").glob("*.png"))
-    started = time.monotonic()
-    assert call("run_all_experiments", [*words, "--plan"]) == 0
-    assert time.monotonic() - started < 5
-    assert capfd.readouterr().out.count("finished, took") == 2
+def test_the_mask_of_a_run_can_be_used_again(tmp_path):
+    words = ("--mask-strategy", "random", "--output-dir", tmp_path, "--num-rounds", 2)
+    assert small("train_federated_sparse", *words, "--run-name", "first") == 0
+    mask = tmp_path / "first" / "mask.safetensors"
+    words = (*words, "--mask", mask, "--mask-strategy", "least_sensitive")
+    assert small("train_federated_sparse", *words, "--run-name", "second") == 0
+    first, second = (load_file(tmp_path / name / "mask.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("first", "second")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("preset", ["--quick", "--full", "--stand-in", "--stand-in-gpu"])
-def test_every_planned_command_is_a_good_command(preset, tmp_path, monkeypatch):
-    from vit_sparse_fl.flags import parse
-    from vit_sparse_fl.run_all_experiments import build_parser, output_dir, plan
+def test_a_random_head_is_random_after_init_from_too(tmp_path):
+    assert small("train_centralized", "--epochs", 1, "--output-dir", tmp_path, "--run-name", "whole") == 0
+    words = ("--init-from", tmp_path / "whole", "--output-dir", tmp_path, "--num-rounds", 1, "--lr", 0, "--seed", 5)
+    heads = {}
+    for head in ("keep", "random"):
+        assert small("train_federated", *words, "--head", head, "--run-name", head) == 0
+        heads[head] = load_file(tmp_path / head / "final" / "model.safetensors")["classifier.weight"]
+    before = load_file(tmp_path / "whole" / "final" / "model.safetensors")["classifier.weight"]
+    assert torch.equal(heads["keep"], before)
+    assert torch.equal(heads["random"], make_model("tiny", image_size=32, n_classes=10, seed=5).classifier.weight)
 
-    folder = output_dir(build_parser().parse_args([preset]))
-    assert folder.name == "vit_" + preset.removeprefix("--").replace("-", "_")
 
-    args = build_parser().parse_args([preset, "--num-runs", "1", "--output-dir", str(tmp_path)])
-    names = []
-    for _, name, (script, *words) in plan(args):
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        flags = parse(module.build_parser(), words)
-        assert flags.run_name == name and flags.output_dir == str(tmp_path)
-        names.append(name)
-    assert len(set(names)) == len(names) > 15
+@pytest.mark.parametrize("how", ["union", "intersection"])
+def test_clients_masks_are_merged(how, tmp_path):
+    # two clients of sparsity 0.5 each: the union keeps at least half of the weights, the intersection at most half
+    words = ("--sparsity-ratio", 0.5, "--mask-merge", how, "--calibration-clients", 2, "--num-rounds", 1)
+    assert small("train_federated_sparse", *words, "--output-dir", tmp_path, "--run-name", how) == 0
+    log = (tmp_path / "logs" / f"{how}.log").read_text()
+    assert "overlap of 2 clients' masks (Jaccard)" in log
+    fraction = float(log.split("weights are trained, ")[1].split(" %")[0])
+    assert 50 < fraction < 100 if how == "union" else 0 < fraction < 50
+
+
+def test_the_default_config_is_taken_and_the_command_line_wins():
+    args = parse(train_federated.build_parser(), ["--config", CONFIG])
+    assert (args.lr, args.num_rounds, args.amp, args.early_stopping_patience) == (1e-3, 500, "auto", 100)
+    args = parse(train_federated.build_parser(), ["--config", CONFIG, "--lr", "0.5", "--num-rounds", "3"])
+    assert (args.lr, args.num_rounds) == (0.5, 3)
+    assert parse(train_federated.build_parser(), ["--config", CONFIG, "--amp", "off"]).amp == "off"
+    args = parse(train_federated_sparse.build_parser(), ["--config", CONFIG])
+    assert (args.calibration_rounds, args.sparsity_ratio, args.fisher_samples) == (5, 0.9, 512)
+    args = parse(train_centralized.build_parser(), ["--config", CONFIG])
+    assert (args.epochs, args.lr, args.early_stopping_patience, args.warmup_epochs) == (50, 1e-3, 10, 5)
+
+
+def test_a_config_s_values_are_in_the_run(tmp_path):
+    (tmp_path / "own.yaml").write_text("federated:\n  num_rounds: 2\n  eval_every: 1\nmodel:\n  pretrained: false\n")
+    words = TINY["train_federated"].replace("--num-rounds 4 --eval-every 2", "").split()
+    words += ["--config", tmp_path / "own.yaml", "--output-dir", tmp_path, "--run-name", "own"]
+    assert call("train_federated", words) == 0
+    run = read_json(tmp_path / "own" / "run.json")
+    assert run["results"]["rounds"] == 2 and run["args"]["eval_every"] == 1
+
+
+def test_random_weights_need_no_download():
+    model = make_model("dino_vits16", image_size=64, n_classes=100, pretrained=False)
+    assert sum(p.numel() for p in model.classifier.parameters()) == 38_500

@@ -10,7 +10,7 @@ from common.checkpoint import saving
 
 
 class BestCheckpoints:
-    """Files `round_000120.safetensors` in a folder: theta after the rounds with the best validation accuracy.
+    """Files `round_000120.safetensors` in a folder: all weights after the rounds with the best validation accuracy.
 
     Among equal accuracies the earlier round is better. Its state (which rounds, how good) is part of the run's
     checkpoint; a file of a later round than the checkpoint is written anew when its round is done again.
@@ -22,7 +22,7 @@ class BestCheckpoints:
 
     @property
     def round(self):
-        """The best round (from 0), None before the first."""
+        """How many rounds the best weights have, None before the first."""
         return self._kept[0][1] if self._kept else None
 
     @property
@@ -30,18 +30,19 @@ class BestCheckpoints:
         """The best validation accuracy, None before the first."""
         return self._kept[0][0] if self._kept else None
 
-    def offer(self, round, accuracy, theta):
-        """Keeps theta if its accuracy is among the best; deletes what falls out."""
-        ranked = sorted([*self._kept, (accuracy, round)], key=lambda kept: (-kept[0], kept[1]))
+    def offer(self, t, accuracy, tensors):
+        """Keeps {name: tensor}, the weights after t rounds, if their accuracy is among the best; deletes what falls
+        out."""
+        ranked = sorted([*self._kept, (accuracy, t)], key=lambda kept: (-kept[0], kept[1]))
         self._kept, out = ranked[: self.keep], ranked[self.keep :]
         if not parallel.is_main():
             return
-        if (accuracy, round) in self._kept:
-            fresh = self._file(round).with_suffix(".new")
-            with saving(self._file(round), fresh):
+        if (accuracy, t) in self._kept:
+            fresh = self._file(t).with_suffix(".new")
+            with saving(self._file(t), fresh):
                 self.folder.mkdir(exist_ok=True)
-                save_file({name: w.detach().contiguous() for name, w in theta.items()}, fresh)
-                fresh.replace(self._file(round))
+                save_file({name: w.detach().clone() for name, w in tensors.items()}, fresh)
+                fresh.replace(self._file(t))
         for _, gone in out:
             self._file(gone).unlink(missing_ok=True)
 
@@ -63,10 +64,10 @@ class BestCheckpoints:
         if state:
             self._kept = list(zip(state["accuracies"].tolist(), state["rounds"].tolist(), strict=True))
         if parallel.is_main():
-            known = {self._file(round) for _, round in self._kept}
+            known = {self._file(t) for _, t in self._kept}
             for file in self.folder.glob("round_*"):
                 if file not in known:
                     file.unlink()
 
-    def _file(self, round):
-        return self.folder / f"round_{round + 1:06d}.safetensors"
+    def _file(self, t):
+        return self.folder / f"round_{t:06d}.safetensors"

@@ -4,120 +4,196 @@ import numpy as np
 import torch
 
 from common import parallel
+from common.aggregation import WeightedMean
 from common.checkpoint import read_json
-from common.cli import RunFailed, UsageError
+from common.cli import RunFailed, UsageError, positive_int
 from common.seeding import stream
+from vit_sparse_fl.flags import number
+from vit_sparse_fl.mask_files import load_mask, save_mask
 from vit_sparse_fl.masks import (
-    SENSITIVITY,
+    CALIBRATIONS,
+    SCOPES,
+    STRATEGIES,
+    Sample,
     calibrate,
     calibration_rows,
-    check_sparsity,
-    choose,
-    count,
+    check_kept,
     jaccard,
     kept_per_layer,
-    load_mask,
-    mean_over_clients,
     merge,
-    save_mask,
-    sensitivity,
 )
 
 
-def check_masks(args, model, names, server_images, client_images):
-    """Raises UsageError for what `make_masks` could not use, before anything of the run is written.
+def masked(args):
+    """Whether the run makes a mask of its own."""
+    return args.upload == "masked" and not args.mask
 
-    Args: names: of `maskable`; server_images, client_images: how many the server and the smallest client have.
+
+def calibrated(args):
+    """Whether images enter the mask."""
+    return masked(args) and STRATEGIES[args.mask_strategy].images
+
+
+def add_mask_flags(group):
+    """The flags that say how a mask is made."""
+    choice = group.add_argument
+    text = "which weights the mask keeps"
+    choice("--mask-strategy", choices=STRATEGIES, default="least_sensitive", when=masked, help=text)
+    text = "one threshold, or one for each tensor"
+    choice("--mask-scope", choices=SCOPES, default="global", when=masked, help=text)
+    text = "talos: rounds exclude step by step; seed: the source's mean over rounds"
+    choice("--calibration", choices=CALIBRATIONS, default="talos", when=calibrated, help=text)
+    text = "calibration rounds (default: 4; seed: 5)"
+    number(group, "--calibration-rounds", positive_int, None, "R", text, when=calibrated)
+    number(group, "--fisher-samples", positive_int, 512, "N", "images a calibration round", when=calibrated)
+    text = "server: on its validation images; clients: the mean of scores that clients send"
+    choice("--calibrate-on", choices=["server", "clients"], default="server", when=calibrated, help=text)
+    number(group, "--calibration-clients", positive_int, 10, "N", "clients that calibrate", when=_on_clients)
+    choice(
+        "--mask-merge",
+        choices=["none", "union", "intersection"],
+        default="none",
+        when=_on_clients,
+        help="of masks that the clients make each; none: one mask from the mean of their scores",
+    )
+    choice("--mask", metavar="FILE", help="use this mask.safetensors of another run")
+
+
+def _on_clients(args):
+    return calibrated(args) and args.calibrate_on == "clients"
+
+
+def check_mask(args, shapes, server_images, client_images):
+    """Raises UsageError for what `make_mask` could not use, before anything of the run is written.
+
+    Args: shapes: {name: shape} of what a mask covers; server_images, client_images: how many the server and the
+        smallest client have.
     """
-    check_sparsity(args.sparsity_ratio)
-    shapes = {name: p.shape for name, p in model.named_parameters() if name in names}
-    if not names:
-        raise UsageError("every weight is frozen, there is nothing to mask: thaw layers (--freeze-layers)")
     if args.mask:
         load_mask(args.mask, shapes)
-    sizes = [shape.numel() for shape in shapes.values()]
-    sizes = [sum(sizes)] if args.mask_scope == "global" else sizes
-    if not any(round((1 - args.sparsity_ratio) * size) for size in sizes):
-        raise UsageError(f"sparsity {args.sparsity_ratio} keeps 0 of {max(sizes)} weights: use a lower one")
-    if args.mask_strategy in SENSITIVITY and not args.mask:
+        return
+    check_kept(args.sparsity_ratio, [shape.numel() for shape in shapes.values()], args.mask_scope)
+    if calibrated(args):
         images = server_images if args.calibrate_on == "server" else client_images
         calibration_rows(images, 1, args.calibration_rounds, args.seed, method=args.calibration)
 
 
-def make_masks(study, theta):
-    """The masks of this run, also written to mask.safetensors in its folder; the resumed run's own if there are some.
+def make_mask(study, run, theta):
+    """The mask of this run, bool [n], also written to mask.safetensors in its folder; the resumed run's own if it has.
 
-    theta: the weights before the first round. Under `--upload topk` the masks only say how many weights to send.
+    Args: theta [n]: the weights before the first round, which the model has afterwards.
     """
-    args, run = study.args, study.run
-    names = study.maskable
-    shapes = {name: theta[name].shape for name in names}
+    args, weights = study.args, study.weights
     path = run.folder / "mask.safetensors"
     if run.start_round:  # calibrated before the checkpoint was made
-        return _on(study.device, load_mask(path, shapes)[0])
-    study.load(theta)
+        return load_mask(path, weights.shapes)[0].to(study.device)
     if args.mask:
-        masks, about = load_mask(args.mask, shapes)
+        mask, about = load_mask(args.mask, weights.shapes)
         about = {key: about[key] for key in about if key not in ("shapes", "kept", "kept_per_layer", "sha256")}
         study.log.info(f"mask of {args.mask}: {about}")
     else:
-        masks, overlap = _calibrated(study, theta, names, shapes)
-        about = {
-            "strategy": args.mask_strategy,
-            "sparsity": args.sparsity_ratio,
-            "scope": args.mask_scope,
-            "seed": args.seed,
-        }
-        if args.mask_strategy in SENSITIVITY:
-            about |= {
-                "calibration": args.calibration,
-                "rounds": args.calibration_rounds,
-                "samples": samples_a_round(study),
-                "calibrated_on": args.calibrate_on,
-                "merge": args.mask_merge,
-                "client_overlap": overlap,
-            }
-    kept, total = count(masks), sum(mask.numel() for mask in masks.values())
+        study.model.eval()
+        mask, about = _made(study, run, theta)
+        weights.load(theta)
+    kept, named = int(mask.sum()), weights.named(mask)
     if not kept:
-        raise RunFailed(f"the {args.mask_merge} of the clients' masks keeps none of {total} weights: use another")
-    study.log.info(f"mask: {kept} of {total} weights are trained, {100 * kept / total:.2f} %")
-    for layer, fraction in kept_per_layer(masks).items():
-        study.log.info(f"kept {100 * fraction:6.2f} % of {layer}", extra={"quiet": True})
+        raise RunFailed(f"the {args.mask_merge} of the clients' masks keeps none of {len(mask)} weights: use another")
+    study.log.info(f"mask: {kept} of {len(mask)} weights are trained, {100 * kept / len(mask):.2f} %")
+    for layer, share in kept_per_layer(named).items():
+        study.log.info(f"kept {100 * share:6.2f} % of {layer}", extra={"quiet": True})
     if parallel.is_main():
-        save_mask(path, masks, about)
+        save_mask(path, named, about)
     parallel.barrier()
-    return _on(study.device, masks)
+    return mask.to(study.device)
 
 
-def samples_a_round(study):
-    """Images that a calibration round really reads: --fisher-samples, or fewer where there are not so many."""
-    args = study.args
+def _made(study, run, theta):
+    """(mask, its provenance)."""
+    args, strategy = study.args, STRATEGIES[study.args.mask_strategy]
+    about = {
+        "strategy": args.mask_strategy,
+        "sparsity": args.sparsity_ratio,
+        "scope": args.mask_scope,
+        "seed": args.seed,
+    }
+    rule = {"sparsity": args.sparsity_ratio, "largest": strategy.largest, "scope": args.mask_scope}
+    rule["sizes"] = [shape.numel() for shape in study.weights.shapes.values()]
+    if not strategy.images:
+        sample = Sample(study.model, study.weights, stream(args.seed, "random mask"))
+        study.weights.load(theta)
+        return calibrate(theta, lambda *_: strategy.scores(sample), rounds=1, **rule), about
+    rule |= {"method": args.calibration, "rounds": args.calibration_rounds}
+    about |= {
+        "calibration": args.calibration,
+        "rounds": args.calibration_rounds,
+        "samples": args.fisher_samples,
+        "calibrated_on": args.calibrate_on,
+        "merge": args.mask_merge,
+        "client_overlap": None,
+    }
+    data = study.data
+    if args.calibrate_on == "server":
+        scores, about["samples"] = _scores(study, data.validation, data.validation_labels, args.fisher_samples)
+        return calibrate(theta, scores, **rule), about
+
     number = min(args.calibration_clients, len(study.examples))
-    sets = [(len(study.data.validation), args.fisher_samples)]
-    if args.calibrate_on == "clients":
-        sets = [(study.examples[k], -(-args.fisher_samples // number)) for k in _calibrating(study)]
-    rounds = args.calibration_rounds if args.calibration == "seed" else 1
-    return sum(min(samples, images // rounds) for images, samples in sets)
+    chosen = stream(args.seed, "calibration clients").choice(len(study.examples), number, replace=False).tolist()
+    of_client = {
+        k: _scores(study, data.train[rows], data.train_labels[rows], -(-args.fisher_samples // number), k + 1)
+        for k, rows in ((k, study.rows[k]) for k in chosen)
+    }
+    about["samples"] = sum(samples for _, samples in of_client.values())
+    run.count(bytes_down=number * study.weights.bytes)
+    if args.mask_merge == "none":
+
+        def mean_scores(at, r):
+            run.count(bytes_up=number * study.weights.bytes, bytes_down=number * study.weights.bytes if r else 0)
+            clients = parallel.Round(chosen)
+            mean = WeightedMean(torch.zeros_like(theta), clients)
+            for k in clients:
+                scores, samples = of_client[k]
+                mean.add(scores(at, r), weight=samples)
+            return mean.delta()
+
+        return calibrate(theta, mean_scores, **rule), about
+
+    clients = parallel.Round(chosen)
+    own = {k: np.packbits(calibrate(theta, of_client[k][0], **rule).numpy()) for k in clients}
+    run.count(bytes_up=number * len(theta) // 8)
+    masks = [torch.from_numpy(np.unpackbits(b, count=len(theta)).astype(bool)) for b in clients.gather(own).values()]
+    pairs = [jaccard(a, b) for i, a in enumerate(masks) for b in masks[:i]]
+    if pairs:
+        about["client_overlap"] = sum(pairs) / len(pairs)
+        study.log.info(
+            f"overlap of {number} clients' masks (Jaccard): mean {about['client_overlap']:.3f}, lowest {min(pairs):.3f}"
+            f", of random ones {(1 - args.sparsity_ratio) / (1 + args.sparsity_ratio):.3f}"
+        )
+    return merge(masks, args.mask_merge), about
 
 
-def _calibrating(study):
-    """The clients that calibrate, sorted."""
-    number = min(study.args.calibration_clients, len(study.examples))
-    draw = stream(study.args.seed, "calibration clients")
-    return sorted(draw.choice(len(study.examples), number, replace=False).tolist())
+def _scores(study, images, labels, samples, client=0):
+    """(function (theta, r) -> scores [n] on these images, images a round: `samples`, or all where there are fewer)."""
+    args, strategy = study.args, STRATEGIES[study.args.mask_strategy]
+    rows = calibration_rows(
+        len(images), samples, args.calibration_rounds, args.seed, method=args.calibration, client=client
+    )
 
+    def scores(theta, r):
+        chosen = rows[r].to(images.device)
+        study.weights.load(theta)
+        return strategy.scores(
+            Sample(
+                study.model,
+                study.weights,
+                stream(args.seed, "calibration labels", r, client),
+                images[chosen],
+                labels[chosen],
+                study.pixels,
+                of_labels=args.calibration == "seed",
+            )
+        )
 
-def topk_size(study, masks):
-    """How many (value, index) pairs cost as many bytes as the masked values: 8 bytes a pair, 4 a value."""
-    return max(1, count(masks) // 2) if study.args.upload == "topk" else 0
-
-
-def topk_update(theta, theta_k, k):
-    """theta with the k largest changes of theta_k in absolute value, the rest not sent (no error feedback: clients
-    keep nothing between rounds). Returns a dict of new tensors."""
-    change = {name: (theta_k[name] - theta[name]).abs() for name in theta}
-    sent = choose(change, k, largest=True)
-    return {name: torch.where(sent[name].to(old.device), theta_k[name], old) for name, old in theta.items()}
+    return scores, len(rows[0])
 
 
 def overlap_table(runs):
@@ -134,92 +210,17 @@ def overlap_table(runs):
     return "\n".join(lines)
 
 
-def _on(device, masks):
-    return {name: mask.to(device) for name, mask in masks.items()}
-
-
-def _calibrated(study, theta, names, shapes):
-    """(masks, mean Jaccard index of the clients' own masks or None)."""
-    args = study.args
-    rule = {
-        "strategy": args.mask_strategy,
-        "sparsity": args.sparsity_ratio,
-        "method": args.calibration,
-        "rounds": args.calibration_rounds,
-        "scope": args.mask_scope,
-        "seed": args.seed,
-    }
-    weights = {name: p.detach() for name, p in theta.items()}
-    if args.mask_strategy not in SENSITIVITY:
-        return calibrate(weights, names, None, **rule), None
-    if args.calibrate_on == "server":
-        data = study.data
-        return calibrate(weights, names, _scores(study, names, data.validation, data.validation_labels), **rule), None
-
-    lanes = parallel.Lanes(_calibrating(study))
-    number = len(lanes)
-    per_client = -(-args.fisher_samples // number)
-    size = 4 * sum(shape.numel() for shape in shapes.values())
-    study.run.count(bytes_down=number * size)
-    if args.mask_merge == "none":
-
-        def of_clients(weights, r):
-            study.run.count(bytes_up=number * size, bytes_down=number * size if r else 0)
-            own = {k: _client_scores(study, names, k, per_client) for k in lanes.mine}
-            return mean_over_clients(lanes, shapes, lambda k: (own[k](weights, r), own[k].samples))
-
-        return calibrate(weights, names, of_clients, **rule), None
-
-    own = {k: calibrate(weights, names, _client_scores(study, names, k, per_client), **rule) for k in lanes}
-    study.run.count(bytes_up=number * sum(shape.numel() for shape in shapes.values()) // 8)
-    packed = lanes.gather(
-        {k: {n: np.packbits(mask.numpy().reshape(-1)) for n, mask in m.items()} for k, m in own.items()}
-    )
-    masks = [
-        {
-            n: torch.from_numpy(np.unpackbits(bits, count=shapes[n].numel()).astype(bool)).view(shapes[n])
-            for n, bits in m.items()
-        }
-        for m in packed.values()
-    ]
-    pairs = [jaccard(a, b) for i, a in enumerate(masks) for b in masks[:i]]
-    overlap = sum(pairs) / len(pairs) if pairs else None
-    if pairs:
-        study.log.info(
-            f"overlap of {number} clients' masks (Jaccard): mean {overlap:.3f}, lowest {min(pairs):.3f}, "
-            f"of random ones {(1 - args.sparsity_ratio) / (1 + args.sparsity_ratio):.3f}"
+def check_flags(args):
+    """Raises UsageError for flags of the mask that contradict each other."""
+    if args.mask_merge != "none" and args.calibrate_on != "clients":
+        raise UsageError(f"--mask-merge {args.mask_merge} merges clients' masks: add --calibrate-on clients")
+    if args.mask and (args.compare_strategies or args.sparsity_experiment or args.upload == "topk"):
+        raise UsageError(
+            f"--mask {args.mask} decides the weights: drop --compare-strategies, --sparsity-experiment, topk"
         )
-    return merge(masks, args.mask_merge), overlap
-
-
-def _client_scores(study, names, k, samples):
-    rows = study.rows[k]
-    return _scores(study, names, study.data.train[rows], study.data.train_labels[rows], k + 1, samples)
-
-
-def _scores(study, names, images, labels, client=0, samples=None):
-    """scores(weights, round) on these images, for `calibrate`; its attribute `samples` is their number a round."""
-    args = study.args
-    rows = calibration_rows(
-        len(images),
-        samples or args.fisher_samples,
-        args.calibration_rounds,
-        args.seed,
-        method=args.calibration,
-        client=client,
-    )
-
-    def scores(weights, r):
-        chosen = rows[r].to(images.device)
-        return sensitivity(
-            study.model,
-            names,
-            images[chosen],
-            labels=labels[chosen] if args.calibration == "seed" else None,
-            weights=weights,
-            uniform=stream(args.seed, "calibration labels", r, client),
-            prepare=study.pixels,
-        )
-
-    scores.samples = len(rows[0])
-    return scores
+    if args.upload == "topk" and args.compare_strategies:
+        raise UsageError("--upload topk has no mask, so no strategies to compare: drop one of the two")
+    if args.mask_merge != "none" and not args.compare_strategies and not STRATEGIES[args.mask_strategy].images:
+        raise UsageError(f"--mask-merge {args.mask_merge}: {args.mask_strategy} masks need no clients: drop it")
+    if args.freeze_backbone:
+        raise UsageError("--freeze-backbone leaves no weight to mask: drop it, or use train_federated.py")

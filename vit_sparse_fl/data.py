@@ -161,11 +161,11 @@ def _check_arrays(path, arrays):
     for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
         shape = (CIFAR_COUNTS[split], *CIFAR_SHAPE)
         if images.dtype != np.uint8 or images.shape != shape:
-            found = f"{images.dtype} {list(images.shape)}"
-            raise UsageError(f"{path}: {split}_images is {found}, not uint8 {list(shape)}: get the file again")
+            kind = f"{images.dtype} {list(images.shape)}"
+            raise UsageError(f"{path}: {split}_images is {kind}, not uint8 {list(shape)}: get the file again")
         if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
-            found = f"{labels.dtype} {list(labels.shape)}"
-            raise UsageError(f"{path}: {split}_labels is {found}, not uint8 {list(shape[:1])}: get the file again")
+            kind = f"{labels.dtype} {list(labels.shape)}"
+            raise UsageError(f"{path}: {split}_labels is {kind}, not uint8 {list(shape[:1])}: get the file again")
         if labels.min() < 0 or labels.max() >= CIFAR_CLASSES:
             raise UsageError(
                 f"{path}: {split}_labels goes from {labels.min()} to {labels.max()}, not from 0 to "
@@ -243,21 +243,6 @@ def augment(images, image_size, generator, mean=MEAN, std=STD):
     source = (rows[:, :, None] * padded.shape[-1] + columns[:, None, :]).view(batch, 1, height * width)
     crops = padded.flatten(2).gather(2, source.expand(batch, channels, height * width))  # [B, 3, H * W]
     return prepare(crops.view(images.shape), image_size, mean, std)
-
-
-def client_rows(n, batch_size, first_step, steps, seed, k):
-    """Which of its n images client k takes in its next `steps` batches: list of int64 [batch_size].
-
-    Pass after pass over the client's images, each in an order of its own, from where the client stands
-    (`first_step` batches done); a batch may hold the end of one pass and the start of the next.
-    """
-    if steps < 1:
-        return []
-    first, last = first_step * batch_size, (first_step + steps) * batch_size
-    passes = range(first // n, (last - 1) // n + 1)
-    order = np.concatenate([stream(seed, "batches", e, k).permutation(n) for e in passes])
-    rows = order[first - passes[0] * n : last - passes[0] * n]
-    return list(torch.from_numpy(rows).split(batch_size))
 
 
 # ------------------------------------------------------------------------------------------------ clients

@@ -10,7 +10,10 @@ from pathlib import Path
 from common import parallel
 from common.checkpoint import read_json
 from common.runlog import start_run
-from vit_sparse_fl.data import check_batch_size, load_images, make_shards
+from vit_sparse_fl.calibration import calibrated
+from vit_sparse_fl.data import check_batch_size, load_images
+from vit_sparse_fl.masks import STRATEGIES
+from vit_sparse_fl.study import deal
 
 SWEEPS = ("hp_search", "heterogeneity_experiment", "local_steps_experiment", "compare_strategies")
 SWEEPS += ("sparsity_experiment",)
@@ -33,16 +36,41 @@ def shards_name(args):
     return name + (f"_classes_{args.classes[0]}_{args.classes[1]}" if args.classes else "")
 
 
-def federated_settings(args):
+def federated_settings(args, method="fedavg"):
     """(name, flags) of every setting that the two sweeps of the federated scripts ask for, or of the one run."""
-    found = []
+    asked = []
     if args.heterogeneity_experiment:
-        found += [variant(args, sharding="iid")]
-        found += [variant(args, sharding="non_iid", nc=nc) for nc in args.nc_values]
+        asked += [variant(args, sharding="iid")]
+        asked += [variant(args, sharding="non_iid", nc=nc) for nc in args.nc_values]
     if args.local_steps_experiment:  # the same number of local steps in all: fewer rounds where there are more a round
         fewest = min(args.j_values)
-        found += [variant(args, local_steps=j, num_rounds=max(1, args.num_rounds * fewest // j)) for j in args.j_values]
-    return [(f"fedavg_{shards_name(flags)}_J{flags.local_steps}", flags) for flags in found or [args]]
+        asked += [variant(args, local_steps=j, num_rounds=max(1, args.num_rounds * fewest // j)) for j in args.j_values]
+    return [(f"{method}_{shards_name(flags)}_J{flags.local_steps}", flags) for flags in asked or [args]]
+
+
+def sparse_settings(args):
+    """(name, flags) of every setting that the sparse script's command line asks for."""
+    asked = []
+    if args.compare_strategies:
+        asked += [variant(args, mask_strategy=strategy) for strategy in STRATEGIES]
+    if args.sparsity_experiment:
+        asked += [variant(args, sparsity_ratio=sparsity) for sparsity in args.sparsity_values]
+    for one in asked or [args]:
+        yield from federated_settings(one, sparse_name(one))
+
+
+def sparse_name(args):
+    """sparse_STRATEGY_s0.9, with what differs from the default marked."""
+    if args.upload == "topk":
+        return f"topk_s{args.sparsity_ratio:g}"
+    if args.mask:
+        return f"mask_of_{Path(args.mask).resolve().parent.name}_s{args.sparsity_ratio:g}"
+    name = f"sparse_{args.mask_strategy}_s{args.sparsity_ratio:g}"
+    if calibrated(args):
+        name += f"_{args.calibration}{args.calibration_rounds}"
+        name += "_clients" if args.calibrate_on == "clients" else ""
+        name += f"_{args.mask_merge}" if args.mask_merge != "none" else ""
+    return name + ("_per_layer" if args.mask_scope == "layer" else "")
 
 
 def repeated(args, settings):
@@ -99,17 +127,7 @@ def check_shards(several):
         key = (flags.dataset, flags.seed, flags.val_split, flags.classes, flags.data_root)
         if key not in images:
             images = {key: load_images(*key).train_labels}
-        shards = make_shards(
-            images[key],
-            flags.sharding,
-            flags.num_clients,
-            flags.nc,
-            flags.alpha,
-            flags.seed,
-            flags.allow_unused_classes,
-            flags.min_samples or flags.batch_size,
-        )[0]
-        check_batch_size([len(rows) for rows in shards], flags.batch_size)
+        check_batch_size([len(rows) for rows in deal(flags, images[key])[0]], flags.batch_size)
 
 
 def table(runs):

@@ -8,6 +8,8 @@ from pathlib import Path
 from common.cli import (
     Parser,
     UsageError,
+    add_machine_flags,
+    add_run_flags,
     fraction,
     half_open_fraction,
     non_negative_float,
@@ -15,7 +17,6 @@ from common.cli import (
     positive_float,
     positive_int,
 )
-from common.runlog import add_machine_flags, add_run_flags
 from vit_sparse_fl.config_file import apply_config
 from vit_sparse_fl.data import DATASETS, SHARDINGS
 
@@ -23,74 +24,64 @@ ON_OFF = argparse.BooleanOptionalAction
 HEADS = ("ridge", "train", "random", "keep")
 
 
+def NEVER(args):  # noqa: N802
+    """`when` of flags that say how to run or what to run, not what a run computes."""
+    return False
+
+
+def number(group, name, kind, default, metavar, text, **options):
+    """A flag of one number. Args: kind: of `common.cli`; metavar: its letter in the help."""
+    names = name if isinstance(name, tuple) else (name,)
+    group.add_argument(*names, type=kind, default=default, metavar=metavar, help=text, **options)
+
+
 def make_parser(description, *, federated=True, sparse=False):
     """The parser of one script. Returns (parser, group for the script's own flags)."""
     parser = Parser(description)
     own = parser.add_argument_group("the method" if sparse else "experiments")
-    _model_flags(parser, sparse)
-    _data_flags(parser, federated)
+    _model_flags(parser.add_argument_group("the model"), sparse)
+    data = parser.add_argument_group("the data")
+    _data_flags(data)
     train = parser.add_argument_group("training")
     if federated:
+        _client_flags(data)
         _federated_flags(train)
     else:
         _central_flags(train)
-    train.add_argument("--batch-size", type=positive_int, default=64, metavar="B", help="images a step")
-    train.add_argument(
-        "--lr", type=non_negative_float, default=0.01 if federated else 1e-3, metavar="X", help="learning rate, highest"
-    )
-    train.add_argument("--momentum", type=half_open_fraction, default=0.9, metavar="X", help="momentum; off: 0")
-    train.add_argument(
-        "--weight-decay", type=non_negative_float, default=1e-4, metavar="X", help="weight decay; off: 0"
-    )
-    train.add_argument("--label-smoothing", type=half_open_fraction, default=0.1, metavar="X", help="smoothing; off: 0")
-    train.add_argument(
-        "--min-lr",
-        type=non_negative_float,
-        default=1e-6,
-        metavar="X",
-        help="where the cosine ends, the lowest of step; 0: none",
-    )
-    report = parser.add_argument_group("what is kept")
-    unit = "rounds" if federated else "epochs"
-    report.add_argument(
-        "--save-every",
-        type=positive_int,
-        default=50 if federated else 10,
-        metavar="N",
-        help=f"resumable checkpoint every N {unit}",
-    )
-    report.add_argument(
-        "--keep-best", type=positive_int, default=3, metavar="N", help="checkpoints with the best validation accuracy"
-    )
+    number(train, "--batch-size", positive_int, 64, "B", "images a step")
+    number(train, "--lr", non_negative_float, 0.01 if federated else 1e-3, "X", "learning rate, highest")
+    number(train, "--momentum", half_open_fraction, 0.9, "X", "momentum; off: 0")
+    number(train, "--weight-decay", non_negative_float, 1e-4, "X", "weight decay; off: 0")
+    number(train, "--label-smoothing", half_open_fraction, 0.1, "X", "smoothing; off: 0")
+    end = "where the cosine ends, the lowest of step; 0: none"
+    number(train, "--min-lr", non_negative_float, 1e-6, "X", end, when=lambda a: a.scheduler != "none")
+    report, unit = parser.add_argument_group("what is kept"), "rounds" if federated else "epochs"
+    every = 50 if federated else 10
+    number(report, "--save-every", positive_int, every, "N", f"resumable checkpoint every N {unit}", when=NEVER)
+    best = "checkpoints with the best validation accuracy"
+    number(report, "--keep-best", positive_int, 3, "N", best, when=NEVER)
     report.add_argument("--log-dir", metavar="DIR", help="text logs (default: OUTPUT_DIR/logs)")
     report.add_argument("--use-wandb", action="store_true", help="the same as --track wandb")
     report.add_argument("--wandb-project", default="fedquartet", metavar="NAME", help="project at wandb")
     run = add_run_flags(parser, "--experiment-name")
-    run.add_argument(
-        "--num-runs", type=positive_int, default=1, metavar="N", help="runs, with seeds SEED, SEED + 1, ..."
-    )
+    number(run, "--num-runs", positive_int, 1, "N", "runs, with seeds SEED, SEED + 1, ...", when=NEVER)
     run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
     run.add_argument("--output-dir", "--checkpoint-dir", default="results", metavar="DIR", help="where run folders go")
-    add_machine_flags(run)
-    run.add_argument("--use-amp", action="store_true", help="the same as --amp auto")
+    add_machine_flags(run, federated=federated)
+    run.add_argument("--use-amp", action="store_true", when=NEVER, help="the same as --amp auto")
     run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
-    run.add_argument(
-        "--num-workers", type=non_negative_int, default=0, metavar="N", help="no effect: there is no loader"
-    )
+    number(run, "--num-workers", non_negative_int, 0, "N", "no effect: there is no loader")
     return parser, own
 
 
-def _model_flags(parser, sparse):
-    model = parser.add_argument_group("the model")
+def _model_flags(model, sparse):
     model.add_argument(
         "--model", default="dino_vits16", metavar="NAME", help="dino_vits16, tiny, a folder or a name on the hub"
     )
     model.add_argument("--weights", metavar="FILE", help="DINO's own checkpoint, dino_deitsmall16_pretrain.pth")
     model.add_argument("--pretrained", action=ON_OFF, default=True, help="start from pretrained weights")
     model.add_argument("--init-from", metavar="RUN", help="start from the weights of another run (its folder)")
-    model.add_argument(
-        "--image-size", type=positive_int, metavar="S", help="pixels, a multiple of the patch (default: 224; tiny: 32)"
-    )
+    number(model, "--image-size", positive_int, None, "S", "pixels, a multiple of the patch (default: 224; tiny: 32)")
     model.add_argument(
         "--head",
         choices=HEADS,
@@ -98,91 +89,84 @@ def _model_flags(parser, sparse):
         "(default: ridge; random where the backbone is not pretrained, and in central training)",
     )
     model.add_argument("--freeze-head", action=ON_OFF, default=sparse, help="the head is not trained")
-    model.add_argument("--freeze-layers", type=non_negative_int, default=0, metavar="N", help="first blocks; off: 0")
+    number(model, "--freeze-layers", non_negative_int, 0, "N", "first blocks; off: 0")
     model.add_argument("--freeze-backbone", action=ON_OFF, default=False, help="train the head only (a linear probe)")
-    model.add_argument("--dropout", type=half_open_fraction, default=0.1, metavar="X", help="before the head; off: 0")
+    number(model, "--dropout", half_open_fraction, 0.1, "X", "before the head; off: 0")
 
 
-def _data_flags(parser, federated):
-    data = parser.add_argument_group("the data")
+def _data_flags(data):
     data.add_argument("--dataset", choices=DATASETS, default="cifar100", help="demo is generated and needs no network")
     data.add_argument(
         "--data-root", "--data-dir", metavar="DIR", help="where the data set is (default: $FEDQUARTET_DATA, else data)"
     )
-    data.add_argument(
-        "--val-split", type=fraction, default=0.1, metavar="X", help="share of the training images held out"
-    )
-    data.add_argument(
-        "--classes", type=class_range, metavar="A:B", help="only the classes A to B-1, numbered from 0 (default: all)"
-    )
-    data.add_argument("--num-classes", type=positive_int, metavar="N", help="checked against the data (default: not)")
-    if not federated:
-        return
+    number(data, "--val-split", fraction, 0.1, "X", "share of the training images held out")
+    number(data, "--classes", class_range, None, "A:B", "only the classes A to B-1, numbered from 0 (default: all)")
+    number(data, "--num-classes", positive_int, None, "N", "checked against the data (default: not)", when=NEVER)
+
+
+def _client_flags(data):
     data.add_argument(
         "--sharding",
         choices=SHARDINGS,
         default="iid",
         help="images to clients: at random; --nc classes each; in Dirichlet(--alpha) proportions",
     )
-    data.add_argument("--nc", type=positive_int, default=10, metavar="N", help="classes a client, for non_iid")
-    data.add_argument("--alpha", type=positive_float, default=0.1, metavar="X", help="concentration, for dirichlet")
-    data.add_argument(
-        "--min-samples", type=non_negative_int, default=0, metavar="N", help="of each client, for dirichlet; 0: a batch"
-    )
-    data.add_argument("--allow-unused-classes", action="store_true", help="classes that no client gets are left out")
+    of_classes, of_dirichlet = (lambda a: a.sharding == "non_iid"), (lambda a: a.sharding == "dirichlet")
+    number(data, "--nc", positive_int, 10, "N", "classes a client, for non_iid", when=of_classes)
+    number(data, "--alpha", positive_float, 0.1, "X", "concentration, for dirichlet", when=of_dirichlet)
+    least = "of each client, for dirichlet; 0: a batch"
+    number(data, "--min-samples", non_negative_int, 0, "N", least, when=of_dirichlet)
+    unused = "classes that no client gets are left out"
+    data.add_argument("--allow-unused-classes", action="store_true", when=of_classes, help=unused)
+
+
+def _schedule_flags(train, unit, warmup, patience, text):
+    train.add_argument("--scheduler", choices=["cosine", "step", "none"], default="cosine", help=text)
+    number(train, f"--warmup-{unit}", non_negative_int, warmup, "N", "linear warm-up; off: 0")
+    stop = f"{unit} without a better validation accuracy; off: 0"
+    number(train, "--early-stopping-patience", non_negative_int, patience, "N", stop)
 
 
 def _central_flags(train):
-    train.add_argument("--epochs", type=positive_int, default=50, metavar="N", help="passes over the training images")
-    train.add_argument(
-        "--scheduler", choices=["cosine", "step", "none"], default="cosine", help="learning rate's course"
-    )
-    train.add_argument("--warmup-epochs", type=non_negative_int, default=5, metavar="N", help="linear warm-up; off: 0")
-    train.add_argument(
-        "--early-stopping-patience",
-        type=non_negative_int,
-        default=10,
-        metavar="N",
-        help="epochs without a better validation accuracy; off: 0",
-    )
+    number(train, "--epochs", positive_int, 50, "N", "passes over the training images")
+    _schedule_flags(train, "epochs", 5, 10, "learning rate's course")
 
 
 def _federated_flags(train):
-    train.add_argument("--num-clients", type=positive_int, default=100, metavar="K", help="clients")
-    train.add_argument("--participation-rate", type=fraction, default=0.1, metavar="C", help="share of clients a round")
-    train.add_argument("--local-steps", type=positive_int, default=4, metavar="J", help="steps a client and round")
-    train.add_argument("--num-rounds", "--rounds", type=positive_int, default=500, metavar="T", help="rounds")
+    number(train, "--num-clients", positive_int, 100, "K", "clients")
+    number(train, "--participation-rate", fraction, 0.1, "C", "share of clients a round")
+    number(train, "--local-steps", positive_int, 4, "J", "steps a client and round")
+    number(train, ("--num-rounds", "--rounds"), positive_int, 500, "T", "rounds")
     train.add_argument(
         "--client-weights", choices=["examples", "uniform"], default="examples", help="weight of a client in the mean"
     )
-    train.add_argument(
-        "--scheduler", choices=["cosine", "step", "none"], default="cosine", help="learning rate over the rounds"
-    )
-    train.add_argument("--warmup-rounds", type=non_negative_int, default=0, metavar="N", help="linear warm-up; off: 0")
-    train.add_argument("--eval-every", type=positive_int, default=10, metavar="N", help="evaluate every N rounds")
-    train.add_argument(
-        "--early-stopping-patience",
-        type=non_negative_int,
-        default=100,
-        metavar="N",
-        help="rounds without a better validation accuracy; off: 0",
-    )
+    _schedule_flags(train, "rounds", 0, 100, "learning rate over the rounds")
+    number(train, "--eval-every", positive_int, 10, "N", "evaluate every N rounds")
 
 
 def add_experiment_flags(group):
     """The sweeps that both federated scripts have."""
-    group.add_argument("--heterogeneity-experiment", action="store_true", help="a run for each of --nc-values, and IID")
-    group.add_argument(
-        "--nc-values", type=positive_int, nargs="+", default=[1, 5, 10, 50], metavar="N", help="classes a client"
-    )
-    group.add_argument(
-        "--local-steps-experiment",
-        action="store_true",
-        help="a run for each of --j-values, J x rounds as with the smallest",
-    )
-    group.add_argument(
-        "--j-values", type=positive_int, nargs="+", default=[4, 8, 16], metavar="J", help="steps a client and round"
-    )
+    sweep = {"action": "store_true", "when": NEVER}
+    group.add_argument("--heterogeneity-experiment", **sweep, help="a run for each of --nc-values, and IID")
+    many = {"nargs": "+", "when": NEVER}
+    number(group, "--nc-values", positive_int, [1, 5, 10, 50], "N", "classes a client", **many)
+    scaled = "a run for each of --j-values, J x rounds as with the smallest"
+    group.add_argument("--local-steps-experiment", **sweep, help=scaled)
+    number(group, "--j-values", positive_int, [4, 8, 16], "J", "steps a client and round", **many)
+
+
+def clients_a_round(args):
+    """How many clients take part in a round."""
+    return max(1, int(args.participation_rate * args.num_clients + 0.5))
+
+
+def process_memory(args):
+    """Bytes that a process takes, at a guess: what a step of the model keeps for its backward pass, and the data."""
+    if args.model == "tiny":
+        return 2**30
+    tokens = (args.image_size // 16) ** 2 + 1
+    kept = 12 * args.batch_size * tokens * (18 * 384 + 2 * 6 * tokens) * 4  # ViT-S: 12 blocks, 6 heads, fp32
+    return 2**31 + kept
 
 
 def class_range(text):

@@ -8,37 +8,65 @@ u <- g + wd theta;  buf <- mu buf + u;  theta <- theta - lr buf     (SGD with mo
 A round of its metrics is an epoch.
 """
 
+import math
+
 from common import parallel
-from common.cli import UsageError, positive_float, positive_int, run_main
+from common.cli import RunFailed, UsageError, checked, positive_float, positive_int, run_main
 from common.evaluation import pick_device
+from common.local import client_optimizer, local_steps
 from common.runlog import start_run
-from vit_sparse_fl.central import CentralStudy, Momentum
+from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.experiments import repeated, run_each, variant
-from vit_sparse_fl.flags import make_parser, parse
+from vit_sparse_fl.flags import NEVER, make_parser, number, parse
+from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
 
 
 def train(args):
     with start_run("train_centralized", args, args.run_name, unit="images") as run:
-        study = CentralStudy(args, run)
-        optimizer = study.optimizer(args.lr)
-        lasting = {**study.lasting, "momentum": Momentum(optimizer, study.trained)}
-        theta = run.restore(study.initial_weights(), lasting)
-        study.load(theta)
+        study = load_study(args, run, federated=False)
+        weights = study.weights
+        steps = study.examples[0] // args.batch_size  # an epoch's; a short last batch waits for the next
+        best = BestCheckpoints(run.folder / "best", args.keep_best)
+        run.plan(args.epochs, 1, args.save_every)
+        theta, fitted = fit_first(study, run)
+        optimizer = client_optimizer("sgdm", weights.parameters, args.lr, args.momentum, args.weight_decay)
+        momentum = Momentum(optimizer, weights) if args.momentum else None
+        lasting = {"best": best, **fitted} | ({"momentum": momentum} if momentum else {})
+        theta = run.restore(theta, weights.named, **lasting)
+        report(study, run, best, 0, theta)
+        weights.load(theta)
 
-        for epoch in run.rounds(args.epochs):
-            if study.stopped(epoch):
-                break
-            lr = study.lr(epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss = study.train_epoch(optimizer, epoch)
-            theta = {name: p.detach() for name, p in study.parameters.items()}
-            study.close_epoch(loss, epoch)
-            study.report_loss(theta, epoch, lr, loss)
-            if study.saved(epoch):
-                run.save(epoch, theta, lasting)
+        for epoch in run.rounds():
+            lr = learning_rate(args, epoch)
+            batches = client_batches(study, 0, epoch, epoch * steps, steps)
+            local = local_steps(study.loss, batches, weights, optimizer, amp=study.amp, lrs=[lr] * steps)
+            loss = local.loss.item()
+            if not math.isfinite(loss):
+                raise RunFailed(f"epoch {epoch + 1}: the loss is {loss}: lower --lr ({args.lr}) or --amp off")
+            run.count(images=steps * args.batch_size)
+            report(study, run, best, epoch + 1, weights.snapshot(), train_loss=loss, lr=lr)
 
-        study.finish(theta)
+        finish(study, run, best, weights.snapshot())
+
+
+class Momentum:
+    """The momentum of torch.optim.SGD as one vector, for a checkpoint: from now on the optimiser's steps change it.
+
+    Zeros are what torch starts with: 0 mu + u = u. Args: optimizer: over the parameters of `weights`.
+    """
+
+    def __init__(self, optimizer, weights):
+        self._weights, self._buffer = weights, weights.theta.new_zeros(weights.size)
+        for name, view in weights.named(self._buffer).items():
+            optimizer.state[weights.parameters[name]]["momentum_buffer"] = view
+
+    def state_dict(self):
+        """{name: buffer}, not copies."""
+        return self._weights.named(self._buffer)
+
+    def load_state_dict(self, tensors):
+        """Takes over (a copy of) what `state_dict` returned."""
+        self._buffer.copy_(self._weights.vector(tensors))
 
 
 def settings(args):
@@ -63,16 +91,14 @@ def main(args):
 
 def build_parser():
     parser, own = make_parser(__doc__.split("\n")[0], federated=False)
-    own.add_argument("--hp-search", action="store_true", help="a run for each of --hp-lrs x --hp-weight-decays")
-    own.add_argument("--hp-epochs", type=positive_int, default=10, metavar="N", help="epochs of each of these runs")
-    own.add_argument(
-        "--hp-lrs", type=positive_float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2], metavar="X", help="learning rates"
-    )
-    own.add_argument(
-        "--hp-weight-decays", type=positive_float, nargs="+", default=[1e-4, 1e-3], metavar="X", help="weight decays"
-    )
+    grid = "a run for each of --hp-lrs x --hp-weight-decays"
+    own.add_argument("--hp-search", action="store_true", when=NEVER, help=grid)
+    number(own, "--hp-epochs", positive_int, 10, "N", "epochs of each of these runs", when=NEVER)
+    many = {"nargs": "+", "when": NEVER}
+    number(own, "--hp-lrs", positive_float, [3e-4, 1e-3, 3e-3, 1e-2], "X", "learning rates", **many)
+    number(own, "--hp-weight-decays", positive_float, [1e-4, 1e-3], "X", "weight decays", **many)
     return parser
 
 
 if __name__ == "__main__":
-    run_main(lambda parser: main(parse(parser)), build_parser())
+    run_main(main, checked(parse, build_parser()))

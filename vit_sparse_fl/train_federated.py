@@ -8,48 +8,55 @@ theta <- theta + sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMaha
 theta_k: J steps of SGD with momentum on client k's images; K clients, of which C K take part in a round.
 """
 
-from common import parallel
-from common.before.aggregation import WeightedMean
-from common.cli import run_main
-from common.evaluation import pick_device
+import numpy as np
+
+from common.aggregation import WeightedMean
+from common.cli import checked
+from common.local import client_optimizer, local_steps
+from common.participation import Turns
+from common.processes import run_federated
 from common.runlog import start_run
+from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.experiments import federated_settings, repeated, run_each
-from vit_sparse_fl.fed_core import Study
-from vit_sparse_fl.flags import add_experiment_flags, make_parser, parse
+from vit_sparse_fl.flags import add_experiment_flags, clients_a_round, make_parser, parse, process_memory
 from vit_sparse_fl.interference import Interference
+from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
 
 
 def train(args):
     with start_run("train_federated", args, args.run_name, unit="images") as run:
-        study = Study(args, run)
-        lasting = study.lasting
-        theta = run.restore(study.initial_weights(), lasting)
+        study = load_study(args, run)
+        weights, steps = study.weights, args.local_steps
+        best = BestCheckpoints(run.folder / "best", args.keep_best)
+        turns = Turns(args.seed, args.num_clients, args.participation_rate)
+        run.plan(args.num_rounds, args.eval_every, args.save_every)
+        theta, fitted = fit_first(study, run)
+        theta = run.restore(theta, weights.named, best=best, **fitted)
+        frozen = study.frozen_squares()
+        report(study, run, best, 0, theta)
 
-        for round in run.rounds(args.num_rounds):
-            if study.stopped(round):
-                break
-            clients = study.sample_clients(round)
+        for t in run.rounds():
+            lr, before = learning_rate(args, t), turns.before(t)
+            down = np.where(before, weights.bytes, study.model_bytes)  # the whole model to who joins
+            clients = run.sample(study.client_weights, args.participation_rate, t, up=weights.bytes, down=down)
             mean = WeightedMean(theta, clients)
-            pull = Interference(theta, clients) if study.evaluated(round) else None
+            pull = Interference(theta, clients, frozen=frozen) if run.due(t + 1) else None
             for k in clients:
-                theta_k, n_k = study.local_update(theta, k, round)
-                if study.left_out(k, theta_k):
-                    continue
-                mean.add(theta_k, weight=n_k)
-                if pull:
-                    pull.add(theta_k)
-            study.close_round(round, sent=study.changing())
+                weights.load(theta)
+                optimizer = client_optimizer("sgdm", weights.parameters, lr, args.momentum, args.weight_decay)
+                batches = client_batches(study, k, t, before[k] * steps, steps)
+                local = local_steps(study.loss, batches, weights, optimizer, amp=study.amp)
+                clients.note(k, train_loss=local.loss)
+                clients.work(steps * args.batch_size)
+                if mean.add(weights.theta, weight=study.client_weights[k]) and pull:
+                    pull.add(weights.theta)
             theta = mean.result()
-            if pull:
-                study.report(theta, round, study.lr(round), **pull.result())
-            if study.saved(round):
-                run.save(round, theta, lasting)
+            report(study, run, best, t + 1, theta, pull, lr=lr)
 
-        study.finish(theta)
+        finish(study, run, best, theta)
 
 
 def main(args):
-    parallel.init_parallel(pick_device(args.device))
     run_each("train_federated", train, repeated(args, federated_settings(args)))
 
 
@@ -60,4 +67,5 @@ def build_parser():
 
 
 if __name__ == "__main__":
-    run_main(lambda parser: main(parse(parser)), build_parser())
+    args = checked(parse, build_parser())
+    run_federated(main, args, clients=clients_a_round(args), memory=process_memory(args))

@@ -13,102 +13,91 @@ A weight outside of the mask keeps its bits for the whole run. `--upload topk` i
 train densely, send the largest changes.
 """
 
-from pathlib import Path
+import numpy as np
+import torch
 
 from common import parallel
-from common.before.aggregation import WeightedMean
-from common.cli import UsageError, non_negative_float, positive_int, run_main
-from common.evaluation import pick_device
+from common.aggregation import WeightedMean
+from common.cli import checked, non_negative_float
+from common.local import client_optimizer, local_steps
+from common.participation import Turns
+from common.processes import run_federated
 from common.runlog import start_run
-from vit_sparse_fl.calibration import make_masks, overlap_table, topk_size, topk_update
-from vit_sparse_fl.experiments import federated_settings, repeated, run_each, variant
-from vit_sparse_fl.fed_core import Study
-from vit_sparse_fl.flags import add_experiment_flags, make_parser, parse
+from vit_sparse_fl.best import BestCheckpoints
+from vit_sparse_fl.calibration import add_mask_flags, check_flags, make_mask, overlap_table
+from vit_sparse_fl.experiments import repeated, run_each, sparse_settings
+from vit_sparse_fl.flags import NEVER, add_experiment_flags, clients_a_round, make_parser, number, parse, process_memory
 from vit_sparse_fl.interference import Interference
-from vit_sparse_fl.masks import CALIBRATIONS, SCOPES, SENSITIVITY, STRATEGIES, check_sparsity, index_bytes
+from vit_sparse_fl.mask_files import sparsity_of
+from vit_sparse_fl.masks import check_sparsity, index_bytes
+from vit_sparse_fl.sparse_sgdm import SparseSGDM
+from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
 
 
 def train(args):
     with start_run("train_federated_sparse", args, args.run_name, unit="images") as run:
-        study = Study(args, run, sparse=True)
-        lasting = study.lasting
-        first = study.initial_weights()
-        theta = run.restore(first, lasting)
-        masks = make_masks(study, first)
-        size = topk_size(study, masks)
-        study.masks = masks if args.upload == "masked" else None
+        study = load_study(args, run, sparse=True)
+        weights, steps, topk = study.weights, args.local_steps, args.upload == "topk"
+        best = BestCheckpoints(run.folder / "best", args.keep_best)
+        turns = Turns(args.seed, args.num_clients, args.participation_rate)
+        run.plan(args.num_rounds, args.eval_every, args.save_every)
+        first, fitted = fit_first(study, run)
+        theta = run.restore(first, weights.named, best=best, **fitted)
+        if topk:  # as many bytes as the kept values: 8 for a value and its index, in every round
+            size, kept = max(1, round((1 - args.sparsity_ratio) * weights.size) // 2), None
+            sent, changing, places = 8 * size, weights.bytes, 0
+        else:
+            mask = make_mask(study, run, first)
+            kept = mask.nonzero().view(-1)  # [kept]
+            sent = changing = 4 * len(kept)
+            places = index_bytes(mask)  # once a client, both ways: which weights are kept
+        frozen = study.frozen_squares()
+        report(study, run, best, 0, theta)
 
-        for round in run.rounds(args.num_rounds):
-            if study.stopped(round):
-                break
-            clients = study.sample_clients(round)
+        for t in run.rounds():
+            lr, before = learning_rate(args, t), turns.before(t)
+            up, down = np.where(before, sent, sent + places), np.where(before, changing, study.model_bytes + places)
+            clients = run.sample(study.client_weights, args.participation_rate, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
-            pull = Interference(theta, clients, study.masks) if study.evaluated(round) else None
+            pull = Interference(theta, clients, kept, frozen=frozen) if run.due(t + 1) else None
             for k in clients:
-                theta_k, n_k = study.local_update(theta, k, round)
-                if study.left_out(k, theta_k):
-                    continue
-                if args.upload == "topk":
-                    theta_k = topk_update(theta, theta_k, size)
-                mean.add(theta_k, weight=n_k)
-                if pull:
+                weights.load(theta)
+                if topk:
+                    optimizer = client_optimizer("sgdm", weights.parameters, lr, args.momentum, args.weight_decay)
+                else:
+                    optimizer = SparseSGDM(weights, kept, lr, args.momentum, args.weight_decay)
+                batches = client_batches(study, k, t, before[k] * steps, steps)
+                local = local_steps(study.loss, batches, weights, optimizer, amp=study.amp)
+                clients.note(k, train_loss=local.loss)
+                clients.work(steps * args.batch_size)
+                theta_k = largest_changes(theta, weights.theta, size) if topk else weights.theta
+                if mean.add(theta_k, weight=study.client_weights[k], finite=(weights.theta,)) and pull:
                     pull.add(theta_k)
-            if args.upload == "topk":  # a value and an index each, every round
-                study.close_round(round, sent=2 * size)
-            else:
-                study.close_round(round, sent=study.changing(), indices=index_bytes(masks))
             theta = mean.result()
-            if pull:
-                study.report(theta, round, study.lr(round), **pull.result())
-            if study.saved(round):
-                run.save(round, theta, lasting)
+            report(study, run, best, t + 1, theta, pull, lr=lr)
 
-        study.finish(theta)
+        finish(study, run, best, theta)
 
 
-def settings(args):
-    """(name, flags) of every setting that the command line asks for."""
-    found = []
-    if args.compare_strategies:
-        found += [variant(args, mask_strategy=strategy) for strategy in STRATEGIES]
-    if args.sparsity_experiment:
-        found += [variant(args, sparsity_ratio=sparsity) for sparsity in args.sparsity_values]
-    for one in found or [args]:
-        for name, flags in federated_settings(one):
-            yield name.replace("fedavg", method_name(flags), 1), flags
-
-
-def method_name(args):
-    """sparse_STRATEGY_s0.9, with what differs from the default marked."""
-    if args.upload == "topk":
-        return f"topk_s{args.sparsity_ratio:g}"
-    if args.mask:
-        return f"mask_of_{Path(args.mask).resolve().parent.name}"
-    name = f"sparse_{args.mask_strategy}_s{args.sparsity_ratio:g}"
-    if args.mask_strategy in SENSITIVITY:
-        name += f"_{args.calibration}{args.calibration_rounds}"
-        name += "_clients" if args.calibrate_on == "clients" else ""
-        name += f"_{args.mask_merge}" if args.mask_merge != "none" else ""
-    return name + ("_per_layer" if args.mask_scope == "layer" else "")
+def largest_changes(theta, theta_k, size):
+    """theta with the `size` largest changes of theta_k in absolute value, among equal ones the first; the rest is not
+    sent (no error feedback: clients keep nothing between rounds). A new vector [n]."""
+    change = (theta_k - theta).abs()
+    edge = change.topk(size).values[-1]
+    sent = change > edge
+    ties = (change == edge).nonzero().view(-1)
+    sent[ties[: size - int(sent.sum())]] = True
+    return torch.where(sent, theta_k, theta)
 
 
 def main(args):
-    for sparsity in [args.sparsity_ratio, *(args.sparsity_values if args.sparsity_experiment else [])]:
-        check_sparsity(sparsity)
-    if args.mask_merge != "none" and args.calibrate_on != "clients":
-        raise UsageError(f"--mask-merge {args.mask_merge} merges clients' masks: add --calibrate-on clients")
-    if args.mask and (args.compare_strategies or args.sparsity_experiment or args.upload == "topk"):
-        raise UsageError(
-            f"--mask {args.mask} decides the weights: drop --compare-strategies, --sparsity-experiment, topk"
-        )
-    if args.upload == "topk" and args.compare_strategies:
-        raise UsageError("--upload topk has no mask, so no strategies to compare: drop one of the two")
-    if args.mask_merge != "none" and not args.compare_strategies and args.mask_strategy not in SENSITIVITY:
-        raise UsageError(f"--mask-merge {args.mask_merge}: {args.mask_strategy} masks need no clients: drop it")
-    if args.freeze_backbone:
-        raise UsageError("--freeze-backbone leaves no weight to mask: drop it, or use train_federated.py")
-    parallel.init_parallel(pick_device(args.device))
-    runs = repeated(args, settings(args))
+    check_flags(args)
+    if args.mask:
+        args.sparsity_ratio = sparsity_of(args.mask)  # the mask's own
+    else:
+        for sparsity in [args.sparsity_ratio, *(args.sparsity_values if args.sparsity_experiment else [])]:
+            check_sparsity(sparsity)
+    runs = repeated(args, sparse_settings(args))
     run_each("train_federated_sparse", train, runs)
     if args.compare_strategies and parallel.is_main():
         print("\n" + overlap_table(runs))
@@ -116,60 +105,24 @@ def main(args):
 
 def build_parser():
     parser, own = make_parser(__doc__.split("\n")[0], sparse=True)
-    own.add_argument(
-        "--sparsity-ratio",
-        type=sparsity,
-        default=0.9,
-        metavar="X",
-        help="share of the weights that is frozen, in (0, 1)",
-    )
-    own.add_argument(
-        "--mask-strategy", choices=STRATEGIES, default="least_sensitive", help="which weights the mask keeps"
-    )
-    own.add_argument("--mask-scope", choices=SCOPES, default="global", help="one threshold, or one for each tensor")
-    own.add_argument(
-        "--calibration",
-        choices=CALIBRATIONS,
-        default="talos",
-        help="talos: rounds exclude step by step; seed: the source's mean over rounds",
-    )
-    own.add_argument(
-        "--calibration-rounds", type=positive_int, metavar="R", help="calibration rounds (default: 4; seed: 5)"
-    )
-    own.add_argument("--fisher-samples", type=positive_int, default=512, metavar="N", help="images a calibration round")
-    own.add_argument(
-        "--calibrate-on",
-        choices=["server", "clients"],
-        default="server",
-        help="server: on its validation images; clients: the mean of scores that clients send",
-    )
-    own.add_argument("--calibration-clients", type=positive_int, default=10, metavar="N", help="clients that calibrate")
-    own.add_argument(
-        "--mask-merge",
-        choices=["none", "union", "intersection"],
-        default="none",
-        help="of masks that the clients make each; none: one mask from the mean of their scores",
-    )
-    own.add_argument("--mask", metavar="FILE", help="use this mask.safetensors of another run")
+    share = "share of the weights that is frozen, in (0, 1); of --mask FILE: the mask's own"
+    number(own, "--sparsity-ratio", non_negative_float, 0.9, "X", share)
+    add_mask_flags(own)
     own.add_argument(
         "--upload",
         choices=["masked", "topk"],
         default="masked",
         help="topk: no mask, each client sends its largest changes, as many bytes a round",
     )
-    own.add_argument("--compare-strategies", action="store_true", help="a run for each strategy")
-    own.add_argument("--sparsity-experiment", action="store_true", help="a run for each of --sparsity-values")
-    own.add_argument(
-        "--sparsity-values", type=sparsity, nargs="+", default=[0.5, 0.7, 0.9, 0.95, 0.99], metavar="X", help="shares"
-    )
+    sweep = {"action": "store_true", "when": NEVER}
+    own.add_argument("--compare-strategies", **sweep, help="a run for each strategy")
+    own.add_argument("--sparsity-experiment", **sweep, help="a run for each of --sparsity-values")
+    shares = [0.5, 0.7, 0.9, 0.95, 0.99]
+    number(own, "--sparsity-values", non_negative_float, shares, "X", "shares", nargs="+", when=NEVER)
     add_experiment_flags(own)
     return parser
 
 
-def sparsity(text):
-    """A number; what it may be is said by `check_sparsity`."""
-    return non_negative_float(text)
-
-
 if __name__ == "__main__":
-    run_main(lambda parser: main(parse(parser)), build_parser())
+    args = checked(parse, build_parser())
+    run_federated(main, args, clients=clients_a_round(args), memory=process_memory(args))

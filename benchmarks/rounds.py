@@ -1,0 +1,192 @@
+"""What a federated round costs over the bare optimiser steps in it, for each study at its stand-in's size.
+
+    python benchmarks/rounds.py                          # all four, one process and two, 10 clients; about 10 minutes
+    python benchmarks/rounds.py vit_sparse_fl --processes 1 2 4
+    python benchmarks/rounds.py --memory                 # peak memory of 100 clients against 10
+
+The rounds are the scripts' own, without evaluation and checkpoint. After each, its batches are trained again in a bare
+loop (zero_grad, loss, backward, clipping where the study has it, optimizer.step); its time, and that of making the
+batches, is the floor. Both alternate in one run. With several processes the floor is the sum over processes, each
+alone on the machine in its turn: the steps on one thread.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from common import parallel, runlog
+from common.cli import Parser, positive_int, run_main
+from common.processes import run_federated
+
+
+class Done(Exception):
+    """Enough rounds."""
+
+
+def mamba(clients, folder):
+    from mamba_fl import fed_avg
+    from mamba_fl.flags import complete_flags
+
+    words = f"--dataset demo --tokenizer bpe:4096 --num-clients {clients} --local-updates 8 --lr 1e-4 --rounds 1000 "
+    words += "--val-freq 1000 --client-val-sequences 0"
+    args = fed_avg.build_parser().parse_args(words.split() + ["--output-dir", folder])
+    return fed_avg, complete_flags(args), fed_avg.main
+
+
+def vit(clients, folder):
+    from vit_sparse_fl import train_federated
+    from vit_sparse_fl.flags import parse
+
+    words = f"--dataset demo --model tiny --batch-size 32 --num-clients {clients} --participation-rate 1 --dropout 0 "
+    words += "--local-steps 4 --num-rounds 1000 --eval-every 1000 --lr 1e-3"
+    args = parse(train_federated.build_parser(), [*words.split(), "--output-dir", folder, "--run-name", "r"])
+    return train_federated, args, train_federated.train
+
+
+def glue(clients, folder):
+    from lora_glue_fl import fedavg_rounds, sharding
+
+    shards = ["--task-name", "rte", "--dataset", "demo", "--k", str(clients), "--out-dir", f"{folder}/shards"]
+    sharding.main(sharding.build_parser().parse_args(shards))
+    words = "--model tiny --dataset demo --task-name rte --lora-r 4 --svd-rank 4 --rounds 1000 --batch-size 8 "
+    words += "--no-save-clients --keep last --learning-rate 1e-3"
+    words = [*words.split(), "--shard-dir", f"{folder}/shards", "--output-root", folder]
+    args = fedavg_rounds.complete(fedavg_rounds.build_parser().parse_args(words))
+    return fedavg_rounds, args, fedavg_rounds.train
+
+
+def noniid(clients, folder):
+    from llm_noniid import flags, train
+
+    words = f"--model tiny --dataset demo --num-clients {clients} --local-steps 10 --num-rounds 1000 --eval-every 1000 "
+    words += "--partition iid --learning-rate 1e-3"
+    parser = train.build_parser()
+    args = flags.parse(parser, [*words.split(), "--results-dir", folder])
+    return train, args, train.main
+
+
+STUDIES = {"mamba_fl": mamba, "vit_sparse_fl": vit, "lora_glue_fl": glue, "llm_noniid": noniid}
+
+
+class Clock:
+    """Times the rounds of a script and the bare steps in them."""
+
+    def __init__(self, module, repeats):
+        self.repeats, self.real = repeats, module.local_steps
+        self.calls, self.batching = [], 0.0
+        self.rounds, self.floors = [], []
+        module.local_steps = self.local_steps
+
+    def local_steps(self, loss, steps, weights, optimizer, **options):
+        started = time.perf_counter()
+        steps = list(steps)
+        self.batching += time.perf_counter() - started
+        self.calls.append((loss, steps, list(weights.parameters.values()), optimizer, options.get("max_norm", 0.0)))
+        return self.real(loss, steps, weights, optimizer, **options)
+
+    def each_round(self, run, total=None):
+        """Instead of `Run.rounds`: times what stands in the loop, then the bare steps."""
+        for t in range(self.repeats + 1):
+            self.calls, self.batching = [], 0.0
+            parallel.barrier()
+            started = time.perf_counter()
+            yield t
+            parallel.barrier()
+            seconds = time.perf_counter() - started
+            floor = 0.0
+            for rank in range(parallel.world().size):
+                if rank == parallel.world().rank:
+                    started = time.perf_counter()
+                    self.bare()
+                    floor = time.perf_counter() - started + self.batching
+                parallel.barrier()
+            floor = sum(parallel.all_gather(floor))
+            if t:  # the first is for warming up
+                self.rounds.append(seconds)
+                self.floors.append(floor)
+        raise Done
+
+    def bare(self):
+        for loss, steps, leaves, optimizer, max_norm in self.calls:
+            for step in steps:
+                optimizer.zero_grad(set_to_none=True)
+                batch = step[0][1] if isinstance(step, list) else step
+                loss(*batch).backward()
+                if max_norm:
+                    torch.nn.utils.clip_grad_norm_(leaves, max_norm)
+                optimizer.step()
+
+
+def count_only(run, t, theta, evaluate, complete=None):
+    """Instead of `Run.report`: no evaluation, no checkpoint."""
+    clients, run.clients = run.clients, None
+    if clients is not None:
+        run.count(bytes_up=0, left_out_updates=len(clients.left_out))
+
+
+def measure(options):
+    """One study on some processes: prints medians and ratio, or the peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        module, args, main = STUDIES[options.study](options.clients, folder)
+        args.amp, args.threads, args.processes = options.amp, 1, options.processes[0]
+
+        def timed(args):
+            clock = Clock(module, options.repeats)
+            runlog.Run.rounds, runlog.Run.report = lambda run, total=None: clock.each_round(run), count_only
+            try:
+                main(args)
+            except Done:
+                pass
+            if parallel.is_main():
+                say(options, clock)
+
+        run_federated(timed, args, options.clients)
+
+
+def say(options, clock):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    rounds, floors = statistics.median(clock.rounds), statistics.median(clock.floors)
+    ratios = sorted(r / f for r, f in zip(clock.rounds, clock.floors, strict=True))
+    name = f"{options.study:14s} {options.clients:4d} clients  {options.processes[0]} processes"
+    print(
+        f"{name}  steps {1000 * floors:8.1f} ms  "
+        f"round {1000 * rounds:8.1f} ms  ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})  "
+        f"peak {peak:.0f} MiB",
+        flush=True,
+    )
+
+
+def main(options):
+    if options.study:
+        measure(options)
+        return
+    sizes = [10, 100] if options.memory else [options.clients]
+    for study in options.studies or STUDIES:
+        for processes in [1] if options.memory else options.processes:
+            for clients in sizes:
+                words = ["--study", study, "--clients", clients, "--processes", processes, "--amp", options.amp]
+                words += ["--repeats", 1 if options.memory else options.repeats]
+                subprocess.run([sys.executable, str(Path(__file__)), *map(str, words)], check=False)
+
+
+def build_parser():
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], help="which (default: all)")
+    parser.add_argument("--clients", type=positive_int, default=10, metavar="K", help="clients, all in every round")
+    parser.add_argument("--processes", type=positive_int, nargs="+", default=[1, 2], metavar="N", help="each in turn")
+    parser.add_argument("--repeats", type=positive_int, default=7, metavar="N", help="timed rounds")
+    parser.add_argument("--amp", choices=["off", "bf16"], default="off", help="precision of the products")
+    parser.add_argument("--memory", action="store_true", help="peak memory of 100 clients against 10")
+    parser.add_argument("--study", choices=list(STUDIES), help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser().parse_args())

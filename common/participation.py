@@ -1,0 +1,35 @@
+"""Who takes part in a round: drawn by the seed and the round, so that nothing is carried."""
+
+import numpy as np
+
+from common.seeding import stream
+
+
+def participants(seed, total, participation, t):
+    """The ids of the clients of round t (from 0): all, or a share of `total` drawn by the seed, unsorted."""
+    some = per_round(participation, total)
+    if some >= total:
+        return list(range(total))
+    return stream(seed, "participation", t).choice(total, some, replace=False).tolist()
+
+
+def per_round(participation, total):
+    """How many of `total` clients take part in a round."""
+    return max(1, int(participation * total + 0.5))
+
+
+class Turns:
+    """How often each client took part before a round: counted from the draws of the rounds, so nothing is carried."""
+
+    def __init__(self, seed, total, participation):
+        self._draw = (seed, total, participation)
+        self._at, self._counts = 0, np.zeros(total, dtype=np.int64)
+
+    def before(self, t):
+        """int64 [K]: rounds among 0 to t - 1 that each client took part in. Not to be changed."""
+        if t < self._at:
+            self._at, self._counts = 0, np.zeros_like(self._counts)
+        for earlier in range(self._at, t):
+            self._counts[participants(*self._draw, earlier)] += 1
+        self._at = t
+        return self._counts

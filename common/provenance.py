@@ -1,0 +1,64 @@
+"""Where a run comes from, its commit and versions, and where its metrics are sent besides (--track)."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+
+def git_commit():
+    """The commit of this source tree, with `+changes` where tracked files differ from it; None outside git."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words):
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions():
+    """Versions of what decides the bits of a run."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in (
+        "torch",
+        "numpy",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "peft",
+        "torchvision",
+        "mamba-ssm",
+    ):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def tracker(args, folder, command):
+    """A function that takes a line of metrics, for --track; None when off."""
+    if args.track == "off":
+        return None
+    if args.track == "wandb":
+        import wandb
+
+        project = getattr(args, "wandb_project", "fedquartet")
+        session = wandb.init(project=project, id=folder.name, config=vars(args), resume="allow")
+        return lambda line: session.log(line, step=line["round"])
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(line):
+        for key, value in line.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(f"{command}/{key}", value, line["round"])
+        writer.flush()
+
+    return write

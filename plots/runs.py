@@ -1,0 +1,330 @@
+"""Runs as the tables and figures see them: read from folders and committed logs, grouped, paired by seed.
+
+A study is declared once, as a `Study`. `read_runs` makes the same `Run` of a run folder (run.json, metrics.jsonl) and
+of a line of a committed log (a study's results/*.jsonl). `like_with_like` puts runs into groups that may be compared;
+plots/seeds.py joins the seeds of one method to a curve.
+
+Two runs are seeds of one curve if their method (the flags that the run reads) and their data agree but for the seed.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from common.cli import UsageError
+from common.curves import number, read_metrics
+
+# Flags that say where and how a run was computed, not what: never part of a method.
+WHERE = frozenset(
+    "output_dir output_root adapter_output_dir results_dir data_dir data_root cache_dir hf_home shard_dir"
+    " checkpoint_dir log_dir run_name name experiment_name config resume overwrite track use_wandb wandb_project"
+    " threads processes device num_workers pin_memory compile kernel chunk download keep keep_best save_clients"
+    " save_deltas save_every save_freq save_interval log_interval val_freq eval_every eval_batch_size prompt"
+    " num_runs".split()
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the runs of a study are called, what tells them apart, in which words.
+
+    setting_of(run) -> dict over `keys`: runs in one table or figure agree on these, apart from what it varies. A key
+    that a run lacks (or None) agrees with anything: a central run joins every federation on its data; "" is a value.
+    """
+
+    name: str  # its folder
+    commands: tuple  # `command` in run.json
+    kinds: dict  # kind of a run -> its name in figures and tables, in their order
+    kind_of: Callable  # (command, args) -> one of kinds, or the name of one that is not among them
+    setting_of: Callable
+    keys: tuple  # of the setting, in the order of captions
+    said: frozenset = frozenset()  # flags that the kind or the setting says, and flags that no curve depends on
+    unread: tuple = ()  # old runs: (predicate of args with `command` and `kind`, flags that are then not read)
+    paths: tuple = ()  # flags that hold a path: compared by its last part, without its seed
+    words: dict = field(default_factory=dict)  # key or flag -> `{}` for its value, function (value, setting), or None
+    yes_no: dict = field(default_factory=dict)  # switch -> (words for on, for off)
+    order: Callable = lambda key, value: order_of(value)  # (key, value) -> a sort key
+    central: frozenset = frozenset({"central"})  # kinds without a federation: compared among themselves
+    spoken: frozenset = frozenset()  # flags that a label says wherever curves differ in them
+    marked: frozenset = frozenset()  # (flag, value) that a label always says
+    lengths: frozenset = frozenset()  # flags that only say how long a run is: said where the budgets differ
+    budgets: tuple = ("rounds",)  # results that should be alike in one figure, the first is what `lengths` set
+    first: dict = field(default_factory=dict)  # key -> value: groups that have it come first
+    keeps: Callable = lambda run: False  # runs that did not finish and are results all the same
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run. `args` are those of run.json; `rows` the lines of metrics.jsonl (round 0: before training)."""
+
+    study: Study
+    name: str
+    folder: Path | None  # None for a run of a log
+    command: str
+    args: dict
+    method: dict  # flag -> value, of the flags that the run reads, the seed included
+    data: dict  # identity of the data (of old runs also facts of the shards)
+    clients: dict  # facts of the shards
+    status: str
+    ended: (
+        dict  # how (finished, stopped, failed, interrupted, running), by (an alarm, left_out), round, clients, reason
+    )
+    results: dict
+    rows: list
+    commit: str | None
+    versions: dict
+    written: float  # when its last line was written: of two equal runs the later counts
+
+    @property
+    def seed(self):
+        return self.args.get("seed")
+
+    @cached_property
+    def kind(self):
+        return self.study.kind_of(self.command, self.args)
+
+    @property
+    def facts(self):
+        """What run.json says of the data and of the clients' shards: in old runs both are in `data`."""
+        return self.data | self.clients
+
+    @property
+    def central(self):
+        return self.kind in self.study.central
+
+    @cached_property
+    def setting(self):
+        """dict over the study's keys of what this run has."""
+        return {key: value for key, value in self.study.setting_of(self).items() if value is not None}
+
+    @cached_property
+    def variant(self):
+        """What sets the run apart from others of its kind in its setting: sorted pairs (flag, value)."""
+        hidden = self.study.said | WHERE | {"seed"}
+        args = {key: value for key, value in self.method.items() if key not in hidden}
+        for key in self.study.paths:
+            if isinstance(args.get(key), str):
+                args[key] = base_name(args[key])
+        return tuple(sorted((key, text(value)) for key, value in args.items()))
+
+    def result(self, name):
+        """A number of run.json's results, or from metrics.jsonl where these lack it (nan where neither has it)."""
+        value = number(self.results.get(name))
+        if not math.isnan(value) or not self.rows:
+            return value
+        plain = name.removesuffix("_best").removeprefix("best_").removeprefix("final_")
+        if name.startswith("best_val_") or name == "val_accuracy_best":
+            better = min if plain.endswith(("_ppl", "_loss")) else max
+            return better((v for v in (number(row.get(plain)) for row in self.rows) if v == v), default=math.nan)
+        return number(self.rows[-1].get({"rounds": "round"}.get(name, plain)))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run (or curve) that a table or figure does not show, and why.
+
+    setting: of the group whose figure lacks it; None: all figures do.
+    """
+
+    name: str
+    why: str
+    where: str = ""
+    setting: dict | None = None
+
+    def __str__(self):
+        return f"left out {self.where or self.name}: {self.why}"
+
+
+# ---- reading
+
+
+def read_runs(paths, *studies, unfinished=False):
+    """Every run of these studies in folders (and those below them) and logs: (list[Run], list[LeftOut]).
+
+    Args: paths: a path or several, each a folder or a .jsonl file; unfinished: take runs that have not finished too.
+    Raises UsageError when a path does not exist or there is no such run.
+    """
+    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    runs, notes = [], []
+    for path in paths:
+        if path.is_dir():
+            for manifest in sorted(path.rglob("run.json")):
+                _add(_of_folder, manifest, studies, unfinished, runs, notes)
+        elif path.is_file():
+            for place in enumerate(path.read_text(encoding="utf-8").splitlines()):
+                _add(_of_line, (path, *place), studies, unfinished, runs, notes)
+        else:
+            raise UsageError(f"--data-dir {path} is not a folder (or a log): give the --output-dir of the runs")
+    if not runs:
+        where = ", ".join(map(str, paths))
+        more = f" ({'; '.join(str(note) for note in notes[:3])})" if notes else ""
+        commands = ", ".join(command for study in studies for command in study.commands)
+        raise UsageError(f"no finished run of {commands} in {where}{more}: train first, or see --data-dir")
+    return runs, notes
+
+
+def _add(read, place, studies, unfinished, runs, notes):
+    """Appends the run at a place to `runs`, or says in `notes` why it is left out; nothing for another study's."""
+    path = place[0] if isinstance(place, tuple) else place.parent
+    name = f"{path.name}:{place[1] + 1}" if isinstance(place, tuple) else path.name
+    try:
+        run = read(place, studies)
+    except (ValueError, AttributeError) as error:
+        notes.append(LeftOut(name, f"damaged ({error})", str(path)))
+        return
+    if run is None:
+        return
+    where = str(run.folder or f"{path}: {run.name}")
+    if not (run.status == "finished" or unfinished or run.study.keeps(run)):
+        notes.append(LeftOut(run.name, f"its status is {run.status}; --unfinished takes it too", where))
+    elif not run.rows and not run.study.keeps(run):
+        notes.append(LeftOut(run.name, "no line in metrics.jsonl, it stopped before its first evaluation", where))
+    else:
+        runs.append(run)
+
+
+def _of_folder(path, studies):
+    manifest, folder = json.loads(path.read_text(encoding="utf-8")), path.parent
+    metrics = folder / "metrics.jsonl"
+    written = (metrics if metrics.exists() else path).stat().st_mtime
+    return _make(manifest, folder.name, folder, lambda: read_metrics(folder), written, studies)
+
+
+def _of_line(place, studies):
+    path, i, line = place
+    record = json.loads(line) if line.strip() else {}
+    if "args" not in record:
+        return None
+    here = [study for study in studies if study.name in path.resolve().parts] or list(studies)
+    if "command" not in record and len(here[0].commands) == 1:  # the logs of before 2026-08
+        record["command"] = here[0].commands[0]
+    if isinstance(record.get("data"), str):
+        record["data"] = {"sha256": record["data"]}
+    record = {"status": "failed" if record.get("reason") else "finished"} | record
+    written = path.stat().st_mtime + 1e-6 * i
+    return _make(record, record.get("name"), None, lambda: record.get("curve") or [], written, studies)
+
+
+def _make(manifest, name, folder, rows, written, studies):
+    command = manifest.get("command") if isinstance(manifest, dict) else None
+    study = next((study for study in studies if command in study.commands), None)
+    if study is None:
+        return None
+    parts = {key: manifest.get(key) for key in ("args", "data", "clients", "results", "versions")}
+    parts = {key: value if isinstance(value, dict) else {} for key, value in parts.items()}
+    try:
+        rows = rows()
+    except FileNotFoundError:
+        rows = []
+    method, ended = completed(study, manifest, parts["args"], parts["results"], rows)
+    status, commit = manifest.get("status"), manifest.get("git_commit")
+    return Run(study, name, folder, command, method=method, status=status, ended=ended, rows=rows, commit=commit,
+               written=written, **parts)  # fmt: skip
+
+
+def completed(study, manifest, args, results, rows):
+    """(method, ended) of a run: run.json's, or for runs from before it had them, what its args and status say."""
+    method, ended = manifest.get("method"), manifest.get("ended")
+    if not isinstance(method, dict):
+        known = {**args, "command": manifest["command"], "kind": study.kind_of(manifest["command"], args)}
+        unread = {flag for applies, flags in study.unread if applies(known) for flag in flags}
+        method = {flag: value for flag, value in args.items() if flag not in WHERE | unread}
+    if not isinstance(ended, dict):
+        how, reason = manifest.get("status"), manifest.get("reason")
+        t = rows[-1].get("round") if rows else 0
+        ended = {"how": how, "by": None, "round": t, "clients": None, "reason": reason}
+        stopped = results.get("stopped")
+        if how == "finished" and isinstance(stopped, dict):
+            ended |= {"how": "stopped", "by": stopped.get("detector"), "round": stopped.get("round", t)}
+        if how == "failed" and reason and "not finite" in reason:
+            at = re.match(r"round (\d+)", reason)
+            ended |= {"by": "left_out", "round": int(at[1]) if at else t}
+    return method, ended
+
+
+def text(value):
+    """`value` as something that can be compared and sorted: lists and dicts as JSON."""
+    return value if isinstance(value, (str, int, float, bool, type(None))) else json.dumps(value, sort_keys=True)
+
+
+def base_name(path, inner=("final", "adapter", "model")):
+    """Last part of a path, without its seed: each seed may start from the run of its own seed; not one of `inner`."""
+    path = Path(path)
+    name = path.parent.name if path.name in inner and path.parent.name else path.name
+    return re.sub(r"_?seed_?\d+", "", name) or path.name
+
+
+def order_of(value):
+    """A sort key for values of one setting or flag: numbers first."""
+    return (0, value, 0, "") if isinstance(value, (int, float)) else (1, 0, 0, str(value))
+
+
+# ---- groups
+
+
+def like_with_like(runs, free=()):
+    """Groups of runs that share every setting they have, keys in `free` apart.
+
+    A run that has fewer keys than a group's (a central one: no federation) joins each group that it agrees with.
+    Returns list[(setting dict, list[Run])]: those with the study's `first` values first, then those with most runs.
+    """
+
+    def setting(run):
+        return {key: value for key, value in run.setting.items() if key not in free}
+
+    groups = []
+    for mine, run in sorted(((setting(run), run) for run in runs), key=lambda pair: -len(pair[0])):
+        joined = False
+        for group, members in groups:
+            if mine.items() <= group.items():
+                members.append(run)
+                joined = True
+        if not joined:
+            groups.append((mine, [run]))
+
+    def rank(group):
+        missed = sum(group[0].get(key) != value for key, value in group[1][0].study.first.items())
+        return missed, -len(group[1]), json.dumps(group[0], sort_keys=True)
+
+    return sorted(groups, key=rank)
+
+
+def suffixes(settings, keys):
+    """File-name suffix of each setting: none for the first, for the others the values of `keys` that not all share."""
+    keys = [key for key in keys if len({str(setting.get(key)) for setting in settings}) > 1]
+    names = []
+    for i, setting in enumerate(settings):
+        words = "_".join(f"{key}_{setting[key]}" for key in keys if setting.get(key) not in (None, ""))
+        name = "_" + (re.sub(r"[^A-Za-z0-9.]+", "_", words).strip("_") or f"group_{i + 1}") if i else ""
+        names.append(name + f"_{i + 1}" if i and name in names else name)
+    return names
+
+
+def shared_setting(setting, curves):
+    """The group's setting with what else all federated curves agree on, for the caption of their figure."""
+    several = [curve.runs[0].setting for curve in curves if not curve.central]
+    values = {key: [one[key] for one in several if key in one] for one in several for key in one}
+    return setting | {key: given[0] for key, given in values.items() if all(value == given[0] for value in given)}
+
+
+def describe(study, setting, keys=None):
+    """A setting in words, in the order of `keys`: `cifar100, classes 50 to 99, tiny, 100 clients, IID, J 4`."""
+    return ", ".join(word for key in keys or study.keys for word in words_for(study, key, setting.get(key), setting))
+
+
+def words_for(study, name, value, setting=None):
+    """[`J 4`], [`sparsity 0.9`], ... in the study's words; [] for a value that says nothing."""
+    if value is None or value == "":
+        return []
+    plain = name.replace("_", " ")
+    if isinstance(value, bool):
+        return [word for word in [study.yes_no.get(name, (plain, f"no {plain}"))[not value]] if word]
+    form = study.words.get(name, plain + " {}")
+    if not isinstance(form, str):
+        return [word for word in [form and form(value, setting or {})] if word]
+    words = form.format(value)
+    return [words[:-1] if value == 1 and words.endswith("s") and form != "{}" else words]

@@ -1,0 +1,208 @@
+"""The seeds of one method as a `Curve`: labels that say what differs, means over rounds, differences seed by seed."""
+
+import math
+
+import numpy as np
+
+from common.curves import number
+from plots.runs import LeftOut, like_with_like, words_for
+
+
+class Curve:
+    """The seeds of one method in one setting: runs that differ in their seed only.
+
+    args: flags and values that set the method apart and the settings that the figure varies, what lies on its axis
+    apart. place: the values of what lies on the axis. label: set by `label`.
+    """
+
+    def __init__(self, runs, free=(), axis=()):
+        self.runs, self.study = runs, runs[0].study
+        self.kind, self.central = runs[0].kind, runs[0].central
+        setting = runs[0].setting
+        varied = [key for key in self.study.keys if key in free and key not in axis and key in setting]
+        self.args = {key: setting[key] for key in varied} | dict(runs[0].variant)
+        self.place = {key: setting.get(key) for key in axis}
+        self.label, self.unlike = self.name, []
+
+    @property
+    def name(self):
+        return self.study.kinds.get(self.kind, self.kind.replace("_", " ").capitalize())
+
+    @property
+    def method(self):
+        return self.kind, tuple(self.args.items())
+
+    def evaluated(self, name, x="round"):
+        """(x [E], values [S, E]) of a field at the rounds where every seed has it; nan where it is not finite.
+
+        x: the round, or another field (`tokens`): its mean over the seeds.
+        """
+        tables = [{row["round"]: row for row in run.rows if "round" in row and name in row} for run in self.runs]
+        rounds = [t for t in tables[0] if all(t in table for table in tables)]
+        shape = len(tables), len(rounds)
+        values = np.array([[number(table[t][name]) for t in rounds] for table in tables]).reshape(shape)
+        if x == "round":
+            return np.array(rounds, dtype=float), values
+        at = np.array([[number(table[t].get(x)) for t in rounds] for table in tables]).reshape(shape).mean(axis=0)
+        return at[np.isfinite(at)], values[:, np.isfinite(at)]
+
+    def series(self, name, x="round"):
+        """(x, mean, lowest, highest), each [E], over the seeds; nan, a gap, where a seed's value is not finite."""
+        at, values = self.evaluated(name, x)
+        return at, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+
+    def results(self, name):
+        """[S] one number per seed of run.json's results, from the evaluations where those lack it."""
+        return np.array([run.result(name) for run in self.runs])
+
+    def mean_over_rounds(self, name):
+        """[S] the mean of a field over the rounds that have it; nan without any or with one not finite."""
+        given = [[number(row[name]) for row in run.rows if name in row] for run in self.runs]
+        return np.array([np.mean(values) if values else math.nan for values in given])
+
+
+def curves_of(runs, free=(), axis=(), notes=None):
+    """The runs as labelled Curves in the order of their kinds, one for every method and value of the keys in `free`.
+
+    Of two runs with the same setting, method and seed the later counts; a note names the other.
+    """
+    alike = {}
+    for run in runs:
+        key = run.kind, run.variant, tuple(str(run.setting.get(k)) for k in run.study.keys if k in free)
+        alike.setdefault(key, {}).setdefault(run.seed, []).append(run)
+    curves = []
+    for seeds in alike.values():
+        chosen = []
+        for same in seeds.values():
+            same.sort(key=lambda run: run.written)
+            chosen.append(same[-1])
+            for other in same[:-1]:
+                why = f"the same command and seed as {same[-1].folder or same[-1].name}, which is later"
+                note = LeftOut(other.name, why, str(other.folder or ""))
+                if notes is not None and note not in notes:
+                    notes.append(note)
+        curves.append(Curve(sorted(chosen, key=lambda run: str(run.seed)), free, axis))
+    curves.sort(key=lambda c: (kind_order(c), _order(c, c.args), _order(c, c.place)))
+    label(curves)
+    # of each kind the usual variant first, then those that differ from it in one argument, in two, ...
+    first = {kind: i for i, kind in reversed(list(enumerate(c.kind for c in curves)))}
+    return sorted(curves, key=lambda c: (first[c.kind], len(c.unlike), [_word_order(c, name) for name in c.unlike]))
+
+
+def kind_order(curve):
+    """The place of the curve's kind among its study's; a kind that is not among them comes last."""
+    kinds = list(curve.study.kinds)
+    return kinds.index(curve.kind) if curve.kind in kinds else len(kinds)
+
+
+def _order(curve, values):
+    return [(_word_order(curve, key), curve.study.order(key, value)) for key, value in sorted(values.items())]
+
+
+def _word_order(curve, key):
+    words = list(curve.study.words)
+    return words.index(key) if key in words else len(words)
+
+
+def lines_of(curves):
+    """The curves as lines along the axis: list of lists of curves with equal method, in the order of `curves`."""
+    lines = {}
+    for curve in curves:
+        lines.setdefault(curve.method, []).append(curve)
+    return list(lines.values())
+
+
+def label(curves):
+    """Sets each curve's label: its name, and the arguments in which it differs from most curves of the list.
+
+    A value that more than half of the curves have is not written, unless two methods' labels came out the same.
+    """
+    for omit_usual in (True, False):
+        for curve in curves:
+            curve.unlike = _differences(curve, curves, omit_usual)
+            words = [word for name in curve.unlike for word in words_for(curve.study, name, curve.args[name])]
+            curve.label = ", ".join([curve.name, *words])
+        if len({curve.label for curve in curves}) == len({curve.method for curve in curves}):
+            return
+
+
+def usual(curves):
+    """What most of the federated curves have of the arguments that tell some apart, in words."""
+    federated = [curve for curve in curves if not curve.central]
+    words = []
+    for name in _names(federated):
+        values = [curve.args[name] for curve in federated if name in curve.args]
+        most = max(values, key=values.count)
+        if name in federated[0].study.spoken:
+            continue
+        if len(set(map(str, values))) > 1 and 2 * values.count(most) > len(values):
+            words += words_for(federated[0].study, name, most)
+    return ", ".join(words)
+
+
+def _names(curves):
+    names = {name for curve in curves for name in curve.args}
+    return sorted(names, key=lambda name: (_word_order(curves[0], name), name))
+
+
+def _differences(curve, curves, omit_usual):
+    # the same flag means another thing to a central run: a batch, a learning rate, an epoch
+    alike, study = [c for c in curves if c.central == curve.central], curve.study
+    names = []
+    for name in _names([curve]):
+        values = [str(c.args[name]) for c in alike if name in c.args]
+        most = 2 * values.count(str(curve.args[name])) > len(values) and name not in study.spoken
+        unlike = len(set(values)) > 1 and not (omit_usual and most)
+        if name in study.lengths and not differing(curves, study.budgets[0]):
+            unlike = False
+        if unlike or (name, curve.args[name]) in study.marked:
+            names.append(name)
+    return names
+
+
+def differing(curves, name):
+    """The lowest and highest value of a result over the curves' runs where they differ by over 2 %, else None."""
+    values = [value for curve in curves for value in curve.results(name) if value > 0]
+    return (min(values), max(values)) if values and max(values) > 1.02 * min(values) else None
+
+
+def usual_variants(curves, notes=None):
+    """One curve per kind: of several, the one that shares most arguments with the others of the figure."""
+
+    def shared(curve):
+        return sum(other.args.get(key) == value for key, value in curve.args.items() for other in curves)
+
+    chosen = {}
+    for curve in sorted(curves, key=lambda curve: (-len(curve.runs), -shared(curve))):
+        kept = chosen.setdefault(curve.kind, curve)
+        if kept is not curve and notes is not None:
+            notes.append(LeftOut(curve.label, "of each method, only the usual variant is drawn"))
+    kept = [curve for curve in curves if chosen[curve.kind] is curve]
+    label(kept)
+    return kept
+
+
+def paired(curve, base, name, how=np.subtract):
+    """[S] how(curve's result, base's), seed by seed, over the seeds that both have: their differences, or ratios."""
+    mine, other = (dict(zip([run.seed for run in c.runs], c.results(name), strict=True)) for c in (curve, base))
+    return np.array([how(mine[seed], other[seed]) for seed in mine if seed in other])
+
+
+def along(runs, free, axis, notes):
+    """Groups with lines of two points or more along `axis`: list[(setting, (lines, central curves))].
+
+    A line is a method with its values of the other keys in `free`.
+    """
+    chosen = []
+    for setting, members in like_with_like(runs, free):
+        curves = curves_of([run for run in members if run.kind != "central"], free, axis, notes)
+        lines = [line for line in lines_of(curves) if len({str(curve.place[axis[0]]) for curve in line}) > 1]
+        ceiling = curves_of([run for run in members if run.kind == "central"], notes=notes)
+        if lines:
+            label([curve for line in lines for curve in line])
+            chosen.append((setting, (lines, ceiling)))
+            alone = [curve.label for curve in curves if not any(curve in line for line in lines)]
+            if alone:
+                name = f"{len(alone)} methods with one value of {axis[0].replace('_', ' ')}"
+                notes.append(LeftOut(name, f"a line needs two: {'; '.join(alone)}", setting=setting))
+    return chosen

@@ -1,0 +1,385 @@
+"""What all figures share: their command line, the look of a method, lines with bands, captions, legends.
+
+A study declares its figures: {name on the command line: [Figure, ...]}. `draw_figures` selects the runs of each,
+draws and saves it, and says in its caption which runs it leaves out; `caption` adds budgets that differ. A look
+(colour, marker, dash) follows the method, the same in all figures of a study; variants of a method and values of a
+factor differ in dash and filling, so that a figure says the same in grey.
+"""
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from common.cli import Parser, UsageError
+from common.curves import COLORS, DASHES, GREY, MARKERS, new_figure, save_figure, set_title, style
+from plots.runs import describe, read_runs, shared_setting, suffixes
+from plots.seeds import differing, usual
+
+NAMED = 3  # runs that a caption names; the others it counts, the output names all
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One kind of file that a study draws.
+
+    select(runs, notes) -> list[(setting, what to draw)], appending LeftOut to `notes` (see `of_group`);
+    draw(setting, what, args) -> matplotlib's Figure, called inside `style()`; needs: the runs that it needs, in words.
+    """
+
+    file: str
+    select: Callable
+    draw: Callable
+    needs: str
+
+
+# ---- the command line
+
+
+def figure_parser(study, figures, more=lambda parser: None):
+    """The parser of a study's script: `python plots/vit.py heterogeneity sparsity --data-dir results`."""
+    parser = Parser(f"Draws figures of {study.name}'s runs.")
+    parser.add_argument(
+        "names", nargs="*", metavar="FIGURE", help=f"any of {', '.join(figures)} (default: all that the runs allow)"
+    )
+    parser.add_argument("--data-dir", nargs="+", default=["results"], help="folders with run folders, or logs")
+    parser.add_argument("--out-dir", default="results/plots", help="folder for the figures")
+    parser.add_argument("--format", choices=["png", "pdf"], default="png")
+    parser.add_argument("--unfinished", action="store_true", help="take runs that have not finished too")
+    more(parser)
+    return parser
+
+
+def draw_figures(study, figures, args, keys=None):
+    """Draws the figures that `args.names` asks for (all without names) and prints what it wrote and left out.
+
+    Raises UsageError for an unknown name and when nothing could be drawn.
+    """
+    unknown = [name for name in args.names if name not in figures]
+    if unknown:
+        raise UsageError(f"no figure {unknown[0]!r} in {study.name}: choose from {', '.join(figures)}")
+    runs, notes = read_runs(args.data_dir, study, unfinished=args.unfinished)
+    missing, wrote = [], []
+    chosen = [figure for name in args.names or figures for figure in figures_for(figures[name], runs)]
+    for stem, figure in each_figure(chosen, runs, notes, missing, args, keys or study.keys, strict=bool(args.names)):
+        wrote.append(save_figure(figure, Path(args.out_dir) / f"{stem}.{args.format}"))
+    said = dict.fromkeys([*(f"not drawn: {text}" for text in missing), *map(str, notes)])
+    for line in [*(f"wrote {path}" for path in wrote), *(said if wrote else ())]:
+        print(line)
+    if not wrote:
+        where = ", ".join(map(str, args.data_dir))
+        raise UsageError(f"no figure could be drawn from {where}: {'; '.join(missing)}")
+
+
+def figures_for(declared, runs):
+    """The Figures under one name: a list, or what a function makes of the runs (a file for each configuration)."""
+    return declared(runs) if callable(declared) else declared
+
+
+def each_figure(figures, runs, notes, missing, args, keys, strict=False):
+    """Yields (file name without suffix, matplotlib's Figure) inside `style()`; save it before the next one.
+
+    notes: LeftOut of the reading, to which each figure's are added; missing: gets what could not be drawn and why;
+    keys: of the setting, for the names of further files; strict: a damaged file raises UsageError.
+    """
+    read = list(notes)
+    for figure in figures:
+        more = []
+        try:
+            chosen = figure.select(runs, more)
+            if not chosen:
+                missing.append(f"{figure.file}.{args.format} needs {figure.needs}")
+            for (setting, what), suffix in zip(chosen, suffixes([s for s, _ in chosen], keys), strict=True):
+                with style():
+                    drawn = figure.draw(setting, what, args)
+                    add_left_out(drawn, [*read, *(note for note in more if note.setting in (None, setting))])
+                    yield f"{figure.file}{suffix}", drawn
+        except UsageError as error:
+            if strict:
+                raise
+            missing.append(f"{figure.file}.{args.format}: {error}")
+        notes += [note for note in more if note not in notes]
+
+
+# ---- captions and legends
+
+
+def caption(figure, title, setting, curves, lines=(), unsaid=True):
+    """The title over a figure: what it shows, the setting that all share, what its labels leave unsaid, budgets.
+
+    lines: further lines; unsaid: False where the labels say all.
+    """
+    words = [title, describe(curves[0].study, shared_setting(setting, curves))]
+    if unsaid and (shared := usual(curves)):
+        words.append(f"unless said otherwise: {shared}")
+    set_title(figure, "\n".join(filter(None, [*words, budgets(curves), *lines])))
+
+
+def budgets(curves):
+    """`rounds differ: 15 to 30`; "" if no budget does. A central run's round is another thing: it is not among them."""
+    words = []
+    for name in curves[0].study.budgets:
+        if ends := differing([c for c in curves if not (c.central and name == "rounds")], name):
+            words.append(f"{name.replace('_', ' ')} differ: {ends[0]:,.0f} to {ends[1]:,.0f}")
+    return ", ".join(words)
+
+
+def add_left_out(figure, notes):
+    """Adds to a figure's title which runs it leaves out; the first NAMED by name."""
+    names = list(dict.fromkeys(note.name for note in notes))
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        line = textwrap.fill(f"left out: {'; '.join(names[:NAMED])}{more}", int(figure.get_figwidth() * 14))
+        figure.suptitle(f"{figure.get_suptitle()}\n{line}", fontsize=9.5)
+
+
+def of_group(setting, notes):
+    """LeftOuts as those of the group with this setting only."""
+    return [replace(note, setting=setting) for note in notes]
+
+
+def seeds_range(curves):
+    """`3`, or `1 to 3` where curves have different numbers of seeds."""
+    counts = sorted({len(curve.runs) for curve in curves})
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def seeds_text(curves, shown="band: minimum to maximum"):
+    """`mean of 3 seeds, band: minimum to maximum`; `one seed`."""
+    count = seeds_range(curves)
+    return "one seed" if count == "1" else f"mean of {count} seeds, {shown}"
+
+
+def legend_below(figure, axes, columns=None, most=4):
+    """One legend of all axes below the panels, as many columns as fit (at most `most`)."""
+    entries = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if not entries:
+        return
+    if columns is None:
+        widest = max(map(len, entries))
+        columns = max(1, min(most, len(entries), int(figure.get_figwidth() * 13 / (widest + 9))))
+        figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(entries) / columns) - 1))
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
+
+
+# ---- looks
+
+
+def looks_of(curves):
+    """{label: colour, marker, dash, filling} of curves, by their method.
+
+    Colour and marker are those of the kind's place in its study. Where a figure has several variants of a kind, the
+    first has the kind's dash, the others the next ones and open markers. Where it has one kind only, as in a figure of
+    a factor, its values have looks of their own, in their order.
+    """
+    federated = [curve for curve in curves if not curve.central]
+    factor = len({curve.kind for curve in federated}) == 1
+    looks, seen, values = {}, Counter(), 0
+    for curve in curves:
+        if curve.label in looks:
+            continue
+        variant = seen[curve.kind]
+        seen[curve.kind] += 1
+        kinds = [kind for kind in curve.study.kinds if kind not in curve.study.central]
+        i = kinds.index(curve.kind) if curve.kind in kinds else len(kinds)
+        if factor and not curve.central:
+            i, variant, values = (i + values) if values else i, 0, values + 1
+        looks[curve.label] = look(i, variant) if not curve.central else {**look(0, variant), **CENTRAL}
+    return looks
+
+
+CENTRAL = {"color": GREY, "marker": "*"}  # a curve of it; as a line to refer to:
+REFERENCES = {True: {"color": GREY, "linestyle": (0, (6, 2))}, False: {"color": "black", "linestyle": (0, (2, 1.5))}}
+
+
+def look(i, variant=0):
+    """Colour, marker and dash of place `i`; of its variants other dashes and open markers."""
+    # places COLORS apart have one colour: the dash is shifted there, so that dash and colour never agree
+    dash = DASHES[(i + i // len(DASHES) + variant) % len(DASHES)]
+    filling = {"markerfacecolor": "white"} if variant else {}
+    return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": dash} | filling
+
+
+def markers_at(i, points, lines):
+    """`markevery` of line `i` of `lines`: about six markers a line, not at the same points for all."""
+    every = max(1, points // 6)
+    return (i * every // max(1, lines)) % every, every
+
+
+# ---- panels and lines
+
+
+def panel_axes(count, wide=None, width=None, height=2.9, extra=1.5, **kwargs):
+    """A figure with `count` axes in rows of at most `wide`: (figure, list of axes). Cells without a panel are blank.
+
+    wide: by default 3, and four panels make a square; height: of a row of panels, extra: of title and legend, inches.
+    """
+    wide = min(wide or (2 if count == 4 else 3), count)
+    rows = math.ceil(count / wide)
+    if width is None:
+        width = 6.4 if wide == 1 else 4.0 * wide + 0.4 if wide < 3 else 3.5 * wide + 0.4
+    figure, axes = new_figure(rows, wide, width=width, height=height * rows + extra, **kwargs)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
+def band(axis, x, values, label, look, every=None, spread="sd", alpha=0.1):
+    """The mean of values [S, E] over x [E] and a band: +- one sample standard deviation, or spread="range"."""
+    mean = values.mean(axis=0)
+    axis.plot(x, mean, label=label, markevery=every, **look)
+    if len(values) > 1:
+        low, high = values.min(axis=0), values.max(axis=0)
+        if spread == "sd":
+            sd = values.std(axis=0, ddof=1)
+            low, high = mean - sd, mean + sd
+        axis.fill_between(x, low, high, color=look["color"], alpha=alpha, linewidth=0)
+
+
+def draw_rounds(axis, curves, looks, name, factor=1.0, x="round", x_factor=1.0, spread="sd", alpha=0.1):
+    """A line with its band per curve: `factor` * field `name` against the round (or the field `x`)."""
+    for i, curve in enumerate(curves):
+        at, values = curve.evaluated(name, x)
+        if len(at):
+            every = markers_at(i, len(at), len(curves))
+            band(axis, x_factor * at, factor * values, curve.label, looks[curve.label], every, spread, alpha)
+    axis.set_xlim(left=0)
+    if x == "round":
+        whole_numbers(axis.xaxis)
+        axis.set_xlabel("Round")
+
+
+def reference_lines(axis, curves, name, factor=1.0, words="{}", vertical=False, looks=None):
+    """A line at the mean result of each curve with a band of one standard deviation: what others are measured by.
+
+    words: `{}` for the curve's label, `{:..}` after it for the mean; looks: {label: look} instead of REFERENCES, which
+    tells central curves from others. A curve with a value that is not finite has no line.
+    """
+    for curve in curves:
+        values = factor * curve.results(name)
+        if not np.isfinite(values).all():
+            continue
+        mean, sd = values.mean(), seed_spread(values)
+        line, span = (axis.axvline, axis.axvspan) if vertical else (axis.axhline, axis.axhspan)
+        line(
+            mean,
+            linewidth=1.4,
+            zorder=1,
+            label=words.format(curve.label, mean),
+            **(looks[curve.label] if looks else REFERENCES[curve.central]),
+        )
+        if sd:
+            span(mean - sd, mean + sd, color=GREY, alpha=0.14, linewidth=0, zorder=0)
+
+
+def seed_spread(values):
+    """Sample standard deviation over seeds (n - 1 in the denominator); 0 for one seed."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def whole_numbers(axis):
+    """Makes a matplotlib axis (`axes.xaxis`) have ticks at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+
+
+# ---- whole figures
+
+
+def rounds_figure(title, panels, x_label="Round", columns=2):
+    """A draw of a panel per (field, y label, factor) against rounds; panels whose field no curve has are left out."""
+
+    def draw(setting, curves, args):
+        there = [panel for panel in panels if any(np.isfinite(curve.series(panel[0])[1]).any() for curve in curves)]
+        wide = min(columns, len(there))
+        long = max(len(curve.label) for curve in curves) > 44
+        inside = len(there) % wide > 0 and not long  # the legend in the cell that no panel takes
+        below = 0 if inside else 0.2 * math.ceil(len(curves) / (1 if long else 2))
+        width = (4.4 if wide < 3 else 3.5) * wide + 0.4
+        figure, axes = panel_axes(len(there), wide, width, 2.8, 0.9 + below)
+        looks, alpha = looks_of(curves), 0.15 if len(curves) < 5 else 0.08
+        for axis, (field, y_label, factor) in zip(axes, there, strict=True):
+            draw_rounds(axis, curves, looks, field, factor, spread="range", alpha=alpha)
+            axis.set_xlabel(x_label)
+            axis.set_ylabel(y_label)
+        if inside:
+            figure.axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")
+        else:
+            legend_below(figure, axes[:1], 1 if long else 2)
+        caption(figure, f"{title}: {seeds_text(curves)}", setting, curves)
+        return figure
+
+    return draw
+
+
+POINTS = "bars and bands: standard deviation, dots: seeds"
+
+
+def points_figure(title, lines, field, y_label, factor, x_label, setting, references=(), apart=()):
+    """A result against a factor: a line per method, dots for the seeds, bars for their standard deviation.
+
+    lines: list of lists of Curves; factor: curves -> (values in order, their ticks' texts, curve -> value);
+    references: Curves without the factor, drawn as horizontal lines; apart: values that no line leads to. Results are
+    shown in percent. Lines stand side by side at a tick, so that no bar hides another.
+    """
+    every = [curve for line in lines for curve in line]
+    there, ticks, place = factor(every)
+    figure, axes = new_figure(width=6.4, height=4.2 + 0.2 * math.ceil((len(lines) + len(references)) / 2))
+    axis, looks = axes[0, 0], looks_of([line[0] for line in lines])
+    step = min(0.12, 0.7 / len(lines))
+    for i, line in enumerate(lines):
+        shift, own = (i - (len(lines) - 1) / 2) * step, looks[line[0].label]
+        values = {there.index(place(curve)): 100 * curve.results(field) for curve in line}
+        joined = [x for x in sorted(values) if there[x] not in apart]
+        single = [x for x in sorted(values) if there[x] in apart]
+        for places, more in ((joined, {"label": line[0].label}), (single, {"linestyle": ""})):
+            at, mean = [x + shift for x in places], [values[x].mean() for x in places]
+            bars = {"yerr": [seed_spread(values[x]) for x in places], "capsize": 3, "markersize": 6}
+            axis.errorbar(at, mean, **own | bars | more)
+        for x, seeds in sorted(values.items()):
+            if len(seeds) > 1:  # beside the bar
+                beside = [x + shift + step / 2.5] * len(seeds)
+                axis.plot(beside, seeds, ".", color=own["color"], markersize=4, zorder=3)
+    reference_lines(axis, references, field, 100, "{}: {:.1f} %")
+    axis.set_xticks(range(len(there)), ticks)
+    axis.set_xlim(-0.5, len(there) - 0.5)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    labels = axis.get_legend_handles_labels()[1]
+    legend_below(figure, [axis], 1 if max(map(len, labels)) > 44 else 2)
+    caption(figure, f"{title}: {seeds_text(every, POINTS)}", setting, every)
+    return figure
+
+
+def count_maps(titles, maps, x_label, bar_label):
+    """A heat map of clients x something for each of int arrays `maps`, white at 0, all on one logarithmic scale."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    wide = math.ceil(len(maps) / math.ceil(len(maps) / 4))
+    figure, axes = panel_axes(len(maps), wide, 2.7 * wide + 1.6, 3.2, 0.8)
+    # a single one must differ from none, in grey too
+    colors = ListedColormap(colormaps["cividis_r"](np.linspace(0.12, 1, 256))).with_extremes(bad="white")
+    top = max(2, *(counts.max() for counts in maps))
+    for axis, title, counts in zip(axes, titles, maps, strict=True):
+        shown = np.ma.masked_equal(counts, 0)
+        image = axis.imshow(shown, cmap=colors, norm=LogNorm(1, top), aspect="auto", interpolation="nearest")
+        axis.grid(False)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(x_label)
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("Client")
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
+    bar.set_label(bar_label)
+    ticks = [m * 10**e for e in range(7) for m in (1, 2, 5) if m * 10**e <= top]
+    bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
+    bar.minorticks_off()
+    return figure

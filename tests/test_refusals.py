@@ -1,0 +1,94 @@
+"""Bad input of every script: exit code 2, one line on stderr that names it, nothing printed and nothing written."""
+
+import importlib.util
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+from refusals import CONFIG, ROWS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Shards of rte and of sst2 as of other data; adapters of sst2, of another task, other targets, a higher rank."""
+    folder = tmp_path_factory.mktemp("made")
+    words = f"--task-name rte --dataset demo --k 3 --max-examples 96 --out-dir {folder}/rte".split()
+    assert harness.run(["lora_glue_fl/sharding.py", *words]).code == 0
+    shutil.copytree(harness.whole("lora_glue_fl/sharding"), folder / "other")
+    for path in (folder / "other").glob("client_*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": "0123456789abcdef"}))
+    for name, client in (("a", 1), ("b", 2)):
+        shutil.copytree(harness.whole("lora_glue_fl/svd") / f"round_1/client_{client}/adapter", folder / name)
+    base = "--model tiny --dataset demo --do-train --threads 1 --max-examples 32 --num-train-epochs 1".split()
+    for name, more in {
+        "mnli": "--task-name mnli --lora-r 4",
+        "keys": "--task-name sst2 --lora-r 4 --target-modules query key",
+        "r8": "--task-name sst2 --lora-r 8",
+    }.items():
+        where = ["--output-dir", folder / "runs" / name, "--adapter-output-dir", folder / name]
+        assert harness.run(["lora_glue_fl/main_glue_lora.py", *base, *more.split(), *where]).code == 0
+    for name in ("a", "b", "mnli", "keys", "r8"):
+        about = json.loads((folder / name / CONFIG).read_text())
+        (folder / name / CONFIG).write_text(json.dumps({**about, "base_model_name_or_path": "tiny"}))
+    return folder
+
+
+def row_words(row, tmp, made):
+    """The row's command line and the parts of the line that it is refused with, in `tmp`, which is filled."""
+    first, flags, parts, *make = row
+    if "/" in first and first.endswith(".py"):
+        words = [first]
+    else:
+        words = harness.command(first, tmp / "out")
+    places = {"tmp": tmp, "made": made} if "{made}" in flags else {"tmp": tmp}
+    places |= {name: harness.whole(name) for name in harness.GOLDEN if "{" + name + "}" in flags}
+    for fill in make:
+        fill(tmp)
+
+    def placed(text):
+        for name, path in places.items():
+            text = text.replace("{" + name + "}", str(path))
+        return text
+
+    return [*words, *placed(flags).split()], [placed(part) for part in parts]
+
+
+def snapshot(folder):
+    return {path: path.is_file() and path.read_bytes() for path in Path(folder).rglob("*")}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]} {row[1]}"[-90:])
+def test_bad_input_is_one_line_and_nothing_is_written(row, tmp_path, made, capsys, monkeypatch):
+    words, parts = row_words(row, tmp_path, made)
+    before = snapshot(tmp_path) | (snapshot(made / "b") if "--overwrite" in words else {})
+    plain = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "wandb" else plain(name, *at))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(harness.ROOT / words[0]), *words[1:]])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    said = capsys.readouterr()
+    assert stop.value.code == 2, said
+    assert said.err.count("\n") == 1 and "error: " in said.err and not said.out, said
+    assert all(part in said.err for part in parts), said.err
+    assert snapshot(tmp_path) | (snapshot(made / "b") if "--overwrite" in words else {}) == before
+    assert "glue_evil" not in sys.modules
+
+
+@pytest.mark.parametrize("part", ["--headdim 24", "--classes 0:101", "{tmp}/little", "--max-length 97"])
+def test_in_a_process_of_its_own_stderr_is_one_line_too(part, tmp_path, made):
+    """What libraries say on the way would be seen only here."""
+    row = next(row for row in ROWS if part in row[1])
+    words, parts = row_words(row, tmp_path, made)
+    ended = harness.run(words)
+    assert (ended.code, ended.out) == (2, "") and ended.err.count("\n") == 1, ended
+    assert all(part in ended.err for part in parts)

@@ -1,0 +1,225 @@
+"""vit_sparse_fl's rounds as the scripts assemble them, against plain loops of torch: unequal clients, one left out."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from common.seeding import key, stream
+from vit_sparse_fl import train_centralized, train_federated, train_federated_sparse
+from vit_sparse_fl.data import load_images
+from vit_sparse_fl.flags import parse
+from vit_sparse_fl.vit import make_model
+
+SEED, CLIENTS, BATCH, STEPS, ROUNDS, LR = 3, 6, 8, 2, 3, 0.05
+MOMENTUM, DECAY, SMOOTHING, DROPOUT = 0.8, 0.01, 0.1, 0.1
+WORDS = (
+    f"--dataset demo --model tiny --classes 0:4 --batch-size {BATCH} --threads 1 --amp off --seed {SEED} --lr {LR} "
+    f"--momentum {MOMENTUM} --weight-decay {DECAY} --dropout {DROPOUT} --run-name r"
+)
+FEDERATED = (
+    f"{WORDS} --num-clients {CLIENTS} --participation-rate 0.5 --local-steps {STEPS} --num-rounds {ROUNDS} "
+    "--sharding dirichlet --alpha 0.5 --min-samples 10 --eval-every 1 --warmup-rounds 1 --min-lr 0"
+)
+LOST = 1  # the round in which a client's pixels are NaN
+
+
+# ------------------------------------------------------------------------------------------- the plain form
+
+
+class Plain:
+    """The study written out: one model, dictionaries of tensors, fp64 sums."""
+
+    def __init__(self, trained=lambda name: True):
+        self.data = load_images("demo", SEED, classes=(0, 4))
+        self.model = make_model("tiny", image_size=32, n_classes=4, dropout=DROPOUT, seed=SEED)
+        self.parameters = {name: p for name, p in self.model.named_parameters() if trained(name)}
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(name in self.parameters)
+        self.theta = {name: p.detach().double() for name, p in self.parameters.items()}
+
+    def chosen(self, t):
+        return sorted(stream(SEED, "participation", t).choice(CLIENTS, CLIENTS // 2, replace=False).tolist())
+
+    def taken(self, k, t):
+        """Rounds before t in which client k took part."""
+        return sum(k in self.chosen(r) for r in range(t))
+
+    def batches(self, rows, k, t, first, steps):
+        """Pass after pass, each shuffled; a random crop of the padded image, perhaps mirrored."""
+        passes = [stream(SEED, "batches", e, k).permutation(len(rows)) for e in range(20)]
+        order = np.concatenate(passes)[first * BATCH : (first + steps) * BATCH]
+        draws = stream(SEED, "augment", t, k)
+        for step in range(steps):
+            images = rows[order[step * BATCH : (step + 1) * BATCH]]
+            corners, flips = draws.integers(9, size=(2, BATCH, 1)), draws.integers(2, size=(BATCH, 1), dtype=np.int8)
+            pictures = []
+            for i, image in enumerate(images):
+                padded = F.pad(self.data.train[image], (4, 4, 4, 4))
+                top, left = corners[0, i, 0], corners[1, i, 0]
+                crop = padded[:, top : top + 32, left : left + 32]
+                pictures.append(crop.flip(-1) if flips[i, 0] else crop)
+            mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+            yield (torch.stack(pictures) / 255 - mean) / std, self.data.train_labels[images]
+
+    def load(self, theta):
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(theta[name])
+
+    def train(self, batches, k, t, rates, optimizer, mask=None):
+        """Optimiser steps. Returns (the weights in fp64, the mean loss)."""
+        self.model.train()
+        torch.manual_seed(key(SEED, "dropout", t, k))
+        losses = []
+        for (pixels, labels), lr in zip(batches, rates, strict=True):
+            loss = F.cross_entropy(self.model(pixels), labels, label_smoothing=SMOOTHING)
+            optimizer.zero_grad()
+            loss.backward()
+            before = {name: p.detach().clone() for name, p in self.parameters.items()}
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            losses.append(loss.item())
+            if mask is not None:  # what torch's step did to a masked weight is undone
+                with torch.no_grad():
+                    for name, p in self.parameters.items():
+                        p.copy_(torch.where(mask[name], p, before[name]))
+        return {name: p.detach().double() for name, p in self.parameters.items()}, sum(losses) / len(losses)
+
+    def optimizer(self):
+        return torch.optim.SGD(self.parameters.values(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
+
+    def rounds(self, shards, lost, mask=None, sent=None, uniform=False):
+        """All rounds. lost: the client that is left out in round LOST. Returns each round's mean training loss."""
+        means = []
+        for t in range(ROUNDS):
+            lr = LR if t < 1 else LR * (1 + math.cos(math.pi * (t - 1) / (ROUNDS - 1))) / 2
+            sums, losses, weight = {name: torch.zeros_like(w) for name, w in self.theta.items()}, 0.0, 0
+            for k in self.chosen(t):
+                if (t, k) == (LOST, lost):
+                    continue
+                self.load(self.theta)
+                start = {name: p.detach().double() for name, p in self.parameters.items()}
+                batches = self.batches(shards[k], k, t, self.taken(k, t) * STEPS, STEPS)
+                theta_k, loss = self.train(batches, k, t, [lr] * STEPS, self.optimizer(), mask)
+                delta = {name: theta_k[name] - start[name] for name in start}
+                n_k = 1 if uniform else len(shards[k])
+                for name, d in (sent(delta) if sent else delta).items():
+                    sums[name] += n_k * d
+                losses, weight = losses + n_k * loss, weight + n_k
+            self.theta = {name: w.float().double() + sums[name] / weight for name, w in self.theta.items()}
+            means.append(losses / weight)
+        return means
+
+
+# ------------------------------------------------------------------------------------------- the scripts
+
+
+def call(script, words, monkeypatch, tmp_path, lost=None):
+    """Runs a script in this process; client `lost` sees NaN in round LOST. Returns (folder, lines, shards)."""
+    shards = {}
+
+    def batches(study, k, t, first, steps):
+        shards.update(enumerate(rows.numpy() for rows in study.rows))
+        for pixels, labels in client_batches(study, k, t, first, steps):
+            yield (pixels * math.nan if (t, k) == (LOST, lost) else pixels), labels
+
+    client_batches = script.client_batches
+    monkeypatch.setattr(script, "client_batches", batches)
+    script.main(parse(script.build_parser(), [*words.split(), "--output-dir", str(tmp_path)]))
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    return tmp_path / "r", lines, shards
+
+
+def check(folder, plain):
+    """The checkpoint's weights against the plain form's, and that these moved far more than the tolerance."""
+    found, start = load_file(folder / "checkpoint" / "theta.safetensors"), Plain().theta
+    assert found.keys() == plain.theta.keys()
+    moved = max((plain.theta[name] - start[name]).abs().max().item() for name in found)
+    assert moved > 1e-3
+    for name, w in plain.theta.items():
+        assert (found[name].double() - w).abs().max() < 2e-4 * moved, name
+
+
+def middle(plain, t):
+    """The client of round t that is left out."""
+    return plain.chosen(t)[1]
+
+
+def test_fedavg(monkeypatch, tmp_path):
+    plain = Plain()
+    lost = middle(plain, LOST)
+    folder, lines, shards = call(train_federated, FEDERATED, monkeypatch, tmp_path, lost)
+    assert len({len(rows) for rows in shards.values()}) > 2 and len({tuple(plain.chosen(t)) for t in range(3)}) == 3
+    means = plain.rounds(shards, lost)
+    check(folder, plain)
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    assert [line["train_loss"] for line in lines[1:]] == pytest.approx(means, rel=1e-5)
+    for t, line in enumerate(lines[1:]):
+        assert line["clients"] == plain.chosen(t)
+        assert [loss is None for loss in line["client_train_loss"]] == [(t, k) == (LOST, lost) for k in plain.chosen(t)]
+    assert [line.get("left_out") for line in lines] == [None, None, [[LOST + 1, lost]], None]
+    assert [line["left_out_updates"] for line in lines] == [0, 0, 1, 1]
+
+
+def covered(name):
+    return not name.startswith("classifier") and "token" not in name and "position_" not in name
+
+
+def largest_of(tensors, share):
+    """{name: bool}: the share of all weights with the largest absolute values."""
+    values = torch.cat([w.abs().reshape(-1) for w in tensors.values()])
+    order = np.argsort(-values.numpy(), kind="stable")[: round(share * len(values))]
+    kept = torch.zeros(len(values), dtype=torch.bool)
+    kept[order] = True
+    parts = kept.split([w.numel() for w in tensors.values()])
+    return {name: part.view(w.shape) for (name, w), part in zip(tensors.items(), parts, strict=True)}
+
+
+def test_sparse_fedavg(monkeypatch, tmp_path):
+    plain = Plain(covered)
+    lost = middle(plain, LOST)
+    words = f"{FEDERATED} --mask-strategy highest_magnitude --sparsity-ratio 0.8"
+    folder, _, shards = call(train_federated_sparse, words, monkeypatch, tmp_path, lost)
+    start, mask = dict(plain.theta), largest_of(plain.theta, 0.2)
+    plain.rounds(shards, lost, mask)
+    check(folder, plain)
+    found = load_file(folder / "checkpoint" / "theta.safetensors")
+    assert all(torch.equal(found[n].double()[~mask[n]], start[n][~mask[n]]) for n in mask)
+
+
+def test_topk_uploads_of_clients_that_count_alike(monkeypatch, tmp_path):
+    plain = Plain(covered)
+    lost = middle(plain, LOST)
+    words = f"{FEDERATED} --upload topk --sparsity-ratio 0.8 --client-weights uniform"
+    folder, lines, shards = call(train_federated_sparse, words, monkeypatch, tmp_path, lost)
+    size = sum(w.numel() for w in plain.theta.values())
+
+    def sent(delta):
+        kept = largest_of(delta, (round(0.2 * size) // 2) / size)
+        return {name: torch.where(kept[name], d, 0.0) for name, d in delta.items()}
+
+    plain.rounds(shards, lost, sent=sent, uniform=True)
+    check(folder, plain)
+    assert lines[-1]["bytes_up"] == ROUNDS * 3 * 8 * (round(0.2 * size) // 2)
+
+
+def test_central_training(monkeypatch, tmp_path):
+    words = f"{WORDS} --epochs 2 --warmup-epochs 0 --scheduler cosine --min-lr 0"
+    folder, lines, _ = call(train_centralized, words, monkeypatch, tmp_path)
+    plain = Plain()
+    steps = len(plain.data.train) // BATCH
+    optimizer, rows, losses = plain.optimizer(), np.arange(len(plain.data.train)), []
+    for epoch in range(2):
+        lr = LR * (1 + math.cos(math.pi * epoch / 2)) / 2
+        batches = plain.batches(rows, 0, epoch, epoch * steps, steps)
+        plain.theta, loss = plain.train(batches, 0, epoch, [lr] * steps, optimizer)
+        losses.append(loss)
+    assert [line["train_loss"] for line in lines[1:]] == pytest.approx(losses, rel=1e-3)
+    found = load_file(folder / "checkpoint" / "theta.safetensors")
+    moved = max(p.abs().max().item() for p in plain.theta.values())
+    assert all((found[name].double() - w).abs().max() < 5e-3 * moved for name, w in plain.theta.items())

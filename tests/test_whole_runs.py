@@ -1,0 +1,91 @@
+"""Every script's run of tests/harness.py: killed and resumed, by two processes, resumed when it had finished."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import harness
+import pytest
+
+pytestmark = pytest.mark.slow
+RESUMED = [name for name, golden in harness.GOLDEN.items() if golden.resumes]
+OF_EACH_SCRIPT = list({harness.GOLDEN[name].script: name for name in RESUMED}.values())
+# rules that keep nothing of their own from round to round, and share their sums with those that are run
+ALIKE = ("lora_glue_fl/ffa", "lora_glue_fl/stack", "llm_noniid/fedprox", "llm_noniid/fedavgm", "llm_noniid/central")
+TWO = [name for name, golden in harness.GOLDEN.items() if golden.federated]
+TWO = [name for name in TWO if name not in (*ALIKE, "lora_glue_fl/naive", "lora_glue_fl/rolora", "llm_noniid/fedavg")]
+
+
+def status(folder):
+    return json.loads((folder / "run.json").read_text())["status"]
+
+
+def run_that_dies(name, out, lines, changes, number=signal.SIGKILL):
+    """How the run ended, and its folder."""
+    folder = out / harness.GOLDEN[name].folder
+    return harness.run(harness.command(name, out), die=(str(folder), lines, changes, number)), folder
+
+
+def resume(name, out):
+    ended = harness.run(harness.command(name, out, "--resume"))
+    assert ended.code == 0, ended.err
+    return ended
+
+
+@pytest.mark.parametrize("name, changes", [(name, i % 8) for i, name in enumerate(RESUMED) if name not in ALIKE])
+def test_killed_and_resumed_is_as_if_unbroken(name, changes, tmp_path):
+    """kill -9 after the second line of metrics.jsonl: before, while or after its checkpoint is written."""
+    ended, folder = run_that_dies(name, tmp_path, 2, changes)
+    assert ended.code == -signal.SIGKILL and status(folder) == "running", ended.err
+    assert "resumed after round" in resume(name, tmp_path).err
+    harness.same_run(folder, harness.whole(name))
+
+
+@pytest.mark.parametrize("changes", range(8))
+def test_killed_at_any_change_of_a_file(changes, tmp_path):
+    """From before the first line of metrics.jsonl on; the server's momentum and the clients' moments come back too."""
+    ended, folder = run_that_dies("mamba_fl/fed_momentum", tmp_path, 0, 5 * changes)
+    assert ended.code == -signal.SIGKILL
+    resume("mamba_fl/fed_momentum", tmp_path)
+    harness.same_run(folder, harness.whole("mamba_fl/fed_momentum"))
+
+
+@pytest.mark.parametrize("name", ["mamba_fl/fed_avg", "llm_noniid/scaffold"])
+def test_interrupted_and_resumed_is_as_if_unbroken(name, tmp_path):
+    ended, folder = run_that_dies(name, tmp_path, 1, 2, signal.SIGINT)
+    assert ended.code == 130 and "--resume" in ended.err and "Traceback" not in ended.err, ended.err
+    assert status(folder) == "interrupted"
+    resume(name, tmp_path)
+    harness.same_run(folder, harness.whole(name))
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_processes_give_the_same_bits(name, tmp_path):
+    for ended in harness.run_ranks(harness.command(name, tmp_path), 2):
+        assert ended.code == 0, ended.err
+    folder = tmp_path / harness.GOLDEN[name].folder
+    assert json.loads((folder / "run.json").read_text())["processes"] == 2
+    harness.same_run(folder, harness.whole(name))
+
+
+def test_torchrun_gives_the_same_bits(tmp_path):
+    script, *words = harness.command("mamba_fl/fed_fisher", tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [*torchrun, str(harness.ROOT / script), *words]
+    done = subprocess.run(line, capture_output=True, text=True, cwd="/", timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    harness.same_run(tmp_path / "r", harness.whole("mamba_fl/fed_fisher"))
+
+
+@pytest.mark.parametrize("name", OF_EACH_SCRIPT)
+def test_a_finished_run_is_left_as_it_is(name):
+    folder, out = harness.whole(name), harness.whole(name)
+    for _ in harness.GOLDEN[name].folder.split("/"):
+        out = out.parent
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = resume(name, out)
+    assert "already finished" in again.out and again.out.splitlines()[-1] == str(folder)
+    other = harness.run(harness.command(name, out, "--resume", "--seed", 99))
+    assert other.code == 2 and other.err.count("\n") == 1 and "--seed" in other.err and "-> 99" in other.err, other.err
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

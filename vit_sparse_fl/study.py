@@ -1,0 +1,354 @@
+"""What the scripts of this study share: the `Study`, its data, clients and model, and functions of it.
+
+The round loop and the clients' steps are in each script; sparse fine-tuning differs from FedAvg only there.
+"""
+
+import hashlib
+import logging
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common import parallel
+from common.aggregation import fp64_sum
+from common.allocator import reuse_large_memory
+from common.batches import pass_after_pass
+from common.checkpoint import saving, write_json
+from common.cli import UsageError
+from common.compiling import checked_compile
+from common.curves import draw_accuracy
+from common.evaluation import amp_context
+from common.schedules import lr_at
+from common.seeding import seed_torch, stream
+from common.sharding import class_counts
+from common.vector import Weights
+from vit_sparse_fl.calibration import check_mask
+from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, load_images, make_shards, prepare
+from vit_sparse_fl.heads import fit_head
+from vit_sparse_fl.masks import maskable
+from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, save_pretrained
+
+
+@dataclass(frozen=True)
+class Study:
+    """Data, clients and model of a run.
+
+    Attributes: args: flags; device; amp: dtype of the products or None; data: `ImageSplits` on the device; rows: int64
+    rows of each client's images; examples: their numbers n_k; client_weights: what each client counts in a mean; model;
+    weights: what is trained, as one vector (`common.vector`); loss: function (pixels [B, 3, S, S], labels [B]) -> mean
+    cross-entropy in nats with label smoothing; log: the text log.
+    """
+
+    args: object
+    device: torch.device
+    amp: torch.dtype | None
+    data: ImageSplits
+    rows: list
+    examples: list
+    client_weights: list
+    model: nn.Module
+    weights: Weights
+    loss: object
+    log: logging.Logger
+
+    @property
+    def model_bytes(self):
+        """Of all parameters: what a client that joins is sent."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def frozen_squares(self):
+        """Sum of squares of the weights that are not trained, in fp64."""
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        return math.fsum(fp64_sum(p.detach().reshape(-1), square=True) for p in frozen)
+
+    def pixels(self, images):
+        """uint8 [B, 3, H, W] as the model takes them: float32 [B, 3, S, S]."""
+        return prepare(images, self.args.image_size, self.data.mean, self.data.std)
+
+
+def load_study(args, run, federated=True, sparse=False):
+    """The `Study` of a run, whose folder it begins; bad input ends here, with nothing written.
+
+    federated: False: one client with everybody's images; sparse: only what a mask may cover is trained.
+    Raises: UsageError.
+    """
+    reuse_large_memory()
+    data = load_images(args.dataset, args.seed, args.val_split, args.classes, args.data_root)
+    if args.num_classes is not None and args.classes is None and args.num_classes != data.n_classes:
+        raise UsageError(
+            f"--num-classes {args.num_classes}, but {args.dataset} has {data.n_classes} (--classes A:B takes a part)"
+        )
+    shards, notes = [torch.arange(len(data.train_labels)).numpy()], []
+    if federated:
+        shards, notes = deal(args, data.train_labels)
+    examples = [len(rows) for rows in shards]
+    check_batch_size(examples, args.batch_size)
+    model, more = _make_model(args, data.n_classes)
+    freeze(model, backbone=args.freeze_backbone, layers=args.freeze_layers, head=args.freeze_head)
+    covered = []
+    if sparse:  # a head that is not frozen is under the mask like the rest; what no mask covers is frozen
+        covered = maskable(model, "classifier" if args.freeze_head else "")
+        shapes = {name: p.shape for name, p in model.named_parameters() if name in covered}
+        check_mask(args, shapes, len(data.validation), min(examples))
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in covered)
+    model.to(run.device)
+    parameters = dict(model.named_parameters())
+    weights = Weights(model)
+    count = lambda tensors: sum(p.numel() for p in tensors)  # noqa: E731
+    sizes = {
+        "total": count(parameters.values()),
+        "trainable": weights.size,
+        "backbone": count(model.vit.parameters()),
+        "head": count(model.classifier.parameters()),
+        "maskable": {name: list(parameters[name].shape) for name in covered},
+    }
+    facts = {"clients": len(examples), "weights_sha256": fingerprint(parameters)}
+    if sparse and args.mask:
+        facts["mask_sha256"] = hashlib.sha256(Path(args.mask).read_bytes()).hexdigest()
+    log = open_log(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
+    run.begin(data.fingerprint, sizes, clients=facts)
+    for note in notes + more:
+        log.info(note)
+    if federated:
+        _log_shards(run, log, class_counts(shards, data.train_labels.numpy(), data.n_classes), examples, notes)
+    loss = batch_loss(model, run.amp, run.device, args.label_smoothing)
+    return Study(
+        args=args,
+        device=run.device,
+        amp=run.amp,
+        data=data.to(run.device),
+        rows=[torch.from_numpy(rows).to(run.device) for rows in shards],
+        examples=examples,
+        client_weights=examples if getattr(args, "client_weights", "examples") == "examples" else [1] * len(examples),
+        model=model,
+        weights=weights,
+        loss=checked_compile(loss, weights.parameters) if args.compile else loss,
+        log=log,
+    )
+
+
+def deal(args, labels):
+    """(parts, notes): the clients' images as the flags say, see `make_shards`."""
+    least = args.min_samples or args.batch_size
+    rule = (args.sharding, args.num_clients, args.nc, args.alpha, args.seed, args.allow_unused_classes, least)
+    return make_shards(labels, *rule)
+
+
+def fingerprint(tensors):
+    """SHA-256 (hex) of {name: tensor}: names and bits, in order."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _make_model(args, n_classes):
+    """(model, lines for the log)."""
+    size = {"image_size": args.image_size, "n_classes": n_classes, "dropout": args.dropout, "seed": args.seed}
+    model = make_model(args.model, weights=args.weights, pretrained=args.pretrained and not args.init_from, **size)
+    notes = init_from(model, args.init_from) if args.init_from else []
+    if args.head == "keep" and notes:
+        raise UsageError(f"--head keep: {notes[0]}: use --head ridge")
+    if args.head == "random":
+        new_head(model, args.seed)
+    return model, notes
+
+
+def _log_shards(run, log, counts, examples, notes):
+    n, classes = sorted(examples), (counts > 0).sum(1)
+    log.info(
+        f"{len(n)} clients, images a client {n[0]} to {n[-1]} (median {n[len(n) // 2]}), "
+        f"classes a client {classes.min()} to {classes.max()}"
+    )
+    if parallel.is_main():
+        with saving(run.folder / "shards.json"):
+            write_json(run.folder / "shards.json", {"counts": counts.tolist(), "notes": notes})
+
+
+def batch_loss(model, amp, device, label_smoothing=0.0):
+    """The function (pixels [B, 3, S, S], labels [B]) -> mean cross-entropy, in nats."""
+
+    def loss(pixels, labels):
+        with amp_context(amp, device):
+            logits = model(pixels)  # [B, C]
+        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+    return loss
+
+
+# ------------------------------------------------------------------------------------------------ local work
+
+
+def client_batches(study, k, t, first, steps):
+    """Client k's next `steps` batches in round t, (pixels, labels) each, after `first` batches in earlier rounds.
+
+    Puts the model into training mode and seeds dropout: both are the client's, as its order and its augmentation are.
+    """
+    args, data = study.args, study.data
+    study.model.train()
+    seed_torch(args.seed, "dropout", t, k)
+    draws = stream(args.seed, "augment", t, k)
+    rows = pass_after_pass(study.examples[k], args.batch_size, first, steps, args.seed, k)
+    for batch in study.rows[k][torch.from_numpy(rows).to(study.device)]:  # [B] of [steps, B]
+        yield augment(data.train[batch], args.image_size, draws, data.mean, data.std), data.train_labels[batch]
+
+
+def learning_rate(args, t):
+    """The clients' learning rate in round t (central training's in epoch t), both from 0."""
+    total, warmup = (args.num_rounds, args.warmup_rounds) if "num_rounds" in args else (args.epochs, args.warmup_epochs)
+    warmup = warmup if "num_rounds" in args else min(warmup, total - 1)
+    return lr_at(t, total, args.lr, args.scheduler, warmup=warmup, min_lr=min(args.min_lr, args.lr))
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def fit_first(study, run):
+    """theta before the first round. Fits the head first (--head ridge or train), but not in a run that is gone on with.
+
+    Returns (theta [n], what else a checkpoint must hold of the model: {"head": the fitted head} where it is frozen).
+    """
+    args, data = study.args, study.data
+    fitted = args.head in ("ridge", "train")
+    if fitted and not (run.folder / "checkpoint" / "state.json").exists():
+        started = time.perf_counter()
+        held = (features(study, data.validation), data.validation_labels)
+        sums = fit_head(study.model, args.head, features(study, data.train), data.train_labels, held)
+        run.count(bytes_up=sums * len(study.examples))
+        accuracy = validate(study, "validation", "val")["val_accuracy"]
+        study.log.info(
+            f"head fitted ({args.head}) on {len(data.train)} images in "
+            f"{time.perf_counter() - started:.1f} s: validation accuracy {accuracy:.4f}"
+        )
+    frozen = fitted and "classifier.weight" not in study.weights.shapes
+    return study.weights.snapshot(), {"head": study.model.classifier} if frozen else {}
+
+
+@torch.no_grad()
+def features(study, images):
+    """The CLS features of uint8 images [n, 3, H, W], without augmentation: float32 [n, D]."""
+    study.model.eval()
+    with amp_context(study.amp, study.device):
+        parts = [study.model.features(study.pixels(part)).float() for part in images.split(_batch(study))]
+    return torch.cat(parts)  # [n, D]
+
+
+@torch.no_grad()
+def validate(study, split, name):
+    """{name_loss, name_accuracy} of the model on a split ("validation", "test"), over all processes."""
+    study.model.eval()
+    images, labels = getattr(study.data, split), getattr(study.data, f"{split}_labels")
+    sums = []
+    for part, truth in parallel.my_share(
+        list(zip(images.split(_batch(study)), labels.split(_batch(study)), strict=True))
+    ):
+        with amp_context(study.amp, study.device):
+            logits = study.model(study.pixels(part)).float()  # [B, C]
+        loss = F.cross_entropy(logits, truth, reduction="sum").item()
+        sums.append((loss, (logits.argmax(1) == truth).sum().item()))
+    sums = [one for part in parallel.all_gather(sums) for one in part]
+    return {
+        f"{name}_loss": math.fsum(loss for loss, _ in sums) / len(labels),
+        f"{name}_accuracy": sum(right for _, right in sums) / len(labels),
+    }
+
+
+def _batch(study):
+    # Fixed per device: sums over other batches would round differently.
+    return 125 if study.device.type == "cpu" else 500
+
+
+def report(study, run, best, t, theta, pull=None, **fields):
+    """`run.report` of this study: evaluates theta after t rounds where that is due, keeps the best, stops early.
+
+    Args: best: `BestCheckpoints`, of trained weights only; pull: `Interference` of the round; fields: more of the
+    line of metrics.jsonl.
+    """
+    args = study.args
+    if run.clients is not None and run.clients.left_out:  # the run has told the terminal
+        names = ", ".join(map(str, run.clients.left_out))
+        study.log.warning(f"round {t}: update not finite, left out: client {names}", extra={"quiet": True})
+
+    def evaluate():
+        study.weights.load(theta)
+        row = {**fields, **validate(study, "validation", "val"), **(pull.result() if pull else {})}
+        if t:
+            best.offer(t, row["val_accuracy"], dict(study.model.named_parameters()))
+            if args.early_stopping_patience and t - best.round >= args.early_stopping_patience and t < run.total:
+                run.stop("early_stopping", f"no better validation accuracy since {best.round}")
+        return row
+
+    row = run.report(t, theta, evaluate)
+    if row:
+        shown = [f"{name} {v:.4f}" for name, v in row.items() if isinstance(v, float)]
+        study.log.info(f"round {t}  " + "  ".join(shown), extra={"quiet": True})
+
+
+def finish(study, run, best, theta):
+    """Test accuracy of the last and of the best weights, final/, the run's curves."""
+    study.weights.load(theta)
+    test = validate(study, "test", "test")
+    results = {"test_accuracy_last": test["test_accuracy"], "test_loss_last": test["test_loss"]}
+    run.write_final(lambda folder: save_pretrained(study.model, folder))
+    results |= {"best_round": best.round, "val_accuracy_best": best.accuracy}
+    kept = best.load(study.device)
+    study.weights.load(study.weights.vector({name: kept[name] for name in study.weights.shapes}))
+    results["test_accuracy_best"] = validate(study, "test", "test")["test_accuracy"]
+    if parallel.is_main():
+        last = run.metrics()[-1]
+        results |= {
+            "rounds": last["round"],
+            **{key: last[key] for key in ("bytes_up", "bytes_down", "images", "seconds")},
+        }
+        with saving(run.folder):
+            draw_accuracy(run.folder, run.folder / f"{run.folder.name}_curves.png")
+        study.log.info(
+            f"test accuracy {results['test_accuracy_last']:.4f} (weights of the best round, "
+            f"{results['best_round']}: {results['test_accuracy_best']:.4f})"
+        )
+    run.finish(results)
+
+
+# ------------------------------------------------------------------------------------------------ the text log
+
+
+class _BesideTheBar(logging.Handler):
+    """Messages on stderr, above a progress bar; those with extra={"quiet": True} are for the file alone."""
+
+    def emit(self, record):
+        if not getattr(record, "quiet", False):
+            tqdm.write(record.getMessage(), file=sys.stderr)
+
+
+def open_log(folder, name):
+    """The study's logger: LOG_DIR/NAME.log, a line `timestamp | level | message` each, and stderr; the main process's.
+
+    Raises UsageError when the folder cannot be made.
+    """
+    log = logging.getLogger("vit_sparse_fl")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):  # of the run before this one
+        log.removeHandler(handler)
+        handler.close()
+    if not parallel.is_main():
+        log.addHandler(logging.NullHandler())
+        return log
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {folder}: {error.strerror}; choose --log-dir") from None
+    file = logging.FileHandler(Path(folder) / f"{name}.log", encoding="utf-8", delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(file)
+    log.addHandler(_BesideTheBar())
+    return log
