@@ -112,9 +112,7 @@ def main(args, given):
     search(made.fails, args.alphas, made.low, made.high, args.budget, args.tolerance, made.whole, made.points)
     made.save(finished=True)
     grid.collect(made.folder)
-    for line in summary(made.points, args.alphas):
-        print(line)
-    print(made.folder)
+    print(*summary(made.points, args.alphas), made.folder, sep="\n")
 
 
 def build_parser():
