@@ -231,7 +231,7 @@ PLANS = {
         23,
         "8fa6093b10d7",
     ),
-    ("vit_sparse_fl/run_all_experiments", "--quick"): (17, "1634299cb31c"),
+    ("vit_sparse_fl/run_all_experiments", "--quick"): (17, "ef8c435affd9"),
     ("vit_sparse_fl/run_all_experiments", "--stand-in"): (76, "4ac79fe9407a"),
     ("vit_sparse_fl/run_all_experiments", "--preset stand-in-gpu"): (76, "2227c0aa6cdd"),
     ("lora_glue_fl/run_study", "--model FOLDER"): (143, "4cdbec1c6eb7"),
