@@ -202,7 +202,12 @@ def against(factor):
         firsts = [curve.series("val_loss")[1][:1] for curve in curves]
         start = min((first[0] for first in firsts if np.isfinite(first).all() and len(first)), default=math.nan)
         if np.isfinite(start):
-            axis.axhline(start, color="#999999", linestyle=(0, (1, 2)), zorder=1, label="first evaluation, lowest")
+            name = (
+                "before training"
+                if all(curve.series("val_loss")[0][0] == 0 for curve in finite)
+                else "first evaluation"
+            )
+            axis.axhline(start, color="#999999", linestyle=(0, (1, 2)), zorder=1, label=f"{name}, lowest")
         for i, curve in enumerate(curve for curve in curves if curve not in finite):
             words = f"{curve.label}:\nnot finite" if len(panels) > 1 else "not\nfinite"
             at = there.index(curve.place[factor]), 0.98 - 0.1 * (i % 3)
