@@ -80,10 +80,9 @@ def sign_change_rate(losses):
     The differences are freed of a straight line in time first (a falling curve's own differences are all negative).
     White noise has 2/3. On its own it tells nothing: one in six windows of 10 points of pure noise has more than 3/4.
     """
-    d = np.diff(np.atleast_2d(losses), axis=1)  # [windows, n - 1]
-    t = np.arange(d.shape[1]) - (d.shape[1] - 1) / 2
-    slope = (d * t).sum(axis=1) / (t * t).sum()  # [windows]
-    d = d - d.mean(axis=1, keepdims=True) - slope[:, None] * t
+    from scipy.signal import detrend  # only here: it takes a while to import
+
+    d = detrend(np.diff(np.atleast_2d(losses), axis=1))  # [windows, n - 1]
     return (d[:, 1:] * d[:, :-1] < 0).mean(axis=1)  # [windows]
 
 
@@ -204,13 +203,12 @@ def left_out(rounds, events):
     ]
 
 
-def run_detectors(curves, settings=None, loss="val_loss", drift="relative_drift", clients="clients", out="left_out"):
+def run_detectors(curves, settings=None):
     """Every detector that has its curve: a list of `Alarm`s, by round.
 
-    Args: curves: see this module's docstring; a curve that is not there is not looked at. clients: the name of the
-        curve with the number of clients (or their ids) of each round, where there is no "effective_clients"; out: of
-        `left_out`'s events.
-        settings: {detector: {argument: value}} for other thresholds than the defaults.
+    Args: curves: see this module's docstring: "val_loss", "relative_drift" with the number of clients of each round
+        ("effective_clients", else "clients": their number or ids), "left_out" (events of `left_out`); one that is not
+        there is not looked at. settings: {detector: {argument: value}} for other thresholds than the defaults.
     Raises: ValueError for a setting of a detector that does not exist, curves of unequal length, rounds that do not
         rise.
     """
@@ -218,21 +216,23 @@ def run_detectors(curves, settings=None, loss="val_loss", drift="relative_drift"
     rounds = [int(t) for t in curves["round"]]
     if unknown := set(settings) - set(DETECTORS):
         raise ValueError(f"no detector is called {', '.join(sorted(unknown))}: choose from {', '.join(DETECTORS)}")
-    if any(len(curves[name]) != len(rounds) for name in (loss, drift, clients, out) if name in curves):
+    if any(len(curve) != len(rounds) for curve in curves.values()):
         raise ValueError("the curves differ in length")
     if any(a >= b for a, b in zip(rounds, rounds[1:], strict=False)):
         raise ValueError(f"the rounds {rounds} do not rise")
     alarms = []
-    if loss in curves:
+    if "val_loss" in curves:
         for name, detector in (("diverged", diverged), ("oscillating", oscillating), ("slow", slow)):
-            alarms.append(detector(rounds, curves[loss], **settings.get(name, {})))
-    if drift in curves:
-        sizes = [_size(v) for v in curves[clients]] if clients in curves else None
-        if known := curves.get("effective_clients"):
-            sizes = known if sizes is None else [m if m is not None else n for m, n in zip(known, sizes, strict=True)]
-        alarms.append(drifting(rounds, curves[drift], **{"clients": sizes} | settings.get("drifting", {})))
-    if out in curves:
-        alarms += left_out(rounds, curves[out], **settings.get("left_out", {}))
+            alarms.append(detector(rounds, curves["val_loss"], **settings.get(name, {})))
+    if "relative_drift" in curves:
+        none = [None] * len(rounds)
+        sizes = [len(v) if isinstance(v, list | tuple) else v for v in curves.get("clients", none)]
+        effective = curves.get("effective_clients", none)
+        sizes = [n if m is None else m for m, n in zip(effective, sizes, strict=True)]
+        options = {"clients": sizes} | settings.get("drifting", {})
+        alarms.append(drifting(rounds, curves["relative_drift"], **options))
+    if "left_out" in curves:
+        alarms += left_out(rounds, curves["left_out"])
     return sorted((a for a in alarms if a is not None), key=lambda a: (a.round, DETECTORS.index(a.detector)))
 
 
@@ -253,9 +253,8 @@ def stops(alarms, stop_on):
 
 def _points(rounds, values):
     """The rounds with a value, and the values: int64 and fp64 arrays."""
-    found = [(t, _number(v)) for t, v in zip(rounds, values, strict=True)]
-    found = [(t, v) for t, v in found if v is not None]
-    return np.array([t for t, _ in found], dtype=np.int64), np.array([v for _, v in found], dtype=np.float64)
+    pairs = [(t, _number(v)) for t, v in zip(rounds, values, strict=True) if v is not None]
+    return np.array([t for t, _ in pairs], dtype=np.int64), np.array([v for _, v in pairs], dtype=np.float64)
 
 
 def _number(value):
@@ -264,7 +263,3 @@ def _number(value):
 
 def _finite(value):
     return value if math.isfinite(value) else None
-
-
-def _size(value):
-    return len(value) if isinstance(value, list | tuple) else value

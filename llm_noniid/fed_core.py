@@ -5,13 +5,11 @@ more models, thetas [G, n]: one for all clients, one for each group of them, or 
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common import parallel
 from common.allocator import reuse_large_memory
@@ -100,7 +98,7 @@ def load_study(args, run):
         *notes,
         f"{len(n)} clients, training texts a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})",
     ]:
-        note(line)
+        run.note(line)
     if parallel.is_main():
         path = run.folder / "partition.json"
         with saving(path):
@@ -126,12 +124,6 @@ def evaluated(n, wanted, seed, split):
     return np.sort(stream(seed, f"evaluated {split}").choice(n, wanted, replace=False))
 
 
-def note(line):
-    """A line on stderr, by the main process."""
-    if parallel.is_main():
-        tqdm.write(line, file=sys.stderr)
-
-
 # ---- a round's updates
 
 
@@ -142,7 +134,7 @@ def watched(seed, clients, t):
     return set(stream(seed, "watched", t).choice(sorted(clients.clients), WATCHED, replace=False).tolist())
 
 
-def group_by_updates(study, theta, seen, clusters):
+def group_by_updates(run, study, theta, seen, clusters):
     """Groups of all clients [K] by the cosines of the updates; who did not take part joins the largest group.
 
     Args: theta [n]: what the clients started from; seen: {client: (theta_k [n], ...)}.
@@ -154,9 +146,9 @@ def group_by_updates(study, theta, seen, clusters):
     labels = clustering.cluster_updates(diagnostics.cosine_matrix(gram), min(clusters, len(seen)))
     of = np.full(len(study.rows), np.bincount(labels).argmax())
     of[list(seen)] = labels
-    note(f"groups: {of.tolist()}")
+    run.note(f"groups: {of.tolist()}")
     if absent := len(of) - len(seen):
-        note(f"warning: {absent} of {len(of)} clients had no update to go by: they are in the largest group")
+        run.note(f"warning: {absent} of {len(of)} clients had no update to go by: they are in the largest group")
     return of
 
 
@@ -218,7 +210,7 @@ def judge(run, t, row):
         alarms = [alarm for alarm in every if not rows or alarm.round > rows[-1]["round"]]
     alarms = parallel.broadcast(alarms)
     for alarm in alarms:
-        note(f"alarm: {alarm.message}")
+        run.note(f"alarm: {alarm.message}")
     if ending := detectors.stops(alarms, run.args.stop_on):
         run.stop(ending.detector, ending.message)
     return figures | ({"alarms": [alarm.row() for alarm in alarms]} if alarms else {})

@@ -170,11 +170,6 @@ def of(*values, flag="algorithm"):
     return lambda args: getattr(args, flag) in values
 
 
-def sampled(args):
-    """How many clients take part in a round."""
-    return max(1, int(args.participation_rate * args.num_clients + 0.5))
-
-
 def parse(parser, argv=None):
     """The flags from the command line over those of --config; what depends on others is filled in and checked."""
     finder = Parser("", add_help=False)

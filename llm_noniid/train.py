@@ -21,6 +21,7 @@ from common.aggregation import NormalizedMean, ServerAdam, ServerMomentum, Weigh
 from common.cli import checked
 from common.client_rows import rows_on_disk
 from common.local import client_optimizer, local_steps
+from common.participation import per_round
 from common.processes import run_federated
 from common.runlog import start_run
 from common.scaffold import ControlVariates, option_two
@@ -51,12 +52,13 @@ def main(args):
     with start_run("train", a, flags.run_name(a)) as run:
         study = load_study(a, run)
         weights, rows, steps = study.model.weights, study.rows, a.local_steps
+        together = per_round(a.participation_rate, a.num_clients)
         n = [len(mine) if a.client_weights == "examples" else 1 for mine in rows]
         sent, models, groups = weights.bytes, 1, Groups(np.zeros(len(rows)))
-        server = variates = None
+        server, variates, optimizer = None, None, (a.client_optimizer, a.learning_rate)
         match a.algorithm:
             case "scaffold":
-                on_disk = rows_on_disk(len(n), flags.sampled(a), weights.bytes)
+                on_disk = rows_on_disk(len(n), together, weights.bytes)
                 variates = ControlVariates(weights.theta, len(n), run.folder / "control_variates", on_disk, n)
                 sent = 2 * weights.bytes
             case "fedavgm":
@@ -66,7 +68,7 @@ def main(args):
             case "local":
                 sent, models, groups = 0, len(rows), Groups(np.arange(len(rows)))
             case "central":
-                sent, steps, n, rows = 0, steps * flags.sampled(a), [1], [np.sort(np.concatenate(rows))]
+                sent, n, rows, steps = 0, [1], [np.sort(np.concatenate(rows))], steps * together
         if a.cluster != "none":
             models = a.num_clusters
         if a.cluster == "labels":
@@ -78,8 +80,8 @@ def main(args):
         run.plan(a.num_rounds, a.eval_every)
         run.report(0, thetas, lambda: evaluate(study, thetas[:1], 0 * groups.of), lambda row: judge(run, 0, row))
         for t in run.rounds():
-            sizes = None if steps else list(map(len, rows))
-            clients = run.sample(n, a.participation_rate, t, up=sent, down=sent, work=sizes)
+            work = None if steps else list(map(len, rows))
+            clients = run.sample(n, a.participation_rate, t, up=sent, down=sent, work=work)
             mean_of = NormalizedMean if a.algorithm == "fednova" else WeightedMean
             means = {g: mean_of(thetas[g], clients) for g in sorted({groups.of[k] for k in clients.clients})}
             if variates:
@@ -104,14 +106,13 @@ def main(args):
                         done = update(correction=correction, record=True)
                         c_k = done.mean_gradient
                         if a.scaffold_option == "II":
-                            kind, lr = a.client_optimizer, a.learning_rate
-                            c_k = option_two(correction, theta, weights.theta, done.steps, kind, lr)
+                            c_k = option_two(correction, theta, weights.theta, done.steps, *optimizer)
                         counts = mean.add(weights.theta, n[k], finite=(c_k,))
                         if counts:
                             variates.offer(k, c_k)
                     case "fednova":
                         done = update()
-                        a_k = effective_steps(done.steps, a.client_optimizer, momentum=0.9, lr=a.learning_rate)
+                        a_k = effective_steps(done.steps, a.client_optimizer, momentum=0.9)
                         counts = mean.add(weights.theta, n[k], a=a_k)
                     case _:
                         done = update()
@@ -127,17 +128,14 @@ def main(args):
                 thetas[g] = server.step(before[g], means[g].delta()) if server else means[g].result()
             seen = clients.gather(seen)
             if regroups:
-                groups.of = group_by_updates(study, before[0], seen, models)
+                groups.of = group_by_updates(run, study, before[0], seen, models)
                 thetas = thetas[:1].repeat(models, 1)  # every group begins with the mean
-            run.report(
-                t + 1,
-                thetas,
-                lambda: (
-                    evaluate(study, thetas, groups.of)
-                    | (compare(study, before[0], thetas[0], seen, n) if compares else {})
-                ),
-                lambda row: judge(run, t + 1, row),
-            )
+
+            def measure():
+                pull = compare(study, before[0], thetas[0], seen, n) if compares else {}
+                return evaluate(study, thetas, groups.of) | pull
+
+            run.report(t + 1, thetas, measure, lambda row: judge(run, t + 1, row))
         finish(run, study, thetas, groups.of)
 
 
@@ -147,5 +145,5 @@ def build_parser():
 
 if __name__ == "__main__":
     args = checked(flags.parse, build_parser())
-    clients = 1 if args.algorithm == "central" else flags.sampled(args)
+    clients = 1 if args.algorithm == "central" else per_round(args.participation_rate, args.num_clients)
     run_federated(main, args, clients, memory(args))
