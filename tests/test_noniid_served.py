@@ -167,15 +167,6 @@ def test_without_the_left_out_client_the_mean_is_that_of_the_others(tmp_path, mo
         torch.testing.assert_close(t.double(), mean, rtol=1e-6, atol=1e-9)
 
 
-def test_a_round_without_any_finite_update_fails_with_a_reason(tmp_path, monkeypatch, capsys):
-    failing(monkeypatch, {(1, k) for k in range(4)})
-    assert call(*words(tmp_path, "a")) == 1
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("failed: round 2: ") and "--learning-rate (0.005)" in last
-    run = read_json(tmp_path / "a" / "run.json")
-    assert run["status"] == "failed" and len(read_metrics(tmp_path / "a")) == 1
-
-
 def test_a_run_whose_loss_is_not_finite_ends_with_all_its_files(tmp_path):
     """The weights are finite, the loss under them is not."""
     folder = done(tmp_path, "a", "--learning-rate 1e20 --local-steps 1 --num-rounds 1")

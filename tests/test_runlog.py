@@ -7,7 +7,6 @@ from argparse import Namespace
 import pytest
 import torch
 
-from common import checkpoint
 from common.cli import Parser, RunFailed, UsageError, fraction, non_negative_int, positive_float, run_main
 from common.runlog import read_metrics, start_run
 
@@ -63,37 +62,6 @@ def train(args, rounds, stop_after=None, error=None):
     return theta, lasting
 
 
-def test_resume_goes_on_from_the_last_checkpoint(tmp_path):
-    with pytest.raises(RuntimeError):
-        train(arguments(tmp_path), 6, stop_after=3, error=RuntimeError("the lights went out"))
-    manifest = checkpoint.read_json(tmp_path / "r" / "run.json")
-    assert (manifest["status"], manifest["reason"]) == ("failed", "the lights went out")
-    assert [line["round"] for line in read_metrics(tmp_path / "r")] == [1, 2, 3]
-    theta, lasting = train(arguments(tmp_path, resume=True), 6)
-    assert theta["w"].item() == 6 and lasting["counter"].value == 60
-    assert {k: s["m"][0].item() for k, s in lasting["clients"].states.items()} == {0: 3, 1: 4, 2: 5}
-    lines = read_metrics(tmp_path / "r")
-    assert [line["round"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert [line["tokens"] for line in lines] == [5, 10, 15, 20, 25, 30]
-    assert checkpoint.read_json(tmp_path / "r" / "run.json")["results"] == {"w": 6.0, "count": 60}
-
-
-def test_ctrl_c_marks_the_run_interrupted(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        train(arguments(tmp_path), 6, stop_after=3, error=KeyboardInterrupt())
-    assert checkpoint.read_json(tmp_path / "r" / "run.json")["status"] == "interrupted"
-
-
-def test_changed_flags_and_data_are_named(tmp_path):
-    with pytest.raises(RuntimeError):
-        train(arguments(tmp_path), 6, stop_after=3, error=RuntimeError("x"))
-    with pytest.raises(UsageError, match="--lr 0.1 -> 0.2"):
-        start_run("train", arguments(tmp_path, resume=True, lr=0.2), "r")
-    with start_run("train", arguments(tmp_path, resume=True), "r") as run:
-        with pytest.raises(UsageError, match="other data"):
-            run.begin({"dataset": "another", "source": "here"}, {"total": 1})
-
-
 def test_another_model_is_refused(tmp_path):
     train(arguments(tmp_path), 2)
     with start_run("train", arguments(tmp_path, run_name="r2"), "r") as run:
@@ -101,39 +69,6 @@ def test_another_model_is_refused(tmp_path):
         os.rename(tmp_path / "r" / "checkpoint", tmp_path / "r2" / "checkpoint")
         with pytest.raises(UsageError, match="another model"):
             run.restore({"w": torch.zeros(2)}, {})
-
-
-@pytest.mark.parametrize("moment", ["fresh half written", "between the renames", "old not yet deleted"])
-def test_a_death_while_saving_leaves_one_whole_checkpoint(tmp_path, moment):
-    folder = tmp_path / "checkpoint"
-    checkpoint.save(folder, {"round": 1}, {"theta": {"w": torch.ones(2)}}, {})
-    if moment == "fresh half written":
-        (tmp_path / "checkpoint.new").mkdir()
-        (tmp_path / "checkpoint.new" / "theta.safetensors").write_bytes(b"half")
-    elif moment == "between the renames":
-        os.rename(folder, tmp_path / "checkpoint.old")
-        (tmp_path / "checkpoint.new").mkdir()
-    else:
-        (tmp_path / "checkpoint.old").mkdir()
-    meta, shared, _ = checkpoint.load(folder)
-    assert meta["round"] == 1 and torch.equal(shared["theta"]["w"], torch.ones(2))
-    checkpoint.save(folder, {"round": 2}, {"theta": {"w": torch.zeros(2)}}, {})
-    assert checkpoint.load(folder)[0]["round"] == 2
-    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint"]
-
-
-def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    folder = tmp_path / "checkpoint"
-    checkpoint.save(folder, {"round": 1}, {"theta": {"w": torch.ones(2)}}, {})
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(RunFailed, match="No space left on device.*--resume"):
-        checkpoint.save(folder, {"round": 2}, {"theta": {"w": torch.zeros(2)}}, {})
-    assert checkpoint.load(folder)[0]["round"] == 1
-    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import re
 import shlex
 import time
 
@@ -49,27 +48,6 @@ def whole(script):
 
 def small(script, *more):
     return call(script, command(script, *more)[1:])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_leaves_what_the_readme_says(script):
-    folder = whole(script)
-    manifest = read_json(folder / "run.json")
-    assert manifest["status"] == "finished" and manifest["command"] == script
-    assert {"test_accuracy_last", "test_accuracy_best", "val_accuracy_best", "bytes_up"} <= manifest["results"].keys()
-    lines = read_metrics(folder)
-    assert [line["round"] for line in lines] == ([1, 2, 3] if script == "train_centralized" else [2, 4, 6])
-    wanted = {"val_loss", "val_accuracy", "train_loss", "lr", "images", "bytes_up", "bytes_down", "seconds"}
-    if script != "train_centralized":
-        wanted |= {"update_cosine", "gradient_diversity", "sign_conflict", "drift", "drift_to_mean", "clients"}
-        counts = torch.tensor(read_json(folder / "shards.json")["counts"])
-        assert counts.shape == (12, 10) and counts.sum() == 720
-        assert script != "train_federated" or len(set(counts.sum(1).tolist())) > 3
-    assert wanted <= lines[-1].keys()
-    assert (folder / "r_curves.png").stat().st_size > 1000
-    log = (folder.parent / "logs" / "r.log").read_text()
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (INFO|WARNING) \| \S", line) for line in log.splitlines())
 
 
 def test_final_loads_in_transformers_and_gives_the_logged_accuracy():
