@@ -1,4 +1,4 @@
-"""lora_glue_fl: what diverges, all of it or one client."""
+"""lora_glue_fl: a client that diverges is left out."""
 
 import json
 import math
