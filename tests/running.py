@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from common.cli import run_main
+from common.cli import checked, run_main
+from mamba_fl.flags import complete_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["central", "fed_avg", "fed_momentum", "fed_entropy", "fed_fisher"]
@@ -30,7 +31,7 @@ def call(script, *more, bare=False):
     module = importlib.import_module(f"mamba_fl.{script}")
     args = module.build_parser().parse_args([str(m) for m in more] if bare else flags(script, *more))
     with pytest.raises(SystemExit) as stop:
-        run_main(module.main, args)
+        run_main(module.main, checked(complete_flags, args))
     return stop.value.code
 
 

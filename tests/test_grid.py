@@ -363,7 +363,7 @@ def run_study(runner, line, out):
             "llm_noniid/run_experiments",
             "--mode quick --num-rounds 2 --only fedavg_iid",
             ["quick_fedavg_iid_demo_tiny_seed_42"],
-            "| fedavg, iid |",
+            "| FedAvg |",
         ),
     ],
 )
