@@ -214,4 +214,6 @@ def test_rounds_are_those_of_a_plain_loop(way, tmp_path, monkeypatch):
     for g, theta in enumerate(plain.thetas):
         moved = math.sqrt(sum((theta[name] - t).square().sum() for name, t in plain.start.items()))
         apart = math.sqrt(sum((saved[f"{g}/{name}"] - t).square().sum() for name, t in theta.items()))
-        assert apart <= 3e-4 * moved and (moved > 1e-3 or args.algorithm == "local")
+        # AdamW makes a step of nearly full size out of the rounding of a gradient that is nearly 0
+        assert apart <= (1e-2 if args.client_optimizer == "adamw" else 1e-4) * moved
+        assert moved > 1e-3 or args.algorithm == "local"
