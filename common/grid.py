@@ -28,6 +28,7 @@ from common.runlog import NOT_COMPARED
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results.jsonl"
 FACTS = ("method", "clients", "git_commit", "versions", "processes", "resolved", "parameters", "results")
+SAY = partial(print, flush=True)
 PLACES = ("model", "tokenizer", "init_from", "init_adapter", "weights", "mask", "shard_dir", "cache_dir")
 
 
@@ -63,9 +64,6 @@ class Run:
     record: str = "run.json"
 
 
-# ------------------------------------------------------------------------------------------- what there is to run
-
-
 def build_parser(description, presets, default, output, preset_names=(), output_names=()):
     """The flags that the runners of all studies have. preset_names, output_names: more spellings of the two flags."""
     parser = Parser(description)
@@ -73,9 +71,7 @@ def build_parser(description, presets, default, output, preset_names=(), output_
     parser.add_argument(
         "--preset", *preset_names, choices=list(presets), default=default, help="what is run, and at which sizes"
     )
-    parser.add_argument(
-        "--seeds", type=non_negative_int, nargs="+", metavar="N", help="default: 0 1 2; 0 where a preset is of one seed"
-    )
+    parser.add_argument("--seeds", type=non_negative_int, nargs="+", metavar="N", help="default: the preset's")
     parser.add_argument(
         "--jobs",
         type=positive_int,
@@ -138,9 +134,6 @@ def expand(settings, shared, seeds, output, name="{setting}_seed_{seed}", needs=
     return runs
 
 
-# -------------------------------------------------------------------------------------------------- running it
-
-
 def run_study(args, runs, show=(), prepare=None):
     """All of a study: runs, log, figures, table; with --plan the commands only. Returns the exit code.
 
@@ -174,7 +167,7 @@ def run_study(args, runs, show=(), prepare=None):
     return 0
 
 
-def run_all(runs, output, jobs, say=partial(print, flush=True)):
+def run_all(runs, output, jobs, say=SAY):
     """Runs what is not finished, `jobs` at a time. Returns the names of those that failed, or waited for one that did.
 
     What is running when this ends early (Ctrl-C) is interrupted too.
@@ -254,9 +247,6 @@ def failure(code, output, name):
     log = output / "output" / f"{name}.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
     return f"exit code {code}: {lines[-1][:300]} (see {log})"
-
-
-# ---------------------------------------------------------------------------------------------- what there is
 
 
 def read_record(path):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common import grid
 from common.cli import UsageError, non_negative_int, positive_float, positive_int, run_main
-from llm_noniid import flags, report, tables
+from llm_noniid import flags, report
 from llm_noniid.failure_map import ALPHAS
 from llm_noniid.grids import PRESETS
 from llm_noniid.models import label
@@ -95,7 +95,7 @@ def main(args, words):
     if words:
         raise UsageError(f"{words[0]}: --mode {args.preset} runs nothing, so it takes no flag of train.py: drop it")
     output = Path(args.output_dir)
-    print(tables.text(output) if args.preset == "compare" else report.write(output, output / "report.html"))
+    print(report.text(output) if args.preset == "compare" else report.write(output, output / "report.html"))
 
 
 def build_parser():

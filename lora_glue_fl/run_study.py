@@ -21,8 +21,8 @@ from lora_glue_fl.models import size_label
 from lora_glue_fl.sharding import make_client_splits, save_shard_manifests
 
 SHOW = (
-    ("plots/glue_figures.py", "--data-dir", "{output}", "--out-dir", "{output}/figures"),
-    ("plots/glue_table.py", "--data-dir", "{output}", "--markdown"),
+    ("plots/glue.py", "--data-dir", "{output}", "--out-dir", "{output}/figures"),
+    ("plots/tables.py", "lora_glue_fl", "--data-dir", "{output}"),
 )
 
 

@@ -1,153 +1,71 @@
-"""Run folders of llm_noniid as the plots see them: read, grouped so that only like is compared with like.
+"""Runs of llm_noniid as tables and figures see them, and its table.
 
-A run is selected by what its run.json says (command, args, data), never by its folder's name.
+    python plots/tables.py llm_noniid --data-dir results --target 5
+
+One table per group of runs on the same texts and model with as many clients and rounds. A row is one algorithm with the
+settings and arguments that set it apart. Losses are in nats per token, after the last round. `vs FedAvg` is the
+difference in validation loss to FedAvg in the same setting; of FedAvg and central training, to FedAvg in the setting
+that most runs share. `mean client`, `worst client`: losses on the clients' own held-out texts; `gap`: generalisation
+gap. drift, cosine (mean over pairs of updates, which does not depend on how many clients there are, as drift does; `-`
+where one client is alone), gradient variance and 1 - CKA are means over the evaluated rounds. `to half`: the first
+round, of each seed, with the loss that this FedAvg of the same seed has at the middle of its evaluations; --target:
+with that loss. `failed`: the alarm `diverged`, no finite update, or a last loss that is not finite, above the first
+evaluation's or above that before training. `alarms`: the detectors that spoke, with the number of seeds where not all
+had one.
 """
 
-import json
-import re
-from dataclasses import dataclass, replace
-from pathlib import Path
+import math
+from dataclasses import replace
 
-from common.cli import UsageError
-from plots import alike
-from plots.alike import Panel, base_name, curves_of, like_with_like, lines_of, text, words_for
-from plots.reading import read_runs
+import numpy as np
 
-COMMANDS = ("train",)
-# kind of a run -> its name in figures and tables, in their order
-KINDS = {
-    "central": "Central",
-    "fedavg": "FedAvg",
-    "fedprox": "FedProx",
-    "scaffold": "SCAFFOLD",
-    "fednova": "FedNova",
-    "fedavgm": "FedAvgM",
-    "fedadam": "FedAdam",
-    "clusters_updates": "Clusters by updates",
-    "clusters_labels": "Clusters by topics",
-    "local": "Local only",
-}
-FEDERATED = tuple(KINDS)[1:]
+from common.cli import positive_float
+from common.curves import number
+from plots.panels import Panel
+from plots.runs import LeftOut, Study, base_name, describe, like_with_like, order_of, shared_setting, text, words_for
+from plots.seeds import curves_of, lines_of, paired
+from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, over_rounds, result, sent, spread
 
-# A panel or table holds only runs that agree on these, apart from what it varies. A key that a run does not have
-# agrees with anything: a central run joins every partition of its texts.
-SETTING = (
-    "dataset",
-    "texts",
-    "evaluated",
-    "model",
-    "lora_r",
-    "lora_alpha",
-    "clients",
-    "partition",
-    "alpha",
-    "participation",
-    "local",
-    "learning_rate",
-    "rounds",
-)
+# a panel or table holds only runs that agree on these, apart from what it varies
+KEYS = ("dataset", "texts", "evaluated", "model", "lora_r", "lora_alpha", "clients", "partition", "alpha")
+KEYS += ("participation", "local", "learning_rate", "rounds")
 PLACE = ("partition", "alpha")  # in what the panels of one figure differ
-NO_TRAINING = 1e-20  # a run with a lower learning rate only says what the loss is before training
-FACTORS = ("alpha", "participation", "learning_rate", "local")
-FACTOR_NAMES = {
+FACTORS = {
     "alpha": "Dirichlet's alpha",
     "participation": "participation",
     "learning_rate": "learning rate",
     "local": "local work",
 }
-
-# Where and how a run was computed: runs that differ only here are seeds of one curve. The rest is in the setting.
-_NOT_THE_METHOD = frozenset(
-    "seed output_dir results_dir run_name name cache_dir data_root resume overwrite track config device threads compile"
-    " eval_every eval_samples probe_samples stop_on algorithm cluster style_criterion skew_type max_samples"
-    " num_clients participation_rate local_epochs local_steps num_rounds".split()
-) | frozenset(SETTING)
-# arg -> the kinds that read it
-_ONLY = {
-    "mu": ("fedprox",),
-    "scaffold_option": ("scaffold",),
-    "server_lr": ("fedavgm", "fedadam"),
-    "server_momentum": ("fedavgm",),
-    "num_clusters": ("clusters_updates", "clusters_labels"),
-    "cluster_round": ("clusters_updates",),
-}
-_SHORT = {
-    "texts": "{:,} texts",
-    "lora_r": "r {}",
-    "lora_alpha": "LoRA's alpha {:g}",
-    "clients": "{} clients",
-    "partition": "{}",
-    "alpha": "alpha {:g}",
-    "participation": "participation {:g}",
-    "local": "{}",
-    "learning_rate": "lr {:g}",
-    "rounds": "{} rounds",
-    "mu": "mu {:g}",
-    "num_clusters": "{} clusters",
-    "cluster_round": "grouped after round {}",
-    "client_optimizer": "client {}",
-    "scaffold_option": "option {}",
-    "batch_size": "batch {}",
-    "max_length": "{} tokens at most",
-}
+NO_TRAINING = 1e-20  # old runs with a lower learning rate only say what the loss is before training
+MAP_FILE = "failure_map.json"
 
 
-@dataclass(frozen=True, eq=False)
-class Run(alike.Run):
-    kinds, keys, short = KINDS, SETTING, _SHORT
+def kind_of(command, args):
+    cluster = args.get("cluster") or "none"
+    return str(args.get("algorithm")) if cluster == "none" else f"clusters_{cluster}"
 
-    @staticmethod
-    def order(key, value):
-        """From the least skew and the least work on: partitions as the study names them, alpha downwards."""
-        if key == "partition":
-            names = ("IID", "topic", "style", "token")
-            return names.index(value.split()[0]) if value.split()[0] in names else 9, 0, 0, value
-        if key == "local":
-            return 0, value.endswith("steps") or value.endswith("step"), float(value.split()[0]), ""
-        if key in ("alpha", "participation") and isinstance(value, (int, float)):
-            return 0, -value, 0, ""
-        return alike.Run.order(key, value)
 
-    @property
-    def kind(self):
-        """One of KINDS, or the name of an algorithm that is not among them."""
-        cluster = self.args.get("cluster") or "none"
-        return str(self.args.get("algorithm")) if cluster == "none" else f"clusters_{cluster}"
-
-    def setting(self):
-        """dict over SETTING of what this run has."""
-        args, data = self.args, self.data
-        counts = data.get("counts") or {}
-        values = {
-            "dataset": data.get("dataset") or args.get("dataset"),
-            "texts": counts.get("train"),
-            # what losses are means over: not to be compared between other numbers of texts
-            "evaluated": text({name: counts.get(name) for name in ("validation", "test")})
-            + f", {args.get('eval_samples')} of each",
-            "model": base_name(str(args.get("model"))),
-            "clients": data.get("clients") or args.get("num_clients"),
-            "participation": args.get("participation_rate"),
-            "local": local_work(args),
-            "rounds": args.get("num_rounds"),
-        }
-        values |= {key: args.get(key) for key in ("lora_r", "lora_alpha", "learning_rate")}
-        if not self.central:
-            values["partition"] = partition_name(args)
-            if args.get("partition") == "topic_skew":
-                values["alpha"] = args.get("alpha")
-        return {key: value for key, value in values.items() if value is not None}
-
-    def method(self):
-        """(kind, its method-defining args as sorted pairs): equal for the seeds of one curve."""
-        args = dict(self.args)
-        unread = set(_NOT_THE_METHOD) | {key for key, kinds in _ONLY.items() if self.kind not in kinds}
-        if args.get("partition") != "topic_skew":
-            unread.add("min_samples")
-        if self.central:
-            unread |= {"min_samples", "client_weights"}
-        if isinstance(args.get("tokenizer"), str):
-            args["tokenizer"] = base_name(args["tokenizer"])
-        return self.kind, tuple(sorted((k, text(v)) for k, v in args.items() if k not in unread))
+def setting_of(run):
+    args, facts = run.args, run.facts
+    counts = facts.get("counts") or {}
+    values = {
+        "dataset": facts.get("dataset") or args.get("dataset"),
+        "texts": counts.get("train"),
+        # what losses are means over: not to be compared between other numbers of texts
+        "evaluated": text({name: counts.get(name) for name in ("validation", "test")})
+        + f", {args.get('eval_samples')} of each",
+        "model": base_name(str(args.get("model"))),
+        "clients": facts.get("clients") or args.get("num_clients"),
+        "participation": args.get("participation_rate"),
+        "local": local_work(args),
+        "rounds": args.get("num_rounds"),
+    }
+    values |= {key: args.get(key) for key in ("lora_r", "lora_alpha", "learning_rate")}
+    if not run.central:
+        values["partition"] = partition_name(args)
+        if args.get("partition") == "topic_skew":
+            values["alpha"] = args.get("alpha")
+    return values
 
 
 def local_work(args):
@@ -165,141 +83,150 @@ def partition_name(args):
     return "IID" if name == "iid" else name.replace("_", " ") + (f" ({more})" if more else "")
 
 
-def find_runs(data_dir, unfinished=False):
-    """All readable runs of llm_noniid in `data_dir` and the folders below it, and notes: see `read_runs`.
+def order(key, value):
+    """From the least skew and the least work on: partitions as the study names them, alpha downwards."""
+    if key == "partition":
+        names = ("IID", "topic", "style", "token")
+        return names.index(value.split()[0]) if value.split()[0] in names else 9, 0, 0, value
+    if key == "local":
+        return 0, value.endswith("steps") or value.endswith("step"), float(value.split()[0]), ""
+    if key in ("alpha", "participation") and isinstance(value, (int, float)):
+        return 0, -value, 0, ""
+    return order_of(value)
 
-    A run that ended because no client's update was finite is one, too: it diverged in that round. Runs of a failure map
-    are not among them (its figure has them), nor those that only say what the loss is before training.
+
+def not_finite(run):
+    """Whether it ended because clients' updates were not finite: it diverged in that round."""
+    return run.ended["how"] == "failed" and run.ended["by"] in ("left_out", "not_finite")
+
+
+def prepared(runs, notes):
+    """The runs without those of failure maps, which have a figure of their own, and of no training.
+
+    What old runs of no training say is round 0 of the others.
     """
-    found, notes = read_runs(data_dir, COMMANDS, Run, unfinished=True)
-    at_once = collapsed_at_once(data_dir)
-    notes = [note for note in notes if not any(note.startswith(f"left out {run.folder}: ") for run in at_once)]
-    mapped = runs_of_maps(data_dir)
-    runs, hidden = [], 0
-    for run in [*found, *at_once]:
-        if run.folder.resolve() in mapped:
-            hidden += 1
-        elif run.args.get("learning_rate", 1) <= NO_TRAINING:
-            continue
-        elif run.status == "failed" and (line := collapse(read_manifest(run.folder))):
-            runs.append(replace(run, rows=[*run.rows, line], results={}))
-        elif run.status == "finished" or unfinished:
-            runs.append(run)
-        else:
-            notes.append(f"left out {run.folder}: its status is {run.status}; --unfinished takes it too")
-    if hidden:
-        notes.append(f"left out {hidden} run{'s' * (hidden > 1)} of failure maps: see noniid_failure_map.py")
-    if not runs:
-        more = f" ({'; '.join(notes[:3])})" if notes else ""
-        raise UsageError(f"no finished run of train in {data_dir}{more}: train first, or see --data-dir")
-    return runs, notes
+    before = [run for run in runs if run.rows and run.args.get("learning_rate", 1) <= NO_TRAINING]
+    starts = {start_key(run): {"round": 0, "val_loss": run.rows[-1].get("val_loss")} for run in before}
+    chosen, of_maps = [], 0
+    for run in runs:
+        if run.folder and (run.folder.parent / MAP_FILE).is_file():
+            of_maps += 1
+        elif run.args.get("learning_rate", 1) > NO_TRAINING:
+            first = [starts[start_key(run)]] if start_key(run) in starts else []
+            run = replace(run, rows=[*first, *run.rows]) if first and run.rows else run
+            chosen.append(diverged(run) if not_finite(run) else run)
+    if of_maps:
+        notes.append(LeftOut(f"{of_maps} run{'s' * (of_maps > 1)} of failure maps", "see the figure failure_map"))
+    return chosen
 
 
-def read_manifest(folder):
-    """run.json of a folder as a dict; empty where it is not JSON."""
-    try:
-        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def start_key(run):
+    """What decides the loss before training: the model, the texts and their choice."""
+    names = ("dataset", "tokenizer", "max_samples", "max_length", "eval_samples", "seed")
+    return base_name(str(run.args.get("model"))), *(str(run.args.get(name)) for name in names)
 
 
-def collapse(manifest):
-    """The line of the round in which no update was finite, as `Study.close_round` says it; None for other endings."""
-    reason = str(manifest.get("reason"))
-    found = re.match(r"round (\d+): the updates of all .* not finite", reason)
-    if not found or manifest.get("status") != "failed":
-        return None
-    t = int(found.group(1))
-    alarm = {"detector": "diverged", "round": t, "value": None, "threshold": None, "message": reason}
-    return {"round": t, "val_loss": "nan", "worst_client_val_loss": "nan", "alarms": [alarm]}
+def diverged(run):
+    """The run with the round in which its updates were not finite as its last line."""
+    t, why = run.ended["round"], run.ended["reason"]
+    alarm = {"detector": "diverged", "round": t, "value": None, "threshold": None, "message": why}
+    line = {"round": t, "val_loss": "nan", "worst_client_val_loss": "nan", "alarms": [alarm]}
+    return replace(run, rows=[*run.rows, line], results={})
 
 
-def collapsed_at_once(data_dir):
-    """The runs that ended so before their first evaluation, without a line."""
-    runs = []
-    for path in sorted(Path(data_dir).rglob("run.json")):
-        if (path.parent / "metrics.jsonl").exists():
-            continue
-        manifest = read_manifest(path.parent)
-        if manifest.get("command") in COMMANDS and collapse(manifest):
-            parts = {name: manifest.get(name) or {} for name in ("args", "data")}
-            runs.append(Run(path.parent, manifest["command"], rows=[], results={}, status="failed", **parts))
-    return runs
+STUDY = Study(
+    name="llm_noniid",
+    commands=("train",),
+    kinds={
+        "central": "Central",
+        "fedavg": "FedAvg",
+        "fedprox": "FedProx",
+        "scaffold": "SCAFFOLD",
+        "fednova": "FedNova",
+        "fedavgm": "FedAvgM",
+        "fedadam": "FedAdam",
+        "clusters_updates": "Clusters by updates",
+        "clusters_labels": "Clusters by topics",
+        "local": "Local only",
+    },
+    kind_of=kind_of,
+    setting_of=setting_of,
+    keys=KEYS,
+    said=frozenset(KEYS)
+    | frozenset(
+        "algorithm cluster style_criterion skew_type max_samples num_clients participation_rate local_epochs"
+        " local_steps num_rounds eval_samples probe_samples stop_on".split()
+    ),
+    unread=(
+        (lambda a: a["algorithm"] != "fedprox", {"mu"}),
+        (lambda a: a["algorithm"] != "scaffold", {"scaffold_option"}),
+        (lambda a: a["algorithm"] not in ("fedavgm", "fedadam"), {"server_lr"}),
+        (lambda a: a["algorithm"] != "fedavgm", {"server_momentum"}),
+        (lambda a: a.get("cluster", "none") == "none", {"num_clusters"}),
+        (lambda a: a.get("cluster") != "updates", {"cluster_round"}),
+        (lambda a: a.get("partition") != "topic_skew", {"alpha", "min_samples"}),
+        (lambda a: a.get("partition") != "style_skew", {"style_criterion"}),
+        (lambda a: a.get("partition") != "token_skew", {"skew_type"}),
+        (lambda a: a.get("local_steps"), {"local_epochs"}),
+        (lambda a: a["kind"] == "central", {"min_samples", "client_weights"}),
+    ),
+    paths=("tokenizer",),
+    words={
+        "dataset": "{}",
+        "texts": "{:,} texts",
+        "evaluated": None,
+        "model": "{}",
+        "lora_r": None,
+        "lora_alpha": None,
+        "clients": "{} clients",
+        "partition": "{}",
+        "alpha": "alpha {:g}",
+        "participation": "participation {:g}",
+        "local": lambda value, _: value,
+        "learning_rate": "lr {:g}",
+        "rounds": "{} rounds",
+        "mu": "mu {:g}",
+        "num_clusters": "{} clusters",
+        "cluster_round": "grouped after round {}",
+        "client_optimizer": "client {}",
+        "scaffold_option": "option {}",
+        "batch_size": "batch {}",
+        "max_length": "{} tokens at most",
+    },
+    order=order,
+    keeps=not_finite,
+    prepared=prepared,
+    beside="failure_map*.json",
+)
+
+# ---- panels
 
 
-def map_files(data_dir):
-    """The failure maps in a folder and those below it: sorted list of paths."""
-    return sorted(Path(data_dir).rglob("failure_map*.json"))
-
-
-def runs_of_maps(data_dir):
-    """The folders of runs that belong to a failure map: those that it names and that lie beside or below it."""
-    found = set()
-    for path in map_files(data_dir):
-        try:
-            points = json.loads(path.read_text(encoding="utf-8")).get("points", [])
-        except (ValueError, AttributeError):
-            continue  # its own figure says what is wrong with it
-        names = {Path(str(point.get("run"))).name for point in points}
-        found |= {p.parent.resolve() for p in path.parent.rglob("run.json") if p.parent.name in names}
-    return found
-
-
-def suffixes(settings):
-    """File-name suffix of each figure's setting: see `alike.suffixes`."""
-    return alike.suffixes(settings, SETTING)
-
-
-def describe(setting, keys=SETTING):
-    """A setting in words: `ag_news, 2,000 texts, small_gpt2, 10 clients, participation 1, 5 local steps, lr 0.001`."""
-    words = []
-    for key in keys:
-        value = setting.get(key)
-        if key in ("dataset", "model"):
-            words += [] if value is None else [str(value)]
-        elif key not in ("evaluated", "lora_r", "lora_alpha"):  # these are in file names where they tell figures apart
-            words += words_for(key, value, _SHORT, {})
-    return ", ".join(words)
-
-
-def central_of(panel):
-    """The central curves of the panel's own partition: those whose args name it.
-
-    Elsewhere only their validation loss can be compared: other clients hold other texts.
-    """
-    found = []
-    for curve in panel.references:
-        names = {partition_name(run.args) for run in curve.runs}
-        alphas = {run.args.get("alpha") for run in curve.runs}
-        if names == {panel.setting.get("partition")} and alphas <= {panel.setting.get("alpha", *alphas)}:
-            found.append(curve)
-    return found
-
-
-def place_name(setting):
-    """`topic skew, alpha 0.1`"""
-    return describe(setting, PLACE)
-
-
-def figures_of(runs, notes, single=True):
+def figures_of(runs, notes, single=False):
     """A panel per partition: list[(what a figure's panels have in common, list[Panel])], most panels first.
 
     single: also panels of one curve whose runs are all in a figure of `factor_figures`.
     """
-    elsewhere = set() if single else {run.folder for factor in FACTORS for run in factor_runs(runs, factor)}
+    factors = () if single else [factor_figures(runs, [], factor) for factor in FACTORS]
+    shown = [curve for figures in factors for _, panels in figures for panel in panels for curve in panel.curves]
+    elsewhere = {(run.folder, run.name) for curve in shown for run in curve.runs}
     figures = []
     for shared, members in like_with_like(runs, PLACE):
         panels = []
         for setting, same in like_with_like(members):
             curves = curves_of([run for run in same if not run.central], notes=notes)
             references = curves_of([run for run in same if run.central], notes=notes)
-            if len(curves) > 1 or any(run.folder not in elsewhere for curve in curves for run in curve.runs):
-                panels.append(Panel(setting, curves, references, place_name(setting)))
-        panels.sort(key=lambda panel: [Run.order(key, panel.setting.get(key)) for key in PLACE if key in panel.setting])
+            alone = [run for curve in curves for run in curve.runs if (run.folder, run.name) not in elsewhere]
+            if len(curves) > 1 or alone:
+                panels.append(Panel(setting, curves, references, describe(STUDY, setting, PLACE)))
+        panels.sort(key=lambda panel: place_order(panel.setting))
         if panels:
             figures.append((shared, panels))
     return sorted(figures, key=lambda figure: (-len(figure[1]), -sum(len(p.curves) for p in figure[1])))
+
+
+def place_order(setting):
+    return [order(key, setting[key]) for key in PLACE if key in setting]
 
 
 def factor_figures(runs, notes, factor):
@@ -308,41 +235,175 @@ def factor_figures(runs, notes, factor):
     Only methods with two values or more. Each curve's label is its value.
     """
     figures = []
-    having = [run for run in runs if not run.central and factor in run.setting()]
+    having = [run for run in runs if not run.central and factor in run.setting]
     for setting, members in like_with_like(having, (factor,)):
-        curves = curves_of(members, (factor,), (factor,), notes)
         panels = []
-        for line in lines_of(curves):
-            if len(line) < 2:
-                continue
-            line = sorted(line, key=lambda curve: Run.order(factor, curve.place[factor]))
-            panels.append(Panel(setting, line, [], line[0].label))
-            for curve in line:
-                curve.label = ", ".join(words_for(factor, curve.place[factor], _SHORT, {}))
+        for line in lines_of(curves_of(members, (factor,), (factor,), notes)):
+            if len(line) > 1:
+                line = sorted(line, key=lambda curve: order(factor, curve.place[factor]))
+                panels.append(Panel(setting, line, [], line[0].label))
+                for curve in line:
+                    curve.label = ", ".join(words_for(STUDY, factor, curve.place[factor]))
         if panels:
             figures.append((setting, panels))
     return sorted(figures, key=lambda figure: -sum(len(panel.curves) for panel in figure[1]))
 
 
-def factor_runs(runs, factor):
-    """The runs that the figures of a factor show."""
-    return [
-        run
-        for _, panels in factor_figures(runs, [], factor)
-        for panel in panels
-        for curve in panel.curves
-        for run in curve.runs
-    ]
+def central_of(panel):
+    """The central curves of the panel's own partition: those whose args name it.
+
+    Elsewhere only their validation loss can be compared: other clients hold other texts.
+    """
+    setting = panel.setting
+
+    def names_it(args):
+        alpha = setting.get("alpha", args.get("alpha"))
+        return partition_name(args) == setting.get("partition") and args.get("alpha") == alpha
+
+    return [curve for curve in panel.references if all(names_it(run.args) for run in curve.runs)]
 
 
 def first_alarms(curve):
     """{detector: [round of each seed's first alarm]} of the seeds that have one, in the order of rounds."""
-    found = {}
+    alarms = {}
     for run in curve.runs:
-        own = {}
+        first = {}
         for row in run.rows:
             for alarm in row.get("alarms") or []:
-                own.setdefault(str(alarm.get("detector")), int(alarm.get("round", row["round"])))
-        for detector, t in own.items():
-            found.setdefault(detector, []).append(t)
-    return dict(sorted(found.items(), key=lambda item: sorted(item[1])))
+                first.setdefault(str(alarm.get("detector")), int(alarm.get("round", row["round"])))
+        for detector, t in first.items():
+            alarms.setdefault(detector, []).append(t)
+    return dict(sorted(alarms.items(), key=lambda item: sorted(item[1])))
+
+
+# ---- the table
+
+FREE = (*PLACE, *[factor for factor in FACTORS if factor not in PLACE])  # what the rows of one table may differ in
+
+
+def base_of(curve, curves):
+    """The FedAvg curve in the setting of `curve` that shares most arguments with it; for FedAvg the usual FedAvg.
+
+    None where there is none; for the usual FedAvg itself.
+    """
+    fedavg = [c for c in curves if c.kind == "fedavg"]
+
+    def usual(other):
+        return sum(other.args.get(key) == value for c in curves if not c.central for key, value in c.args.items())
+
+    if curve.kind == "fedavg" or curve.central:
+        base = max(fedavg, key=usual, default=None)
+    else:
+        place = {key: curve.args.get(key) for key in FREE}
+        there = [c for c in fedavg if {key: c.args.get(key) for key in FREE} == place]
+        base = max(there, key=lambda c: sum(curve.args.get(k) == v for k, v in c.args.items()), default=None)
+    return None if base is curve else base
+
+
+def against_fedavg(curve, curves):
+    base = base_of(curve, curves)
+    if base is None:
+        return "-"
+    words = spread(paired(curve, base, "val_loss"), 3)
+    return words if words.startswith("-") else "+" + words
+
+
+def losses(run):
+    """[(round, validation loss)] of its evaluations after a round, nan where it is not finite."""
+    return [(row["round"], number(row["val_loss"])) for row in run.rows if "val_loss" in row and row["round"]]
+
+
+def first_at(run, target):
+    return next((t for t, loss in losses(run) if loss <= target), None)
+
+
+def best(curve, _):
+    finite = [[loss for _, loss in losses(run) if not math.isnan(loss)] for run in curve.runs]
+    return spread(np.array([min(values, default=math.nan) for values in finite]), 3)
+
+
+def to_half(curve, curves):
+    """`6/6/never`: the rounds to half of what the usual FedAvg of the same seed trains."""
+    base = base_of(next((c for c in curves if c.kind == "fedavg"), curve), curves)
+    base = base or next((c for c in curves if c.kind == "fedavg"), None)
+    middle = {run.seed: losses(run)[(len(losses(run)) - 1) // 2][1] for run in base.runs} if base else {}
+    rounds = [first_at(run, middle[run.seed]) for run in curve.runs if run.seed in middle]
+    return "/".join("never" if t is None else str(t) for t in rounds) or "-"
+
+
+def to_target(target):
+    """A cell: the rounds to this loss, `>40` where a seed never had it."""
+
+    def cell(curve, _):
+        rounds = [first_at(run, target) for run in curve.runs]
+        longest = max(run.rows[-1]["round"] for run in curve.runs)
+        return f">{longest}" if None in rounds else spread(np.array(rounds, dtype=float), 1)
+
+    return cell
+
+
+def variance(curve, _):
+    """Of the clients' gradient norms: its values lie orders of magnitude apart."""
+    values = curve.mean_over_rounds("gradient_norm_variance")
+    digits = 2 - math.floor(math.log10(values.mean())) if np.isfinite(values).all() and values.mean() > 0 else 0
+    return spread(values, max(0, digits))
+
+
+def away(curve, _):
+    """1 - CKA, from 0 on."""
+    return spread(np.maximum(1 - curve.mean_over_rounds("mean_cka"), 0), 3)
+
+
+def has_failed(run):
+    """Whether a run counts as failed: see this module's docstring."""
+    if isinstance(run.results.get("failed"), str):
+        return bool(run.results["failed"])
+    values = [loss for _, loss in losses(run)]
+    start = [number(row.get("val_loss")) for row in run.rows if not row["round"]]
+    alarmed = any(alarm.get("detector") == "diverged" for row in run.rows for alarm in row.get("alarms") or [])
+    return alarmed or not values or not values[-1] <= values[0] or any(values[-1] > loss for loss in start)
+
+
+def alarms(curve, _):
+    """`diverged, slow 2/3`: the detectors that spoke; `-` for none."""
+    n = len(curve.runs)
+    spoke = {name.replace("_", " "): len(times) for name, times in first_alarms(curve).items()}
+    return ", ".join(name + (f" {count}/{n}" if count < n else "") for name, count in spoke.items()) or "-"
+
+
+def columns(curves, args):
+    return (
+        result("val loss", "val_loss", digits=3),
+        Column("best", best),
+        Column("vs FedAvg", against_fedavg),
+        result("val ppl", "val_ppl"),
+        result("test ppl", "test_ppl"),
+        result("bits/byte", "val_bits_per_byte", digits=3),
+        result("mean client", "mean_client_val_loss", digits=3),
+        result("worst client", "worst_client_val_loss", digits=3),
+        result("gap", "generalization_gap", digits=3),
+        over_rounds("drift", "relative_drift", digits=2),
+        over_rounds("cosine", "update_cosine", digits=3),
+        Column("gradient variance", variance),
+        Column("1 - CKA", away),
+        Column("to half", to_half),
+        *([Column(f"to {args.target:g}", to_target(args.target))] if args.target else ()),
+        Column("failed", lambda curve, _: f"{sum(map(has_failed, curve.runs))} of {len(curve.runs)}"),
+        Column("alarms", alarms),
+        Column("MB up", lambda curve, _: "-" if curve.kind == "local" else sent(curve, "bytes_up")),
+        ROUNDS,
+        MINUTES,
+        SEEDS,
+    )
+
+
+TABLE = Table(
+    study=STUDY,
+    words=__doc__.split("\n\n", 2)[2],
+    columns=columns,
+    free=FREE,
+    flags=lambda parser: parser.add_argument(
+        "--target", type=positive_float, metavar="LOSS", help="say how many rounds a run took to it"
+    ),
+    about=lambda study, setting, curves: describe(study, shared_setting(setting, curves)),
+)

@@ -55,6 +55,8 @@ class Study:
     budgets: tuple = ("rounds",)  # results that should be alike in one figure, the first is what `lengths` set
     first: dict = field(default_factory=dict)  # key -> value: groups that have it come first
     keeps: Callable = lambda run: False  # runs that did not finish and are results all the same
+    prepared: Callable = lambda runs, notes: runs  # (runs, notes) -> those that tables and figures see
+    beside: str = ""  # the name of files that figures read too: where there is one, a folder may be without a run
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,7 @@ class Run:
     rows: list
     commit: str | None
     versions: dict
+    resolved: dict  # what flags such as --device auto came to
     written: float  # when its last line was written: of two equal runs the later counts
 
     @property
@@ -159,12 +162,21 @@ def read_runs(paths, *studies, unfinished=False):
                 _add(_of_line, (path, *place), studies, unfinished, runs, notes)
         else:
             raise UsageError(f"--data-dir {path} is not a folder (or a log): give the --output-dir of the runs")
-    if not runs:
+    for study in studies:
+        others = [run for run in runs if run.study is not study]
+        runs = others + study.prepared([run for run in runs if run.study is study], notes)
+    beside = [study.beside for study in studies if study.beside]
+    if not runs and not any(files_named(path, name) for path in paths for name in beside):
         where = ", ".join(map(str, paths))
         more = f" ({'; '.join(str(note) for note in notes[:3])})" if notes else ""
         commands = ", ".join(command for study in studies for command in study.commands)
         raise UsageError(f"no finished run of {commands} in {where}{more}: train first, or see --data-dir")
     return runs, notes
+
+
+def files_named(path, name):
+    """The files of a name (a pattern) in a folder and those below it, or beside a log: sorted list of paths."""
+    return sorted(path.rglob(name) if path.is_dir() else path.parent.glob(name))
 
 
 def _add(read, place, studies, unfinished, runs, notes):
@@ -204,6 +216,8 @@ def _of_line(place, studies):
         record["command"] = here[0].commands[0]
     if isinstance(record.get("data"), str):
         record["data"] = {"sha256": record["data"]}
+    if "failed" in record:  # how the study judged the run, with what the line does not tell
+        record["results"] = (record.get("results") or {}) | {"failed": record["failed"]}
     record = {"status": "failed" if record.get("reason") else "finished"} | record
     written = path.stat().st_mtime + 1e-6 * i
     return _make(record, record.get("name"), None, lambda: record.get("curve") or [], written, studies)
@@ -214,7 +228,7 @@ def _make(manifest, name, folder, rows, written, studies):
     study = next((study for study in studies if command in study.commands), None)
     if study is None:
         return None
-    parts = {key: manifest.get(key) for key in ("args", "data", "clients", "results", "versions")}
+    parts = {key: manifest.get(key) for key in ("args", "data", "clients", "results", "versions", "resolved")}
     parts = {key: value if isinstance(value, dict) else {} for key, value in parts.items()}
     try:
         rows = rows()

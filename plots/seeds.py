@@ -57,7 +57,7 @@ class Curve:
 
     def mean_over_rounds(self, name):
         """[S] the mean of a field over the rounds that have it; nan without any or with one not finite."""
-        given = [[number(row[name]) for row in run.rows if name in row] for run in self.runs]
+        given = [[number(row[name]) for row in run.rows if row.get(name) is not None] for run in self.runs]
         return np.array([np.mean(values) if values else math.nan for values in given])
 
 

@@ -3,6 +3,7 @@
     python plots/tables.py vit_sparse_fl                           # from the study's committed logs: the README's table
     python plots/tables.py vit_sparse_fl --data-dir results        # from run folders, or from a log
     python plots/tables.py lora_glue_fl --data-dir out_fedavg --against svd
+    python plots/tables.py llm_noniid --columns "val loss" "vs FedAvg" failed
 
 One table per group of runs that may be compared; a row is one method with the settings and arguments that set it apart,
 what most rows share is said above it. `±` is the sample standard deviation over seeds (n - 1 in the denominator), `-` a
@@ -45,19 +46,21 @@ class Table:
     select: Callable = lambda runs, args: runs  # the runs that the flags ask for
     about: Callable = lambda study, setting, curves: describe(study, setting)
     text: Callable | None = None  # (runs, notes, args) -> list[str], where one group is not one table
+    words: str = ""  # what its columns mean
 
 
 def report(table, paths, args):
     """The tables of all groups of runs in `paths` as Markdown, with notes on the runs that were left out."""
     runs, notes = read_runs(paths, table.study, unfinished=args.unfinished)
-    runs = table.select(runs, args)
-    parts = table.text(runs, notes, args) if table.text else parts_of(table, runs, notes, args)
+    parts = parts_of(table, runs, notes, args)
     return "\n\n".join([*parts, *dict.fromkeys(map(str, notes))])
 
 
 def parts_of(table, runs, notes, args):
-    """A heading, what most rows share, and the table, for every group of runs: list[str]."""
-    parts = []
+    """A heading, what most rows share, and the table, for every group of the runs that the flags ask for: list[str]."""
+    runs, parts = table.select(runs, args), []
+    if table.text:
+        return table.text(runs, notes, args)
     for setting, members in like_with_like(runs, table.free):
         curves = curves_of(members, table.free, notes=notes)
         parts += one_table(table, table.about(table.study, setting, curves), curves, args)
@@ -67,6 +70,10 @@ def parts_of(table, runs, notes, args):
 def one_table(table, about, curves, args):
     """The heading, what most rows share (if anything), and the table of some curves: list[str]."""
     columns = table.columns(curves, args) if callable(table.columns) else table.columns
+    if unknown := set(args.columns or ()) - {column.head for column in columns}:
+        heads = ", ".join(column.head for column in columns)
+        raise UsageError(f"--columns {' '.join(sorted(unknown))}: the table of {about} has {heads}")
+    columns = [column for column in columns if column.head in (args.columns or [column.head])]
     rows = [[curve.label, *(column.cell(curve, curves) for column in columns)] for curve in curves]
     shared = usual(curves)
     said = [f"Unless said otherwise: {shared}."] if shared else []
@@ -136,7 +143,12 @@ SEEDS = Column("seeds", lambda curve, _: str(len(curve.runs)))
 
 
 # study -> its module, imported when asked for: those modules import this one
-STUDIES = {"mamba_fl": "plots.mamba", "vit_sparse_fl": "plots.vit"}
+STUDIES = {
+    "mamba_fl": "plots.mamba",
+    "vit_sparse_fl": "plots.vit",
+    "lora_glue_fl": "plots.glue",
+    "llm_noniid": "plots.noniid",
+}
 
 
 def build_parser():
@@ -146,6 +158,7 @@ def build_parser():
         one = each.add_parser(name, description=f"Prints what the runs of {name} reached.")
         one.add_argument("--data-dir", nargs="+", help="run folders or logs (default: the study's committed logs)")
         one.add_argument("--unfinished", action="store_true", help="take runs that have not finished too")
+        one.add_argument("--columns", nargs="+", metavar="HEAD", help="only these columns")
         import_module(place).TABLE.flags(one)
     return parser
 

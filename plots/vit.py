@@ -441,5 +441,9 @@ def add_at(parser):
     parser.add_argument("--at", choices=["last", "best"], default="last", help=at)
 
 
+def build_parser():
+    return figure_parser(STUDY, FIGURES, add_at)
+
+
 if __name__ == "__main__":
-    run_main(lambda args: draw_figures(STUDY, FIGURES, args), figure_parser(STUDY, FIGURES, add_at).parse_args())
+    run_main(lambda args: draw_figures(STUDY, FIGURES, args), build_parser().parse_args())

@@ -246,6 +246,8 @@ def unpack(log, root):
         row = json.loads(line)
         data = row.get("data") or {}
         manifest = {"command": row.get("command", "train"), "args": row["args"], "results": row["results"]}
+        if "failed" in row:  # how the study judged the run, with what the line does not tell
+            manifest["results"] = (row["results"] or {}) | {"failed": row["failed"]}
         manifest["data"] = data if isinstance(data, dict) else {"sha256": data}
         manifest |= {"status": "failed" if row.get("reason") else "finished", "reason": row.get("reason")}
         manifest |= {key: row[key] for key in ("git_commit", "versions", "resolved") if key in row}

@@ -6,13 +6,16 @@ run. `GOLDEN` has a command for every script; `whole(name)` is the folder of its
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -204,14 +207,16 @@ class Started:
             self.process.kill()
             self.process.join()
         out, err = ((self.place / name).read_text() for name in ("out", "err"))
+        shutil.rmtree(self.place)
         return Ended(self.process.exitcode, out, err)
 
 
 def run(words, die=None, env=None):
     """The script `words[0]` with the flags that follow, in a process of its own, until it has ended.
 
-    die: (folder, lines, changes, signal): the process gets `signal` at change number `changes` of a file in `folder`
-    (opened to write, renamed, removed) after metrics.jsonl has `lines` lines.
+    die: (folder, lines, changes, what): at change number `changes` of a file in `folder` (opened to write, renamed,
+    removed) after metrics.jsonl has `lines` lines, the process gets the signal `what`, or, for "full", the change fails
+    as on a full disk. "limit": no file may be longer than `changes` bytes.
     """
     return Started(words, die, env).ended()
 
@@ -246,12 +251,14 @@ def _script(words, place, env, die):
     os.chdir(place)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [str(ROOT / words[0]), *words[1:]]
-    if die:
+    if die and die[-1] == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (die[2], die[2]))
+    elif die:
         sys.addaudithook(_death(*die))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _death(folder, lines, changes, number):
+def _death(folder, lines, changes, what):
     folder = os.path.realpath(folder)
     left = changes
 
@@ -272,8 +279,10 @@ def _death(folder, lines, changes, number):
             os.close(file)
         if reached >= lines:
             left -= 1
+            if left < 0 and what == "full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if left < 0:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), what)
 
     return hook
 

@@ -26,22 +26,23 @@ COMMANDS = {
     "vit layers": "plots/vit.py layers",
     "vit interference": "plots/vit.py interference",
     "vit shards": "plots/vit.py shards",
-    "glue": "plots/glue_figures.py",
-    "glue metric": "plots/glue_metric.py",
-    "glue error": "plots/glue_error.py",
-    "glue bytes": "plots/glue_bytes.py",
-    "glue clients": "plots/glue_clients.py",
-    "noniid": "plots/noniid_figures.py",
-    "noniid curves": "plots/noniid_curves.py",
-    "noniid drift": "plots/noniid_drift.py",
-    "noniid clients": "plots/noniid_clients.py",
-    "noniid similarity": "plots/noniid_similarity.py",
-    "noniid partition": "plots/noniid_partition.py",
-    "noniid failure_map": "plots/noniid_failure_map.py",
+    "glue": "plots/glue.py",
+    "glue metric": "plots/glue.py metric",
+    "glue error": "plots/glue.py error",
+    "glue bytes": "plots/glue.py bytes",
+    "glue clients": "plots/glue.py clients",
+    "noniid": "plots/noniid.py",
+    "noniid curves": "plots/noniid.py curves",
+    "noniid drift": "plots/noniid.py drift",
+    "noniid clients": "plots/noniid.py clients",
+    "noniid similarity": "plots/noniid.py similarity",
+    "noniid partition": "plots/noniid.py partition",
+    "noniid failure_map": "plots/noniid.py failure_map",
     "table mamba": "plots/tables.py mamba_fl",
     "table vit": "plots/tables.py vit_sparse_fl",
-    "table glue": "plots/glue_table.py",
-    "table noniid": "plots/noniid_table.py",
+    "table glue": "plots/tables.py lora_glue_fl",
+    "table noniid": "plots/tables.py llm_noniid",
+    "page": "plots/report.py --no-figures",
     "page noniid": "llm_noniid/report.py --no-figures",
     "verdicts noniid": "llm_noniid/run_experiments.py --mode compare",
 }
@@ -50,7 +51,9 @@ STUDIES = ("mamba", "vit", "glue", "noniid")
 
 def command_line(name, runs, out, more=""):
     """The words of a command on the run folders in `runs`; a figure's or page's goes into `out`."""
-    if name.endswith(" noniid") and not name.startswith("table"):
+    if name == "page":
+        places = [runs, "--out", f"{out}/page.html"]
+    elif name.endswith(" noniid") and not name.startswith("table"):
         places = ["--results-dir", runs, *(["--out", f"{out}/page.html"] if name.startswith("page") else [])]
     else:
         places = ["--data-dir", runs, *([] if name.startswith("table") else ["--out-dir", out])]
@@ -103,8 +106,7 @@ def refused(name, runs, more=""):
 def tables(name, runs, more=""):
     """[(heading, {first cell: {column: cell}})] of the Markdown tables that a command prints."""
     found = []
-    markdown = "" if "tables.py" in COMMANDS[name] else "--markdown"
-    for line in printed(name, runs, f"{markdown} {more}").splitlines():
+    for line in printed(name, runs, more).splitlines():
         if line.startswith("### "):
             found.append((line[4:], []))
         elif line.startswith("| "):

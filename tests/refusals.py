@@ -100,13 +100,30 @@ def folders(tmp):
     text("file", "x")(tmp)
 
 
-# An adapter that is broken: what was done to a good one
-def changed(**about):
-    def change(folder):
-        path = folder / CONFIG
-        path.write_text(json.dumps({**json.loads(path.read_text()), **about}))
+def a_run(damage, status="failed"):
+    """The finished run of fed_avg in {tmp}/out, as one that has ended so, and damaged."""
 
-    return change
+    def make(tmp):
+        shutil.copytree(harness.whole("mamba_fl/fed_avg"), tmp / "out" / "r")
+        edited(tmp / "out" / "r" / "run.json", lambda manifest: manifest.update(status=status))
+        damage(tmp / "out" / "r")
+
+    return make
+
+
+def edited(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def manifest(change):
+    return lambda folder: edited(folder / "run.json", change)
+
+
+# What is done to a good adapter
+def changed(**about):
+    return lambda folder: edited(folder / CONFIG, lambda config: config.update(about))
 
 
 def names_code(folder):
@@ -163,7 +180,16 @@ MAMBA = [
     ("fed_entropy", "--temperature 0", ["--temperature"]),
     ("fed_momentum", "--server-momentum 1", ["--server-momentum"]),
     ("fed_fisher", "--fisher-samples 0", ["--fisher-samples"]),
-]
+    ("fed_avg", "", ["r exists (finished)", "--resume", "--overwrite"], a_run(lambda _: None, "finished")),
+    ("fed_avg", "--resume --lr 0.1 --tokenizer bpe:300", ["--lr 0.01 -> 0.1", "bpe:400 -> bpe:300"],
+     a_run(lambda _: None, "finished")),
+    ("fed_entropy", "--resume", ["is a run of fed_avg"], a_run(lambda _: None)),
+    ("fed_avg", "--resume", ["other data"], a_run(manifest(lambda run: run["data"].update(variant="another")))),
+    ("fed_avg", "--resume", ["amp bf16 -> "], a_run(manifest(lambda run: run["resolved"].update(amp="bf16")))),
+    ("fed_avg", "--resume", ["theta.safetensors is damaged", "--overwrite"],
+     a_run(lambda folder: cut(folder / "checkpoint" / "theta.safetensors", 5000))),
+    ("fed_avg", "--run-name thesis --overwrite", ["thesis"], text("out/thesis/thesis.txt", "years of work")),
+]  # fmt: skip
 VIT = [
     ("federated", "--sharding non_iid --nc 11", ["11", "10"]),
     ("federated", "--sharding non_iid --nc 1 --num-clients 4", ["1, 2, 3, 4, 5, 9", "--num-clients"]),
@@ -398,3 +424,16 @@ NONIID = [
 ]  # fmt: skip
 STUDIES = {"mamba_fl": MAMBA, "vit_sparse_fl": VIT, "lora_glue_fl": GLUE, "llm_noniid": NONIID}
 ROWS = [(f"{study}/{first}", *row) for study, rows in STUDIES.items() for first, *row in rows]
+
+# Runs that start and cannot go on: exit code 1, the reason in the last line and in run.json
+FAILED = [
+    *((f"mamba_fl/{script}", "--lr 1e30", ["lower --lr (1e+30)"]) for script in ("central", "fed_avg", "fed_momentum")),
+    *((f"mamba_fl/{script}", "--lr 1e30", ["lower --lr (1e+30)"]) for script in ("fed_entropy", "fed_fisher")),
+    ("vit_sparse_fl/federated", "--lr 1e30", ["--lr (1e+30)"]),
+    ("vit_sparse_fl/centralized", "--lr 1e30", ["--lr (1e+30)"]),
+    ("lora_glue_fl/svd", "--learning-rate 1e38", ["round 1", "3 of 3 clients", "--learning-rate (1e+38)"]),
+    ("lora_glue_fl/central_lora", "--learning-rate 1e38", ["--learning-rate (1e+38)"]),
+    ("lora_glue_fl/baseline", "--learning-rate 1e38", ["--learning-rate (1e+38)"]),
+    ("llm_noniid/fedavg", "--learning-rate 1e38", ["round 1: ", "all 4 clients", "--learning-rate (1e+38)"]),
+    ("llm_noniid/pretrain", "--learning-rate 1e38", ["epoch 1: the loss is nan", "--learning-rate"]),
+]

@@ -24,30 +24,10 @@ def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-@pytest.mark.parametrize("script", ["main_glue_lora", "baseline_run"])
-def test_a_learning_rate_that_diverges_fails_with_a_reason(script, tmp_path, capsys):
-    words = "--do-train --learning-rate 1e38 --max-examples 96 --num-train-epochs 2 --run-name x --threads 1".split()
-    assert call(*TINY, *words, "--output-dir", tmp_path, script=script) == 1
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("failed: ") and "--learning-rate (1e+38)" in last
-    (manifest,) = tmp_path.rglob("run.json")
-    run = read_json(manifest)
-    assert run["status"] == "failed" and run["reason"] == last.removeprefix("failed: ") and run["results"] is None
-    assert not list(tmp_path.rglob("adapter")) and not list(tmp_path.rglob("final"))
-
-
 def rounds(out, *more):
     shards = harness.whole("lora_glue_fl/sharding")
     line = [*TINY, *SMALL, "--shard-dir", shards, "--output-root", out, "--run-name", "x", "--rounds", 1]
     return call(*line, "--learning-rate", "5e-3", "--keep", "all", *more)
-
-
-def test_all_clients_that_diverge_end_the_run(tmp_path, capsys):
-    assert rounds(tmp_path, "--learning-rate", 1e38) == 1
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("failed: round 1") and "3 of 3 clients" in last and "--learning-rate (1e+38)" in last
-    run = read_json(tmp_path / "x" / "run.json")
-    assert run["status"] == "failed" and run["reason"] == last.removeprefix("failed: ")
 
 
 @pytest.mark.parametrize("rule", ["naive", "svd", "stack"])

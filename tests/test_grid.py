@@ -349,15 +349,15 @@ def run_study(runner, line, out):
         ("mamba_fl/run_study", "--preset quick --only fed_avg_lu8", ["fed_avg_lu8_seed_0"], "| FedAvg"),
         (
             "vit_sparse_fl/run_all_experiments",
-            "--quick --num-runs 2 --only centralized --seed 4 --classes 0:4",
-            ["centralized_seed_4", "centralized_seed_5"],
-            "+-",
+            "--quick --only centralized --seed 4 --classes 0:4",
+            ["centralized_seed_4"],
+            "| Central |",
         ),
         (
             "lora_glue_fl/run_study",
-            "--preset quick --only sst2_tiny/central sst2_ranks_svd",
-            ["sst2_ranks_svd_seed_0", "sst2_tiny/central_seed_0"],
-            "| SVD",
+            "--preset quick --only sst2_tiny/central",
+            ["sst2_tiny/central_seed_0"],
+            "| Central LoRA |",
         ),
         (
             "llm_noniid/run_experiments",

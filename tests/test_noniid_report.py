@@ -1,4 +1,4 @@
-"""Outcomes, verdicts, tables and the HTML report, on run folders with known numbers."""
+"""Outcomes, the questions' verdicts and the page of llm_noniid, on run folders with known numbers."""
 
 import base64
 import math
@@ -10,44 +10,69 @@ from noniid_made import make_run, make_seeds
 from scipy import stats
 
 from common.cli import UsageError
-from llm_noniid import outcomes, report, tables, verdicts
-from llm_noniid.comparing import CONFIRMED, REFUTED, UNDECIDED, UNMEASURED, Part, combine, compare, quantile
+from llm_noniid import outcomes, report, verdicts
+from llm_noniid.comparing import CONFIRMED, REFUTED, UNDECIDED, UNMEASURED, Part, combine, compare, majority, quantile
+from plots import noniid_runs
+from plots.noniid import STUDY, TABLE
+from plots.runs import like_with_like, read_runs
 
 
 def only(folder):
-    found, _ = outcomes.read_outcomes(folder)
-    return outcomes.contexts(found)[0]
+    """The Context of the largest group of like runs."""
+    runs, _ = read_runs([folder], STUDY)
+    return outcomes.Context([outcomes.outcome_of(run) for run in like_with_like(runs, TABLE.free)[0][1]])
 
 
 # ------------------------------------------------------------------------------------------------ outcomes
 
 
-def test_a_run_fails_when_it_diverged_or_ends_above_where_it_began():
-    def rows(*losses, alarm=None):
-        found = [{"round": i, "val_loss": v} for i, v in enumerate(losses)]
-        if alarm:
-            found[0]["alarms"] = [{"detector": alarm}]
-        return found
+def rows(*losses, alarm=None, before=None):
+    lines = [{"round": 0, "val_loss": before}] if before else []
+    lines += [{"round": t, "val_loss": v} for t, v in enumerate(losses, start=1)]
+    if alarm:
+        lines[0]["alarms"] = [{"detector": alarm}]
+    return lines
 
-    assert outcomes.failure(rows(4.0, 3.0)) == ""
-    assert outcomes.failure(rows(4.0, 4.0)) == ""
-    assert outcomes.failure(rows(4.0, 3.0, 4.1)) == "ends above its first evaluation"
-    assert outcomes.failure(rows(4.0, 3.0, alarm="diverged")) == "diverged"
-    assert outcomes.failure(rows(4.0, 3.0, alarm="slow")) == ""
-    assert outcomes.failure(rows(4.0, "nan")) == outcomes.failure(rows("inf")) == "the loss is not finite"
-    assert outcomes.failure([]) == "no evaluation"
+
+JUDGED = [
+    (rows(4.0, 3.0), None, ""),
+    (rows(4.0, 4.0), None, ""),
+    (rows(4.0, 3.0, 4.1), None, "ends above its first evaluation"),
+    (rows(4.0, 3.0, alarm="diverged"), None, "diverged"),
+    (rows(4.0, 3.0, alarm="slow"), None, ""),
+    (rows(4.0, "nan"), None, "the loss is not finite"),
+    (rows("inf"), None, "the loss is not finite"),
+    ([], None, "no evaluation"),
+    (rows(before=4.0), None, "no evaluation"),
     # broken in its first round, falling since: only the loss before training tells
-    assert outcomes.failure(rows(9.0, 7.0)) == ""
-    assert outcomes.failure(rows(9.0, 7.0), start_loss=5.0) == "ends above the model before training"
-    assert outcomes.failure(rows(9.0, 7.0), start_loss=7.0) == ""
+    (rows(9.0, 7.0), None, ""),
+    (rows(9.0, 7.0), 5.0, "ends above the model before training"),
+    (rows(9.0, 7.0), 7.0, ""),
+    (rows(9.0, 7.0, before=5.0), None, "ends above the model before training"),
+    (rows(9.0, 7.0, before=8.0), None, ""),
+    (rows(4.0, 4.5, before=8.0), None, "ends above its first evaluation"),
+]
 
 
-def test_the_loss_before_training_is_that_of_the_run_of_no_size(tmp_path):
+@pytest.mark.parametrize(("lines", "start", "why"), JUDGED)
+def test_a_run_fails_when_it_diverged_or_ends_above_where_it_began(lines, start, why):
+    assert outcomes.failure(lines, start) == why
+
+
+@pytest.mark.parametrize(("lines", "why"), [(lines, why) for lines, start, why in JUDGED if start is None and lines])
+def test_the_table_and_the_questions_agree_on_what_failed(tmp_path, lines, why):
+    make_run(tmp_path, [4.0])
+    (run,), _ = read_runs([tmp_path], STUDY)
+    run.rows[:] = lines
+    assert noniid_runs.has_failed(run) == bool(outcomes.outcome_of(run).failed) == bool(why)
+
+
+def test_the_loss_before_training_is_that_of_round_0_or_of_an_old_run_of_no_size(tmp_path):
     make_run(tmp_path, [5.0], learning_rate=1e-30, num_rounds=1, partition="iid")
     make_run(tmp_path, [9.0, 7.0])
     make_run(tmp_path, [9.0, 7.0], seed=1)
-    runs = {run.seed: run for run in outcomes.read_outcomes(tmp_path)[0]}
-    assert len(runs) == 2 and runs[0].start_loss == 5.0 and runs[1].start_loss is None
+    runs = only(tmp_path).find()
+    assert runs[0].failed == "ends above the model before training" and not runs[1].failed
     # newer runs log it themselves, as round 0
     folder = make_run(tmp_path, [4.0, 3.0], seed=7)
     lines = (folder / "metrics.jsonl").read_text()
@@ -55,27 +80,21 @@ def test_the_loss_before_training_is_that_of_the_run_of_no_size(tmp_path):
     run = outcomes.read_outcome(folder)
     assert run.start_loss == 2.5 and run.curve("val_loss") == ([1, 2], [4.0, 3.0])
     assert run.failed == "ends above the model before training"
-    assert runs[0].failed and not runs[1].failed
 
 
-def test_a_run_without_finite_updates_is_an_outcome_and_others_are_left_out(tmp_path):
+def test_a_run_without_finite_updates_failed_with_an_infinite_loss(tmp_path):
     reason = "round 2: the updates of all 10 clients are not finite: lower --learning-rate"
-    make_run(tmp_path, [4.0], "failed", reason, learning_rate=9.0)
-    make_run(tmp_path, [4.0], "failed", "no space left", learning_rate=8.0)
-    make_run(tmp_path, [4.0], "running", learning_rate=7.0)
-    make_run(tmp_path, [4.0, 3.0])
-    runs, notes = outcomes.read_outcomes(tmp_path)
-    assert {run.args["learning_rate"] for run in runs} == {9.0, 5e-5}
-    blown = next(run for run in runs if run.blown_up)
-    assert blown.last("val_loss") == math.inf and blown.failed == "no update was finite" and blown.unstable
-    assert len(notes) == 2 and any("no space left" in note for note in notes) and any("running" in n for n in notes)
+    make_run(tmp_path, [4.0], "failed", reason)
+    make_run(tmp_path, [4.0], "failed", "no space left", seed=1)
+    (run,) = only(tmp_path).find().values()
+    assert run.last("val_loss") == math.inf and run.failed == "no update was finite" and run.unstable
 
 
-def test_runs_of_a_failure_map_are_not_among_the_others(tmp_path):
+def test_what_the_study_said_of_a_run_in_its_log_counts(tmp_path):
     make_run(tmp_path, [4.0, 3.0])
-    make_run(tmp_path / "map", [4.0, 3.0], learning_rate=0.3)
-    (tmp_path / "map/failure_map.json").write_text("{}")
-    assert len(outcomes.read_outcomes(tmp_path)[0]) == 1
+    (run,), _ = read_runs([tmp_path], STUDY)
+    run.results["failed"] = "ends above the model before training"
+    assert outcomes.outcome_of(run).failed == run.results["failed"] and noniid_runs.has_failed(run)
 
 
 def test_settings_ignore_what_a_run_does_not_read(tmp_path):
@@ -85,8 +104,6 @@ def test_settings_ignore_what_a_run_does_not_read(tmp_path):
     make_run(tmp_path, [4.0, 3.0], partition="iid", seed=1)
     context = only(tmp_path)
     assert sorted(context.find()) == sorted(context.find(partition="iid")) == [0, 1]
-    assert [factors["partition"] for factors, _ in context.groups()] == ["iid", "topic_skew"]
-    assert context.words(context.groups()[0][0]) == "fedavg, iid"
 
 
 def test_the_base_is_what_most_runs_share_and_the_default_among_ties(tmp_path):
@@ -101,14 +118,6 @@ def test_the_base_is_what_most_runs_share_and_the_default_among_ties(tmp_path):
     base = only(tmp_path).base
     assert base["learning_rate"] == 1e-3 and base["local_steps"] == 20 and base["participation_rate"] == 1.0
     assert base["mu"] == 0.3 and only(tmp_path).values("participation_rate") == [0.3, 0.5, 1.0]
-
-
-def test_other_data_models_and_lengths_are_other_contexts(tmp_path):
-    for other in ({}, {"dataset": "wikitext"}, {"num_rounds": 9, "seed": 1}, {"model": "gpt2", "seed": 2}):
-        make_run(tmp_path, [4.0, 3.0], **other)
-    make_run(tmp_path, [4.0, 3.0], model="/elsewhere/distilgpt2", seed=3)
-    found = outcomes.contexts(outcomes.read_outcomes(tmp_path)[0])
-    assert sorted(len(context.runs) for context in found) == [1, 1, 1, 2] and len(found[0].runs) == 2
 
 
 # ------------------------------------------------------------------------------------------------ comparing
@@ -128,6 +137,21 @@ def test_a_difference_is_judged_by_its_spread_over_the_seeds():
     inf = dict.fromkeys(a, math.inf)
     assert compare(a, inf)[0] == "more" and compare(inf, a)[0] == "less" and compare(inf, inf)[0] == "open"
     assert compare(a, a | {0: math.inf})[0] == "open" and compare({0: 1.0}, {0: math.inf})[0] == "open"
+
+
+@pytest.mark.parametrize(("sigmas", "word"), [(0.9, "open"), (1.1, "open"), (1.9, "open"), (2.1, "more")])
+def test_of_three_seeds_two_standard_deviations_decide_and_not_one(sigmas, word):
+    differences = 0.1 + 0.1 / sigmas * np.array([-1.0, 0.0, 1.0])  # mean 0.1, standard deviation 0.1 / sigmas
+    assert compare(dict.fromkeys(range(3), 5.0), dict(enumerate(5.0 + differences)))[0] == word
+
+
+@pytest.mark.parametrize(
+    ("held", "of", "status"),
+    [(0, 0, UNMEASURED), (1, 1, UNDECIDED), (1, 2, UNDECIDED), (2, 4, UNDECIDED), (2, 3, CONFIRMED), (3, 4, CONFIRMED)]
+    + [(0, 2, REFUTED), (0, 1, UNDECIDED), (1, 4, UNDECIDED)],
+)
+def test_half_of_the_seeds_are_no_majority(held, of, status):
+    assert majority(dict(enumerate(range(of))), lambda seed: seed < held) == (status, held)
 
 
 def test_parts_are_combined():
@@ -297,32 +321,16 @@ def test_what_is_not_measured_is_said_so(tmp_path):
     assert {v.status for v in verdicts.verdicts(only(one))} == {UNDECIDED, UNMEASURED}
 
 
-# --------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- page
 
 
-def test_table(tmp_path):
-    for seed, (mine, other) in enumerate([(3.0, 3.1), (3.2, 3.32), (3.4, 3.51)]):
-        make_run(tmp_path, [4.0, 3.6, 3.5, mine], seed=seed)
-        make_run(tmp_path, [4.0, 3.7, 3.55, other], seed=seed, algorithm="scaffold", alarms=[("slow", 3)])
-    make_run(tmp_path, [4.0, 9.0], seed=0, partition="iid")
-    context = only(tmp_path)
-    lines = {line[0]: dict(zip(tables.HEAD, line, strict=True)) for line in tables.rows(context)[1:]}
-    fedavg, scaffold = lines["fedavg, topic skew"], lines["scaffold, topic skew"]
-    assert fedavg["loss (nats)"] == "3.2 ± 0.2" and fedavg["difference"] == "-"
-    assert scaffold["difference"] == "+0.11 ± 0.01" and scaffold["alarms"] == "slow 3"
-    assert fedavg["rounds to target"] == "2/2/2" and scaffold["rounds to target"] == "3/3/3"
-    assert lines["fedavg, iid"]["failed"] == "1 of 1" and lines["fedavg, iid"]["difference"] == "+6"
-    assert fedavg["minutes"] == "0.1 ± 0" and fedavg["1 - CKA"].startswith("0.01")
-    said = tables.text(tmp_path)
-    assert "| scaffold, topic skew | 3.31 ± 0.2" in said and "### Verdicts" in said
-    with pytest.raises(UsageError, match="is not a folder"):
-        tables.read(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no finished run"):
-        tables.read(tmp_path / "empty")
-
-
-# --------------------------------------------------------------------------------------------------- report
+@pytest.mark.parametrize(("n", "c"), [(2, 6.04), (3, 2.0), (4, 1.34)])
+def test_how_many_standard_deviations_decide(n, c):
+    """The t-test's p-value at c standard deviations is the same for every number of seeds."""
+    assert quantile(n) == pytest.approx(c, abs=0.01)
+    values = np.arange(n) - (n - 1) / 2
+    values += quantile(n) * values.std(ddof=1)
+    assert stats.ttest_1samp(values, 0).pvalue == pytest.approx(0.0742, abs=3e-4)
 
 
 class Checker(HTMLParser):
@@ -349,9 +357,6 @@ class Checker(HTMLParser):
         self.text.append(data)
 
 
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
 MAP = """{"algorithm": "fedavg", "axis": "learning_rate", "seed": 0, "finished": true, "start_val_loss": 5.0,
  "points": [{"alpha": 0.1, "value": 0.01, "failed": false, "reason": "", "val_loss": 3.0, "run": "x"},
             {"alpha": 0.1, "value": 0.1, "failed": true, "reason": "diverged", "val_loss": null, "run": "y"}],
@@ -365,42 +370,22 @@ def test_maps_of_other_models_and_damaged_ones_are_left_out(tmp_path):
     for name, content in (("mine", MAP.replace("<b>&small", "small")), ("other", MAP), ("bad", "{bad"), ("list", "[]")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "failure_map.json").write_text(content)
-    maps, notes = outcomes.read_maps(tmp_path)
+    _, _, maps, notes = report.judged(tmp_path)
     assert len(maps) == 2 and len(notes) == 2 and all("damaged" in note for note in notes)
     (kept,) = outcomes.maps_of(only(tmp_path), maps)
     assert kept["setting"]["model"].endswith("/small")
-    assert "damaged" in tables.text(tmp_path)
+    assert "damaged" in report.text(tmp_path)
 
 
-@pytest.mark.parametrize(("n", "c"), [(2, 6.04), (3, 2.0), (4, 1.34)])
-def test_how_many_standard_deviations_decide(n, c):
-    """The t-test's p-value at c standard deviations is the same for every number of seeds."""
-    assert quantile(n) == pytest.approx(c, abs=0.01)
-    values = np.arange(n) - (n - 1) / 2
-    values += quantile(n) * values.std(ddof=1)
-    assert stats.ttest_1samp(values, 0).pvalue == pytest.approx(0.0742, abs=3e-4)
-
-
-def test_the_report_is_one_file_that_loads_nothing(tmp_path, monkeypatch):
-    runs = tmp_path / "runs"
-    make_seeds(runs, 3.0, model="/models/<b>&small")
-    make_run(runs, [4.0, math.inf, 9.0], model="/models/<b>&small", partition="iid", alarms=[("diverged", 2)])
+def test_the_page_is_one_file_that_loads_nothing(tmp_path):
+    folder = tmp_path / "runs"
+    make_seeds(folder, 3.0, model="/models/<b>&small")
+    make_run(folder, [4.0, math.inf, 9.0], model="/models/<b>&small", partition="iid", alarms=[("diverged", 2)])
     reason = "round 1: the updates of all 10 clients are not finite: lower it"
-    make_run(runs, [], "failed", reason, model="/models/<b>&small", partition="style_skew")
-    (runs / "map").mkdir()
-    (runs / "map/failure_map.json").write_text(MAP)
-    script = tmp_path / "plots.py"
-    script.write_text(
-        "import pathlib, sys\n"
-        "out = pathlib.Path(sys.argv[sys.argv.index('--out-dir') + 1])\n"
-        "out.mkdir(parents=True, exist_ok=True)\n"
-        f"(out / 'noniid_drift_iid.png').write_bytes({PNG!r})\n"
-        "print('not drawn: a heat map')\n"
-    )
-    monkeypatch.setattr(report, "draw", lambda folder, draw=report.draw: draw(folder, script))
-    (runs / "figures").mkdir()
-    (runs / "figures/old.png").write_bytes(PNG)
-    out = report.write(runs, tmp_path / "new/report.html")
+    make_run(folder, [], "failed", reason, model="/models/<b>&small", partition="style_skew")
+    (folder / "map").mkdir()
+    (folder / "map/failure_map.json").write_text(MAP)
+    out = report.write(folder, tmp_path / "new/report.html")
     text = out.read_text(encoding="utf-8")
     page = Checker()
     page.feed(text)
@@ -409,27 +394,29 @@ def test_the_report_is_one_file_that_loads_nothing(tmp_path, monkeypatch):
     assert page.loads and all(value.startswith("data:") for value in page.loads)
     assert "@import" not in text and "url(" not in text and "http" not in text
     images = [value for value in page.loads if value.startswith("data:image/png;base64,")]
-    assert [base64.b64decode(image.partition(",")[2]) for image in images] == [PNG]  # not the old one
+    assert len(images) == len(list((folder / "figures").iterdir())) > 2
+    assert all(base64.b64decode(image.partition(",")[2]).startswith(b"\x89PNG") for image in images)
     said = " ".join(page.text)
     for words in (
         "When does federated training break down?",
         "High learning rate",
         "<b>&small",
-        "not drawn: a heat map",
+        "not drawn: noniid_similarity.png needs",
         "diverged <seen>",
         "Not monotone: alpha 0.1 fails at 0.1 but works at 0.3",
         "Loss before training: 5.0000",
         reason,
     ):
         assert words in said, words
-    assert text.count("<polyline") == 4 and ">D<title>" in text
     assert "damaged" not in said
 
 
-def test_a_report_without_figures_says_so(tmp_path):
+def test_a_page_without_figures_or_runs(tmp_path):
     make_run(tmp_path, [4.0, 3.0])
-    broken = tmp_path / "broken.py"
-    broken.write_text("raise SystemExit('no matplotlib')")
-    assert report.draw(tmp_path, broken) == ([], ["broken.py ended with exit code 1: no matplotlib"])
-    assert report.draw(tmp_path, tmp_path / "none.py") == ([], ["no figures: none.py is not there"])
-    assert "No alarm in any run" in report.write(tmp_path, tmp_path / "r.html", figures=False).read_text()
+    text = report.write(tmp_path, tmp_path / "r.html", figures=False).read_text()
+    assert "No alarm in any run" in text and "<img" not in text and not (tmp_path / "figures").exists()
+    with pytest.raises(UsageError, match="--results-dir .*nowhere is not a folder"):
+        report.text(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no finished run"):
+        report.write(tmp_path / "empty", tmp_path / "x.html")

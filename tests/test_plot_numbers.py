@@ -86,15 +86,15 @@ def test_the_table_of_lora_glue_fl_has_differences_to_central_or_a_rule_seed_by_
     write_glue(tmp_path, value=0.5, seed=9, aggregate="ffa")
     rows = table("table glue", tmp_path)
     svd = rows["SVD (FlexLoRA)"]
-    assert (svd["Accuracy (%)"], svd["best"]) == ("65.00 +- 5.00", "66.00 +- 5.00")
-    assert svd["vs central"] == "-7.00 +- 3.00", "the spread of the pairs, not of the runs"
-    assert (svd["error %"], svd["discarded %"]) == ("20.00 +- 0.00", "4.00 +- 0.00")
-    assert (svd["MB up"], svd["MB down"], svd["minutes"], svd["seeds"]) == ("3.00", "9.00", "1.0 +- 0.0", "3")
+    assert (svd["Accuracy (%)"], svd["best"]) == ("65.00 ± 5.00", "66.00 ± 5.00")
+    assert svd["vs central"] == "-7.00 ± 3.00", "the spread of the pairs, not of the runs"
+    assert (svd["error %"], svd["discarded %"]) == ("20.00 ± 0.00", "4.00 ± 0.00")
+    assert (svd["MB up"], svd["MB down"], svd["minutes"], svd["seeds"]) == ("3.00", "9.00", "1.0 ± 0.0", "3")
     assert rows["FFA-LoRA"]["error %"] == "<0.01" and rows["FFA-LoRA"]["discarded %"] == "-"
     assert rows["FFA-LoRA"]["vs central"] == "-", "no central run of that seed"
     assert rows["Central LoRA"]["MB up"] == "-" and rows["Central LoRA"]["vs central"] == "-"
     rows = table("table glue", tmp_path, "--against svd")
-    assert rows["Naive (FedIT)"]["vs svd"] == "-2.00 +- 1.00" and rows["Central LoRA"]["vs svd"] == "+7.00 +- 3.00"
+    assert rows["Naive (FedIT)"]["vs svd"] == "-2.00 ± 1.00" and rows["Central LoRA"]["vs svd"] == "+7.00 ± 3.00"
 
 
 def test_the_table_of_llm_noniid_has_paired_differences_alarms_and_rounds_to_a_loss(tmp_path):
@@ -104,12 +104,12 @@ def test_the_table_of_llm_noniid_has_paired_differences_alarms_and_rounds_to_a_l
         write_noniid(tmp_path, losses=[6.0] * 9 + [last], partition="iid", seed=seed)
     rows = table("table noniid", tmp_path, "--target 4.1")
     assert list(rows) == ["FedAvg", "FedAvg, IID", "SCAFFOLD"]
-    assert rows["FedAvg"]["val loss"] == "4.200 +- 0.283" and rows["FedAvg"]["vs FedAvg"] == "-"
-    assert rows["SCAFFOLD"]["vs FedAvg"] == "-0.150 +- 0.071", "of the same partition, seed by seed"
+    assert rows["FedAvg"]["val loss"] == "4.200 ± 0.283" and rows["FedAvg"]["vs FedAvg"] == "-"
+    assert rows["SCAFFOLD"]["vs FedAvg"] == "-0.150 ± 0.071", "of the same partition, seed by seed"
     assert rows["FedAvg"]["alarms"] == "slow 1/2" and rows["SCAFFOLD"]["alarms"] == "-"
-    assert rows["FedAvg"]["worst client"] == "4.450 +- 0.283"
+    assert rows["FedAvg"]["worst client"] == "4.450 ± 0.283"
     assert rows["FedAvg"]["to 4.1"] == ">40", "one seed never had it"
-    assert table("table noniid", tmp_path, "--target 6")["FedAvg"]["to 6"] == "4.0 +- 0.0", "the first evaluation"
+    assert table("table noniid", tmp_path, "--target 6")["FedAvg"]["to 6"] == "4.0 ± 0.0", "the first evaluation"
 
 
 def test_a_seed_without_a_result_is_a_dash_not_a_mean_of_the_others(tmp_path):

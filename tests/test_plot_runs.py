@@ -52,7 +52,8 @@ def test_a_log_and_its_folders_give_the_same_runs(tmp_path):
 def test_a_committed_log_gives_the_table_of_the_folders_that_it_was_made_from(study, tmp_path):
     for log in sorted((ROOT / study / "results").glob("*.jsonl")):
         unpack(log.relative_to(ROOT), tmp_path / log.stem)
-    from_folders = printed(f"table {study.split('_')[0]}", tmp_path)
+    name = {"lora_glue_fl": "glue", "llm_noniid": "noniid"}.get(study, study.split("_")[0])
+    from_folders = printed(f"table {name}", tmp_path)
     code, from_logs, error = call_tables(study)
     assert code == 0, error
     assert drop_notes(from_logs) == drop_notes(from_folders)
@@ -215,10 +216,14 @@ def test_an_unknown_figure_is_refused_with_the_names(tmp_path):
 # ---- the READMEs
 
 
-@pytest.mark.parametrize("study", ["mamba_fl", "vit_sparse_fl"])
+COLUMNS = ["val loss", "vs FedAvg", "mean client", "worst client", "cosine", "1 - CKA", "failed", "seeds"]
+SHOWN = {"mamba_fl": [], "vit_sparse_fl": [], "lora_glue_fl": ["--wide"], "llm_noniid": ["--columns", *COLUMNS]}
+
+
+@pytest.mark.parametrize("study", SHOWN)
 def test_the_readmes_table_is_that_of_the_log(study):
     readme = (ROOT / study / "README.md").read_text(encoding="utf-8").splitlines()
-    code, text, error = call_tables(study)
+    code, text, error = call_tables(study, *SHOWN[study])
     assert code == 0, error
     missing = [line for line in text.splitlines() if line.startswith("|") and line not in readme]
     assert not missing, f"run python plots/tables.py {study} and put into its README:\n" + "\n".join(missing[:5])

@@ -153,15 +153,6 @@ def test_metrics_go_to_a_tracker(tmp_path, monkeypatch):
     assert (tmp_path / "r" / "tensorboard").is_dir()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_grouped_and_complete(script, capsys):
-    module = importlib.import_module(f"mamba_fl.{script}")
-    text = module.build_parser().format_help()
-    assert "the model" in text and "training" in text and "the run" in text
-    for action in module.build_parser()._actions:
-        assert action.help, action.option_strings
-
-
 def test_compile_is_checked_against_eager(capsys, monkeypatch):
     from common.compiling import checked_compile
 
@@ -173,3 +164,30 @@ def test_compile_is_checked_against_eager(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: f(x) * 1)
     same = checked_compile(lambda x: (weight * x).sum(), {"w": weight})
     assert same(torch.ones(3)).item() == 3 and not capsys.readouterr().err
+
+
+def test_a_client_that_is_not_finite_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    from mamba_fl.fed_core import Study
+
+    good = Study.local_update
+
+    def local_update(self, theta, k, round):
+        theta_k, n_k = good(self, theta, k, round)
+        if k in broken and round == 1:
+            next(iter(theta_k.values())).view(-1)[0] = float("nan")
+        return theta_k, n_k
+
+    monkeypatch.setattr(Study, "local_update", local_update)
+    broken = {1}
+    assert call("fed_avg", "--output-dir", tmp_path, "--run-name", "one") == 0
+    lines = read_metrics(tmp_path / "one")
+    assert lines[0]["left_out"] == [[2, 1]] and "left_out" not in lines[1]
+    assert lines[-1]["left_out_updates"] == 1
+    assert lines[0]["client_train_loss"][1] is None and lines[0]["train_loss"] < 7
+    assert all(torch.isfinite(w).all() for w in final_weights(tmp_path / "one").values())
+    assert "client 1" in capsys.readouterr().out
+    broken = {0, 1}
+    assert call("fed_avg", "--output-dir", tmp_path, "--run-name", "two") == 1
+    assert "2 of 3 clients" in capsys.readouterr().err
+    manifest = read_json(tmp_path / "two" / "run.json")
+    assert manifest["status"] == "failed" and "2 of 3 clients" in manifest["reason"]

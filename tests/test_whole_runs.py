@@ -1,6 +1,7 @@
 """Every script's run of tests/harness.py: killed and resumed, by two processes, resumed when it had finished."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,8 +36,8 @@ def resume(name, out):
 
 @pytest.mark.parametrize("name, changes", [(name, i % 8) for i, name in enumerate(RESUMED) if name not in ALIKE])
 def test_killed_and_resumed_is_as_if_unbroken(name, changes, tmp_path):
-    """kill -9 after the second line of metrics.jsonl: before, while or after its checkpoint is written."""
-    ended, folder = run_that_dies(name, tmp_path, 2, changes)
+    """kill -9 after the third line of metrics.jsonl, the first is round 0: before, while or after its checkpoint."""
+    ended, folder = run_that_dies(name, tmp_path, 3, changes)
     assert ended.code == -signal.SIGKILL and status(folder) == "running", ended.err
     assert "resumed after round" in resume(name, tmp_path).err
     harness.same_run(folder, harness.whole(name))
@@ -49,6 +50,34 @@ def test_killed_at_any_change_of_a_file(changes, tmp_path):
     assert ended.code == -signal.SIGKILL
     resume("mamba_fl/fed_momentum", tmp_path)
     harness.same_run(folder, harness.whole("mamba_fl/fed_momentum"))
+
+
+@pytest.mark.parametrize("lines, changes", [(1, 0), (1, 4), (1, 7), (1, 11), (3, 5), (3, 12), (3, 17), (3, 23)])
+def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(lines, changes, tmp_path):
+    """In turn: the checkpoint, the stored updates, final/, the history, run.json."""
+    ended, folder = run_that_dies("mamba_fl/fed_avg", tmp_path, lines, changes, "full")
+    last = ended.err.strip().splitlines()[-1]
+    assert ended.code == 1 and last.startswith("failed: cannot save") and "No space left" in last, ended.err
+    assert "Traceback" not in ended.err and status(folder) == "failed" and not list(folder.rglob("*.new"))
+    resume("mamba_fl/fed_avg", tmp_path)
+    harness.same_run(folder, harness.whole("mamba_fl/fed_avg"))
+
+
+def test_a_file_that_the_kernel_refuses_ends_the_run_in_one_line(tmp_path):
+    """Written by safetensors, which is not Python: the longest file that may be written is 60 kB."""
+    ended = harness.run(harness.command("mamba_fl/fed_avg", tmp_path), die=(str(tmp_path), 0, 60_000, "limit"))
+    last = ended.err.strip().splitlines()[-1]
+    assert ended.code == 1 and last.startswith("failed: cannot save") and "Traceback" not in ended.err, ended.err
+    assert status(tmp_path / "r") == "failed" and not list((tmp_path / "r").glob("*.new"))
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(tmp_path):
+    shutil.copytree(harness.whole("mamba_fl/fed_avg"), tmp_path / "r")
+    (tmp_path / "r" / "final" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "r" / "final" / "other.safetensors").write_bytes(b"other")
+    assert harness.run(harness.command("mamba_fl/fed_avg", tmp_path, "--overwrite")).code == 0
+    harness.same_run(tmp_path / "r", harness.whole("mamba_fl/fed_avg"))
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
 @pytest.mark.parametrize("name", ["mamba_fl/fed_avg", "llm_noniid/scaffold"])

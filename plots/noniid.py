@@ -1,0 +1,449 @@
+"""Figures of llm_noniid.
+
+    python plots/noniid.py --data-dir results --out-dir results/plots           # all that the runs allow
+    python plots/noniid.py curves failure_map --data-dir llm_noniid/results/study.jsonl
+    python plots/tables.py llm_noniid
+
+    curves        validation loss against rounds, a panel per partition (noniid_curves.png), and the worst client's on
+                  its own held-out texts (_worst); a panel per method, a line per value (_alpha, _participation,
+                  _learning_rate, _local); after the last round against the value (_last_alpha, ...)
+    drift         how far the clients' updates and models pull apart, by partition and by value (_alpha, ...):
+
+                      relative drift      sqrt(sum p_k ||d_k - d||^2) / ||d||
+                      gradient diversity  sum ||d_k||^2 / ||sum d_k||^2
+                      cosine              mean of a client's update with their mean d
+                      CKA                 between hidden states of the clients' models and of the global one
+
+                  d_k is what client k's round did to the layers' weights, s (B_k A_k - B A), never to the factors. A
+                  dotted line is what orthogonal updates of equal length have: sqrt(m - 1), 1 and 1 / sqrt(m),
+                  m = 1 / sum p_k^2 (drawn where that is the same for all runs of a panel)
+    clients       after the last round: every client of every seed as a dot, mean and worst client beside
+                  (noniid_clients.png); the same minus FedAvg's of the same client and seed (_against); each topic's
+                  validation loss (_topics). A central run stands in the partition that its own flags name
+    similarity, partition, failure_map     plots/noniid_maps.py
+
+Lines are means over seeds, bands and bars one standard deviation each way; losses are in nats per token. Central
+training is a horizontal line at its last loss. A curve that leaves the axis ends in an arrow. Letters stand where a
+detector spoke first (`llm_noniid.detectors`): Dv diverged, Os oscillating, Dr drifting, Sl slow, Lo updates left out.
+"""
+
+import math
+
+import numpy as np
+
+from common.cli import run_main
+from common.curves import GREY, MARKERS, log_axis, new_figure, number
+from plots import noniid_maps
+from plots.noniid_runs import (
+    FACTORS,
+    KEYS,
+    STUDY,
+    TABLE,
+    central_of,
+    factor_figures,
+    figures_of,
+    first_alarms,
+    order,
+)
+from plots.panels import all_curves, axes_of, bars, draw_along, finish, name_places, sideways, title_panels
+from plots.style import (
+    Figure,
+    draw_figures,
+    draw_rounds,
+    figure_parser,
+    look,
+    looks_of,
+    panel_axes,
+    reference_lines,
+)
+
+__all__ = ["FIGURES", "STUDY", "TABLE"]
+LOSS, WORST = "Validation loss (nats)", "Worst client's loss (nats)"
+TRAIN = "runs of train.py with"
+
+
+def by_factor(factor):
+    return lambda runs, notes: factor_figures(runs, notes, factor)
+
+
+def value_looks(panels):
+    """A look for each value of a factor, in their order, whatever the method."""
+    labels = dict.fromkeys(curve.label for curve in all_curves(panels))
+    return {name: look(i) for i, name in enumerate(labels)}
+
+
+# ---- losses over rounds, with the alarms
+
+# detector -> what stands on a curve where it first spoke, and in the caption
+ALARMS = {
+    "diverged": ("Dv", "diverged"),
+    "oscillating": ("Os", "oscillating"),
+    "drifting": ("Dr", "drifting"),
+    "slow": ("Sl", "slow"),
+    "left_out": ("Lo", "updates left out"),
+}
+# a curve's marker as a letter, so that an alarm's mark says in grey, too, whose it is
+SYMBOLS = dict(zip(MARKERS, "\u25cf\u25a0\u25b2\u25c6\u25bc\u271a\u2716\u25c0\u25b6", strict=True))
+OFF_SCALE = 2.5  # a curve may take so many times the height of the usual one before it leaves the axis
+
+
+def having(name):
+    """A select of the runs that have the field, a panel per partition."""
+    return lambda runs, notes: figures_of([run for run in runs if any(name in row for row in run.rows)], notes)
+
+
+def over_rounds(name, y_label, title, looks_of=looks_of):
+    def draw(setting, panels, args):
+        figure, axes = axes_of(panels, sharey=True)
+        looks = looks_of(panels) if looks_of is value_looks else looks_of(all_curves(panels))
+        for axis, panel in zip(axes, panels, strict=True):
+            central = central_of(panel) if name == "worst_client_val_loss" else panel.references
+            reference_lines(axis, central, name, words="{}, last round")
+            draw_rounds(axis, panel.curves, looks, name)
+            axis.set_ylabel(y_label)
+        leaving = keep_on_scale(axes, panels, name)
+        size = 72 * figure.get_figwidth() / axes[0].get_gridspec().ncols - 60, 130
+        spoke = [name_ for a, p in zip(axes, panels, strict=True) for name_ in mark_alarms(a, p, looks, name, size)]
+        lines = [alarm_words(spoke), "arrows: the curve leaves the axis" if leaving else ""]
+        return finish(figure, axes, title, setting, KEYS, panels, lines=lines)
+
+    return draw
+
+
+def keep_on_scale(axes, panels, name):
+    """Ends the y axes (all the same) where a curve that diverges would press the others together.
+
+    At the lowest value + OFF_SCALE times the usual curve's height; an arrow shows where a curve leaves. Returns the
+    number of curves that leave.
+    """
+    series = [(axis, *curve.series(name)[:2]) for axis, p in zip(axes, panels, strict=True) for curve in p.curves]
+    means = [(axis, rounds, mean) for axis, rounds, mean in series if np.isfinite(mean).any()]
+    if not means:
+        return 0
+    low = min(np.nanmin(mean) for _, _, mean in means)
+    tops = [np.nanmax(mean) for _, _, mean in means]
+    limit = low + OFF_SCALE * max(np.median(tops) - low, 1e-3 * abs(low))
+    if max(tops) <= limit:
+        return 0
+    bottom, pad = axes[0].get_ylim()[0], 0.04 * (limit - low)
+    for axis in axes:
+        axis.set_ylim(max(bottom, low - pad), limit + pad)
+    arrow = {"arrowstyle": "-|>", "color": "black", "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
+    for axis, rounds, mean in means:
+        above = np.flatnonzero(mean > limit)
+        if len(above):
+            i = above[0]
+            before = i > 0 and np.isfinite(mean[i - 1])
+            share = (limit + pad - mean[i - 1]) / (mean[i] - mean[i - 1]) if before else 1.0
+            x = rounds[i] - (1 - min(share, 1.0)) * (rounds[i] - rounds[i - 1]) if before else rounds[i]
+            axis.annotate("", (x, limit + pad), (x, limit - 2 * pad), arrowprops=arrow, annotation_clip=False)
+    return sum(top > limit for top in tops)
+
+
+def mark_alarms(axis, panel, looks, name, size):
+    """Each detector's first alarm as its letters on the mean curve, at the median round of the seeds that have it.
+
+    `Dr 2/3`: in two of three seeds. size: the axis in points (width, height), for marks that do not hide each other.
+    Returns the detectors that spoke. Call it once the axis' limits stand.
+    """
+    (x0, x1), (y0, y1) = axis.get_xlim(), axis.get_ylim()
+    placed, spoke = [], []
+    for curve in panel.curves:
+        rounds, mean, *_ = curve.series(name)
+        known = np.isfinite(mean)
+        for detector, times in first_alarms(curve).items():
+            t = float(np.median(times))
+            y = float(np.interp(t, rounds[known], mean[known])) if known.any() else y1
+            y = min(max(y, y0), y1)
+            letters = ALARMS.get(detector, (detector[:2].title(), ""))[0]
+            n, seeds, own = len(times), len(curve.runs), looks[curve.label]
+            words = f"{SYMBOLS.get(own['marker'], '')} {letters}" + (f" {n}/{seeds}" if n < seeds else "")
+            at = np.array([(t - x0) / (x1 - x0) * size[0], (y - y0) / (y1 - y0) * size[1]])
+            step = 10 if y < (y0 + y1) / 2 else -10  # towards the middle
+            spot = at + [0, step]
+            while any(abs(spot[0] - p[0]) < 5 * len(words) and abs(spot[1] - p[1]) < 10 for p in placed):
+                spot = spot + [0, step]
+            placed.append(spot)
+            spoke.append(detector)
+            color, where = own["color"], {"textcoords": "offset points", "annotation_clip": False}
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
+            axis.annotate("", (t, y), tuple(spot - at), arrowprops=line, zorder=4, **where)
+            box = {"boxstyle": "round,pad=0.18", "facecolor": "white", "edgecolor": color, "linewidth": 0.9}
+            center = {"ha": "center", "va": "center", "fontsize": 6.5}
+            axis.annotate(words, (t, y), tuple(spot - at), bbox=box, zorder=6, **center, **where)
+    return spoke
+
+
+def alarm_words(spoke):
+    """`first alarms: Dr drifting, Sl slow (2/3: in two of three seeds)` for a caption; empty without any."""
+    names = [" ".join(words) for detector, words in ALARMS.items() if detector in spoke]
+    names += sorted({f"{d[:2].title()} {d}" for d in spoke if d not in ALARMS})
+    return f"first alarms: {', '.join(names)} (n/m: in n of m seeds)" if names else ""
+
+
+def against(factor):
+    """Draws the loss after the last round at evenly spaced values of a factor, a line per method."""
+
+    def draw(setting, panels, args):
+        figure, (axis,) = panel_axes(1)
+        curves, names = all_curves(panels), {panel.curves[0].method: panel.title for panel in panels}
+        ticks = {curve.place[factor]: curve.label for curve in curves}
+        there = sorted(ticks, key=lambda value: order(factor, value))
+        for curve in curves:
+            curve.label = names[curve.method]
+        finite = [curve for curve in curves if np.isfinite(curve.results("val_loss")).all()]
+        draw_along(
+            axis,
+            curves,
+            lambda curve: curve.results("val_loss"),
+            lambda curve: ticks[curve.place[factor]],
+            lambda curve: order(factor, curve.place[factor]),
+        )
+        firsts = [curve.series("val_loss")[1][:1] for curve in curves]
+        start = min((first[0] for first in firsts if np.isfinite(first).all() and len(first)), default=math.nan)
+        if np.isfinite(start):
+            axis.axhline(start, color="#999999", linestyle=(0, (1, 2)), zorder=1, label="first evaluation, lowest")
+        for i, curve in enumerate(curve for curve in curves if curve not in finite):
+            words = f"{curve.label}:\nnot finite" if len(panels) > 1 else "not\nfinite"
+            at = there.index(curve.place[factor]), 0.98 - 0.1 * (i % 3)
+            axis.annotate(words, at, xycoords=("data", "axes fraction"), ha="center", va="top")
+        means = [curve.results("val_loss").mean() for curve in finite]
+        if means and max(means) > 1.5 * min(means):
+            log_axis(axis, min([*means, start]), max([*means, start]))
+        axis.set_ylabel(LOSS)
+        return finish(figure, [axis], "Validation loss after the last round", setting, KEYS, panels, "bars")
+
+    return draw
+
+
+# ---- drift
+
+# field, y label, logarithmic, of m orthogonal updates of equal length
+MEASURES = (
+    ("relative_drift", "Relative drift", True, lambda m: math.sqrt(m - 1)),
+    ("gradient_diversity", "Gradient diversity", True, lambda m: 1.0),
+    ("mean_cosine", "Cosine with the mean", False, lambda m: 1 / math.sqrt(m)),
+    ("mean_cka", "CKA with the global model", False, None),
+)
+
+
+def drifting(select):
+    """`select`, of the federated runs that logged how far their clients' updates are apart."""
+
+    def measured(run):
+        return not run.central and any(row.get(name) is not None for row in run.rows for name, *_ in MEASURES)
+
+    return lambda runs, notes: select([run for run in runs if measured(run)], notes)
+
+
+def clients_of(panel):
+    """1 / sum p_k^2 of the panel's rounds: m clients of equal weight; None where that differs, or is not known."""
+    rows = [row for c in panel.curves for run in c.runs for row in run.rows if row.get("relative_drift") is not None]
+    counts = {round(row.get("effective_clients") or 0, 1) for row in rows}
+    return counts.pop() or None if len(counts) == 1 else None
+
+
+def draw_drift(title, looks_of):
+    def draw(setting, panels, args):
+        curves = all_curves(panels)
+        measures = [m for m in MEASURES if any(np.isfinite(curve.series(m[0])[1]).any() for curve in curves)]
+        if len(panels) == 1:
+            figure, axes = panel_axes(len(measures), 2, width=8.4, height=5.6 / 2, extra=0)
+            axes = np.array(axes).reshape(-1, 1)
+        else:
+            size = {"width": (4.2 if len(panels) == 2 else 3.0) * len(panels) + 0.8, "height": 2 * len(measures) + 1.4}
+            figure, axes = new_figure(len(measures), len(panels), sharey="row", sharex=True, **size)
+            title_panels(axes[0], panels)
+        looks = looks_of(panels) if looks_of is value_looks else looks_of(curves)
+        for row, (name, y_label, logarithmic, orthogonal) in zip(axes, measures, strict=True):
+            for axis, panel in zip(row, panels, strict=True):
+                draw_rounds(axis, panel.curves, looks, name)
+                axis.set_xlabel("")
+                m = clients_of(panel)
+                if orthogonal and m and m > 1:
+                    line = {"color": "black", "linewidth": 1, "linestyle": (0, (1, 2)), "zorder": 1}
+                    axis.axhline(orthogonal(m), label="orthogonal updates", **line)
+            means = np.concatenate([curve.series(name)[1] for curve in curves])
+            means = means[np.isfinite(means)]
+            if logarithmic and (means > 0).all() and means.max() > 3 * means.min():
+                log_axis(row[0], means.min(), means.max())
+            row[0].set_ylabel(y_label)
+        for axis in axes.flat if len(panels) == 1 else axes[-1]:
+            axis.set_xlabel("Round")
+        where = f"{panels[0].title}, " if len(panels) == 1 else ""
+        title_ = f"Drift of the clients' updates{title}"
+        return finish(figure, axes.flat, title_, setting, KEYS, panels, where=where)
+
+    return draw
+
+
+# ---- losses of clients and topics
+
+
+def last_losses(run, name):
+    """[K] or [C] of the run's last line, nan for a topic without texts; None where it has none or one diverged."""
+    values = run.rows[-1].get(name)
+    if not isinstance(values, list) or not any(value is not None for value in values):
+        return None
+    array = np.array([number(value) for value in values])
+    return array if all(np.isfinite(x) or value is None for x, value in zip(array, values, strict=True)) else None
+
+
+def with_last(name):
+    """A select of the runs that end with finite losses of that name; central ones in their partition."""
+
+    def select(runs, notes):
+        figures = figures_of([run for run in runs if last_losses(run, name) is not None], notes)
+        for _, panels in figures:
+            for panel in panels:
+                panel.curves = panel.curves + central_of(panel)
+        return figures
+
+    return select
+
+
+def with_single(runs, notes):
+    """Panels with FedAvg and another method."""
+    figures = [(s, [p for p in panels if beside_single(p)]) for s, panels in with_last("client_val_loss")(runs, notes)]
+    return [(setting, panels) for setting, panels in figures if panels]
+
+
+def beside_single(panel):
+    """[(curve, differences to FedAvg's loss of the same client and seed)] of the other curves that share a seed."""
+    base = next((curve for curve in panel.curves if curve.kind == "fedavg"), None)
+    theirs = {run.seed: last_losses(run, "client_val_loss") for run in base.runs} if base else {}
+    chosen = []
+    for curve in panel.curves:
+        mine = [(last_losses(run, "client_val_loss"), theirs[run.seed]) for run in curve.runs if run.seed in theirs]
+        pairs = [a - b for a, b in mine if len(a) == len(b)]
+        if curve is not base and pairs:
+            chosen.append((curve, pairs))
+    return chosen
+
+
+def draw_dots(axis, i, values):
+    x = i - 0.17 + 0.26 * sideways(len(values))
+    axis.plot(x, values, ".", color=GREY, markersize=4, zorder=2, label="a client")
+
+
+BAR = {"always": False, "capsize": 3, "markersize": 6, "linestyle": "", "color": "black", "zorder": 4}
+TURNED = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+
+
+def draw_clients(setting, panels, args):
+    figure, axes = axes_of(panels, height=3.3, sharey=True)
+    for axis, panel in zip(axes, panels, strict=True):
+        for i, curve in enumerate(panel.curves):
+            values = [last_losses(run, "client_val_loss") for run in curve.runs]
+            draw_dots(axis, i, np.concatenate(values))
+            bars(axis, [i + 0.12], [[v.mean() for v in values]], marker="o", label="mean of the clients", **BAR)
+            worst = {"marker": "^", "label": "worst client", "mfc": "white"}
+            bars(axis, [i + 0.27], [[v.max() for v in values]], **worst, **BAR)
+        name_places(axis, [curve.label for curve in panel.curves], **TURNED)
+        axis.set_ylabel("Client's own loss (nats)")
+    title = "Loss of the clients on their own texts, last round"
+    return finish(figure, axes, title, setting, KEYS, panels, "bars")
+
+
+def draw_against(setting, panels, args):
+    figure, axes = axes_of(panels, height=3.3, sharey=True)
+    for axis, panel in zip(axes, panels, strict=True):
+        axis.axhline(0, color="black", linewidth=1, zorder=1)
+        beside = beside_single(panel)
+        for i, (_, pairs) in enumerate(beside):
+            draw_dots(axis, i, np.concatenate(pairs))
+            bars(axis, [i + 0.2], [[v.mean() for v in pairs]], marker="o", label="mean of the clients", **BAR)
+            share = f"{100 * np.mean(np.concatenate(pairs) < 0):.0f} %"
+            place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 7.5}
+            axis.annotate(share, (i, 1.0), **place)
+        axis.set_title(axis.get_title(), fontsize=9.5, pad=16)
+        name_places(axis, [curve.label for curve, _ in beside], **TURNED)
+        axis.set_ylabel("Loss - FedAvg's (nats)")
+    title = "Each client's loss against the single global model's, same client and seed"
+    lines = ["above: share of clients that are better off than with FedAvg"]
+    return finish(figure, axes, title, setting, KEYS, panels, "bars", lines)
+
+
+def draw_topics(setting, panels, args):
+    figure, axes = axes_of(panels, height=3.1, sharey=True)
+    looks = looks_of(all_curves(panels))
+    for axis, panel in zip(axes, panels, strict=True):
+        step = min(0.12, 0.7 / max(1, len(panel.curves)))
+        for i, curve in enumerate(panel.curves):
+            values = np.array([last_losses(run, "val_topic_loss") for run in curve.runs]).T  # [C, S]
+            x = np.arange(len(values)) + (i - (len(panel.curves) - 1) / 2) * step
+            own = looks[curve.label] | {"linestyle": ""}
+            hollow = {"mfc": "white"} if own["marker"] in MARKERS[1::2] else {}
+            bars(axis, x, values, label=curve.label, capsize=2, markersize=5, **own | hollow)
+        name_places(axis, topic_names(panel.curves[0].runs[0], len(values)))
+        axis.set_xlim(-0.5, len(values) - 0.5)
+        axis.set_ylabel("Validation loss (nats)")
+    return finish(figure, axes, "Loss of each topic's validation texts, last round", setting, KEYS, panels, "bars")
+
+
+def topic_names(run, count):
+    """The topics' names, from run.json or partition.json, else their numbers."""
+    names = run.facts.get("label_names") or (noniid_maps.read_partition(run.folder) or {}).get("label_names") or []
+    return [str(name) for name in names] if len(names) == count else [str(c) for c in range(count)]
+
+
+# ---- all of them
+
+DRIFT = "runs with one global model, whose metrics.jsonl has relative_drift"
+LAST = f"{TRAIN} client_val_loss in the last line of metrics.jsonl"
+WORST_FIELD = "worst_client_val_loss"
+FIGURES = {
+    "curves": [
+        Figure(
+            "noniid_curves", having("val_loss"), over_rounds("val_loss", LOSS, "Validation loss"), f"{TRAIN} val_loss"
+        ),
+        Figure(
+            "noniid_curves_worst",
+            having(WORST_FIELD),
+            over_rounds(WORST_FIELD, WORST, WORST[:-7]),
+            f"{TRAIN} {WORST_FIELD}",
+        ),
+    ],
+    "drift": [
+        Figure("noniid_drift", drifting(figures_of), draw_drift("", looks_of), DRIFT),
+        *(
+            Figure(
+                f"noniid_drift_{factor}",
+                drifting(by_factor(factor)),
+                draw_drift(f" by {name}", value_looks),
+                f"{DRIFT}, with two values of {name}",
+            )
+            for factor, name in FACTORS.items()
+        ),
+    ],
+    "clients": [
+        Figure("noniid_clients", with_last("client_val_loss"), draw_clients, LAST),
+        Figure(
+            "noniid_clients_against", with_single, draw_against, f"{LAST}, of FedAvg and another with the same seed"
+        ),
+        Figure(
+            "noniid_clients_topics", with_last("val_topic_loss"), draw_topics, LAST.replace("client_val", "val_topic")
+        ),
+    ],
+    "similarity": noniid_maps.SIMILARITY,
+    "partition": noniid_maps.PARTITION,
+    "failure_map": noniid_maps.FAILURES,
+}
+for factor, name in FACTORS.items():
+    title, needs = f"Validation loss by {name}", f"runs of one method with two values of {name}"
+    FIGURES["curves"] += [
+        Figure(f"noniid_curves_{factor}", by_factor(factor), over_rounds("val_loss", LOSS, title, value_looks), needs),
+        Figure(f"noniid_curves_last_{factor}", by_factor(factor), against(factor), needs),
+    ]
+
+
+def build_parser():
+    return figure_parser(STUDY, FIGURES)
+
+
+def main(args):
+    draw_figures(STUDY, FIGURES, args)
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser().parse_args())
