@@ -88,7 +88,7 @@ GOLDEN = {
     "mamba_fl/momentum_ema": Golden(
         "mamba_fl/fed_momentum.py", f"{MAMBA_FEDERATED} --momentum-form ema --server-lr 0.7"
     ),
-    "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", MAMBA_FEDERATED),
+    "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", f"{MAMBA_FEDERATED} --temperature 0.001"),
     "mamba_fl/fed_fisher": Golden("mamba_fl/fed_fisher.py", MAMBA_FEDERATED),
     "vit_sparse_fl/centralized": Golden(
         "vit_sparse_fl/train_centralized.py",
