@@ -197,23 +197,6 @@ def test_flags_of_the_command_line_win_over_the_modes_but_not_over_the_grids(tmp
         run_experiments.main(*run_experiments.parse(["--mode", "compare", "--batch-size", "3"]))
 
 
-@pytest.mark.parametrize(
-    ("words", "error"),
-    [
-        (["--alphas", "1", "1"], "one is there twice"),
-        (["--tolerance", "1"], "not above 1"),
-        (["--low", "1", "--high", "0.1"], "--low 1 is not below --high 0.1"),
-        (["--learning-rate", "0.1"], "--learning-rate is set for each run"),
-        (["--axis", "local_steps", "--seed", "1", "--local_steps", "3"], "--local-steps is set for each run"),
-    ],
-)
-def test_bad_usage_of_the_failure_map(words, error, tmp_path):
-    with pytest.raises(UsageError, match=error):
-        args, given = failure_map.parse([*words, "--output-dir", str(tmp_path / "x")])
-        failure_map.main(args, given)
-    assert not (tmp_path / "x").exists()
-
-
 # ----------------------------------------------------------------------------------------------- launching
 
 
