@@ -88,7 +88,7 @@ GOLDEN = {
     "mamba_fl/momentum_ema": Golden(
         "mamba_fl/fed_momentum.py", f"{MAMBA_FEDERATED} --momentum-form ema --server-lr 0.7"
     ),
-    "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", MAMBA_FEDERATED),
+    "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", f"{MAMBA_FEDERATED} --temperature 0.001"),
     "mamba_fl/fed_fisher": Golden("mamba_fl/fed_fisher.py", MAMBA_FEDERATED),
     "vit_sparse_fl/centralized": Golden(
         "vit_sparse_fl/train_centralized.py",
@@ -199,7 +199,7 @@ class Started:
     """A script in a process of its own."""
 
     def __init__(self, words, die=None, env=None):
-        self.place = Path(tempfile.mkdtemp(prefix="script_"))
+        self.place = Path(tempfile.mkdtemp(dir=_runs()))
         every = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
         self.process = server().Process(target=_script, args=([*map(str, words)], str(self.place), every, die))
         self.process.start()
@@ -295,7 +295,7 @@ def _death(folder, lines, changes, what):
 
 def whole(name):
     """Folder of the finished run `name`, made once in a session."""
-    place = Path(os.environ["FEDQUARTET_TEST_RUNS"]) / name
+    place = _runs() / name
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -306,10 +306,10 @@ def whole(name):
     return place / "out" / GOLDEN[name].folder
 
 
-def said(name):
-    """What the finished run `name` printed."""
-    whole(name)
-    return (Path(os.environ["FEDQUARTET_TEST_RUNS"]) / name / "done").read_text()
+def _runs():
+    folder = Path(os.environ["FEDQUARTET_TEST_RUNS"])
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @contextlib.contextmanager
