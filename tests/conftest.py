@@ -13,6 +13,7 @@ def cache(tmp_path_factory):
     os.environ["FEDQUARTET_TEST_RUNS"] = str(shared / "runs")  # tests/harness.py: made once for all workers
     os.environ["FEDQUARTET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("WORLD_SIZE", "1")  # a federated script in a test is one process but where the test says so
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "_per_second", "versions", "git_commit", "args")
-EXTRA = ""  # flags that every federated run of the goldens gets
+EXTRA = "--processes 1"  # flags that every federated run of the goldens gets
 
 
 @dataclass(frozen=True)

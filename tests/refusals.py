@@ -244,6 +244,7 @@ VIT = [
 SHARDING = "--dataset demo --task-name sst2 --k 3 --out-dir {tmp}/out"
 CENTRAL = f"{DEMO} --output-dir {{tmp}}/out --lora-r 4"
 BASE = "--dataset demo --task_name sst2 --output-dir {tmp}/out"  # without a model it is roberta-base
+OUT = "--output-dir {tmp}/out"
 MERGE = "--task-name sst2 --svd-rank 4 --save-adapter {tmp}/out --adapters {made}/a"
 FILES = "--task-name sst2 --dataset glue --data-root {tmp} --model tiny --tokenizer demo --threads 1"
 GLUE = [
@@ -288,7 +289,7 @@ GLUE = [
     ("main_glue_lora.py", f"{CENTRAL} --do-train --shard {{tmp}}/none.json", ["none.json", "sharding.py"]),
     ("main_glue_lora.py", f"{CENTRAL} --do-train --shard {{made}}/rte/client_1.json", ["client_1.json", "rte", "sst2"]),
     ("main_glue_lora.py", f"{CENTRAL} --do-train --shard {{made}}/other/client_1.json", ["other data", "again"]),
-    ("main_glue_lora.py", f"{BASE} --do_train", ["no model roberta-base", "download_roberta_models.py"]),
+    ("main_glue_lora.py", f"{BASE} --do_train", ["roberta-base", "download_roberta_models.py", "--model tiny"]),
     ("adapters_eval.py", f"{BASE} --adapter-path {{made}}/r8", ["no model roberta-base", "--model tiny"]),
     ("sharding.py", f"{SHARDING} --task-name sst3", ["'sst3'", "cola, sst2"]),
     ("sharding.py", f"{SHARDING} --task-name wnli --k 401", ["401", "400"]),
@@ -302,7 +303,7 @@ GLUE = [
         (script, f"{flags} --task-name sst2 --dataset glue --data-root {{tmp}}",
          [f"{file}.tsv line 3", f"'{bad}'", "negative, positive", "corr"], label(bad))
         for script, flags, file, bad in [
-            ("fedavg_rounds.py", f"{FILES} --shard-dir {{made}}/rte --output-root {{tmp}}/out", "train", "2"),
+            ("fedavg_rounds.py", f"{FILES} --processes 1 --shard-dir {{made}}/rte {OUT}", "train", "2"),
             ("main_glue_lora.py", f"{FILES} --do-train --output-dir {{tmp}}/out", "train", "-1"),
             ("sharding.py", "--k 1 --out-dir {tmp}/out", "train", "maybe"),
             ("adapters_eval.py", f"{FILES} --adapter-path {{made}}/a --output-dir {{tmp}}/out", "dev", "2"),
