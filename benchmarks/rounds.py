@@ -52,14 +52,15 @@ def vit(clients, folder):
 
 def glue(clients, folder):
     from lora_glue_fl import fedavg_rounds, sharding
+    from lora_glue_fl.flags import complete_rounds
 
     shards = ["--task-name", "rte", "--dataset", "demo", "--k", str(clients), "--out-dir", f"{folder}/shards"]
     sharding.main(sharding.build_parser().parse_args(shards))
     words = "--model tiny --dataset demo --task-name rte --lora-r 4 --svd-rank 4 --rounds 1000 --batch-size 8 "
     words += "--no-save-clients --keep last --learning-rate 1e-3"
     words = [*words.split(), "--shard-dir", f"{folder}/shards", "--output-root", folder]
-    args = fedavg_rounds.complete(fedavg_rounds.build_parser().parse_args(words))
-    return fedavg_rounds, args, fedavg_rounds.train
+    args = complete_rounds(fedavg_rounds.build_parser().parse_args(words))
+    return fedavg_rounds, args, fedavg_rounds.main
 
 
 def noniid(clients, folder):

@@ -26,6 +26,18 @@ def violations(points):
     return found
 
 
+def summary(points, alphas):
+    """What the search says, a line for each alpha and each violation."""
+    ends = sorted((bracket(points, alpha) for alpha in alphas), key=lambda b: -b["alpha"])
+    lines = []
+    for b in ends:
+        works, fails = ("-" if b[side] is None else f"{b[side]:g}" for side in ("works", "fails"))
+        lines.append(f"alpha {b['alpha']:g}: works at {works}, fails at {fails}")
+    for odd in violations(points):
+        lines.append(f"note: alpha {odd['alpha']:g}: fails at {odd['failed']:g} but works at {odd['worked']:g}")
+    return lines
+
+
 def next_point(points, alphas, low, high, budget, tolerance=1.5, whole=False):
     """The next (alpha, value) to try, None when nothing is left to try or the budget is spent.
 

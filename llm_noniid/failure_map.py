@@ -17,7 +17,7 @@ from common import grid
 from common.checkpoint import read_json, saving, write_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_float, positive_int, run_main
 from llm_noniid import flags
-from llm_noniid.boundary import bracket, search, violations
+from llm_noniid.boundary import bracket, search, summary, violations
 from llm_noniid.outcomes import MAP_FILE, failure, read_outcome
 
 RANGES = {"learning_rate": (1e-4, 1.0), "local_steps": (1, 256)}
@@ -85,12 +85,8 @@ class Map:
     def save(self, finished=False):
         """Writes failure_map.json."""
         a = self.args
-        facts = {
-            "algorithm": a.algorithm,
-            "axis": a.axis,
-            "seed": a.seed,
+        facts = {"algorithm": a.algorithm, "axis": a.axis, "seed": a.seed, "budget": a.budget} | {
             "range": [self.low, self.high],
-            "budget": a.budget,
             "status": "finished" if finished else "running",
             "finished": finished,
             "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -116,12 +112,7 @@ def main(args, given):
     search(made.fails, args.alphas, made.low, made.high, args.budget, args.tolerance, made.whole, made.points)
     made.save(finished=True)
     grid.collect(made.folder)
-    for b in sorted((bracket(made.points, alpha) for alpha in args.alphas), key=lambda b: -b["alpha"]):
-        works, fails = ("-" if b[side] is None else f"{b[side]:g}" for side in ("works", "fails"))
-        print(f"alpha {b['alpha']:g}: works at {works}, fails at {fails}")
-    for odd in violations(made.points):
-        print(f"note: alpha {odd['alpha']:g}: fails at {odd['failed']:g} but works at {odd['worked']:g}")
-    print(made.folder)
+    print(*summary(made.points, args.alphas), made.folder, sep="\n")
 
 
 def build_parser():

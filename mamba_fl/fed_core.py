@@ -12,6 +12,7 @@ import torch
 
 from common import parallel
 from common.allocator import reuse_large_memory
+from common.batches import pass_after_pass
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
 from common.client_rows import ClientRows, rows_on_disk
@@ -223,14 +224,11 @@ def client_batches(study, k, t):
     """
     args, size, n, steps = study.args, study.args.batch_size, len(study.train[k]), study.steps(t)
     if args.budget == "source":
-        rows = stream(args.seed, "batches with replacement", t, k).integers(n, size=steps * size)
+        rows = stream(args.seed, "batches with replacement", t, k).integers(n, size=(steps, size))
     else:
-        first = int(study.turns.before(t)[k]) * args.local_updates * size
-        last = first + steps * size
-        passes = range(first // n, (last - 1) // n + 1)
-        order = np.concatenate([stream(args.seed, "batches", e, k).permutation(n) for e in passes])
-        rows = order[first - passes[0] * n : last - passes[0] * n]
-    return torch.from_numpy(rows).split(size)
+        first = int(study.turns.before(t)[k]) * args.local_updates
+        rows = pass_after_pass(n, size, first, steps, args.seed, k)
+    return list(torch.from_numpy(rows))
 
 
 # ---- evaluation

@@ -13,7 +13,7 @@ from common import grid
 from common.cli import run_main
 from common.grid import Preset, Setting
 
-SHOW = (("plots/summarize.py", "--data-dir", "{output}", "--markdown"),)
+SHOW = (("plots/tables.py", "mamba_fl", "--data-dir", "{output}"),)
 
 SERVER_ADAM = ["--client-optimizer", "sgd", "--lr", "1", "--weight-decay", "0", "--server-optimizer", "adam"]
 SERVER_ADAM += ["--server-lr", "5e-3", "--server-beta2", "0.99", "--server-tau", "1e-8"]

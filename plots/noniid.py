@@ -34,28 +34,9 @@ import numpy as np
 from common.cli import run_main
 from common.curves import GREY, MARKERS, log_axis, new_figure, number
 from plots import noniid_maps
-from plots.noniid_runs import (
-    FACTORS,
-    KEYS,
-    STUDY,
-    TABLE,
-    central_of,
-    factor_figures,
-    figures_of,
-    first_alarms,
-    order,
-)
+from plots.noniid_runs import FACTORS, KEYS, STUDY, TABLE, central_of, factor_figures, figures_of, first_alarms, order
 from plots.panels import all_curves, axes_of, bars, draw_along, finish, name_places, sideways, title_panels
-from plots.style import (
-    Figure,
-    draw_figures,
-    draw_rounds,
-    figure_parser,
-    look,
-    looks_of,
-    panel_axes,
-    reference_lines,
-)
+from plots.style import Figure, draw_figures, draw_rounds, figure_parser, look, looks_of, panel_axes, reference_lines
 
 __all__ = ["FIGURES", "STUDY", "TABLE"]
 LOSS, WORST = "Validation loss (nats)", "Worst client's loss (nats)"
@@ -64,6 +45,10 @@ TRAIN = "runs of train.py with"
 
 def by_factor(factor):
     return lambda runs, notes: factor_figures(runs, notes, factor)
+
+
+def method_looks(panels):
+    return looks_of(all_curves(panels))
 
 
 def value_looks(panels):
@@ -92,10 +77,10 @@ def having(name):
     return lambda runs, notes: figures_of([run for run in runs if any(name in row for row in run.rows)], notes)
 
 
-def over_rounds(name, y_label, title, looks_of=looks_of):
+def over_rounds(name, y_label, title, looks_in=method_looks):
     def draw(setting, panels, args):
         figure, axes = axes_of(panels, sharey=True)
-        looks = looks_of(panels) if looks_of is value_looks else looks_of(all_curves(panels))
+        looks = looks_in(panels)
         for axis, panel in zip(axes, panels, strict=True):
             central = central_of(panel) if name == "worst_client_val_loss" else panel.references
             reference_lines(axis, central, name, words="{}, last round")
@@ -202,7 +187,12 @@ def against(factor):
         firsts = [curve.series("val_loss")[1][:1] for curve in curves]
         start = min((first[0] for first in firsts if np.isfinite(first).all() and len(first)), default=math.nan)
         if np.isfinite(start):
-            axis.axhline(start, color="#999999", linestyle=(0, (1, 2)), zorder=1, label="first evaluation, lowest")
+            name = (
+                "before training"
+                if all(curve.series("val_loss")[0][0] == 0 for curve in finite)
+                else "first evaluation"
+            )
+            axis.axhline(start, color="#999999", linestyle=(0, (1, 2)), zorder=1, label=f"{name}, lowest")
         for i, curve in enumerate(curve for curve in curves if curve not in finite):
             words = f"{curve.label}:\nnot finite" if len(panels) > 1 else "not\nfinite"
             at = there.index(curve.place[factor]), 0.98 - 0.1 * (i % 3)
@@ -243,7 +233,7 @@ def clients_of(panel):
     return counts.pop() or None if len(counts) == 1 else None
 
 
-def draw_drift(title, looks_of):
+def draw_drift(title, looks_in):
     def draw(setting, panels, args):
         curves = all_curves(panels)
         measures = [m for m in MEASURES if any(np.isfinite(curve.series(m[0])[1]).any() for curve in curves)]
@@ -254,7 +244,7 @@ def draw_drift(title, looks_of):
             size = {"width": (4.2 if len(panels) == 2 else 3.0) * len(panels) + 0.8, "height": 2 * len(measures) + 1.4}
             figure, axes = new_figure(len(measures), len(panels), sharey="row", sharex=True, **size)
             title_panels(axes[0], panels)
-        looks = looks_of(panels) if looks_of is value_looks else looks_of(curves)
+        looks = looks_in(panels)
         for row, (name, y_label, logarithmic, orthogonal) in zip(axes, measures, strict=True):
             for axis, panel in zip(row, panels, strict=True):
                 draw_rounds(axis, panel.curves, looks, name)
@@ -405,7 +395,7 @@ FIGURES = {
         ),
     ],
     "drift": [
-        Figure("noniid_drift", drifting(figures_of), draw_drift("", looks_of), DRIFT),
+        Figure("noniid_drift", drifting(figures_of), draw_drift("", method_looks), DRIFT),
         *(
             Figure(
                 f"noniid_drift_{factor}",

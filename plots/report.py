@@ -7,7 +7,7 @@
 DIR is a folder with run folders, at any depth, or a committed log. The page holds all it shows (figures as data URIs,
 no script, no font, no link to elsewhere), so that it can be mailed and read offline. Of each study that has runs there:
 
-    what differs    the flags in which runs of one group differ, a row per method; then those that all share
+    flags           those in which runs of one group differ, a row per method; then the others
     table           plots/tables.py's: mean and standard deviation over seeds, differences seed by seed
     endings         runs that did not simply finish (by which alarm, round, clients), and every alarm
     figures         all that the runs allow, as the study's own script draws them
@@ -93,17 +93,18 @@ def study_parts(name, module, runs, every, notes):
 
 
 def flag_parts(curves):
-    """A table of the flags that differ, a row per method; what all have is below, folded in."""
+    """A table of the flags in which those that read them differ, a row per method; the others are below, folded in."""
     values = [{name: text(v) for name, v in curve.runs[0].method.items() if name != "seed"} for curve in curves]
     names = list(dict.fromkeys(name for flags in values for name in flags))
-    differ = [name for name in names if len({str(flags.get(name, "")) for flags in values}) > 1]
+    given = {name: [flags[name] for flags in values if name in flags] for name in names}
+    differ = [name for name in names if len(set(map(str, given[name]))) > 1]
     rows = [["method", *differ, "seeds"]]
     for curve, flags in zip(curves, values, strict=True):
         seeds = " ".join(str(run.seed) for run in curve.runs)
         rows.append([curve.label, *("" if flags.get(name) is None else str(flags[name]) for name in differ), seeds])
-    same = [f"--{name.replace('_', '-')} {values[0][name]}" for name in names if name not in differ]
+    same = [f"--{name.replace('_', '-')} {given[name][0]}" for name in names if name not in differ]
     parts = [table_html(rows)] if len(curves) > 1 else [paragraph(f"{rows[1][0]}, seeds {rows[1][-1]}")]
-    return [*parts, details(f"{len(same)} flags that all share", paragraph(", ".join(same)))]
+    return [*parts, details(f"{len(same)} flags that do not differ", paragraph(", ".join(same)))]
 
 
 def ending_parts(runs):
@@ -131,7 +132,7 @@ def provenance(runs):
     versions = {", ".join(f"{k} {v}" for k, v in run.versions.items()) for run in runs}
     devices = {", ".join(f"{k} {v}" for k, v in run.resolved.items()) for run in runs}
     parts = (("commits", commits), ("versions", versions), ("devices", devices))
-    return [f"{name}: {'; '.join(sorted(filter(None, values)))}" for name, values in parts]
+    return [f"{name}: {'; '.join(sorted(values))}" for name, values in parts if any(values)]
 
 
 # ---- figures

@@ -85,6 +85,9 @@ GOLDEN = {
     "mamba_fl/central": Golden("mamba_fl/central.py", MAMBA, federated=False),
     "mamba_fl/fed_avg": Golden("mamba_fl/fed_avg.py", MAMBA_FEDERATED),
     "mamba_fl/fed_momentum": Golden("mamba_fl/fed_momentum.py", MAMBA_FEDERATED),
+    "mamba_fl/momentum_ema": Golden(
+        "mamba_fl/fed_momentum.py", f"{MAMBA_FEDERATED} --momentum-form ema --server-lr 0.7"
+    ),
     "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", MAMBA_FEDERATED),
     "mamba_fl/fed_fisher": Golden("mamba_fl/fed_fisher.py", MAMBA_FEDERATED),
     "vit_sparse_fl/centralized": Golden(
@@ -214,9 +217,9 @@ class Started:
 def run(words, die=None, env=None):
     """The script `words[0]` with the flags that follow, in a process of its own, until it has ended.
 
-    die: (folder, lines, changes, what): at change number `changes` of a file in `folder` (opened to write, renamed,
-    removed) after metrics.jsonl has `lines` lines, the process gets the signal `what`, or, for "full", the change fails
-    as on a full disk. "limit": no file may be longer than `changes` bytes.
+    die: (folder, lines, changes, what): at change number `changes` of a file in `folder` (made, opened to write,
+    renamed, removed) after metrics.jsonl has `lines` lines, the process gets the signal `what`. "full": only what is
+    made or opened counts, and that fails as on a full disk. "limit": no file may be longer than `changes` bytes.
     """
     return Started(words, die, env).ended()
 
@@ -267,7 +270,7 @@ def _death(folder, lines, changes, what):
         if event == "open":
             touched = isinstance(args[1], str) and set(args[1]) & set("wax+")
         else:
-            touched = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+            touched = event == "os.mkdir" or what != "full" and event in ("os.rename", "os.remove", "shutil.rmtree")
         if left < 0 or not touched or not os.path.realpath(str(args[0])).startswith(folder):
             return
         try:
@@ -354,8 +357,15 @@ def record(name, folder):
     """What is compared of the run `name` that left `folder`."""
     golden = GOLDEN[name]
     facts = {fact: without_times(json.loads((folder / fact).read_text())) for fact in golden.facts}
-    found = {"results": read_results(folder), "metrics": read_lines(folder), "facts": facts}
-    return {"tensors": digest(folder / golden.tensors) if golden.tensors else None, **found}
+    files = {part for part in folder.rglob("*") if part.is_file()} if golden.resumes else set()
+    files = sorted(str(path.relative_to(folder)) for path in files)
+    return {
+        "tensors": digest(folder / golden.tensors) if golden.tensors else None,
+        "results": read_results(folder),
+        "metrics": read_lines(folder),
+        "facts": facts,
+        "files": {name: True for name in files if not name.startswith(("checkpoint", "."))},
+    }
 
 
 def same_run(a, b):

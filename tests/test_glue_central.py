@@ -20,11 +20,6 @@ TRAIN = "--do-train --do-eval --learning-rate 5e-3 --max-examples 100 --num-trai
 SCRIPTS = {"main_glue_lora": ["--lora-r", "4", "--lora-dropout", "0.1"], "baseline_run": []}
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def run(script, out, *more, model="tiny", task="sst2"):
     """The script's exit code. A later flag wins over an earlier one."""
     words = ["--model", model, "--task-name", task, *DEMO, *SCRIPTS.get(script, []), "--output-dir", out, *more]
@@ -107,20 +102,22 @@ def test_zero_shot_is_the_model_as_it_begins(tmp_path):
         found[script] = {name: v for name, v in line.items() if name.startswith("val_")}
     # B is 0: with and without an adapter it is the same model
     assert found["main_glue_lora"] == pytest.approx(found["baseline_run"], rel=1e-6)
-    assert found["main_glue_lora"]["val_loss"] != lines(central("main_glue_lora"))[0]["val_loss"]
+    before, after, *_ = lines(central("main_glue_lora"))
+    assert found["main_glue_lora"]["val_loss"] == before["val_loss"] != after["val_loss"]
 
 
 def test_without_do_eval_nothing_is_evaluated(tmp_path):
     assert run("main_glue_lora", tmp_path, "--do-train", "--max-examples", 32, "--num-train-epochs", 1) == 0
     folder = folder_of("main_glue_lora", tmp_path)
-    assert not any(name.startswith("val_") for name in lines(folder)[0]) and (folder / "adapter").is_dir()
+    assert not any(name.startswith("val_") for line in lines(folder) for name in line)
+    assert (folder / "adapter").is_dir()
 
 
 def test_accumulated_epochs_are_whole(tmp_path):
     # 100 examples in batches of 16: 7 a pass, of which 3 make a step
     words = (*TRAIN, "--gradient-accumulation-steps", 3, "--num-train-epochs", 1.5)
     assert run("main_glue_lora", tmp_path, *words) == 0
-    seen = [line["examples"] for line in lines(folder_of("main_glue_lora", tmp_path))]
+    seen = [line["examples"] for line in lines(folder_of("main_glue_lora", tmp_path))][1:]
     assert seen[0] == 100 and len(seen) == 2 and 100 + 3 * 16 + 4 <= seen[1] <= 100 + 4 * 16
 
 
@@ -138,7 +135,7 @@ def test_a_shard_and_max_examples_are_the_same_subset(tmp_path):
     assert run("main_glue_lora", tmp_path / "b", *few, "--max-examples", 90) == 0
     a, b = (folder_of("main_glue_lora", tmp_path / name) for name in "ab")
     same_run(a, b)
-    assert lines(a)[0]["examples"] == 90 == read_json(a / "run.json")["data"]["examples"]
+    assert lines(a)[1]["examples"] == 90 == read_json(a / "run.json")["clients"]["examples"]
 
 
 def test_only_the_adapter_and_the_head_are_trained():
@@ -156,3 +153,14 @@ def test_only_the_adapter_and_the_head_are_trained():
 
 def head_of(tensors):
     return [name for name in tensors if name.startswith("classifier.")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_learning_rate_that_diverges_fails_with_a_reason(script, tmp_path, capsys):
+    assert run(script, tmp_path, *TRAIN, "--learning-rate", 1e38) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("failed: ") and "--learning-rate (1e+38)" in last
+    folder = folder_of(script, tmp_path)
+    manifest = read_json(folder / "run.json")
+    assert manifest["status"] == "failed" and manifest["reason"] == last.removeprefix("failed: ")
+    assert manifest["results"] is None and not list(folder.rglob("adapter")) and not (folder / "final").exists()

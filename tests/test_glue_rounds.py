@@ -1,7 +1,9 @@
-"""fedavg_rounds.py: what it serves, and one round against a plain loop."""
+"""fedavg_rounds.py: whole rounds of every rule against a plain loop in fp64, what a run serves, keeps and logs."""
 
 import importlib
 import json
+import math
+from types import SimpleNamespace
 
 import harness
 import numpy as np
@@ -9,11 +11,20 @@ import pytest
 import torch
 from comparing import same_bits
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
+from common.adapter_files import write_adapter
 from common.checkpoint import read_json
-from common.cli import run_main
+from common.cli import checked, run_main
 from common.lowrank import RULES
 from common.runlog import read_metrics
+from common.seeding import stream, torch_stream
+from lora_glue_fl import fedavg_rounds, flags
+from lora_glue_fl.data_prep import encode, load_task, load_tokenizer, training_batches
+from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
+from lora_glue_fl.fitting import learning_rates
+from lora_glue_fl.round_folders import RoundFolders
+from lora_glue_fl.sharding import make_client_splits, save_shard_manifests
 
 TINY = "--model tiny --dataset demo --task-name sst2 --lora-r 4 --svd-rank 4 --learning-rate 5e-3 --threads 1".split()
 TINY += "--rounds 3 --local-epochs 0.5 --eval-each-round --max-length 32 --batch-size 8".split()
@@ -24,9 +35,11 @@ def words(shards, *more):
 
 
 def call(*line, script="fedavg_rounds"):
+    """The exit code of a script of this study in this process."""
     module = importlib.import_module(f"lora_glue_fl.{script}")
+    complete = flags.complete_rounds if script == "fedavg_rounds" else getattr(module, "complete", lambda args: args)
     with pytest.raises(SystemExit) as stop:
-        run_main(module.main, module.build_parser().parse_args([str(word) for word in line]))
+        run_main(module.main, checked(complete, module.build_parser().parse_args([str(word) for word in line])))
     return stop.value.code
 
 
@@ -40,10 +53,208 @@ def runs(rule):
     return harness.whole(f"lora_glue_fl/{rule}")
 
 
+# ---- rounds against a plain loop: torch, transformers' model, the data and the keys of the random streams
+
+SEED, K, LR, EPOCHS, S, S_SVD = 3, 5, 5e-3, 0.5, 8 / 4, 6 / 4
+LAYERS = [f"roberta.encoder.layer.{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")]
+BAD = {4}  # the second client of the second round
+ROUNDS = f"--dataset demo --tokenizer demo --task-name sst2 --seed {SEED} --threads 1 --rounds 2 --participation 0.6 "
+ROUNDS += f"--max-length 32 --batch-size 8 --learning-rate {LR} --local-epochs {EPOCHS} --lora-r 4 --lora-alpha 8 "
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A RoBERTa without dropout, an adapter of rank 2 with a head, the shards of five unequal clients."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("given")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
+    ids = {"pad_token_id": demo_tokenizer().pad_token_id, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=len(demo_tokenizer()), **sizes, **off, **ids))
+    model.save_pretrained(folder / "model")
+    factors = {layer: (torch.randn(2, 32) / 6, torch.randn(32, 2) / 6) for layer in LAYERS}
+    head = {name: p.detach() for name, p in model.named_parameters() if name.startswith("classifier.")}
+    about = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"], "base_model": None}
+    write_adapter(folder / "adapter", factors, head, alpha=3, **about)
+    info = make_client_splits("sst2", K, "dirichlet", seed=1, dirichlet_alpha=2.0, max_examples=120, dataset="demo")
+    save_shard_manifests(folder / "shards", info)
+    rows = [np.array(part) for part in info["client_indices"]]
+    encoded = encode(load_task("sst2", "demo"), load_tokenizer("demo"), 32)["train"]
+    return SimpleNamespace(folder=folder, model=model.double().eval(), factors=factors, rows=rows, encoded=encoded)
+
+
+def sampled(given, t):
+    """The round's clients in the script's order: the longest first."""
+    chosen = stream(SEED, "participation", t).choice(K, 3, replace=False).tolist()
+    return sorted(chosen, key=lambda k: (-len(given.rows[k]), k))
+
+
+def start_of(given):
+    """theta before the first round in fp64: A of rank 4, whose third and fourth row are drawn, B, head, weights W."""
+    theta = {name: p.detach().clone() for name, p in given.model.named_parameters() if name.startswith("classifier.")}
+    for layer, (A, B) in given.factors.items():
+        rows = (2 * torch.rand(2, 32, generator=torch_stream(SEED, f"new rows of {layer}")) - 1) / math.sqrt(32)
+        theta[f"A.{layer}"] = torch.cat([A, rows]).double()
+        theta[f"B.{layer}"] = torch.cat([B.double() * (3 / 2) / S, torch.zeros(32, 2).double()], dim=1)
+        theta[f"W.{layer}"] = given.model.get_parameter(f"{layer}.weight").detach().clone()
+    return theta
+
+
+def weights_of(theta, scale):
+    """{name: weight} that the model computes with."""
+    named = {
+        f"{layer}.weight": theta[f"W.{layer}"] + scale * theta[f"B.{layer}"] @ theta[f"A.{layer}"] for layer in LAYERS
+    }
+    return named | {name: t for name, t in theta.items() if name.startswith("classifier.")}
+
+
+def local(given, theta, k, t, letters, mu=0.0, decay=0.0, warmup=0.0, accumulated=1):
+    """theta_k after the client's steps of AdamW on A, B as the round trains them, and the head."""
+    from transformers import get_scheduler
+
+    mine = {name: p.clone().requires_grad_(name[0] in (*letters, "c")) for name, p in theta.items()}
+    trained = {name: p for name, p in mine.items() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=decay, foreach=False)
+    rows = given.rows[k]
+    batches = training_batches(given.encoded.lengths()[rows], 8, EPOCHS, SEED, t, k)
+    steps = [batches[i : i + accumulated] for i in range(0, len(batches), accumulated)]
+    schedule = get_scheduler("linear", optimizer, math.ceil(warmup * len(steps)), len(steps))
+    for step in steps:
+        losses = []
+        for part in step:
+            batch = given.encoded.batch(rows[part])
+            labels = batch.pop("labels")
+            logits = torch.func.functional_call(given.model, weights_of(mine, S), kwargs=batch).logits
+            losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+        pull = sum((p - theta[name]).square().sum() for name, p in trained.items())
+        optimizer.zero_grad()
+        (sum(losses) / sum(map(len, step)) + mu / 2 * pull).backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return {name: p.detach() for name, p in mine.items()}
+
+
+def served(rule, theta, means, deltas, t):
+    """The rule's theta of {name: mean of the clients'} and {layer: mean of s B A}."""
+    new = dict(means)
+    for layer, delta in deltas.items():
+        A, B, W = (f"{letter}.{layer}" for letter in "ABW")
+        if rule == "residual":
+            new[W] = theta[W] + delta - S * means[B] @ means[A]
+        if rule == "stack":
+            draw = torch_stream(SEED, f"lowrank: fresh adapter of {layer}", t)
+            new[A] = ((2 * torch.rand(4, 32, generator=draw) - 1) / math.sqrt(32)).double()
+            new[B], new[W] = torch.zeros(32, 4).double(), theta[W] + delta
+        if rule == "svd":
+            U, sigma, Vh = torch.linalg.svd(delta)
+            new[A], new[B] = Vh[:4], U[:, :4] * sigma[:4] / S_SVD
+    return new
+
+
+def plain(given, rule, weigh, server=None, **options):
+    """(weights that the model computes with after two rounds, theta before): the reference."""
+    theta, ranks = start_of(given), [3, 2, 4, 3, 2] if rule == "svd" else [4] * K
+    start, place = weights_of(theta, S), 0
+    for t in range(2):
+        letters = {"ffa": "B", "rolora": "BA"[t]}.get(rule, "AB")
+        ratio = S_SVD / S if rule == "svd" and t else 1.0
+        sums, deltas, total = {n: 0.0 for n in theta}, dict.fromkeys(LAYERS, 0.0), 0.0
+        for k in sampled(given, t):
+            begin = {n: p[: ranks[k]] if n[0] == "A" else p for n, p in theta.items()}
+            begin = {n: p[:, : ranks[k]] * ratio if n[0] == "B" else p for n, p in begin.items()}
+            theta_k = local(given, begin, k, t, letters, **options)
+            if place not in BAD:
+                w = weigh(k)
+                total += w
+                for layer in LAYERS:
+                    deltas[layer] = deltas[layer] + w * S * theta_k[f"B.{layer}"] @ theta_k[f"A.{layer}"]
+                for n in sums:
+                    if theta_k[n].shape == theta[n].shape:
+                        sums[n] = sums[n] + w * theta_k[n]
+            place += 1
+        means = {n: p / total if torch.is_tensor(p) else theta[n] for n, p in sums.items()}
+        new = served(rule, theta, means, {layer: delta / total for layer, delta in deltas.items()}, t)
+        theta = server(theta, new, letters) if server else new
+    return weights_of(theta, S_SVD if rule == "svd" else S), start
+
+
+def run_rounds(given, folder, monkeypatch, rule, more=""):
+    """(weights that the served model computes with, lines of metrics.jsonl): the script, the clients of `BAD` NaN."""
+    steps, seen = fedavg_rounds.local_steps, []
+
+    def local_steps(loss, batches, weights, *rest, **options):
+        done = steps(loss, batches, weights, *rest, **options)
+        if len(seen) in BAD:
+            weights.theta[7 if rule != "ffa" else -1] = math.nan  # a factor, or the head's last number
+        seen.append(0)
+        return done
+
+    monkeypatch.setattr(fedavg_rounds, "local_steps", local_steps)
+    line = f"{ROUNDS} --aggregate {rule} {more} --model {given.folder}/model --shard-dir {given.folder}/shards "
+    line += f"--init-adapter {given.folder}/adapter --output-root {folder} --run-name r"
+    assert call(*line.split()) == 0
+    tensors = load_file(folder / "r" / "checkpoint" / "theta.safetensors")
+    theta = {f"W.{layer}": given.model.get_parameter(f"{layer}.weight").detach() for layer in LAYERS}
+    theta |= {name.replace("base.", "W."): t.double() for name, t in tensors.items()}
+    head = [(name, p) for name, p in given.model.named_parameters() if name.startswith("classifier.")]
+    pieces = theta.pop("head").split([p.numel() for _, p in head])
+    theta |= {name: piece.view(p.shape) for (name, p), piece in zip(head, pieces, strict=True)}
+    return weights_of(theta, S_SVD if rule == "svd" else S), read_metrics(folder / "r")
+
+
+def momentum(v, rate=0.7, beta=0.9):
+    def step(theta, mean, letters):
+        trained = [n for n in theta if n[0] in (*letters, "c")]  # what B has gathered does not move it in A's rounds
+        for n in trained:
+            v[n] = beta * v.get(n, 0.0) + mean[n] - theta[n]
+        return theta | {n: theta[n] + rate * v[n] for n in trained}
+
+    return step
+
+
+CASES = {
+    "svd": ("svd", "--svd-rank 4 --alpha 6 --client-ranks 3 2 4", {}),
+    "naive": ("naive", "--client-weights uniform", {"weigh": lambda k: 1.0}),
+    "momentum": ("naive", "--server-optimizer momentum --server-lr 0.7", {"server": True}),
+    "ffa": ("ffa", "--mu 0.5 --weight-decay 0.1", {"mu": 0.5, "decay": 0.1}),
+    "stack": ("stack", "--warmup-ratio 0.4", {"warmup": 0.4}),
+    "residual": ("residual", "--gradient-accumulation-steps 2", {"accumulated": 2}),
+    "rolora": ("rolora", "--server-optimizer momentum --server-lr 0.7", {"server": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rounds_are_the_plain_loop(case, given, tmp_path, monkeypatch):
+    rule, more, options = CASES[case]
+    weigh = options.get("weigh", lambda k: len(given.rows[k]))
+    server = momentum({}) if options.get("server") else None
+    rest = {name: value for name, value in options.items() if name not in ("weigh", "server")}
+    assert len({len(rows) for rows in given.rows}) > 2 and sampled(given, 0) != sampled(given, 1)
+    found, rows = run_rounds(given, tmp_path, monkeypatch, rule, more)
+    expected, start = plain(given, rule, weigh, server, **rest)
+    for part in (lambda n: "query" in n, lambda n: "value" in n, lambda n: "classifier" in n):
+        names = [n for n in start if part(n)]
+        moved = sum((expected[n] - start[n]).square().sum() for n in names) ** 0.5
+        missed = sum((found[n] - expected[n]).square().sum() for n in names) ** 0.5
+        assert moved > 0.02 and missed < 5e-3 * moved, (missed / moved).item()
+
+    last, bad = sorted(sampled(given, 1)), sampled(given, 1)[1]
+    assert [row["round"] for row in rows] == [0, 1, 2] and rows[0]["val_loss"] > 0 and "train_loss" not in rows[0]
+    assert rows[2]["left_out"] == [[2, bad]] and rows[2]["clients"] == last
+    losses = dict(zip(last, rows[2]["client_train_loss"], strict=True))
+    assert losses.pop(bad) is None
+    assert rows[2]["train_loss"] == pytest.approx(np.average(list(losses.values()), weights=[*map(weigh, losses)]))
+    assert rows[2]["examples"] == sum(math.ceil(len(given.rows[k]) / 2) for t in (0, 1) for k in sampled(given, t))
+
+
+# ---- what a run serves, keeps and logs
+
+
 def validation(model, tokenizer):
     """(accuracy, mean loss) of a transformers model on the demo's validation examples, one by one."""
-    from lora_glue_fl.demo_glue import demo_task
-
     split = demo_task("sst2")["validation"]
     model.eval()
     right, loss = [], []
@@ -99,113 +310,19 @@ def test_a_clients_adapter_gives_its_logged_metric():
     assert loss == pytest.approx(line["client_val_loss"][1], rel=1e-4)
 
 
-@pytest.mark.slow
-def test_one_round_is_the_plain_loop(shards, tmp_path):
-    """A round of naive averaging against torch, peft and transformers used directly, and transformers' schedule."""
-    from peft import PeftModel
-    from torch.nn import functional as F
-    from transformers import AutoModelForSequenceClassification, get_scheduler
-
-    from lora_glue_fl.data_prep import encode, load_task, load_tokenizer, training_batches
-
-    line = words(shards, "--aggregate", "naive", "--output-root", tmp_path, "--run-name", "a", "--rounds", 1)
-    line += ["--warmup-ratio", "0.3", "--mu", "0.1", "--weight-decay", "0.1", "--keep", "all"]
-    # the base model's own dropout would draw from another generator here
-    from lora_glue_fl import models
-
-    real = models.tiny_encoder
-
-    def without_dropout(task, tokenizer):
-        model = real(task, tokenizer)
-        for part in model.modules():
-            if isinstance(part, torch.nn.Dropout):
-                part.p = 0.0
-            if hasattr(part, "dropout_prob"):
-                part.dropout_prob = 0.0
-        return model
-
-    models.tiny_encoder = without_dropout
-    try:
-        assert call(*line) == 0
-        # a client that trains nothing: its adapter is what the round began with
-        start = [*line, "--run-name", "start", "--learning-rate", "1e-30"]
-        assert call(*start) == 0
-    finally:
-        models.tiny_encoder = real
-    begun = tmp_path / "start" / "round_1" / "client_1" / "adapter"
-    data = load_task("sst2", "demo")
-    encoded = encode(data, load_tokenizer("demo"), 32)["train"]
-    sums, total = {}, 0
-    for k in range(3):
-        rows = np.array(read_json(shards / f"client_{k + 1}.json")["indices"])
-        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a" / "base")
-        model = PeftModel.from_pretrained(base, begun, is_trainable=True)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        anchors = {name: p.detach().clone() for name, p in trained.items()}
-        optimizer = torch.optim.AdamW(trained.values(), lr=5e-3, weight_decay=0.1, fused=False)
-        batches = training_batches(encoded.lengths()[rows], 8, 0.5, 42, 0, k)
-        schedule = get_scheduler("linear", optimizer, int(np.ceil(0.3 * len(batches))), len(batches))
-        model.eval()
-        for batch_rows in batches:
-            batch = encoded.batch(rows[batch_rows])
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            pull = sum(((p - anchors[name]) ** 2).sum() for name, p in trained.items())
-            optimizer.zero_grad()
-            (F.cross_entropy(logits, batch["labels"]) + 0.05 * pull).backward()
-            torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-            optimizer.step()
-            schedule.step()
-        for name, p in trained.items():
-            key = name.replace(".default", "").replace(".modules_to_save", "")
-            sums[key] = sums.get(key, 0) + len(rows) * p.detach().double()
-        total += len(rows)
-    served = load_file(tmp_path / "a" / "final" / "adapter_model.safetensors")
-    before = load_file(begun / "adapter_model.safetensors")
-    assert served.keys() == sums.keys()
-    for name, tensor in served.items():
-        moved = (sums[name] / total - before[name]).norm()
-        assert moved > 0
-        assert (tensor - sums[name] / total).norm() <= 2e-3 * moved, name
-
-
-def test_a_step_is_that_of_its_examples_whatever_the_micro_batches(tmp_path):
-    from types import SimpleNamespace
-
-    from lora_glue_fl.fitting import fit
-
-    class Rows:
-        def batch(self, rows):
-            return {"x": torch.arange(12.0).reshape(6, 2)[rows]}
-
-    def after(steps, lr_scale=1.0):
-        torch.manual_seed(0)
-        p = {"w": torch.nn.Parameter(torch.ones(2))}
-        args = SimpleNamespace(mu=0.0, max_grad_norm=0.0)
-        optimizer = torch.optim.SGD(p.values(), lr=0.01)
-        loss = fit(lambda b: ((b["x"] @ p["w"]) ** 2).mean(), Rows(), steps, p, optimizer, [0.01], args, None, "cpu")
-        return p["w"].detach(), loss
-
-    whole, a = after([[np.arange(6)]])
-    parts, b = after([[np.arange(4), np.arange(4, 6)]])
-    torch.testing.assert_close(whole, parts)
-    torch.testing.assert_close(a, b)
-    assert not torch.equal(whole, torch.ones(2))
-
-
 def test_the_learning_rate_is_transformers_schedule():
     from transformers import get_scheduler
 
-    from lora_glue_fl.fitting import lr_at
-
-    for name in ("linear", "constant"):
+    for name, kind in (("linear", "linear"), ("constant", "constant_with_warmup")):
         for warmup in (0, 1, 4):
             optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-            kind = "constant_with_warmup" if name == "constant" else name
-            schedule = get_scheduler(kind, optimizer, warmup, 10)
-            for step in range(10):
-                assert lr_at(step, 10, 0.3, warmup, name) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+            schedule, wanted = get_scheduler(kind, optimizer, warmup, 10), []
+            for _ in range(10):
+                wanted.append(optimizer.param_groups[0]["lr"])
                 optimizer.step()
                 schedule.step()
+            args = SimpleNamespace(learning_rate=0.3, warmup_ratio=warmup / 10, lr_scheduler=name)
+            assert learning_rates(args, 10) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.slow
@@ -222,8 +339,6 @@ def test_keep_decides_which_rounds_stay(shards, tmp_path):
 
 
 def test_pruning_leaves_the_round_that_another_process_may_be_writing(tmp_path):
-    from lora_glue_fl.round_folders import RoundFolders
-
     def names():
         return sorted(f.name for f in tmp_path.iterdir())
 
@@ -249,15 +364,13 @@ def test_a_server_optimiser_of_momentum_zero_is_plain_averaging(shards, tmp_path
     same = [load_file(folder / "final" / "adapter_model.safetensors") for folder in (tmp_path / "m", runs("naive"))]
     assert same_bits(*same)
     assert call(*line, "--server-optimizer", "adam", "--overwrite") == 0
-    rows = [read_metrics(folder)[0] for folder in (tmp_path / "m", runs("naive"))]
+    rows = [read_metrics(folder)[1] for folder in (tmp_path / "m", runs("naive"))]
     # the error is the rule's, whatever step the server takes; the first round's clients are the same
     assert rows[0]["aggregation_error"] == rows[1]["aggregation_error"]
 
 
 @pytest.mark.slow
 def test_bytes_are_those_of_the_factors_that_are_sent():
-    import math
-
     head, r, d, layers = 64 * 64 + 64 + 2 * 64 + 2, 4, 64, 4  # the tiny model: queries and values of two layers
     both, b = 2 * r * d * layers, r * d * layers
     stacked = {3 * r: layers * min(3 * r * 2 * d, d * d) for r in (3, 4)}  # stack's clients have ranks 2, 4 and 3
@@ -265,8 +378,48 @@ def test_bytes_are_those_of_the_factors_that_are_sent():
     down = {"svd": both, "naive": both, "ffa": b, "stack": stacked[9], "residual": stacked[12], "rolora": b}
     for rule in RULES:
         first = (both * 3 / 4 if rule == "stack" else both) + head  # to each client before the first round
-        for line in read_metrics(runs(rule)):
+        before, *rest = read_metrics(runs(rule))
+        assert before["bytes_up"] == before["bytes_down"] == 0
+        for line in rest:
             n = line["round"]
             assert line["bytes_up"] == 4 * 3 * n * (up[rule] + head)
             assert line["bytes_down"] == 4 * 3 * (n * (down[rule] + head) + first)
             assert math.isfinite(line["aggregation_error"])
+
+
+def test_folders_of_a_round_without_a_client(shards, tmp_path, capsys, monkeypatch):
+    """What was trained to NaN is not written, and the server's folder names who counted."""
+    steps, seen = fedavg_rounds.local_steps, []
+
+    def local_steps(loss, batches, weights, *rest, **options):
+        done = steps(loss, batches, weights, *rest, **options)
+        if not seen:
+            weights.theta[3] = math.nan
+        seen.append(0)
+        return done
+
+    monkeypatch.setattr(fedavg_rounds, "local_steps", local_steps)
+    line = words(shards, "--output-root", tmp_path, "--run-name", "x", "--keep", "all", "--rounds", 2, "--eval-clients")
+    assert call(*line) == 0 and len(seen) == 6
+    n = [len(read_json(shards / f"client_{k}.json")["indices"]) for k in (1, 2, 3)]
+    bad, one = n.index(max(n)), tmp_path / "x" / "round_1"
+    assert f"round 1: update not finite, left out: client {bad}" in capsys.readouterr().err
+    _, first, second = read_metrics(tmp_path / "x")
+    assert first["left_out"] == [[1, bad]] and first["left_out_updates"] == 1 == second["left_out_updates"]
+    assert [value is None for value in first["client_val_accuracy"]] == [k == bad for k in range(3)]
+    others = [k for k in range(3) if k != bad]
+    assert sorted(path.name for path in one.glob("client_*")) == [f"client_{k + 1}" for k in others]
+    assert len(list((tmp_path / "x" / "round_2").glob("client_*"))) == 3
+    manifest = read_json(one / "fused_r4" / "fuse_manifest.json")
+    assert manifest["left_out"] == [bad + 1] and manifest["k_adapters"] == 2
+    assert manifest["adapters"] == [f"../client_{k + 1}/adapter" for k in others]
+    assert manifest["weights"] == pytest.approx([n[k] / sum(n[k] for k in others) for k in others])
+
+
+def test_a_rate_that_diverges_ends_the_run(shards, tmp_path, capsys):
+    assert call(*words(shards, "--output-root", tmp_path, "--run-name", "x", "--learning-rate", 1e38)) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("failed: round 1") and "3 of 3 clients" in last and "--learning-rate (1e+38)" in last
+    run = read_json(tmp_path / "x" / "run.json")
+    assert run["status"] == "failed" and run["reason"] == last.removeprefix("failed: ")
+    assert run["ended"]["by"] == "left_out" and run["ended"]["clients"] == [0, 1, 2]

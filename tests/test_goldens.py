@@ -147,7 +147,7 @@ def as_text(value):
     """JSON with a line for a part of a run and for a round."""
     parts = []
     for name, run in value["runs"].items():
-        lines = [f"  {json.dumps(key)}: {json.dumps(run[key])}" for key in ("tensors", "results", "facts")]
+        lines = [f"  {json.dumps(key)}: {json.dumps(run[key])}" for key in ("tensors", "results", "facts", "files")]
         rounds = ",\n".join("   " + json.dumps(line) for line in run["metrics"])
         parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + f',\n  "metrics": [\n{rounds}\n  ]\n }}')
     return f'{{"machine": {json.dumps(value["machine"])},\n"runs": {{\n' + ",\n".join(parts) + "\n}}\n"

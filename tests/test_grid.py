@@ -231,7 +231,7 @@ PLANS = {
         23,
         "8fa6093b10d7",
     ),
-    ("vit_sparse_fl/run_all_experiments", "--quick"): (17, "1634299cb31c"),
+    ("vit_sparse_fl/run_all_experiments", "--quick"): (17, "ef8c435affd9"),
     ("vit_sparse_fl/run_all_experiments", "--stand-in"): (76, "4ac79fe9407a"),
     ("vit_sparse_fl/run_all_experiments", "--preset stand-in-gpu"): (76, "2227c0aa6cdd"),
     ("lora_glue_fl/run_study", "--model FOLDER"): (143, "4cdbec1c6eb7"),
@@ -363,7 +363,7 @@ def run_study(runner, line, out):
             "llm_noniid/run_experiments",
             "--mode quick --num-rounds 2 --only fedavg_iid",
             ["quick_fedavg_iid_demo_tiny_seed_42"],
-            "| fedavg, iid |",
+            "| FedAvg |",
         ),
     ],
 )

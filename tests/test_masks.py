@@ -334,14 +334,6 @@ def test_drawn_labels_and_their_logits(model, weights, images):
         m.sensitivity(model, weights, images[:0], labels=labels[:0])
 
 
-def test_drawn_labels_have_the_models_distribution(model):
-    """20,000 draws for one image: each class within five standard deviations of its probability."""
-    image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(4)).expand(20_000, -1, -1, -1)
-    p = model.eval()(image[:1])[0].softmax(-1).detach()
-    shares = torch.bincount(m.drawn_labels(model, image, stream(1, "labels")), minlength=5) / 20_000
-    assert ((shares - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt()).all()
-
-
 def test_images_in_parts_and_prepared_and_the_model_as_before(model, weights, images, monkeypatch):
     labels = torch.arange(7) % 5
     model.train()

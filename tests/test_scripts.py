@@ -8,32 +8,9 @@ from pathlib import Path
 import harness
 import pytest
 import torch
-from running import SCRIPTS, call, final_weights, flags
+from running import call, final_weights, flags
 
-from common.checkpoint import read_json
 from common.runlog import read_metrics
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_leaves_what_the_readme_says(script):
-    folder = harness.whole(f"mamba_fl/{script}")
-    manifest = read_json(folder / "run.json")
-    assert manifest["status"] == "finished" and manifest["command"] == script
-    assert manifest["data"]["variant"] and manifest["versions"]["torch"]
-    lines = read_metrics(folder)
-    assert [line["round"] for line in lines] == [2, 4, 6]
-    wanted = {"val_loss", "val_ppl", "val_bits_per_byte", "train_ppl", "bytes_up", "bytes_down", "seconds", "tokens"}
-    wanted |= {"tokens_per_second", "generated"}
-    wanted |= {"grad_cosine", "delta_norms"} if script == "central" else {"client_train_loss", "client_val_ppl"}
-    assert wanted <= set(lines[-1])
-    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
-    assert (folder / "curve.png").stat().st_size > 1000
-    history = read_json(folder / "training_history.json")
-    field = "step" if script == "central" else "global_step"
-    assert history[field] == [2, 4, 6] and len(history["generated"]) == 3
-    who = {"server"} if script == "central" else {"server", *(f"client_{k}" for k in range(4))}
-    assert {f.parents[1].name for f in folder.rglob("*.npz")} == who
 
 
 @pytest.mark.slow
@@ -83,19 +60,17 @@ def test_sync_epoch_averages_independent_runs(tmp_path):
 
 def test_equal_budget_gives_central_and_clients_the_same_tokens(tmp_path):
     from mamba_fl import central, fed_avg
-    from mamba_fl.fed_core import Study
+    from mamba_fl.fed_core import plan_rounds
     from mamba_fl.flags import complete_flags
-
-    class NoRun:
-        def begin(self, *_):
-            pass
 
     def tokens(module, *more):
         script = module.__name__.split(".")[1]
-        args = module.build_parser().parse_args(flags(script, "--n-epochs", 1.5, *more))
+        args = complete_flags(module.build_parser().parse_args(flags(script, "--n-epochs", 1.5, *more)))
         args.rounds = None
-        study = Study(complete_flags(args), NoRun(), federated=module is fed_avg)
-        return sum(study.local_steps(r) for r in range(study.rounds)) * study.per_round * args.batch_size
+        examples = [31, 30, 29] if module is fed_avg else [90]
+        rounds, steps, _ = plan_rounds(args, examples)
+        assert (rounds - 1) * args.local_updates < steps <= rounds * args.local_updates
+        return steps * max(1, int(args.participation * len(examples) + 0.5)) * args.batch_size
 
     wanted = tokens(central, "--batch-size", 6)
     assert tokens(fed_avg) == tokens(fed_avg, "--local-updates", 8) == wanted
@@ -164,30 +139,3 @@ def test_compile_is_checked_against_eager(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: f(x) * 1)
     same = checked_compile(lambda x: (weight * x).sum(), {"w": weight})
     assert same(torch.ones(3)).item() == 3 and not capsys.readouterr().err
-
-
-def test_a_client_that_is_not_finite_is_left_out_and_named(tmp_path, monkeypatch, capsys):
-    from mamba_fl.fed_core import Study
-
-    good = Study.local_update
-
-    def local_update(self, theta, k, round):
-        theta_k, n_k = good(self, theta, k, round)
-        if k in broken and round == 1:
-            next(iter(theta_k.values())).view(-1)[0] = float("nan")
-        return theta_k, n_k
-
-    monkeypatch.setattr(Study, "local_update", local_update)
-    broken = {1}
-    assert call("fed_avg", "--output-dir", tmp_path, "--run-name", "one") == 0
-    lines = read_metrics(tmp_path / "one")
-    assert lines[0]["left_out"] == [[2, 1]] and "left_out" not in lines[1]
-    assert lines[-1]["left_out_updates"] == 1
-    assert lines[0]["client_train_loss"][1] is None and lines[0]["train_loss"] < 7
-    assert all(torch.isfinite(w).all() for w in final_weights(tmp_path / "one").values())
-    assert "client 1" in capsys.readouterr().out
-    broken = {0, 1}
-    assert call("fed_avg", "--output-dir", tmp_path, "--run-name", "two") == 1
-    assert "2 of 3 clients" in capsys.readouterr().err
-    manifest = read_json(tmp_path / "two" / "run.json")
-    assert manifest["status"] == "failed" and "2 of 3 clients" in manifest["reason"]

@@ -167,14 +167,18 @@ def test_the_readmes_strategy_of_ones_own_runs(tmp_path):
     assert about["strategy"] == "connection" and int(mask.sum()) == round(0.1 * len(mask))
 
 
-def test_a_run_of_a_given_mask_says_the_masks_own_sparsity(tmp_path):
-    words = ("--mask-strategy", "random", "--output-dir", tmp_path, "--num-rounds", 1)
+def test_a_run_of_a_given_mask_is_the_run_that_made_it_and_says_the_masks_own_sparsity(tmp_path):
+    words = ("--mask-strategy", "random", "--output-dir", tmp_path, "--num-rounds", 2)
     assert small("train_federated_sparse", *words, "--sparsity-ratio", 0.6, "--run-name", "first") == 0
-    assert small("train_federated_sparse", *words, "--mask", tmp_path / "first" / "mask.safetensors") == 0
+    words = (*words, "--mask", tmp_path / "first" / "mask.safetensors", "--mask-strategy", "least_sensitive")
+    assert small("train_federated_sparse", *words) == 0
     (folder,) = tmp_path.glob("mask_of_first_s0.6_*")
     manifest = read_json(folder / "run.json")
     assert manifest["args"]["sparsity_ratio"] == manifest["method"]["sparsity_ratio"] == 0.6
     assert not {"mask_strategy", "calibration"} & manifest["method"].keys()
+    for file in ("mask.safetensors", "final/model.safetensors"):
+        first, second = load_file(tmp_path / "first" / file), load_file(folder / file)
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_one_client_is_central_training_bitwise(tmp_path):
@@ -266,18 +270,6 @@ def test_hp_search_ends_with_a_table(tmp_path, capsys):
 def _usage_error(run, *words, capsys):
     assert run(*words) == 2
     return capsys.readouterr().err
-
-
-def test_the_mask_of_a_run_can_be_used_again(tmp_path):
-    words = ("--mask-strategy", "random", "--output-dir", tmp_path, "--num-rounds", 2)
-    assert small("train_federated_sparse", *words, "--run-name", "first") == 0
-    mask = tmp_path / "first" / "mask.safetensors"
-    words = (*words, "--mask", mask, "--mask-strategy", "least_sensitive")
-    assert small("train_federated_sparse", *words, "--run-name", "second") == 0
-    first, second = (load_file(tmp_path / name / "mask.safetensors") for name in ("first", "second"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("first", "second")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_random_head_is_random_after_init_from_too(tmp_path):

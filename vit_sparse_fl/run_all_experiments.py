@@ -13,8 +13,8 @@ from common.cli import UsageError, non_negative_int, positive_int, run_main
 from vit_sparse_fl.settings import PRESETS, PRETRAIN
 
 SHOW = (
-    ("plots/vit_figures.py", "--data-dir", "{output}", "--out-dir", "{output}/figures"),
-    ("plots/vit_table.py", "--data-dir", "{output}", "--markdown"),
+    ("plots/vit.py", "--data-dir", "{output}", "--out-dir", "{output}/figures"),
+    ("plots/tables.py", "vit_sparse_fl", "--data-dir", "{output}"),
 )
 GROUPS = ("centralized", "federated", "sparse", "extension")
 # flags that are handed to every run; those that a stand-in decides itself come first

@@ -13,6 +13,7 @@ class Sizes:
     central: str = ""
     federated: str = ""  # for federated and sparse runs, without the number of rounds
     sparse: str = ""  # for sparse runs besides
+    topk: str = ""  # for the run without a mask, which trains densely and sends a part
     rounds: int = 500
     nc: tuple = (50, 10, 5, 1)
     j: tuple = (8, 16)
@@ -27,6 +28,7 @@ QUICK = Sizes(
     central="--epochs 6 --warmup-epochs 1 --lr 0.1",
     federated="--num-clients 20 --participation-rate 0.25 --lr 0.1 --eval-every 2",
     sparse="--fisher-samples 64 --no-freeze-head --mask-scope layer --lr 0.5",
+    topk="--lr 0.1",
     rounds=8,
     nc=(5, 1),
     j=(8,),
@@ -83,7 +85,7 @@ def settings(sizes):
         yield sparse(f"{strategy}_s0.9_nc5", "--mask-strategy", strategy, "--sharding", "non_iid", "--nc", 5)
     if "--freeze-head" in federated:
         yield dense("fedavg_iid_head_trained", "--no-freeze-head")
-    yield sparse("topk_s0.9", "--upload", "topk", "--mask-strategy", "random", group="extension")
+    yield sparse("topk_s0.9", "--upload", "topk", "--mask-strategy", "random", *sizes.topk.split(), group="extension")
     if "--mask-scope" not in sizes.sparse:
         yield sparse("per_layer", "--mask-scope", "layer", group="extension")
     for name, lr in sizes.lower:

@@ -359,9 +359,9 @@ def init_from(model, folder):
     return notes
 
 
-def freeze(model, backbone=False, layers=0, head=False, embeddings=False):
+def freeze(model, backbone=False, layers=0, head=False):
     """Turns gradients off: `layers` = n: the embeddings and the first n blocks (0: nothing); backbone: all but the
-    head (a linear probe); head; embeddings (CLS token, positions, patch projection). All else is turned on.
+    head (a linear probe); head. All else is turned on.
 
     Raises: UsageError for more layers than there are, or when nothing is left to train.
     """
@@ -372,7 +372,7 @@ def freeze(model, backbone=False, layers=0, head=False, embeddings=False):
         raise UsageError("backbone and head are both frozen, nothing is left to train: free one of them")
     model.requires_grad_(True)
     frozen = [model.vit] if backbone else []
-    if layers or embeddings:
+    if layers:
         frozen += [model.vit.embeddings, *model.vit.layers[:layers]]
     if head:
         frozen.append(model.classifier)
