@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "_per_second", "versions", "git_commit", "args")
-EXTRA = ""  # flags that every federated run of the goldens gets
+EXTRA = "--processes 1"  # flags that every federated run of the goldens gets
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ VIT = (
 )
 VIT_FEDERATED = (
     f"{VIT} --batch-size 8 --num-clients 12 --participation-rate 0.25 --num-rounds 6 --local-steps 2 --eval-every 2 "
-    "--save-every 2 --processes 1"
+    "--save-every 2"
 )
 SPARSE = f"{VIT_FEDERATED} --sharding non_iid --nc 3 --fisher-samples 16"
 GLUE = (
