@@ -56,7 +56,7 @@ VIT = (
 )
 VIT_FEDERATED = (
     f"{VIT} --batch-size 8 --num-clients 12 --participation-rate 0.25 --num-rounds 6 --local-steps 2 --eval-every 2 "
-    "--save-every 2 --processes 1"
+    "--save-every 2"
 )
 SPARSE = f"{VIT_FEDERATED} --sharding non_iid --nc 3 --fisher-samples 16"
 GLUE = (

@@ -1,7 +1,6 @@
 """Detectors on hand-made curves, on prefixes of random ones, and their measured rates on synthetic ones."""
 
 import importlib.util
-import itertools
 import json
 import math
 from pathlib import Path
@@ -72,46 +71,6 @@ def test_staying_above_the_best():
 
 
 # ---- oscillating
-
-
-def test_signs_alone_fire_on_a_sixth_of_pure_noise():
-    """Windows of 10 with 7 or 8 turning points of 8: 17 % of all orders of 10 numbers (counted, not drawn)."""
-    counts = turning_points(10)
-    total = math.factorial(10)
-    assert sum(counts.values()) == total and counts[8] == 2 * 50521  # alternating: twice Euler's number E_10
-    assert sum(t * c for t, c in counts.items()) / total == pytest.approx(16 / 3)
-    alone = (counts[7] + counts[8]) / total
-    assert alone == pytest.approx(1 / 6, abs=1e-3)
-    noise = np.random.default_rng(0).standard_normal((20_000, 10))
-    rates = sign_change_rate(noise)
-    assert (rates > 0.75).mean() == pytest.approx(alone, abs=0.01) and rates.mean() == pytest.approx(2 / 3, abs=0.02)
-    assert (amplitude(1 + 0.004 * noise) > 0.02).mean() == 0  # the floor takes them away
-
-
-def turning_points(n):
-    """{turning points: orders of n numbers}, by adding numbers at the end: state (rank of the last, last step up?)."""
-    states = {(0, False, 0): 1, (1, True, 0): 1}  # of two numbers: the last is the smaller or the larger one
-    for size in range(2, n):
-        grown = {}
-        for (rank, up, turns), count in states.items():
-            for new in range(size + 1):
-                rises = new > rank
-                key = (new, rises, turns + (rises != up))
-                grown[key] = grown.get(key, 0) + count
-        states = grown
-    result = {}
-    for (_, _, turns), count in states.items():
-        result[turns] = result.get(turns, 0) + count
-    return result
-
-
-def test_turning_points_by_enumeration():
-    found = {}
-    for order in itertools.permutations(range(6)):
-        d = np.diff(order)
-        turns = int((d[1:] * d[:-1] < 0).sum())
-        found[turns] = found.get(turns, 0) + 1
-    assert turning_points(6) == found
 
 
 def test_sign_changes_and_amplitude_by_hand():
@@ -207,12 +166,6 @@ def test_curves_of_logged_rows():
     json.dumps([a.row() for a in alarms], allow_nan=False)
     assert Alarm(**alarms[0].row()) == alarms[0]
     assert run_detectors(curves_of([])) == []
-
-
-def test_left_out_clients_do_not_hide_behind_a_healthy_loss():
-    losses = [3.5 * 0.9 ** (t / 10) for t in ROUNDS]
-    curves = {"round": ROUNDS, "val_loss": losses, "left_out": [[[9, 4]] if t == 10 else [] for t in ROUNDS]}
-    assert [(a.detector, a.round) for a in run_detectors(curves)] == [("left_out", 9)]
 
 
 def test_settings_and_stops():

@@ -104,19 +104,6 @@ def test_another_gauge_is_no_update_and_no_move_is_exactly_zero():
     assert math.isfinite(update_figures(gram)["relative_drift"])
 
 
-def test_gram_bits_do_not_depend_on_threads():
-    theta = factors(0)
-    clients, before, found = [moved(theta, 1, k) for k in range(5)], torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(update_gram(theta, clients, 2.0))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
-
-
 def test_gram_bad_input():
     theta = factors(0)
     with pytest.raises(ValueError, match="no client"):

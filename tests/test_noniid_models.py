@@ -9,7 +9,6 @@ from comparing import same_bits
 from noniid_script import call, padded, token_rows, words
 from safetensors.torch import load_file, save_file
 
-from common import hub
 from common.cli import UsageError
 from common.lora import LoraModel
 from common.runlog import read_metrics
@@ -191,21 +190,3 @@ def test_a_folder_that_names_code_runs_none(bases, tokenizer, tmp_path, monkeypa
 def test_a_model_of_the_hub_that_cannot_be_had(name, spec):
     with pytest.raises(UsageError, match=f"no model {name}: .*download {spec} where .*pretrain.py, or .*--model tiny"):
         models.find_model(name)
-
-
-def test_an_earlier_download_is_found_without_a_network(bases, tmp_path, monkeypatch):
-    asked = []
-
-    def download(model, cache_dir=None, online=True):
-        asked.append((model, online))
-        return bases / "gpt2"
-
-    monkeypatch.setattr(hub, "download", download)
-    assert models.find_model("qwen-0.5b") == bases / "gpt2"
-    assert asked == [("Qwen/Qwen2.5-0.5B", False)]
-    assert {"distilgpt2", "gpt2", "tinyllama", "qwen-0.5b"} == models.MODELS.keys()
-
-
-def test_what_stands_for_a_model_in_names():
-    assert models.label("models/small") == models.label("/a/models/small/") == "small"
-    assert models.label("distilgpt2") == "distilgpt2"

@@ -1,13 +1,12 @@
-"""llm_noniid/train.py: kills, resuming and processes change no bit; identities of algorithms; how runs end."""
+"""llm_noniid/train.py: a round that is broken off, identities of algorithms, how runs end, what its flags decide."""
 
 import math
-import signal
 
 import numpy as np
 import pytest
 import torch
 from comparing import same_bits
-from harness import command, run, same_run, whole
+from harness import same_run, whole
 from noniid_script import call, done, failing, lines_of, served, spied, words
 
 from common.checkpoint import read_json
@@ -16,30 +15,6 @@ from common.runlog import Run, read_metrics
 from llm_noniid import detectors, fed_core, flags, train
 
 pytestmark = pytest.mark.slow
-LASTING = ["scaffold", "fedadam", "clusters", "local"]  # of each kind of what outlives a round
-
-
-# ---------------------------------------------------------------------------------------- resume and processes
-
-
-@pytest.mark.parametrize("way, changes", [(way, 3 * i) for i, way in enumerate(LASTING)])
-def test_a_killed_run_goes_on_to_the_same_bits(way, changes, tmp_path):
-    """Killed at that change of a file after the line of round 2: the checkpoint is of round 1, or half of round 2."""
-    name = f"llm_noniid/{way}"
-    ended = run(command(name, tmp_path, "--processes", 1), die=(tmp_path / "r", 3, changes, signal.SIGKILL))
-    assert ended.code == -9 and read_json(tmp_path / "r" / "run.json")["status"] == "running"
-    ended = run(command(name, tmp_path, "--resume"))
-    assert ended.code == 0, ended.err
-    same_run(tmp_path / "r", whole(name))
-
-
-@pytest.mark.parametrize("way, processes", [("scaffold", 1), ("clusters", 3), ("local", 2), ("fednova", 3)])
-def test_processes_change_no_bit(way, processes, tmp_path):
-    name = f"llm_noniid/{way}"
-    ended = run(command(name, tmp_path, "--processes", processes))
-    assert ended.code == 0, ended.err
-    assert read_json(tmp_path / "r" / "run.json")["processes"] == processes
-    same_run(tmp_path / "r", whole(name))
 
 
 def test_an_interrupt_in_the_middle_of_a_round_changes_no_bit(tmp_path, monkeypatch):
