@@ -441,6 +441,6 @@ FAILED = [
     ("lora_glue_fl/svd", "--learning-rate 1e38", ["round 1", "3 of 3 clients", "--learning-rate (1e+38)"]),
     ("lora_glue_fl/central_lora", "--learning-rate 1e38", ["--learning-rate (1e+38)"]),
     ("lora_glue_fl/baseline", "--learning-rate 1e38", ["--learning-rate (1e+38)"]),
-    ("llm_noniid/fedavg", "--learning-rate 1e38", ["round 1: ", "all 4 clients", "--learning-rate (1e+38)"]),
+    ("llm_noniid/fedavg", "--learning-rate 1e38", ["round 1: ", "4 of 4 clients", "--learning-rate (1e+38)"]),
     ("llm_noniid/pretrain", "--learning-rate 1e38", ["epoch 1: the loss is nan", "--learning-rate"]),
 ]
