@@ -82,7 +82,8 @@ def save(folder, meta, shared, rows=None):
             write_json(fresh / "state.json", meta | {"shared": sorted(shared), "rows": ids})
         parallel.barrier()
     if parallel.is_main():
-        swap(fresh, folder)
+        with saving(folder):
+            swap(fresh, folder)
     parallel.barrier()
 
 

@@ -411,8 +411,8 @@ class Run:
         shutil.rmtree(fresh, ignore_errors=True)
         with checkpoint.saving(self.folder / "final", fresh):
             write(fresh)
-        checkpoint.recover(self.folder / "final")
-        checkpoint.swap(fresh, self.folder / "final")
+            checkpoint.recover(self.folder / "final")
+            checkpoint.swap(fresh, self.folder / "final")
 
     def finish(self, results):
         """Marks the run finished, with its results; the last line printed is the run folder."""

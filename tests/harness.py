@@ -82,7 +82,7 @@ CLIENTS = " ".join(f"{{lora_glue_fl/svd}}/round_1/client_{k}/adapter" for k in (
 SHARDS = " ".join(f"{{lora_glue_fl/sharding}}/client_{k}.json" for k in (1, 2, 3))
 
 GOLDEN = {
-    "mamba_fl/central": Golden("mamba_fl/central.py", MAMBA, federated=False),
+    "mamba_fl/central": Golden("mamba_fl/central.py", f"{MAMBA} --save-freq 2", federated=False),
     "mamba_fl/fed_avg": Golden("mamba_fl/fed_avg.py", MAMBA_FEDERATED),
     "mamba_fl/fed_momentum": Golden("mamba_fl/fed_momentum.py", MAMBA_FEDERATED),
     "mamba_fl/momentum_ema": Golden(

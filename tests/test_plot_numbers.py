@@ -209,11 +209,11 @@ def test_a_curve_is_over_the_rounds_that_all_seeds_have_and_a_gap_where_one_is_n
 def test_masks_as_they_are_saved_are_drawn_and_equal_ones_of_several_seeds_too(tmp_path):
     import torch
 
-    from vit_sparse_fl import masks
+    from vit_sparse_fl.mask_files import save_mask
 
     kept = {"vit.layers.0.mlp.fc1.weight": torch.tensor([[True, False]])}
     kept["vit.layers.0.mlp.fc1.bias"] = torch.ones(2) > 0
-    masks.save_mask(write_vit(tmp_path, SPARSE) / "mask.safetensors", kept, {"strategy": "random"})
+    save_mask(write_vit(tmp_path, SPARSE) / "mask.safetensors", kept, {"strategy": "random"})
     for seed in range(3):  # the mean of equal fractions may round past them
         write_vit(tmp_path, SPARSE, seed=seed, mask_strategy="least_sensitive", kept={"vit.layers.0.mlp.fc1": 0.07})
     (figure,) = figures("vit layers", tmp_path).values()

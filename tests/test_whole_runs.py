@@ -1,6 +1,7 @@
 """Every script's run of tests/harness.py: killed and resumed, by two processes, resumed when it had finished."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import sys
 
 import harness
 import pytest
+
+from common.checkpoint import read_json
 
 pytestmark = pytest.mark.slow
 RESUMED = [name for name, golden in harness.GOLDEN.items() if golden.resumes]
@@ -106,12 +109,16 @@ def test_two_processes_give_the_same_bits(name, tmp_path):
     harness.same_run(folder, harness.whole(name))
 
 
-def test_torchrun_gives_the_same_bits(tmp_path):
+@pytest.mark.parametrize("launcher", ["torchrun", "--processes"])
+def test_processes_that_a_user_starts_give_the_same_bits(launcher, tmp_path):
     script, *words = harness.command("mamba_fl/fed_fisher", tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    line = [*torchrun, str(harness.ROOT / script), *words]
-    done = subprocess.run(line, capture_output=True, text=True, cwd="/", timeout=300, check=False)
+    line = [sys.executable, str(harness.ROOT / script), *words, "--processes", "2"]
+    if launcher == "torchrun":
+        line[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    done = subprocess.run(line, capture_output=True, text=True, cwd="/", env=env, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path / "r" / "run.json")["processes"] == 2
     harness.same_run(tmp_path / "r", harness.whole("mamba_fl/fed_fisher"))
 
 
