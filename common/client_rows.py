@@ -133,3 +133,4 @@ def _link(source, target):
         os.link(source, target)
     except OSError:  # a file system without links
         shutil.copyfile(source, target)
+        sync(target)

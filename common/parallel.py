@@ -7,10 +7,6 @@ A floating-point sum depends on its order, so the order is that of one process: 
 the client at position i of the round is trained by process i mod P. After each wave of P clients every process sends
 slice j of what its client gave to process j, and each owner adds the P parts in the order of the clients, in fp64, to
 its slice of the sum; at the end the slices are gathered. The same bits for any number of processes.
-
-Floating-point sums depend on their order. So a round's clients are dealt into `LANES` lanes; a lane is summed
-by one process, in order, and lanes are added in order. Neither the order in which clients are named nor the
-number of processes enters.
 """
 
 import datetime

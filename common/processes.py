@@ -85,14 +85,17 @@ def _supervise(main, args, size, on_cuda):
     while waiting:
         for child in waiting:
             child.join(0.05)
-        if any(child.exitcode for child in waiting):  # the others hear of it at their next exchange, or are ended
-            for child in waiting:
+        if any(child.exitcode for child in waiting):
+            # The others hear of it at their next exchange, or are ended: the main one last, which then hears of their
+            # end where it waits for them, and says in run.json how the run ended.
+            for child in reversed(children):
                 child.join(5)
                 if child.exitcode is None:
                     child.terminate()
         waiting = [child for child in waiting if child.exitcode is None]
     codes = [child.exitcode for child in children]
-    code = codes[0] if codes[0] > 0 else next((c for c in codes if c), 0)
+    # its own code counts before that of one that was ended for it
+    code = codes[0] if codes[0] > 0 else next((c for c in codes if c > 0), min(codes))
     sys.exit(code if code >= 0 else 128 - code)
 
 

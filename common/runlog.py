@@ -248,7 +248,7 @@ class Run:
                 thing.load_state_dict(shared.get(name, {}))
         self.start_round, self.counters = meta["round"], meta["counters"]
         self.seconds, self.eval_seconds = meta["seconds"], meta["eval_seconds"]
-        self._ended, self._first = meta.get("ended"), False
+        self._ended, self._left_out, self._first = meta["ended"], meta["left_out"], False
         self.note(f"resumed after round {self.start_round}")
         if isinstance(theta, dict):
             return {key: saved[key] for key in theta}
@@ -373,6 +373,8 @@ class Run:
         path = self.folder / "metrics.jsonl"
         with checkpoint.saving(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(_json_safe(line)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint that counts it
         names = ("train_loss", "val_loss", "val_ppl", "val_accuracy", "val_f1", "val_matthews", "val_pearson")
         shown = {k: line[k] for k in names if k in line}
         text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
@@ -396,6 +398,7 @@ class Run:
             "seconds": self.seconds + time.perf_counter() - self._t0,
             "eval_seconds": self.eval_seconds,
             "ended": self._ended,
+            "left_out": self._left_out,
         }
         checkpoint.save(self.folder / "checkpoint", meta, shared, rows)
 
@@ -433,8 +436,10 @@ class Run:
         if parallel.is_main() and path.exists():
             lines = [line for line in read_metrics(self.folder) if line["round"] <= rounds]
             fresh = path.with_name("metrics.jsonl.new")
-            fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            os.replace(fresh, path)
+            with checkpoint.saving(path, fresh):
+                fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+                checkpoint.sync(fresh)
+                os.replace(fresh, path)
         parallel.barrier()
 
 

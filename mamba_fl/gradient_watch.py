@@ -36,7 +36,7 @@ class GradientWatch:
         return {
             "gradient": whole,
             "square": self._square.reshape(1),
-            "cosines": torch.stack(self._cosines or [whole[0]]),
+            "cosines": torch.stack(self._cosines) if self._cosines else whole.new_empty(0),
         }
 
     def load_state_dict(self, state):

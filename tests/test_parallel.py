@@ -2,7 +2,12 @@
 
 import hashlib
 import math
+import os
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ from processes import answers_of, as_rank
 
 from common import parallel
 from common.aggregation import NormalizedMean, PrecisionWeightedMean, WeightedMean
-from common.cli import UsageError
+from common.cli import RunFailed, UsageError
 from common.client_rows import ClientRows, rows_on_disk
 from common.parallel import Round, World, all_gather, broadcast, init_parallel, is_main, my_share, world
 from common.scaffold import ControlVariates
@@ -135,3 +140,19 @@ def test_devices_of_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert World(3, 4, 3, "gloo").device("cuda") == torch.device("cuda", 1)
     assert World(0, 1).device("cpu") == torch.device("cpu")
+
+
+def unequal(args):
+    """The second process fails while the main one works."""
+    if os.environ.get("RANK") == "1":
+        raise RunFailed("disk full")
+    time.sleep(60)
+
+
+@pytest.mark.slow
+def test_the_exit_code_is_that_of_the_process_that_failed(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    code = "import test_parallel as t, argparse; from common.processes import run_federated as run; "
+    code += "run(t.unequal, argparse.Namespace(processes=2, device='cpu', threads=1), 2)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "failed: disk full\n", done.stderr
