@@ -79,13 +79,15 @@ STUDIES = {"mamba_fl": mamba, "vit_sparse_fl": vit, "lora_glue_fl": glue, "llm_n
 class Clock:
     """Times the rounds of a script and the bare steps in them."""
 
-    def __init__(self, module, repeats):
-        self.repeats, self.real = repeats, module.local_steps
+    def __init__(self, module, repeats, keep=True):
+        self.repeats, self.real, self.keep = repeats, module.local_steps, keep
         self.calls, self.batching = [], 0.0
         self.rounds, self.floors = [], []
         module.local_steps = self.local_steps
 
     def local_steps(self, loss, steps, weights, optimizer, **options):
+        if not self.keep:  # batches and optimisers of all clients would be most of the peak
+            return self.real(loss, steps, weights, optimizer, **options)
         started = time.perf_counter()
         steps = list(steps)
         self.batching += time.perf_counter() - started
@@ -139,7 +141,7 @@ def measure(options):
         args.amp, args.threads, args.processes = options.amp, 1, options.processes[0]
 
         def timed(args):
-            clock = Clock(module, options.repeats)
+            clock = Clock(module, options.repeats, keep=not options.memory)
             runlog.Run.rounds, runlog.Run.report = lambda run, total=None: clock.each_round(run), count_only
             try:
                 main(args)
@@ -152,10 +154,13 @@ def measure(options):
 
 
 def say(options, clock):
+    name = f"{options.study:14s} {options.clients:4d} clients  {options.processes[0]} processes"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if options.memory:
+        print(f"{name}  peak {peak:.0f} MiB", flush=True)
+        return
     rounds, floors = statistics.median(clock.rounds), statistics.median(clock.floors)
     ratios = sorted(r / f for r, f in zip(clock.rounds, clock.floors, strict=True))
-    name = f"{options.study:14s} {options.clients:4d} clients  {options.processes[0]} processes"
     print(
         f"{name}  steps {1000 * floors:8.1f} ms  "
         f"round {1000 * rounds:8.1f} ms  ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})  "
@@ -173,7 +178,7 @@ def main(options):
         for processes in [1] if options.memory else options.processes:
             for clients in sizes:
                 words = ["--study", study, "--clients", clients, "--processes", processes, "--amp", options.amp]
-                words += ["--repeats", 1 if options.memory else options.repeats]
+                words += ["--repeats", 1 if options.memory else options.repeats, *["--memory"] * options.memory]
                 subprocess.run([sys.executable, str(Path(__file__)), *map(str, words)], check=False)
 
 
