@@ -9,7 +9,7 @@ A run that ended because clients' updates were not finite is an outcome: its los
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from llm_noniid.diagnostics import rounds_to_target
 
 COMMAND = "train"
 BLOWN_UP = "not finite"  # in the reason of a run that had no finite update left
-START_RATE = 1e-20  # old runs with a lower learning rate only say what the model's loss is before training
 MAP_FILE = "failure_map.json"
 BROKEN = ("diverged", "oscillating", "left_out")  # alarms of training that is not stable
 # what a failure map and runs must agree on to be about the same training
@@ -42,10 +41,6 @@ class Outcome:
     status: str
     reason: str = ""
     start_loss: float | None = None
-
-    def started_at(self, loss):
-        """The same run with this loss before training."""
-        return replace(self, start_loss=loss)
 
     @property
     def seed(self):
@@ -150,12 +145,6 @@ def read_outcome(folder):
     results, reason = manifest.get("results") or {}, manifest.get("reason") or ""
     start, rows = from_start(rows)
     return Outcome(Path(folder).name, manifest["args"], rows, results, manifest["status"], reason, start)
-
-
-def start_key(args):
-    """What decides the loss before training: the model, the texts and their choice."""
-    names = ("dataset", "tokenizer", "max_samples", "max_length", "eval_samples", "seed")
-    return Path(str(args.get("model"))).name, *(str(args.get(name)) for name in names)
 
 
 class Context:

@@ -20,7 +20,7 @@ from common.compiling import checked_compile
 from common.curves import draw_curve
 from common.evaluation import amp_context, bits_per_byte, perplexity
 from common.local import Moments, client_optimizer
-from common.participation import Turns
+from common.participation import Turns, per_round
 from common.seeding import stream
 from common.vector import Weights
 from mamba_fl.best import Best
@@ -120,7 +120,7 @@ def load_study(args, run, federated=True):
         with amp_context(run.amp, run.device):
             return model.nll(inputs, labels) / labels.numel()
 
-    sampled = per_round(args, len(train))
+    sampled = per_round(args.participation, len(train))
 
     def rows(name, size, in_place=False):
         on_disk = rows_on_disk(len(train), sampled, size)
@@ -153,11 +153,6 @@ def load_study(args, run, federated=True):
     return study
 
 
-def per_round(args, clients):
-    """How many of the clients take part in a round."""
-    return max(1, int(args.participation * clients + 0.5))
-
-
 def plan_rounds(args, examples):
     """(rounds, steps of a client that is always there, rounds that an epoch of the data takes) of the flags.
 
@@ -172,7 +167,7 @@ def plan_rounds(args, examples):
     if args.budget == "source":
         steps = int(10 * args.n_epochs * min(examples)) // args.batch_size**2
     else:
-        steps = int(args.n_epochs * sum(examples) / (per_round(args, len(examples)) * args.batch_size))
+        steps = int(args.n_epochs * sum(examples) / (per_round(args.participation, len(examples)) * args.batch_size))
     epoch = max(1, round(max(1, steps) / args.local_updates / args.n_epochs))
     total_steps = args.rounds * args.local_updates if args.rounds else max(1, steps)
     return -(-total_steps // args.local_updates), total_steps, epoch

@@ -11,6 +11,7 @@ from common.cli import (
     positive_float,
     positive_int,
 )
+from common.participation import per_round
 from mamba_fl.ssm_config import CONFIGS
 
 # What a flag that was not given means, by data set. The demo's need no download.
@@ -226,7 +227,7 @@ def footprint(args):
     """(clients that take part in a round, bytes that a process takes at a guess) of the flags."""
     weights = args.d_model * 50264 + args.layers * 7 * args.d_model**2  # the embedding and in_proj, out_proj
     logits = args.batch_size * args.sequence_length * 50264
-    clients = max(1, int(args.participation * args.num_clients + 0.5))
+    clients = per_round(args.participation, args.num_clients)
     return clients, 2**29 + 4 * (6 * weights + 3 * logits)
 
 
