@@ -69,37 +69,31 @@ def read_csv(path):
         content = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path} ({one_line(error)}): get the file again") from error
-    rows, columns = [], None
+    texts, labels = [], []
+    columns = 3
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     line = 1  # where the row begins: a text in quotes may go on for several lines
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise UsageError(
-                f"{path} line {line} is broken ({one_line(error)}): mend its quotes, or get the file again"
-            ) from error
-        if row is None:
-            break
-        if columns is None:
-            columns = 2 if row == ["label", "text"] else 3
-            if columns == 2:
-                line = reader.line_num + 1
-                continue
-        if len(row) != columns:
-            wanted = "label and text" if columns == 2 else "class, title and description (or a header label,text)"
-            raise UsageError(f"{path} line {line} has {len(row)} columns instead of {wanted}: mend it")
-        rows.append((row[0], " ".join(row[1:]), line))
-        line = reader.line_num + 1
-    if not rows:
+    try:
+        for row in reader:
+            place = f"{path} line {line}"
+            if line == 1 and row == ["label", "text"]:
+                columns = 2
+            elif len(row) != columns:
+                wanted = "label and text" if columns == 2 else "class, title and description (or a header label,text)"
+                raise UsageError(f"{place} has {len(row)} columns instead of {wanted}: mend it")
+            else:
+                name = row[0].strip()
+                if name not in ("1", "2", "3", "4"):
+                    raise UsageError(f"{place}: class {name!r} is outside 1 to 4 ({', '.join(TOPICS)}): mend it")
+                labels.append(int(name) - 1)
+                texts.append(_not_empty(" ".join(row[1:]), place))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UsageError(
+            f"{path} line {line} is broken ({one_line(error)}): mend its quotes, or get the file again"
+        ) from error
+    if not texts:
         raise UsageError(f"{path} has no rows: get the file again")
-    texts, labels = [], []
-    for name, text, line in rows:
-        name = name.strip()
-        if name not in ("1", "2", "3", "4"):
-            raise UsageError(f"{path} line {line}: class {name!r} is outside 1 to 4 ({', '.join(TOPICS)}): mend it")
-        texts.append(_not_empty(text, f"{path} line {line}"))
-        labels.append(int(name) - 1)
     return texts, np.array(labels, dtype=np.int64)
 
 
@@ -108,9 +102,6 @@ def _not_empty(text, place):
     if not text:
         raise UsageError(f"{place} has an empty text: remove the row or fill it")
     return text
-
-
-# ------------------------------------------------------------------------------------------------------- hub
 
 
 def _from_hub(root, cache):

@@ -3,19 +3,20 @@
     texts = load_texts("ag_news", max_samples=2000)           # what lies on disk, else the hub; "demo": neither
     tokenizer = common.text.load_tokenizer("bpe:2048", as_corpus(texts))
     tokens = encode(texts, tokenizer, max_length=128)         # cached
-    for rows in training_batches(len(part), 8, epochs=1, seed=42, round=3, client=k):
+    for rows in training_batches(len(part), 8, epochs=1, seed=42, t=3, client=k):
         batch = tokens["train"].batch(part[rows])             # input_ids, attention_mask, labels
 
 A label is a text's topic. Training of the language model never sees it; partitions and figures per topic do.
 """
 
-import dataclasses
 import hashlib
 import math
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from common import text
 from common.batches import padded
@@ -24,16 +25,27 @@ from common.corpora import SPLITS, Corpus, demo_documents, documents_sha256, loa
 from common.seeding import stream
 from common.sharding import stratified
 from llm_noniid import ag_news
-from llm_noniid.topics import DEMO_TOPICS, article_topics, demo_topic
 
-DATASETS = ("ag_news", "wikitext", "demo")
 IGNORE = -100  # the label that no loss counts
 VALIDATION_SHARE, MOST_VALIDATION = 0.05, 2000  # of AG News' training texts, which come without a validation split
 SHORTEST_PARAGRAPH = 6  # words; what is shorter in WikiText is a piece of a table or formula
+ARTICLE_TOPICS = 8  # of WikiText-2
+TOPICS_SEED = 2016  # of the data, not of a run: every run sees the same topics
 DEMO_CHARACTERS = 200  # a sample of the demo ends with the sentence that reaches them
+DEMO_TOPICS = {  # the pages of the Python language reference; all others are the first topic's
+    "statements": "",
+    "expressions": "atom-identifiers atom-literals attribute-references await binary bitwise booleans calls "
+    "comparisons conversions exprlists floating imaginary in integers lambda numbers operator-summary power shifting "
+    "slicings subscriptions truth unary",
+    "data model": "attribute-access callable-types class customization id-classes naming objects specialattrs "
+    "specialnames types",
+    "built-in types": "bltin-code-objects bltin-ellipsis-object bltin-null-object bltin-type-objects dict "
+    "formatstrings lists numeric-types sequence-types string-methods strings typesfunctions typesmapping typesmethods "
+    "typesmodules typesseq typesseq-mutable",
+}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Texts:
     """splits: {"train", "validation", "test"} -> texts; labels: int64 [texts] of each split; notes: lines for the log.
 
@@ -53,22 +65,17 @@ def load_texts(dataset, data_root=None, cache_dir=None, max_samples=0, seed=42):
 
     ag_news: four topics; `llm_noniid.ag_news` says from where. A random twentieth of the training texts, 2,000 at
     most, topics in proportion, is the validation split. wikitext: a text is a paragraph of WikiText-2 (headings and
-    fragments dropped); its topic is its article's, found by clustering the training articles' words, because the corpus
-    has none (`llm_noniid.topics.article_topics`). demo: prose of the Python language reference, which every Python
-    carries, cut into a few sentences each; its pages belong to four topics, splits are `common.corpora`'s.
+    fragments dropped); its topic is its article's (`article_topics`), because the corpus has none. demo: prose of the
+    Python language reference, which every Python carries, cut into a few sentences each; its pages belong to four
+    topics, splits are `common.corpora`'s.
 
     max_samples: above 0 only so many training texts, a random choice that keeps the topics' shares; validation and test
     stay whole. seed: of that choice and of AG News' validation split, which does not depend on max_samples.
 
-    Raises UsageError for an unknown dataset, a negative max_samples, files that are missing, incomplete or broken (file
-    and line named), and when there are neither files nor a hub.
+    Raises UsageError for files that are missing, incomplete or broken (file and line named), and when there are neither
+    files nor a hub.
     """
-    if dataset not in DATASETS:
-        raise UsageError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
-    if max_samples < 0:
-        raise UsageError(f"--max-samples {max_samples} is negative: give 0 for all texts, or a number above it")
-    loader = {"ag_news": _ag_news, "wikitext": _wikitext, "demo": _demo}[dataset]
-    splits, labels, names, source, notes = loader(data_root, cache_dir, seed)
+    splits, labels, names, source, notes = LOADERS[dataset](data_root, cache_dir, seed)
     n = len(splits["train"])
     if 0 < max_samples < n:
         generator = stream(seed, "choice of training texts")
@@ -77,14 +84,11 @@ def load_texts(dataset, data_root=None, cache_dir=None, max_samples=0, seed=42):
         notes.append(f"--max-samples {max_samples}: that many of {n} training texts, topics in proportion")
     elif max_samples > n:
         notes.append(f"--max-samples {max_samples}: all {n} training texts, there are no more")
-    hashes = {}
-    for split in SPLITS:
-        packed = labels[split].astype("<i8").tobytes()
-        hashes[split] = hashlib.sha256(documents_sha256(splits[split]).encode() + packed).hexdigest()
+    content = {split: (documents_sha256(splits[split]), labels[split].astype("<i8").tobytes()) for split in SPLITS}
     fingerprint = {
         "dataset": dataset,
         "source": source,
-        "sha256": hashes,
+        "sha256": {split: hashlib.sha256(of.encode() + packed).hexdigest() for split, (of, packed) in content.items()},
         "counts": {split: len(splits[split]) for split in SPLITS},
         "label_names": list(names),
     }
@@ -101,17 +105,17 @@ def _take(items, rows):
 
 
 def _ag_news(data_root, cache_dir, seed):
-    found, source, notes = ag_news.read(data_root, cache_dir)
-    items, labels = found["train"]
+    splits, source, notes = ag_news.read(data_root, cache_dir)
+    items, labels = splits["train"]
     n = len(items)
     if n < 2:
         raise UsageError(f"{n} training text in {source}: at least 2 are needed, one of them for validation")
     held_out = max(1, min(MOST_VALIDATION, int(VALIDATION_SHARE * n)))
     rows, held = stratified(labels, [n - held_out, held_out], stream(seed, "validation texts"), "texts")
     notes.append(f"ag_news: {held_out} of {n} training texts are the validation split")
-    splits = {"train": _take(items, rows), "validation": _take(items, held), "test": found["test"][0]}
-    labels = {"train": labels[rows], "validation": labels[held], "test": found["test"][1]}
-    return splits, labels, ag_news.TOPICS, source, notes
+    texts = {"train": _take(items, rows), "validation": _take(items, held), "test": splits["test"][0]}
+    labels = {"train": labels[rows], "validation": labels[held], "test": splits["test"][1]}
+    return texts, labels, ag_news.TOPICS, source, notes
 
 
 def _wikitext(data_root, cache_dir, seed):
@@ -120,13 +124,13 @@ def _wikitext(data_root, cache_dir, seed):
     topics, names = article_topics(articles[0], articles[1:])
     splits, labels, dropped = {}, {}, 0
     for split, documents, of_article in zip(SPLITS, articles, topics, strict=True):
-        kept = [(part, topic) for d, topic in zip(documents, of_article, strict=True) for part in _paragraphs(d)]
-        long = [len(part.split()) >= SHORTEST_PARAGRAPH for part, _ in kept]
-        dropped += long.count(False)
-        splits[split] = [part for (part, _), good in zip(kept, long, strict=True) if good]
-        labels[split] = np.array([topic for (_, topic), good in zip(kept, long, strict=True) if good], dtype=np.int64)
-        if not splits[split]:
+        parts = [(part, topic) for d, topic in zip(documents, of_article, strict=True) for part in _paragraphs(d)]
+        kept = [(part, topic) for part, topic in parts if len(part.split()) >= SHORTEST_PARAGRAPH]
+        if not kept:
             raise UsageError(f"WikiText-2 ({corpus.source}): no paragraph in the {split} split: get the file again")
+        dropped += len(parts) - len(kept)
+        splits[split] = [part for part, _ in kept]
+        labels[split] = np.array([topic for _, topic in kept], dtype=np.int64)
     notes = [
         f"wikitext has no topics: {len(articles[0])} training articles are clustered into {len(names)} by their words",
         f"wikitext: {dropped} lines of fewer than {SHORTEST_PARAGRAPH} words are dropped",
@@ -140,14 +144,55 @@ def _paragraphs(article):
     return [line for line in lines if line and not (line.startswith("= ") and line.endswith(" ="))]
 
 
+def article_topics(train, others=(), k=ARTICLE_TOPICS):
+    """Unsupervised topics of articles: k-means of their TF-IDF vectors, rows of length 1, both scikit-learn's.
+
+    x_iw proportional to (1 + log count_iw) (1 + log(n / df_w)); words of three letters or more, in n // 120 or more and
+    in at most 30 % of the training articles (a word in more of them tells no topic). The best of 20 starts, on one
+    thread: the order of sums cannot change a topic.
+
+    Args: train: the articles that make the topics; others: further lists of articles, which take the nearest centre
+        (nothing of them shapes the topics); k: topics, at most one an article.
+    Returns: (labels: int64 [articles] of train, then one array for each of `others`; names: each topic's three most
+        telling words). Topics are numbered in the order of their first training article.
+    Raises: UsageError where no word is in some of the training articles and not in most.
+    """
+    from sklearn.cluster import KMeans  # only here: it takes a while to import
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    n = len(train)
+    words = TfidfVectorizer(
+        token_pattern=r"[^\W\d_]{3,}",
+        min_df=max(1, n // 120),
+        max_df=max(1, int(0.3 * n)),
+        sublinear_tf=True,
+        smooth_idf=False,
+    )
+    try:
+        rows = words.fit_transform(train)  # [n, words]
+    except ValueError as error:
+        raise UsageError(f"the words of {n} training articles tell no topics: get the corpus again") from error
+    with threadpool_limits(1):
+        fit = KMeans(min(k, n), n_init=20, random_state=TOPICS_SEED).fit(rows)
+        labels = [fit.labels_, *(fit.predict(words.transform(more)) for more in others)]
+    kinds, first = np.unique(labels[0], return_index=True)
+    order = kinds[np.argsort(first)]  # a topic's number -> the cluster's
+    labels = [np.argsort(order)[clusters].astype(np.int64) for clusters in labels]
+    centres = fit.cluster_centers_[order]
+    rest = (centres.sum(axis=0) - centres) / max(1, len(centres) - 1)  # the mean of the other centres
+    telling = np.argsort(rest - centres, axis=1, kind="stable")[:, :3]
+    return labels, tuple(" ".join(names) for names in words.get_feature_names_out()[telling])
+
+
 def _demo(data_root, cache_dir, seed):
     corpus = load_corpus("demo")
     from pydoc_data.topics import topics  # which load_corpus found
 
     page_of = {document: page for page, document in demo_documents(topics).items()}
+    topic_of = {page: topic for topic, pages in enumerate(DEMO_TOPICS.values()) for page in pages.split()}
     splits, labels = {}, {}
     for split in SPLITS:
-        pieces = [(piece, demo_topic(page_of[d])) for d in getattr(corpus, split) for piece in sentences(d)]
+        pieces = [(piece, topic_of.get(page_of[d], 0)) for d in getattr(corpus, split) for piece in sentences(d)]
         splits[split] = [piece for piece, _ in pieces]
         labels[split] = np.array([topic for _, topic in pieces], dtype=np.int64)
     return splits, labels, DEMO_TOPICS, corpus.source, []
@@ -169,11 +214,15 @@ def sentences(document, characters=DEMO_CHARACTERS):
     return pieces
 
 
+LOADERS = {"ag_news": _ag_news, "wikitext": _wikitext, "demo": _demo}
+DATASETS = tuple(LOADERS)
+
+
 # ---------------------------------------------------------------------------------------------- tokenised
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizedTexts:
+@dataclass(frozen=True)
+class TokenizedTexts(text.TokenizedDocuments):
     """A tokenised split: text i is `tokens[offsets[i] : offsets[i + 1]]`, end of text last unless the text was cut.
 
     tokens: uint16 or int32; offsets: int64 [n + 1]; byte_lengths: int64 [n], UTF-8 bytes of the tokens that are
@@ -181,30 +230,21 @@ class TokenizedTexts:
     how many texts were longer than max_length.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
     byte_lengths: np.ndarray
     eos: int
     cut: int
 
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def lengths(self):
-        """Tokens of each text, its end included: int64 [n]."""
-        return np.diff(self.offsets)
-
     def scored(self, rows):
         """How many tokens of each of the texts `rows` are scored, all but its first: int64 [n]."""
-        return self.offsets[rows + 1] - self.offsets[rows] - 1
+        return self.lengths()[rows] - 1
 
-    def batch(self, rows, multiple=1):
+    def batch(self, rows):
         """The texts `rows` as int64 tensors {"input_ids", "attention_mask", "labels"} [B, L], padded on the right.
 
         labels are the input ids, -100 on the padding only: a model that shifts them (transformers' do) predicts
-        labels[:, 1:], each text's own end included. multiple: L is rounded up to a multiple of it.
+        labels[:, 1:], each text's own end included.
         """
-        inputs, mask = padded(self.tokens, self.offsets, rows, self.eos, multiple)
+        inputs, mask = padded(self.tokens, self.offsets, rows, self.eos)
         batch = {"input_ids": inputs, "attention_mask": mask.astype(np.int64), "labels": np.where(mask, inputs, IGNORE)}
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
@@ -240,24 +280,17 @@ def _cut(documents, max_length, token_bytes, eos):
     return TokenizedTexts(tokens, offsets, scored, eos, int((lengths > max_length).sum()))
 
 
-# ------------------------------------------------------------------------------------------------ batches
-
-
-def training_batches(n, batch_size, epochs=1, seed=0, round=0, client=0, steps=None):
+def training_batches(n, batch_size, epochs=1, seed=0, t=0, client=0, steps=None):
     """Which of a client's n texts each step takes: a list of int64 arrays of at most batch_size.
 
-    An epoch takes every text once, in an order of its own with the key (seed, round, client, epoch); its last batch may
-    be smaller. epochs: above 0, 0.5 is the first half (rounded up) of an epoch's batches. steps: exactly so many
-    batches instead, whatever n is: epochs follow each other until there are enough.
-
-    Raises: ValueError for n, batch_size or steps below 1, and epochs that are not above 0.
+    An epoch takes every text once, in an order of its own with the key (seed, t, client, epoch); its last batch may be
+    smaller. epochs: above 0, 0.5 is the first half (rounded up) of an epoch's batches. steps: exactly so many batches
+    instead, whatever n is: epochs follow each other until there are enough.
     """
-    if n < 1 or batch_size < 1 or (steps is not None and steps < 1) or not epochs > 0:
-        raise ValueError(f"n {n}, batch_size {batch_size}, epochs {epochs} and steps {steps} must be above 0")
-    a_round = -(-n // batch_size)  # batches of an epoch
-    wanted = math.ceil(epochs * a_round - 1e-9) if steps is None else steps
+    an_epoch = math.ceil(n / batch_size)  # batches
+    wanted = math.ceil(epochs * an_epoch - 1e-9) if steps is None else steps
     batches = []
-    for epoch in range(-(-wanted // a_round)):
-        order = stream(seed, f"batches of epoch {epoch}", round, client).permutation(n)
+    for epoch in range(math.ceil(wanted / an_epoch)):
+        order = stream(seed, f"batches of epoch {epoch}", t, client).permutation(n)
         batches += [order[i : i + batch_size] for i in range(0, n, batch_size)]
     return batches[:wanted]

@@ -27,6 +27,7 @@ from common.cli import (
     UsageError,
     add_machine_flags,
     fraction,
+    non_negative_int,
     positive_float,
     positive_int,
     run_main,
@@ -127,7 +128,7 @@ def build_parser():
     parser.add_argument("--overwrite", action="store_true", help="replace the folder")
     data = parser.add_argument_group("the data")
     data.add_argument("--dataset", choices=["ag_news", "wikitext", "demo"], default="wikitext", help="the corpus")
-    data.add_argument("--max-samples", type=int, default=0, metavar="N", help="training texts; 0: all")
+    data.add_argument("--max-samples", type=non_negative_int, default=0, metavar="N", help="training texts; 0: all")
     data.add_argument("--max-length", type=positive_int, default=128, metavar="N", help="tokens of a text; positions")
     data.add_argument("--tokenizer", default="bpe:4096", metavar="NAME", help="bpe:N, gpt2, a folder")
     data.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")

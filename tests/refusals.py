@@ -419,7 +419,7 @@ NONIID = [
     ("pretrain", "--heads 3", ["--d-model 32", "--heads 3"]),
     ("pretrain", "--out {tmp}/full", ["/full exists", "--overwrite"], folders),
     ("pretrain", "--out {tmp}/file", ["/file", "is a file"], folders),
-    ("pretrain", "--max-samples -1", ["--max-samples -1"]),
+    ("pretrain", "--max-samples -1", ["--max-samples", "-1"]),
     ("pretrain", "--max-length 1", ["--max-length 1"]),
     ("pretrain", "--dataset ag_news --data-root {tmp}", ["no AG News"]),
     ("pretrain", "--tokenizer nope", ["nope", "bpe:N"]),

@@ -13,7 +13,7 @@ import pytest
 import common.hub
 from common import corpora
 from common.cli import UsageError
-from llm_noniid import ag_news, data, topics
+from llm_noniid import ag_news, data
 
 REAL = os.environ.get("FEDQUARTET_DATA")
 SPLITS = ("train", "validation", "test")
@@ -132,11 +132,6 @@ def test_missing_files(tmp_path):
     assert "--data-root" in message and "--dataset demo" in message
 
 
-def test_bad_arguments():
-    refuse("unknown dataset 'news': choose one of ag_news, wikitext, demo", "news")
-    refuse("--max-samples -1 is negative", "demo", max_samples=-1)
-
-
 def test_the_validation_split_is_stratified_keyed_and_cut_from_train(tmp_path):
     write_ag_news(tmp_path, 160)
     whole, _ = ag_news.read(tmp_path)[0]["train"]
@@ -235,7 +230,8 @@ def write_wikitext(root):
 
 def test_wikitext_has_paragraphs_and_its_articles_topics(tmp_path, monkeypatch):
     write_wikitext(tmp_path)
-    monkeypatch.setattr(data, "article_topics", lambda train, others: topics.article_topics(train, others, 4))
+    real = data.article_topics
+    monkeypatch.setattr(data, "article_topics", lambda train, others: real(train, others, 4))
     texts = data.load_texts("wikitext", tmp_path)
     first = list(dict.fromkeys(KINDS))
     for split in SPLITS:
@@ -253,15 +249,15 @@ def test_article_topics_find_three_vocabularies_and_degenerate_cases():
     vocabularies = [[f"{c}{d}{e}" for d in "abcde" for e in "abcde"] for c in "xyz"]
     kinds = rng.integers(0, 3, 60)
     articles = [" ".join([*rng.choice(vocabularies[k], 20), "the", "and", "common"]) for k in kinds]
-    (labels, other), names = topics.article_topics(articles, [articles[:5]], 3)
+    (labels, other), names = data.article_topics(articles, [articles[:5]], 3)
     first = list(dict.fromkeys(kinds.tolist()))
     assert labels.tolist() == [first.index(k) for k in kinds] and other.tolist() == labels[:5].tolist()
     assert all(name.split()[0][0] == "xyz"[k] for name, k in zip(names, first, strict=True))
-    assert topics.article_topics(articles, k=3)[0][0].tolist() == labels.tolist()
-    assert topics.article_topics(["alone here"], k=8)[0][0].tolist() == [0]
-    assert topics.article_topics(articles, [["12 ."]], k=3)[0][1].shape == (1,)  # no known word: the nearest centre
+    assert data.article_topics(articles, k=3)[0][0].tolist() == labels.tolist()
+    assert data.article_topics(["alone here"], k=8)[0][0].tolist() == [0]
+    assert data.article_topics(articles, [["12 ."]], k=3)[0][1].shape == (1,)  # no known word: the nearest centre
     with pytest.raises(UsageError, match="the words of 4 training articles tell no topics"):
-        topics.article_topics(["same text"] * 4, k=2)
+        data.article_topics(["same text"] * 4, k=2)
 
 
 def test_the_demo_is_the_prose_of_mamba_with_four_topics():
