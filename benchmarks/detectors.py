@@ -124,7 +124,7 @@ def rates(n, eval_every=1, seed=0):
         for i in range(n):
             curves = {"round": rounds.tolist(), "val_loss": losses[i, rounds].tolist()}
             if drifts is not None:
-                curves |= {"relative_drift": drifts[i, rounds].tolist(), "clients": [CLIENTS] * len(rounds)}
+                curves |= {"relative_drift": drifts[i, rounds].tolist(), "effective_clients": [CLIENTS] * len(rounds)}
             if "left_out" in expected:
                 curves["left_out"] = [[[26, 3], [27, 5]] if t == 30 else None for t in rounds.tolist()]
             first = {}

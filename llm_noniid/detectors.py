@@ -17,7 +17,7 @@ Curves: {"round": [...], name: [...]}, of equal length, rounds rising; None is a
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -41,10 +41,6 @@ class Alarm:
     threshold: float | None
     message: str
 
-    def row(self):
-        """The alarm as a dict for JSON."""
-        return asdict(self)
-
 
 def diverged(rounds, losses, jump=1.0, window=10, ratio=1.3, hold=3):
     """The first round at which the loss left: an `Alarm`, or None.
@@ -63,14 +59,12 @@ def diverged(rounds, losses, jump=1.0, window=10, ratio=1.3, hold=3):
         before = np.searchsorted(times, t - window, side="right") - 1
         rise = f - float(values[before]) if before >= 0 else 0.0
         if rise > jump:
-            text = (
-                f"round {t}: the loss rose by {rise:.3g} nats in {t - times[before]} rounds (limit {jump:g}): {helps}"
-            )
-            return Alarm("diverged", t, rise, jump, text)
+            text = f"the loss rose by {rise:.3g} nats in {t - times[before]} rounds (limit {jump:g})"
+            return Alarm("diverged", t, rise, jump, f"round {t}: {text}: {helps}")
         times_best = float(values[i - hold + 1 : i + 1].min() / best[i]) if i + 1 >= hold and best[i] > 0 else 0.0
         if times_best > ratio:
-            text = f"round {t}: {hold} losses in a row are {times_best:.3g} times the best (limit {ratio:g}): {helps}"
-            return Alarm("diverged", t, times_best, ratio, text)
+            text = f"{hold} losses in a row are {times_best:.3g} times the best (limit {ratio:g})"
+            return Alarm("diverged", t, times_best, ratio, f"round {t}: {text}: {helps}")
     return None
 
 
@@ -97,21 +91,18 @@ def amplitude(losses):
     return np.median(np.abs(second), axis=1) / (_NORMAL_MEDIAN * math.sqrt(6))  # [windows]
 
 
-def oscillating(rounds, losses, window=10, rate=0.5, floor=0.02, noise=0.0):
+def oscillating(rounds, losses, window=10, rate=0.5, floor=0.02):
     """The first window that turns often and swings above the noise floor: an `Alarm`, or None.
 
-    sign_change_rate >= rate and amplitude > max(floor * median loss, 3 noise), over `window` evaluations. Swings of a
-    period above 4 evaluations turn too rarely to be seen.
-
-    Args: floor: relative, 0.02 being 0.06 nats at a loss of 3; noise: the standard deviation in nats that evaluations
-        are known to have anyway, 0 if unknown.
+    sign_change_rate >= rate and amplitude > floor * median loss, over `window` evaluations: 0.02 is 0.06 nats at a loss
+    of 3. Swings of a period above 4 evaluations turn too rarely to be seen.
     """
     times, values = _points(rounds, losses)
     times, values = times[np.isfinite(values)], values[np.isfinite(values)]
     if len(values) < window:
         return None
     windows = np.lib.stride_tricks.sliding_window_view(values, window)  # [windows, window]
-    limits = np.maximum(floor * np.median(windows, axis=1), 3 * noise)
+    limits = floor * np.median(windows, axis=1)
     rates, swings = sign_change_rate(windows), amplitude(windows)
     hits = np.flatnonzero((rates >= rate) & (swings > limits))
     if not len(hits):
@@ -125,7 +116,7 @@ def oscillating(rounds, losses, window=10, rate=0.5, floor=0.02, noise=0.0):
     return Alarm("oscillating", t, value, limit, text)
 
 
-def drifting(rounds, drifts, clients=None, threshold=2.0, orthogonal=0.9, hold=3):
+def drifting(rounds, drifts, clients, threshold=2.0, orthogonal=0.9, hold=3):
     """The relative drift is above a threshold in `hold` evaluations in a row: an `Alarm`, or None.
 
     The limit is min(threshold, orthogonal * sqrt(m - 1)), m = 1 / sum_k p_k^2 clients in the round (m of equal weight):
@@ -133,39 +124,35 @@ def drifting(rounds, drifts, clients=None, threshold=2.0, orthogonal=0.9, hold=3
     fixed threshold (see `diagnostics.relative_drift`). Near an optimum the shared part fades and noise stays: even
     clients that are alike drift then.
 
-    Args: drifts: `relative_drift` of `diagnostics.update_figures`; clients: m, a number or a curve of numbers; None:
-        unknown, the limit is `threshold`. Rounds of one client are skipped.
+    Args: drifts, clients: "relative_drift" and "effective_clients" (m) of `diagnostics.update_figures`, None in rounds
+        without a comparison; those and rounds of one client are skipped.
     """
-    if clients is None or isinstance(clients, int | float):
-        clients = [clients] * len(rounds)
     above = 0
     for t, value, m in zip(rounds, drifts, clients, strict=True):
-        value = _number(value)
-        if value is None or math.isnan(value) or (m is not None and m <= 1):
+        if value is None or math.isnan(float(value)) or m <= 1:
             continue
-        limit = threshold if m is None else min(threshold, orthogonal * math.sqrt(m - 1))
+        value, limit = float(value), min(threshold, orthogonal * math.sqrt(m - 1))
         above = above + 1 if value > limit else 0
         if above == hold:
             text = (
                 f"round {t}: the relative drift is {value:.3g}, above {limit:.3g} in {hold} evaluations in a row: "
                 "lower --local-steps, raise --mu (fedprox), take scaffold, or --cluster updates"
             )
-            return Alarm("drifting", t, _finite(value), limit, text)
+            return Alarm("drifting", t, value if math.isfinite(value) else None, limit, text)
     return None
 
 
-def slow(rounds, losses, window=20, improvement=0.01, target=None):
+def slow(rounds, losses, window=20, improvement=0.01):
     """The best loss improved by less than 1 % in 20 rounds: an `Alarm`, or None.
 
-    1 - min_{s <= t} f_s / min_{s <= t - window} f_s < improvement. A run that has converged looks the same: with a
-    `target` loss, rounds from which on it is reached are not slow.
+    1 - min_{s <= t} f_s / min_{s <= t - window} f_s < improvement. A run that has converged looks the same.
     """
     times, values = _points(rounds, losses)
     best = np.minimum.accumulate(np.where(np.isfinite(values), values, np.inf)) if len(values) else values
     for t, now in zip(times.tolist(), best.tolist(), strict=True):
         earlier = np.searchsorted(times, t - window, side="right") - 1
         before = float(best[earlier]) if earlier >= 0 else 0.0
-        if not 0 < before < math.inf or (target is not None and now <= target):
+        if not 0 < before < math.inf:
             continue
         value = 1 - now / before
         if value < improvement:
@@ -184,53 +171,31 @@ def left_out(rounds, events):
 
     Args: events: for each evaluation, the pairs [round, client] since the evaluation before (None: no such round).
     """
-    known, found = set(), {}
-    for pairs in events:
-        for t, k in pairs or []:
-            if k not in known:
-                known.add(k)
-                found.setdefault(t, []).append(k)
-    return [
-        Alarm(
-            "left_out",
-            t,
-            len(ids),
-            0,
-            f"round {t}: {len(ids)} update{'s' * (len(ids) > 1)} not finite (limit 0), left out: client "
-            f"{', '.join(map(str, sorted(ids)))}: lower --learning-rate, clip gradients, or --amp off",
+    first = {}  # client: round
+    for t, k in (pair for pairs in events for pair in pairs or ()):
+        first.setdefault(k, t)
+    alarms = []
+    for t in sorted(set(first.values())):
+        ids = sorted(k for k in first if first[k] == t)
+        text = (
+            f"{len(ids)} update{'s' * (len(ids) > 1)} not finite (limit 0), left out: client {', '.join(map(str, ids))}"
         )
-        for t, ids in found.items()
-    ]
+        helps = "lower --learning-rate, clip gradients, or --amp off"
+        alarms.append(Alarm("left_out", t, len(ids), 0, f"round {t}: {text}: {helps}"))
+    return alarms
 
 
-def run_detectors(curves, settings=None):
+def run_detectors(curves):
     """Every detector that has its curve: a list of `Alarm`s, by round.
 
-    Args: curves: see this module's docstring: "val_loss", "relative_drift" with the number of clients of each round
-        ("effective_clients", else "clients": their number or ids), "left_out" (events of `left_out`); one that is not
-        there is not looked at. settings: {detector: {argument: value}} for other thresholds than the defaults.
-    Raises: ValueError for a setting of a detector that does not exist, curves of unequal length, rounds that do not
-        rise.
+    Args: curves: see this module's docstring: "val_loss", "relative_drift" with "effective_clients", "left_out" (events
+        of `left_out`); one that is not there is not looked at.
     """
-    settings = dict(settings or {})
-    rounds = [int(t) for t in curves["round"]]
-    if unknown := set(settings) - set(DETECTORS):
-        raise ValueError(f"no detector is called {', '.join(sorted(unknown))}: choose from {', '.join(DETECTORS)}")
-    if any(len(curve) != len(rounds) for curve in curves.values()):
-        raise ValueError("the curves differ in length")
-    if any(a >= b for a, b in zip(rounds, rounds[1:], strict=False)):
-        raise ValueError(f"the rounds {rounds} do not rise")
-    alarms = []
+    rounds, alarms = curves["round"], []
     if "val_loss" in curves:
-        for name, detector in (("diverged", diverged), ("oscillating", oscillating), ("slow", slow)):
-            alarms.append(detector(rounds, curves["val_loss"], **settings.get(name, {})))
+        alarms += [detector(rounds, curves["val_loss"]) for detector in (diverged, oscillating, slow)]
     if "relative_drift" in curves:
-        none = [None] * len(rounds)
-        sizes = [len(v) if isinstance(v, list | tuple) else v for v in curves.get("clients", none)]
-        effective = curves.get("effective_clients", none)
-        sizes = [n if m is None else m for m, n in zip(effective, sizes, strict=True)]
-        options = {"clients": sizes} | settings.get("drifting", {})
-        alarms.append(drifting(rounds, curves["relative_drift"], **options))
+        alarms.append(drifting(rounds, curves["relative_drift"], curves["effective_clients"]))
     if "left_out" in curves:
         alarms += left_out(rounds, curves["left_out"])
     return sorted((a for a in alarms if a is not None), key=lambda a: (a.round, DETECTORS.index(a.detector)))
@@ -238,28 +203,17 @@ def run_detectors(curves, settings=None):
 
 def curves_of(rows):
     """The lines of metrics.jsonl (dicts with "round") as curves; None where a line lacks a name."""
-    rows = list(rows)
     names = dict.fromkeys(["round", *(name for row in rows for name in row)])
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def stops(alarms, stop_on):
-    """The first alarm that ends a run under --stop-on ("never", "divergence", "any"); None when none does."""
-    if stop_on not in STOP_ON:
-        raise ValueError(f"stop_on {stop_on!r} is not one of {', '.join(STOP_ON)}")
+    """The first alarm that ends a run under --stop-on, one of `STOP_ON`; None when none does."""
     ending = {"never": (), "divergence": ("diverged",), "any": DETECTORS}[stop_on]
     return next((alarm for alarm in alarms if alarm.detector in ending), None)
 
 
 def _points(rounds, values):
     """The rounds with a value, and the values: int64 and fp64 arrays."""
-    pairs = [(t, _number(v)) for t, v in zip(rounds, values, strict=True) if v is not None]
+    pairs = [(t, float(v)) for t, v in zip(rounds, values, strict=True) if v is not None]  # "nan" and "inf" too
     return np.array([t for t, _ in pairs], dtype=np.int64), np.array([v for _, v in pairs], dtype=np.float64)
-
-
-def _number(value):
-    return None if value is None else float(value)  # float also reads "nan" and "inf"
-
-
-def _finite(value):
-    return value if math.isfinite(value) else None

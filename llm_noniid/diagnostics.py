@@ -37,26 +37,19 @@ def update_gram(theta, clients, scale):
 
     Args:
         theta: {"A.<layer>": [r, k], "B.<layer>": [d, r]}, the factors that the clients started from.
-        clients: list of such dicts, one a client, of theta's shapes; at least one.
+        clients: list of such dicts, one a client, of theta's shapes; finite, at least one.
         scale: s = alpha/r.
-    Raises: ValueError for no client, and for factors that are not finite (such a client is left out of the round, and
-        has no update).
     """
-    if not clients:
-        raise ValueError("no client: there are no updates to compare")
     gram = np.zeros((len(clients), len(clients)))
     with one_thread():
         for layer in (name[2:] for name in theta if name.startswith("A.")):
-            gram += scale**2 * _layer_gram(
-                *([_exact(f[f"{letter}.{layer}"]) for letter in "AB"] for f in (theta, *clients))
-            )
-    if not np.isfinite(gram).all():
-        broken = [i for i in range(len(gram)) if not np.isfinite(gram[i, i])]
-        raise ValueError(f"updates number {broken} of the list are not finite: leave these clients out")
+            pairs = [[_exact(f[f"{letter}.{layer}"]) for letter in "AB"] for f in (theta, *clients)]
+            gram += scale**2 * _layer_gram(pairs[0], pairs[1:])
+    np.fill_diagonal(gram, np.maximum(np.diag(gram), 0))  # of a change of gauge alone it can round to below
     return gram
 
 
-def _layer_gram(start, *pairs):
+def _layer_gram(start, pairs):
     (A, B), m = start, len(pairs)
     r = 2 * len(A)
     left = torch.cat([torch.cat([B_k - B, B], dim=1) for _, B_k in pairs], dim=1)  # [d, m 2r]
@@ -76,11 +69,10 @@ def relative_drift(gram, weights=None):
     m orthogonal updates of equal norm and weight have sqrt(m - 1): the figure grows with m, and says for itself only
     how much longer a client's own part is than the shared part.
     """
-    gram, p = _checked(gram, weights)
-    mean = _mean_square(gram, p)
+    p = _shares(gram, weights)
+    mean, norms = _mean_square(gram, p), np.diag(gram)
     if mean == 0:
         return np.full(len(gram), np.nan)
-    norms = np.diag(gram)
     apart = norms[:, None] + norms[None] - 2 * gram  # [m, m]
     apart[apart < _ROUNDING * (norms[:, None] + norms[None])] = 0
     # Of distances between clients, not of norms: equal updates then have exactly 0.
@@ -90,8 +82,7 @@ def relative_drift(gram, weights=None):
 
 def gradient_diversity(gram):
     """sum_k ||d_k||^2 / ||sum_k d_k||^2 (Yin et al. 2018): 1/m all alike, 1 orthogonal; None where the sum is 0."""
-    gram, p = _checked(gram, None)
-    total = len(gram) ** 2 * _mean_square(gram, p)
+    total = len(gram) ** 2 * _mean_square(gram, _shares(gram))
     return float(np.trace(gram) / total) if total > 0 else None
 
 
@@ -100,7 +91,7 @@ def cosines_with_mean(gram, weights=None):
 
     A client is part of the mean: of m orthogonal updates each has 1/sqrt(m), not 0.
     """
-    gram, p = _checked(gram, weights)
+    p = _shares(gram, weights)
     lengths = np.sqrt(np.diag(gram) * _mean_square(gram, p))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.clip(np.where(lengths > 0, (gram @ p) / lengths, np.nan), -1, 1)
@@ -108,7 +99,6 @@ def cosines_with_mean(gram, weights=None):
 
 def cosine_matrix(gram):
     """cos(d_i, d_j) [m, m]; ones on the diagonal. A client that did not move has zeros, on the diagonal too."""
-    gram, _ = _checked(gram, None)
     lengths = np.sqrt(np.diag(gram))
     inverse = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
     cosines = np.clip(gram * inverse[:, None] * inverse[None], -1, 1)
@@ -123,7 +113,7 @@ def update_figures(gram, weights=None):
     mean_cosine, min_cosine: of the clients that moved with d; update_cosine: mean over the pairs of clients that moved;
     update_norm: ||d||; effective_clients: 1 / sum_k p_k^2, the m of whose equal weights have as much drift.
     """
-    gram, p = _checked(gram, weights)
+    p = _shares(gram, weights)
     drift, cosines = relative_drift(gram, p), cosines_with_mean(gram, p)
     moved = np.flatnonzero(np.diag(gram) > 0)
     pairs = cosine_matrix(gram)[np.ix_(moved, moved)][np.triu_indices(len(moved), 1)]
@@ -159,29 +149,22 @@ def gradient_norm_variance(norms):
 
 
 def linear_cka(X, Y):
-    """Linear centred kernel alignment of two models' hidden states of the same n tokens (Kornblith et al. 2019).
+    """Linear centred kernel alignment of two models' hidden states of the same n texts (Kornblith et al. 2019).
 
         ||Y_c^T X_c||_F^2 / (||X_c^T X_c||_F ||Y_c^T Y_c||_F),   columns centred; between 0 and 1
 
     1 where one is a rotation and a scaling of the other. Take n well above the widths p and q: with n below them any
-    two representations look alike. fp64 on the CPU, O(n p q) (or O(n^2 (p + q)) where n is smaller).
+    two representations look alike. fp64 on the CPU, by the n x n matrices X_c X_c^T: O(n^2 (p + q)).
 
-    Args: X [n, p], Y [n, q]: floating-point tensors or arrays, any device.
-    Returns: a float, None where either is constant over the tokens.
-    Raises: ValueError when the numbers of tokens differ.
+    Args: X [n, p], Y [n, q]: floating-point tensors, any device.
+    Returns: a float, None where either is constant over the texts.
     """
-    X, Y = (_exact(torch.as_tensor(M)) for M in (X, Y))
-    if X.dim() != 2 or Y.dim() != 2 or len(X) != len(Y):
-        raise ValueError(f"hidden states {tuple(X.shape)} and {tuple(Y.shape)}: give [n, p] and [n, q] of n tokens")
-    if any(len(M) == 0 or bool((M == M[:1]).all()) for M in (X, Y)):
+    X, Y = _exact(X), _exact(Y)
+    if any(bool((M == M[:1]).all()) for M in (X, Y)):
         return None
     X, Y = (F.normalize(M - M.mean(0), dim=(0, 1), eps=0) for M in (X, Y))
-    if len(X) < max(X.shape[1], Y.shape[1]):
-        K, L = X @ X.T, Y @ Y.T  # [n, n]
-        above, left, right = (K * L).sum(), K, L
-    else:
-        above, left, right = (Y.T @ X).square().sum(), X.T @ X, Y.T @ Y  # [], [p, p], [q, q]
-    return float(above / (torch.linalg.vector_norm(left) * torch.linalg.vector_norm(right)))
+    K, L = X @ X.T, Y @ Y.T  # [n, n]
+    return float((K * L).sum() / (torch.linalg.vector_norm(K) * torch.linalg.vector_norm(L)))
 
 
 def cka_figures(served, clients):
@@ -201,24 +184,10 @@ def generalization_gap(train_loss, val_loss):
     return val_loss - train_loss
 
 
-def rounds_to_target(rounds, losses, target):
-    """The first of `rounds` whose loss is at most `target` (convergence speed); None when none is."""
-    return next((t for t, f in zip(rounds, losses, strict=True) if f is not None and f <= target), None)
-
-
-# ---- pieces
-
-
-def _checked(gram, weights):
-    """(G, p): the diagonal at least 0 (a change of gauge alone can round to below), p with the sum 1."""
-    gram = np.array(gram, dtype=np.float64)
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
-        raise ValueError(f"a Gram matrix of m clients is m x m, not {gram.shape}")
-    np.fill_diagonal(gram, np.maximum(np.diag(gram), 0))
+def _shares(gram, weights=None):
+    """The p_k of the m clients, equal where there are no weights."""
     p = np.ones(len(gram)) if weights is None else np.array(weights, dtype=np.float64)
-    if p.shape != (len(gram),) or not (np.isfinite(p).all() and (p >= 0).all() and p.sum() > 0):
-        raise ValueError(f"weights {weights}: give {len(gram)} finite numbers of at least 0 with a sum above 0")
-    return gram, p / p.sum()
+    return p / p.sum()
 
 
 def _mean_square(gram, p):

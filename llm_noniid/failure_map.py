@@ -3,10 +3,12 @@
     python llm_noniid/failure_map.py --algorithm fedavg --axis learning_rate --model models/small --num-rounds 20
     python llm_noniid/failure_map.py --axis local_steps --model tiny --dataset demo --num-rounds 5 --budget 8
 
-Instead of a grid: bisection (`llm_noniid.boundary`). A run fails if it diverges (the detector's alarm, or no finite
-update) or ends above its first evaluation or above the model before training (`llm_noniid.outcomes.failure`). Every
-point is a run folder: finished ones are not run again, so the command can be given again, also with a larger --budget.
-Other flags are train.py's.
+Instead of a grid: bisection on a log scale. The first alpha is bisected over the whole range, the others are tried at
+the bracket of the nearest alpha before them and moved from there, and what is left of the budget halves the widest
+brackets. A run fails if it diverges (the detector's alarm, or no finite update) or ends above its first evaluation or
+above the model before training (`llm_noniid.outcomes.failure`); what fails at one value is assumed to fail at all above
+it, and `violations` lists points that say otherwise. Every point is a run folder: finished ones are not run again, so
+the command can be given again, also with a larger --budget. Other flags are train.py's.
 """
 
 import math
@@ -16,13 +18,105 @@ from pathlib import Path
 from common import grid
 from common.checkpoint import read_json, saving, write_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_float, positive_int, run_main
+from common.curves import read_metrics
+from common.runlog import NOT_COMPARED
 from llm_noniid import flags
-from llm_noniid.boundary import bracket, search, summary, violations
-from llm_noniid.outcomes import MAP_FILE, failure, read_outcome
+from llm_noniid.outcomes import MAP_FILE, failure, from_start, number
 
 RANGES = {"learning_rate": (1e-4, 1.0), "local_steps": (1, 256)}
 ALPHAS = (0.1, 100.0, 1.0, 0.01)
-_OWN = {"alpha", "run_name", "output_dir", "seed", "algorithm", "partition"}
+SET_HERE = {"alpha", "run_name", "output_dir", "seed", "algorithm", "partition"}
+
+# ---- the search: a point is {"alpha", "value", "failed"}
+
+
+def bracket(points, alpha):
+    """{"alpha", "works", "fails"}: the smallest value that failed and the largest below it that worked, or None."""
+    fails = min((p["value"] for p in points if p["alpha"] == alpha and p["failed"]), default=None)
+    worked = [p["value"] for p in points if p["alpha"] == alpha and not p["failed"]]
+    works = max((v for v in worked if fails is None or v < fails), default=None)
+    return {"alpha": alpha, "works": works, "fails": fails}
+
+
+def brackets(points):
+    """The bracket of each alpha that has points."""
+    return [bracket(points, alpha) for alpha in dict.fromkeys(p["alpha"] for p in points)]
+
+
+def violations(points):
+    """[{"alpha", "failed", "worked"}]: values that worked above one that failed, with the smallest that failed."""
+    return [
+        {"alpha": b["alpha"], "failed": b["fails"], "worked": value}
+        for b in brackets(points)
+        for value in sorted(p["value"] for p in points if p["alpha"] == b["alpha"] and not p["failed"])
+        if b["fails"] is not None and value > b["fails"]
+    ]
+
+
+def next_point(points, alphas, low, high, budget, tolerance=1.5, whole=False):
+    """The next (alpha, value) to try, None when nothing is left to try or the budget is spent.
+
+    A pure function of what is known, so that a search that was broken off goes on as it would have.
+
+    Args:
+        points: in any order; alphas: in the order of the search; low, high: the range; budget: points in all.
+        tolerance: a bracket of at most this ratio is not halved; whole: values are integers.
+    """
+    if len(points) >= budget:
+        return None
+    tried = {(p["alpha"], p["value"]) for p in points}
+    runs = {alpha: sum(a == alpha for a, _ in tried) for alpha in alphas}
+
+    def new(alpha, *values):
+        rounded = (_rounded(value, low, high, whole) for value in values if value is not None)
+        return next(((alpha, value) for value in rounded if (alpha, value) not in tried), None)
+
+    for i, alpha in enumerate(alphas):
+        mine = bracket(points, alpha)
+        kept = sum(max(0, 2 - runs[other]) for other in alphas[i + 1 :])
+        if runs[alpha] >= 2 and budget - len(points) <= kept:  # two runs are kept for each alpha to come
+            continue
+        if i == 0:
+            values = _bisected(mine, low, high, tolerance)
+        else:
+            nearest = min(alphas[:i], key=lambda other: abs(math.log(other / alpha)))
+            values = [_moved(mine, runs[alpha], bracket(points, nearest), low, high)]
+        if point := new(alpha, *values):
+            return point
+    both = [b for b in (bracket(points, alpha) for alpha in alphas) if b["works"] and b["fails"]]
+    for widest in sorted(both, key=lambda b: -b["fails"] / b["works"]):
+        if point := new(widest["alpha"], *_bisected(widest, low, high, tolerance)):
+            return point
+    return None
+
+
+def _bisected(b, low, high, tolerance):
+    """What to try: the middle, on a log scale, of a bracket whose unknown side is the end of the range; that end."""
+    near, far = b["works"] or low, b["fails"] or high
+    middle = math.sqrt(near * far) if far / near > tolerance else None
+    return [middle, low if b["works"] is None else high if b["fails"] is None else None]
+
+
+def _moved(b, n, guide, low, high):
+    """Where to try next from a neighbour's bracket: its two ends, then away from it in growing steps."""
+    works, fails = b["works"], b["fails"]
+    ratio = guide["fails"] / guide["works"] if guide["fails"] and guide["works"] else (high / low) ** 0.25
+    step = max(ratio, 1.2) ** max(1, n - 1)
+    if works is None and fails is None:
+        return guide["works"] or low
+    if fails is None and works < high:
+        return guide["fails"] if (guide["fails"] or 0) > works else min(high, works * step)
+    if works is None and fails > low:
+        return guide["works"] if (guide["works"] or math.inf) < fails else max(low, fails / step)
+    return None
+
+
+def _rounded(value, low, high, whole):
+    # two digits: what a reader compares and a folder's name can hold
+    return min(max(round(value) if whole else float(f"{value:.2g}"), low), high)
+
+
+# ---- the map
 
 
 class Map:
@@ -39,7 +133,9 @@ class Map:
         if not self.low < self.high:
             raise UsageError(f"--low {self.low:g} is not below --high {self.high:g}: change one")
         train = flags.parse(flags.build_parser("Flags of train.py"), self.run(args.alphas[0], self.low).command[1:])
-        self.setting = {k: v for k, v in flags.compared(train).items() if k not in _OWN | {args.axis}}
+        self.about = {"algorithm": args.algorithm, "axis": args.axis, "seed": args.seed}
+        own = {*NOT_COMPARED, *SET_HERE, args.axis}
+        self.setting = {name: value for name, value in vars(train).items() if name not in own}
         self.points, self.start = self.known()
 
     def known(self):
@@ -48,9 +144,9 @@ class Map:
         if not path.exists():
             return [], None
         before = read_json(path)
-        mine = {"algorithm": self.args.algorithm, "axis": self.args.axis, "seed": self.args.seed, **self.setting}
-        theirs = {name: before.get(name) for name in ("algorithm", "axis", "seed")} | before["setting"]
-        changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in mine.items() if theirs.get(k) != v]
+        theirs = before | before["setting"]
+        mine = self.about | self.setting
+        changed = [f"{name} {theirs.get(name)} -> {value}" for name, value in mine.items() if theirs.get(name) != value]
         if changed:
             raise UsageError(f"{path} was made with other flags: {', '.join(changed)}; choose another --output-dir")
         return [p for p in before["points"] if (self.folder / p["run"] / "run.json").exists()], before["start_val_loss"]
@@ -64,41 +160,47 @@ class Map:
         line += ["--alpha", f"{alpha:g}", f"--{a.axis.replace('_', '-')}", f"{value:g}"]
         return grid.Run(name, (*line, "--output-dir", str(self.folder), "--run-name", name, "--resume"))
 
-    def fails(self, alpha, value):
-        """Runs one point, or finds it finished, and files it."""
+    def add(self, alpha, value):
+        """Runs one point, if it is not finished, and files it."""
         run = self.run(alpha, value)
         if grid.run_all([run], self.folder, jobs=1, say=lambda text: None):
             raise RunFailed(f"{run.name} did not finish: see {self.folder}/output/{run.name}.txt")
-        outcome = read_outcome(self.folder / run.name)
-        if outcome is None:
-            raise RunFailed(f"{self.folder / run.name} is no run of train.py: choose another --output-dir")
-        self.start = outcome.start_loss if self.start is None else self.start
-        reason = "no update was finite" if outcome.blown_up else failure(outcome.rows, self.start)
-        loss = outcome.last("val_loss")
-        loss = loss if loss is not None and math.isfinite(loss) else None
-        point = {"alpha": alpha, "value": value, "failed": bool(reason), "reason": reason, "val_loss": loss}
+        start, rows = from_start(read_metrics(self.folder / run.name))
+        self.start = start if self.start is None else self.start
+        broke_down = grid.broke_down(read_json(self.folder / run.name / "run.json"))
+        reason = "no update was finite" if broke_down else failure(rows, self.start)
+        loss = None if broke_down else number(rows[-1]["val_loss"])
+        point = {"alpha": alpha, "value": value, "failed": bool(reason), "reason": reason}
+        point["val_loss"] = loss if loss is not None and math.isfinite(loss) else None
         self.points.append(point | {"run": run.name})
         self.save()
         print(f"alpha {alpha:g}, {self.args.axis} {value:g}: {reason or 'works'}", flush=True)
-        return bool(reason)
 
     def save(self, finished=False):
         """Writes failure_map.json."""
-        a = self.args
-        facts = {"algorithm": a.algorithm, "axis": a.axis, "seed": a.seed, "budget": a.budget} | {
+        facts = self.about | {
+            "budget": self.args.budget,
             "range": [self.low, self.high],
             "status": "finished" if finished else "running",
             "finished": finished,
             "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "start_val_loss": self.start,
             "points": self.points,
-            "boundary": [bracket(self.points, alpha) for alpha in dict.fromkeys(p["alpha"] for p in self.points)],
+            "boundary": brackets(self.points),
             "violations": violations(self.points),
             "setting": self.setting,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         with saving(self.folder / MAP_FILE):
             write_json(self.folder / MAP_FILE, facts)
+
+    def summary(self):
+        """What the search says, a line for each alpha and each violation."""
+        for b in sorted((bracket(self.points, alpha) for alpha in self.args.alphas), key=lambda b: -b["alpha"]):
+            works, fails = ("-" if b[side] is None else f"{b[side]:g}" for side in ("works", "fails"))
+            yield f"alpha {b['alpha']:g}: works at {works}, fails at {fails}"
+        for odd in violations(self.points):
+            yield f"note: alpha {odd['alpha']:g}: fails at {odd['failed']:g} but works at {odd['worked']:g}"
 
 
 def main(args, given):
@@ -109,10 +211,12 @@ def main(args, given):
         print(f"at most {max(0, args.budget - len(made.points))} more runs")
         return
     made.save()  # what is below it belongs to a map from now on
-    search(made.fails, args.alphas, made.low, made.high, args.budget, args.tolerance, made.whole, made.points)
+    limits = args.alphas, made.low, made.high, args.budget, args.tolerance, made.whole
+    while point := next_point(made.points, *limits):
+        made.add(*point)
     made.save(finished=True)
     grid.collect(made.folder)
-    print(*summary(made.points, args.alphas), made.folder, sep="\n")
+    print(*made.summary(), made.folder, sep="\n")
 
 
 def build_parser():

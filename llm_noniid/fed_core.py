@@ -6,7 +6,7 @@ more models, thetas [G, n]: one for all clients, one for each group of them, or 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -213,7 +213,7 @@ def judge(run, t, row):
         run.note(f"alarm: {alarm.message}")
     if ending := detectors.stops(alarms, run.args.stop_on):
         run.stop(ending.detector, ending.message)
-    return figures | ({"alarms": [alarm.row() for alarm in alarms]} if alarms else {})
+    return figures | ({"alarms": [asdict(alarm) for alarm in alarms]} if alarms else {})
 
 
 def finish(run, study, thetas, group):

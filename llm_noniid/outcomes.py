@@ -13,12 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from common.checkpoint import read_json
-from common.curves import read_metrics
 from llm_noniid import flags
-from llm_noniid.diagnostics import rounds_to_target
 
-COMMAND = "train"
 BLOWN_UP = "not finite"  # in the reason of a run that had no finite update left
 MAP_FILE = "failure_map.json"
 BROKEN = ("diverged", "oscillating", "left_out")  # alarms of training that is not stable
@@ -90,7 +86,7 @@ class Outcome:
 
     def rounds_to(self, target):
         """The first evaluated round with a validation loss of at most `target`, None without."""
-        return rounds_to_target(*self.curve("val_loss"), target)
+        return next((t for t, loss in zip(*self.curve("val_loss"), strict=True) if loss <= target), None)
 
 
 def number(value):
@@ -131,20 +127,6 @@ def from_start(rows):
     """(validation loss before training or None, the rows after it): round 0 is a fact of the start, not of a curve."""
     start = next((number(row.get("val_loss")) for row in rows if row["round"] == 0), None)
     return start, [row for row in rows if row["round"] > 0]
-
-
-def read_outcome(folder):
-    """The `Outcome` of one run folder, finished or not; None for a run of another script. Raises ValueError."""
-    manifest = read_json(Path(folder) / "run.json")
-    if not isinstance(manifest, dict) or manifest.get("command") != COMMAND:
-        return None
-    try:
-        rows = read_metrics(folder)
-    except FileNotFoundError:
-        rows = []
-    results, reason = manifest.get("results") or {}, manifest.get("reason") or ""
-    start, rows = from_start(rows)
-    return Outcome(Path(folder).name, manifest["args"], rows, results, manifest["status"], reason, start)
 
 
 class Context:

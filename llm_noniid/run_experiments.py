@@ -7,8 +7,13 @@
     python llm_noniid/run_experiments.py --mode compare                              # tables of what is there
     python llm_noniid/run_experiments.py --mode analyze                              # report.html
 
-What each runs: `llm_noniid/grids.py`. quick trains the tiny model on 50 texts of the demo first, for adapters cannot
-move a model whose frozen embeddings are random; study also makes maps of the failures of FedAvg and SCAFFOLD.
+quick    3 algorithms x 4 partitions, 6 rounds, the tiny model on the demo, which it trains on 50 texts first, for
+         adapters cannot move a model whose frozen embeddings are random
+main     3 algorithms x 4 partitions x participation 0.3, 0.5, 1.0
+failure  3 algorithms x (alpha 0.01; participation 0.1; learning rate 1e-3; 5 local epochs), topic skew
+study    one factor at a time from FedAvg, topic skew, alpha 0.1: the partitions with 3 algorithms, alpha 100, 1, 0.01,
+         participation 0.3, 0.1, higher learning rates (IID too), 5 times the local steps, clusters, local and central
+         training, WikiText-2 beside AG News; and maps of the failures of FedAvg and SCAFFOLD
 
 --preset is another spelling of --mode. Flags that are not listed are train.py's and go to every run; a grid's own win.
 Finished runs are skipped and broken ones go on, so that the command can be given again at any time.
@@ -18,21 +23,101 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import grid
-from common.cli import UsageError, non_negative_int, positive_float, positive_int, run_main
+from common.cli import Parser, UsageError, non_negative_int, positive_float, positive_int, run_main
+from common.grid import Preset, Setting
 from llm_noniid import flags, report
 from llm_noniid.failure_map import ALPHAS
-from llm_noniid.grids import PRESETS
-from llm_noniid.models import label
 from llm_noniid.outcomes import MAP_FILE
+from llm_noniid.partition import PARTITIONS
 
 SHOW = tuple(
     ("llm_noniid/run_experiments.py", "--mode", mode, "--results-dir", "{output}") for mode in ("compare", "analyze")
 )
 GIVEN = "model dataset data_root cache_dir max_samples local_steps num_rounds device amp".split()
 SET_HERE = "algorithm partition seed run_name name overwrite resume cluster mu".split()
+ALGORITHMS = ("fedavg", "fedprox", "scaffold")
+MORE_STEPS = 5  # times the local steps: the study's 5 local epochs
 MAP_BUDGET = 10  # runs of each of the study's failure maps
 MAP_RANGE = (1 / 3, 300)  # of the study's maps, times the learning rate
 QUICK_MU = 1.0  # at train.py's 0.01 FedProx is FedAvg in every digit shown
+
+# ---- the grids: each setting is a tuple of flags of train.py
+
+
+def setting(name, algorithm, partition, *words, seeds=None):
+    """One setting of train.py."""
+    words = ("--algorithm", algorithm, "--partition", partition, *map(str, words))
+    return Setting(name, "llm_noniid/train.py", words, algorithm, seeds)
+
+
+def partitions(names=PARTITIONS, suffix="", *words):
+    """The three algorithms on partitions."""
+    return [setting(f"{a}_{p}{suffix}", a, p, *words) for p in names for a in ALGORITHMS]
+
+
+def study(base, rates):
+    """One factor at a time. base: train.py's flags; rates: learning rates."""
+    yield from partitions()
+    for alpha in (100, 1, 0.1, 0.01):
+        if alpha != base.alpha:
+            yield setting(f"fedavg_alpha_{alpha:g}", "fedavg", "topic_skew", "--alpha", f"{alpha:g}")
+    for share in (1.0, 0.3, 0.1):
+        if share != base.participation_rate:
+            words = ("--participation-rate", f"{share:g}")
+            yield setting(f"fedavg_participation_{share:g}", "fedavg", "topic_skew", *words)
+    for rate in rates or (10 * base.learning_rate, 100 * base.learning_rate):
+        if rate != base.learning_rate:
+            for partition in ("topic_skew", "iid"):
+                words = ("--learning-rate", f"{rate:g}")
+                yield setting(f"fedavg_{partition}_lr_{rate:g}", "fedavg", partition, *words, seeds=2)
+    steps = ("--local-steps", MORE_STEPS * base.local_steps)
+    if not base.local_steps:
+        steps = ("--local-epochs", f"{MORE_STEPS * base.local_epochs:g}")
+    yield setting(f"fedavg_{steps[0][2:].replace('-', '_')}_{steps[1]}", "fedavg", "topic_skew", *steps)
+    for kind in ("updates", "labels"):
+        yield setting(f"fedavg_clusters_{kind}", "fedavg", "topic_skew", "--cluster", kind)
+    for algorithm in ("local", "central"):
+        yield setting(algorithm, algorithm, "topic_skew")
+    if base.dataset == "ag_news":
+        for partition in ("iid", "topic_skew"):
+            yield setting(f"fedavg_{partition}_wikitext", "fedavg", partition, "--dataset", "wikitext", seeds=1)
+
+
+SMALL = "--threads 1 --eval-every 1"
+PRESETS = {
+    "quick": Preset(
+        f"{SMALL} --dataset demo --local-steps 5 --num-rounds 6 --max-samples 300 --eval-samples 60 --max-length 64 "
+        "--probe-samples 8 --learning-rate 1e-2".split(),
+        lambda base, rates: partitions(),
+        seeds=(42,),
+    ),
+    "main": Preset(
+        (),
+        lambda base, rates: [
+            one
+            for share in ("0.3", "0.5", "1.0")
+            for one in partitions(PARTITIONS, f"_participation_{share}", "--participation-rate", share)
+        ],
+        seeds=(42,),
+    ),
+    "failure": Preset(
+        (),
+        lambda base, rates: [
+            *partitions(["topic_skew"], "_alpha_0.01", "--alpha", "0.01"),
+            *partitions(["topic_skew"], "_participation_0.1", "--participation-rate", "0.1"),
+            *partitions(["topic_skew"], "_lr_1e-3", "--learning-rate", "1e-3"),
+            *partitions(["topic_skew"], "_epochs_5", "--local-steps", "0", "--local-epochs", "5"),
+        ],
+        seeds=(42,),
+    ),
+    "study": Preset(
+        f"{SMALL} --local-steps 10 --num-rounds 12 --max-samples 4000 --eval-samples 300 --probe-samples 32 "
+        "--max-length 64 --learning-rate 3e-3".split(),
+        study,
+    ),
+}
+
+# ---- the runs
 
 
 def plan(args, words):
@@ -44,7 +129,7 @@ def plan(args, words):
         base.model = str(output / "models" / "tiny")
         first = [base_model(base)]
         shared += ["--model", base.model]
-    of = f"{base.dataset}_{label(base.model)}"
+    of = f"{base.dataset}_{Path(base.model).name}"
     mu = args.mu or (QUICK_MU if args.preset == "quick" else None)
     chosen = [
         replace(one, words=(*one.words, "--mu", f"{mu:g}")) if mu and one.group == "fedprox" else one
@@ -71,22 +156,11 @@ def failure_map(algorithm, base, shared, args, of):
     words = ["--algorithm", algorithm, "--axis", "learning_rate", "--low", low, "--high", high]
     words += ["--alphas", *(f"{alpha:g}" for alpha in ALPHAS), "--budget", str(args.map_budget)]
     words += ["--seed", str(args.seeds[0]), "--output-dir", str(folder)]
-    words += _without(shared, "learning_rate", "alpha")
+    searched = Parser("", add_help=False)
+    searched.add_argument("--learning-rate", "--lr")
+    searched.add_argument("--alpha")
+    words += searched.parse_known_args(shared)[1]
     return grid.Run(folder.name, ("llm_noniid/failure_map.py", *words), record=MAP_FILE)
-
-
-def _without(words, *names):
-    """The words without these flags and their values: the failure map sets them."""
-    kept, skip = [], False
-    for word in words:
-        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and flag in names:
-            skip = "=" not in word
-        elif skip:
-            skip = False
-        else:
-            kept.append(word)
-    return kept
 
 
 def main(args, words):

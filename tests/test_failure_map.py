@@ -9,9 +9,15 @@ import pytest
 from common.checkpoint import read_json
 from common.cli import UsageError, run_main
 from llm_noniid import failure_map
-from llm_noniid.boundary import bracket, next_point, search, violations
+from llm_noniid.failure_map import ALPHAS, bracket, next_point, violations
 
-ALPHAS = (0.1, 100.0, 1.0, 0.01)
+
+def search(fails, *limits, points=(), **options):
+    """All points of a search on a made-up surface: fails(alpha, value)."""
+    points = list(points)
+    while point := next_point(points, *limits, **options):
+        points.append({"alpha": point[0], "value": point[1], "failed": fails(*point)})
+    return points
 
 
 # ---------------------------------------------------------------------------------------------- the search

@@ -3,13 +3,13 @@
 import importlib.util
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llm_noniid.detectors import (
-    Alarm,
     amplitude,
     curves_of,
     diverged,
@@ -96,7 +96,6 @@ def test_oscillating():
     assert alarm.detector == "oscillating" and 24 <= alarm.round <= 29 and alarm.value > alarm.threshold > 0.05
     assert names_all(alarm, "limits", "50%", "--participation-rate", f"{alarm.value:.3g}", f"{alarm.threshold:.3g}")
     assert oscillating(ROUNDS, wild, floor=0.2) is None
-    assert oscillating(ROUNDS, wild, noise=0.1) is None and oscillating(ROUNDS, wild, noise=0.01).round == alarm.round
     gaps = [None if i % 7 == 0 else math.nan if i % 11 == 0 else v for i, v in enumerate(wild)]
     assert oscillating(ROUNDS, gaps) is not None
 
@@ -105,23 +104,18 @@ def test_oscillating():
 
 
 def test_drifting():
-    drifts = [1.0, 2.5, 2.5, 1.9, 2.1, 2.2, None, 2.3, 9.0]
-    alarm = drifting(ROUNDS[:9], drifts)
+    drifts, ten = [1.0, 2.5, 2.5, 1.9, 2.1, 2.2, None, 2.3, 9.0], [10.0] * 6 + [None] + [10.0] * 2
+    alarm = drifting(ROUNDS[:9], drifts, ten)
     assert (alarm.detector, alarm.round, alarm.value, alarm.threshold) == ("drifting", 7, 2.3, 2.0)
     assert names_all(alarm, "2.3", "above 2 ", "--mu", "--cluster")
-    assert drifting(ROUNDS[:9], drifts, hold=1).round == 1 and drifting(ROUNDS[:9], drifts, threshold=10) is None
-    assert drifting(ROUNDS[:3], ["inf"] * 3).value is None
+    assert drifting(ROUNDS[:9], drifts, ten, hold=1).round == 1
+    assert drifting(ROUNDS[:9], drifts, ten, threshold=10) is None
+    assert drifting(ROUNDS[:3], ["inf"] * 3, ten[:3]).value is None
     # of three clients whose updates share nothing: sqrt(2), under the fixed threshold
-    assert drifting(ROUNDS[:3], [1.4] * 3) is None
-    alarm = drifting(ROUNDS[:3], [1.4] * 3, clients=3)
-    assert alarm.threshold == pytest.approx(0.9 * math.sqrt(2)) and drifting(ROUNDS[:3], [1.4] * 3, clients=10) is None
-    assert drifting(ROUNDS[:4], [1.4] * 4, clients=[3, 3, 1, 3]).round == 3
-    assert drifting(ROUNDS[:4], [0.0] * 4, clients=1) is None
-    # one client that outweighs nine others: 1 / sum p^2 counts, not how many they are
-    curves = {"round": [1, 2, 3], "relative_drift": [1.4] * 3, "clients": [10] * 3}
-    assert run_detectors(curves) == []
-    (alarm,) = run_detectors(curves | {"effective_clients": [3.0, 3.0, 3.0]})
-    assert alarm.detector == "drifting" and alarm.threshold == pytest.approx(0.9 * math.sqrt(2))
+    alarm = drifting(ROUNDS[:3], [1.4] * 3, [3.0] * 3)
+    assert alarm.threshold == pytest.approx(0.9 * math.sqrt(2)) and drifting(ROUNDS[:3], [1.4] * 3, ten[:3]) is None
+    assert drifting(ROUNDS[:4], [1.4] * 4, [3, 3, 1, 3]).round == 3
+    assert drifting(ROUNDS[:4], [0.0] * 4, [1] * 4) is None
 
 
 def test_slow():
@@ -132,7 +126,6 @@ def test_slow():
     assert names_all(alarm, "1.00% in 20 rounds", "--learning-rate", "converged")
     stuck = [4.0, 3.0] + [3.5] * 49
     assert slow(ROUNDS, stuck).round == 21 and slow(ROUNDS, stuck).value == 0
-    assert slow(ROUNDS, stuck, target=3.0) is None and slow(ROUNDS, stuck, target=2.9).round == 21
     assert slow(ROUNDS[:20], stuck[:20]) is None and slow(ROUNDS, [0.0] * 51) is None
     seldom = [0, 12, 24, 36]  # in round 36 the last evaluation 20 rounds before is that of round 12
     assert slow(seldom, [4.0, 3.9, 3.8, 3.79]) is None
@@ -153,42 +146,21 @@ def test_left_out():
 
 
 def test_curves_of_logged_rows():
-    rows = [{"round": 0, "val_loss": 3.0}, {"round": 5, "val_loss": "nan", "left_out": [[2, 1]], "clients": [0, 1]}]
+    rows = [{"round": 0, "val_loss": 3.0}, {"round": 5, "val_loss": "nan", "left_out": [[2, 1]]}]
     curves = curves_of(rows)
-    assert curves == {
-        "round": [0, 5],
-        "val_loss": [3.0, "nan"],
-        "left_out": [None, [[2, 1]]],
-        "clients": [None, [0, 1]],
-    }
+    assert curves == {"round": [0, 5], "val_loss": [3.0, "nan"], "left_out": [None, [[2, 1]]]}
     alarms = run_detectors(curves)
     assert [(a.detector, a.round) for a in alarms] == [("left_out", 2), ("diverged", 5)]
-    json.dumps([a.row() for a in alarms], allow_nan=False)
-    assert Alarm(**alarms[0].row()) == alarms[0]
+    json.dumps([asdict(alarm) for alarm in alarms], allow_nan=False)
     assert run_detectors(curves_of([])) == []
 
 
-def test_settings_and_stops():
-    t = np.array(ROUNDS)
-    curves = {"round": ROUNDS, "val_loss": (3 + 0.04 * t).tolist(), "relative_drift": [1.5] * 51, "clients": [10] * 51}
-    alarms = run_detectors(curves)
+def test_what_stops_a_run():
+    alarms = run_detectors({"round": ROUNDS, "val_loss": (3 + 0.04 * np.array(ROUNDS)).tolist()})
     assert [a.detector for a in alarms] == ["slow", "diverged"]
     assert stops(alarms, "never") is None
     assert stops(alarms, "divergence").detector == "diverged" and stops(alarms, "any").detector == "slow"
     assert stops(alarms[:1], "divergence") is None
-    changed = run_detectors(curves, {"drifting": {"threshold": 1.0}, "diverged": {"jump": 0.3}, "slow": {"window": 49}})
-    assert [(a.detector, a.round) for a in changed] == [("drifting", 2), ("diverged", 10), ("slow", 49)]
-
-
-def test_bad_curves():
-    with pytest.raises(ValueError, match="no detector is called plateau"):
-        run_detectors({"round": [0]}, {"plateau": {}})
-    with pytest.raises(ValueError, match="length"):
-        run_detectors({"round": [0, 1], "val_loss": [1.0]})
-    with pytest.raises(ValueError, match="do not rise"):
-        run_detectors({"round": [0, 1, 1], "val_loss": [1.0] * 3})
-    with pytest.raises(ValueError, match="stop_on"):
-        stops([], "always")
 
 
 @pytest.mark.parametrize("eval_every", [1, 5])
@@ -200,7 +172,7 @@ def test_live_is_offline_on_the_prefix(eval_every):
             curves = {"round": rounds, "val_loss": losses[i, ::eval_every].tolist()}
             curves["left_out"] = [[[t, t % 3]] if t % 10 == 0 and t else None for t in rounds]
             if drifts is not None:
-                curves |= {"relative_drift": drifts[i, ::eval_every].tolist(), "clients": [10] * len(rounds)}
+                curves |= {"relative_drift": drifts[i, ::eval_every].tolist(), "effective_clients": [10] * len(rounds)}
             offline = run_detectors(curves)
             seen |= {a.detector for a in offline}
             for n, t in enumerate(rounds, start=1):

@@ -15,7 +15,6 @@ from llm_noniid.diagnostics import (
     gradient_norm_variance,
     linear_cka,
     relative_drift,
-    rounds_to_target,
     update_figures,
     update_gram,
     weight_cosine_drift,
@@ -104,17 +103,6 @@ def test_another_gauge_is_no_update_and_no_move_is_exactly_zero():
     assert math.isfinite(update_figures(gram)["relative_drift"])
 
 
-def test_gram_bad_input():
-    theta = factors(0)
-    with pytest.raises(ValueError, match="no client"):
-        update_gram(theta, [], 1.0)
-    for value in (math.nan, math.inf):
-        broken = moved(theta, 1)
-        broken["B.h.1.attn"][0, 0] = value
-        with pytest.raises(ValueError, match=r"\[2\] .* not finite"):
-            update_gram(theta, [theta, moved(theta, 2), broken], 1.0)
-
-
 # ---- figures
 
 
@@ -196,16 +184,6 @@ def test_rounding_of_the_gram_matrix_is_no_figure():
     cancels = gram_of([a, b, -a - b])
     assert np.ones(3) @ cancels @ np.ones(3) != 0  # rounding
     assert gradient_diversity(cancels) is None and update_figures(cancels)["relative_drift"] is None
-    below = np.array([[-1e-30, 0], [0, 1.0]])  # a change of gauge only
-    assert cosine_matrix(below).tolist() == [[0, 0], [0, 1]] and update_figures(below)["mean_cosine"] == 1
-
-
-@pytest.mark.parametrize("weights", [[1, 2], [0, 0, 0], [1, -1, 1], [1, math.nan, 1]], ids=str)
-def test_bad_weights(weights):
-    with pytest.raises(ValueError, match="3 finite numbers"):
-        relative_drift(np.eye(3), weights)
-    with pytest.raises(ValueError, match="m x m"):
-        relative_drift(np.ones((2, 3)))
 
 
 # ---- weights and gradients
@@ -229,54 +207,38 @@ def test_gradient_norm_variance_by_hand():
 # ---- representations
 
 
-def hsic_cka(X, Y):
-    """Kornblith's kernel form: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), HSIC = tr(K H L H)."""
-    H = np.eye(len(X)) - 1 / len(X)
-    K, L = X @ X.T, Y @ Y.T
-
-    def hsic(K, L):
-        return np.trace(K @ H @ L @ H)
-
-    return hsic(K, L) / math.sqrt(hsic(K, K) * hsic(L, L))
-
-
 @pytest.mark.parametrize(("n", "p", "q"), [(60, 8, 5), (10, 30, 4), (6, 3, 40)])
-def test_linear_cka_equals_its_kernel_form(n, p, q):
+def test_linear_cka_equals_its_form_in_features(n, p, q):
     draw = np.random.default_rng(n)
     X = draw.standard_normal((n, p)) + 3
     Y = X[:, : min(p, 2)] @ draw.standard_normal((min(p, 2), q)) + draw.standard_normal((n, q)) - 5
-    expected = hsic_cka(X, Y)
+    x, y = X - X.mean(0), Y - Y.mean(0)
+    expected = np.linalg.norm(y.T @ x) ** 2 / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
     assert 0.05 < expected < 0.99
+    X, Y = torch.tensor(X), torch.tensor(Y)
     assert linear_cka(X, Y) == pytest.approx(expected, rel=1e-10) == linear_cka(Y, X)
-    assert linear_cka(torch.tensor(X).float(), Y) == pytest.approx(expected, rel=1e-5)
+    assert linear_cka(X.float(), Y) == pytest.approx(expected, rel=1e-5)
 
 
 def test_linear_cka_sees_no_rotation_scale_or_shift():
-    draw = np.random.default_rng(0)
-    X, Y = draw.standard_normal((50, 6)), draw.standard_normal((50, 4))
-    Q, _ = np.linalg.qr(draw.standard_normal((6, 6)))
+    generator = torch.Generator().manual_seed(0)
+    X, Y, square = (torch.randn(*size, generator=generator).double() for size in ((50, 6), (50, 4), (6, 6)))
+    Q = torch.linalg.qr(square).Q
     assert linear_cka(X, -1e-6 * X @ Q + 7) == pytest.approx(1, rel=1e-8)
     assert linear_cka(1e9 * X @ Q, Y) == pytest.approx(linear_cka(X, Y), rel=1e-10)
-    stretched = X * np.array([30.0, 1, 1, 1, 1, 1])  # not invariant to other linear maps
+    stretched = X * torch.tensor([30.0, 1, 1, 1, 1, 1])  # not invariant to other linear maps
     assert linear_cka(X, stretched) < 0.6
-    apart = np.kron(np.eye(2), np.ones((2, 1)))[:, :1], np.array([[0.0], [1], [0], [1]])
+    apart = torch.tensor([[1.0], [1], [0], [0]]), torch.tensor([[0.0], [1], [0], [1]])
     assert linear_cka(*apart) == pytest.approx(0, abs=1e-15)
 
 
-def test_linear_cka_undefined_or_bad():
-    X = np.random.default_rng(0).standard_normal((5, 2))
-    assert linear_cka(X, np.full((5, 3), 0.1)) is None
-    for bad in (X[:4], X[:, 0]):
-        with pytest.raises(ValueError, match="n tokens"):
-            linear_cka(X, bad)
+def test_linear_cka_of_what_is_constant_is_undefined():
+    assert linear_cka(torch.randn(5, 2), torch.full((5, 3), 0.1)) is None
 
 
 # ---- curves
 
 
-def test_gap_and_rounds_to_target():
+def test_generalization_gap():
     assert generalization_gap(2.5, 3.0) == 0.5
     assert generalization_gap(None, 3.0) is None and generalization_gap(2.0, math.nan) is None
-    rounds, losses = [0, 5, 10, 15, 20], [4.0, None, math.nan, 3.0, 3.5]
-    assert rounds_to_target(rounds, losses, 3.0) == 15 and rounds_to_target(rounds, losses, 4.5) == 0
-    assert rounds_to_target(rounds, losses, 2.9) is None

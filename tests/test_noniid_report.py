@@ -74,10 +74,10 @@ def test_the_loss_before_training_is_that_of_round_0_or_of_an_old_run_of_no_size
     runs = only(tmp_path).find()
     assert runs[0].failed == "ends above the model before training" and not runs[1].failed
     # newer runs log it themselves, as round 0
-    folder = make_run(tmp_path, [4.0, 3.0], seed=7)
+    folder = make_run(tmp_path / "new", [4.0, 3.0])
     lines = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text('{"round": 0, "val_loss": 2.5}\n' + lines)
-    run = outcomes.read_outcome(folder)
+    (run,) = only(tmp_path / "new").find().values()
     assert run.start_loss == 2.5 and run.curve("val_loss") == ([1, 2], [4.0, 3.0])
     assert run.failed == "ends above the model before training"
 
