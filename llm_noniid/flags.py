@@ -1,7 +1,7 @@
 """The flags of this study's scripts and the keys of its yaml files: the source's names and defaults, and ours."""
 
-import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -19,42 +19,28 @@ from common.cli import (
 )
 from common.config_file import apply_config
 from common.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
-from common.runlog import NOT_COMPARED
 from llm_noniid.data import DATASETS
 from llm_noniid.detectors import STOP_ON
 from llm_noniid.partition import PARTITIONS, SKEW_TYPES, STYLE_CRITERIA
 
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "local", "central")
 CLUSTERS = ("none", "updates", "labels")
+ALIKE = {  # section of a yaml file -> keys that are called as their flag
+    "model": "lora_r lora_alpha lora_dropout max_length",
+    "data": "dataset num_clients alpha skew_type batch_size max_samples seed",
+    "federated": "algorithm num_rounds participation_rate local_epochs learning_rate mu",
+}
 KEYS = {  # of a yaml file -> flag
     "name": "run_name",
     "model.name": "model",
-    "model.lora_r": "lora_r",
-    "model.lora_alpha": "lora_alpha",
-    "model.lora_dropout": "lora_dropout",
-    "model.use_quantization": None,
-    "model.max_length": "max_length",
-    "data.dataset": "dataset",
     "data.partition_strategy": "partition",
-    "data.num_clients": "num_clients",
-    "data.alpha": "alpha",
     "data.style_criteria": "style_criterion",
-    "data.skew_type": "skew_type",
-    "data.batch_size": "batch_size",
-    "data.max_samples": "max_samples",
-    "data.seed": "seed",
-    "federated.algorithm": "algorithm",
-    "federated.num_rounds": "num_rounds",
-    "federated.participation_rate": "participation_rate",
-    "federated.local_epochs": "local_epochs",
-    "federated.learning_rate": "learning_rate",
-    "federated.mu": "mu",
     "eval_every": "eval_every",
-    "save_checkpoints": None,
-    "checkpoint_dir": None,
     "results_dir": "output_dir",
     "seed": "seed",
     "device": "device",
+    **{f"{section}.{name}": name for section, names in ALIKE.items() for name in names.split()},
+    **dict.fromkeys(("model.use_quantization", "save_checkpoints", "checkpoint_dir")),  # no effect
 }
 
 
@@ -77,19 +63,7 @@ def build_parser(description):
     text = "round whose updates decide the groups; who is absent joins the largest"
     number(method, "--cluster-round", positive_int, 1, text, "T", when=of("updates", flag="cluster"))
     choice(method, "--stop-on", STOP_ON, "never", "end the run at a detector's alarm: of divergence, or of any")
-    add_data_flags(parser)
-    add_model_flags(parser)
-    add_federated_flags(parser)
-    run = add_run_flags(parser, "--name")
-    run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
-    run.add_argument("--output-dir", "--results-dir", default="results", metavar="DIR", help="where run folders go")
-    add_machine_flags(run, federated=True)
-    run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
-    return parser
 
-
-def add_data_flags(parser):
-    """Texts and their partition."""
     data = parser.add_argument_group("the data")
     choice(data, "--dataset", DATASETS, "ag_news", "demo is built in and needs no network")
     number(data, "--max-samples", non_negative_int, 0, "training texts; 0: all", "N")
@@ -105,11 +79,7 @@ def add_data_flags(parser):
     choice(data, "--skew-type", SKEW_TYPES, "frequency", "token_skew: what the texts are sorted by", when=token)
     number(data, "--num-clients", positive_int, 10, "clients", "K")
     number(data, "--min-samples", positive_int, 10, "texts of each client, at least", "N", when=topic)
-    return data
 
-
-def add_model_flags(parser):
-    """The model and its adapter."""
     model = parser.add_argument_group("the model")
     text = "distilgpt2, gpt2, tinyllama, qwen-0.5b, tiny, a folder"
     model.add_argument("--model", default="distilgpt2", metavar="NAME", help=text)
@@ -118,23 +88,11 @@ def add_model_flags(parser):
     number(model, "--lora-alpha", positive_float, 16, "its scale is alpha / r")
     number(model, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0")
     model.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: attention's)")
-    return model
 
-
-def add_federated_flags(parser):
-    """Rounds and local work."""
     train = parser.add_argument_group("training")
     number(train, "--num-rounds", positive_int, 50, "rounds", "T", "--rounds")
-    number(
-        train,
-        "--participation-rate",
-        fraction,
-        1.0,
-        "share of clients a round",
-        "C",
-        "--participation",
-        when=lambda a: a.algorithm != "central" or a.local_steps > 0,
-    )
+    sampled, text = lambda a: a.algorithm != "central" or a.local_steps > 0, "share of clients a round"
+    number(train, "--participation-rate", fraction, 1.0, text, "C", "--participation", when=sampled)
     text = "passes over a client's texts a round"
     number(train, "--local-epochs", positive_float, 1.0, text, when=lambda a: a.local_steps == 0)
     number(train, "--local-steps", non_negative_int, 0, "exactly so many steps instead; off: 0", "H")
@@ -147,7 +105,13 @@ def add_federated_flags(parser):
     choice(train, "--client-weights", ["examples", "uniform"], "examples", text, when=together)
     number(train, "--eval-every", positive_int, 5, "evaluate every N rounds", "N")
     number(train, "--probe-samples", non_negative_int, 32, "texts for CKA; off: 0", "N", when=is_compared)
-    return train
+
+    run = add_run_flags(parser, "--name")
+    run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
+    run.add_argument("--output-dir", "--results-dir", default="results", metavar="DIR", help="where run folders go")
+    add_machine_flags(run, federated=True)
+    run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
+    return parser
 
 
 def number(group, flag, kind, default, text, letter="X", *spellings, when=None):
@@ -211,11 +175,6 @@ def complete(args, argv=None):
     return args
 
 
-def compared(args):
-    """The flags of a run of train.py that decide what is computed, as JSON values."""
-    return {k: v for k, v in json.loads(json.dumps(vars(args), default=str)).items() if k not in NOT_COMPARED}
-
-
 def refuse(words, names):
     """Raises UsageError where one of these flags is among the words: the script that starts the runs sets it."""
     for word in words:
@@ -226,8 +185,6 @@ def refuse(words, names):
 
 def run_name(args):
     """The run's folder where --run-name does not say: what distinguishes it."""
-    from llm_noniid.models import label
-
     partition = {
         "iid": "iid",
         "topic_skew": f"topic_skew_alpha_{args.alpha:g}",
@@ -237,6 +194,6 @@ def run_name(args):
     cluster = "" if args.cluster == "none" else f"_{args.num_clusters}_clusters_by_{args.cluster}"
     rate = "" if args.participation_rate == 1 else f"_participation_{args.participation_rate:g}"
     return (
-        f"{args.algorithm}{cluster}_{partition}_{args.dataset}_{label(args.model)}{rate}_lr_{args.learning_rate:g}"
+        f"{args.algorithm}{cluster}_{partition}_{args.dataset}_{Path(args.model).name}{rate}_lr_{args.learning_rate:g}"
         f"_seed_{args.seed}"
     )

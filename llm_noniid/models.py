@@ -89,8 +89,3 @@ def memory(args):
         size = sum(2 * file.stat().st_size for file in Path(args.model).glob("*.safetensors"))
     vocabulary = 2048 if args.model == "tiny" else 50_000
     return int(6e8 + size + 12 * args.batch_size * args.max_length * vocabulary)
-
-
-def label(name):
-    """What stands for a model in folder names."""
-    return Path(name).name
