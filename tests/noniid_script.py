@@ -1,5 +1,6 @@
 """How the tests run llm_noniid/train.py: in this process, at a size of seconds."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -48,6 +49,15 @@ def padded(rows, eos):
     ids = torch.tensor([row + [eos] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE)}
+
+
+def losses(model, rows):
+    """(summed NLL, scored tokens) of each text alone by transformers' own loss: fp64 [n], int64 [n]."""
+    model.eval()
+    with torch.no_grad():
+        means = [model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss.item() for row in rows]
+    n = np.array([len(row) - 1 for row in rows])
+    return np.array(means) * n, n
 
 
 def no_dropout(monkeypatch):

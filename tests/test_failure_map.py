@@ -51,7 +51,6 @@ def test_a_small_budget_is_kept_and_every_alpha_has_its_share(seed):
     assert len(points) == 10
     for alpha in ALPHAS:
         b = bracket(points, alpha)
-        assert b["works"] or b["fails"]
         assert (b["works"] or 0) <= edges[alpha] < (b["fails"] or math.inf)
         assert sum(p["alpha"] == alpha for p in points) >= 2
 
@@ -62,17 +61,18 @@ def test_equal_boundaries_cost_two_runs_for_each_further_alpha():
     assert per_alpha[0.1] == 5 and [per_alpha[alpha] for alpha in ALPHAS[1:]] == [2, 2, 2]  # a grid: 18 values each
 
 
-def test_what_never_or_always_fails_has_one_end():
-    never = search(lambda alpha, value: False, (0.1, 1.0), 1e-3, 1.0, budget=40)
-    assert [bracket(never, alpha) for alpha in (0.1, 1.0)] == [
-        {"alpha": alpha, "works": 1.0, "fails": None} for alpha in (0.1, 1.0)
-    ]
-    always = search(lambda alpha, value: True, (0.1, 1.0), 1e-3, 1.0, budget=40)
-    assert [bracket(always, alpha)["fails"] for alpha in (0.1, 1.0)] == [1e-3, 1e-3]
-    assert bracket(always, 0.1)["works"] is None and len(never) < 20 and len(always) < 20
-    # one that never fails beside one that always does
-    mixed = search(lambda alpha, value: alpha == 0.1, (0.1, 1.0), 1e-3, 1.0, budget=40)
-    assert bracket(mixed, 0.1)["fails"] == 1e-3 and bracket(mixed, 1.0)["works"] == 1.0
+@pytest.mark.parametrize(
+    ("fails_at", "ends"),
+    [
+        ((), [(1.0, None), (1.0, None)]),
+        ((0.1, 1.0), [(None, 1e-3), (None, 1e-3)]),
+        ((1.0,), [(1.0, None), (None, 1e-3)]),
+    ],
+)
+def test_what_never_or_always_fails_has_one_end(fails_at, ends):
+    points = search(lambda alpha, value: alpha in fails_at, (0.1, 1.0), 1e-3, 1.0, budget=40)
+    found = [bracket(points, alpha) for alpha in (0.1, 1.0)]
+    assert [(b["works"], b["fails"]) for b in found] == ends and len(points) < 20
 
 
 @pytest.mark.parametrize("edge", [1, 37, 255, 300])
@@ -124,36 +124,68 @@ def test_bad_usage_of_the_failure_map(words, error, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-TINY = "--model tiny --dataset demo --max-samples 200 --eval-samples 20 --num-rounds 2 --local-steps 2 --threads 1"
-
-
 def call(words):
     with pytest.raises(SystemExit) as stop:
         run_main(lambda argv: failure_map.main(*failure_map.parse(argv)), words.split())
     return stop.value.code
 
 
-@pytest.mark.slow
-def test_a_failure_map_of_a_tiny_model(tmp_path, capsys):
-    folder = tmp_path / "map"
-    words = f"{TINY} --alphas 1 --low 1e-3 --high 1e3 --budget 2 --num-clients 3 --output-dir {folder}"
-    assert call(words) == 0
-    said = capsys.readouterr().out
-    assert said.splitlines()[-1] == str(folder) and "works at" in said
-    found = read_json(folder / "failure_map.json")
-    assert found["finished"] and len(found["points"]) == 2 and found["points"][0]["value"] == 1.0
-    assert found["boundary"][0] == bracket(found["points"], 1.0)
-    assert found["start_val_loss"] is None or found["start_val_loss"] > 5  # None: runs that do not log round 0
-    for point in found["points"]:
-        rows = (folder / point["run"] / "metrics.jsonl").read_text().splitlines()
-        assert json.loads(rows[-1])["val_loss"] == point["val_loss"]
-        assert point["failed"] == bool(point["reason"])
-    runs = [path.stat().st_mtime_ns for path in sorted(folder.glob("*/run.json"))]
-    assert call(words) == 0  # nothing is run again
-    assert read_json(folder / "failure_map.json") == found
-    assert [path.stat().st_mtime_ns for path in sorted(folder.glob("*/run.json"))] == runs
-    assert call(words.replace("--budget 2", "--budget 3")) == 0
-    assert read_json(folder / "failure_map.json")["points"][:2] == found["points"]
+@pytest.fixture
+def values(monkeypatch):
+    """The learning rates of the runs, which are made up: from 1 without a finite update, from 0.1 rising."""
+    values = []
+
+    def run_all(runs, output, **_):
+        (run,) = runs
+        values.append(float(run.command[run.command.index("--learning-rate") + 1]))
+        losses, how = [5.0, 4.5, 4.75 if values[-1] >= 0.1 else 4.0], {"status": "finished"}
+        if values[-1] >= 1:
+            losses, how = [5.0], {"status": "failed", "reason": "round 1: the updates of all clients are not finite"}
+        rows = [{"round": t, "val_loss": loss} for t, loss in enumerate(losses)]
+        (output / run.name).mkdir()
+        (output / run.name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (output / run.name / "run.json").write_text(json.dumps(how))
+        return []
+
+    monkeypatch.setattr(failure_map.grid, "run_all", run_all)
+    monkeypatch.setattr(failure_map.grid, "collect", lambda output: None)
+    return values
+
+
+def test_a_map_of_made_up_runs_goes_on_and_counts_its_points(values, tmp_path, capsys):
+    words = f"--alphas 1 --low 1e-3 --high 1e3 --output-dir {tmp_path / 'map'} --num-rounds 2"
+    assert call(f"{words} --budget 3") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == ["alpha 1: works at 0.032, fails at 0.18", str(tmp_path / "map")]
+    map_ = read_json(tmp_path / "map" / "failure_map.json")
+    assert map_["finished"] and values == [1.0, 0.032, 0.18] and map_["start_val_loss"] == 5.0
+    assert map_["boundary"] == [bracket(map_["points"], 1.0)] and map_["violations"] == []
+    reasons = ["no update was finite", "", "ends above its first evaluation"]
+    assert [p["reason"] for p in map_["points"]] == reasons and map_["points"][0]["val_loss"] is None
+    second = {"alpha": 1.0, "value": 0.032, "failed": False, "reason": "", "val_loss": 4.0}
+    assert map_["points"][1] == second | {"run": "alpha_1_learning_rate_0.032"}
+
+    assert call(f"{words} --budget 3") == 0 and len(values) == 3  # nothing is run again
+    assert read_json(tmp_path / "map" / "failure_map.json")["points"] == map_["points"]
+    assert call(f"{words} --budget 5") == 0 and len(values) == 5
+    assert read_json(tmp_path / "map" / "failure_map.json")["points"][:3] == map_["points"]
     capsys.readouterr()
-    assert call(words.replace("--local-steps 2", "--local-steps 3")) == 2
-    assert "local_steps 2 -> 3" in capsys.readouterr().err
+    assert call(f"{words} --budget 9 --plan") == 0 and len(values) == 5
+    assert "at most 4 more runs" in capsys.readouterr().out
+    assert call(f"{words.replace('rounds 2', 'rounds 3')} --budget 9") == 2
+    assert "num_rounds 2 -> 3" in capsys.readouterr().err
+
+
+TINY = "--model tiny --dataset demo --max-samples 60 --eval-samples 5 --num-rounds 1 --local-steps 1 --threads 1"
+
+
+@pytest.mark.slow
+def test_a_point_of_a_real_run(tmp_path):
+    words = f"{TINY} --alphas 1 --low 1e-3 --high 1e3 --budget 1 --num-clients 2 --output-dir {tmp_path / 'map'}"
+    assert call(words) == 0
+    map_ = read_json(tmp_path / "map" / "failure_map.json")
+    (point,) = map_["points"]
+    rows = (tmp_path / "map" / point["run"] / "metrics.jsonl").read_text().splitlines()
+    before, after = (json.loads(row)["val_loss"] for row in rows)
+    assert (map_["start_val_loss"], point["val_loss"]) == (before, after) and point["value"] == 1.0
+    assert point["failed"] == bool(point["reason"]) == (after > before)

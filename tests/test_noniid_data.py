@@ -44,7 +44,6 @@ def refuse(match, *args, **kwargs):
     with pytest.raises(UsageError, match=match) as error:
         data.load_texts(*args, **kwargs)
     assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------ AG News
@@ -98,14 +97,7 @@ GOOD = '"1","A","begins\nhere"\n'  # two lines: the next row is on line 3
 @pytest.mark.parametrize(
     "content, message",
     [
-        (GOOD + '"2","B"\n', r"train.csv line 3 has 2 columns instead of class, title and description"),
-        (GOOD + '"2","B"b,"c"\n', r"train.csv line 3 is broken .*: mend its quotes"),
         (GOOD + '"2","B","never closed\n"3","C","c"\n', r"train.csv line 3 is broken"),
-        (
-            GOOD + '"0","B","b"\n',
-            r"train.csv line 3: class '0' is outside 1 to 4 \(World, Sports, Business, Sci/Tech\)",
-        ),
-        (GOOD + '"Sports","B","b"\n', r"train.csv line 3: class 'Sports' is outside 1 to 4"),
         (GOOD + '"2",""," \\ "\n', r"train.csv line 3 has an empty text"),
         ("label,text\n1,good\n0,bad\n", r"train.csv line 3: class '0' is outside"),
         ("label,text\n1,good\n2,b,c\n", r"train.csv line 3 has 3 columns instead of label and text"),
@@ -117,6 +109,7 @@ GOOD = '"1","A","begins\nhere"\n'  # two lines: the next row is on line 3
     ],
 )
 def test_a_broken_row_is_named_with_its_line(tmp_path, content, message):
+    """More of them, by the script: tests/refusals.py."""
     folder = write_ag_news(tmp_path)
     (folder / "train.csv").write_bytes(content.encode("utf-8", "surrogateescape"))
     refuse(message, "ag_news", tmp_path)
@@ -128,8 +121,7 @@ def test_missing_files(tmp_path):
     refuse(r"AG News in .*ag_news is incomplete: put test.csv there too", "ag_news", tmp_path)
     (folder / "train.csv").rename(folder / "test.csv")
     refuse(r"incomplete: put train.csv there too", "ag_news", tmp_path)
-    message = refuse("no AG News under .* and the hub cannot be reached", "ag_news", tmp_path / "nothing")
-    assert "--data-root" in message and "--dataset demo" in message
+    refuse("no AG News under .* and the hub cannot be reached: .*--data-root", "ag_news", tmp_path / "nothing")
 
 
 def test_the_validation_split_is_stratified_keyed_and_cut_from_train(tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from comparing import same_bits
-from noniid_script import call, padded, token_rows, words
+from noniid_script import call, losses, token_rows, words
 from safetensors.torch import load_file, save_file
 
 from common.cli import UsageError
@@ -89,25 +89,20 @@ def test_lora_adapts_the_attention_of_each_architecture(kind, targets, layers, f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_run_on_such_a_folder_serves_an_adapter_for_it(kind, bases, texts, tmp_path):
+def test_a_run_on_such_a_folder_serves_an_adapter_for_it(bases, texts, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    line = words(tmp_path, "a", f"--model {bases / kind} --num-rounds 1 --local-steps 2 --eval-samples 0")
+    base = bases / "qwen2"
+    line = words(tmp_path, "a", f"--model {base} --num-rounds 1 --local-steps 2 --eval-samples 0")
     del line[line.index("--tokenizer") : line.index("--tokenizer") + 2]  # the folder has its own
     assert call(*line) == 0
     assert not (tmp_path / "a" / "base").exists()
     named = json.loads((tmp_path / "a/final/adapter/adapter_config.json").read_text())
-    assert named["base_model_name_or_path"] == str(bases / kind) and named["fan_in_fan_out"] is False
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases / kind), tmp_path / "a/final/adapter")
-    rows = token_rows(AutoTokenizer.from_pretrained(bases / kind), texts.splits["validation"])
-    nll, n = 0.0, 0
-    for row in rows:
-        with torch.no_grad():
-            nll += model.eval()(**padded([row], 0)).loss.item() * (len(row) - 1)
-        n += len(row) - 1
-    assert read_metrics(tmp_path / "a")[-1]["val_loss"] == pytest.approx(nll / n, rel=1e-5)
+    assert named["base_model_name_or_path"] == str(base) and named["fan_in_fan_out"] is False
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a/final/adapter")
+    nll, n = losses(model, token_rows(AutoTokenizer.from_pretrained(base), texts.splits["validation"]))
+    assert read_metrics(tmp_path / "a")[-1]["val_loss"] == pytest.approx(nll.sum() / n.sum(), rel=1e-5)
 
 
 def test_the_tiny_model_follows_from_its_seed(tokenizer):
@@ -138,6 +133,7 @@ def test_the_tokenizer_is_the_models_unless_another_is_named(bases, texts, token
 
 
 def refuse(match, *args):
+    """More of them, by the script: tests/refusals.py."""
     with pytest.raises(UsageError, match=match) as error:
         models.load_base(*args)
     assert "\n" not in str(error.value)
@@ -153,12 +149,7 @@ def test_folders_that_do_not_serve_are_refused(bases, tokenizer, tmp_path):
     folder = tmp_path / "mine"
     shutil.copytree(bases / "gpt2", folder)
     mine = str(folder)
-    refuse("--max-length 97 is above the model's 96 positions: lower it", mine, tokenizer, 97, 0)
-    assert models.load_base(mine, tokenizer, 96, 0) is not None
     refuse("--max-length 97 is above the model's 96", str(bases / "llama"), tokenizer, 97, 0)
-    more = load_tokenizer("bpe:850", as_corpus(load_texts("demo", max_samples=160)))
-    refuse("knows 800 tokens, the tokenizer has 850: .*--tokenizer", mine, more, 96, 0)
-
     tensors = load_file(folder / "model.safetensors")
     fewer = {name: t for name, t in tensors.items() if "h.1.attn.c_attn.weight" not in name}
     save_file(fewer, folder / "model.safetensors", {"format": "pt"})

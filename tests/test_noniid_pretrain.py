@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from noniid_script import call, token_rows, words
+from noniid_script import call, losses, token_rows, words
 
 from common.checkpoint import read_json
 from common.cli import run_main
@@ -55,13 +55,9 @@ def test_the_loss_falls_and_is_what_transformers_finds(base, capsys):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     assert (model.config.n_embd, model.config.n_layer, model.config.n_positions) == (32, 2, 96)
     assert len(tokenizer) == 800 and tokenizer.eos_token_id == model.config.eos_token_id
-    nll = n = 0
-    for row in token_rows(tokenizer, load_texts("demo", max_samples=160).splits["validation"]):
-        with torch.no_grad():
-            nll += model.eval()(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss.item() * (len(row) - 1)
-        n += len(row) - 1
-    assert history[-1]["val_loss"] == pytest.approx(nll / n, rel=1e-5)
-    assert history[-1]["val_ppl"] == pytest.approx(math.exp(nll / n), rel=1e-4)
+    nll, n = losses(model, token_rows(tokenizer, load_texts("demo", max_samples=160).splits["validation"]))
+    assert history[-1]["val_loss"] == pytest.approx(nll.sum() / n.sum(), rel=1e-5)
+    assert history[-1]["val_ppl"] == pytest.approx(math.exp(nll.sum() / n.sum()), rel=1e-4)
 
 
 def test_the_same_flags_make_the_same_files_and_another_seed_does_not(base, tmp_path, capsys):

@@ -22,13 +22,13 @@ SEED = 7  # of which each of three rounds draws other clients
 SGD = "--client-optimizer sgd --learning-rate 0.1"
 SGDM = "--client-optimizer sgdm --learning-rate 0.02"
 WAYS = {
-    "fedavg": "--weight-decay 0.1 --local-steps 0 --local-epochs 0.5",
+    "fedavg": "--weight-decay 0.1 --local-steps 0 --local-epochs 0.3",
     "uniform": f"--client-weights uniform --max-grad-norm 0.3 {SGDM}",
     "fedprox": f"--algorithm fedprox --mu 20 --max-grad-norm 0.5 {SGDM}",
     "scaffold": f"--algorithm scaffold {SGD}",
     "scaffold of adamw": "--algorithm scaffold --client-weights uniform",
     "option II": f"--algorithm scaffold --scaffold-option II {SGD}",
-    "fednova": f"--algorithm fednova --local-steps 0 {SGDM}",
+    "fednova": f"--algorithm fednova --local-steps 0 --local-epochs 0.4 {SGDM}",
     "fedavgm": f"--algorithm fedavgm --server-lr 0.7 --server-momentum 0.8 {SGD}",
     "fedadam": f"--algorithm fedadam --server-lr 0.003 {SGD}",
     "local": f"--algorithm local {SGD}",
@@ -187,7 +187,10 @@ class Plain:
 @pytest.mark.parametrize("way", WAYS)
 def test_rounds_are_those_of_a_plain_loop(way, tmp_path, monkeypatch):
     no_dropout(monkeypatch)
-    more = f"--seed {SEED} --participation-rate 0.75 --lora-dropout 0 --probe-samples 0 --eval-samples 4 {WAYS[way]}"
+    more = (
+        f"--seed {SEED} --participation-rate 0.75 --lora-dropout 0 --probe-samples 0 --eval-samples 4 --local-steps 2"
+    )
+    more += f" {WAYS[way]}"
     args = parsed(*words(tmp_path, "a", more))
     plain = Plain(args)
     failing(monkeypatch, {(t - 1, k) for line in plain.lines for t, k in line["left_out"] or ()})
