@@ -93,11 +93,8 @@ def load_study(args, run):
     parameters = {"total": total, "trainable": model.weights.size, "frozen_sha256": fingerprint(frozen)}
     run.begin(data, parameters, clients=shards)
     n = sorted(study.examples)
-    for line in [
-        *texts.notes,
-        *notes,
-        f"{len(n)} clients, training texts a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})",
-    ]:
+    sizes = f"{len(n)} clients, training texts a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})"
+    for line in [*texts.notes, *notes, sizes]:
         run.note(line)
     if parallel.is_main():
         path = run.folder / "partition.json"
@@ -134,16 +131,18 @@ def watched(seed, clients, t):
     return set(stream(seed, "watched", t).choice(sorted(clients.clients), WATCHED, replace=False).tolist())
 
 
+def gram_of(study, theta, seen):
+    """Inner products of the clients' updates from theta [n]; seen: {client: (theta_k [n], ...)}."""
+    named = study.model.weights.named
+    return diagnostics.update_gram(named(theta), [named(of[0]) for of in seen.values()], study.model.lora.scale)
+
+
 def group_by_updates(run, study, theta, seen, clusters):
     """Groups of all clients [K] by the cosines of the updates; who did not take part joins the largest group.
 
     Args: theta [n]: what the clients started from; seen: {client: (theta_k [n], ...)}.
     """
-    named = study.model.weights.named
-    gram = diagnostics.update_gram(
-        named(theta), [named(theta_k) for theta_k, _ in seen.values()], study.model.lora.scale
-    )
-    labels = clustering.cluster_updates(diagnostics.cosine_matrix(gram), min(clusters, len(seen)))
+    labels = clustering.cluster_updates(diagnostics.cosine_matrix(gram_of(study, theta, seen)), clusters)
     of = np.full(len(study.rows), np.bincount(labels).argmax())
     of[list(seen)] = labels
     run.note(f"groups: {of.tolist()}")
@@ -160,17 +159,15 @@ def compare(study, theta, after, seen, weights):
     """
     if len(seen) < 2:
         return {}
-    thetas = [theta_k for theta_k, _ in seen.values()]
-    model, named = study.model, study.model.weights.named
-    gram = diagnostics.update_gram(named(theta), [named(theta_k) for theta_k in thetas], model.lora.scale)
+    gram = gram_of(study, theta, seen)
     figures = {
         "compared": list(seen),
         **diagnostics.update_figures(gram, [weights[k] for k in seen]),
         "update_cosines": np.round(diagnostics.cosine_matrix(gram), 4).tolist(),
-        "weight_cosine_drift": diagnostics.weight_cosine_drift(after, thetas),
+        "weight_cosine_drift": diagnostics.weight_cosine_drift(after, [of[0] for of in seen.values()]),
     }
     if study.args.probe_samples:
-        model.weights.load(after)
+        study.model.weights.load(after)
         figures |= diagnostics.cka_figures(probe(study), [hidden for _, hidden in seen.values()])
     return figures
 

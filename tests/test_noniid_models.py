@@ -177,7 +177,6 @@ def test_a_folder_that_names_code_runs_none(bases, tokenizer, tmp_path, monkeypa
     assert type(models.load_base(str(folder), tokenizer, 96, 0)).__name__ == "GPT2LMHeadModel"  # transformers' own
 
 
-@pytest.mark.parametrize("name, spec", [("distilgpt2", "distilbert/distilgpt2"), ("someone/model", "someone/model")])
-def test_a_model_of_the_hub_that_cannot_be_had(name, spec):
-    with pytest.raises(UsageError, match=f"no model {name}: .*download {spec} where .*pretrain.py, or .*--model tiny"):
-        models.find_model(name)
+def test_the_name_of_a_model_stands_for_one_of_the_hub():
+    with pytest.raises(UsageError, match="no model distilgpt2: .*download distilbert/distilgpt2 where "):
+        models.find_model("distilgpt2")

@@ -10,7 +10,6 @@ from harness import whole
 from noniid_script import call, done, failing, lines_of, served, spied, words
 
 from common.checkpoint import read_json
-from common.cli import UsageError
 from common.runlog import Run, read_metrics
 from llm_noniid import detectors, fed_core, flags, train
 
@@ -136,5 +135,3 @@ def test_central_takes_all_cores_unless_told():
     for threads, expected in ((0, torch.get_num_threads()), (3, 3)):
         line = ["--algorithm", "central", "--threads", str(threads)]
         assert flags.parse(train.build_parser(), line).threads == expected
-    with pytest.raises(UsageError, match="fednova"):
-        flags.parse(train.build_parser(), ["--algorithm", "fednova"])
