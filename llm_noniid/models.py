@@ -1,6 +1,6 @@
 """The causal language models of this study: from the hub, from a folder, or `tiny` from a config.
 
-tokenizer = find_tokenizer(args, texts)
+tokenizer = find_tokenizer("distilgpt2", texts)
 base = load_base("distilgpt2", tokenizer, max_length=128, seed=42)
 lora = LoraModel(base, r=8, alpha=16, dropout=0.05)                    # common.lora
 """
