@@ -4,7 +4,7 @@
     python llm_noniid/failure_map.py --axis local_steps --model tiny --dataset demo --num-rounds 5 --budget 8
 
 Instead of a grid: bisection (`llm_noniid.boundary`). A run fails if it diverges (the detector's alarm, or no finite
-update) or ends above its first evaluation or above the model before training (`llm_noniid.outcomes.failure`). Every
+update) or ends above its first evaluation or above the model before training (`common.curves.failure`). Every
 point is a run folder: finished ones are not run again, so the command can be given again, also with a larger --budget.
 Other flags are train.py's.
 """
@@ -16,9 +16,10 @@ from pathlib import Path
 from common import grid
 from common.checkpoint import read_json, saving, write_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_float, positive_int, run_main
+from common.curves import failure
 from llm_noniid import flags
 from llm_noniid.boundary import bracket, search, summary, violations
-from llm_noniid.outcomes import MAP_FILE, failure, read_outcome
+from llm_noniid.outcomes import MAP_FILE, read_outcome
 
 RANGES = {"learning_rate": (1e-4, 1.0), "local_steps": (1, 256)}
 ALPHAS = (0.1, 100.0, 1.0, 0.01)
