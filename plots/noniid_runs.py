@@ -250,11 +250,6 @@ def factor_figures(runs, notes, factor):
     return sorted(figures, key=lambda figure: -len(all_curves(figure[1])))
 
 
-def of_those(wanted, select=figures_of):
-    """A figure's select: `select`, of the runs for which wanted(run)."""
-    return lambda runs, notes: select([run for run in runs if wanted(run)], notes)
-
-
 def central_of(panel):
     """The central curves of the panel's own partition: those whose args name it.
 
