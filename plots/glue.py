@@ -22,6 +22,7 @@ Correlations are shown times 100. Figures of one model and adapter size: a furth
 """
 
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 
@@ -66,31 +67,27 @@ def setting_of(run):
     args, facts = run.args, run.facts
     model = args.get("model") or facts.get("model") or f"roberta-{args.get('model_size')}"
     ranks, examples = facts.get("ranks") or args.get("client_ranks") or [], facts.get("examples")
-    mixed = len(set(ranks)) > 1
+    # a flag that takes fractions holds a float, whatever was written: 8 for 8.0
+    mixed, alpha = len(set(ranks)) > 1, args.get("lora_alpha")
     values = {
         "dataset": facts.get("dataset") or args.get("dataset"),
         "model": base_name(str(model), inner=("final", "model")),
         "task": str(facts.get("task") or args.get("task_name")).lower(),
         "rank": " ".join(map(str, args.get("client_ranks") or ranks)) if mixed else args.get("lora_r"),
-        "lora_alpha": whole(args.get("lora_alpha")),
+        "lora_alpha": int(alpha) if isinstance(alpha, float) and alpha.is_integer() else alpha,
         "examples": sum(examples) if isinstance(examples, list) else examples,
     }
     if isinstance(facts.get("sha256"), dict):
         values["data"] = text({split: str(value)[:8] for split, value in facts["sha256"].items()})
     if not run.central:
         values |= {"clients": facts.get("clients"), "shards": shards_name(facts)}
-        values |= {key: whole(args.get(key)) for key in ("rounds", "local_epochs", "learning_rate")}
+        values |= {key: args.get(key) for key in ("rounds", "local_epochs", "learning_rate")}
     if run.kind == "svd":
         rank = args.get("svd_rank")
         alpha = args.get("alpha") or rank
         values["svd_rank"] = rank if rank != args.get("lora_r") else ""
         values["served_scale"] = alpha / rank if rank and alpha != rank else ""
     return values
-
-
-def whole(value):
-    """8 for 8.0: flags that take fractions hold a float, whatever was written."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def shards_name(facts):
@@ -276,14 +273,14 @@ def having(field=None, lines=1, over_rounds=False, axis=()):
     return select
 
 
-def panelled(title, draw_panel, spread="bands", height=2.9, note=lambda panels: ""):
-    """A draw of a figure with draw_panel(axis, panel, looks, panels) for each panel; note: a line of the caption."""
+def panelled(title, draw_panel, spread="bands", height=2.9, note=lambda panels: "", **more):
+    """A draw with draw_panel(axis, panel, looks, panels, **more) for each panel; note: a line of the caption."""
 
     def draw(setting, panels, args):
         figure, axes = axes_of(panels, height, 1.6, [(p.setting["task"], p.title.partition(", ")[2]) for p in panels])
         looks = looks_of(all_curves(panels))
         for axis, panel in zip(axes, panels, strict=True):
-            draw_panel(axis, panel, looks, panels)
+            draw_panel(axis, panel, looks, panels, **more)
         about, keys = shared_setting(setting, all_curves(panels)), (*setting, "rounds", "local_epochs", "learning_rate")
         return finish(figure, axes, title, about, keys, panels, spread, [note(panels)])
 
@@ -295,11 +292,11 @@ def panelled(title, draw_panel, spread="bands", height=2.9, note=lambda panels: 
 
 def central_lines(axis, panel):
     """A horizontal line at the last metric of each central curve; that of all weights is black."""
-    dashes = {"central": [(0, (6, 2)), (0, (2, 2)), (0, (9, 2, 2, 2))], "full": [(0, (1, 3)), (0, (1, 1))]}
+    grey, black = cycle([(6, 2), (2, 2), (9, 2, 2, 2)]), cycle([(1, 3), (1, 1)])
     looks = {}
-    for kind, color in (("central", GREY), ("full", "black")):
-        for i, curve in enumerate(curve for curve in panel.references if curve.kind == kind):
-            looks[curve.label] = {"color": color, "linestyle": dashes[kind][i % len(dashes[kind])]}
+    for curve in panel.references:
+        color, dashes = ("black", black) if curve.kind == "full" else (GREY, grey)
+        looks[curve.label] = {"color": color, "linestyle": (0, next(dashes))}
     reference_lines(axis, panel.references, headline(panel.setting), 100, looks=looks)
 
 
@@ -309,19 +306,15 @@ def draw_metric(axis, panel, looks, _, x="round", x_factor=1.0):
     axis.set_ylabel(METRICS[headline(panel.setting)])
 
 
-def draw_bytes(field, x_label):
+def draw_bytes(axis, panel, looks, panels, field, x_label):
     """Against these bytes; logarithmic where two rules' totals differ by more than a factor of five."""
-
-    def draw_panel(axis, panel, looks, panels):
-        draw_metric(axis, panel, looks, panels, field, 1e-6)
-        totals = [total for curve in panel.curves for total in curve.results(field)]
-        if max(totals) > 5 * min(totals) > 0:
-            axis.autoscale(axis="x")
-            axis.set_xscale("log")
-            plain_ticks(axis.xaxis, *axis.get_xlim(), most=6)
-        axis.set_xlabel(x_label)
-
-    return panelled("Validation metric against bytes sent, all clients", draw_panel)
+    draw_metric(axis, panel, looks, panels, field, 1e-6)
+    totals = [total for curve in panel.curves for total in curve.results(field)]
+    if max(totals) > 5 * min(totals) > 0:
+        axis.autoscale(axis="x")
+        axis.set_xscale("log")
+        plain_ticks(axis.xaxis, *axis.get_xlim(), most=6)
+    axis.set_xlabel(x_label)
 
 
 # ---- the error of what is served
@@ -358,31 +351,28 @@ def draw_error(axis, panel, looks, panels):
     axis.set_ylabel("Aggregation error (%)")
 
 
-def draw_error_along(x_label, tick_of):
-    """The mean error of a run's rounds against a setting. tick_of(place, panels) -> the text of a tick."""
-
-    def draw_panel(axis, panel, _, panels):
-        exact = exact_rules(panels)
-        draw_along(
-            axis,
-            panel.curves,
-            lambda curve: 100 * curve.mean_over_rounds(ERROR),
-            lambda curve: tick_of(curve.place, panels),
-            lambda curve: [order(*item) for item in curve.place.items()],
-            exact,
-        )
-        zero_line(axis, panel, exact)
-        axis.set_xlabel(x_label)
-        axis.set_ylabel("Aggregation error (%), mean of rounds")
-
-    return panelled("Error of what is served", draw_panel, "bars", note=exact_note)
+def draw_error_along(axis, panel, _, panels, x_label):
+    """The mean error of a run's rounds against a setting."""
+    exact = exact_rules(panels)
+    draw_along(
+        axis,
+        panel.curves,
+        lambda curve: 100 * curve.mean_over_rounds(ERROR),
+        lambda curve: place_name(curve.place, panels),
+        lambda curve: [order(*item) for item in curve.place.items()],
+        exact,
+    )
+    zero_line(axis, panel, exact)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel("Aggregation error (%), mean of rounds")
 
 
-def rank_name(place, panels):
+def place_name(place, panels):
     """`4`, or `4 (alpha 8)` on two lines where alpha differs too."""
-    alpha = place["lora_alpha"]
-    several = len({curve.place["lora_alpha"] for curve in all_curves(panels)}) > 1
-    return str(place["rank"]) + (f"\n(alpha {alpha:g})" if several and alpha is not None else "")
+    first, *rest = place
+    several = [key for key in rest if len({curve.place[key] for curve in all_curves(panels)}) > 1]
+    more = describe(STUDY, place, several) if several else ""
+    return f"{place[first]}\n({more})" if more else str(place[first])
 
 
 # ---- the clients' own models
@@ -414,12 +404,6 @@ def draw_gains(axis, panel, looks, _):
 
 
 # ---- the table
-
-WORDS = """One table per task and federation. Metrics are those of the last round on the validation examples, times
-100; `best` is the headline metric's best round, chosen on those same examples. `vs central` is in points; --against
-takes another row. `error %` (plots/glue.py) and `discarded %`, the share of the energy that svd cut off, are means over
-the rounds. --wide prints one table of headline metrics, a row per task and federation.
-"""
 
 
 def columns(curves, args):
@@ -493,7 +477,11 @@ def add_table_flags(parser):
 
 TABLE = Table(
     study=STUDY,
-    words=WORDS,
+    words="""One table per task and federation. Metrics are those of the last round on the validation examples, times
+100; `best` is the headline metric's best round, chosen on those same examples. `vs central` is in points; --against
+takes another row. `error %` (plots/glue.py) and `discarded %`, the share of the energy that svd cut off, are means over
+the rounds. --wide prints one table of headline metrics, a row per task and federation.
+""",
     columns=columns,
     free=SERVED,
     first="rule",
@@ -509,26 +497,23 @@ LOGGED = "runs of fedavg_rounds.py with"
 EACH = f"{LOGGED} --eval-each-round"
 SENT = f"{EACH}, with bytes_up and bytes_down in metrics.jsonl"
 WITH_ERROR = f"{LOGGED} {ERROR} in metrics.jsonl"
-OVER_ROUNDS = panelled("Error of what is served", draw_error, note=exact_note)
-BY_CLIENTS = draw_error_along("Clients", lambda place, _: str(place["clients"]))
-BY_RANK = draw_error_along("Rank r of the adapters", rank_name)
+ERRORS, METRICS_SENT = "Error of what is served", "Validation metric against bytes sent, all clients"
+BY_CLIENTS = panelled(ERRORS, draw_error_along, "bars", note=exact_note, x_label="Clients")
+BY_RANK = panelled(ERRORS, draw_error_along, "bars", note=exact_note, x_label="Rank r of the adapters")
+UP = panelled(METRICS_SENT, draw_bytes, field=SENT_UP, x_label="Sent by clients (MB)")
+BOTH = panelled(METRICS_SENT, draw_bytes, field=SENT_BOTH, x_label="Sent up and down (MB)")
 LAST = panelled("Clients' own models and the global one, last round", draw_clients, "bars", 3.0)
 GAINS = panelled("Global model minus the mean of its clients", draw_gains)
-BOTH, RANKS = draw_bytes(SENT_BOTH, "Sent up and down (MB)"), ("rank", "lora_alpha")
+NUMBERS, RANKS = having(ERROR, axis=("clients",)), having(ERROR, axis=("rank", "lora_alpha"))
 FIGURES = {
     "metric": [Figure("metric", having(over_rounds=True), panelled("Validation metric", draw_metric), EACH)],
     "error": [
-        Figure("error_rounds", having(ERROR), OVER_ROUNDS, WITH_ERROR),
-        Figure(
-            "error_clients",
-            having(ERROR, axis=("clients",)),
-            BY_CLIENTS,
-            f"{WITH_ERROR} and two numbers of clients",
-        ),
-        Figure("error_rank", having(ERROR, axis=RANKS), BY_RANK, f"{WITH_ERROR} and two values of --lora-r"),
+        Figure("error_rounds", having(ERROR), panelled(ERRORS, draw_error, note=exact_note), WITH_ERROR),
+        Figure("error_clients", NUMBERS, BY_CLIENTS, f"{WITH_ERROR} and two numbers of clients"),
+        Figure("error_rank", RANKS, BY_RANK, f"{WITH_ERROR} and two values of --lora-r"),
     ],
     "bytes": [
-        Figure("bytes_up", having(SENT_UP, over_rounds=True), draw_bytes(SENT_UP, "Sent by clients (MB)"), SENT),
+        Figure("bytes_up", having(SENT_UP, over_rounds=True), UP, SENT),
         Figure("bytes_both", having(SENT_BOTH, over_rounds=True), BOTH, SENT),
     ],
     "clients": [

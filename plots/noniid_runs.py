@@ -108,18 +108,17 @@ def prepared(runs, notes):
 
     What old runs of no training say is round 0 of the others.
     """
-    before = [run for run in runs if run.rows and run.args.get("learning_rate", 1) <= NO_TRAINING]
-    starts = {start_key(run): {"round": 0, "val_loss": run.rows[-1].get("val_loss")} for run in before}
-    chosen, of_maps = [], 0
-    for run in runs:
-        if run.folder and (run.folder.parent / MAP_FILE).is_file():
-            of_maps += 1
-        elif run.args.get("learning_rate", 1) > NO_TRAINING:
-            first = [starts[start_key(run)]] if start_key(run) in starts else []
-            run = replace(run, rows=[*first, *run.rows]) if first and run.rows else run
+    untrained = [run for run in runs if run.rows and run.args.get("learning_rate", 1) <= NO_TRAINING]
+    starts = {start_key(run): {"round": 0, "val_loss": run.rows[-1].get("val_loss")} for run in untrained}
+    mine = [run for run in runs if not (run.folder and (run.folder.parent / MAP_FILE).is_file())]
+    if n := len(runs) - len(mine):
+        notes.append(LeftOut(f"{n} run{'s' * (n > 1)} of failure maps", "see the figure failure_map"))
+    chosen = []
+    for run in mine:
+        if run.args.get("learning_rate", 1) > NO_TRAINING:
+            if run.rows and start_key(run) in starts:
+                run = replace(run, rows=[starts[start_key(run)], *run.rows])
             chosen.append(diverged(run) if not_finite(run) else run)
-    if of_maps:
-        notes.append(LeftOut(f"{of_maps} run{'s' * (of_maps > 1)} of failure maps", "see the figure failure_map"))
     return chosen
 
 
