@@ -6,7 +6,7 @@
 Instead of a grid: bisection on a log scale. The first alpha is bisected over the whole range, the others are tried at
 the bracket of the nearest alpha before them and moved from there, and what is left of the budget halves the widest
 brackets. A run fails if it diverges (the detector's alarm, or no finite update) or ends above its first evaluation or
-above the model before training (`llm_noniid.outcomes.failure`); what fails at one value is assumed to fail at all above
+above the model before training (`common.curves.failure`); what fails at one value is assumed to fail at all above
 it, and `violations` lists points that say otherwise. Every point is a run folder: finished ones are not run again, so
 the command can be given again, also with a larger --budget. Other flags are train.py's.
 """
@@ -18,10 +18,10 @@ from pathlib import Path
 from common import grid
 from common.checkpoint import read_json, saving, write_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_float, positive_int, run_main
-from common.curves import read_metrics
+from common.curves import failure, read_metrics
 from common.runlog import NOT_COMPARED
 from llm_noniid import flags
-from llm_noniid.outcomes import MAP_FILE, failure, from_start, number
+from llm_noniid.outcomes import MAP_FILE, from_start, number
 
 RANGES = {"learning_rate": (1e-4, 1.0), "local_steps": (1, 256)}
 ALPHAS = (0.1, 100.0, 1.0, 0.01)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from common.curves import failure
 from llm_noniid import flags
 
 BLOWN_UP = "not finite"  # in the reason of a run that had no finite update left
@@ -75,7 +76,7 @@ class Outcome:
 
     @cached_property
     def failed(self):
-        """Why the run counts as failed, in words, or "": see `failure`."""
+        """Why the run counts as failed, in words, or "": see `common.curves.failure`."""
         known = self.results.get("failed")
         return "no update was finite" if self.blown_up else known or failure(self.rows, self.start_loss)
 
@@ -95,25 +96,6 @@ def number(value):
         return None if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         return None
-
-
-def failure(rows, start_loss=None):
-    """Why a run of these lines of metrics.jsonl failed, in words; "" if it did not.
-
-    It failed if it raised the alarm `diverged`, or its last validation loss is not finite, above its first
-    evaluation's after a round, or above the model's before training: that of round 0, else start_loss (a run that
-    breaks in its first round can fall from then on).
-    """
-    if any(alarm["detector"] == "diverged" for row in rows for alarm in row.get("alarms") or []):
-        return "diverged"
-    before = [v for v in (number(row.get("val_loss")) for row in rows if row["round"] == 0) if v is not None]
-    losses = [v for v in (number(row.get("val_loss")) for row in rows if row["round"] > 0) if v is not None]
-    if not losses or not math.isfinite(losses[-1]):
-        return "the loss is not finite" if losses else "no evaluation"
-    if losses[-1] > losses[0]:
-        return "ends above its first evaluation"
-    start_loss = before[0] if before else start_loss
-    return "ends above the model before training" if start_loss is not None and losses[-1] > start_loss else ""
 
 
 def outcome_of(run):

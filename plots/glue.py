@@ -22,115 +22,302 @@ Correlations are shown times 100. Figures of one model and adapter size: a furth
 """
 
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 
-from common.cli import run_main
+from common.cli import UsageError, run_main
 from common.curves import GREY, number
-from plots.glue_runs import FIGURE, STUDY, TABLE, add_tasks, figures_of, headline, metric_label, of_tasks, order
-from plots.panels import all_curves, axes_of, bars, draw_along, finish, name_places, plain_ticks, sideways
-from plots.seeds import label, lines_of
-from plots.style import Figure, draw_figures, draw_rounds, figure_parser, looks_of, reference_lines
+from plots.panels import Panel, all_curves, axes_of, bars, draw_along, finish, name_places, plain_ticks, sideways
+from plots.runs import Study, base_name, describe, like_with_like, order_of, shared_setting, text
+from plots.seeds import curves_of, kind_order, label, lines_of
+from plots.style import Figure, draw_figures, draw_rounds, figure_parser, looks_of, reference_lines, seeds_range
+from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, layout, one_table, result, sent, spread
+
+TASKS = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP"}
+TASKS |= {"mnli": "MNLI", "wnli": "WNLI"}
+METRICS = {
+    "val_accuracy": "Accuracy (%)",
+    "val_mismatched_accuracy": "Accuracy, mismatched (%)",
+    "val_f1": "F1 (%)",
+    "val_matthews": "Matthews correlation (x 100)",
+    "val_pearson": "Pearson correlation (x 100)",
+    "val_spearman": "Spearman correlation (x 100)",
+}
+FIGURE = ("dataset", "model", "rank", "lora_alpha")  # what the panels of one figure have in common
+FEDERATION = ("clients", "shards", "rounds", "local_epochs")
+SERVED = ("svd_rank", "served_scale")  # of svd, where they are not the clients'
+KEYS = (*FIGURE, "task", *FEDERATION, "examples", "data", "learning_rate", *SERVED)
+ERROR = "aggregation_error"
+EXACT = 1e-3
+# what `prepared` adds to the lines of metrics.jsonl: the global headline metric minus the mean of the clients'; bytes
+GAIN, SENT_UP, SENT_BOTH = "global_minus_clients", "sent_up", "sent_both"
 
 
-def panelled(title, draw_panel, spread="bands", height=2.9, note=lambda panels: ""):
-    """A draw of a figure with draw_panel(axis, panel, looks, panels) for each panel; note: a line of the caption."""
-
-    def draw(setting, panels, args):
-        figure, axes = axes_of(panels, height, 1.6, [(p.setting["task"], p.title.partition(", ")[2]) for p in panels])
-        looks = looks_of(all_curves(panels))
-        for axis, panel in zip(axes, panels, strict=True):
-            draw_panel(axis, panel, looks, panels)
-        also = ("rounds", "local_epochs", "learning_rate")  # in the caption where all panels agree
-        values = {key: {panel.setting.get(key) for panel in panels} for key in also}
-        shared = setting | {key: value for key, (value, *more) in values.items() if not more}
-        return finish(figure, axes, title, shared, (*FIGURE, *also), panels, spread, [note(panels)])
-
-    return draw
+# ---- the declaration
 
 
-def central_lines(axis, panel):
-    """A horizontal line at the last metric of each central curve; that of all weights is black."""
-    dashes = {"central": [(0, (6, 2)), (0, (2, 2)), (0, (9, 2, 2, 2))], "full": [(0, (1, 3)), (0, (1, 1))]}
-    looks = {}
-    for curve in panel.references:
-        color = "black" if curve.kind == "full" else GREY
-        looks[curve.label] = {"color": color, "linestyle": dashes[curve.kind][0]}
-        dashes[curve.kind] = dashes[curve.kind][1:] + dashes[curve.kind][:1]
-    reference_lines(axis, panel.references, headline(panel.setting), 100, looks=looks)
+def kind_of(command, args):
+    if command != "fedavg_rounds":
+        return "full" if command == "baseline_run" else "central"
+    return "naive" if args.get("skip_svd") else str(args.get("aggregate") or "svd")
 
 
-# ---- metric against rounds and bytes
+def setting_of(run):
+    args, facts = run.args, run.facts
+    model = args.get("model") or facts.get("model") or f"roberta-{args.get('model_size')}"
+    ranks, examples = facts.get("ranks") or args.get("client_ranks") or [], facts.get("examples")
+    # a flag that takes fractions holds a float, whatever was written: 8 for 8.0
+    mixed, alpha = len(set(ranks)) > 1, args.get("lora_alpha")
+    values = {
+        "dataset": facts.get("dataset") or args.get("dataset"),
+        "model": base_name(str(model), inner=("final", "model")),
+        "task": str(facts.get("task") or args.get("task_name")).lower(),
+        "rank": " ".join(map(str, args.get("client_ranks") or ranks)) if mixed else args.get("lora_r"),
+        "lora_alpha": int(alpha) if isinstance(alpha, float) and alpha.is_integer() else alpha,
+        "examples": sum(examples) if isinstance(examples, list) else examples,
+    }
+    if isinstance(facts.get("sha256"), dict):
+        values["data"] = text({split: str(value)[:8] for split, value in facts["sha256"].items()})
+    if not run.central:
+        values |= {"clients": facts.get("clients"), "shards": shards_name(facts)}
+        values |= {key: args.get(key) for key in ("rounds", "local_epochs", "learning_rate")}
+    if run.kind == "svd":
+        rank = args.get("svd_rank")
+        alpha = args.get("alpha") or rank
+        values["svd_rank"] = rank if rank != args.get("lora_r") else ""
+        values["served_scale"] = alpha / rank if rank and alpha != rank else ""
+    return values
 
 
-def with_metric(runs, notes):
-    """Figures of the panels in which a curve has the metric after two rounds or more."""
+def shards_name(facts):
+    """`IID`, `Dirichlet 0.5`, `overlap 0.2`, `category genre`: how a run's examples were dealt to its clients."""
+    mode = str(facts.get("mode"))
+    name = {"iid": "IID", "dirichlet": "Dirichlet"}.get(mode, mode.replace("_", " "))
+    more = {"dirichlet": "dirichlet_alpha", "category": "category_key", "overlap": "overlap_ratio"}
+    values = [facts.get(key) for word, key in more.items() if word in mode]
+    return " ".join([name, *(str(value) for value in values if value is not None)])
+
+
+def order(key, value):
+    """From what is off on; tasks as above; IID, Dirichlet with alpha downwards, the others by name."""
+    if value == "" or (key, value) == ("server_optimizer", "none"):
+        return -1, 0, 0, ""
+    if key == "task":
+        return 0, list(TASKS).index(value) if value in TASKS else len(TASKS), 0, value
+    if key == "shards":
+        kind, _, alpha = value.partition(" ")
+        return {"IID": 0, "Dirichlet": 1}.get(kind, 2), -float(alpha or 0) if kind == "Dirichlet" else 0, 0, value
+    return order_of(value)
+
+
+def headline(setting):
+    """The field of metrics.jsonl that figures show of a task: `val_matthews`."""
+    return {"cola": "val_matthews", "stsb": "val_pearson"}.get(setting["task"], "val_accuracy")
+
+
+def prepared(runs, notes):
+    """The runs with what figures need and a line of metrics.jsonl does not say itself."""
+    return [replace(run, rows=[row | derived(row, headline(run.setting)) for row in run.rows]) for run in runs]
+
+
+def derived(row, field):
+    """GAIN; bytes by the clients and both ways, without a value before round 1, when nothing was sent."""
+    values, clients = {}, row.get(f"client_{field}")
+    if field in row and isinstance(clients, list) and clients:
+        values[GAIN] = number(row[field]) - float(np.mean([number(value) for value in clients]))
+    if row.get("round") and "bytes_up" in row:
+        up = number(row["bytes_up"])
+        values |= {SENT_UP: up, SENT_BOTH: up + number(row.get("bytes_down"))}
+    return values
+
+
+STUDY = Study(
+    name="lora_glue_fl",
+    commands=("fedavg_rounds", "main_glue_lora", "baseline_run"),
+    kinds={
+        "central": "Central LoRA",
+        "full": "Central, all weights",
+        "svd": "SVD (FlexLoRA)",
+        "naive": "Naive (FedIT)",
+        "ffa": "FFA-LoRA",
+        "stack": "Stack (FLoRA)",
+        "residual": "Residual (FedEx-LoRA)",
+        "rolora": "RoLoRA",
+    },
+    kind_of=kind_of,
+    setting_of=setting_of,
+    keys=KEYS,
+    # learning_rate, of the setting of a federation only, tells central runs apart
+    said=frozenset(KEYS) - {"learning_rate"}
+    | frozenset(
+        "eval_each_round eval_clients do_train do_eval model_size task_name aggregate skip_svd lora_r client_ranks"
+        " shard max_examples alpha".split()
+    ),
+    unread=(
+        (lambda a: a["kind"] != "svd", {"svd_split"}),
+        (
+            lambda a: a["kind"] in ("central", "full"),
+            {"server_optimizer", "server_lr", "server_beta", "mu", "client_weights", "init_adapter"},
+        ),
+        (lambda a: a["kind"] == "full", {"lora_dropout", "target_modules"}),
+        (lambda a: a.get("server_optimizer") in (None, "none"), {"server_lr"}),
+        (lambda a: a.get("server_optimizer") != "momentum", {"server_beta"}),
+    ),
+    paths=("init_adapter", "tokenizer"),
+    words={
+        "dataset": "{}",
+        "model": "{}",
+        "task": lambda value, _: TASKS.get(value, value),
+        "data": None,
+        "rank": "r {}",
+        "lora_alpha": "alpha {:g}",
+        "clients": "{} clients",
+        "shards": "{}",
+        "rounds": "{} rounds",
+        "local_epochs": "{:g} local epochs",
+        "examples": "{:,} training examples",
+        "svd_rank": "served at rank {}",
+        "served_scale": "served alpha/r {:g}",
+        "svd_split": "{} split",
+        "server_optimizer": lambda value, _: None if value == "none" else f"server {value}",
+        "mu": lambda value, _: f"FedProx {value:g}" if value else None,
+        "learning_rate": "lr {:g}",
+        "batch_size": "batch {}",
+        "num_train_epochs": "{:g} epochs",
+        "init_adapter": "from {}",
+    },
+    order=order,
+    central=frozenset({"central", "full"}),
+    prepared=prepared,
+)
+
+
+def of_tasks(runs, tasks):
+    """The runs of these tasks (of all for None). Raises UsageError where there are none of them."""
+    chosen = [run for run in runs if not tasks or run.setting["task"] in tasks]
+    if runs and not chosen:
+        there = sorted({run.setting["task"] for run in runs}, key=lambda task: order("task", task))
+        raise UsageError(f"no run of --tasks {' '.join(tasks)}: there are {', '.join(there)}")
+    return chosen
+
+
+def add_tasks(parser):
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help="only these (default: all)")
+
+
+# ---- panels
+
+
+def figures_of(runs, notes, axis=()):
+    """The runs as figures, the one with most panels first: list[(what its panels have in common, list[Panel])].
+
+    axis: settings that lie on the panels' axis.
+    """
+    figures = {}
+    for setting, members in like_with_like(runs, (*SERVED, *axis)):
+        curves = curves_of([run for run in members if not run.central], (*SERVED, *axis), axis, notes)
+        if curves:
+            shared = {key: setting[key] for key in FIGURE if key in setting}
+            panel = Panel(setting, curves, central_curves(members, notes))
+            figures.setdefault(text(shared), (shared, []))[1].append(panel)
+    for _, panels in figures.values():
+        panels.sort(key=lambda panel: panel_order(panel.setting))
+        set_titles(panels)
+    return sorted(figures.values(), key=lambda figure: (-len(figure[1]), text(figure[0])))
+
+
+def central_curves(runs, notes):
+    """Curves of the central runs; a kind's labels do not say how it differs from the other kind."""
+    kinds = [[run for run in runs if run.kind == kind] for kind in STUDY.kinds if kind in STUDY.central]
+    return [curve for members in kinds for curve in curves_of(members, notes=notes)]
+
+
+def panel_order(setting):
+    return [order(key, setting[key]) if key in setting else () for key in KEYS if key not in FIGURE]
+
+
+def set_titles(panels):
+    """Titles of a figure's panels: task, clients, shards, and the rest where two panels would be called the same."""
+    keys = ["task", "clients", "shards"]
+    for key in ("rounds", "local_epochs", "examples", "learning_rate"):
+        alike = {}
+        for panel in panels:
+            alike.setdefault(describe(STUDY, panel.setting, keys), set()).add(panel.setting.get(key))
+        if any(len(values) > 1 for values in alike.values()):
+            keys.append(key)
+    for panel in panels:
+        panel.title = describe(STUDY, panel.setting, keys)
+
+
+def having(field=None, lines=1, over_rounds=False, axis=()):
+    """A select of the runs with a field in so many lines of metrics.jsonl (None: of all) and of the central ones.
+
+    over_rounds: of panels in which a curve has the headline metric after two rounds or more; axis: settings on the
+    panels' axis, of the rules at two places of it or more.
+    """
 
     def rounds(panel):
         evaluated = [curve.evaluated(headline(panel.setting)) for curve in panel.curves]
         return max(np.isfinite(values.mean(axis=0)[at > 0]).sum() for at, values in evaluated)
 
-    chosen = [(s, [panel for panel in panels if rounds(panel) > 1]) for s, panels in figures_of(runs, notes)]
-    return [(setting, panels) for setting, panels in chosen if panels]
-
-
-def draw_metric(axis, panel, looks, _):
-    central_lines(axis, panel)
-    draw_rounds(axis, panel.curves, looks, headline(panel.setting), 100)
-    axis.set_ylabel(metric_label(headline(panel.setting)))
-
-
-def with_bytes(name):
-    """A select of the runs that counted these bytes; lines get `bytes_both`. Nothing is sent before round 1."""
-
-    def both(run):
-        rows = [row | {"bytes_both": number(row.get("bytes_up")) + number(row.get("bytes_down"))} for row in run.rows]
-        return replace(run, rows=[row for row in rows if row.get("round") or run.central])
-
     def select(runs, notes):
-        runs = [both(run) for run in runs]
-        return with_metric([r for r in runs if r.central or np.isfinite(number(r.rows[-1].get(name)))], notes)
+        there = [run for run in runs if run.central or not field or sum(field in row for row in run.rows) >= lines]
+        figures = figures_of(there, notes, axis)
+        for panel in (panel for _, panels in figures for panel in panels if axis):
+            panel.curves = [curve for line in lines_of(panel.curves) if len(line) > 1 for curve in line]
+            label(panel.curves)
+        figures = [(s, [p for p in panels if (rounds(p) > 1 if over_rounds else p.curves)]) for s, panels in figures]
+        return [(setting, panels) for setting, panels in figures if panels]
 
     return select
 
 
-def draw_bytes(name, x_label):
+def panelled(title, draw_panel, spread="bands", height=2.9, note=lambda panels: "", **more):
+    """A draw with draw_panel(axis, panel, looks, panels, **more) for each panel; note: a line of the caption."""
+
+    def draw(setting, panels, args):
+        figure, axes = axes_of(panels, height, 1.6, [(p.setting["task"], p.title.partition(", ")[2]) for p in panels])
+        looks = looks_of(all_curves(panels))
+        for axis, panel in zip(axes, panels, strict=True):
+            draw_panel(axis, panel, looks, panels, **more)
+        about, keys = shared_setting(setting, all_curves(panels)), (*setting, "rounds", "local_epochs", "learning_rate")
+        return finish(figure, axes, title, about, keys, panels, spread, [note(panels)])
+
+    return draw
+
+
+# ---- metric against rounds and bytes
+
+
+def central_lines(axis, panel):
+    """A horizontal line at the last metric of each central curve; that of all weights is black."""
+    grey, black = cycle([(6, 2), (2, 2), (9, 2, 2, 2)]), cycle([(1, 3), (1, 1)])
+    looks = {}
+    for curve in panel.references:
+        color, dashes = ("black", black) if curve.kind == "full" else (GREY, grey)
+        looks[curve.label] = {"color": color, "linestyle": (0, next(dashes))}
+    reference_lines(axis, panel.references, headline(panel.setting), 100, looks=looks)
+
+
+def draw_metric(axis, panel, looks, _, x="round", x_factor=1.0):
+    central_lines(axis, panel)
+    draw_rounds(axis, panel.curves, looks, headline(panel.setting), 100, x, x_factor)
+    axis.set_ylabel(METRICS[headline(panel.setting)])
+
+
+def draw_bytes(axis, panel, looks, panels, field, x_label):
     """Against these bytes; logarithmic where two rules' totals differ by more than a factor of five."""
-
-    def draw_panel(axis, panel, looks, _):
-        central_lines(axis, panel)
-        draw_rounds(axis, panel.curves, looks, headline(panel.setting), 100, name, 1e-6)
-        totals = [run.rows[-1][name] for curve in panel.curves for run in curve.runs]
-        if max(totals) > 5 * min(totals) > 0:
-            axis.autoscale(axis="x")
-            axis.set_xscale("log")
-            plain_ticks(axis.xaxis, *axis.get_xlim(), most=6)
-        axis.set_xlabel(x_label)
-        axis.set_ylabel(metric_label(headline(panel.setting)))
-
-    return panelled("Validation metric against bytes sent, all clients", draw_panel)
+    draw_metric(axis, panel, looks, panels, field, 1e-6)
+    totals = [total for curve in panel.curves for total in curve.results(field)]
+    if max(totals) > 5 * min(totals) > 0:
+        axis.autoscale(axis="x")
+        axis.set_xscale("log")
+        plain_ticks(axis.xaxis, *axis.get_xlim(), most=6)
+    axis.set_xlabel(x_label)
 
 
 # ---- the error of what is served
-
-ERROR = "aggregation_error"
-EXACT = 1e-3
-
-
-def with_error(*axis):
-    """A select of the runs that have the error; with an axis, of the rules at two places of it or more."""
-
-    def select(runs, notes):
-        chosen = []
-        for setting, panels in figures_of([run for run in runs if any(ERROR in row for row in run.rows)], notes, axis):
-            for panel in panels if axis else ():
-                panel.curves = [curve for line in lines_of(panel.curves) if len(line) > 1 for curve in line]
-                label(panel.curves)
-            if panels := [panel for panel in panels if panel.curves]:
-                chosen.append((setting, panels))
-        return chosen
-
-    return select
 
 
 def exact_rules(panels):
@@ -164,54 +351,31 @@ def draw_error(axis, panel, looks, panels):
     axis.set_ylabel("Aggregation error (%)")
 
 
-def draw_error_along(x_label, tick_of):
-    """The mean error of a run's rounds against a setting. tick_of(place, panels) -> the text of a tick."""
-
-    def draw_panel(axis, panel, _, panels):
-        exact = exact_rules(panels)
-        draw_along(
-            axis,
-            panel.curves,
-            lambda curve: 100 * curve.mean_over_rounds(ERROR),
-            lambda curve: tick_of(curve.place, panels),
-            lambda curve: [order(*item) for item in curve.place.items()],
-            exact,
-        )
-        zero_line(axis, panel, exact)
-        axis.set_xlabel(x_label)
-        axis.set_ylabel("Aggregation error (%), mean of rounds")
-
-    return panelled("Error of what is served", draw_panel, "bars", note=exact_note)
+def draw_error_along(axis, panel, _, panels, x_label):
+    """The mean error of a run's rounds against a setting."""
+    exact = exact_rules(panels)
+    draw_along(
+        axis,
+        panel.curves,
+        lambda curve: 100 * curve.mean_over_rounds(ERROR),
+        lambda curve: place_name(curve.place, panels),
+        lambda curve: [order(*item) for item in curve.place.items()],
+        exact,
+    )
+    zero_line(axis, panel, exact)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel("Aggregation error (%), mean of rounds")
 
 
-def rank_name(place, panels):
+def place_name(place, panels):
     """`4`, or `4 (alpha 8)` on two lines where alpha differs too."""
-    alpha = place["lora_alpha"]
-    several = len({curve.place["lora_alpha"] for curve in all_curves(panels)}) > 1
-    return str(place["rank"]) + (f"\n(alpha {alpha:g})" if several and alpha is not None else "")
+    first, *rest = place
+    several = [key for key in rest if len({curve.place[key] for curve in all_curves(panels)}) > 1]
+    more = describe(STUDY, place, several) if several else ""
+    return f"{place[first]}\n({more})" if more else str(place[first])
 
 
 # ---- the clients' own models
-
-GAIN = "global_minus_clients"
-
-
-def with_gain(run):
-    """The run with GAIN, the global headline metric minus the mean of the clients', in every line that has both."""
-    rows, field = [], headline(run.setting)
-    for row in run.rows:
-        clients = row.get(f"client_{field}")
-        if field in row and isinstance(clients, list) and clients:
-            row = row | {GAIN: number(row[field]) - float(np.mean([number(value) for value in clients]))}
-        rows.append(row)
-    return replace(run, rows=rows)
-
-
-def with_clients(runs, notes, lines=1):
-    """Figures of the runs with the clients' metric beside the global one in so many lines."""
-    runs = [with_gain(run) for run in runs]
-    chosen = [run for run in runs if run.central or sum(GAIN in row for row in run.rows) >= lines]
-    return (figures_of if lines == 1 else with_metric)(chosen, notes)
 
 
 def draw_clients(axis, panel, looks, _):
@@ -230,53 +394,133 @@ def draw_clients(axis, panel, looks, _):
         bars(axis, [i + 0.2], [served], always=False, label=f"{curve.label}, global", **look)
     # a star for a variant, whose marker the legend names
     name_places(axis, [c.name.partition(" (")[0] + "*" * (c.label != c.name) for c in panel.curves])
-    axis.set_ylabel(metric_label(field))
+    axis.set_ylabel(METRICS[field])
 
 
 def draw_gains(axis, panel, looks, _):
     axis.axhline(0, color=GREY, linewidth=1, zorder=1)
     draw_rounds(axis, panel.curves, looks, GAIN, 100)
-    axis.set_ylabel(f"Global - clients (points)\n{metric_label(headline(panel.setting)).partition(' (')[0]}")
+    axis.set_ylabel(f"Global - clients (points)\n{METRICS[headline(panel.setting)].partition(' (')[0]}")
 
 
-# ---- all of them
+# ---- the table
+
+
+def columns(curves, args):
+    field = headline(curves[0].runs[0].setting)
+    base = next((curve for curve in curves if curve.kind == args.against), None)
+    # a headline is before the others of its task in METRICS
+    there = [name for name in METRICS if any(np.isfinite(curve.results(name)).any() for curve in curves)]
+    return (
+        *(result(METRICS[name], name, 100, 2) for name in there),
+        result("best", f"best_{field}", 100, 2),
+        Column(f"vs {args.against}", lambda curve, _: difference(curve, base, field, 100)),
+        small("error %", ERROR),
+        small("discarded %", "discarded_energy"),
+        Column("MB up", lambda curve, _: sent(curve, "bytes_up")),
+        Column("MB down", lambda curve, _: sent(curve, "bytes_down")),
+        ROUNDS,
+        MINUTES,
+        SEEDS,
+    )
+
+
+def small(head, name):
+    """A Column of a mean over rounds in percent; `<0.01` for what rounds to nothing, such as an exact rule's error."""
+
+    def cell(curve, _):
+        values = 100 * curve.mean_over_rounds(name)
+        rounds_off = np.isfinite(values).all() and 0 < values.max(initial=0.0) < 0.01
+        return "<0.01" if rounds_off else spread(values, 2)
+
+    return Column(head, cell)
+
+
+def tables(runs, notes, args):
+    """The tables, those of central runs whose data no federated run has last."""
+    figures = figures_of(runs, notes)
+    for setting, members in like_with_like(runs, SERVED):
+        if all(run.central for run in members):
+            panel = Panel(setting, [], central_curves(members, notes), describe(STUDY, setting, ("task",)))
+            figures.append((setting, [panel]))
+    parts = []
+    for setting, panels in figures:
+        if args.wide:
+            about = "validation metric of the last round, mean ± standard deviation over seeds"
+            parts += [f"### {describe(STUDY, setting, FIGURE)}; {about}", layout(wide(panels))]
+            continue
+        for panel in panels:
+            about = describe(STUDY, panel.setting, ("task", *FIGURE, *FEDERATION, "learning_rate", "examples"))
+            parts += one_table(TABLE, about, [*panel.references, *panel.curves], args)
+    return parts
+
+
+def wide(panels):
+    """Rows of cells, the head first: a row per panel, a column per rule."""
+    rows_of = [{curve.label: curve for curve in (*panel.references, *panel.curves)} for panel in panels]
+    kinds = {name: kind_order(curve) for curves in rows_of for name, curve in curves.items()}
+    labels = sorted(kinds, key=kinds.get)
+    rows = [["setting", "metric", *labels, "seeds"]]
+    for panel, curves in zip(panels, rows_of, strict=True):
+        field = headline(panel.setting)
+        cells = [spread(100 * curves[name].results(field), 1) if name in curves else "-" for name in labels]
+        rows.append([panel.title, METRICS[field], *cells, seeds_range(curves.values())])
+    return rows
+
+
+def add_table_flags(parser):
+    add_tasks(parser)
+    rules = [kind for kind in STUDY.kinds if kind not in STUDY.central]
+    parser.add_argument("--wide", action="store_true", help="headline metrics only, a row per task and federation")
+    parser.add_argument("--against", choices=["central", *rules], default="central", help="of the differences")
+
+
+TABLE = Table(
+    study=STUDY,
+    words="""One table per task and federation. Metrics are those of the last round on the validation examples, times
+100; `best` is the headline metric's best round, chosen on those same examples. `vs central` is in points; --against
+takes another row. `error %` (plots/glue.py) and `discarded %`, the share of the energy that svd cut off, are means over
+the rounds. --wide prints one table of headline metrics, a row per task and federation.
+""",
+    columns=columns,
+    free=SERVED,
+    first="rule",
+    flags=add_table_flags,
+    select=lambda runs, args: of_tasks(runs, args.tasks),
+    text=tables,
+)
+
+
+# ---- the figures
 
 LOGGED = "runs of fedavg_rounds.py with"
 EACH = f"{LOGGED} --eval-each-round"
 SENT = f"{EACH}, with bytes_up and bytes_down in metrics.jsonl"
 WITH_ERROR = f"{LOGGED} {ERROR} in metrics.jsonl"
-LAST, OVER = "Clients' own models and the global one, last round", "Global model minus the mean of its clients"
-BY_CLIENTS = draw_error_along("Clients", lambda place, _: str(place["clients"]))
-BY_RANK = draw_error_along("Rank r of the adapters", rank_name)
+ERRORS, METRICS_SENT = "Error of what is served", "Validation metric against bytes sent, all clients"
+BY_CLIENTS = panelled(ERRORS, draw_error_along, "bars", note=exact_note, x_label="Clients")
+BY_RANK = panelled(ERRORS, draw_error_along, "bars", note=exact_note, x_label="Rank r of the adapters")
+UP = panelled(METRICS_SENT, draw_bytes, field=SENT_UP, x_label="Sent by clients (MB)")
+BOTH = panelled(METRICS_SENT, draw_bytes, field=SENT_BOTH, x_label="Sent up and down (MB)")
+LAST = panelled("Clients' own models and the global one, last round", draw_clients, "bars", 3.0)
+GAINS = panelled("Global model minus the mean of its clients", draw_gains)
+NUMBERS, RANKS = having(ERROR, axis=("clients",)), having(ERROR, axis=("rank", "lora_alpha"))
 FIGURES = {
-    "metric": [Figure("metric", with_metric, panelled("Validation metric", draw_metric), EACH)],
+    "metric": [Figure("metric", having(over_rounds=True), panelled("Validation metric", draw_metric), EACH)],
     "error": [
-        Figure(
-            "error_rounds",
-            with_error(),
-            panelled("Error of what is served", draw_error, note=exact_note),
-            WITH_ERROR,
-        ),
-        Figure("error_clients", with_error("clients"), BY_CLIENTS, f"{WITH_ERROR} and two numbers of clients"),
-        Figure("error_rank", with_error("rank", "lora_alpha"), BY_RANK, f"{WITH_ERROR} and two values of --lora-r"),
+        Figure("error_rounds", having(ERROR), panelled(ERRORS, draw_error, note=exact_note), WITH_ERROR),
+        Figure("error_clients", NUMBERS, BY_CLIENTS, f"{WITH_ERROR} and two numbers of clients"),
+        Figure("error_rank", RANKS, BY_RANK, f"{WITH_ERROR} and two values of --lora-r"),
     ],
     "bytes": [
-        Figure("bytes_up", with_bytes("bytes_up"), draw_bytes("bytes_up", "Sent by clients (MB)"), SENT),
-        Figure("bytes_both", with_bytes("bytes_both"), draw_bytes("bytes_both", "Sent up and down (MB)"), SENT),
+        Figure("bytes_up", having(SENT_UP, over_rounds=True), UP, SENT),
+        Figure("bytes_both", having(SENT_BOTH, over_rounds=True), BOTH, SENT),
     ],
     "clients": [
-        Figure("clients", with_clients, panelled(LAST, draw_clients, "bars", 3.0), f"{LOGGED} --eval-clients"),
-        Figure(
-            "clients_rounds",
-            lambda runs, notes: with_clients(runs, notes, lines=2),
-            panelled(OVER, draw_gains),
-            f"{EACH} and --eval-clients",
-        ),
+        Figure("clients", having(GAIN), LAST, f"{LOGGED} --eval-clients"),
+        Figure("clients_rounds", having(GAIN, 2, over_rounds=True), GAINS, f"{EACH} and --eval-clients"),
     ],
 }
-
-
-__all__ = ["FIGURES", "STUDY", "TABLE"]
 
 
 def build_parser():
@@ -284,8 +528,8 @@ def build_parser():
 
 
 def main(args):
-    study = replace(STUDY, prepared=lambda runs, notes: of_tasks(runs, args.tasks))
-    draw_figures(study, FIGURES, args, FIGURE)
+    study = replace(STUDY, prepared=lambda runs, notes: of_tasks(prepared(runs, notes), args.tasks))
+    draw_figures(study, FIGURES, args)
 
 
 if __name__ == "__main__":

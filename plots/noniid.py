@@ -28,6 +28,7 @@ detector spoke first (`llm_noniid.detectors`): Dv diverged, Os oscillating, Dr d
 """
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -39,57 +40,57 @@ from plots.panels import all_curves, axes_of, bars, draw_along, finish, name_pla
 from plots.style import Figure, draw_figures, draw_rounds, figure_parser, look, looks_of, panel_axes, reference_lines
 
 __all__ = ["FIGURES", "STUDY", "TABLE"]
-LOSS, WORST = "Validation loss (nats)", "Worst client's loss (nats)"
-TRAIN = "runs of train.py with"
+WORST = "worst_client_val_loss"
+CLIENTS, TOPICS = "client_val_loss", "val_topic_loss"
 
 
-def by_factor(factor):
-    return lambda runs, notes: factor_figures(runs, notes, factor)
+def having(*names, select=figures_of):
+    """`select`, of the runs that logged one of these fields; a panel per partition."""
+
+    def there(run):
+        return any(row.get(name) is not None for row in run.rows for name in names)
+
+    return lambda runs, notes: select([run for run in runs if there(run)], notes)
 
 
-def method_looks(panels):
-    return looks_of(all_curves(panels))
-
-
-def value_looks(panels):
-    """A look for each value of a factor, in their order, whatever the method."""
-    labels = dict.fromkeys(curve.label for curve in all_curves(panels))
-    return {name: look(i) for i, name in enumerate(labels)}
+def looks_in(panels):
+    """{label: look}: of methods that of `looks_of`; of a factor's values one in their order, whatever the method."""
+    curves = all_curves(panels)
+    if not curves[0].place:
+        return looks_of(curves)
+    return {name: look(i) for i, name in enumerate(dict.fromkeys(curve.label for curve in curves))}
 
 
 # ---- losses over rounds, with the alarms
 
-# detector -> what stands on a curve where it first spoke, and in the caption
+# detector -> the letters on a curve where it first spoke, and its words in the caption
 ALARMS = {
-    "diverged": ("Dv", "diverged"),
-    "oscillating": ("Os", "oscillating"),
-    "drifting": ("Dr", "drifting"),
-    "slow": ("Sl", "slow"),
-    "left_out": ("Lo", "updates left out"),
+    "diverged": "Dv diverged",
+    "oscillating": "Os oscillating",
+    "drifting": "Dr drifting",
+    "slow": "Sl slow",
+    "left_out": "Lo updates left out",
 }
 # a curve's marker as a letter, so that an alarm's mark says in grey, too, whose it is
 SYMBOLS = dict(zip(MARKERS, "\u25cf\u25a0\u25b2\u25c6\u25bc\u271a\u2716\u25c0\u25b6", strict=True))
 OFF_SCALE = 2.5  # a curve may take so many times the height of the usual one before it leaves the axis
 
 
-def having(name):
-    """A select of the runs that have the field, a panel per partition."""
-    return lambda runs, notes: figures_of([run for run in runs if any(name in row for row in run.rows)], notes)
-
-
-def over_rounds(name, y_label, title, looks_in=method_looks):
+def over_rounds(name, y_label, title):
     def draw(setting, panels, args):
         figure, axes = axes_of(panels, sharey=True)
         looks = looks_in(panels)
         for axis, panel in zip(axes, panels, strict=True):
-            central = central_of(panel) if name == "worst_client_val_loss" else panel.references
+            central = central_of(panel) if name == WORST else panel.references
             reference_lines(axis, central, name, words="{}, last round")
             draw_rounds(axis, panel.curves, looks, name)
             axis.set_ylabel(y_label)
         leaving = keep_on_scale(axes, panels, name)
         size = 72 * figure.get_figwidth() / axes[0].get_gridspec().ncols - 60, 130
-        spoke = [name_ for a, p in zip(axes, panels, strict=True) for name_ in mark_alarms(a, p, looks, name, size)]
-        lines = [alarm_words(spoke), "arrows: the curve leaves the axis" if leaving else ""]
+        spoke = {one for axis, p in zip(axes, panels, strict=True) for one in mark_alarms(axis, p, looks, name, size)}
+        alarms = ", ".join(words for detector, words in ALARMS.items() if detector in spoke)
+        lines = [f"first alarms: {alarms} (n/m: in n of m seeds)" if spoke else ""]
+        lines += ["arrows: the curve leaves the axis" if leaving else ""]
         return finish(figure, axes, title, setting, KEYS, panels, lines=lines)
 
     return draw
@@ -110,17 +111,17 @@ def keep_on_scale(axes, panels, name):
     limit = low + OFF_SCALE * max(np.median(tops) - low, 1e-3 * abs(low))
     if max(tops) <= limit:
         return 0
-    bottom, pad = axes[0].get_ylim()[0], 0.04 * (limit - low)
-    for axis in axes:
-        axis.set_ylim(max(bottom, low - pad), limit + pad)
+    pad = 0.04 * (limit - low)
+    axes[0].set_ylim(max(axes[0].get_ylim()[0], low - pad), limit + pad)
     arrow = {"arrowstyle": "-|>", "color": "black", "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
     for axis, rounds, mean in means:
         above = np.flatnonzero(mean > limit)
         if len(above):
             i = above[0]
-            before = i > 0 and np.isfinite(mean[i - 1])
-            share = (limit + pad - mean[i - 1]) / (mean[i] - mean[i - 1]) if before else 1.0
-            x = rounds[i] - (1 - min(share, 1.0)) * (rounds[i] - rounds[i - 1]) if before else rounds[i]
+            x = rounds[i]
+            if i > 0 and np.isfinite(mean[i - 1]):
+                # where the line to the first point above crosses the axis' end
+                x = np.interp(limit + pad, mean[i - 1 : i + 1], rounds[i - 1 : i + 1])
             axis.annotate("", (x, limit + pad), (x, limit - 2 * pad), arrowprops=arrow, annotation_clip=False)
     return sum(top > limit for top in tops)
 
@@ -132,38 +133,28 @@ def mark_alarms(axis, panel, looks, name, size):
     Returns the detectors that spoke. Call it once the axis' limits stand.
     """
     (x0, x1), (y0, y1) = axis.get_xlim(), axis.get_ylim()
-    placed, spoke = [], []
+    placed, spoke = [], set()
     for curve in panel.curves:
         rounds, mean, *_ = curve.series(name)
-        known = np.isfinite(mean)
+        known, own, seeds = np.isfinite(mean), looks[curve.label], len(curve.runs)
         for detector, times in first_alarms(curve).items():
+            spoke.add(detector)
             t = float(np.median(times))
-            y = float(np.interp(t, rounds[known], mean[known])) if known.any() else y1
-            y = min(max(y, y0), y1)
-            letters = ALARMS.get(detector, (detector[:2].title(), ""))[0]
-            n, seeds, own = len(times), len(curve.runs), looks[curve.label]
-            words = f"{SYMBOLS.get(own['marker'], '')} {letters}" + (f" {n}/{seeds}" if n < seeds else "")
+            y = np.clip(np.interp(t, rounds[known], mean[known]) if known.any() else y1, y0, y1)
+            words = f"{SYMBOLS[own['marker']]} {ALARMS[detector][:2]}"
+            words += f" {len(times)}/{seeds}" if len(times) < seeds else ""
             at = np.array([(t - x0) / (x1 - x0) * size[0], (y - y0) / (y1 - y0) * size[1]])
-            step = 10 if y < (y0 + y1) / 2 else -10  # towards the middle
-            spot = at + [0, step]
+            step = np.array([0, 10 if y < (y0 + y1) / 2 else -10])  # towards the middle
+            spot = at + step
             while any(abs(spot[0] - p[0]) < 5 * len(words) and abs(spot[1] - p[1]) < 10 for p in placed):
-                spot = spot + [0, step]
+                spot = spot + step
             placed.append(spot)
-            spoke.append(detector)
-            color, where = own["color"], {"textcoords": "offset points", "annotation_clip": False}
-            line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
-            axis.annotate("", (t, y), tuple(spot - at), arrowprops=line, zorder=4, **where)
-            box = {"boxstyle": "round,pad=0.18", "facecolor": "white", "edgecolor": color, "linewidth": 0.9}
-            center = {"ha": "center", "va": "center", "fontsize": 6.5}
-            axis.annotate(words, (t, y), tuple(spot - at), bbox=box, zorder=6, **center, **where)
+            where = {"xytext": tuple(spot - at), "textcoords": "offset points", "annotation_clip": False}
+            line = {"arrowstyle": "-", "color": own["color"], "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
+            axis.annotate("", (t, y), **where, arrowprops=line, zorder=4)
+            box = {"boxstyle": "round,pad=0.18", "facecolor": "white", "edgecolor": own["color"], "linewidth": 0.9}
+            axis.annotate(words, (t, y), **where, bbox=box, zorder=6, ha="center", va="center", fontsize=6.5)
     return spoke
-
-
-def alarm_words(spoke):
-    """`first alarms: Dr drifting, Sl slow (2/3: in two of three seeds)` for a caption; empty without any."""
-    names = [" ".join(words) for detector, words in ALARMS.items() if detector in spoke]
-    names += sorted({f"{d[:2].title()} {d}" for d in spoke if d not in ALARMS})
-    return f"first alarms: {', '.join(names)} (n/m: in n of m seeds)" if names else ""
 
 
 def against(factor):
@@ -171,12 +162,12 @@ def against(factor):
 
     def draw(setting, panels, args):
         figure, (axis,) = panel_axes(1)
-        curves, names = all_curves(panels), {panel.curves[0].method: panel.title for panel in panels}
+        curves = all_curves(panels)
         ticks = {curve.place[factor]: curve.label for curve in curves}
-        there = sorted(ticks, key=lambda value: order(factor, value))
-        for curve in curves:
-            curve.label = names[curve.method]
-        finite = [curve for curve in curves if np.isfinite(curve.results("val_loss")).all()]
+        values = sorted(ticks, key=lambda value: order(factor, value))
+        for panel in panels:
+            for curve in panel.curves:
+                curve.label = panel.title
         draw_along(
             axis,
             curves,
@@ -184,23 +175,21 @@ def against(factor):
             lambda curve: ticks[curve.place[factor]],
             lambda curve: order(factor, curve.place[factor]),
         )
-        firsts = [curve.series("val_loss")[1][:1] for curve in curves]
-        start = min((first[0] for first in firsts if np.isfinite(first).all() and len(first)), default=math.nan)
+        finite = [curve for curve in curves if np.isfinite(curve.results("val_loss")).all()]
+        firsts = np.concatenate([curve.series("val_loss")[1][:1] for curve in curves])
+        start = min(firsts[np.isfinite(firsts)], default=math.nan)
         if np.isfinite(start):
-            name = (
-                "before training"
-                if all(curve.series("val_loss")[0][0] == 0 for curve in finite)
-                else "first evaluation"
-            )
-            axis.axhline(start, color="#999999", linestyle=(0, (1, 2)), zorder=1, label=f"{name}, lowest")
+            before = all(curve.series("val_loss")[0][0] == 0 for curve in finite)
+            name = f"{'before training' if before else 'first evaluation'}, lowest"
+            axis.axhline(start, color="#999999", linestyle=(0, (1, 2)), zorder=1, label=name)
         for i, curve in enumerate(curve for curve in curves if curve not in finite):
             words = f"{curve.label}:\nnot finite" if len(panels) > 1 else "not\nfinite"
-            at = there.index(curve.place[factor]), 0.98 - 0.1 * (i % 3)
+            at = values.index(curve.place[factor]), 0.98 - 0.1 * (i % 3)
             axis.annotate(words, at, xycoords=("data", "axes fraction"), ha="center", va="top")
         means = [curve.results("val_loss").mean() for curve in finite]
         if means and max(means) > 1.5 * min(means):
             log_axis(axis, min([*means, start]), max([*means, start]))
-        axis.set_ylabel(LOSS)
+        axis.set_ylabel("Validation loss (nats)")
         return finish(figure, [axis], "Validation loss after the last round", setting, KEYS, panels, "bars")
 
     return draw
@@ -217,15 +206,6 @@ MEASURES = (
 )
 
 
-def drifting(select):
-    """`select`, of the federated runs that logged how far their clients' updates are apart."""
-
-    def measured(run):
-        return not run.central and any(row.get(name) is not None for row in run.rows for name, *_ in MEASURES)
-
-    return lambda runs, notes: select([run for run in runs if measured(run)], notes)
-
-
 def clients_of(panel):
     """1 / sum p_k^2 of the panel's rounds: m clients of equal weight; None where that differs, or is not known."""
     rows = [row for c in panel.curves for run in c.runs for row in run.rows if row.get("relative_drift") is not None]
@@ -233,7 +213,7 @@ def clients_of(panel):
     return counts.pop() or None if len(counts) == 1 else None
 
 
-def draw_drift(title, looks_in):
+def draw_drift(title):
     def draw(setting, panels, args):
         curves = all_curves(panels)
         measures = [m for m in MEASURES if any(np.isfinite(curve.series(m[0])[1]).any() for curve in curves)]
@@ -261,8 +241,7 @@ def draw_drift(title, looks_in):
         for axis in axes.flat if len(panels) == 1 else axes[-1]:
             axis.set_xlabel("Round")
         where = f"{panels[0].title}, " if len(panels) == 1 else ""
-        title_ = f"Drift of the clients' updates{title}"
-        return finish(figure, axes.flat, title_, setting, KEYS, panels, where=where)
+        return finish(figure, axes.flat, f"Drift of the clients' updates{title}", setting, KEYS, panels, where=where)
 
     return draw
 
@@ -273,10 +252,8 @@ def draw_drift(title, looks_in):
 def last_losses(run, name):
     """[K] or [C] of the run's last line, nan for a topic without texts; None where it has none or one diverged."""
     values = run.rows[-1].get(name)
-    if not isinstance(values, list) or not any(value is not None for value in values):
-        return None
-    array = np.array([number(value) for value in values])
-    return array if all(np.isfinite(x) or value is None for x, value in zip(array, values, strict=True)) else None
+    given = [number(value) for value in values if value is not None] if isinstance(values, list) else []
+    return np.array([number(value) for value in values]) if given and np.isfinite(given).all() else None
 
 
 def with_last(name):
@@ -284,9 +261,8 @@ def with_last(name):
 
     def select(runs, notes):
         figures = figures_of([run for run in runs if last_losses(run, name) is not None], notes)
-        for _, panels in figures:
-            for panel in panels:
-                panel.curves = panel.curves + central_of(panel)
+        for panel in (panel for _, panels in figures for panel in panels):
+            panel.curves += central_of(panel)
         return figures
 
     return select
@@ -294,17 +270,17 @@ def with_last(name):
 
 def with_single(runs, notes):
     """Panels with FedAvg and another method."""
-    figures = [(s, [p for p in panels if beside_single(p)]) for s, panels in with_last("client_val_loss")(runs, notes)]
+    figures = [(s, [p for p in panels if beside_single(p)]) for s, panels in with_last(CLIENTS)(runs, notes)]
     return [(setting, panels) for setting, panels in figures if panels]
 
 
 def beside_single(panel):
     """[(curve, differences to FedAvg's loss of the same client and seed)] of the other curves that share a seed."""
     base = next((curve for curve in panel.curves if curve.kind == "fedavg"), None)
-    theirs = {run.seed: last_losses(run, "client_val_loss") for run in base.runs} if base else {}
+    theirs = {run.seed: last_losses(run, CLIENTS) for run in base.runs} if base else {}
     chosen = []
     for curve in panel.curves:
-        mine = [(last_losses(run, "client_val_loss"), theirs[run.seed]) for run in curve.runs if run.seed in theirs]
+        mine = [(last_losses(run, CLIENTS), theirs[run.seed]) for run in curve.runs if run.seed in theirs]
         pairs = [a - b for a, b in mine if len(a) == len(b)]
         if curve is not base and pairs:
             chosen.append((curve, pairs))
@@ -324,7 +300,7 @@ def draw_clients(setting, panels, args):
     figure, axes = axes_of(panels, height=3.3, sharey=True)
     for axis, panel in zip(axes, panels, strict=True):
         for i, curve in enumerate(panel.curves):
-            values = [last_losses(run, "client_val_loss") for run in curve.runs]
+            values = [last_losses(run, CLIENTS) for run in curve.runs]
             draw_dots(axis, i, np.concatenate(values))
             bars(axis, [i + 0.12], [[v.mean() for v in values]], marker="o", label="mean of the clients", **BAR)
             worst = {"marker": "^", "label": "worst client", "mfc": "white"}
@@ -360,7 +336,7 @@ def draw_topics(setting, panels, args):
     for axis, panel in zip(axes, panels, strict=True):
         step = min(0.12, 0.7 / max(1, len(panel.curves)))
         for i, curve in enumerate(panel.curves):
-            values = np.array([last_losses(run, "val_topic_loss") for run in curve.runs]).T  # [C, S]
+            values = np.array([last_losses(run, TOPICS) for run in curve.runs]).T  # [C, S]
             x = np.arange(len(values)) + (i - (len(panel.curves) - 1) / 2) * step
             own = looks[curve.label] | {"linestyle": ""}
             hollow = {"mfc": "white"} if own["marker"] in MARKERS[1::2] else {}
@@ -379,52 +355,36 @@ def topic_names(run, count):
 
 # ---- all of them
 
+TRAIN = "runs of train.py with"
 DRIFT = "runs with one global model, whose metrics.jsonl has relative_drift"
-LAST = f"{TRAIN} client_val_loss in the last line of metrics.jsonl"
-WORST_FIELD = "worst_client_val_loss"
+LAST = f"{TRAIN} {CLIENTS} in the last line of metrics.jsonl"
+BESIDE = f"{LAST}, of FedAvg and another with the same seed"
+LOSSES = partial(over_rounds, "val_loss", "Validation loss (nats)")
+WORST_LOSSES = over_rounds(WORST, "Worst client's loss (nats)", "Worst client's loss")
+drifting = partial(having, *(name for name, *_ in MEASURES))
 FIGURES = {
     "curves": [
-        Figure(
-            "noniid_curves", having("val_loss"), over_rounds("val_loss", LOSS, "Validation loss"), f"{TRAIN} val_loss"
-        ),
-        Figure(
-            "noniid_curves_worst",
-            having(WORST_FIELD),
-            over_rounds(WORST_FIELD, WORST, WORST[:-7]),
-            f"{TRAIN} {WORST_FIELD}",
-        ),
+        Figure("noniid_curves", having("val_loss"), LOSSES("Validation loss"), f"{TRAIN} val_loss"),
+        Figure("noniid_curves_worst", having(WORST), WORST_LOSSES, f"{TRAIN} {WORST}"),
     ],
-    "drift": [
-        Figure("noniid_drift", drifting(figures_of), draw_drift("", method_looks), DRIFT),
-        *(
-            Figure(
-                f"noniid_drift_{factor}",
-                drifting(by_factor(factor)),
-                draw_drift(f" by {name}", value_looks),
-                f"{DRIFT}, with two values of {name}",
-            )
-            for factor, name in FACTORS.items()
-        ),
-    ],
+    "drift": [Figure("noniid_drift", drifting(), draw_drift(""), DRIFT)],
     "clients": [
-        Figure("noniid_clients", with_last("client_val_loss"), draw_clients, LAST),
-        Figure(
-            "noniid_clients_against", with_single, draw_against, f"{LAST}, of FedAvg and another with the same seed"
-        ),
-        Figure(
-            "noniid_clients_topics", with_last("val_topic_loss"), draw_topics, LAST.replace("client_val", "val_topic")
-        ),
+        Figure("noniid_clients", with_last(CLIENTS), draw_clients, LAST),
+        Figure("noniid_clients_against", with_single, draw_against, BESIDE),
+        Figure("noniid_clients_topics", with_last(TOPICS), draw_topics, LAST.replace(CLIENTS, TOPICS)),
     ],
     "similarity": noniid_maps.SIMILARITY,
     "partition": noniid_maps.PARTITION,
     "failure_map": noniid_maps.FAILURES,
 }
 for factor, name in FACTORS.items():
-    title, needs = f"Validation loss by {name}", f"runs of one method with two values of {name}"
+    select, needs = partial(factor_figures, factor=factor), f"runs of one method with two values of {name}"
     FIGURES["curves"] += [
-        Figure(f"noniid_curves_{factor}", by_factor(factor), over_rounds("val_loss", LOSS, title, value_looks), needs),
-        Figure(f"noniid_curves_last_{factor}", by_factor(factor), against(factor), needs),
+        Figure(f"noniid_curves_{factor}", select, LOSSES(f"Validation loss by {name}"), needs),
+        Figure(f"noniid_curves_last_{factor}", select, against(factor), needs),
     ]
+    title, needs = f" by {name}", f"{DRIFT}, with two values of {name}"
+    FIGURES["drift"].append(Figure(f"noniid_drift_{factor}", drifting(select=select), draw_drift(title), needs))
 
 
 def build_parser():

@@ -21,6 +21,7 @@ failure_map  noniid_failure_map_AXIS.png of failure_map*.json (`llm_noniid/failu
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ import numpy as np
 from common.cli import UsageError
 from common.curves import COLORS, GREY, new_figure, number, set_title
 from plots.noniid_runs import KEYS, PLACE, STUDY, factor_figures, figures_of, place_order
-from plots.panels import heat_map, plain_ticks, sideways
+from plots.panels import all_curves, heat_map, plain_ticks, sideways
 from plots.runs import LeftOut, describe, files_named, like_with_like
 from plots.style import Figure, legend_below, panel_axes
 
@@ -44,13 +45,32 @@ def read_partition(folder):
         return None
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        k, topics = np.array(facts["label_histograms"]).shape
-        missing = [name for name in NEEDED if name not in facts]
-        if missing or len(facts["counts"]) != k or len(facts["label_names"]) != topics:
-            raise ValueError(f"lacks {', '.join(missing)}" if missing else "its lists differ in length")
-    except (ValueError, KeyError, TypeError) as error:
+        if missing := [name for name in NEEDED if name not in facts]:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        if np.array(facts["label_histograms"]).shape != (len(facts["counts"]), len(facts["label_names"])):
+            raise ValueError("its lists differ in length")
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({error}): delete it or run again") from error
     return facts
+
+
+def finished(figure, title, setting, bar=""):
+    """With its title and, where it has heat maps, their scale: what a colour is."""
+    if bar:
+        image = next(axis.images[0] for axis in figure.axes if axis.images)
+        figure.colorbar(image, ax=figure.axes, pad=0.02, fraction=0.04).set_label(bar)
+    set_title(figure, f"{title}\n{describe(STUDY, setting)}")
+    return figure
+
+
+def number_clients(axis, ids):
+    """Ticks of a matplotlib axis (`axes.xaxis`) with clients at 0, 1, ...: twelve of them at most."""
+    step = math.ceil(len(ids) / 12)
+    axis.set_ticks(range(0, len(ids), step), ids[::step], fontsize=8)
+
+
+def without_diagonal(square):
+    return np.ma.masked_array(square, np.eye(len(square), dtype=bool))
 
 
 # ---- partitions
@@ -72,47 +92,37 @@ def partitions(runs, notes):
 
 
 def partition_axes(there, height=3.2):
-    """A figure with a titled axis for each partition, and its axes."""
+    """A figure with a titled axis for each partition, and [(axis, facts)]."""
     wide = math.ceil(len(there) / math.ceil(len(there) / 4))
     figure, axes = panel_axes(len(there), wide, max(5.0, 3.0 * wide + 0.9), height, 0.9)
     for axis, (name, seed, _) in zip(axes, there, strict=True):
         axis.set_title(f"{name}\n(seed {seed})", fontsize=9)
-    return figure, axes
-
-
-def number_clients(axis, k):
-    step = max(1, math.ceil(k / 12))
-    axis.set_ticks(range(0, k, step))
-    axis.set_tick_params(labelsize=8)
+    return figure, [(axis, facts) for axis, (_, _, facts) in zip(axes, there, strict=True)]
 
 
 def draw_topics(setting, there, args):
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    figure, axes = partition_axes(there)
+    figure, panels = partition_axes(there)
     colors = ListedColormap(colormaps["cividis_r"](np.linspace(0.08, 1, 256)))
-    for axis, (_, _, facts) in zip(axes, there, strict=True):
-        counts = np.array(facts["label_histograms"])
+    for axis, facts in panels:
+        counts, names = np.array(facts["label_histograms"]), facts["label_names"]
         share = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
         form = (lambda i, j, counts=counts: f"{counts[i, j]:,}") if len(counts) <= MANY[0] else None
-        shown = np.ma.masked_where(counts == 0, share)
-        image = heat_map(axis, shown, 0, 100, form, colors, fontsize=7, dark_high=True)
-        names = facts["label_names"]
+        heat_map(axis, np.ma.masked_where(counts == 0, share), 0, 100, form, colors, fontsize=7, dark_high=True)
         turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 6 else {}
         axis.set_xticks(range(len(names)), names, fontsize=8, **turned)
         axis.tick_params(length=0)
-        number_clients(axis.yaxis, len(counts))
+        number_clients(axis.yaxis, range(len(counts)))
         axis.set_ylabel("Client")
-    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.04)
-    bar.set_label("Share of the client's texts (%), white: none")
-    set_title(figure, f"Texts of each topic at each client\n{describe(STUDY, setting)}")
-    return figure
+    bar = "Share of the client's texts (%), white: none"
+    return finished(figure, "Texts of each topic at each client", setting, bar)
 
 
 def draw_divergence(setting, there, args):
     figure, axes = new_figure(2, 1, width=max(5.4, 1.5 * len(there) + 1.6), height=5.6, sharex=True)
-    for axis, name, what in ((axes[0, 0], "label", "of topics"), (axes[1, 0], "token", "of tokens")):
+    for axis, name in zip(axes.flat, ("label", "token"), strict=True):
         for i, (_, _, facts) in enumerate(there):
             clients, chance = np.array(facts[f"{name}_divergence"]), np.array(facts[f"{name}_divergence_chance"])
             x, look = i + 0.2 * sideways(len(clients)), {"linestyle": "", "marker": "o", "markersize": 3.5}
@@ -120,21 +130,20 @@ def draw_divergence(setting, there, args):
             axis.plot(x + 0.17, chance, color=GREY, mfc="white", label="a random part of its size", **look)
             for left, values, color in ((i - 0.3, clients, "black"), (i + 0.04, chance, GREY)):
                 axis.hlines(values.mean(), left, left + 0.26, color=color, linewidth=1.8, zorder=3, label="their mean")
-        axis.set_ylabel(f"Divergence {what}\n(bits)")
+        axis.set_ylabel(f"Divergence of {'topics' if name == 'label' else 'tokens'}\n(bits)")
         axis.set_ylim(bottom=0)
         axis.grid(False, axis="x")
     names = [f"{name}\n(seed {seed})".replace(", ", "\n", 1) for name, seed, _ in there]
     axes[1, 0].set_xticks(range(len(there)), names, fontsize=8)
     axes[1, 0].set_xlim(-0.55, len(there) - 0.45)
     legend_below(figure, axes[0], 3)
-    set_title(figure, f"Jensen-Shannon divergence of each client from the whole\n{describe(STUDY, setting)}")
-    return figure
+    return finished(figure, "Jensen-Shannon divergence of each client from the whole", setting)
 
 
 def draw_lengths(setting, there, args):
-    figure, axes = partition_axes(there, height=2.8)
-    top = max(np.max(facts["length_tokens"]) for _, _, facts in there)
-    for axis, (_, _, facts) in zip(axes, there, strict=True):
+    figure, panels = partition_axes(there, height=2.8)
+    top = max(np.max(facts["length_tokens"]) for _, facts in panels)
+    for axis, facts in panels:
         at = [facts["quantiles"].index(q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)]
         names = ("whislo", "q1", "med", "q3", "whishi")
         boxes = [dict(zip(names, np.array(row)[at], strict=True)) for row in facts["length_tokens"]]
@@ -146,64 +155,55 @@ def draw_lengths(setting, there, args):
         axis.set_ylim(0, 1.04 * top)
         axis.set_xlim(-0.8, len(boxes) - 0.2)
         axis.grid(False, axis="x")
-        step = max(1, math.ceil(len(boxes) / 12))
-        axis.set_xticks(range(0, len(boxes), step), range(0, len(boxes), step))
+        number_clients(axis.xaxis, range(len(boxes)))
         axis.set_xlabel("Client")
         axis.set_ylabel("Tokens of a text")
-    legend_below(figure, axes[:1], 2)
-    title = "Lengths of the clients' texts: median, quartiles, 5 % and 95 %"
-    set_title(figure, f"{title}\n{describe(STUDY, setting)}")
-    return figure
+    legend_below(figure, figure.axes[:1], 2)
+    return finished(figure, "Lengths of the clients' texts: median, quartiles, 5 % and 95 %", setting)
 
 
 def draw_vocabulary(setting, there, args):
-    figure, axes = partition_axes(there)
-    overlaps = [masked_diagonal(100 * np.array(facts["vocabulary_overlap"])) for _, _, facts in there]
+    figure, panels = partition_axes(there)
+    overlaps = [without_diagonal(100 * np.array(facts["vocabulary_overlap"])) for _, facts in panels]
     values = np.concatenate([overlap.compressed() for overlap in overlaps])
     low, high = (values.min(), values.max()) if values.size else (0, 100)
-    for axis, overlap in zip(axes, overlaps, strict=True):
-        image = heat_map(axis, overlap, low, high)
+    for (axis, _), overlap in zip(panels, overlaps, strict=True):
+        heat_map(axis, overlap, low, high)
         axis.set_aspect("equal")
         for side in (axis.xaxis, axis.yaxis):
-            number_clients(side, len(overlap))
+            number_clients(side, range(len(overlap)))
         axis.tick_params(length=0)
         mean = f"\nmean {overlap.mean():.0f} %" if overlap.count() else ""
         axis.set_title(axis.get_title() + mean, fontsize=9)
         axis.set_xlabel("Client")
         axis.set_ylabel("Client")
-    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.04)
-    bar.set_label("Words in common (% of both clients' words)")
-    set_title(figure, f"Vocabulary that two clients share\n{describe(STUDY, setting)}")
-    return figure
-
-
-def masked_diagonal(square):
-    return np.ma.masked_array(square, np.eye(len(square), dtype=bool))
+    bar = "Words in common (% of both clients' words)"
+    return finished(figure, "Vocabulary that two clients share", setting, bar)
 
 
 # ---- cosines of updates
 
 
-def compared(select, least=1):
-    """`select` of the federated runs that compared clients in so many rounds."""
+def compared(rounds=1, select=figures_of):
+    """`select`, of the federated runs that compared clients; of figures in which a run did so in so many rounds."""
 
     def chosen(runs, notes):
-        figures = select([run for run in runs if not run.central and lines_of(run)], notes)
-        return [(s, ps) for s, ps in figures if any(len(lines_of(c.runs[0])) >= least for p in ps for c in p.curves)]
+        figures = select([run for run in runs if not run.central and compared_in(run)], notes)
+        return [(s, ps) for s, ps in figures if any(len(compared_in(c.runs[0])) >= rounds for c in all_curves(ps))]
 
     return chosen
 
 
-def lines_of(run):
+def compared_in(run):
     """The lines of metrics.jsonl with the cosines of two clients or more."""
-    return [row for row in run.rows if isinstance(row.get("update_cosines"), list) and len(row["update_cosines"]) > 1]
+    return [row for row in run.rows if len(row.get("update_cosines") or []) > 1]
 
 
-def draw_similarity(at, turned=False):
-    """A draw of line `at` of each curve's first run. turned: a row per panel, a column per curve."""
+def draw_similarity(at):
+    """A draw of line `at` of each curve's first run, a column per partition, or per value of a factor."""
 
     def draw(setting, panels, args):
-        cells = {(c.label, p.title)[:: -1 if turned else 1]: c.runs[0] for p in panels for c in p.curves}
+        cells = {(c.label, p.title)[:: -1 if c.place else 1]: c.runs[0] for p in panels for c in p.curves}
         rows, columns = (list(dict.fromkeys(place[i] for place in cells)) for i in (0, 1))
         wide, tall = max(5.4, 2.6 * len(columns) + 1.4), 2.4 * len(rows) + 1.2
         figure, axes = new_figure(len(rows), len(columns), width=wide, height=tall)
@@ -216,51 +216,46 @@ def draw_similarity(at, turned=False):
                     axes[i, j].set_axis_off()
                     continue
                 run = cells[row, column]
-                image = draw_cosines(axes[i, j], *pictures[row, column], low, high, len(cells) < 3)
-                t = lines_of(run)[at]["round"]
+                draw_cosines(axes[i, j], *pictures[row, column], low, high, len(cells) < 3)
+                t = compared_in(run)[at]["round"]
                 axes[i, j].set_title(f"{row}, {column}\nround {t}, seed {run.seed}", fontsize=8.5)
-        bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.04)
-        bar.set_label("Cosine of two clients' updates")
-        set_title(figure, f"How alike the clients' updates are\n{describe(STUDY, setting)}")
-        return figure
+        return finished(figure, "How alike the clients' updates are", setting, "Cosine of two clients' updates")
 
     return draw
 
 
 def picture(run, at):
     """(cosines [m, m] in the order of main topics, the diagonal masked; ids [m]; topics' (name, first, last))."""
-    row = lines_of(run)[at]
+    row = compared_in(run)[at]
     cosines = np.array(row["update_cosines"], dtype=np.float64)
     ids = row.get("compared") or sorted(row["clients"])  # of many clients some are drawn
     facts = read_partition(run.folder)
     if facts is None or run.args.get("partition") != "topic_skew":
-        return masked_diagonal(cosines), ids, []
+        return without_diagonal(cosines), ids, []
     counts = np.array(facts["label_histograms"])[ids]
     share = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     main = share.argmax(axis=1)
     order = np.lexsort([-share.max(axis=1), main])
     places = {topic: np.flatnonzero(main[order] == topic) for topic in range(counts.shape[1])}
     blocks = [(facts["label_names"][topic], at[0], at[-1]) for topic, at in places.items() if len(at)]
-    return masked_diagonal(cosines[np.ix_(order, order)]), [ids[i] for i in order], blocks
+    return without_diagonal(cosines[np.ix_(order, order)]), [ids[i] for i in order], blocks
 
 
 def draw_cosines(axis, cosines, ids, blocks, low, high, numbers):
     form = (lambda i, j: f"{cosines[i, j]:.2f}") if numbers and len(ids) <= MANY[1] else None
-    image = heat_map(axis, cosines, low, high, form)
+    heat_map(axis, cosines, low, high, form)
     axis.set_aspect("equal")
-    step = max(1, len(ids) // 12)
-    axis.set_xticks(range(0, len(ids), step), ids[::step], fontsize=7)
     axis.tick_params(length=0)
-    if blocks:
-        axis.set_yticks([(first + last) / 2 for _, first, last in blocks], [name for name, *_ in blocks], fontsize=7)
-        for _, first, _ in blocks[1:]:
-            axis.axhline(first - 0.5, color="white", linewidth=1.6)
-            axis.axvline(first - 0.5, color="white", linewidth=1.6)
-    else:
-        axis.set_yticks(range(0, len(ids), step), ids[::step], fontsize=7)
-        axis.set_ylabel("Client", fontsize=8)
+    number_clients(axis.xaxis, ids)
     axis.set_xlabel("Client", fontsize=8)
-    return image
+    if not blocks:
+        number_clients(axis.yaxis, ids)
+        axis.set_ylabel("Client", fontsize=8)
+        return
+    axis.set_yticks([(first + last) / 2 for _, first, last in blocks], [name for name, *_ in blocks], fontsize=8)
+    for _, first, _ in blocks[1:]:
+        axis.axhline(first - 0.5, color="white", linewidth=1.6)
+        axis.axvline(first - 0.5, color="white", linewidth=1.6)
 
 
 # ---- failure maps
@@ -268,8 +263,23 @@ def draw_cosines(axis, cosines, ids, blocks, low, high, numbers):
 AXES = {"learning_rate": "Learning rate", "local_steps": "Local steps a round"}
 
 
+def read_map(path):
+    """(what sets a failure map apart from others, the map as a dict, with its `path`). Raises UsageError."""
+    try:
+        one = json.loads(path.read_text(encoding="utf-8")) | {"path": path}
+        for point in one["points"]:
+            if not (number(point["alpha"]) > 0 < number(point["value"]) and isinstance(point["failed"], bool)):
+                raise ValueError(f"the point {point}")
+        for line in one["boundary"]:
+            if not (number(line["alpha"]) > 0 and {"works", "fails"} <= line.keys()):
+                raise ValueError(f"the boundary {line}")
+        return (one["algorithm"], one["axis"], one["seed"], json.dumps(one["setting"], sort_keys=True)), one
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged ({error}): run failure_map.py again") from error
+
+
 def read_maps(paths, notes, strict=True):
-    """The failure maps as dicts, with their `path`; of two with one algorithm, axis and setting the later counts.
+    """The failure maps in `paths`; of two with one algorithm, axis, setting and seed the later counts.
 
     strict: a damaged one raises UsageError; else `notes` gets a line.
     """
@@ -277,19 +287,11 @@ def read_maps(paths, notes, strict=True):
     files = {file for path in paths for file in files_named(path, STUDY.beside)}
     for path in sorted(files, key=lambda path: (path.stat().st_mtime, path)):
         try:
-            one = json.loads(path.read_text(encoding="utf-8"))
-            for point in one["points"]:
-                if not (number(point["alpha"]) > 0 < number(point["value"]) and isinstance(point["failed"], bool)):
-                    raise ValueError(f"the point {point}")
-            for line in one["boundary"]:
-                if not (number(line["alpha"]) > 0 and {"works", "fails"} <= line.keys()):
-                    raise ValueError(f"the boundary {line}")
-            key = one["algorithm"], one["axis"], json.dumps(one.get("setting"), sort_keys=True), one.get("seed")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            damage = f"{path} is damaged ({error}): run failure_map.py again"
+            key, one = read_map(path)
+        except UsageError as error:
             if strict:
-                raise UsageError(damage) from error
-            notes.append(damage)
+                raise
+            notes.append(str(error))
             continue
         if not one["points"]:
             notes.append(LeftOut(path.parent.name, "no run yet", str(path)))
@@ -297,9 +299,8 @@ def read_maps(paths, notes, strict=True):
         if key in maps:
             old = maps[key]["path"]
             notes.append(LeftOut(old.parent.name, f"the same flags as {path}, which is later", str(old)))
-        maps[key] = one | {"path": path}
-    kinds = list(STUDY.kinds)
-    return sorted(maps.values(), key=lambda m: kinds.index(m["algorithm"]) if m["algorithm"] in kinds else 99)
+        maps[key] = one
+    return sorted(maps.values(), key=lambda one: list(STUDY.kinds).index(one["algorithm"]))
 
 
 def maps_along(axis):
@@ -312,12 +313,12 @@ def maps_along(axis):
 
 def draw_maps(_, maps, args):
     name = maps[0]["axis"]
-    size = {"width": 5.8, "height": 3.4, "extra": 1.2} if len(maps) == 1 else {"height": 3.4, "extra": 1.2}
-    figure, axes = panel_axes(len(maps), 3, **size, sharex=True, sharey=True)
+    size = {"width": 5.8} if len(maps) == 1 else {}
+    figure, axes = panel_axes(len(maps), 3, height=3.4, extra=1.2, sharex=True, sharey=True, **size)
     alphas = sorted({point["alpha"] for one in maps for point in one["points"]})
     values = [point["value"] for one in maps for point in one["points"]]
     low, high = min(values) / 1.5, max(values) * 1.5
-    titles = [STUDY.kinds.get(one["algorithm"], str(one["algorithm"])) for one in maps]
+    titles = [STUDY.kinds[one["algorithm"]] for one in maps]
     if len(set(titles)) < len(titles):
         titles = [f"{title}, {one['path'].parent.name}" for title, one in zip(titles, maps, strict=True)]
     for axis, one, title in zip(axes, maps, titles, strict=True):
@@ -365,33 +366,32 @@ def about_maps(maps):
     """What the maps' settings agree on, in words."""
     words = {"dataset": "{}", "model": "{}", "num_clients": "{} clients", "local_steps": "{} local steps"}
     words |= {"learning_rate": "lr {:g}", "num_rounds": "{} rounds", "participation_rate": "participation {:g}"}
-    settings = [(one.get("setting") or {}) | {"seed": one.get("seed")} for one in maps]
+    settings = [one["setting"] | {"seed": one["seed"]} for one in maps]
     said = []
     for name, form in (words | {"seed": "seed {}"}).items():
-        value = settings[0].get(name)
-        same = len({str(setting.get(name)) for setting in settings}) == 1
-        if same and value is not None and name not in {one["axis"] for one in maps}:
+        value, *others = (setting.get(name) for setting in settings)
+        if value is not None and all(other == value for other in others):
             said.append(form.format(Path(value).name if name == "model" else value))
     return ", ".join(said)
 
 
+# ---- all of them
+
 COSINES = "runs with one global model, whose metrics.jsonl has update_cosines"
-DEALT = "partition.json in the folders of train.py's runs"
-PARTITION = [
-    Figure("noniid_partition_topics", partitions, draw_topics, DEALT),
-    Figure("noniid_partition_divergence", partitions, draw_divergence, DEALT),
-    Figure("noniid_partition_lengths", partitions, draw_lengths, DEALT),
-    Figure("noniid_partition_vocabulary", partitions, draw_vocabulary, DEALT),
-]
+BY_ALPHA = compared(select=partial(factor_figures, factor="alpha"))
 SIMILARITY = [
-    Figure("noniid_similarity", compared(figures_of), draw_similarity(0), COSINES),
-    Figure("noniid_similarity_last", compared(figures_of, least=2), draw_similarity(-1), COSINES),
-    Figure(
-        "noniid_similarity_alpha",
-        compared(lambda runs, notes: factor_figures(runs, notes, "alpha")),
-        draw_similarity(0, turned=True),
-        f"{COSINES}, with two values of --alpha",
-    ),
+    Figure("noniid_similarity", compared(), draw_similarity(0), COSINES),
+    Figure("noniid_similarity_last", compared(rounds=2), draw_similarity(-1), COSINES),
+    Figure("noniid_similarity_alpha", BY_ALPHA, draw_similarity(0), f"{COSINES}, with two values of --alpha"),
+]
+PARTITION = [
+    Figure(f"noniid_partition_{name}", partitions, draw, "partition.json in the folders of train.py's runs")
+    for name, draw in (
+        ("topics", draw_topics),
+        ("divergence", draw_divergence),
+        ("lengths", draw_lengths),
+        ("vocabulary", draw_vocabulary),
+    )
 ]
 FAILURES = [
     Figure(f"noniid_failure_map_{axis}", maps_along(axis), draw_maps, "failure_map.py's failure_map.json", paths=True)

@@ -20,11 +20,11 @@ from dataclasses import replace
 import numpy as np
 
 from common.cli import positive_float
-from common.curves import number
-from plots.panels import Panel
+from common.curves import failure, number
+from plots.panels import Panel, all_curves
 from plots.runs import LeftOut, Study, base_name, describe, like_with_like, order_of, shared_setting, text, words_for
-from plots.seeds import curves_of, lines_of, paired
-from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, over_rounds, result, sent, spread
+from plots.seeds import curves_of, lines_of
+from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent, spread
 
 # a panel or table holds only runs that agree on these, apart from what it varies
 KEYS = ("dataset", "texts", "evaluated", "model", "lora_r", "lora_alpha", "clients", "partition", "alpha")
@@ -36,6 +36,7 @@ FACTORS = {
     "learning_rate": "learning rate",
     "local": "local work",
 }
+FREE = ("partition", *FACTORS)  # what the rows of one table may differ in
 NO_TRAINING = 1e-20  # old runs with a lower learning rate only say what the loss is before training
 MAP_FILE = "failure_map.json"
 
@@ -61,11 +62,13 @@ def setting_of(run):
         "rounds": args.get("num_rounds"),
     }
     values |= {key: args.get(key) for key in ("lora_r", "lora_alpha", "learning_rate")}
-    if not run.central:
-        values["partition"] = partition_name(args)
-        if args.get("partition") == "topic_skew":
-            values["alpha"] = args.get("alpha")
-    return values
+    return values if run.central else values | place_of(args)
+
+
+def place_of(args):
+    """The settings of PLACE that the flags name; a central run's too, which has no partition."""
+    alpha = {"alpha": args.get("alpha")} if args.get("partition") == "topic_skew" else {}
+    return {"partition": partition_name(args)} | alpha
 
 
 def local_work(args):
@@ -97,7 +100,7 @@ def order(key, value):
 
 def not_finite(run):
     """Whether it ended because clients' updates were not finite: it diverged in that round."""
-    return run.ended["how"] == "failed" and run.ended["by"] in ("left_out", "not_finite")
+    return run.ended["how"] == "failed" and run.ended["by"] == "left_out"
 
 
 def prepared(runs, notes):
@@ -105,18 +108,17 @@ def prepared(runs, notes):
 
     What old runs of no training say is round 0 of the others.
     """
-    before = [run for run in runs if run.rows and run.args.get("learning_rate", 1) <= NO_TRAINING]
-    starts = {start_key(run): {"round": 0, "val_loss": run.rows[-1].get("val_loss")} for run in before}
-    chosen, of_maps = [], 0
-    for run in runs:
-        if run.folder and (run.folder.parent / MAP_FILE).is_file():
-            of_maps += 1
-        elif run.args.get("learning_rate", 1) > NO_TRAINING:
-            first = [starts[start_key(run)]] if start_key(run) in starts else []
-            run = replace(run, rows=[*first, *run.rows]) if first and run.rows else run
+    untrained = [run for run in runs if run.rows and run.args.get("learning_rate", 1) <= NO_TRAINING]
+    starts = {start_key(run): {"round": 0, "val_loss": run.rows[-1].get("val_loss")} for run in untrained}
+    mine = [run for run in runs if not (run.folder and (run.folder.parent / MAP_FILE).is_file())]
+    if n := len(runs) - len(mine):
+        notes.append(LeftOut(f"{n} run{'s' * (n > 1)} of failure maps", "see the figure failure_map"))
+    chosen = []
+    for run in mine:
+        if run.args.get("learning_rate", 1) > NO_TRAINING:
+            if run.rows and start_key(run) in starts:
+                run = replace(run, rows=[starts[start_key(run)], *run.rows])
             chosen.append(diverged(run) if not_finite(run) else run)
-    if of_maps:
-        notes.append(LeftOut(f"{of_maps} run{'s' * (of_maps > 1)} of failure maps", "see the figure failure_map"))
     return chosen
 
 
@@ -182,7 +184,7 @@ STUDY = Study(
         "partition": "{}",
         "alpha": "alpha {:g}",
         "participation": "participation {:g}",
-        "local": lambda value, _: value,
+        "local": "{}",
         "learning_rate": "lr {:g}",
         "rounds": "{} rounds",
         "mu": "mu {:g}",
@@ -202,27 +204,25 @@ STUDY = Study(
 # ---- panels
 
 
-def figures_of(runs, notes, single=False):
+def figures_of(runs, notes):
     """A panel per partition: list[(what a figure's panels have in common, list[Panel])], most panels first.
 
-    single: also panels of one curve whose runs are all in a figure of `factor_figures`.
+    A panel of one curve is left out where a figure of `factor_figures` has all of its runs.
     """
-    factors = () if single else [factor_figures(runs, [], factor) for factor in FACTORS]
-    shown = [curve for figures in factors for _, panels in figures for panel in panels for curve in panel.curves]
-    elsewhere = {(run.folder, run.name) for curve in shown for run in curve.runs}
+    varied = [panel for factor in FACTORS for _, panels in factor_figures(runs, [], factor) for panel in panels]
+    elsewhere = {run for curve in all_curves(varied) for run in curve.runs}
     figures = []
     for shared, members in like_with_like(runs, PLACE):
         panels = []
         for setting, same in like_with_like(members):
             curves = curves_of([run for run in same if not run.central], notes=notes)
             references = curves_of([run for run in same if run.central], notes=notes)
-            alone = [run for curve in curves for run in curve.runs if (run.folder, run.name) not in elsewhere]
-            if len(curves) > 1 or alone:
+            if len(curves) > 1 or any(run not in elsewhere for curve in curves for run in curve.runs):
                 panels.append(Panel(setting, curves, references, describe(STUDY, setting, PLACE)))
         panels.sort(key=lambda panel: place_order(panel.setting))
         if panels:
             figures.append((shared, panels))
-    return sorted(figures, key=lambda figure: (-len(figure[1]), -sum(len(p.curves) for p in figure[1])))
+    return sorted(figures, key=lambda figure: (-len(figure[1]), -len(all_curves(figure[1]))))
 
 
 def place_order(setting):
@@ -235,18 +235,18 @@ def factor_figures(runs, notes, factor):
     Only methods with two values or more. Each curve's label is its value.
     """
     figures = []
-    having = [run for run in runs if not run.central and factor in run.setting]
-    for setting, members in like_with_like(having, (factor,)):
+    there = [run for run in runs if not run.central and factor in run.setting]
+    for setting, members in like_with_like(there, (factor,)):
         panels = []
         for line in lines_of(curves_of(members, (factor,), (factor,), notes)):
             if len(line) > 1:
                 line = sorted(line, key=lambda curve: order(factor, curve.place[factor]))
-                panels.append(Panel(setting, line, [], line[0].label))
+                panels.append(Panel(setting, line, title=line[0].label))
                 for curve in line:
                     curve.label = ", ".join(words_for(STUDY, factor, curve.place[factor]))
         if panels:
             figures.append((setting, panels))
-    return sorted(figures, key=lambda figure: -sum(len(panel.curves) for panel in figure[1]))
+    return sorted(figures, key=lambda figure: -len(all_curves(figure[1])))
 
 
 def central_of(panel):
@@ -254,13 +254,8 @@ def central_of(panel):
 
     Elsewhere only their validation loss can be compared: other clients hold other texts.
     """
-    setting = panel.setting
-
-    def names_it(args):
-        alpha = setting.get("alpha", args.get("alpha"))
-        return partition_name(args) == setting.get("partition") and args.get("alpha") == alpha
-
-    return [curve for curve in panel.references if all(names_it(run.args) for run in curve.runs)]
+    place = {key: panel.setting[key] for key in PLACE if key in panel.setting}
+    return [curve for curve in panel.references if all(place_of(run.args) == place for run in curve.runs)]
 
 
 def first_alarms(curve):
@@ -278,34 +273,23 @@ def first_alarms(curve):
 
 # ---- the table
 
-FREE = (*PLACE, *[factor for factor in FACTORS if factor not in PLACE])  # what the rows of one table may differ in
 
+def usual_fedavg(curves):
+    """The FedAvg curve that shares most arguments with the federated ones, None without any."""
 
-def base_of(curve, curves):
-    """The FedAvg curve in the setting of `curve` that shares most arguments with it; for FedAvg the usual FedAvg.
+    def shared(one):
+        return sum(one.args.get(key) == value for c in curves if not c.central for key, value in c.args.items())
 
-    None where there is none; for the usual FedAvg itself.
-    """
-    fedavg = [c for c in curves if c.kind == "fedavg"]
-
-    def usual(other):
-        return sum(other.args.get(key) == value for c in curves if not c.central for key, value in c.args.items())
-
-    if curve.kind == "fedavg" or curve.central:
-        base = max(fedavg, key=usual, default=None)
-    else:
-        place = {key: curve.args.get(key) for key in FREE}
-        there = [c for c in fedavg if {key: c.args.get(key) for key in FREE} == place]
-        base = max(there, key=lambda c: sum(curve.args.get(k) == v for k, v in c.args.items()), default=None)
-    return None if base is curve else base
+    return max((c for c in curves if c.kind == "fedavg"), key=shared, default=None)
 
 
 def against_fedavg(curve, curves):
-    base = base_of(curve, curves)
-    if base is None:
-        return "-"
-    words = spread(paired(curve, base, "val_loss"), 3)
-    return words if words.startswith("-") else "+" + words
+    """To the FedAvg in the curve's setting that shares most arguments with it; of FedAvg itself to the usual one."""
+    base = usual_fedavg(curves)
+    if not (curve.kind == "fedavg" or curve.central):
+        there = [c for c in curves if c.kind == "fedavg" and all(c.args.get(k) == curve.args.get(k) for k in FREE)]
+        base = max(there, key=lambda c: sum(curve.args.get(k) == v for k, v in c.args.items()), default=None)
+    return difference(curve, base, "val_loss", digits=3)
 
 
 def losses(run):
@@ -318,14 +302,13 @@ def first_at(run, target):
 
 
 def best(curve, _):
-    finite = [[loss for _, loss in losses(run) if not math.isnan(loss)] for run in curve.runs]
-    return spread(np.array([min(values, default=math.nan) for values in finite]), 3)
+    lowest = [min((loss for _, loss in losses(run) if not math.isnan(loss)), default=math.nan) for run in curve.runs]
+    return spread(np.array(lowest), 3)
 
 
 def to_half(curve, curves):
     """`6/6/never`: the rounds to half of what the usual FedAvg of the same seed trains."""
-    base = base_of(next((c for c in curves if c.kind == "fedavg"), curve), curves)
-    base = base or next((c for c in curves if c.kind == "fedavg"), None)
+    base = usual_fedavg(curves)
     middle = {run.seed: losses(run)[(len(losses(run)) - 1) // 2][1] for run in base.runs} if base else {}
     rounds = [first_at(run, middle[run.seed]) for run in curve.runs if run.seed in middle]
     return "/".join("never" if t is None else str(t) for t in rounds) or "-"
@@ -355,13 +338,9 @@ def away(curve, _):
 
 
 def has_failed(run):
-    """Whether a run counts as failed: see this module's docstring."""
-    if isinstance(run.results.get("failed"), str):
-        return bool(run.results["failed"])
-    values = [loss for _, loss in losses(run)]
-    start = [number(row.get("val_loss")) for row in run.rows if not row["round"]]
-    alarmed = any(alarm.get("detector") == "diverged" for row in run.rows for alarm in row.get("alarms") or [])
-    return alarmed or not values or not values[-1] <= values[0] or any(values[-1] > loss for loss in start)
+    """Whether a run counts as failed: what its log says, else common's rule."""
+    said = run.results.get("failed")
+    return bool(said if isinstance(said, str) else failure(run.rows))
 
 
 def alarms(curve, _):
