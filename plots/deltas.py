@@ -3,7 +3,6 @@
 Arrays are named `layers.{i}.in_proj` [rows, d_model] and `layers.{i}.{A_log,D,dt_bias}` [heads].
 """
 
-import itertools
 import json
 import math
 import re
@@ -14,10 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.cli import UsageError
 from common.curves import COLORS, DASHES, GREY, MARKERS, log_axis, new_figure, set_title
-from plots.panels import heat_map
-from plots.runs import like_with_like, suffixes
-from plots.seeds import curves_of
-from plots.style import band, caption, legend_below, looks_of, markers_at, panel_axes, seeds_text, whole_numbers
+from plots import style
 
 TOP = 80  # rows and columns of a heat map
 STEPS = 10  # panels of a heat map
@@ -95,7 +91,7 @@ def mean_over(histories):
 
 
 def spectra_axes(panels, title, x_label, y_label):
-    figure, axes = panel_axes(len(panels), 2, 6.2 if len(panels) == 1 else 9.6, 3.0, 0.9)
+    figure, axes = style.panel_axes(len(panels), 2, 6.2 if len(panels) == 1 else 9.6, 3.0, 0.9)
     for axis in axes:
         if axis.get_subplotspec().is_last_row():
             axis.set_xlabel(x_label)
@@ -117,13 +113,13 @@ def evolution(panels, title, step_name):
             # From dark to light: the order of the values is the order of the greys.
             shade = COLORS[0] if k == 0 else str(round(0.1 + 0.07 * k, 2))
             look = {"color": shade, "marker": MARKERS[k], "linewidth": 1.2}
-            every = markers_at(k, len(steps), SINGULAR_VALUES)
+            every = style.markers_at(k, len(steps), SINGULAR_VALUES)
             axis.plot(steps, top[:, :, k].mean(axis=0), markevery=every, label=f"$\\sigma_{k + 1}$", **look)
             if len(top) > 1:
                 low, high = top[:, :, k].min(axis=0), top[:, :, k].max(axis=0)
                 axis.fill_between(steps, low, high, color=COLORS[2], alpha=0.15, linewidth=0)
         log_of_positive(axis, top)
-        whole_numbers(axis.xaxis)
+        style.whole_numbers(axis.xaxis)
         if len(steps) == 1:
             axis.set_xlim(steps[0] - 1, steps[0] + 1)
         axis.set_title(name, fontsize=9)
@@ -139,7 +135,7 @@ def spectrum(panels, title):
     figure, axes = spectra_axes(panels, title, "Index", "Singular value")
     for axis, (name, values) in zip(axes, panels, strict=True):
         ranks = [energy_rank(sigma) for sigma in values]
-        band(axis, np.arange(1, values.shape[1] + 1), values, None, {"color": COLORS[2]}, None, "range", 0.2)
+        style.band(axis, np.arange(1, values.shape[1] + 1), values, None, {"color": COLORS[2]}, None, "range", 0.2)
         axis.axvline(np.mean(ranks), color=COLORS[1], linestyle=DASHES[1])
         # What lies below a millionth of the largest is rounding: it would squeeze the rest.
         log_of_positive(axis, values[values > values.max() * 1e-6])
@@ -171,9 +167,9 @@ def heatmaps(panels, title, blocks):
     top = np.nanpercentile(np.stack(zoomed), _WHOLE_RANGE) or 1.0
     ticks = block_ticks(rows, blocks)
     wide = min(5, len(panels))
-    figure, axes = panel_axes(len(panels), wide, 1.2 + 1.95 * wide, 2.1, 0.9, sharex=True, sharey=True)
+    figure, axes = style.panel_axes(len(panels), wide, 1.2 + 1.95 * wide, 2.1, 0.9, sharex=True, sharey=True)
     for axis, (name, _), values in zip(axes, panels, zoomed, strict=True):
-        image = heat_map(axis, values, 0, top)
+        image = style.heat_map(axis, values, 0, top)
         axis.set_title(name, fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([middle for _, middle, _ in ticks], [name for name, _, _ in ticks])
@@ -228,34 +224,17 @@ def head_heatmaps(files, layers, title, step_name):
     for row, layer in zip(axes, layers, strict=True):
         for axis, name in zip(row, present, strict=True):
             values = np.abs([load(path, layer, name) for _, path in files]).T  # [heads, steps]
-            image = heat_map(axis, values, 0, np.nanmax(values) or 1.0)
+            image = style.heat_map(axis, values, 0, np.nanmax(values) or 1.0)
             axis.set_title(name if len(layers) == 1 else f"{name}, layer {layer}", fontsize=9)
             figure.colorbar(image, ax=axis, pad=0.02).ax.tick_params(labelsize=8)
         row[0].set_ylabel("Head")
-        whole_numbers(row[0].yaxis)
+        style.whole_numbers(row[0].yaxis)
     shown = evenly(range(len(files)), 4)
     for axis in axes[-1]:
         axis.set_xticks(shown, [str(files[i][0]) for i in shown])
         axis.set_xlabel(step_name)
     set_title(figure, title)
     return figure
-
-
-def named_curves(runs, base, notes):
-    """list[(setting, curve, name)]: every curve of every group, with a name for files that no other has.
-
-    The name is `base(curve)`; for a further curve of that name, what sets its group or its arguments apart follows.
-    """
-    groups, named = like_with_like(runs), {}
-    names = suffixes([setting for setting, _ in groups], runs[0].study.keys) if runs else []
-    for (setting, members), suffix in zip(groups, names, strict=True):
-        for curve in curves_of(members, notes=notes):
-            words = re.sub(r"[^A-Za-z0-9.]+", "_", curve.label.partition(", ")[2]).strip("_")
-            whole = base(curve) + suffix + (f"_{words}" if words else "")
-            numbered = (f"{whole}_{count}" for count in itertools.count(2))
-            names_ = itertools.chain([base(curve), base(curve) + suffix, whole], numbered)
-            named[next(name for name in names_ if name not in named)] = setting, curve
-    return [(setting, curve, name) for name, (setting, curve) in named.items()]
 
 
 # ---- masks
@@ -292,33 +271,30 @@ def kept_per_layer(path):
         raise UsageError(f"{path} is not a mask file with kept_per_layer ({error}): delete it or run again") from error
 
 
-def panels_of(kept):
-    """dict panel title -> dict block number (or name, outside the blocks) -> fraction, from layer -> fraction."""
-    panels = {}
-    for name, fraction in kept.items():
-        block = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-        if block:
-            panels.setdefault(TITLES.get(block[2], block[2]), {})[int(block[1])] = fraction
-        else:
-            place = name.removeprefix("vit.").removeprefix("embeddings.")
-            panels.setdefault(OTHER, {})[OUTSIDE.get(place, place)] = fraction
-    order = [*dict.fromkeys(TITLES.values())]
-    names = sorted(panels, key=lambda title: (title == OTHER, order.index(title) if title in order else len(order)))
-    return {name: panels[name] for name in names}
+def place_of(layer):
+    """(title of its panel, block number, or outside the blocks its name) of a layer's name."""
+    block = re.search(r"(?:^|\.)(\d+)\.(.+)$", layer)
+    if block:
+        return TITLES.get(block[2], block[2]), int(block[1])
+    name = layer.removeprefix("vit.").removeprefix("embeddings.")
+    return OTHER, OUTSIDE.get(name, name)
 
 
 def draw_layers(setting, curves, args):
     """A panel per kind of layer, the blocks along the axis; dotted: the fraction kept of all weights."""
-    kept = [[panels_of(kept_per_layer(run.folder / "mask.safetensors")) for run in curve.runs] for curve in curves]
-    titles = list(dict.fromkeys(title for seeds in kept for panels in seeds for title in panels))
-    titles.sort(key=lambda title: title == OTHER)
-    looks = looks_of(curves)
-    figure, axes = panel_axes(len(titles), 3, 9.6, 2.1, 1.1, sharey=True)
+    files = [[kept_per_layer(run.folder / "mask.safetensors") for run in curve.runs] for curve in curves]
+    kept = [[{place_of(layer): 100 * share for layer, share in one.items()} for one in seeds] for seeds in files]
+    every = dict.fromkeys(place for seeds in kept for one in seeds for place in one)
+    order = [*TITLES.values()]
+    order += [title for title, _ in every if title not in (*order, OTHER)] + [OTHER]
+    titles = sorted({title for title, _ in every}, key=order.index)
+    looks = style.looks_of(curves)
+    figure, axes = style.panel_axes(len(titles), 3, 9.6, 2.1, 1.1, sharey=True)
     for axis, title in zip(axes, titles, strict=True):
-        places = list(dict.fromkeys(p for seeds in kept for panels in seeds for p in panels.get(title, {})))
+        places = [place for panel, place in every if panel == title]
         places.sort(key=lambda place: place if isinstance(place, int) else 0)
         for i, (curve, seeds) in enumerate(zip(curves, kept, strict=True)):
-            values = np.array([[100 * panels.get(title, {}).get(p, math.nan) for p in places] for panels in seeds])
+            values = np.array([[one.get((title, place), math.nan) for place in places] for one in seeds])
             look, x, mean = looks[curve.label], np.arange(len(places)), values.mean(axis=0)
             if title == OTHER:  # not a sequence: side by side, bars for bands
                 low, high = values.min(axis=0), values.max(axis=0)
@@ -326,7 +302,7 @@ def draw_layers(setting, curves, args):
                 look = look | {"linestyle": "", "elinewidth": 1, "label": curve.label}
                 axis.errorbar(x + 0.1 * (i - (len(curves) - 1) / 2), mean, yerr=spread, **look)
             else:
-                band(axis, x, values, curve.label, look, spread="range", alpha=0.15)
+                style.band(axis, x, values, curve.label, look, spread="range", alpha=0.15)
         if "sparsity" in setting:
             overall = 100 * (1 - setting["sparsity"])
             axis.axhline(overall, color=GREY, linestyle=":", linewidth=1.2, label=f"all weights: {overall:.3g} %")
@@ -345,6 +321,6 @@ def draw_layers(setting, curves, args):
             axis.set_xlabel("Block")
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel("Kept (%)")
-    legend_below(figure, axes[:1])
-    caption(figure, f"Weights that the masks keep, by layer: {seeds_text(curves)}", setting, curves)
+    style.legend_below(figure, axes[:1])
+    style.caption(figure, f"Weights that the masks keep, by layer: {style.seeds_text(curves)}", setting, curves)
     return figure

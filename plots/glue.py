@@ -28,9 +28,23 @@ import numpy as np
 from common.cli import run_main
 from common.curves import GREY, number
 from plots.glue_runs import FIGURE, STUDY, TABLE, add_tasks, figures_of, headline, metric_label, of_tasks, order
-from plots.panels import all_curves, axes_of, bars, draw_along, finish, name_places, plain_ticks, sideways
 from plots.seeds import label, lines_of
-from plots.style import Figure, draw_figures, draw_rounds, figure_parser, looks_of, reference_lines
+from plots.style import (
+    Figure,
+    all_curves,
+    axes_of,
+    bars,
+    draw_along,
+    draw_figures,
+    draw_rounds,
+    figure_parser,
+    finish,
+    looks_of,
+    name_places,
+    plain_ticks,
+    reference_lines,
+    sideways,
+)
 
 
 def panelled(title, draw_panel, spread="bands", height=2.9, note=lambda panels: ""):

@@ -11,10 +11,9 @@ prints one table of headline metrics, a row per task and federation.
 import numpy as np
 
 from common.cli import UsageError
-from plots.panels import Panel
 from plots.runs import Study, base_name, describe, like_with_like, order_of, text
 from plots.seeds import curves_of, kind_order
-from plots.style import seeds_range
+from plots.style import Panel, seeds_range
 from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, layout, one_table, result, sent, spread
 
 TASKS = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP"}

@@ -20,14 +20,15 @@ The last two end in `_client` with --entity client.
 
 import re
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 from common.cli import Parser, UsageError, run_main
 from common.curves import save_figure, style
 from plots import deltas
 from plots.mamba import FILES, STUDY
-from plots.runs import describe, read_runs
+from plots.runs import describe, like_with_like, read_runs, suffixes
+from plots.seeds import curves_of
 
 WHOSE = {"central": "Updates", "server": "Server's updates", "client": "Clients' updates"}
 LAST = {"central": "Last update", "server": "Server's last update", "client": "Clients' last update"}
@@ -52,7 +53,7 @@ def draw_updates(args, entity):
     files = {run: whole for run, whole in files.items() if whole}
     wrote = []
     with style():
-        for setting, curve, name in deltas.named_curves(list(files), partial(file_name, entity), notes):
+        for setting, curve, name in named_curves(list(files), partial(file_name, entity), notes):
             of_runs = (of_run(run, files[run], name, entity) for run in curve.runs)
             of_all = of_method(setting, curve, [files[run] for run in curve.runs], name, entity, notes)
             for stem, figure in chain(*of_runs, of_all):
@@ -81,6 +82,23 @@ def file_name(entity, curve):
     """`fed_fisher_pure_ssm_1_layer_lu_1`, as in the source; of central runs the configuration."""
     config = curve.runs[0].setting["config"]
     return config if entity == "central" else f"{FILES[curve.kind]}_{config}_lu_{curve.args.get('local_updates')}"
+
+
+def named_curves(runs, base, notes):
+    """list[(setting, curve, name)]: every curve of every group, with a name for files that no other has.
+
+    The name is `base(curve)`; for a further curve of that name, what sets its group or its arguments apart follows.
+    """
+    groups, named = like_with_like(runs), {}
+    names = suffixes([setting for setting, _ in groups], runs[0].study.keys) if runs else []
+    for (setting, members), suffix in zip(groups, names, strict=True):
+        for curve in curves_of(members, notes=notes):
+            words = re.sub(r"[^A-Za-z0-9.]+", "_", curve.label.partition(", ")[2]).strip("_")
+            whole = base(curve) + suffix + (f"_{words}" if words else "")
+            numbered = (f"{whole}_{i}" for i in count(2))
+            names_ = chain([base(curve), base(curve) + suffix, whole], numbered)
+            named[next(name for name in names_ if name not in named)] = setting, curve
+    return [(setting, curve, name) for name, (setting, curve) in named.items()]
 
 
 def of_run(run, files, name, entity):

@@ -30,10 +30,9 @@ from common.cli import UsageError, run_main
 from common.curves import GREY, break_lines, new_figure, number, set_title
 from plots import style
 from plots.deltas import draw_layers
-from plots.panels import bars
 from plots.runs import LeftOut, Study, base_name, describe, order_of, text
 from plots.seeds import curves_of, label, lines_of, nearest, usual_variants
-from plots.style import Figure, caption, each_group, legend_below, looks_of, panel_axes, seed_spread, seeds_text
+from plots.style import Figure, bars, caption, each_group, legend_below, looks_of, panel_axes, seed_spread, seeds_text
 from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent
 
 # ---- the study
