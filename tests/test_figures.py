@@ -37,9 +37,8 @@ FIGURES = {
 # a figure by its name -> the same: its golden is which of its study's figures it draws
 PARTS = {
     "mamba, one layer": ("mamba", "mamba", "--config pure_ssm_1_layer"),
-    **{name: (name.split()[0], name, "") for name in plotting.COMMANDS if name.split()[0] in ("vit", "glue", "noniid")},
+    **{f"{s} {name}": (s, f"{s} {name}", "") for s, names in plotting.FIGURES.items() for name in names.split()},
 }
-PARTS = {name: part for name, part in PARTS.items() if name not in FIGURES}
 # golden -> the same: what is printed, or the text of the page that is written
 TABLES = {
     "table mamba": ("mamba", "table mamba", ""),

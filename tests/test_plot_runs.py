@@ -1,15 +1,16 @@
 """What the plots read of runs: folders and logs alike, facts of run.json, seeds of one curve, looks, captions."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
 from fixed_runs import DENSE, SPARSE, STUDIES, change_rows, unpack, vit_study, write_mamba, write_vit
-from plotting import call, figures, printed
+from plotting import call, figures
 
 from common.cli import UsageError
 from plots import mamba, tables, vit
-from plots.runs import like_with_like, read_runs, suffixes
+from plots.runs import read_runs
 from plots.seeds import curves_of, paired
 from plots.style import looks_of
 
@@ -48,25 +49,6 @@ def test_a_log_and_its_folders_give_the_same_runs(tmp_path):
     assert all(type(run.args["num_rounds"]) is int for run in lines if "num_rounds" in run.args), "8 stays 8"
 
 
-@pytest.mark.parametrize("study", tables.STUDIES)
-def test_a_committed_log_gives_the_table_of_the_folders_that_it_was_made_from(study, tmp_path):
-    for log in sorted((ROOT / study / "results").glob("*.jsonl")):
-        unpack(log.relative_to(ROOT), tmp_path / log.stem)
-    name = {"lora_glue_fl": "glue", "llm_noniid": "noniid"}.get(study, study.split("_")[0])
-    from_folders = printed(f"table {name}", tmp_path)
-    code, from_logs, error = call_tables(study)
-    assert code == 0, error
-    assert drop_notes(from_logs) == drop_notes(from_folders)
-
-
-def call_tables(study, *more):
-    return call(["plots/tables.py", study, *more])
-
-
-def drop_notes(text):
-    return [line for line in text.splitlines() if line.startswith(("|", "###"))]
-
-
 def test_one_call_reads_several_folders_logs_and_studies(tmp_path):
     write_mamba(tmp_path / "a")
     log = log_of([write_vit(tmp_path / "b", name="one")], tmp_path / "logs" / "vit.jsonl")
@@ -75,20 +57,6 @@ def test_one_call_reads_several_folders_logs_and_studies(tmp_path):
     assert notes == []
     with pytest.raises(UsageError, match="no finished run of central, fed_avg"):
         read_runs(log, mamba.STUDY)
-
-
-def test_runs_are_read_at_any_depth_and_what_cannot_be_is_named(tmp_path):
-    write_vit(tmp_path / "a" / "b" / "c", name="good")
-    write_vit(tmp_path, name="cut", status="failed")
-    (write_vit(tmp_path, name="bad") / "run.json").write_text("{")
-    (write_vit(tmp_path, name="empty") / "metrics.jsonl").write_text("")
-    (write_vit(tmp_path, name="none") / "metrics.jsonl").unlink()
-    runs, notes = read_runs(tmp_path, vit.STUDY)
-    assert [run.name for run in runs] == ["good"]
-    why = {note.name: note.why for note in notes}
-    assert "status is failed; --unfinished" in why["cut"] and "damaged" in why["bad"]
-    assert "first evaluation" in why["empty"] and "first evaluation" in why["none"] and len(notes) == 4
-    assert len(read_runs(tmp_path, vit.STUDY, unfinished=True)[0]) == 2
 
 
 # ---- facts of run.json
@@ -143,16 +111,6 @@ def test_round_0_is_the_start_of_a_curve_and_no_best_round(tmp_path):
 # ---- what is compared with what
 
 
-def test_central_joins_every_schedule_and_the_default_one_comes_first(tmp_path):
-    write_mamba(tmp_path, "central", sync="round", budget="equal", local_updates=1)
-    for seed in range(3):
-        write_mamba(tmp_path, seed=seed, sync="epoch")
-    write_mamba(tmp_path)
-    groups = like_with_like(read_runs(tmp_path, mamba.STUDY)[0])
-    assert [(setting["sync"], len(members)) for setting, members in groups] == [("round", 2), ("epoch", 4)]
-    assert suffixes([setting for setting, _ in groups], mamba.KEYS) == ["", "_sync_epoch"]
-
-
 def test_of_two_runs_with_one_seed_the_later_counts_and_the_other_is_named(tmp_path):
     folders = [write_vit(tmp_path, name=name) for name in "ab"]
     log = log_of(folders, tmp_path / "log.jsonl")
@@ -196,15 +154,9 @@ def test_a_figure_names_what_it_leaves_out_and_budgets_that_differ(tmp_path):
     change_rows(write_vit(tmp_path, name="cut", status="failed"), dict)
     write_mamba(tmp_path / "m", ppl=(300.0, 200.0))
     write_mamba(tmp_path / "m", "central", ppl=(300.0, 200.0, 100.0))
-    title = figures("vit heterogeneity", tmp_path, out=str(make(tmp_path / "a")))["heterogeneity.png"].get_suptitle()
-    assert "left out: cut" in title
-    drawn = figures("mamba", tmp_path / "m", out=str(make(tmp_path / "b")))
+    assert "left out: cut" in figures("vit heterogeneity", tmp_path)["heterogeneity.png"].get_suptitle()
+    drawn = figures("mamba", tmp_path / "m")
     assert "tokens differ: 2,000 to 3,000" in drawn["1_central_vs_fed_pure_ssm_1_layer.png"].get_suptitle()
-
-
-def make(folder):
-    folder.mkdir()
-    return folder
 
 
 def test_an_unknown_figure_is_refused_with_the_names(tmp_path):
@@ -216,14 +168,20 @@ def test_an_unknown_figure_is_refused_with_the_names(tmp_path):
 # ---- the READMEs
 
 
-COLUMNS = ["val loss", "vs FedAvg", "mean client", "worst client", "cosine", "1 - CKA", "failed", "seeds"]
-SHOWN = {"mamba_fl": [], "vit_sparse_fl": [], "lora_glue_fl": ["--wide"], "llm_noniid": ["--columns", *COLUMNS]}
+COLUMNS = '--columns "val loss" "vs FedAvg" "mean client" "worst client" cosine "1 - CKA" failed seeds'
+SHOWN = {"mamba_fl": "", "vit_sparse_fl": "", "lora_glue_fl": "--wide", "llm_noniid": COLUMNS}
 
 
 @pytest.mark.parametrize("study", SHOWN)
-def test_the_readmes_table_is_that_of_the_log(study):
+def test_the_readmes_table_is_that_of_the_log_and_of_the_folders_that_it_was_made_from(study, tmp_path):
+    for log in sorted((ROOT / study / "results").glob("*.jsonl")):
+        unpack(log.relative_to(ROOT), tmp_path / log.stem)
+    shown = []
+    for where in ([], ["--data-dir", str(tmp_path)]):
+        code, text, error = call(["plots/tables.py", study, *shlex.split(SHOWN[study]), *where])
+        assert code == 0, error
+        shown.append([line for line in text.splitlines() if line.startswith(("|", "###"))])
+    assert shown[0] == shown[1]
     readme = (ROOT / study / "README.md").read_text(encoding="utf-8").splitlines()
-    code, text, error = call_tables(study, *SHOWN[study])
-    assert code == 0, error
-    missing = [line for line in text.splitlines() if line.startswith("|") and line not in readme]
+    missing = [line for line in shown[0] if line.startswith("|") and line not in readme]
     assert not missing, f"run python plots/tables.py {study} and put into its README:\n" + "\n".join(missing[:5])
