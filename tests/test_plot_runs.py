@@ -5,7 +5,7 @@ import shlex
 
 import numpy as np
 import pytest
-from fixed_runs import DENSE, SPARSE, STUDIES, change_rows, unpack, vit_study, write_mamba, write_vit
+from fixed_runs import DENSE, SPARSE, STUDIES, change, change_rows, unpack, vit_study, write_mamba, write_vit
 from plotting import call, figures
 
 from common.cli import UsageError
@@ -15,12 +15,6 @@ from plots.seeds import curves_of, paired
 from plots.style import looks_of
 
 ROOT = tables.ROOT
-
-
-def rewrite(folder, **facts):
-    """Puts further facts into a run's run.json."""
-    path = folder / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | facts), encoding="utf-8")
 
 
 def log_of(folders, path):
@@ -72,17 +66,17 @@ def test_the_method_of_run_json_decides_and_an_old_run_gets_it_from_its_args(tmp
     args = run.args
     for seed, read in ((0, ["lr", "seed"]), (1, ["lr", "seed"]), (2, ["lr", "seed", "calibration_rounds"])):
         folder = write_vit(tmp_path / "new", SPARSE, seed=seed, calibration_rounds=seed)
-        rewrite(folder, method={key: args[key] for key in read} | {"seed": seed})
+        change(folder, method={key: args[key] for key in read} | {"seed": seed})
     runs, _ = read_runs(tmp_path / "new", vit.STUDY)
     assert sorted(len(curve.runs) for curve in curves_of(runs)) == [1, 2]
 
 
 def test_how_a_run_ended_is_read_or_for_old_runs_said_by_its_status(tmp_path):
     ended = {"how": "stopped", "by": "early_stopping", "round": 7, "clients": None, "reason": "no better"}
-    rewrite(write_vit(tmp_path, name="a"), ended=ended)
+    change(write_vit(tmp_path, name="a"), ended=ended)
     write_vit(tmp_path, name="b")
     reason = "round 2: the updates of all 3 clients are not finite: lower --lr"
-    rewrite(write_vit(tmp_path, name="c", status="failed"), reason=reason)
+    change(write_vit(tmp_path, name="c", status="failed"), reason=reason)
     write_vit(tmp_path, name="d", status="running")
     runs, _ = read_runs(tmp_path, vit.STUDY, unfinished=True)
     facts = [tuple(run.ended[key] for key in ("how", "by", "round")) for run in runs]
@@ -92,7 +86,7 @@ def test_how_a_run_ended_is_read_or_for_old_runs_said_by_its_status(tmp_path):
 
 def test_facts_of_the_shards_are_the_same_from_data_or_from_clients(tmp_path):
     old, new = write_vit(tmp_path / "old", name="a"), write_vit(tmp_path / "new", name="a")
-    rewrite(new, data={"sha256": {"train": "abc"}}, clients={"classes": [50, 100]})
+    change(new, data={"sha256": {"train": "abc"}}, clients={"classes": [50, 100]})
     (one,), (other,) = (read_runs(folder, vit.STUDY)[0] for folder in (old, new))
     assert one.facts == other.facts and one.setting == other.setting
 
@@ -102,8 +96,8 @@ def test_round_0_is_the_start_of_a_curve_and_no_best_round(tmp_path):
     rows = (folder / "metrics.jsonl").read_text()
     start = json.dumps({"round": 0, "tokens": 0, "val_ppl": 5000.0}) + "\n"
     (folder / "metrics.jsonl").write_text(start + rows)
-    ((curve,),) = [curves_of(read_runs(tmp_path, mamba.STUDY)[0])]
-    tokens, mean, *_ = curve.series("val_ppl", "tokens")
+    (curve,) = curves_of(read_runs(tmp_path, mamba.STUDY)[0])
+    tokens, mean = curve.series("val_ppl", "tokens")
     assert tokens.tolist() == [0, 1000, 2000] and mean.tolist() == [5000, 400, 200]
     assert curve.results("best_val_ppl").tolist() == [200]
 
