@@ -236,7 +236,7 @@ def read_counts(path):
 
 
 central = each_group(lambda runs, notes: curves_of(runs, notes=notes), keep=lambda run: run.central)
-usual_variants_of_two = each_group(usual_curves(2), keep=lambda run: not run.central)
+two_methods = each_group(usual_curves(2), keep=lambda run: not run.central)
 strategies = each_group(two_federated)
 with_masks = each_group(usual_curves(1), keep=has_mask)
 with_shards = each_group(shards_of, [key for key in KEYS if key not in DEALT], lambda run: not run.central)
@@ -414,7 +414,7 @@ RATIOS = f"{SPARSE} two of --sparsity-ratio, such as 0.5 and 0.9"
 VARIED = {
     "heterogeneity": (varying("shards"), "Classes per client (Nc)", "by classes per client (Nc)", SHARDINGS),
     "local_steps": (varying("local_steps", "num_rounds"), "Local steps (J) per round", "by local steps (J)", STEPS),
-    "strategies": (usual_variants_of_two, "Dense and sparse fine-tuning", "dense and sparse", MASKS),
+    "strategies": (two_methods, "Dense and sparse fine-tuning", "dense and sparse", MASKS),
 }
 EPOCHS = rounds_figure("Central training", ACCURACY, "Epoch")
 BY_SHARDS = points_figure("Heterogeneity", "Shards (Nc: classes per client)", str, shards_order)
