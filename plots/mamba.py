@@ -264,20 +264,22 @@ def draw_depths(title, setting, curves, args):
     A method's colour and marker are its own; on the left a depth has its dash.
     """
     places = sorted({curve.place["config"] for curve in curves}, key=layers_of)
-    methods, left = looks_of(curves), []
-    for curve in [c for c in curves if c.kind in ("central", "fed_avg")] or curves:
-        i = places.index(curve.place["config"])
-        own = methods[curve.label] | {"linestyle": look(0, i)["linestyle"]}
-        own |= {"markerfacecolor": "white"} if i else {}
-        left.append((i, (curve, own, f"{layers_words(places[i])}: {curve.label}")))
+
+    def depth(curve):
+        return places.index(curve.place["config"])
+
     figure, axes = new_figure(columns=2, width=10.0, height=4.6, gridspec_kw={"width_ratios": [3, 2]})
-    axis, summary = axes[0]
-    tokens_panel(axis, [line for _, line in sorted(left, key=lambda item: item[0])])
+    (axis, summary), methods, left = axes[0], looks_of(curves), []
+    for curve in sorted([c for c in curves if c.kind in ("central", "fed_avg")] or curves, key=depth):
+        own = methods[curve.label] | {"linestyle": look(0, depth(curve))["linestyle"]}
+        own |= {"markerfacecolor": "white"} if depth(curve) else {}
+        left.append((curve, own, f"{layers_words(curve.place['config'])}: {curve.label}"))
+    tokens_panel(axis, left)
     axis.legend()
     finals, lines = [], lines_of(curves)
     for i, line in enumerate(lines):
         # Points of equal depth stand side by side, so that no bar hides another.
-        at = [places.index(curve.place["config"]) + (i - (len(lines) - 1) / 2) * 0.08 for curve in line]
+        at = [depth(curve) + (i - (len(lines) - 1) / 2) * 0.08 for curve in line]
         values = [curve.results("final_val_ppl") for curve in line]
         mean = np.array([v.mean() for v in values])
         bars = [mean - [v.min() for v in values], [v.max() for v in values] - mean]
