@@ -12,10 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from common.cli import UsageError
-from common.curves import COLORS, DASHES, GREY, MARKERS, log_axis, new_figure, save_figure, set_title, style
-from plots.runs import like_with_like, suffixes
-from plots.seeds import curves_of
-from plots.style import band, caption, legend_below, looks_of, markers_at, panel_axes, seeds_text, whole_numbers
+from common.curves import COLORS, DASHES, GREY, MARKERS, log_axis, new_figure, set_title
+from plots import style
 
 TOP = 80  # rows and columns of a heat map
 STEPS = 10  # panels of a heat map
@@ -25,29 +23,20 @@ VECTORS = ("A_log", "D", "dt_bias")
 _WHOLE_RANGE = 99.5  # percentile at which the colour scale ends: one outlier must not blacken the rest
 
 
-def delta_files(folder):
-    """The steps stored in a `deltas` folder: list[(step, path)], in order; empty if there is none."""
+def stored_in(folder, notes):
+    """The steps stored in a `deltas` folder, in order: list[(step, path)]; a note for each damaged file."""
     files = []
-    for path in folder.glob("step_*.npz"):
-        number = re.fullmatch(r"step_(\d+)", path.stem)
-        if number:
-            files.append((int(number.group(1)), path))
-    return sorted(files)
-
-
-def readable(files, notes):
-    """The files that are whole; a note for each damaged one."""
-    whole = []
-    for step, path in files:
+    for path in sorted(folder.glob("step_*.npz")):
+        if not (step := re.fullmatch(r"step_(\d+)", path.stem)):
+            continue
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                if any(name.endswith(".in_proj") for name in arrays.files):
-                    whole.append((step, path))
-                else:
-                    notes.append(f"left out {path}: no array layers.<i>.in_proj")
+            if layers_in(path):
+                files.append((int(step[1]), path))
+            else:
+                notes.append(f"left out {path}: no array layers.<i>.in_proj")
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             notes.append(f"left out {path}: damaged ({type(error).__name__})")
-    return whole
+    return sorted(files)
 
 
 def layers_in(path):
@@ -66,9 +55,11 @@ def load(path, layer, name="in_proj"):
 
 def evenly(items, count):
     """At most `count` of the items, evenly spaced, with the first and the last."""
-    if len(items) <= count:
-        return list(items)
-    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[i] for i in places]
+
+
+# ---- singular values
 
 
 def singular_values(matrix):
@@ -80,34 +71,122 @@ def singular_values(matrix):
     return np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0, None))
 
 
-def energy_rank(sigma, energy=ENERGY):
-    """The smallest r with sum_{i<=r} sigma_i^2 >= energy * sum_i sigma_i^2; 0 if all are 0."""
-    total = np.sum(sigma**2)
-    if total == 0:
-        return 0
-    cumulative = np.cumsum(sigma**2)
-    return int(np.searchsorted(cumulative, energy * total * (1 - 1e-12)) + 1)
+def energy_rank(sigma):
+    """The smallest r with sum_{i<=r} sigma_i^2 >= ENERGY * sum_i sigma_i^2; 0 if all are 0."""
+    total = np.cumsum(sigma**2)
+    return int(np.searchsorted(total, ENERGY * total[-1] * (1 - 1e-12)) + 1) if total[-1] else 0
 
 
 def spectra(files, layer):
     """dict step -> singular values of that step's in_proj update; a step with a non-finite entry is left out."""
-    values = {}
-    for step, path in files:
-        matrix = load(path, layer)
-        if matrix is not None and np.isfinite(matrix).all():
-            values[step] = singular_values(matrix)
-    return values
+    matrices = {step: load(path, layer) for step, path in files}
+    return {step: singular_values(m) for step, m in matrices.items() if m is not None and np.isfinite(m).all()}
 
 
 def mean_over(histories):
     """Steps that all histories (dict step -> sigma) have, and their values stacked: (list[int], [n, steps, r])."""
     histories = [h for h in histories if h]
-    if not histories:
-        return [], np.empty((0, 0, 0))
-    steps = sorted(set.intersection(*(set(h) for h in histories)))
-    if not steps:
-        return [], np.empty((0, 0, 0))
-    return steps, np.array([[h[step] for step in steps] for h in histories])  # [n, steps, r]
+    steps = sorted(set.intersection(*map(set, histories))) if histories else []
+    return steps, np.array([[h[step] for step in steps] for h in histories])
+
+
+def spectra_axes(panels, title, x_label, y_label):
+    figure, axes = style.panel_axes(len(panels), 2, 6.2 if len(panels) == 1 else 9.6, 3.0, 0.9)
+    for axis in axes:
+        if axis.get_subplotspec().is_last_row():
+            axis.set_xlabel(x_label)
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(y_label)
+    set_title(figure, title)
+    return figure, axes
+
+
+def evolution(panels, title, step_name):
+    """The largest singular values of each update over training: mean and minimum to maximum.
+
+    panels: list[(name, steps, values [n, steps, r])].
+    """
+    figure, axes = spectra_axes(panels, title, step_name, "Singular value of the update")
+    for axis, (name, steps, values) in zip(axes, panels, strict=True):
+        top = values[:, :, :SINGULAR_VALUES]  # [n, steps, 8]
+        for k in range(top.shape[2]):
+            # From dark to light: the order of the values is the order of the greys.
+            shade = COLORS[0] if k == 0 else str(round(0.1 + 0.07 * k, 2))
+            look = {"color": shade, "marker": MARKERS[k], "linewidth": 1.2}
+            every = style.markers_at(k, len(steps), SINGULAR_VALUES)
+            axis.plot(steps, top[:, :, k].mean(axis=0), markevery=every, label=f"$\\sigma_{k + 1}$", **look)
+            if len(top) > 1:
+                low, high = top[:, :, k].min(axis=0), top[:, :, k].max(axis=0)
+                axis.fill_between(steps, low, high, color=COLORS[2], alpha=0.15, linewidth=0)
+        log_of_positive(axis, top)
+        style.whole_numbers(axis.xaxis)
+        if len(steps) == 1:
+            axis.set_xlim(steps[0] - 1, steps[0] + 1)
+        axis.set_title(name, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def spectrum(panels, title):
+    """The last update's singular values, and the rank that holds 95 % of the energy (sum of squares).
+
+    panels: list[(name, values [n, r])]; the rank is each spectrum's own, then averaged.
+    """
+    figure, axes = spectra_axes(panels, title, "Index", "Singular value")
+    for axis, (name, values) in zip(axes, panels, strict=True):
+        ranks = [energy_rank(sigma) for sigma in values]
+        style.band(axis, np.arange(1, values.shape[1] + 1), values, None, {"color": COLORS[2]}, None, "range", 0.2)
+        axis.axvline(np.mean(ranks), color=COLORS[1], linestyle=DASHES[1])
+        # What lies below a millionth of the largest is rounding: it would squeeze the rest.
+        log_of_positive(axis, values[values > values.max() * 1e-6])
+        axis.set_xlim(left=0)
+        between = f" ({min(ranks)} to {max(ranks)})" if min(ranks) != max(ranks) else ""
+        rank = f"dashed: 95 % of the energy, rank {np.mean(ranks):.3g}{between} of {values.shape[1]}"
+        axis.set_title(", ".join(filter(None, [name, rank])), fontsize=9)
+    return figure
+
+
+def log_of_positive(axis, values):
+    positive = values[values > 0]
+    if positive.size:
+        log_axis(axis, positive.min(), positive.max())
+
+
+# ---- heat maps
+
+
+def heatmaps(panels, title, blocks):
+    """One panel per (name, matrix): |update| of the TOP rows and columns with the largest norm over all panels.
+
+    The same rows and columns in every panel, in the order of the matrix, so that panels compare entry by entry;
+    one colour scale, dark to light, that prints in grey.
+    """
+    matrices = [np.abs(matrix) for _, matrix in panels]
+    rows, columns = strongest(matrices)
+    zoomed = [m[np.ix_(rows, columns)] for m in matrices]
+    top = np.nanpercentile(np.stack(zoomed), _WHOLE_RANGE) or 1.0
+    ticks = block_ticks(rows, blocks)
+    wide = min(5, len(panels))
+    figure, axes = style.panel_axes(len(panels), wide, 1.2 + 1.95 * wide, 2.1, 0.9, sharex=True, sharey=True)
+    for axis, (name, _), values in zip(axes, panels, zoomed, strict=True):
+        image = style.heat_map(axis, values, 0, top)
+        axis.set_title(name, fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([middle for _, middle, _ in ticks], [name for name, _, _ in ticks])
+        for _, _, start in ticks[1:]:
+            axis.axhline(start - 0.5, color="white", linewidth=0.7)
+        axis.tick_params(length=0)
+    figure.supxlabel(f"{len(columns)} of {matrices[0].shape[1]} columns (inputs)", fontsize=9)
+    figure.supylabel(f"{len(rows)} of {matrices[0].shape[0]} rows (outputs)", fontsize=9)
+    figure.colorbar(image, ax=axes, extend="max", pad=0.01, fraction=0.03).set_label("|update| of in_proj")
+    set_title(figure, title)
+    return figure
+
+
+def strongest(matrices):
+    """The TOP rows and the TOP columns with the largest norm over all matrices together, as ascending indices."""
+    energy = sum(np.nan_to_num(m) ** 2 for m in matrices)  # [rows, columns]
+    return [np.sort(np.argsort(-energy.sum(axis=other), kind="stable")[:TOP]) for other in (1, 0)]
 
 
 def in_proj_blocks(run_args, rows, columns, heads):
@@ -120,196 +199,42 @@ def in_proj_blocks(run_args, rows, columns, heads):
     return list(zip(("z", "x", "B", "C", "dt"), starts.tolist(), strict=True))
 
 
-def heatmaps(path, panels, title, blocks):
-    """One panel per (name, matrix): |update| of the TOP rows and columns with the largest norm over all panels.
-
-    The same rows and columns in every panel, in the order of the matrix, so that panels compare entry by entry;
-    one colour scale, dark to light, that prints in grey.
-    """
-    matrices = [np.abs(matrix) for _, matrix in panels]
-    rows, columns = strongest(matrices)
-    zoomed = [m[np.ix_(rows, columns)] for m in matrices]
-    top = np.nanpercentile(np.stack(zoomed), _WHOLE_RANGE) or 1.0
-    wide = min(5, len(panels))
-    tall = -(-len(panels) // wide)
-    with style():
-        figure, axes = new_figure(
-            tall, wide, width=1.2 + 1.95 * wide, height=0.9 + 2.1 * tall, sharex=True, sharey=True
-        )
-        for i, axis in enumerate(axes.flat):
-            if i >= len(panels):
-                axis.set_axis_off()
-                continue
-            image = axis.imshow(zoomed[i], cmap="cividis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
-            axis.grid(False)
-            axis.set_title(panels[i][0], fontsize=9)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        names = block_ticks(rows, blocks)
-        for axis in axes.flat[: len(panels)]:
-            for _, _, start in names[1:]:
-                axis.axhline(start - 0.5, color="white", linewidth=0.7)
-        for axis in axes[:, 0]:
-            axis.set_yticks([middle for _, middle, _ in names], [name for name, _, _ in names])
-        for axis in axes.flat:
-            axis.tick_params(length=0)
-        figure.supxlabel(f"{len(columns)} of {matrices[0].shape[1]} columns (inputs)", fontsize=9)
-        figure.supylabel(f"{len(rows)} of {matrices[0].shape[0]} rows (outputs)", fontsize=9)
-        bar = figure.colorbar(image, ax=axes, extend="max", pad=0.01, fraction=0.03)
-        bar.set_label("|update| of in_proj")
-        set_title(figure, title)
-        return save_figure(figure, path)
-
-
-def strongest(matrices):
-    """The TOP rows and the TOP columns with the largest norm over all matrices together, as ascending indices."""
-    energy = sum(np.nan_to_num(m) ** 2 for m in matrices)  # [rows, columns]
-    rows = np.argsort(-energy.sum(axis=1), kind="stable")[:TOP]
-    columns = np.argsort(-energy.sum(axis=0), kind="stable")[:TOP]
-    return np.sort(rows), np.sort(columns)
-
-
 def block_ticks(rows, blocks):
     """[(name, middle, first)] of the blocks that chosen rows fall into, in positions of the heat map.
 
     A block with too few rows for a label of its own height shares one with its neighbour: `B, C`.
     """
-    ticks = []
-    for i, (name, first) in enumerate(blocks):
-        last = blocks[i + 1][1] if i + 1 < len(blocks) else np.inf
-        places = np.flatnonzero((rows >= first) & (rows < last))
-        if len(places):
-            ticks.append([name, int(places[0]), int(places[-1])])
+    ends = np.searchsorted(rows, [first for _, first in blocks] + [math.inf])
     joined = []
-    for tick in ticks:
-        if joined and min(tick[2] - tick[1], joined[-1][2] - joined[-1][1]) < 6:
-            joined[-1] = [f"{joined[-1][0]}, {tick[0]}", joined[-1][1], tick[2]]
-        else:
-            joined.append(tick)
+    for (name, _), first, last in zip(blocks, ends, ends[1:] - 1, strict=False):
+        if joined and first <= last and min(last - first, joined[-1][2] - joined[-1][1]) < 6:
+            joined[-1] = f"{joined[-1][0]}, {name}", joined[-1][1], last
+        elif first <= last:
+            joined.append((name, first, last))
     return [(name, (first + last) / 2, first) for name, first, last in joined]
 
 
-def head_heatmaps(path, files, layers, title, step_name):
+def head_heatmaps(files, layers, title, step_name):
     """|update| of A_log, D and dt_bias: heads by steps, a row of panels per layer. None if the files lack them."""
     present = [name for name in VECTORS if load(files[0][1], layers[0], name) is not None]
     if not present:
         return None
-    with style():
-        figure, axes = new_figure(
-            len(layers), len(present), width=8.4, height=0.9 + 1.7 * len(layers), sharex=True, sharey="row"
-        )
-        for row, layer in zip(axes, layers, strict=True):
-            for axis, name in zip(row, present, strict=True):
-                values = np.abs([load(path_, layer, name) for _, path_ in files]).T  # [heads, steps]
-                top = np.nanmax(values) or 1.0
-                image = axis.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
-                axis.grid(False)
-                axis.set_title(name if len(layers) == 1 else f"{name}, layer {layer}", fontsize=9)
-                figure.colorbar(image, ax=axis, pad=0.02).ax.tick_params(labelsize=8)
-            row[0].set_ylabel("Head")
-            whole_numbers(row[0].yaxis)
-        shown = evenly(range(len(files)), 4)
-        for axis in axes[-1]:
-            axis.set_xticks(shown, [str(files[i][0]) for i in shown])
-            axis.set_xlabel(step_name)
-        set_title(figure, title)
-        return save_figure(figure, path)
-
-
-def spectra_axes(panels, x_label, y_label):
-    figure, axes = panel_axes(len(panels), 2, 6.2 if len(panels) == 1 else 9.6, 3.0, 0.9)
-    for axis in axes:
-        if axis.get_subplotspec().is_last_row():
-            axis.set_xlabel(x_label)
-        if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel(y_label)
-    return figure, axes
-
-
-def evolution(path, panels, title, step_name):
-    """The largest singular values of each update over training: mean and minimum to maximum.
-
-    panels: list[(name, steps, values [n, steps, r])].
-    """
-    with style():
-        figure, axes = spectra_axes(panels, step_name, "Singular value of the update")
-        for axis, (name, steps, values) in zip(axes, panels, strict=True):
-            top = values[:, :, :SINGULAR_VALUES]  # [n, steps, 8]
-            for k in range(top.shape[2]):
-                # From dark to light: the order of the values is the order of the greys.
-                shade = COLORS[0] if k == 0 else str(round(0.1 + 0.07 * k, 2))
-                axis.plot(
-                    steps,
-                    top[:, :, k].mean(axis=0),
-                    color=shade,
-                    marker=MARKERS[k],
-                    markevery=markers_at(k, len(steps), SINGULAR_VALUES),
-                    linewidth=1.2,
-                    label=f"$\\sigma_{k + 1}$",
-                )
-                if len(top) > 1:
-                    low, high = top[:, :, k].min(axis=0), top[:, :, k].max(axis=0)
-                    axis.fill_between(steps, low, high, color=COLORS[2], alpha=0.15, linewidth=0)
-            positive = top[top > 0]
-            if positive.size:
-                log_axis(axis, positive.min(), positive.max())
-            whole_numbers(axis.xaxis)
-            if len(steps) == 1:
-                axis.set_xlim(steps[0] - 1, steps[0] + 1)
-            axis.set_title(name, fontsize=9)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-        set_title(figure, title)
-        return save_figure(figure, path)
-
-
-def spectrum(path, panels, title):
-    """The last update's singular values, and the rank that holds 95 % of the energy (sum of squares).
-
-    panels: list[(name, values [n, r])]; the rank is each spectrum's own, then averaged.
-    """
-    with style():
-        figure, axes = spectra_axes(panels, "Index", "Singular value")
-        for axis, (name, values) in zip(axes, panels, strict=True):
-            ranks = [energy_rank(sigma) for sigma in values]
-            band(axis, np.arange(1, values.shape[1] + 1), values, None, {"color": COLORS[2]}, None, "range", 0.2)
-            axis.axvline(np.mean(ranks), color=COLORS[1], linestyle=DASHES[1])
-            # What lies below a millionth of the largest is rounding: it would squeeze the rest.
-            positive = values[values > values.max() * 1e-6]
-            if positive.size:
-                log_axis(axis, positive.min(), positive.max())
-            axis.set_xlim(left=0)
-            rank = rank_text(ranks, values.shape[1])
-            axis.set_title(f"{name}, dashed: {rank}" if name else f"dashed: {rank}", fontsize=9)
-        set_title(figure, title)
-        return save_figure(figure, path)
-
-
-def rank_text(ranks, full):
-    """`95 % of the energy, rank 38.4 (37 to 40) of 64`."""
-    mean, low, high = np.mean(ranks), min(ranks), max(ranks)
-    between = f" ({low} to {high})" if low != high else ""
-    return f"95 % of the energy, rank {mean:.3g}{between} of {full}"
-
-
-def named_curves(runs, base, notes):
-    """list[(setting, curve, name)]: every curve of every group, with a name for files that no other has.
-
-    The name is `base(curve)`; for a further curve of that name, what sets its group or its arguments apart follows.
-    """
-    groups, used, named = like_with_like(runs), set(), []
-    names = suffixes([setting for setting, _ in groups], runs[0].study.keys) if runs else []
-    for (setting, members), suffix in zip(groups, names, strict=True):
-        for curve in curves_of(members, notes=notes):
-            words = re.sub(r"[^A-Za-z0-9.]+", "_", curve.label.partition(", ")[2]).strip("_")
-            name = base(curve)
-            name += suffix if name in used else ""
-            name += f"_{words}" if name in used else ""
-            unique, count = name, 2
-            while unique in used:
-                unique, count = f"{name}_{count}", count + 1
-            used.add(unique)
-            named.append((setting, curve, unique))
-    return named
+    size = {"width": 8.4, "height": 0.9 + 1.7 * len(layers)}
+    figure, axes = new_figure(len(layers), len(present), sharex=True, sharey="row", **size)
+    for row, layer in zip(axes, layers, strict=True):
+        for axis, name in zip(row, present, strict=True):
+            values = np.abs([load(path, layer, name) for _, path in files]).T  # [heads, steps]
+            image = style.heat_map(axis, values, 0, np.nanmax(values) or 1.0)
+            axis.set_title(name if len(layers) == 1 else f"{name}, layer {layer}", fontsize=9)
+            figure.colorbar(image, ax=axis, pad=0.02).ax.tick_params(labelsize=8)
+        row[0].set_ylabel("Head")
+        style.whole_numbers(row[0].yaxis)
+    shown = evenly(range(len(files)), 4)
+    for axis in axes[-1]:
+        axis.set_xticks(shown, [str(files[i][0]) for i in shown])
+        axis.set_xlabel(step_name)
+    set_title(figure, title)
+    return figure
 
 
 # ---- masks
@@ -346,34 +271,30 @@ def kept_per_layer(path):
         raise UsageError(f"{path} is not a mask file with kept_per_layer ({error}): delete it or run again") from error
 
 
-def panels_of(kept):
-    """dict panel title -> dict block number (or name, outside the blocks) -> fraction, from layer -> fraction."""
-    panels = {}
-    for name, fraction in kept.items():
-        block = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-        if block:
-            panels.setdefault(TITLES.get(block[2], block[2]), {})[int(block[1])] = fraction
-        else:
-            place = name.removeprefix("vit.").removeprefix("embeddings.")
-            panels.setdefault(OTHER, {})[OUTSIDE.get(place, place)] = fraction
-    order = [*dict.fromkeys(TITLES.values())]
-    names = sorted(panels, key=lambda title: (title == OTHER, order.index(title) if title in order else len(order)))
-    return {name: panels[name] for name in names}
+def place_of(layer):
+    """(title of its panel, block number, or outside the blocks its name) of a layer's name."""
+    block = re.search(r"(?:^|\.)(\d+)\.(.+)$", layer)
+    if block:
+        return TITLES.get(block[2], block[2]), int(block[1])
+    name = layer.removeprefix("vit.").removeprefix("embeddings.")
+    return OTHER, OUTSIDE.get(name, name)
 
 
 def draw_layers(setting, curves, args):
     """A panel per kind of layer, the blocks along the axis; dotted: the fraction kept of all weights."""
-    kept = [[panels_of(kept_per_layer(run.folder / "mask.safetensors")) for run in curve.runs] for curve in curves]
-    titles = list(dict.fromkeys(title for seeds in kept for panels in seeds for title in panels))
-    titles.sort(key=lambda title: title == OTHER)
-    looks = looks_of(curves)
-    extra = 0.9 + 0.2 * math.ceil((len(curves) + 1) / 3)
-    figure, axes = panel_axes(len(titles), 3, 9.6, 2.1, extra, sharey=True)
+    files = [[kept_per_layer(run.folder / "mask.safetensors") for run in curve.runs] for curve in curves]
+    kept = [[{place_of(layer): 100 * share for layer, share in one.items()} for one in seeds] for seeds in files]
+    every = dict.fromkeys(place for seeds in kept for one in seeds for place in one)
+    order = [*TITLES.values()]
+    order += [title for title, _ in every if title not in (*order, OTHER)] + [OTHER]
+    titles = sorted({title for title, _ in every}, key=order.index)
+    looks = style.looks_of(curves)
+    figure, axes = style.panel_axes(len(titles), 3, 9.6, 2.1, 1.1, sharey=True)
     for axis, title in zip(axes, titles, strict=True):
-        places = list(dict.fromkeys(p for seeds in kept for panels in seeds for p in panels.get(title, {})))
+        places = [place for panel, place in every if panel == title]
         places.sort(key=lambda place: place if isinstance(place, int) else 0)
         for i, (curve, seeds) in enumerate(zip(curves, kept, strict=True)):
-            values = np.array([[100 * panels.get(title, {}).get(p, math.nan) for p in places] for panels in seeds])
+            values = np.array([[one.get((title, place), math.nan) for place in places] for one in seeds])
             look, x, mean = looks[curve.label], np.arange(len(places)), values.mean(axis=0)
             if title == OTHER:  # not a sequence: side by side, bars for bands
                 low, high = values.min(axis=0), values.max(axis=0)
@@ -381,7 +302,7 @@ def draw_layers(setting, curves, args):
                 look = look | {"linestyle": "", "elinewidth": 1, "label": curve.label}
                 axis.errorbar(x + 0.1 * (i - (len(curves) - 1) / 2), mean, yerr=spread, **look)
             else:
-                band(axis, x, values, curve.label, look, spread="range", alpha=0.15)
+                style.band(axis, x, values, curve.label, look, spread="range", alpha=0.15)
         if "sparsity" in setting:
             overall = 100 * (1 - setting["sparsity"])
             axis.axhline(overall, color=GREY, linestyle=":", linewidth=1.2, label=f"all weights: {overall:.3g} %")
@@ -400,6 +321,6 @@ def draw_layers(setting, curves, args):
             axis.set_xlabel("Block")
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel("Kept (%)")
-    legend_below(figure, axes[:1], 3)
-    caption(figure, f"Weights that the masks keep, by layer: {seeds_text(curves)}", setting, curves)
+    style.legend_below(figure, axes[:1])
+    style.caption(figure, f"Weights that the masks keep, by layer: {style.seeds_text(curves)}", setting, curves)
     return figure

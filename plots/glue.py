@@ -28,10 +28,26 @@ import numpy as np
 
 from common.cli import UsageError, run_main
 from common.curves import GREY, number
-from plots.panels import Panel, all_curves, axes_of, bars, draw_along, finish, name_places, plain_ticks, sideways
 from plots.runs import Study, base_name, describe, like_with_like, order_of, shared_setting, text
 from plots.seeds import curves_of, kind_order, label, lines_of
-from plots.style import Figure, draw_figures, draw_rounds, figure_parser, looks_of, reference_lines, seeds_range
+from plots.style import (
+    Figure,
+    Panel,
+    all_curves,
+    axes_of,
+    bars,
+    draw_along,
+    draw_figures,
+    draw_rounds,
+    figure_parser,
+    finish,
+    looks_of,
+    name_places,
+    plain_ticks,
+    reference_lines,
+    seeds_range,
+    sideways,
+)
 from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, layout, one_table, result, sent, spread
 
 TASKS = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP"}

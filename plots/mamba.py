@@ -21,20 +21,10 @@ import numpy as np
 
 from common.cli import UsageError, run_main
 from common.curves import break_lines, log_axis, new_figure, token_unit, tokens_label
-from plots.runs import LeftOut, Study, like_with_like, text
-from plots.seeds import curves_of, label, lines_of, paired
-from plots.style import (
-    Figure,
-    band,
-    caption,
-    draw_figures,
-    figure_parser,
-    look,
-    looks_of,
-    markers_at,
-    of_group,
-    seeds_text,
-)
+from plots import style
+from plots.runs import LeftOut, Study, text
+from plots.seeds import curves_of, label, lines_of, nearest, paired
+from plots.style import Figure, band, caption, each_group, look, looks_of, markers_at, seeds_text
 from plots.tables import SEEDS, Column, Table, result, spread, whole
 
 # ---- the study
@@ -155,12 +145,12 @@ def of_config(runs, config):
 # ---- what a figure shows
 
 
-def fewest_updates(runs, notes=None):
+def fewest_updates(runs, notes):
     """The federated runs with the fewest local updates of any, and central ones."""
     updates = {run: run.args.get("local_updates") or 0 for run in runs if not run.central}
     fewest = min(updates.values(), default=0)
     more = sorted(run.name for run, n in updates.items() if n != fewest)
-    if more and notes is not None:
+    if more:
         notes.append(LeftOut(f"{len(more)} run{'s' * (len(more) > 1)} at more than LU {fewest}", ", ".join(more)))
     return [run for run in runs if run.central or updates[run] == fewest]
 
@@ -191,44 +181,28 @@ def depths(runs, notes):
     return several
 
 
-def groups_with(select, config=None):
-    """A Figure's select: select(runs of a group, notes) -> curves, for every group that has them."""
-
-    def chosen(runs, notes):
-        runs = [run for run in runs if config in (None, run.setting["config"])]
-        groups = like_with_like(runs, () if config else ("config",))
-        several = []
-        for setting, members in groups:
-            left_out = []
-            if curves := select(members, left_out):
-                several.append((setting, curves))
-                notes += of_group(setting, left_out)
-        return several
-
-    return chosen
-
-
 # ---- figures
 
 
-def tokens_panel(axis, curves, looks, labels, train=False, shown_from=0.05):
-    """Perplexity against tokens: a line with its band per curve; train: thin lines of the training perplexity too.
+def tokens_panel(axis, lines, train=False, shown_from=0.05):
+    """Perplexity against tokens: a line with its band per (curve, look, label); train: thin lines of training's too.
 
     What happens before `shown_from` of the tokens is alike for all and would squeeze the rest: it sets no axis.
     """
-    most = max((curve.series("val_ppl", "tokens")[0].max(initial=1) for curve in curves), default=1)
-    divisor, word = token_unit(most)
+    divisor, word = token_unit(max((curve.series("val_ppl", "tokens")[0].max(initial=1) for curve, *_ in lines)))
     extent = []
-    for i, curve in enumerate(curves):
-        for field in ("val_ppl", "train_ppl") if train else ("val_ppl",):
-            x, values = curve.evaluated(field, "tokens")
-            if field == "val_ppl":
-                style = looks[i]
-                band(axis, x / divisor, values, labels[i], style, markers_at(i, len(x), len(curves)), "range", 0.2)
-            elif np.isfinite(values.mean(axis=0)).any():
-                thin = {key: looks[i][key] for key in ("color", "linestyle")} | {"linewidth": 0.7}
+    for i, (curve, own, name) in enumerate(lines):
+        x, values = curve.evaluated("val_ppl", "tokens")
+        band(axis, x / divisor, values, name, own, markers_at(i, len(x), len(lines)), "range", 0.2)
+        shown = [(x, values)]
+        if train:
+            x, values = curve.evaluated("train_ppl", "tokens")
+            shown.append((x, values))
+            if np.isfinite(values.mean(axis=0)).any():
+                thin = {key: own[key] for key in ("color", "linestyle")} | {"linewidth": 0.7}
                 axis.plot(x / divisor, values.mean(axis=0), label=f"{curve.label}, train", **thin)
-            late = values[:, x >= shown_from * x[-1]] if len(x) else values
+        for x, values in shown:
+            late = values[:, x >= shown_from * x.max(initial=0)]
             extent += late[np.isfinite(late) & (late > 0)].tolist()
     if extent:
         log_axis(axis, min(extent), max(extent))
@@ -241,7 +215,7 @@ def draw_curves(title, with_train, setting, curves, args):
     """Figures 1 and 2: perplexity against tokens; in figure 1 with train."""
     figure, axes = new_figure(height=4.4)
     axis, looks = axes[0, 0], looks_of(curves)
-    tokens_panel(axis, curves, [looks[c.label] for c in curves], [final_label(c) for c in curves], with_train)
+    tokens_panel(axis, [(curve, looks[curve.label], final_label(curve)) for curve in curves], with_train)
     title_of(figure, title, setting, curves)
     # inside the axes while it fits there, else below them
     handles, labels = axis.get_legend_handles_labels()
@@ -261,18 +235,17 @@ def draw_methods(title, setting, curves, args):
     """
     figure, axes = new_figure(columns=2, width=10.0, height=max(4.2, 1.6 + 0.4 * len(curves)))
     (axis, ends), looks = axes[0], looks_of(curves)
-    labels = [curve.label for curve in curves]
-    tokens_panel(axis, curves, [looks[name] for name in labels], labels, shown_from=0.1)
+    tokens_panel(axis, [(curve, looks[curve.label], curve.label) for curve in curves], shown_from=0.1)
     finals = []
     for place, curve in enumerate(curves):
-        values, style = curve.results("final_val_ppl"), looks[curve.label]
+        values, own = curve.results("final_val_ppl"), looks[curve.label]
         values = values[np.isfinite(values)]
         finals += values.tolist()
-        ends.plot(values, [place] * len(values), "|", color=style["color"], markersize=9)
+        ends.plot(values, [place] * len(values), "|", color=own["color"], markersize=9)
         # The stretch of line through the marker is the range over seeds in a grey print too.
         if len(values):
-            ends.plot([values.min(), values.max()], [place] * 2, color=style["color"], linewidth=1.2)
-            ends.plot([values.mean()], [place], **style | {"markersize": 7, "linestyle": ""})
+            ends.plot([values.min(), values.max()], [place] * 2, color=own["color"], linewidth=1.2)
+            ends.plot([values.mean()], [place], **own | {"markersize": 7, "linestyle": ""})
             words = f"{values.mean():.4g}"
             ends.annotate(words, (values.max(), place), (7, 0), textcoords="offset points", va="center", size=8.5)
     ends.set_yticks(range(len(curves)), [break_lines(curve.label, 32) for curve in curves])
@@ -290,21 +263,23 @@ def draw_depths(title, setting, curves, args):
 
     A method's colour and marker are its own; on the left a depth has its dash.
     """
-    left = [c for c in curves if c.kind in ("central", "fed_avg")] or curves
     places = sorted({curve.place["config"] for curve in curves}, key=layers_of)
-    left.sort(key=lambda curve: places.index(curve.place["config"]))
-    lines, methods = lines_of(curves), looks_of(curves)
+
+    def depth(curve):
+        return places.index(curve.place["config"])
+
     figure, axes = new_figure(columns=2, width=10.0, height=4.6, gridspec_kw={"width_ratios": [3, 2]})
-    axis, summary = axes[0]
-    depth = [places.index(curve.place["config"]) for curve in left]
-    looks = [methods[c.label] | {"linestyle": look(0, i)["linestyle"]} for c, i in zip(left, depth, strict=True)]
-    looks = [style | ({"markerfacecolor": "white"} if i else {}) for style, i in zip(looks, depth, strict=True)]
-    tokens_panel(axis, left, looks, [f"{layers_words(c.place['config'])}: {c.label}" for c in left])
+    (axis, summary), methods, left = axes[0], looks_of(curves), []
+    for curve in sorted([c for c in curves if c.kind in ("central", "fed_avg")] or curves, key=depth):
+        own = methods[curve.label] | {"linestyle": look(0, depth(curve))["linestyle"]}
+        own |= {"markerfacecolor": "white"} if depth(curve) else {}
+        left.append((curve, own, f"{layers_words(curve.place['config'])}: {curve.label}"))
+    tokens_panel(axis, left)
     axis.legend()
-    finals = []
+    finals, lines = [], lines_of(curves)
     for i, line in enumerate(lines):
         # Points of equal depth stand side by side, so that no bar hides another.
-        at = [places.index(curve.place["config"]) + (i - (len(lines) - 1) / 2) * 0.08 for curve in line]
+        at = [depth(curve) + (i - (len(lines) - 1) / 2) * 0.08 for curve in line]
         values = [curve.results("final_val_ppl") for curve in line]
         mean = np.array([v.mean() for v in values])
         bars = [mean - [v.min() for v in values], [v.max() for v in values] - mean]
@@ -335,12 +310,15 @@ def title_of(figure, title, setting, curves):
 # ---- all of them
 
 
-def each_config(file, select, draw, needs):
-    """A figure for every configuration: of --config, or of the runs there."""
+def each_config(file, choose, draw, needs):
+    """A Figure for every configuration: of --config, or of the runs there."""
 
-    def figures(runs, config=None):
-        configs = sorted({run.setting["config"] for run in of_config(runs, config)})
-        return [Figure(f"{file}_{name}", groups_with(select, name), draw, needs) for name in configs]
+    def of(config):
+        return each_group(choose, keep=lambda run: run.setting["config"] == config)
+
+    def figures(runs, args):
+        configs = sorted({run.setting["config"] for run in of_config(runs, args.config)})
+        return [Figure(f"{file}_{config}", of(config), draw, needs) for config in configs]
 
     return figures
 
@@ -353,39 +331,29 @@ ALIKE = "runs of central.py and of fed_avg.py with the same data, model and leng
 TWO_UPDATES = "runs of fed_avg.py with two values of --local_updates, such as 1 and 8"
 TWO_METHODS = "runs of two federated methods at the same --local_updates"
 TWO_DEPTHS = "runs of one method with two depths, such as --layers 1 and --layers 2"
+ALL_DEPTHS = each_group(depths, ("config",))
 FIGURES = {
     "central_vs_fed": each_config("1_central_vs_fed", central_vs_fed, CENTRAL, ALIKE),
     "lu_comparison": each_config("2_lu_comparison", lu_comparison, UPDATES, TWO_UPDATES),
     "method_comparison": each_config("3_method_comparison", method_comparison, METHODS, TWO_METHODS),
-    "multi_config_comparison": [Figure("4_multi_config_comparison", groups_with(depths), DEPTHS, TWO_DEPTHS)],
+    "multi_config_comparison": [Figure("4_multi_config_comparison", ALL_DEPTHS, DEPTHS, TWO_DEPTHS)],
 }
 
 
-def central_of(curve, curves):
-    """The central curve that shares most arguments with `curve` (itself, if it is one), or None."""
-    if curve.central:
-        return curve
+def to_central(ratio):
+    """A cell: ratio(curve, the central curve that shares most arguments with it), 1 of a central one, `-` without."""
 
-    def shared(other):
-        return sum(other.args[key] == value for key, value in curve.args.items() if key in other.args)
+    def cell(curve, curves):
+        if curve.central:
+            return "1"
+        central = nearest(curve, [other for other in curves if other.central])
+        return spread(ratio(curve, central), digits=3) if central else "-"
 
-    return max((other for other in curves if other.central), key=shared, default=None)
-
-
-def ratio(curve, curves):
-    """The final validation perplexity over the mean of the central run of the same group."""
-    central = central_of(curve, curves)
-    if central is None or central is curve:
-        return "1" if central else "-"
-    return spread(curve.results("final_val_ppl") / central.results("final_val_ppl").mean(), digits=3)
+    return cell
 
 
-def test_ratio(curve, curves):
-    """The last test perplexity over the central run's, seed by seed."""
-    central = central_of(curve, curves)
-    if central is None or central is curve:
-        return "1" if central else "-"
-    return spread(paired(curve, central, "test_ppl_last", np.divide), digits=3)
+def final_ratio(curve, central):
+    return curve.results("final_val_ppl") / central.results("final_val_ppl").mean()
 
 
 def add_config(parser):
@@ -399,8 +367,8 @@ TABLE = Table(
         result("best val ppl", "best_val_ppl"),
         result("test ppl (best)", "test_ppl_best"),
         result("test ppl (last)", "test_ppl_last"),
-        Column("ratio to central", ratio),
-        Column("test ratio", test_ratio),
+        Column("ratio to central", to_central(final_ratio)),
+        Column("test ratio", to_central(lambda curve, central: paired(curve, central, "test_ppl_last", np.divide))),
         Column("tokens", whole("tokens")),
         result("minutes", "seconds", 1 / 60),
         SEEDS,
@@ -411,12 +379,11 @@ TABLE = Table(
 
 
 def build_parser():
-    return figure_parser(STUDY, FIGURES, add_config)
+    return style.figure_parser(STUDY, FIGURES, add_config)
 
 
 def main(args):
-    per_config = {n: f if isinstance(f, list) else partial(f, config=args.config) for n, f in FIGURES.items()}
-    draw_figures(STUDY, per_config, args, KEYS)
+    style.draw_figures(STUDY, FIGURES, args)
 
 
 if __name__ == "__main__":

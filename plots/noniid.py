@@ -36,8 +36,24 @@ from common.cli import run_main
 from common.curves import GREY, MARKERS, log_axis, new_figure, number
 from plots import noniid_maps
 from plots.noniid_runs import FACTORS, KEYS, STUDY, TABLE, central_of, factor_figures, figures_of, first_alarms, order
-from plots.panels import all_curves, axes_of, bars, draw_along, finish, name_places, sideways, title_panels
-from plots.style import Figure, draw_figures, draw_rounds, figure_parser, look, looks_of, panel_axes, reference_lines
+from plots.style import (
+    Figure,
+    all_curves,
+    axes_of,
+    bars,
+    draw_along,
+    draw_figures,
+    draw_rounds,
+    figure_parser,
+    finish,
+    look,
+    looks_of,
+    name_places,
+    panel_axes,
+    reference_lines,
+    sideways,
+    title_panels,
+)
 
 __all__ = ["FIGURES", "STUDY", "TABLE"]
 WORST = "worst_client_val_loss"

@@ -21,9 +21,9 @@ import numpy as np
 
 from common.cli import positive_float
 from common.curves import failure, number
-from plots.panels import Panel, all_curves
 from plots.runs import LeftOut, Study, base_name, describe, like_with_like, order_of, shared_setting, text, words_for
 from plots.seeds import curves_of, lines_of
+from plots.style import Panel, all_curves
 from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent, spread
 
 # a panel or table holds only runs that agree on these, apart from what it varies

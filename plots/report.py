@@ -29,7 +29,7 @@ from common.curves import save_figure
 from plots import tables
 from plots.runs import like_with_like, read_runs, text
 from plots.seeds import curves_of
-from plots.style import each_figure, figures_for
+from plots.style import each_figure
 
 HOW = tables.__doc__[tables.__doc__.index("One table per") :] + "\n"
 CSS = """
@@ -142,22 +142,15 @@ def figure_parts(module, paths, runs, notes, missing, keep=None):
     """HTML of every figure that the runs allow: list[str]; what could not be drawn goes into `missing`."""
     args = module.build_parser().parse_args(["--data-dir", *map(str, paths)])
     parts = []
-    for declared in module.FIGURES.values():
-        chosen = figures_for(declared, runs)
-        for stem, figure in each_figure(chosen, runs, notes, missing, args, module.STUDY.keys):
-            data = io.BytesIO()
-            figure.savefig(data, format="png", dpi=120)
-            parts.append(image(stem, figure.get_suptitle(), data.getvalue()))
-            if keep:
-                save_figure(figure, Path(keep) / f"{stem}.png")
+    for stem, figure in each_figure(module.FIGURES.values(), runs, notes, missing, args, module.STUDY.keys):
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=120)
+        source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
+        words = escape(" ".join(f"{figure.get_suptitle()} ({stem})".split()))
+        parts.append(f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>')
+        if keep:
+            save_figure(figure, Path(keep) / f"{stem}.png")
     return ["<h3>Figures</h3>", *parts] if parts else []
-
-
-def image(name, caption, png):
-    """A PNG as a figure that needs no file beside it."""
-    source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-    words = escape(" ".join(f"{caption} ({name})".split()))
-    return f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
 
 
 # ---- HTML

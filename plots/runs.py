@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from common.cli import UsageError
@@ -72,9 +72,7 @@ class Run:
     data: dict  # identity of the data (of old runs also facts of the shards)
     clients: dict  # facts of the shards
     status: str
-    ended: (
-        dict  # how (finished, stopped, failed, interrupted, running), by (an alarm, left_out), round, clients, reason
-    )
+    ended: dict  # how (finished, stopped, failed, interrupted, running), by (alarm, left_out), round, clients, reason
     results: dict
     rows: list
     commit: str | None
@@ -154,19 +152,26 @@ def read_runs(paths, *studies, unfinished=False):
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     runs, notes = [], []
     for path in paths:
-        if path.is_dir():
-            for manifest in sorted(path.rglob("run.json")):
-                _add(_of_folder, manifest, studies, unfinished, runs, notes)
-        elif path.is_file():
-            for place in enumerate(path.read_text(encoding="utf-8").splitlines()):
-                _add(_of_line, (path, *place), studies, unfinished, runs, notes)
-        else:
-            raise UsageError(f"--data-dir {path} is not a folder (or a log): give the --output-dir of the runs")
+        for name, where, read in _places(path):
+            try:
+                run = read(studies)
+            except (ValueError, AttributeError) as error:
+                notes.append(LeftOut(name, f"damaged ({error})", str(where)))
+                continue
+            if run is None:
+                continue
+            where = str(run.folder or f"{where}: {run.name}")
+            if not (run.status == "finished" or unfinished or run.study.keeps(run)):
+                notes.append(LeftOut(run.name, f"its status is {run.status}; --unfinished takes it too", where))
+            elif not run.rows and not run.study.keeps(run):
+                why = "no line in metrics.jsonl, it stopped before its first evaluation"
+                notes.append(LeftOut(run.name, why, where))
+            else:
+                runs.append(run)
     for study in studies:
         others = [run for run in runs if run.study is not study]
         runs = others + study.prepared([run for run in runs if run.study is study], notes)
-    beside = [study.beside for study in studies if study.beside]
-    if not runs and not any(files_named(path, name) for path in paths for name in beside):
+    if not runs and not any(files_named(path, s.beside) for path in paths for s in studies if s.beside):
         where = ", ".join(map(str, paths))
         more = f" ({'; '.join(str(note) for note in notes[:3])})" if notes else ""
         commands = ", ".join(command for study in studies for command in study.commands)
@@ -179,85 +184,75 @@ def files_named(path, name):
     return sorted(path.rglob(name) if path.is_dir() else path.parent.glob(name))
 
 
-def _add(read, place, studies, unfinished, runs, notes):
-    """Appends the run at a place to `runs`, or says in `notes` why it is left out; nothing for another study's."""
-    path = place[0] if isinstance(place, tuple) else place.parent
-    name = f"{path.name}:{place[1] + 1}" if isinstance(place, tuple) else path.name
-    try:
-        run = read(place, studies)
-    except (ValueError, AttributeError) as error:
-        notes.append(LeftOut(name, f"damaged ({error})", str(path)))
-        return
-    if run is None:
-        return
-    where = str(run.folder or f"{path}: {run.name}")
-    if not (run.status == "finished" or unfinished or run.study.keeps(run)):
-        notes.append(LeftOut(run.name, f"its status is {run.status}; --unfinished takes it too", where))
-    elif not run.rows and not run.study.keeps(run):
-        notes.append(LeftOut(run.name, "no line in metrics.jsonl, it stopped before its first evaluation", where))
-    else:
-        runs.append(run)
+def _places(path):
+    """[(name, where, function of studies)] of a folder's manifests or a log's lines: the Run, None if not theirs."""
+    if path.is_dir():
+        folders = [manifest.parent for manifest in sorted(path.rglob("run.json"))]
+        return [(folder.name, folder, partial(_of_folder, folder)) for folder in folders]
+    if not path.is_file():
+        raise UsageError(f"--data-dir {path} is not a folder (or a log): give the --output-dir of the runs")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [(f"{path.name}:{i + 1}", path, partial(_of_line, path, i, line)) for i, line in enumerate(lines)]
 
 
-def _of_folder(path, studies):
-    manifest, folder = json.loads(path.read_text(encoding="utf-8")), path.parent
+def _of_folder(folder, studies):
+    manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    study = next((study for study in studies if manifest.get("command") in study.commands), None)
+    if study is None:
+        return None
     metrics = folder / "metrics.jsonl"
-    written = (metrics if metrics.exists() else path).stat().st_mtime
-    return _make(manifest, folder.name, folder, lambda: read_metrics(folder), written, studies)
+    rows = read_metrics(folder) if metrics.exists() else []
+    written = (metrics if metrics.exists() else folder / "run.json").stat().st_mtime
+    return _make(study, manifest, folder.name, folder, rows, written)
 
 
-def _of_line(place, studies):
-    path, i, line = place
+def _of_line(path, i, line, studies):
     record = json.loads(line) if line.strip() else {}
     if "args" not in record:
         return None
     here = [study for study in studies if study.name in path.resolve().parts] or list(studies)
     if "command" not in record and len(here[0].commands) == 1:  # the logs of before 2026-08
         record["command"] = here[0].commands[0]
+    study = next((study for study in studies if record.get("command") in study.commands), None)
+    if study is None:
+        return None
     if isinstance(record.get("data"), str):
         record["data"] = {"sha256": record["data"]}
     if "failed" in record:  # how the study judged the run, with what the line does not tell
         record["results"] = (record.get("results") or {}) | {"failed": record["failed"]}
     record = {"status": "failed" if record.get("reason") else "finished"} | record
-    written = path.stat().st_mtime + 1e-6 * i
-    return _make(record, record.get("name"), None, lambda: record.get("curve") or [], written, studies)
+    return _make(study, record, record.get("name"), None, record.get("curve") or [], path.stat().st_mtime + 1e-6 * i)
 
 
-def _make(manifest, name, folder, rows, written, studies):
-    command = manifest.get("command") if isinstance(manifest, dict) else None
-    study = next((study for study in studies if command in study.commands), None)
-    if study is None:
-        return None
+def _make(study, manifest, name, folder, rows, written):
     parts = {key: manifest.get(key) for key in ("args", "data", "clients", "results", "versions", "resolved")}
     parts = {key: value if isinstance(value, dict) else {} for key, value in parts.items()}
-    try:
-        rows = rows()
-    except FileNotFoundError:
-        rows = []
-    method, ended = completed(study, manifest, parts["args"], parts["results"], rows)
-    status, commit = manifest.get("status"), manifest.get("git_commit")
-    return Run(study, name, folder, command, method=method, status=status, ended=ended, rows=rows, commit=commit,
-               written=written, **parts)  # fmt: skip
-
-
-def completed(study, manifest, args, results, rows):
-    """(method, ended) of a run: run.json's, or for runs from before it had them, what its args and status say."""
     method, ended = manifest.get("method"), manifest.get("ended")
     if not isinstance(method, dict):
-        known = {**args, "command": manifest["command"], "kind": study.kind_of(manifest["command"], args)}
-        unread = {flag for applies, flags in study.unread if applies(known) for flag in flags}
-        method = {flag: value for flag, value in args.items() if flag not in WHERE | unread}
+        method = _method_of_old(study, manifest["command"], parts["args"])
     if not isinstance(ended, dict):
-        how, reason = manifest.get("status"), manifest.get("reason")
-        t = rows[-1].get("round") if rows else 0
-        ended = {"how": how, "by": None, "round": t, "clients": None, "reason": reason}
-        stopped = results.get("stopped")
-        if how == "finished" and isinstance(stopped, dict):
-            ended |= {"how": "stopped", "by": stopped.get("detector"), "round": stopped.get("round", t)}
-        if how == "failed" and reason and "not finite" in reason:
-            at = re.match(r"round (\d+)", reason)
-            ended |= {"by": "left_out", "round": int(at[1]) if at else t}
-    return method, ended
+        ended = _end_of_old(manifest, parts["results"].get("stopped"), rows[-1].get("round") if rows else 0)
+    facts = {"status": manifest.get("status"), "commit": manifest.get("git_commit"), "method": method, "ended": ended}
+    return Run(study, name, folder, manifest["command"], rows=rows, written=written, **facts, **parts)
+
+
+def _method_of_old(study, command, args):
+    """`method` of a run from before run.json had it: the flags that runs of its kind read."""
+    known = {**args, "command": command, "kind": study.kind_of(command, args)}
+    unread = {flag for applies, flags in study.unread if applies(known) for flag in flags}
+    return {flag: value for flag, value in args.items() if flag not in WHERE | unread}
+
+
+def _end_of_old(manifest, stopped, t):
+    """`ended` of a run from before run.json had it: what its status, reason and last round `t` say."""
+    how, reason = manifest.get("status"), manifest.get("reason")
+    ended = {"how": how, "by": None, "round": t, "clients": None, "reason": reason}
+    if how == "finished" and isinstance(stopped, dict):
+        ended |= {"how": "stopped", "by": stopped.get("detector"), "round": stopped.get("round", t)}
+    if how == "failed" and reason and "not finite" in reason:
+        at = re.match(r"round (\d+)", reason)
+        ended |= {"by": "left_out", "round": int(at[1]) if at else t}
+    return ended
 
 
 def text(value):
@@ -287,17 +282,13 @@ def like_with_like(runs, free=()):
     Returns list[(setting dict, list[Run])]: those with the study's `first` values first, then those with most runs.
     """
 
-    def setting(run):
-        return {key: value for key, value in run.setting.items() if key not in free}
-
+    settings = [{key: value for key, value in run.setting.items() if key not in free} for run in runs]
     groups = []
-    for mine, run in sorted(((setting(run), run) for run in runs), key=lambda pair: -len(pair[0])):
-        joined = False
-        for group, members in groups:
-            if mine.items() <= group.items():
-                members.append(run)
-                joined = True
-        if not joined:
+    for mine, run in sorted(zip(settings, runs, strict=True), key=lambda pair: -len(pair[0])):
+        agree = [members for group, members in groups if mine.items() <= group.items()]
+        for members in agree:
+            members.append(run)
+        if not agree:
             groups.append((mine, [run]))
 
     def rank(group):

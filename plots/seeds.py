@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from common.curves import number
-from plots.runs import LeftOut, like_with_like, words_for
+from plots.runs import LeftOut, words_for
 
 
 class Curve:
@@ -39,17 +39,17 @@ class Curve:
         """
         tables = [{row["round"]: row for row in run.rows if "round" in row and name in row} for run in self.runs]
         rounds = [t for t in tables[0] if all(t in table for table in tables)]
-        shape = len(tables), len(rounds)
-        values = np.array([[number(table[t][name]) for t in rounds] for table in tables]).reshape(shape)
-        if x == "round":
-            return np.array(rounds, dtype=float), values
-        at = np.array([[number(table[t].get(x)) for t in rounds] for table in tables]).reshape(shape).mean(axis=0)
+
+        def numbers(field):
+            return np.array([[number(table[t].get(field)) for t in rounds] for table in tables])
+
+        at, values = numbers(x).mean(axis=0), numbers(name)
         return at[np.isfinite(at)], values[:, np.isfinite(at)]
 
     def series(self, name, x="round"):
-        """(x, mean, lowest, highest), each [E], over the seeds; nan, a gap, where a seed's value is not finite."""
+        """(x [E], mean [E] over the seeds); nan, a gap, where a seed's value is not finite."""
         at, values = self.evaluated(name, x)
-        return at, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+        return at, values.mean(axis=0)
 
     def results(self, name):
         """[S] one number per seed of run.json's results, from the evaluations where those lack it."""
@@ -91,17 +91,19 @@ def curves_of(runs, free=(), axis=(), notes=None):
 
 def kind_order(curve):
     """The place of the curve's kind among its study's; a kind that is not among them comes last."""
-    kinds = list(curve.study.kinds)
-    return kinds.index(curve.kind) if curve.kind in kinds else len(kinds)
+    return _place(curve.kind, curve.study.kinds)
+
+
+def _place(name, names):
+    return list(names).index(name) if name in names else len(names)
+
+
+def _word_order(curve, key):
+    return _place(key, curve.study.words)
 
 
 def _order(curve, values):
     return [(_word_order(curve, key), curve.study.order(key, value)) for key, value in sorted(values.items())]
-
-
-def _word_order(curve, key):
-    words = list(curve.study.words)
-    return words.index(key) if key in words else len(words)
 
 
 def lines_of(curves):
@@ -132,11 +134,9 @@ def usual(curves):
     words = []
     for name in _names(federated):
         values = [curve.args[name] for curve in federated if name in curve.args]
-        most = max(values, key=values.count)
-        if name in federated[0].study.spoken:
-            continue
-        if len(set(map(str, values))) > 1 and 2 * values.count(most) > len(values):
-            words += words_for(federated[0].study, name, most)
+        most, study = max(values, key=values.count), federated[0].study
+        if name not in study.spoken and len(set(map(str, values))) > 1 and 2 * values.count(most) > len(values):
+            words += words_for(study, name, most)
     return ", ".join(words)
 
 
@@ -148,16 +148,15 @@ def _names(curves):
 def _differences(curve, curves, omit_usual):
     # the same flag means another thing to a central run: a batch, a learning rate, an epoch
     alike, study = [c for c in curves if c.central == curve.central], curve.study
-    names = []
-    for name in _names([curve]):
+
+    def differs(name):
         values = [str(c.args[name]) for c in alike if name in c.args]
         most = 2 * values.count(str(curve.args[name])) > len(values) and name not in study.spoken
-        unlike = len(set(values)) > 1 and not (omit_usual and most)
         if name in study.lengths and not differing(curves, study.budgets[0]):
-            unlike = False
-        if unlike or (name, curve.args[name]) in study.marked:
-            names.append(name)
-    return names
+            return False
+        return len(set(values)) > 1 and not (omit_usual and most)
+
+    return [name for name in _names([curve]) if differs(name) or (name, curve.args[name]) in study.marked]
 
 
 def differing(curves, name):
@@ -166,16 +165,22 @@ def differing(curves, name):
     return (min(values), max(values)) if values and max(values) > 1.02 * min(values) else None
 
 
-def usual_variants(curves, notes=None):
+def shared(curve, other):
+    """In how many arguments two curves agree."""
+    return len(curve.args.items() & other.args.items())
+
+
+def nearest(curve, others):
+    """The one of `others` that shares most arguments with the curve; None of none."""
+    return max(others, key=lambda other: shared(curve, other), default=None)
+
+
+def usual_variants(curves, notes):
     """One curve per kind: of several, the one that shares most arguments with the others of the figure."""
-
-    def shared(curve):
-        return sum(other.args.get(key) == value for key, value in curve.args.items() for other in curves)
-
     chosen = {}
-    for curve in sorted(curves, key=lambda curve: (-len(curve.runs), -shared(curve))):
+    for curve in sorted(curves, key=lambda c: (-len(c.runs), -sum(shared(c, other) for other in curves))):
         kept = chosen.setdefault(curve.kind, curve)
-        if kept is not curve and notes is not None:
+        if kept is not curve:
             notes.append(LeftOut(curve.label, "of each method, only the usual variant is drawn"))
     kept = [curve for curve in curves if chosen[curve.kind] is curve]
     label(kept)
@@ -186,23 +191,3 @@ def paired(curve, base, name, how=np.subtract):
     """[S] how(curve's result, base's), seed by seed, over the seeds that both have: their differences, or ratios."""
     mine, other = (dict(zip([run.seed for run in c.runs], c.results(name), strict=True)) for c in (curve, base))
     return np.array([how(mine[seed], other[seed]) for seed in mine if seed in other])
-
-
-def along(runs, free, axis, notes):
-    """Groups with lines of two points or more along `axis`: list[(setting, (lines, central curves))].
-
-    A line is a method with its values of the other keys in `free`.
-    """
-    chosen = []
-    for setting, members in like_with_like(runs, free):
-        curves = curves_of([run for run in members if run.kind != "central"], free, axis, notes)
-        lines = [line for line in lines_of(curves) if len({str(curve.place[axis[0]]) for curve in line}) > 1]
-        ceiling = curves_of([run for run in members if run.kind == "central"], notes=notes)
-        if lines:
-            label([curve for line in lines for curve in line])
-            chosen.append((setting, (lines, ceiling)))
-            alone = [curve.label for curve in curves if not any(curve in line for line in lines)]
-            if alone:
-                name = f"{len(alone)} methods with one value of {axis[0].replace('_', ' ')}"
-                notes.append(LeftOut(name, f"a line needs two: {'; '.join(alone)}", setting=setting))
-    return chosen

@@ -1,4 +1,4 @@
-"""What all figures share: their command line, the look of a method, lines with bands, captions, legends.
+"""What all figures share: their command line, the look of a method, panels, lines with bands, captions, legends.
 
 A study declares its figures: {name on the command line: [Figure, ...]}. `draw_figures` selects the runs of each,
 draws and saves it, and says in its caption which runs it leaves out; `caption` adds budgets that differ. A look
@@ -10,24 +10,24 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import Parser, UsageError
-from common.curves import COLORS, DASHES, GREY, MARKERS, new_figure, save_figure, set_title, style
-from plots.runs import describe, read_runs, shared_setting, suffixes
-from plots.seeds import differing, usual
+from common.curves import COLORS, DASHES, GREY, MARKERS, new_figure, round_ticks, save_figure, set_title, style
+from plots.runs import describe, like_with_like, read_runs, shared_setting, suffixes
+from plots.seeds import differing, lines_of, usual
 
 NAMED = 3  # runs that a caption names; the others it counts, the output names all
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One kind of file that a study draws.
+    """One kind of file that a study draws; a study's FIGURES has, by name, lists of them or functions (runs, args).
 
-    select(runs, notes) -> list[(setting, what to draw)], appending LeftOut to `notes` (see `of_group`);
+    select(runs, notes) -> list[(setting, what to draw)], appending LeftOut to `notes` (see `each_group`);
     draw(setting, what, args) -> matplotlib's Figure, called inside `style()`; needs: the runs that it needs, in words;
     paths: `select` gets the paths of --data-dir instead of the runs.
     """
@@ -66,7 +66,7 @@ def draw_figures(study, figures, args, keys=None):
         raise UsageError(f"no figure {unknown[0]!r} in {study.name}: choose from {', '.join(figures)}")
     runs, notes = read_runs(args.data_dir, study, unfinished=args.unfinished)
     missing, wrote = [], []
-    chosen = [figure for name in args.names or figures for figure in figures_for(figures[name], runs)]
+    chosen = [figures[name] for name in args.names or figures]
     for stem, figure in each_figure(chosen, runs, notes, missing, args, keys or study.keys, strict=bool(args.names)):
         wrote.append(save_figure(figure, Path(args.out_dir) / f"{stem}.{args.format}"))
     said = dict.fromkeys([*(f"not drawn: {text}" for text in missing), *map(str, notes)])
@@ -77,18 +77,15 @@ def draw_figures(study, figures, args, keys=None):
         raise UsageError(f"no figure could be drawn from {where}: {'; '.join(missing)}")
 
 
-def figures_for(declared, runs):
-    """The Figures under one name: a list, or what a function makes of the runs (a file for each configuration)."""
-    return declared(runs) if callable(declared) else declared
-
-
-def each_figure(figures, runs, notes, missing, args, keys, strict=False):
+def each_figure(declared, runs, notes, missing, args, keys, strict=False):
     """Yields (file name without suffix, matplotlib's Figure) inside `style()`; save it before the next one.
 
-    notes: LeftOut of the reading, to which each figure's are added; missing: gets what could not be drawn and why;
-    keys: of the setting, for the names of further files; strict: a damaged file raises UsageError.
+    declared: values of a study's FIGURES; notes: LeftOut of the reading, to which each figure's are added; missing:
+    gets what could not be drawn and why; keys: of the setting, for the names of further files; strict: a damaged file
+    raises UsageError.
     """
     read = list(notes)
+    figures = [figure for some in declared for figure in (some(runs, args) if callable(some) else some)]
     for figure in figures:
         more = []
         try:
@@ -107,18 +104,36 @@ def each_figure(figures, runs, notes, missing, args, keys, strict=False):
         notes += [note for note in more if note not in notes]
 
 
+def each_group(choose, free=(), keep=lambda run: True):
+    """A Figure's select, of the runs that `keep` takes: of each group that agrees but for `free` what is drawn.
+
+    choose(runs, notes) -> what to draw, if anything; what it leaves out is said of the group's figure only.
+    """
+
+    def select(runs, notes):
+        chosen = []
+        for setting, members in like_with_like([run for run in runs if keep(run)], free):
+            left_out = []
+            if what := choose(members, left_out):
+                chosen.append((setting, what))
+                notes += [replace(note, setting=setting) for note in left_out]
+        return chosen
+
+    return select
+
+
 # ---- captions and legends
 
 
-def caption(figure, title, setting, curves, lines=(), unsaid=True):
+def caption(figure, title, setting, curves, unsaid=True):
     """The title over a figure: what it shows, the setting that all share, what its labels leave unsaid, budgets.
 
-    lines: further lines; unsaid: False where the labels say all.
+    unsaid: False where the labels say all.
     """
     words = [title, describe(curves[0].study, shared_setting(setting, curves))]
     if unsaid and (shared := usual(curves)):
         words.append(f"unless said otherwise: {shared}")
-    set_title(figure, "\n".join(filter(None, [*words, budgets(curves), *lines])))
+    set_title(figure, "\n".join(filter(None, [*words, budgets(curves)])))
 
 
 def budgets(curves):
@@ -139,11 +154,6 @@ def add_left_out(figure, notes):
         figure.suptitle(f"{figure.get_suptitle()}\n{line}", fontsize=9.5)
 
 
-def of_group(setting, notes):
-    """LeftOuts as those of the group with this setting only."""
-    return [replace(note, setting=setting) for note in notes]
-
-
 def seeds_range(curves):
     """`3`, or `1 to 3` where curves have different numbers of seeds."""
     counts = sorted({len(curve.runs) for curve in curves})
@@ -156,8 +166,8 @@ def seeds_text(curves, shown="band: minimum to maximum"):
     return "one seed" if count == "1" else f"mean of {count} seeds, {shown}"
 
 
-def legend_below(figure, axes, columns=None, most=4):
-    """One legend of all axes below the panels, as many columns as fit (at most `most`)."""
+def legend_below(figure, axes, columns=None):
+    """One legend of all axes below the panels, as many columns as fit (at most four)."""
     entries = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -166,7 +176,7 @@ def legend_below(figure, axes, columns=None, most=4):
         return
     if columns is None:
         widest = max(map(len, entries))
-        columns = max(1, min(most, len(entries), int(figure.get_figwidth() * 13 / (widest + 9))))
+        columns = max(1, min(4, len(entries), int(figure.get_figwidth() * 13 / (widest + 9))))
         figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(entries) / columns) - 1))
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
 
@@ -181,9 +191,8 @@ def looks_of(curves):
     first has the kind's dash, the others the next ones and open markers. Where it has one kind only, as in a figure of
     a factor, its values have looks of their own, in their order.
     """
-    federated = [curve for curve in curves if not curve.central]
-    factor = len({curve.kind for curve in federated}) == 1
-    looks, seen, values = {}, Counter(), 0
+    factor = len({curve.kind for curve in curves if not curve.central}) == 1
+    looks, seen = {}, Counter()
     for curve in curves:
         if curve.label in looks:
             continue
@@ -191,9 +200,10 @@ def looks_of(curves):
         seen[curve.kind] += 1
         kinds = [kind for kind in curve.study.kinds if kind not in curve.study.central]
         i = kinds.index(curve.kind) if curve.kind in kinds else len(kinds)
-        if factor and not curve.central:
-            i, variant, values = (i + values) if values else i, 0, values + 1
-        looks[curve.label] = look(i, variant) if not curve.central else {**look(0, variant), **CENTRAL}
+        if curve.central:
+            looks[curve.label] = look(0, variant) | CENTRAL
+        else:
+            looks[curve.label] = look(i + variant) if factor else look(i, variant)
     return looks
 
 
@@ -215,7 +225,21 @@ def markers_at(i, points, lines):
     return (i * every // max(1, lines)) % every, every
 
 
-# ---- panels and lines
+# ---- panels
+
+
+@dataclass
+class Panel:
+    """Curves in one setting, central ones to refer to, what tells the panel from the figure's others."""
+
+    setting: dict
+    curves: list
+    references: list = field(default_factory=list)
+    title: str = ""
+
+
+def all_curves(panels):
+    return [curve for panel in panels for curve in panel.curves]
 
 
 def panel_axes(count, wide=None, width=None, height=2.9, extra=1.5, **kwargs):
@@ -231,6 +255,53 @@ def panel_axes(count, wide=None, width=None, height=2.9, extra=1.5, **kwargs):
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, list(axes.flat[:count])
+
+
+def axes_of(panels, height=2.9, extra=1.5, places=(), **kwargs):
+    """A figure with a titled axis for every panel: (figure, list of axes, in the panels' order).
+
+    places: (row, column) names of each panel: they make a grid where that leaves few gaps, else rows of three panels.
+    """
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*places, strict=True)) if places else ((), ())
+    grid = min(len(rows), len(columns)) > 1 and len(columns) <= 4 and len(set(places)) == len(panels)
+    if grid and 3 * len(panels) >= 2 * len(rows) * len(columns):
+        width = (4.0 if len(columns) < 3 else 3.5) * len(columns) + 0.4
+        figure, axes = new_figure(len(rows), len(columns), width=width, height=height * len(rows) + extra, **kwargs)
+        cells = [(rows.index(row), columns.index(column)) for row, column in places]
+        for cell in np.ndindex(*axes.shape):
+            if cell not in cells:
+                axes[cell].set_axis_off()
+        chosen = [axes[cell] for cell in cells]
+    else:
+        figure, chosen = panel_axes(len(panels), height=height, extra=extra, **kwargs)
+    title_panels(chosen, panels)
+    for axis in chosen:
+        axis.tick_params(labelleft=True)
+    return figure, chosen
+
+
+def title_panels(axes, panels):
+    """Each panel's title, with its number of seeds where panels differ in that."""
+    counts = [seeds_range(panel.curves) for panel in panels]
+    for axis, panel, count in zip(axes, panels, counts, strict=True):
+        seeds = f" ({count} seed{'s' * (count != '1')})" if len(set(counts)) > 1 else ""
+        axis.set_title(panel.title + seeds, fontsize=9.5)
+
+
+def finish(figure, axes, title, setting, keys, panels, spread="bands", lines=(), where=""):
+    """The legend of all panels below them; over them the title, the setting in words over `keys`, budgets, `lines`.
+
+    where: said before the number of seeds.
+    """
+    curves = all_curves(panels)
+    legend_below(figure, axes)
+    seeds = where + seeds_text(curves, f"{spread}: standard deviation")
+    about = describe(curves[0].study, setting, keys)
+    set_title(figure, "\n".join(filter(None, [f"{title}: {seeds}", about, budgets(curves), *lines])))
+    return figure
+
+
+# ---- lines, points, maps
 
 
 def band(axis, x, values, label, look, every=None, spread="sd", alpha=0.1):
@@ -270,13 +341,8 @@ def reference_lines(axis, curves, name, factor=1.0, words="{}", vertical=False, 
             continue
         mean, sd = values.mean(), seed_spread(values)
         line, span = (axis.axvline, axis.axvspan) if vertical else (axis.axhline, axis.axhspan)
-        line(
-            mean,
-            linewidth=1.4,
-            zorder=1,
-            label=words.format(curve.label, mean),
-            **(looks[curve.label] if looks else REFERENCES[curve.central]),
-        )
+        own = looks[curve.label] if looks else REFERENCES[curve.central]
+        line(mean, linewidth=1.4, zorder=1, label=words.format(curve.label, mean), **own)
         if sd:
             span(mean - sd, mean + sd, color=GREY, alpha=0.14, linewidth=0, zorder=0)
 
@@ -293,95 +359,69 @@ def whole_numbers(axis):
     axis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
 
 
-# ---- whole figures
+def bars(axis, at, values, always=True, **look):
+    """The mean of each array of `values` (a number a seed) at the places `at`, with a bar of one standard deviation.
 
-
-def rounds_figure(title, panels, x_label="Round", columns=2):
-    """A draw of a panel per (field, y label, factor) against rounds; panels whose field no curve has are left out."""
-
-    def draw(setting, curves, args):
-        there = [panel for panel in panels if any(np.isfinite(curve.series(panel[0])[1]).any() for curve in curves)]
-        wide = min(columns, len(there))
-        long = max(len(curve.label) for curve in curves) > 44
-        inside = len(there) % wide > 0 and not long  # the legend in the cell that no panel takes
-        below = 0 if inside else 0.2 * math.ceil(len(curves) / (1 if long else 2))
-        width = (4.4 if wide < 3 else 3.5) * wide + 0.4
-        figure, axes = panel_axes(len(there), wide, width, 2.8, 0.9 + below)
-        looks, alpha = looks_of(curves), 0.15 if len(curves) < 5 else 0.08
-        for axis, (field, y_label, factor) in zip(axes, there, strict=True):
-            draw_rounds(axis, curves, looks, field, factor, spread="range", alpha=alpha)
-            axis.set_xlabel(x_label)
-            axis.set_ylabel(y_label)
-        if inside:
-            figure.axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")
-        else:
-            legend_below(figure, axes[:1], 1 if long else 2)
-        caption(figure, f"{title}: {seeds_text(curves)}", setting, curves)
-        return figure
-
-    return draw
-
-
-POINTS = "bars and bands: standard deviation, dots: seeds"
-
-
-def points_figure(title, lines, field, y_label, factor, x_label, setting, references=(), apart=()):
-    """A result against a factor: a line per method, dots for the seeds, bars for their standard deviation.
-
-    lines: list of lists of Curves; factor: curves -> (values in order, their ticks' texts, curve -> value);
-    references: Curves without the factor, drawn as horizontal lines; apart: values that no line leads to. Results are
-    shown in percent. Lines stand side by side at a tick, so that no bar hides another.
+    always: bars of no length too.
     """
-    every = [curve for line in lines for curve in line]
-    there, ticks, place = factor(every)
-    figure, axes = new_figure(width=6.4, height=4.2 + 0.2 * math.ceil((len(lines) + len(references)) / 2))
-    axis, looks = axes[0, 0], looks_of([line[0] for line in lines])
-    step = min(0.12, 0.7 / len(lines))
+    spreads = [seed_spread(v) for v in values]
+    axis.errorbar(at, [np.mean(v) for v in values], spreads if always or any(spreads) else None, **look)
+
+
+def draw_along(axis, curves, values_of, tick_of, order_of, hidden=()):
+    """Bars at evenly spaced places, a line per method, side by side so that no bar hides another.
+
+    values_of(curve) -> [S]; tick_of(curve) -> the text of its place; order_of(curve) -> a sort key of it; hidden:
+    labels of curves without a line.
+    """
+    places = {tick_of(curve): order_of(curve) for curve in curves}
+    ticks = sorted(places, key=places.get)
+    lines = [line for line in lines_of(curves) if line[0].label not in hidden]
+    step, looks = min(0.1, 0.5 / max(1, len(lines))), looks_of([line[0] for line in lines])
     for i, line in enumerate(lines):
-        shift, own = (i - (len(lines) - 1) / 2) * step, looks[line[0].label]
-        values = {there.index(place(curve)): 100 * curve.results(field) for curve in line}
-        joined = [x for x in sorted(values) if there[x] not in apart]
-        single = [x for x in sorted(values) if there[x] in apart]
-        for places, more in ((joined, {"label": line[0].label}), (single, {"linestyle": ""})):
-            at, mean = [x + shift for x in places], [values[x].mean() for x in places]
-            bars = {"yerr": [seed_spread(values[x]) for x in places], "capsize": 3, "markersize": 6}
-            axis.errorbar(at, mean, **own | bars | more)
-        for x, seeds in sorted(values.items()):
-            if len(seeds) > 1:  # beside the bar
-                beside = [x + shift + step / 2.5] * len(seeds)
-                axis.plot(beside, seeds, ".", color=own["color"], markersize=4, zorder=3)
-    reference_lines(axis, references, field, 100, "{}: {:.1f} %")
-    axis.set_xticks(range(len(there)), ticks)
-    axis.set_xlim(-0.5, len(there) - 0.5)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel(y_label)
-    labels = axis.get_legend_handles_labels()[1]
-    legend_below(figure, [axis], 1 if max(map(len, labels)) > 44 else 2)
-    caption(figure, f"{title}: {seeds_text(every, POINTS)}", setting, every)
-    return figure
+        values = {ticks.index(tick_of(curve)): values_of(curve) for curve in line}
+        at = [x for x in sorted(values) if np.isfinite(values[x]).all()]
+        x = [place + (i - (len(lines) - 1) / 2) * step for place in at]
+        name = line[0].label
+        bars(axis, x, [values[place] for place in at], label=name, capsize=3, markersize=6, **looks[name])
+    axis.set_xticks(range(len(ticks)), ticks)
+    axis.set_xlim(-0.5, len(ticks) - 0.5)
 
 
-def count_maps(titles, maps, x_label, bar_label):
-    """A heat map of clients x something for each of int arrays `maps`, white at 0, all on one logarithmic scale."""
+def sideways(count):
+    """[count] places from -0.5 to 0.5 that part dots of equal height, always the same."""
+    return np.arange(count) * 0.618 % 1 - 0.5
+
+
+def name_places(axis, labels, **kwargs):
+    """Named places 0, 1, ... on the x axis, without lines between them."""
+    axis.set_xticks(range(len(labels)), labels, fontsize=8, **kwargs)
+    axis.set_xlim(-0.6, len(labels) - 0.4)
+    axis.grid(False, axis="x")
+
+
+def plain_ticks(axis, low, high, most=8):
+    """Plain numbers at round places of a logarithmic matplotlib axis (`axes.xaxis`)."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(round_ticks(low, high, most)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def heat_map(axis, values, low, high, form=None, colors="cividis", fontsize=5.5, dark_high=False):
+    """A heat map of a (masked) array [rows, columns], white where it is masked. Returns the image.
+
+    form(i, j) -> the number in a cell; dark_high: high values are dark.
+    """
     from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap, LogNorm
 
-    wide = math.ceil(len(maps) / math.ceil(len(maps) / 4))
-    figure, axes = panel_axes(len(maps), wide, 2.7 * wide + 1.6, 3.2, 0.8)
-    # a single one must differ from none, in grey too
-    colors = ListedColormap(colormaps["cividis_r"](np.linspace(0.12, 1, 256))).with_extremes(bad="white")
-    top = max(2, *(counts.max() for counts in maps))
-    for axis, title, counts in zip(axes, titles, maps, strict=True):
-        shown = np.ma.masked_equal(counts, 0)
-        image = axis.imshow(shown, cmap=colors, norm=LogNorm(1, top), aspect="auto", interpolation="nearest")
-        axis.grid(False)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel(x_label)
-        if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel("Client")
-    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
-    bar.set_label(bar_label)
-    ticks = [m * 10**e for e in range(7) for m in (1, 2, 5) if m * 10**e <= top]
-    bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
-    bar.minorticks_off()
-    return figure
+    shown = np.ma.masked_array(values)
+    colors = (colormaps[colors] if isinstance(colors, str) else colors).with_extremes(bad="white")
+    image = axis.imshow(shown, cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    axis.grid(False)
+    for i, j in np.argwhere(~np.ma.getmaskarray(shown)) if form else ():
+        dark = (shown[i, j] > (low + high) / 2) == dark_high
+        look = {"ha": "center", "va": "center", "fontsize": fontsize, "color": "white" if dark else "black"}
+        axis.text(j, i, form(i, j), **look)
+    return image

@@ -28,25 +28,11 @@ import numpy as np
 
 from common.cli import UsageError, run_main
 from common.curves import GREY, break_lines, new_figure, number, set_title
+from plots import style
 from plots.deltas import draw_layers
-from plots.runs import Study, base_name, describe, like_with_like, order_of, text
-from plots.seeds import along, curves_of, usual_variants
-from plots.style import (
-    POINTS,
-    Figure,
-    caption,
-    count_maps,
-    draw_figures,
-    figure_parser,
-    legend_below,
-    looks_of,
-    of_group,
-    points_figure,
-    reference_lines,
-    rounds_figure,
-    seed_spread,
-    seeds_text,
-)
+from plots.runs import LeftOut, Study, base_name, describe, order_of, text
+from plots.seeds import curves_of, label, lines_of, nearest, usual_variants
+from plots.style import Figure, bars, caption, each_group, legend_below, looks_of, panel_axes, seed_spread, seeds_text
 from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent
 
 # ---- the study
@@ -168,6 +154,93 @@ STUDY = Study(
     order=order,
     budgets=("rounds", "images"),
 )
+
+# ---- what a figure shows
+
+FREE = ("shards", "local_steps", "num_rounds", "sparsity")
+UNMASKED = ("central", "dense")
+# the shards depend on these only
+DEALT = ("dataset", "classes", "data", "val_split", "num_clients")
+
+
+def varying(*free):
+    """A select of groups of dense runs that differ in `free`, first of all in its first key."""
+
+    def choose(runs, notes):
+        several = len({str(run.setting.get(free[0])) for run in runs}) > 1
+        return curves_of(runs, free, notes=notes) if several else []
+
+    return each_group(choose, free, lambda run: run.kind == "dense")
+
+
+def usual_curves(least):
+    """A choice of the usual variant of each method, of so many methods at least."""
+
+    def choose(runs, notes):
+        curves = usual_variants(curves_of(runs, notes=notes), notes)
+        return curves if len(curves) >= least else []
+
+    return choose
+
+
+def along(*axis, free=FREE, references=("central",)):
+    """A select of (lines of two points or more along `axis`, curves of the kinds `references`).
+
+    A line is a method with its values of the other keys in `free`.
+    """
+
+    def choose(runs, notes):
+        lying = [run for run in runs if run.kind not in references and axis[0] in run.setting]
+        curves = curves_of(lying, free, axis, notes)
+        lines = [line for line in lines_of(curves) if len({str(curve.place[axis[0]]) for curve in line}) > 1]
+        if not lines:
+            return None
+        label([curve for line in lines for curve in line])
+        alone = [curve.label for curve in curves if not any(curve in line for line in lines)]
+        if alone:
+            name = f"{len(alone)} methods with one value of {axis[0].replace('_', ' ')}"
+            notes.append(LeftOut(name, f"a line needs two: {'; '.join(alone)}"))
+        return lines, curves_of([run for run in runs if run.kind in references], notes=notes)
+
+    return each_group(choose, free)
+
+
+def two_federated(runs, notes):
+    curves = curves_of(runs, notes=notes)
+    return curves if sum(not curve.central for curve in curves) > 1 else []
+
+
+def has_mask(run):
+    return run.kind != "topk" and run.folder and (run.folder / "mask.safetensors").is_file()
+
+
+def shards_of(runs, notes):
+    """{sharding: (seed, counts [clients, classes])} of the lowest seed that has them."""
+    maps = {}
+    for run in sorted(runs, key=lambda run: (str(run.seed).zfill(20), str(run.folder))):
+        path, name = run.folder and run.folder / "shards.json", run.setting.get("shards")
+        if path and path.is_file() and name not in maps:
+            maps[name] = run.seed, read_counts(path)
+    return dict(sorted(maps.items(), key=lambda item: shards_order(item[0]), reverse=True))
+
+
+def read_counts(path):
+    """int array [clients, classes] of shards.json. Raises UsageError for a damaged one."""
+    try:
+        counts = np.array(json.loads(path.read_text(encoding="utf-8"))["counts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({error}): delete it or run again") from error
+    if counts.ndim != 2 or counts.dtype.kind not in "iu" or not counts.any():
+        raise UsageError(f"{path} is damaged: counts must be whole numbers, clients x classes: delete it or run again")
+    return counts
+
+
+central = each_group(lambda runs, notes: curves_of(runs, notes=notes), keep=lambda run: run.central)
+two_methods = each_group(usual_curves(2), keep=lambda run: not run.central)
+strategies = each_group(two_federated)
+with_masks = each_group(usual_curves(1), keep=has_mask)
+with_shards = each_group(shards_of, [key for key in KEYS if key not in DEALT], lambda run: not run.central)
+
 # ---- curves over rounds
 
 ACCURACY = [("val_accuracy", "Validation accuracy (%)", 100), ("val_loss", "Validation loss (nats)", 1)]
@@ -181,35 +254,6 @@ INTERFERENCE = [
 ]
 
 
-def by_factor(*free):
-    """A select of groups of dense runs that differ in `free`, first of all in its first key."""
-
-    def select(runs, notes):
-        dense = [run for run in runs if run.kind == "dense"]
-        groups = like_with_like(dense, free)
-        several = [(s, m) for s, m in groups if len({str(run.setting.get(free[0])) for run in m}) > 1]
-        return [(setting, curves_of(members, free, notes=notes)) for setting, members in several]
-
-    return select
-
-
-def by_strategy(runs, notes):
-    """Groups with two or more of dense, masked and top-k runs at one sparsity, the usual variant of each."""
-    chosen = []
-    for setting, members in like_with_like([run for run in runs if run.kind != "central"]):
-        left_out = []
-        curves = usual_variants(curves_of(members, notes=notes), left_out)
-        if len(curves) > 1:
-            notes += of_group(setting, left_out)
-            chosen.append((setting, curves))
-    return chosen
-
-
-def central(runs, notes):
-    groups = like_with_like([run for run in runs if run.kind == "central"])
-    return [(setting, curves_of(members, notes=notes)) for setting, members in groups]
-
-
 def measured(select):
     """`select`, restricted to runs whose metrics.jsonl holds measures of interference."""
 
@@ -219,61 +263,82 @@ def measured(select):
     return lambda runs, notes: select([run for run in runs if has_measures(run)], notes)
 
 
-# ---- accuracy against a factor
+def rounds_figure(title, panels, x_label="Round", columns=2):
+    """A draw of a panel per (field, y label, factor) against rounds; panels whose field no curve has are left out."""
 
-FREE = ("shards", "local_steps", "num_rounds", "sparsity")
-
-
-def sparsity_lines(runs, notes):
-    sparse = [run for run in runs if "sparsity" in run.setting]
-    dense = [run for run in runs if run.kind in ("central", "dense")]
-    chosen = []
-    for setting, (lines, _) in along(sparse, ("sparsity",), ("sparsity",), notes):
-        agree = [members for group, members in like_with_like([*sparse, *dense], ("sparsity",)) if group == setting]
-        references = [run for members in agree for run in members if run in dense]
-        chosen.append((setting, (lines, curves_of(references, notes=notes))))
-    return chosen
-
-
-def by_shards(curves):
-    there = sorted({curve.place["shards"] for curve in curves}, key=shards_order)
-    return there, there, lambda curve: curve.place["shards"]
-
-
-def by_steps(curves):
-    def place(curve):
-        return curve.place["local_steps"], curve.place["num_rounds"]
-
-    there = sorted({place(curve) for curve in curves})
-    return there, [f"{steps}\n({rounds} rounds)" for steps, rounds in there], place
-
-
-def by_sparsity(curves):
-    there = sorted({curve.place["sparsity"] for curve in curves})
-    ticks = [f"{value:g}\n({100 * (1 - value):.3g} % kept)" for value in there]
-    return there, ticks, lambda curve: curve.place["sparsity"]
-
-
-def points(title, factor, x_label):
-    """A draw of the test accuracy against a factor, Dirichlet's shards apart."""
-
-    def draw(setting, what, args):
-        lines, references = what
-        names = {curve.place.get("shards") for line in lines for curve in line} - {None}
-        apart = [name for name in names if name.startswith("Dirichlet")]
-        at = f"test_accuracy_{args.at}", accuracy_label(args)
-        return points_figure(title, lines, *at, factor, x_label, setting, references, apart)
+    def draw(setting, curves, args):
+        there = [panel for panel in panels if any(np.isfinite(curve.series(panel[0])[1]).any() for curve in curves)]
+        wide = min(columns, len(there))
+        figure, axes = panel_axes(len(there), wide, (4.4 if wide < 3 else 3.5) * wide + 0.4, 2.8, 1.1)
+        looks, alpha = looks_of(curves), 0.15 if len(curves) < 5 else 0.08
+        for axis, (field, y_label, factor) in zip(axes, there, strict=True):
+            style.draw_rounds(axis, curves, looks, field, factor, spread="range", alpha=alpha)
+            axis.set_xlabel(x_label)
+            axis.set_ylabel(y_label)
+        if len(there) % wide > 0 and max(len(curve.label) for curve in curves) < 45:
+            figure.axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")  # in the cell without a panel
+        else:
+            legend_below(figure, axes[:1])
+        caption(figure, f"{title}: {seeds_text(curves)}", setting, curves)
+        return figure
 
     return draw
 
 
+def between(title):
+    return rounds_figure(f"Interference between clients, {title}", INTERFERENCE, columns=3)
+
+
+# ---- accuracy against a factor
+
+POINTS = "bars and bands: standard deviation, dots: seeds"
+
+
+def points_figure(title, x_label, tick, order=lambda *place: place):
+    """A draw of the test accuracy against a factor: a line per method, dots for the seeds, bars for their deviation.
+
+    tick, order: of the values that lie on the axis, the text and the sort key. Lines stand side by side at a tick, so
+    that no bar hides another; none leads to Dirichlet's shards, which are no number of classes.
+    """
+
+    def draw(setting, what, args):
+        lines, references = what
+        field, y_label = f"test_accuracy_{args.at}", accuracy_label(args)
+        every = [curve for line in lines for curve in line]
+        there = sorted({tuple(curve.place.values()) for curve in every}, key=lambda place: order(*place))
+        figure, axes = new_figure(height=4.4)
+        axis, looks = axes[0, 0], looks_of([line[0] for line in lines])
+        step = min(0.12, 0.7 / len(lines))
+        for i, line in enumerate(lines):
+            shift, own = (i - (len(lines) - 1) / 2) * step, looks[line[0].label]
+            values = {there.index(tuple(curve.place.values())): 100 * curve.results(field) for curve in line}
+            single = [x for x in sorted(values) if str(there[x][0]).startswith("Dirichlet")]
+            joined = [x for x in sorted(values) if x not in single]
+            for places, more in ((joined, {"label": line[0].label}), (single, {"linestyle": ""})):
+                look = own | {"capsize": 3, "markersize": 6} | more
+                bars(axis, [x + shift for x in places], [values[x] for x in places], **look)
+            for x, seeds in sorted(values.items()):
+                if len(seeds) > 1:  # beside the bar
+                    beside = [x + shift + step / 2.5] * len(seeds)
+                    axis.plot(beside, seeds, ".", color=own["color"], markersize=4, zorder=3)
+        style.reference_lines(axis, references, field, 100, "{}: {:.1f} %")
+        axis.set_xticks(range(len(there)), [tick(*place) for place in there])
+        axis.set_xlim(-0.5, len(there) - 0.5)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        legend_below(figure, [axis])
+        caption(figure, f"{title}: {seeds_text(every, POINTS)}", setting, every)
+        return figure
+
+    return draw
+
+
+def sparsity_tick(value):
+    return f"{value:g}\n({100 * (1 - value):.3g} % kept)"
+
+
 def accuracy_label(args):
     return f"Test accuracy (%), {'last round' if args.at == 'last' else 'best validated round'}"
-
-
-def strategies(runs, notes):
-    groups = [(setting, curves_of(members, notes=notes)) for setting, members in like_with_like(runs)]
-    return [(setting, curves) for setting, curves in groups if sum(not curve.central for curve in curves) > 1]
 
 
 def draw_strategies(setting, curves, args):
@@ -282,8 +347,8 @@ def draw_strategies(setting, curves, args):
     rows = [curve for curve in curves if not curve.central]
     figure, axes = new_figure(width=7.2, height=1.9 + 0.42 * len(rows))
     axis, looks = axes[0, 0], looks_of(rows)
-    references = [curve for curve in curves if curve.kind in ("central", "dense")]
-    reference_lines(axis, references, field, 100, "{}: {:.1f} %", vertical=True)
+    references = [curve for curve in curves if curve.kind in UNMASKED]
+    style.reference_lines(axis, references, field, 100, "{}: {:.1f} %", vertical=True)
     for i, curve in enumerate(rows):
         values = 100 * curve.results(field)
         mean, spread, look = values.mean(), seed_spread(values), looks[curve.label] | {"linestyle": "-"}
@@ -298,57 +363,41 @@ def draw_strategies(setting, curves, args):
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(False, axis="y")
     axis.set_xlabel(accuracy_label(args))
-    legend_below(figure, [axis], 2)
+    legend_below(figure, [axis])
     caption(figure, f"Mask strategies: {seeds_text(rows, POINTS)}", setting, rows)
     return figure
 
 
-# ---- what the run folders hold besides: masks and shards
-
-
-def with_masks(runs, notes):
-    masked = [r for r in runs if r.kind != "topk" and r.folder and (r.folder / "mask.safetensors").is_file()]
-    chosen = []
-    for setting, members in like_with_like(masked):
-        left_out = []
-        chosen.append((setting, usual_variants(curves_of(members, notes=notes), left_out)))
-        notes += of_group(setting, left_out)
-    return chosen
-
-
-def with_shards(runs, notes):
-    """{sharding: (seed, counts [clients, classes])}: what the shards do not depend on is free."""
-    free = tuple(key for key in KEYS if key not in ("dataset", "classes", "data", "val_split", "num_clients"))
-    chosen = []
-    for setting, members in like_with_like([run for run in runs if run.kind != "central"], free):
-        maps = {}
-        for run in sorted(members, key=lambda run: (str(run.seed).zfill(20), str(run.folder))):
-            path, name = run.folder and run.folder / "shards.json", run.setting.get("shards")
-            if path and path.is_file() and name not in maps:
-                maps[name] = (run.seed, read_counts(path))
-        if maps:
-            chosen.append((setting, dict(sorted(maps.items(), key=lambda item: shards_order(item[0]), reverse=True))))
-    return chosen
-
-
-def read_counts(path):
-    """int array [clients, classes] of shards.json. Raises UsageError for a damaged one."""
-    try:
-        counts = np.array(json.loads(path.read_text(encoding="utf-8"))["counts"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is damaged ({error}): delete it or run again") from error
-    if counts.ndim != 2 or counts.dtype.kind not in "iu" or not counts.any():
-        raise UsageError(f"{path} is damaged: counts must be whole numbers, clients x classes: delete it or run again")
-    return counts
+# ---- shards
 
 
 def draw_shards(setting, maps, args):
-    titles = []
-    for name, (seed, counts) in maps.items():
+    """A heat map of clients x classes for each sharding, white at 0, all on one logarithmic scale."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    wide = math.ceil(len(maps) / math.ceil(len(maps) / 4))
+    figure, axes = panel_axes(len(maps), wide, 2.7 * wide + 1.6, 3.2, 0.8)
+    # a single one must differ from none, in grey too
+    colors = ListedColormap(colormaps["cividis_r"](np.linspace(0.12, 1, 256))).with_extremes(bad="white")
+    top = max(2, *(counts.max() for _, counts in maps.values()))
+    for axis, (name, (seed, counts)) in zip(axes, maps.items(), strict=True):
+        shown = np.ma.masked_equal(counts, 0)
+        image = axis.imshow(shown, cmap=colors, norm=LogNorm(1, top), aspect="auto", interpolation="nearest")
+        axis.grid(False)
         held = (counts > 0).sum(axis=1)
-        per_client = f"{held.min()}" if held.min() == held.max() else f"{held.min()} to {held.max()}"
-        titles.append(f"{name} (seed {seed})\n{per_client} {'class' if per_client == '1' else 'classes'} a client")
-    figure = count_maps(titles, [counts for _, counts in maps.values()], "Class", "Images (white: none)")
+        classes = f"{held.min()}" if held.min() == held.max() else f"{held.min()} to {held.max()}"
+        axis.set_title(
+            f"{name} (seed {seed})\n{classes} {'class' if classes == '1' else 'classes'} a client", fontsize=9
+        )
+        axis.set_xlabel("Class")
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("Client")
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
+    bar.set_label("Images (white: none)")
+    ticks = [m * 10**e for e in range(7) for m in (1, 2, 5) if m * 10**e <= top]
+    bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
+    bar.minorticks_off()
     set_title(figure, f"Images of each class at each client\n{describe(STUDY, setting)}")
     return figure
 
@@ -359,44 +408,30 @@ SHARDINGS = "runs of train_federated.py with two shardings, such as --nc 1 and -
 STEPS = "runs of train_federated.py with two values of --local-steps, such as 4 and 8"
 SPARSE = "runs of train_federated_sparse.py with"
 MASKS = f"{SPARSE} two strategies, or one and a run of train_federated.py"
-NAMES = ", ".join(list(STUDY.kinds)[2:7])
-MEASURED = ", with update_cosine in metrics.jsonl"
+STRATEGIES = f"{SPARSE} two of --mask-strategy {', '.join(list(STUDY.kinds)[2:7])}"
+RATIOS = f"{SPARSE} two of --sparsity-ratio, such as 0.5 and 0.9"
 # what runs differ in -> (select, title over rounds, title of the interference, what it needs)
 VARIED = {
-    "heterogeneity": (by_factor("shards"), "Classes per client (Nc)", "by classes per client (Nc)", SHARDINGS),
-    "local_steps": (by_factor("local_steps", "num_rounds"), "Local steps (J) per round", "by local steps (J)", STEPS),
-    "strategies": (by_strategy, "Dense and sparse fine-tuning", "dense and sparse", MASKS),
+    "heterogeneity": (varying("shards"), "Classes per client (Nc)", "by classes per client (Nc)", SHARDINGS),
+    "local_steps": (varying("local_steps", "num_rounds"), "Local steps (J) per round", "by local steps (J)", STEPS),
+    "strategies": (two_methods, "Dense and sparse fine-tuning", "dense and sparse", MASKS),
 }
-
-
-def over(axis):
-    return lambda runs, notes: along(runs, FREE, axis, notes)
-
-
-def between(title):
-    return rounds_figure(f"Interference between clients, {title}", INTERFERENCE, columns=3)
-
-
-BY_SHARDS = points("Heterogeneity", by_shards, "Shards (Nc: classes per client)")
-BY_STEPS = points("Local steps", by_steps, "Local steps J (rounds of the run)")
-BY_SPARSITY = points("Sparsity", by_sparsity, "Sparsity (weights that are trained)")
 EPOCHS = rounds_figure("Central training", ACCURACY, "Epoch")
+BY_SHARDS = points_figure("Heterogeneity", "Shards (Nc: classes per client)", str, shards_order)
+BY_STEPS = points_figure("Local steps", "Local steps J (rounds of the run)", "{}\n({} rounds)".format)
+BY_SPARSITY = points_figure("Sparsity", "Sparsity (weights that are trained)", sparsity_tick)
 FIGURES = {
     "curves": [
         *(Figure(f"{a}_curves", select, rounds_figure(t, ACCURACY), n) for a, (select, t, _, n) in VARIED.items()),
         Figure("central_curves", central, EPOCHS, "runs of train_centralized.py"),
     ],
-    "heterogeneity": [Figure("heterogeneity", over(("shards",)), BY_SHARDS, SHARDINGS)],
-    "local_steps": [Figure("local_steps", over(("local_steps", "num_rounds")), BY_STEPS, STEPS)],
-    "strategies": [
-        Figure("strategy_comparison", strategies, draw_strategies, f"{SPARSE} two of --mask-strategy {NAMES}")
-    ],
-    "sparsity": [
-        Figure("sparsity", sparsity_lines, BY_SPARSITY, f"{SPARSE} two of --sparsity-ratio, such as 0.5 and 0.9")
-    ],
+    "heterogeneity": [Figure("heterogeneity", along("shards"), BY_SHARDS, SHARDINGS)],
+    "local_steps": [Figure("local_steps", along("local_steps", "num_rounds"), BY_STEPS, STEPS)],
+    "strategies": [Figure("strategy_comparison", strategies, draw_strategies, STRATEGIES)],
+    "sparsity": [Figure("sparsity", along("sparsity", free=("sparsity",), references=UNMASKED), BY_SPARSITY, RATIOS)],
     "layers": [Figure("mask_layers", with_masks, draw_layers, f"{SPARSE} mask.safetensors in their folder")],
     "interference": [
-        Figure(f"{a}_interference", measured(select), between(title), needs + MEASURED)
+        Figure(f"{a}_interference", measured(select), between(title), f"{needs}, with update_cosine in metrics.jsonl")
         for a, (select, _, title, needs) in VARIED.items()
     ],
     "shards": [Figure("shards", with_shards, draw_shards, "federated runs with shards.json in their folder")],
@@ -405,14 +440,14 @@ FIGURES = {
 
 def dense_of(curve, curves):
     """The dense curve in the federation of `curve` that shares most arguments with it, or None."""
-    if curve.kind in ("central", "dense"):
+    if curve.kind in UNMASKED:
         return None
 
     def federation(other):
         return {key: other.args.get(key) for key in FREE if key in FEDERATION}
 
     there = [other for other in curves if other.kind == "dense" and federation(other) == federation(curve)]
-    return max(there, key=lambda other: sum(curve.args.get(k) == v for k, v in other.args.items()), default=None)
+    return nearest(curve, there)
 
 
 TABLE = Table(
@@ -442,8 +477,8 @@ def add_at(parser):
 
 
 def build_parser():
-    return figure_parser(STUDY, FIGURES, add_at)
+    return style.figure_parser(STUDY, FIGURES, add_at)
 
 
 if __name__ == "__main__":
-    run_main(lambda args: draw_figures(STUDY, FIGURES, args), build_parser().parse_args())
+    run_main(lambda args: style.draw_figures(STUDY, FIGURES, args), build_parser().parse_args())

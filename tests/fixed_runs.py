@@ -30,11 +30,10 @@ def save(folder, rows, **manifest):
     return folder
 
 
-def change(folder, **results):
-    """Puts other results into a run's run.json."""
+def change(folder, **facts):
+    """Puts other facts into a run's run.json."""
     path = folder / "run.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(manifest | {"results": manifest["results"] | results}), encoding="utf-8")
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | facts), encoding="utf-8")
 
 
 def change_rows(folder, make):

@@ -125,59 +125,36 @@ def _full(about):
     return {key: value for key, value in about.items() if value}
 
 
-def differences(golden, now, where=""):
+def differences(golden, now):
     """Where two descriptions differ: a list of lines `place: golden ..., now ...`."""
-    if isinstance(golden, dict) and isinstance(now, dict):
-        if "sums" in golden and "sums" in now:
-            return _array_differences(golden, now, where)
-        parts = []
-        for key in [*golden, *(key for key in now if key not in golden)]:
-            place = f"{where}, {key}" if where else key
-            if key not in now or key not in golden:
-                there = "only in the golden" if key in golden else "not in the golden"
-                parts.append(f"{place}: {there}: {_brief(golden.get(key, now.get(key)))}")
-            else:
-                parts += differences(golden[key], now[key], place)
-        return parts
-    if isinstance(golden, list) and isinstance(now, list):
-        if len(golden) != len(now) and not any(isinstance(v, str | dict) for v in (*golden, *now)):
-            return [f"{where}: golden {_brief(golden)}, now {_brief(now)}"]
-        parts = []
-        for i in range(max(len(golden), len(now))):
-            if i >= len(golden) or i >= len(now):
-                there = "only in the golden" if i < len(golden) else "not in the golden"
-                parts.append(f"{where}[{i}]: {there}: {_brief((golden if i < len(golden) else now)[i])}")
-            else:
-                parts += differences(golden[i], now[i], f"{where}[{i}]{_name(golden[i])}")
-        return parts
-    return [] if alike(golden, now) else [f"{where}: golden {_brief(golden)}, now {_brief(now)}"]
+    golden, now = dict(_leaves(golden)), dict(_leaves(now))
+    pairs = {where: (golden.get(where, "nothing"), now.get(where, "nothing")) for where in golden | now}
+    return [
+        f"{where.removeprefix(', ')}: golden {a!r:.300}, now {b!r:.300}"
+        for where, (a, b) in pairs.items()
+        if not alike(a, b)
+    ]
 
 
-def _array_differences(golden, now, where):
-    scale = golden["sums"][1]
-    wrong = [key for key in ("count", "gaps", "ends") if differences({key: golden.get(key)}, {key: now.get(key)})]
-    wrong += (
-        ["sums"]
-        if any(abs(a - b) > TOLERANCE * scale for a, b in zip(golden["sums"], now["sums"], strict=True))
-        else []
-    )
-    return [f"{where}, {key} of the values: golden {golden.get(key)}, now {now.get(key)}" for key in wrong]
+def _leaves(value, where=""):
+    """(place, value) of every number, word and long array, and how long every list is."""
+    if isinstance(value, list):
+        yield f"{where}, count", len(value)
+        for i, inner in enumerate(value):
+            yield from _leaves(inner, f"{where}[{i}]")
+    elif isinstance(value, dict) and "sums" not in value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{where}, {key}")
+    else:
+        yield where, value
 
 
 def alike(a, b):
+    if isinstance(a, dict) and isinstance(b, dict):  # long arrays
+        scale = TOLERANCE * a["sums"][1]
+        close = [math.isclose(x, y, rel_tol=0, abs_tol=scale) for x, y in zip(a["sums"], b["sums"], strict=True)]
+        ends = [alike(x, y) for x, y in zip(a["ends"], b["ends"], strict=True)]
+        return all(close + ends) and a["count"] == b["count"] and a.get("gaps") == b.get("gaps")
     if isinstance(a, int | float) and isinstance(b, int | float):
         return math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-9)
     return a == b
-
-
-def _name(value):
-    """A list's item by its name: ` 'IID'`."""
-    if not isinstance(value, dict):
-        return ""
-    key = next(iter(value), "")
-    return f" {key} {value[key]!r}" if key in ("title", *DATA) else ""
-
-
-def _brief(value):
-    text = repr(value)
-    return text if len(text) < 300 else text[:300] + " ..."

@@ -12,32 +12,18 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 
+FIGURES = {
+    "vit": "curves heterogeneity local_steps strategies sparsity layers interference shards",
+    "glue": "metric error bytes clients",
+    "noniid": "curves drift clients similarity partition failure_map",
+}
 # name -> command line; `vit` draws every figure of that study, `vit curves` one of them, `table vit` prints its table
 COMMANDS = {
     "mamba": "plots/plot_perplexities.py",
     "mamba central updates": "plots/visualize_deltas.py",
     "mamba federated updates": "plots/visualize_federated_deltas.py",
-    "vit": "plots/vit.py",
-    "vit curves": "plots/vit.py curves",
-    "vit heterogeneity": "plots/vit.py heterogeneity",
-    "vit local_steps": "plots/vit.py local_steps",
-    "vit strategies": "plots/vit.py strategies",
-    "vit sparsity": "plots/vit.py sparsity",
-    "vit layers": "plots/vit.py layers",
-    "vit interference": "plots/vit.py interference",
-    "vit shards": "plots/vit.py shards",
-    "glue": "plots/glue.py",
-    "glue metric": "plots/glue.py metric",
-    "glue error": "plots/glue.py error",
-    "glue bytes": "plots/glue.py bytes",
-    "glue clients": "plots/glue.py clients",
-    "noniid": "plots/noniid.py",
-    "noniid curves": "plots/noniid.py curves",
-    "noniid drift": "plots/noniid.py drift",
-    "noniid clients": "plots/noniid.py clients",
-    "noniid similarity": "plots/noniid.py similarity",
-    "noniid partition": "plots/noniid.py partition",
-    "noniid failure_map": "plots/noniid.py failure_map",
+    **{study: f"plots/{study}.py" for study in FIGURES},
+    **{f"{study} {name}": f"plots/{study}.py {name}" for study, names in FIGURES.items() for name in names.split()},
     "table mamba": "plots/tables.py mamba_fl",
     "table vit": "plots/tables.py vit_sparse_fl",
     "table glue": "plots/tables.py lora_glue_fl",
@@ -71,24 +57,29 @@ def call(words):
     return code, out.getvalue(), err.getvalue()
 
 
-def figures(name, runs, more="", out=None):
-    """{file name: matplotlib figure} of what a command draws, without drawing it."""
-    out, drawn = Path(out or Path(runs) / "plots"), []
+def run(name, runs, more="", out=None):
+    """(what a command prints, the matplotlib figures that it would draw, each with its number in the file)."""
+    drawn = []
 
     def savefig(figure, path, **kwargs):  # the file's text says whose it is, under whatever name it ends
         Path(path).write_text(str(len(drawn)))
         drawn.append(figure)
 
     with patch.object(Figure, "savefig", savefig):
-        code, _, error = call(command_line(name, runs, out, more))
+        code, text, error = call(command_line(name, runs, out or Path(runs) / "plots", more))
     assert code == 0, error
-    return {path.name: drawn[int(path.read_text())] for path in sorted(out.iterdir())}
+    return text, drawn
+
+
+def figures(name, runs, more="", out=None):
+    """{file name: matplotlib figure} of what a command draws, without drawing it."""
+    _, drawn = run(name, runs, more, out)
+    return {path.name: drawn[int(path.read_text())] for path in sorted(Path(out or Path(runs) / "plots").iterdir())}
 
 
 def printed(name, runs, more="", out=None):
     """The text that a command prints; of the page that it writes, the text without tags."""
-    code, text, error = call(command_line(name, runs, out, more))
-    assert code == 0, error
+    text, _ = run(name, runs, more, out or runs)
     page = Path(out or runs) / "page.html"
     if page.exists():
         text = "\n".join(" ".join(line.split()) for line in Page(page.read_text(encoding="utf-8")).lines)

@@ -1,10 +1,10 @@
 """Every figure's data and every table's text, from fixed run folders, against tests/goldens/figures.json.
 
-python tests/test_figures.py                        # what differs from the goldens
 python tests/test_figures.py --record NAME [NAME]   # new goldens of these names (`all`: of every one)
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,9 +37,8 @@ FIGURES = {
 # a figure by its name -> the same: its golden is which of its study's figures it draws
 PARTS = {
     "mamba, one layer": ("mamba", "mamba", "--config pure_ssm_1_layer"),
-    **{name: (name.split()[0], name, "") for name in plotting.COMMANDS if name.split()[0] in ("vit", "glue", "noniid")},
+    **{f"{s} {name}": (s, f"{s} {name}", "") for s, names in plotting.FIGURES.items() for name in names.split()},
 }
-PARTS = {name: part for name, part in PARTS.items() if name not in FIGURES}
 # golden -> the same: what is printed, or the text of the page that is written
 TABLES = {
     "table mamba": ("mamba", "table mamba", ""),
@@ -101,23 +100,19 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.fixture(scope="module")
-def goldens():
-    return read()
-
-
 @pytest.mark.parametrize("name", EVERY)
-def test_what_is_shown_is_what_was_shown(name, runs, goldens, tmp_path):
-    wrong = differences(name, goldens, shown(name, runs, tmp_path))
+def test_what_is_shown_is_what_was_shown(name, runs, tmp_path):
+    wrong = differences(name, read(), shown(name, runs, tmp_path))
     assert not wrong, f"{len(wrong)} differences\n" + "\n".join(wrong[:20])
 
 
-def test_no_golden_is_without_its_command(goldens):
-    assert set(goldens) == set(EVERY)
+def test_no_golden_is_without_its_command():
+    assert set(read()) == set(EVERY)
 
 
+@functools.cache
 def read():
-    return json.loads(GOLDENS.read_text(encoding="utf-8")) if GOLDENS.exists() else {}
+    return json.loads(GOLDENS.read_text(encoding="utf-8"))
 
 
 def write(goldens):
@@ -130,7 +125,6 @@ def write(goldens):
         else:
             lines, (left, right) = [f"  {_json(line)}" for line in value], "[]"
         parts.append(f" {json.dumps(name)}: {left}\n" + ",\n".join(lines) + f"\n {right}")
-    GOLDENS.parent.mkdir(exist_ok=True)
     GOLDENS.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
@@ -140,21 +134,15 @@ def _json(value):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", nargs="+", choices=[*EVERY, "all"], default=[], metavar="NAME")
-    record = parser.parse_args().record
-    goldens = read()
+    parser.add_argument("--record", nargs="+", required=True, choices=[*EVERY, "all"], metavar="NAME")
+    names = parser.parse_args().record
+    goldens = dict(read())
     with TemporaryDirectory() as folder:
         runs = Runs(Path(folder) / "runs")
-        for i, name in enumerate(EVERY if not record or "all" in record else record):
-            out = Path(folder) / f"out_{i}"
-            out.mkdir()
-            now = shown(name, runs, out)
-            if record:
-                goldens[name] = sorted(now) if name in PARTS else now
-            for line in differences(name, goldens, now):
-                print(f"{name}: {line}")
-    if record:
-        write(goldens)
+        for name in EVERY if "all" in names else names:
+            now = shown(name, runs, Path(folder) / name)
+            goldens[name] = sorted(now) if name in PARTS else now
+    write(goldens)
 
 
 if __name__ == "__main__":

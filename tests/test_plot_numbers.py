@@ -121,7 +121,7 @@ def test_a_seed_without_a_result_is_a_dash_not_a_mean_of_the_others(tmp_path):
     ):
         for seed in range(2):
             folder = write(tmp_path / study, seed=seed)
-        change(folder, **{field: "nan", "final_val_ppl": "nan"})
+        change(folder, results={field: "nan", "final_val_ppl": "nan"})
         change_rows(folder, lambda row, field=field: row | {field: "nan"} if field in row else row)
         (row,) = table(f"table {study}", tmp_path / study).values()
         assert row[column] == "-" and row["seeds"] == "2", study

@@ -1,25 +1,20 @@
 """What the plots read of runs: folders and logs alike, facts of run.json, seeds of one curve, looks, captions."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
-from fixed_runs import DENSE, SPARSE, STUDIES, change_rows, unpack, vit_study, write_mamba, write_vit
-from plotting import call, figures, printed
+from fixed_runs import DENSE, SPARSE, STUDIES, change, change_rows, unpack, vit_study, write_mamba, write_vit
+from plotting import call, figures
 
 from common.cli import UsageError
 from plots import mamba, tables, vit
-from plots.runs import like_with_like, read_runs, suffixes
+from plots.runs import read_runs
 from plots.seeds import curves_of, paired
 from plots.style import looks_of
 
 ROOT = tables.ROOT
-
-
-def rewrite(folder, **facts):
-    """Puts further facts into a run's run.json."""
-    path = folder / "run.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | facts), encoding="utf-8")
 
 
 def log_of(folders, path):
@@ -48,25 +43,6 @@ def test_a_log_and_its_folders_give_the_same_runs(tmp_path):
     assert all(type(run.args["num_rounds"]) is int for run in lines if "num_rounds" in run.args), "8 stays 8"
 
 
-@pytest.mark.parametrize("study", tables.STUDIES)
-def test_a_committed_log_gives_the_table_of_the_folders_that_it_was_made_from(study, tmp_path):
-    for log in sorted((ROOT / study / "results").glob("*.jsonl")):
-        unpack(log.relative_to(ROOT), tmp_path / log.stem)
-    name = {"lora_glue_fl": "glue", "llm_noniid": "noniid"}.get(study, study.split("_")[0])
-    from_folders = printed(f"table {name}", tmp_path)
-    code, from_logs, error = call_tables(study)
-    assert code == 0, error
-    assert drop_notes(from_logs) == drop_notes(from_folders)
-
-
-def call_tables(study, *more):
-    return call(["plots/tables.py", study, *more])
-
-
-def drop_notes(text):
-    return [line for line in text.splitlines() if line.startswith(("|", "###"))]
-
-
 def test_one_call_reads_several_folders_logs_and_studies(tmp_path):
     write_mamba(tmp_path / "a")
     log = log_of([write_vit(tmp_path / "b", name="one")], tmp_path / "logs" / "vit.jsonl")
@@ -75,20 +51,6 @@ def test_one_call_reads_several_folders_logs_and_studies(tmp_path):
     assert notes == []
     with pytest.raises(UsageError, match="no finished run of central, fed_avg"):
         read_runs(log, mamba.STUDY)
-
-
-def test_runs_are_read_at_any_depth_and_what_cannot_be_is_named(tmp_path):
-    write_vit(tmp_path / "a" / "b" / "c", name="good")
-    write_vit(tmp_path, name="cut", status="failed")
-    (write_vit(tmp_path, name="bad") / "run.json").write_text("{")
-    (write_vit(tmp_path, name="empty") / "metrics.jsonl").write_text("")
-    (write_vit(tmp_path, name="none") / "metrics.jsonl").unlink()
-    runs, notes = read_runs(tmp_path, vit.STUDY)
-    assert [run.name for run in runs] == ["good"]
-    why = {note.name: note.why for note in notes}
-    assert "status is failed; --unfinished" in why["cut"] and "damaged" in why["bad"]
-    assert "first evaluation" in why["empty"] and "first evaluation" in why["none"] and len(notes) == 4
-    assert len(read_runs(tmp_path, vit.STUDY, unfinished=True)[0]) == 2
 
 
 # ---- facts of run.json
@@ -104,17 +66,17 @@ def test_the_method_of_run_json_decides_and_an_old_run_gets_it_from_its_args(tmp
     args = run.args
     for seed, read in ((0, ["lr", "seed"]), (1, ["lr", "seed"]), (2, ["lr", "seed", "calibration_rounds"])):
         folder = write_vit(tmp_path / "new", SPARSE, seed=seed, calibration_rounds=seed)
-        rewrite(folder, method={key: args[key] for key in read} | {"seed": seed})
+        change(folder, method={key: args[key] for key in read} | {"seed": seed})
     runs, _ = read_runs(tmp_path / "new", vit.STUDY)
     assert sorted(len(curve.runs) for curve in curves_of(runs)) == [1, 2]
 
 
 def test_how_a_run_ended_is_read_or_for_old_runs_said_by_its_status(tmp_path):
     ended = {"how": "stopped", "by": "early_stopping", "round": 7, "clients": None, "reason": "no better"}
-    rewrite(write_vit(tmp_path, name="a"), ended=ended)
+    change(write_vit(tmp_path, name="a"), ended=ended)
     write_vit(tmp_path, name="b")
     reason = "round 2: the updates of all 3 clients are not finite: lower --lr"
-    rewrite(write_vit(tmp_path, name="c", status="failed"), reason=reason)
+    change(write_vit(tmp_path, name="c", status="failed"), reason=reason)
     write_vit(tmp_path, name="d", status="running")
     runs, _ = read_runs(tmp_path, vit.STUDY, unfinished=True)
     facts = [tuple(run.ended[key] for key in ("how", "by", "round")) for run in runs]
@@ -124,7 +86,7 @@ def test_how_a_run_ended_is_read_or_for_old_runs_said_by_its_status(tmp_path):
 
 def test_facts_of_the_shards_are_the_same_from_data_or_from_clients(tmp_path):
     old, new = write_vit(tmp_path / "old", name="a"), write_vit(tmp_path / "new", name="a")
-    rewrite(new, data={"sha256": {"train": "abc"}}, clients={"classes": [50, 100]})
+    change(new, data={"sha256": {"train": "abc"}}, clients={"classes": [50, 100]})
     (one,), (other,) = (read_runs(folder, vit.STUDY)[0] for folder in (old, new))
     assert one.facts == other.facts and one.setting == other.setting
 
@@ -134,23 +96,13 @@ def test_round_0_is_the_start_of_a_curve_and_no_best_round(tmp_path):
     rows = (folder / "metrics.jsonl").read_text()
     start = json.dumps({"round": 0, "tokens": 0, "val_ppl": 5000.0}) + "\n"
     (folder / "metrics.jsonl").write_text(start + rows)
-    ((curve,),) = [curves_of(read_runs(tmp_path, mamba.STUDY)[0])]
-    tokens, mean, *_ = curve.series("val_ppl", "tokens")
+    (curve,) = curves_of(read_runs(tmp_path, mamba.STUDY)[0])
+    tokens, mean = curve.series("val_ppl", "tokens")
     assert tokens.tolist() == [0, 1000, 2000] and mean.tolist() == [5000, 400, 200]
     assert curve.results("best_val_ppl").tolist() == [200]
 
 
 # ---- what is compared with what
-
-
-def test_central_joins_every_schedule_and_the_default_one_comes_first(tmp_path):
-    write_mamba(tmp_path, "central", sync="round", budget="equal", local_updates=1)
-    for seed in range(3):
-        write_mamba(tmp_path, seed=seed, sync="epoch")
-    write_mamba(tmp_path)
-    groups = like_with_like(read_runs(tmp_path, mamba.STUDY)[0])
-    assert [(setting["sync"], len(members)) for setting, members in groups] == [("round", 2), ("epoch", 4)]
-    assert suffixes([setting for setting, _ in groups], mamba.KEYS) == ["", "_sync_epoch"]
 
 
 def test_of_two_runs_with_one_seed_the_later_counts_and_the_other_is_named(tmp_path):
@@ -196,15 +148,9 @@ def test_a_figure_names_what_it_leaves_out_and_budgets_that_differ(tmp_path):
     change_rows(write_vit(tmp_path, name="cut", status="failed"), dict)
     write_mamba(tmp_path / "m", ppl=(300.0, 200.0))
     write_mamba(tmp_path / "m", "central", ppl=(300.0, 200.0, 100.0))
-    title = figures("vit heterogeneity", tmp_path, out=str(make(tmp_path / "a")))["heterogeneity.png"].get_suptitle()
-    assert "left out: cut" in title
-    drawn = figures("mamba", tmp_path / "m", out=str(make(tmp_path / "b")))
+    assert "left out: cut" in figures("vit heterogeneity", tmp_path)["heterogeneity.png"].get_suptitle()
+    drawn = figures("mamba", tmp_path / "m")
     assert "tokens differ: 2,000 to 3,000" in drawn["1_central_vs_fed_pure_ssm_1_layer.png"].get_suptitle()
-
-
-def make(folder):
-    folder.mkdir()
-    return folder
 
 
 def test_an_unknown_figure_is_refused_with_the_names(tmp_path):
@@ -216,14 +162,20 @@ def test_an_unknown_figure_is_refused_with_the_names(tmp_path):
 # ---- the READMEs
 
 
-COLUMNS = ["val loss", "vs FedAvg", "mean client", "worst client", "cosine", "1 - CKA", "failed", "seeds"]
-SHOWN = {"mamba_fl": [], "vit_sparse_fl": [], "lora_glue_fl": ["--wide"], "llm_noniid": ["--columns", *COLUMNS]}
+COLUMNS = '--columns "val loss" "vs FedAvg" "mean client" "worst client" cosine "1 - CKA" failed seeds'
+SHOWN = {"mamba_fl": "", "vit_sparse_fl": "", "lora_glue_fl": "--wide", "llm_noniid": COLUMNS}
 
 
 @pytest.mark.parametrize("study", SHOWN)
-def test_the_readmes_table_is_that_of_the_log(study):
+def test_the_readmes_table_is_that_of_the_log_and_of_the_folders_that_it_was_made_from(study, tmp_path):
+    for log in sorted((ROOT / study / "results").glob("*.jsonl")):
+        unpack(log.relative_to(ROOT), tmp_path / log.stem)
+    shown = []
+    for where in ([], ["--data-dir", str(tmp_path)]):
+        code, text, error = call(["plots/tables.py", study, *shlex.split(SHOWN[study]), *where])
+        assert code == 0, error
+        shown.append([line for line in text.splitlines() if line.startswith(("|", "###"))])
+    assert shown[0] == shown[1]
     readme = (ROOT / study / "README.md").read_text(encoding="utf-8").splitlines()
-    code, text, error = call_tables(study, *SHOWN[study])
-    assert code == 0, error
-    missing = [line for line in text.splitlines() if line.startswith("|") and line not in readme]
+    missing = [line for line in shown[0] if line.startswith("|") and line not in readme]
     assert not missing, f"run python plots/tables.py {study} and put into its README:\n" + "\n".join(missing[:5])
