@@ -66,8 +66,7 @@ def build_parser():
     add("--temperature", type=cli.positive_float, default=1.0, metavar="T", help="T, in nats; small: the surest client")
     prior = "examples: alpha_k ~ n_k exp(-H_k / T), as --client-weights examples; none: as uniform (default: none)"
     add("--entropy-prior", choices=["none", "examples"], help=prior)
-    samples = "held-out sequences a client and round; 0: all of them"
-    add("--entropy-samples", type=cli.non_negative_int, default=8, metavar="N", help=samples)
+    add("--entropy-samples", type=cli.non_negative_int, default=8, metavar="N", help="held-out sequences used; 0: all")
     return parser
 
 

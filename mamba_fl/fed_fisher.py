@@ -46,14 +46,10 @@ def main(args):
 
 
 def fisher(study, k, t):
-    """F_k [n] at the weights in the model, over some training sequences of client k.
-
-    --fisher-labels model: labels are drawn from the model's own distribution (the Fisher information); data: they are
-    the text's (the empirical Fisher).
-    """
+    """F_k [n] at the weights in the model, over some training sequences of client k."""
     blocks = sampled_blocks(study, "fisher", study.train[k], study.args.fisher_samples, k, t)  # [n, T + 1]
     inputs, labels = inputs_and_labels(blocks)
-    if study.args.fisher_labels == "model":
+    if study.args.fisher_labels == "model":  # else the text's: the empirical Fisher
         generator = torch_stream(study.args.seed, "fisher labels", t, k)
         with torch.no_grad(), study.autocast():
             hidden = study.model.hidden(inputs).flatten(0, 1)  # [n T, D]
@@ -69,12 +65,9 @@ def fisher(study, k, t):
 def build_parser():
     parser, add = make_parser(__doc__)
     add("--fisher-samples", type=cli.positive_int, default=8, metavar="N", help="training sequences for a client's F_k")
-    add(
-        "--fisher-damping", type=cli.non_negative_float, default=0.1, metavar="RHO", help="adds rho x mean(F_k); off: 0"
-    )
+    add("--fisher-damping", type=cli.non_negative_float, default=0.1, metavar="RHO", help="adds rho mean(F_k); off: 0")
     add("--fisher-normalize", action="store_true", help="divide each F_k by its L2 norm")
-    labels = "model: drawn from it (the Fisher); data: the text's (the empirical Fisher)"
-    add("--fisher-labels", choices=["model", "data"], default="model", help=labels)
+    add("--fisher-labels", choices=["model", "data"], default="model", help="model: the Fisher; data: the empirical")
     return parser
 
 

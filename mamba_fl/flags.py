@@ -37,34 +37,21 @@ def make_parser(doc, *, federated=True):
     add("--headdim", type=positive_int, default=64, metavar="N", help="channels per head")
     add("--expand", type=positive_int, default=2, metavar="N", help="inner width over width")
     add("--chunk", type=_chunk, default="auto", help="tokens per chunk of the recurrence, or auto")
-    add(
-        "--kernel",
-        choices=["auto", "torch", "mamba_ssm"],
-        default="auto",
-        help="auto: mamba-ssm's on CUDA if installed",
-    )
+    add("--kernel", choices=["auto", "torch", "mamba_ssm"], default="auto", help="auto: mamba_ssm on CUDA if installed")
 
     add = parser.add_argument_group("the data").add_argument
     add("--dataset", default="wikitext2", metavar="NAME", help="wikitext2, or demo (needs no network)")
     add("--tokenizer", help="gpt2, bpe:N (trained on the training text) or a path (default: gpt2; demo: bpe:1024)")
     add("--sequence-length", type=positive_int, metavar="T", help="tokens (default: 256; demo: 128)")
     add("--data-root", "--cache-dir", metavar="DIR", help="folder of the data (default: $FEDQUARTET_DATA, else data)")
-    add(
-        "--sharding", choices=["contiguous", "iid"], default="contiguous", help="documents in corpus order or at random"
-    )
+    add("--sharding", choices=["contiguous", "iid"], default="contiguous", help="documents in corpus order or shuffled")
     shards = "clients that the text is dealt to" if federated else "shards that are trained on together"
     add("--num-clients", type=positive_int, default=4, metavar="K", help=shards)
 
     add = parser.add_argument_group("training").add_argument
     add("--n-epochs", type=positive_float, metavar="X", help="passes over the text (default: 1; demo: 3)")
     add("--lr", type=non_negative_float, default=5e-4, metavar="X", help="learning rate")
-    add(
-        "--weight-decay",
-        type=non_negative_float,
-        default=0.01,
-        metavar="X",
-        help="decoupled weight decay (not on dt_bias, A_log, D); off: 0",
-    )
+    add("--weight-decay", type=non_negative_float, default=0.01, metavar="X", help="not on dt_bias, A_log, D; off: 0")
     if federated:
         add("--batch-size", type=positive_int, default=4, metavar="B", help="sequences a step and client")
         add("--local-updates", type=positive_int, default=1, metavar="H", help="steps a client and round")

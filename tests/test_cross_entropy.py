@@ -91,19 +91,6 @@ def test_bf16_autocast_is_close_repeatable_and_returns_fp32():
         assert (mine - reference).norm() < 2e-2 * reference.norm()
 
 
-def test_vmap_of_grad_gives_each_samples_own_gradient():
-    hidden, weight, labels = make(n=24)
-    batch = hidden.detach().view(4, 6, 8), labels.view(4, 6)
-
-    def loss(w, h, y):
-        return linear_cross_entropy(h, w, y, 37)
-
-    together = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weight.detach(), *batch)
-    for i in range(4):
-        (alone,) = torch.autograd.grad(loss(weight, batch[0][i], batch[1][i]), weight)
-        torch.testing.assert_close(together[i], alone, rtol=1e-12, atol=1e-13)
-
-
 def test_entropies_against_their_definition(cut):
     hidden, weight, _ = make()
     logp = torch.log_softmax(hidden @ weight[:37].T, -1)

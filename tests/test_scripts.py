@@ -103,18 +103,13 @@ def test_the_sources_command_line_runs(tmp_path):
 
 def test_metrics_go_to_a_tracker(tmp_path, monkeypatch):
     seen = []
+    writer = types.SimpleNamespace(add_scalar=lambda *what: seen.append(what), flush=lambda: None)
 
-    class SummaryWriter:
-        def __init__(self, folder):
-            Path(folder).mkdir(parents=True)
+    def open_writer(folder):
+        Path(folder).mkdir(parents=True)
+        return writer
 
-        def add_scalar(self, *what):
-            seen.append(what)
-
-        def flush(self):
-            pass
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=open_writer))
     plain = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: name == "tensorboard" or plain(name, *at))
     assert call("fed_avg", "--output-dir", tmp_path, "--run-name", "r", "--track", "tensorboard") == 0
