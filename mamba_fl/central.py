@@ -7,13 +7,16 @@ The text is the union of the shards of --num-clients clients, without what each 
 federated runs train on the same tokens; batches of 16 are 4 clients' batches of 4.
 """
 
+import torch
+
 from common import parallel
 from common.cli import RunFailed, UsageError, checked, run_main
 from common.local import OptimizerState, gradients
 from common.runlog import start_run
-from mamba_fl.fed_core import client_batches, evaluate, finish, load_study, save_deltas, with_perplexity
+from mamba_fl.fed_core import client_batches, evaluate, finish, load_study, save_deltas, state_space, with_perplexity
 from mamba_fl.flags import complete_flags, make_parser, run_name
-from mamba_fl.gradient_watch import WINDOW, GradientWatch, update_norms
+
+WINDOW = 10  # cosines that are averaged, as in the source
 
 
 def main(args):
@@ -29,9 +32,9 @@ def main(args):
         theta = weights.theta
 
         for t in run.rounds():
-            (rows,) = client_batches(study, 0, t)
+            (batch,) = client_batches(study, 0, t)
             before = weights.snapshot() if run.due(t + 1) else None
-            loss = gradients(study.loss, (study.train[0][rows.to(run.device)],), weights.parameters.values(), run.amp)
+            loss = gradients(study.loss, batch, weights.parameters.values(), run.amp)
             if any(run.due(step) for step in range(t + 1, t + WINDOW + 2)):  # the last of the steps to an evaluation
                 watch.see()
             study.optimizer.step()
@@ -41,8 +44,9 @@ def main(args):
                 continue
             if not loss.isfinite():
                 raise RunFailed(f"step {t + 1}: the loss is {loss.item()}: lower --lr ({args.lr}) or --amp off")
+            changes = state_space(study, theta - before)
             update = {"train_loss": loss.item(), "grad_cosine": watch.mean_cosine()}
-            update["delta_norms"] = update_norms(weights.named(before), weights.named(theta))
+            update["delta_norms"] = {name: change.norm().item() for name, change in changes.items()}
             if args.save_deltas:
                 save_deltas(study, "server", before, theta, t)
             run.report(t + 1, theta, lambda: update | evaluate(study, theta.clone(), t + 1), with_perplexity)
@@ -50,8 +54,44 @@ def main(args):
         finish(study, theta.clone())
 
 
+class GradientWatch:
+    """Cosines of the gradients of neighbouring steps. A `lasting` object: a resumed run measures the same.
+
+    Args: weights: `common.vector.Weights` of what is trained.
+    """
+
+    def __init__(self, weights):
+        self.weights = weights
+        self._previous, self._square, self._cosines = None, None, weights.theta.new_empty(0)
+
+    def see(self):
+        """Looks at the gradients of this step (after backward); they must not be changed later."""
+        gradients = [p.grad for p in self.weights.parameters.values()]
+        square = sum((g * g).sum() for g in gradients)
+        if self._previous is not None:
+            product = sum((g * h).sum() for g, h in zip(gradients, self._previous, strict=True))
+            cosine = product / torch.sqrt(square * self._square).clamp_min(1e-30)
+            self._cosines = torch.cat([self._cosines, cosine.reshape(1)])[-WINDOW:]
+        self._previous, self._square = gradients, square
+
+    def mean_cosine(self):
+        """The mean of the last ten cosines (fewer at the start); None before the second step."""
+        return self._cosines.mean().item() if len(self._cosines) else None
+
+    def state_dict(self):
+        if self._previous is None:
+            return {}
+        whole = torch.cat([g.reshape(-1) for g in self._previous])
+        return {"gradient": whole, "square": self._square.reshape(1), "cosines": self._cosines}
+
+    def load_state_dict(self, state):
+        if state:
+            self._previous = list(self.weights.named(state["gradient"]).values())
+            self._square, self._cosines = state["square"][0], state["cosines"]
+
+
 def build_parser():
-    return make_parser(__doc__.split("\n")[0], federated=False)[0]
+    return make_parser(__doc__, federated=False)[0]
 
 
 if __name__ == "__main__":

@@ -12,69 +12,46 @@ All results are exact, not sampled, and have the same bits in every run.
 
 import torch
 
+IGNORE = -100  # the label of rows that do not count
 CHUNK_BYTES = 256 * 2**20  # logits held at once
 BLOCK_NUMBERS = 2**19  # numbers turned to fp32 at once on a CPU: 2 MiB, about one core's second-level cache
 
 
-def linear_cross_entropy(hidden, weight, labels, *, vocab_size=None, ignore_index=-100, chunk=None):
-    """The sum of the negative log-likelihoods of `labels` under the head `weight`.
+def linear_cross_entropy(hidden, weight, labels, vocab_size):
+    """The sum of the negative log-likelihoods of `labels` under the head `weight`: a scalar in nats.
 
-    hidden: [N, D]; weight: [V, D]; labels: [N] integers in [0, vocab_size), or `ignore_index` for rows that do not
-    count. Columns of the vocabulary from `vocab_size` on (padding) are cropped: they get probability and gradient
-    zero. `chunk`: tokens whose logits are held at once (None: about 256 MiB of them).
-    Returns a scalar in nats, fp32 (fp64 for fp64 inputs); with no counted label it is zero.
-    Raises ValueError when the shapes do not fit.
+    hidden: [N, D]; weight: [V, D]; labels: [N] integers in [0, vocab_size), or IGNORE for rows that do not count.
+    Columns of the vocabulary from `vocab_size` on (padding) are cropped: they get probability and gradient zero.
+    fp32 (fp64 for fp64 inputs); with no counted label it is zero.
     """
-    _check(hidden, weight, labels)
-    grad = torch.is_grad_enabled()
-    needs = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     if torch._C._are_functorch_transforms_active():  # vmap cannot write into the slices of a tensor
         logits = torch.nn.functional.linear(hidden, weight[:vocab_size])  # [N, V']
         logits = logits.to(_wide(logits.dtype))
-        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, ignore_index, chunk, needs)
+        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, torch.is_grad_enabled())
 
 
 @torch.no_grad()
-def token_statistics(hidden, weight, labels, *, vocab_size=None, ignore_index=-100, chunk=None, per_token=False):
-    """Sums of NLL and predictive entropy over the counted tokens, without gradients.
-
-    Entropy H_i = - sum_v p_iv log p_iv over the real vocabulary, in nats. Arguments as `linear_cross_entropy`.
-    Returns (nll_sum, entropy_sum, n_tokens), fp64 scalars on the device and a 0-dim integer; with `per_token` the
-    first two are [N] tensors (zero at rows that do not count).
-    """
-    _check(hidden, weight, labels)
-    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    counted = labels != ignore_index
-    target = labels.masked_fill(~counted, 0)
-    nll, entropy = [], []
-    for rows, logits in _logits(hidden, weight, vocab_size, chunk):
+def entropies(hidden, weight, vocab_size):
+    """H_i = - sum_v p_iv log p_iv (nats) of softmax(hidden @ weight.T) over `vocab_size` columns: [N], fp64."""
+    entropy = []
+    for _, logits in _logits(hidden, weight, vocab_size):
         p, highest, log_p_highest = _softmax(logits)  # [n, V'], twice [n, 1]
-        below = logits - highest  # [n, V'], at most 0: both terms of both sums are positive
-        at_label = below.gather(-1, target[rows, None])
-        nll.append((-at_label - log_p_highest).squeeze(-1))  # [n]
+        below = logits - highest  # [n, V'], at most 0: both terms of the sum are positive
         entropy.append(-log_p_highest.squeeze(-1) - torch.linalg.vecdot(p, below))  # [n]
-    nll = torch.cat(nll).double() * counted
-    entropy = torch.cat(entropy).double() * counted
-    if per_token:
-        return nll, entropy, counted.sum()
-    return nll.sum(), entropy.sum(), counted.sum()
+    return torch.cat(entropy).double()
 
 
 @torch.no_grad()
-def sample_labels(hidden, weight, *, vocab_size=None, generator=None, chunk=None):
-    """One label per row, drawn from softmax(hidden @ weight.T) over the first `vocab_size` columns.
+def sample_labels(hidden, weight, vocab_size, generator):
+    """One label per row, drawn from softmax(hidden @ weight.T) over the first `vocab_size` columns: [N] int64.
 
-    Inverse of the cumulative distribution at one uniform number per row from `generator` (on any device; None:
-    torch's global one). Returns [N] int64.
+    Inverse of the cumulative distribution at one uniform number per row from `generator` (on any device).
     """
-    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    where = "cpu" if generator is None else generator.device
-    uniform = torch.rand(hidden.shape[0], generator=generator, device=where, dtype=torch.float64)
+    uniform = torch.rand(hidden.shape[0], generator=generator, device=generator.device, dtype=torch.float64)
     uniform = uniform.to(hidden.device)
     drawn = []
-    for rows, logits in _logits(hidden, weight, vocab_size, chunk):
+    for rows, logits in _logits(hidden, weight, vocab_size):
         cdf = torch.softmax(logits, -1, dtype=torch.float64).cumsum_(-1)
         # Scaled by the last value, not by 1: a cumulative sum that ends at 0.9999 must not run out.
         at = uniform[rows, None] * cdf[:, -1:]
@@ -86,18 +63,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Makes the gradients in the forward pass, where the logits are at hand; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, vocab_size, ignore_index, chunk, needs):
+    def forward(ctx, hidden, weight, labels, vocab_size, grad_enabled):
         dtype = _compute_dtype(hidden)
-        ctx.need_hidden, ctx.need_weight = needs
+        need_hidden, need_weight = (grad_enabled and needs for needs in ctx.needs_input_grad[:2])
         ctx.dtypes = hidden.dtype, weight.dtype
-        counted = labels != ignore_index
+        counted = labels != IGNORE
         target = labels.masked_fill(~counted, 0).unsqueeze(-1)  # [N, 1]
         nll = hidden.new_empty(hidden.shape[0], dtype=_wide(dtype))
-        d_hidden = torch.empty_like(hidden, dtype=dtype) if ctx.need_hidden else None
+        d_hidden = torch.empty_like(hidden, dtype=dtype) if need_hidden else None
         d_weight = None
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(dtype)  # [V, D], uncropped: products are faster where V is a multiple of 8
-            for start, stop in _chunks(hidden.shape[0], vocab_size, dtype, chunk):
+            for start, stop in _chunks(hidden.shape[0], vocab_size, dtype):
                 h = hidden[start:stop].to(dtype)
                 logits = h @ head.T  # [n, V]
                 real = logits[:, :vocab_size]  # [n, V']
@@ -107,12 +84,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     p, highest, log_p_highest = _softmax(real[a:b])  # [b - a, V'], twice [b - a, 1]
                     at_label = real[a:b].gather(-1, target[rows])
                     nll[rows] = (highest - at_label - log_p_highest).squeeze(-1)
-                    if any(needs):
+                    if need_hidden or need_weight:
                         p.scatter_add_(-1, target[rows], -torch.ones_like(highest))
                         real[a:b] = p.mul_(counted[rows, None])  # now logits holds d NLL / d logits
-                if ctx.need_hidden:
+                if need_hidden:
                     d_hidden[start:stop] = logits @ head  # [n, D]
-                if ctx.need_weight:
+                if need_weight:
                     part = logits.T @ h  # [V, D]
                     # The first chunk's product stays in its dtype: where it is the only one, backward widens it.
                     d_weight = part if d_weight is None else d_weight.to(weight.dtype).add_(part)
@@ -124,22 +101,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         d_hidden, d_weight = ctx.saved_tensors
         scaled = [None, None]
-        if ctx.need_hidden:
+        if d_hidden is not None:
             scaled[0] = d_hidden.to(ctx.dtypes[0]) * grad.to(ctx.dtypes[0])
-        if ctx.need_weight:
+        if d_weight is not None:
             out = torch.empty_like(d_weight, dtype=ctx.dtypes[1])
             for a, b in _blocks(*d_weight.shape, out.device):  # widened and scaled while it is in the cache
                 out[a:b].copy_(d_weight[a:b]).mul_(grad)
             scaled[1] = out
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None
 
 
-def _logits(hidden, weight, vocab_size, chunk):
+def _logits(hidden, weight, vocab_size):
     """(rows, logits [n, V']) of a few rows at a time, in the autocast dtype where autocast is on."""
     dtype = _compute_dtype(hidden)
     head = weight.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        for start, stop in _chunks(hidden.shape[0], vocab_size, dtype, chunk):
+        for start, stop in _chunks(hidden.shape[0], vocab_size, dtype):
             logits = (hidden[start:stop].to(dtype) @ head.T)[:, :vocab_size]
             for a, b in _blocks(stop - start, vocab_size, logits.device):
                 yield slice(start + a, start + b), logits[a:b]
@@ -150,13 +127,6 @@ def _softmax(logits):
     logit_v - highest + log_p_highest, which keeps its digits where p_v itself underflows."""
     p = torch.softmax(logits, -1, dtype=_wide(logits.dtype))
     return p, logits.amax(-1, keepdim=True).to(p.dtype), p.amax(-1, keepdim=True).log_()
-
-
-def _check(hidden, weight, labels):
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden [N, D] and weight [V, D] do not fit: {list(hidden.shape)}, {list(weight.shape)}")
-    if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"labels {list(labels.shape)} do not fit hidden {list(hidden.shape)}")
 
 
 def _compute_dtype(tensor):
@@ -170,10 +140,9 @@ def _wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _chunks(tokens, vocab_size, dtype, chunk):
+def _chunks(tokens, vocab_size, dtype):
     """(start, stop) of near-equal chunks; at least one."""
-    if chunk is None:
-        chunk = max(64, CHUNK_BYTES // (vocab_size * dtype.itemsize))
+    chunk = max(1, CHUNK_BYTES // (vocab_size * dtype.itemsize))
     count = max(1, -(-tokens // chunk))
     return [(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
 

@@ -15,8 +15,8 @@ from common.cli import UsageError
 from common.corpora import SPLITS, load_corpus
 from common.seeding import stream
 from common.sharding import contiguous, iid
+from mamba_fl.cross_entropy import IGNORE
 
-IGNORE = -100  # the label that no loss counts
 HELD_OUT = 0.1  # the share of a client's blocks that no method trains on
 
 
@@ -38,10 +38,6 @@ class FederatedText:
     fingerprint: dict
     shards: dict
 
-    @property
-    def sequence_length(self):
-        return self.validation.shape[1] - 1
-
 
 def inputs_and_labels(blocks):
     """Blocks [B, T + 1] -> inputs [B, T] and labels [B, T], the next tokens; padding is 0 in the inputs.
@@ -53,16 +49,7 @@ def inputs_and_labels(blocks):
     return inputs, labels
 
 
-def build_data(
-    dataset,
-    tokenizer,
-    sequence_length,
-    num_clients,
-    sharding="contiguous",
-    seed=0,
-    data_root=None,
-    cache_dir=None,
-):
+def build_data(dataset, tokenizer, sequence_length, num_clients, sharding="contiguous", seed=0, data_root=None):
     """The data of a run as `FederatedText`.
 
     dataset: "wikitext2" or "demo". tokenizer: "gpt2", "bpe:N" or a path. sharding: "contiguous" (runs of
@@ -72,17 +59,20 @@ def build_data(
     Raises UsageError for an unknown dataset, missing files, a tokenizer that is not there, more clients than
     documents, and a sequence longer than a client's text.
     """
-    if sharding not in ("contiguous", "iid"):
-        raise UsageError(f"unknown sharding {sharding!r}: choose contiguous or iid")
-    corpus = load_corpus(dataset, data_root, cache_dir)
-    encoder = text.load_tokenizer(tokenizer, corpus, data_root, cache_dir)
-    splits = text.encode(corpus, encoder, cache_dir)
-    documents = splits["train"]
-    shards = deal(documents.lengths(), num_clients, sharding, seed)
+    corpus = load_corpus(dataset, data_root)
+    encoder = text.load_tokenizer(tokenizer, corpus, data_root)
+    splits = text.encode(corpus, encoder)
+    streams = {split: torch.from_numpy(splits[split].tokens.astype(np.int64)) for split in SPLITS}
+    lengths = splits["train"].lengths()
+    documents = streams["train"].split(lengths.tolist())
+    if sharding == "iid":
+        shards = iid(len(lengths), num_clients, stream(seed, "sharding", 0, 0), what="training documents")
+    else:
+        shards = contiguous(len(lengths), num_clients, sizes=lengths, what="training documents")
 
     train, held_out, client_tokens = [], [], []
     for k, shard in enumerate(shards):
-        tokens = pack(documents, shard)
+        tokens = torch.cat([documents[i] for i in shard])
         blocks = full_blocks(tokens, sequence_length)
         if len(blocks) < 2:
             raise UsageError(
@@ -98,8 +88,8 @@ def build_data(
     return FederatedText(
         train=train,
         held_out=held_out,
-        validation=padded_blocks(_all(splits["validation"]), sequence_length),
-        test=padded_blocks(_all(splits["test"]), sequence_length),
+        validation=padded_blocks(streams["validation"], sequence_length),
+        test=padded_blocks(streams["test"], sequence_length),
         tokenizer=encoder,
         vocab_size=vocab_size,
         token_bytes=torch.from_numpy(text.token_byte_lengths(encoder)),
@@ -114,7 +104,7 @@ def build_data(
             "sequence_length": sequence_length,
             "sharding": sharding,
             "documents": {split: len(splits[split]) for split in SPLITS},
-            "tokens": {split: len(splits[split].tokens) for split in SPLITS},
+            "tokens": {split: len(streams[split]) for split in SPLITS},
         },
         shards={
             "client_documents": [len(shard) for shard in shards],
@@ -123,28 +113,6 @@ def build_data(
             "client_held_out_blocks": [len(blocks) for blocks in held_out],
         },
     )
-
-
-def deal(lengths, num_clients, sharding, seed):
-    """Documents of the given lengths (tokens) to clients: a list of index arrays, disjoint and complete."""
-    if num_clients > len(lengths):
-        raise UsageError(
-            f"{num_clients} clients but only {len(lengths)} training documents: "
-            f"lower --num-clients to at most {len(lengths)}"
-        )
-    if sharding == "iid":
-        return iid(len(lengths), num_clients, stream(seed, "sharding", 0, 0))
-    return contiguous(len(lengths), num_clients, sizes=lengths)
-
-
-def pack(documents, shard):
-    """The documents with the indices `shard`, one after the other: int64 [tokens]."""
-    pieces = [documents.tokens[documents.offsets[i] : documents.offsets[i + 1]] for i in shard]
-    return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
-
-
-def _all(documents):
-    return torch.from_numpy(documents.tokens.astype(np.int64))
 
 
 def full_blocks(tokens, length):

@@ -6,8 +6,8 @@
 theta <- theta + sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMahan et al. 2017, algorithm 1)
 """
 
+from common import cli
 from common.aggregation import WeightedMean
-from common.cli import checked
 from common.local import local_steps
 from common.processes import run_federated
 from common.runlog import start_run
@@ -37,9 +37,9 @@ def main(args):
 
 
 def build_parser():
-    return make_parser(__doc__.split("\n")[0])[0]
+    return make_parser(__doc__)[0]
 
 
 if __name__ == "__main__":
-    args = checked(complete_flags, build_parser().parse_args())
+    args = cli.checked(complete_flags, build_parser().parse_args())
     run_federated(main, args, *footprint(args))

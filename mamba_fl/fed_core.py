@@ -23,13 +23,32 @@ from common.local import Moments, client_optimizer
 from common.participation import Turns, per_round
 from common.seeding import stream
 from common.vector import Weights
-from mamba_fl.best import Best
 from mamba_fl.data import FederatedText, build_data, inputs_and_labels
-from mamba_fl.history import training_history
-from mamba_fl.ssm_config import make_config, make_model, save_pretrained
+from mamba_fl.mamba2 import Mamba2Config
+from mamba_fl.ssm_config import make_model, save_pretrained
 
 NOT_DECAYED = ("dt_bias", "A_log", "D")  # Dao & Gu's recipe: no weight decay on the recurrence's own parameters
-WATCHED = ("in_proj.weight", "A_log", "D", "dt_bias")  # what --save-deltas keeps, per layer
+WATCHED = ("in_proj.weight", "A_log", "D", "dt_bias")  # the state-space parameters of a layer
+
+
+class Best:
+    """The weights with the lowest validation loss so far: `theta` [n], `loss` (nats a token), `round` (after how many
+    rounds; 0: before training). A `lasting` object."""
+
+    def __init__(self):
+        self.theta, self.loss, self.round = None, math.inf, 0
+
+    def offer(self, t, loss, theta):
+        """Takes a copy of theta if its loss is the lowest so far."""
+        if self.theta is None or loss < self.loss or math.isnan(self.loss) and not math.isnan(loss):
+            self.theta, self.loss, self.round = theta.clone(), loss, t
+
+    def state_dict(self):
+        loss, t = torch.tensor(self.loss, dtype=torch.float64), torch.tensor(self.round)
+        return {"theta": self.theta, "loss": loss, "round": t}
+
+    def load_state_dict(self, state):
+        self.theta, self.loss, self.round = state["theta"], state["loss"].item(), state["round"].item()
 
 
 @dataclass(frozen=True)
@@ -37,9 +56,9 @@ class Study:
     """Data and model of a run.
 
     train: each client's blocks [n_k, T + 1] on the device (central: one client with all); weights: theta's live vector
-    and names; loss: mean NLL (nats a token) of blocks [B, T + 1]; optimizer: the one of all clients; rounds (central:
-    steps), total_steps of a client that is always there, epoch: rounds that an epoch of the data takes.
-    moments, own_weights: what clients keep with --client-state keep, and with --sync epoch (else None).
+    and names; loss: mean NLL (nats a token) of blocks [B, T + 1]; optimizer: the one of all clients; total_steps of a
+    client that is always there; epoch: rounds that an epoch of the data takes; moments, own_weights: what clients keep
+    with --client-state keep, and with --sync epoch (else None).
     """
 
     args: object
@@ -51,7 +70,6 @@ class Study:
     loss: object
     optimizer: torch.optim.Optimizer
     turns: Turns
-    rounds: int
     total_steps: int
     epoch: int
     best: Best
@@ -59,14 +77,9 @@ class Study:
     own_weights: ClientRows | None
 
     @property
-    def examples(self):
-        """n_k: sequences of each client."""
-        return [len(blocks) for blocks in self.train]
-
-    @property
     def client_weights(self):
-        """What each client counts in a mean: n_k, or 1 with --client-weights uniform."""
-        return self.examples if self.args.client_weights == "examples" else [1] * len(self.train)
+        """What each client counts in a mean: n_k, its sequences, or 1 with --client-weights uniform."""
+        return [len(blocks) if self.args.client_weights == "examples" else 1 for blocks in self.train]
 
     @property
     def lasting(self):
@@ -74,9 +87,14 @@ class Study:
         rows = {"moments": self.moments.rows, "own_weights": self.own_weights}
         return {"best": self.best} | {name: thing for name, thing in rows.items() if thing is not None}
 
-    def steps(self, t):
-        """Steps of a client in round t: H, or what is left of the budget in the last round."""
-        return min(self.args.local_updates, self.total_steps - t * self.args.local_updates)
+    @property
+    def eval_batch(self):
+        """Sequences that are evaluated at once. Fixed per device: sums over other batches would round differently."""
+        return 8 if self.run.device.type == "cpu" else 32
+
+    def autocast(self):
+        """The context of a forward pass in the run's precision."""
+        return amp_context(self.run.amp, self.run.device)
 
     def synced(self, t):
         """Whether the clients get the averaged model at the start of round t."""
@@ -91,26 +109,20 @@ def load_study(args, run, federated=True):
     """Reads the data, builds the model and begins the run. Raises: UsageError for what is not there or does not fit."""
     reuse_large_memory()
     data = build_data(
-        args.dataset,
-        args.tokenizer,
-        args.sequence_length,
-        args.num_clients,
-        args.sharding,
-        args.seed,
-        args.data_root,
+        args.dataset, args.tokenizer, args.sequence_length, args.num_clients, args.sharding, args.seed, args.data_root
     )
     train = [blocks.to(run.device) for blocks in data.train]
     if not federated:  # one client with everybody's text
         train = [torch.cat(train)]
     rounds, total_steps, epoch = plan_rounds(args, [len(blocks) for blocks in train])
-    config = make_config(
-        chunk=args.chunk,
+    config = Mamba2Config(
+        d_model=args.d_model,
         n_layer=args.layers,
         vocab_size=data.vocab_size,
-        d_model=args.d_model,
         d_state=args.d_state,
-        headdim=args.headdim,
         expand=args.expand,
+        headdim=args.headdim,
+        chunk_size=0 if args.chunk == "auto" else args.chunk,
     )
     model = make_model(config, kernel=args.kernel, device=run.device, seed=args.seed)
     weights = Weights(model)
@@ -120,10 +132,8 @@ def load_study(args, run, federated=True):
         with amp_context(run.amp, run.device):
             return model.nll(inputs, labels) / labels.numel()
 
-    sampled = per_round(args.participation, len(train))
-
     def rows(name, size, in_place=False):
-        on_disk = rows_on_disk(len(train), sampled, size)
+        on_disk = rows_on_disk(len(train), per_round(args.participation, len(train)), size)
         return ClientRows(run.folder / "clients" / name, on_disk, in_place, run.device)
 
     optimizer = client_optimizer(
@@ -140,7 +150,6 @@ def load_study(args, run, federated=True):
         loss=checked_compile(loss, weights.parameters) if args.compile else loss,
         optimizer=optimizer,
         turns=Turns(args.seed, len(train), args.participation),
-        rounds=rounds,
         total_steps=total_steps,
         epoch=epoch,
         best=Best(),
@@ -158,14 +167,14 @@ def plan_rounds(args, examples):
 
     Raises: UsageError for a client with fewer sequences than a batch.
     """
-    if args.batch_size > min(examples):
-        k = examples.index(min(examples))
+    fewest = min(examples)
+    if args.batch_size > fewest:
         raise UsageError(
-            f"client {k} has {examples[k]} sequences, fewer than --batch-size {args.batch_size}: lower it, "
-            f"or lower --num-clients ({args.num_clients})"
+            f"client {examples.index(fewest)} has {fewest} sequences, fewer than --batch-size {args.batch_size}: lower "
+            f"it, or lower --num-clients ({args.num_clients})"
         )
     if args.budget == "source":
-        steps = int(10 * args.n_epochs * min(examples)) // args.batch_size**2
+        steps = int(10 * args.n_epochs * fewest) // args.batch_size**2
     else:
         steps = int(args.n_epochs * sum(examples) / (per_round(args.participation, len(examples)) * args.batch_size))
     epoch = max(1, round(max(1, steps) / args.local_updates / args.n_epochs))
@@ -183,7 +192,7 @@ def begin_client(study, theta, k, t):
     """
     study.weights.load(_start(study, theta, k, t))
     study.moments.load(k)
-    return ((study.train[k][rows.to(study.run.device)],) for rows in client_batches(study, k, t))
+    return client_batches(study, k, t)
 
 
 def _start(study, theta, k, t):
@@ -212,18 +221,25 @@ def end_client(study, theta, k, t, clients, done):
 
 
 def client_batches(study, k, t):
-    """Rows of client k's text for its batches of round t: a list of int64 [B].
+    """Client k's batches of round t, each a tuple of blocks [B, T + 1]: H, in the last round what the budget has left.
 
     Equal budget: pass after pass over the client's sequences, each in an order of its own, from where the client
     stands. Source's budget: with replacement.
     """
-    args, size, n, steps = study.args, study.args.batch_size, len(study.train[k]), study.steps(t)
+    args, size, blocks = study.args, study.args.batch_size, study.train[k]
+    steps = min(args.local_updates, study.total_steps - t * args.local_updates)
     if args.budget == "source":
-        rows = stream(args.seed, "batches with replacement", t, k).integers(n, size=(steps, size))
+        rows = stream(args.seed, "batches with replacement", t, k).integers(len(blocks), size=(steps, size))
     else:
         first = int(study.turns.before(t)[k]) * args.local_updates
-        rows = pass_after_pass(n, size, first, steps, args.seed, k)
-    return list(torch.from_numpy(rows))
+        rows = pass_after_pass(len(blocks), size, first, steps, args.seed, k)
+    return ((blocks[batch.to(blocks.device)],) for batch in torch.from_numpy(rows))
+
+
+def sampled_blocks(study, purpose, blocks, n, k, t):
+    """n of client k's blocks, in their order, drawn by the seed and the round; n = 0: all of them."""
+    rows = stream(study.args.seed, purpose, t, k).choice(len(blocks), min(n or len(blocks), len(blocks)), replace=False)
+    return blocks[torch.from_numpy(np.sort(rows)).to(blocks.device)].to(study.run.device)
 
 
 # ---- evaluation
@@ -248,10 +264,9 @@ def with_perplexity(row):
 
 def validate(study, blocks, split):
     """{split_loss, split_ppl, split_bits_per_byte} of the model on blocks [n, T + 1], over all processes."""
-    batches = list(enumerate(blocks.split(eval_batch(study.run.device))))
-    parts = parallel.all_gather({b: statistics(study, rows) for b, rows in parallel.my_share(batches)})
-    sums = [values for part in parts for values in part.values()]
-    nll, tokens, size = (math.fsum(s[i] for s in sums) for i in range(3))
+    mine = [statistics(study, batch) for batch in parallel.my_share(blocks.split(study.eval_batch))]
+    sums = [values for part in parallel.all_gather(mine) for values in part]
+    nll, tokens, size = (math.fsum(column) for column in zip(*sums, strict=True))
     return {
         f"{split}_loss": nll / tokens,
         f"{split}_ppl": perplexity(nll, tokens),
@@ -263,9 +278,9 @@ def validate(study, blocks, split):
 def statistics(study, blocks):
     """(summed NLL, tokens, bytes) of blocks [n, T + 1], as Python numbers."""
     nll, tokens, size = [], 0, 0
-    for part in blocks.to(study.run.device).split(eval_batch(study.run.device)):
+    for part in blocks.to(study.run.device).split(study.eval_batch):
         inputs, labels = inputs_and_labels(part)
-        with amp_context(study.run.amp, study.run.device):
+        with study.autocast():
             nll.append(study.model.nll(inputs, labels).item())
         scored = labels[labels >= 0]
         tokens += len(scored)
@@ -273,35 +288,32 @@ def statistics(study, blocks):
     return math.fsum(nll), tokens, size
 
 
-def eval_batch(device):
-    """Sequences that are evaluated at once. Fixed per device: sums over other batches would round differently."""
-    return 8 if device.type == "cpu" else 32
-
-
-def generate(study, tokens=100):
-    """The greedy continuation of --prompt, on the main process; None elsewhere or when off."""
+def generate(study):
+    """The greedy continuation of --prompt by 100 tokens, on the main process; None elsewhere or when off."""
     if not study.args.prompt or not parallel.is_main():
         return None
     ids = study.data.tokenizer.encode(study.args.prompt, add_special_tokens=False)
-    out = study.model.generate(torch.tensor([ids], device=study.run.device), tokens)
+    out = study.model.generate(torch.tensor([ids], device=study.run.device), 100)
     return study.data.tokenizer.decode(out[0].tolist())
 
 
+def state_space(study, vector):
+    """{layers.i.NAME: view of `vector` [n]} of the state-space parameters."""
+    return {
+        name.removeprefix("backbone.").replace(".mixer.", ".").removesuffix(".weight"): tensor
+        for name, tensor in study.weights.named(vector).items()
+        if ".mixer." in name and name.endswith(WATCHED)
+    }
+
+
 def save_deltas(study, who, before, after, t):
-    """Stores the state-space parameters and their change in round t, arrays `layers.i.NAME`."""
-    old, new = study.weights.named(before), study.weights.named(after)
-    for kind in ("params", "deltas"):
-        arrays = {}
-        for name in new:
-            if name.endswith(WATCHED) and ".mixer." in name:
-                _, _, layer, _, rest = name.split(".", 4)
-                value = new[name] - (old[name] if kind == "deltas" else 0)
-                arrays[f"layers.{layer}.{rest.removesuffix('.weight')}"] = value.cpu().numpy()
+    """Stores the state-space parameters and their change in round t."""
+    for kind, vector in (("params", after), ("deltas", after - before)):
         path = study.run.folder / who / kind / f"step_{t + 1:06d}.npz"
         fresh = path.with_suffix(".new.npz")
         with saving(path, fresh):
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(fresh, **arrays)
+            np.savez(fresh, **{name: tensor.cpu().numpy() for name, tensor in state_space(study, vector).items()})
             os.replace(fresh, path)
 
 
@@ -313,7 +325,7 @@ def finish(study, theta):
     results = {"best_round": best.round, "best_val_ppl": perplexity(best.loss, 1)}
     results.update(test_ppl_best=test_ppl, test_ppl_last=test_ppl)
     results["final_val_ppl"] = validate(study, study.data.validation, "val")["val_ppl"]
-    if best.round < study.rounds:
+    if best.round < run.total:
         study.weights.load(best.theta)
         results["test_ppl_best"] = validate(study, study.data.test, "test")["test_ppl"]
         study.weights.load(theta)
@@ -329,3 +341,23 @@ def finish(study, theta):
             f"{results['best_round']}: {results['test_ppl_best']:.2f})"
         )
     run.finish(results)
+
+
+def training_history(command, lines):
+    """The lines of metrics.jsonl as lists in the source's fields, an entry per evaluation, for tools that read them."""
+
+    def column(field, default=None):
+        return [line.get(field, default) for line in lines]
+
+    if command == "central":
+        fields = ("val_loss", "val_ppl", "train_loss", "generated", "grad_cosine", "delta_norms")
+        return {"step": column("round"), **{field: column(field) for field in fields}}
+    entropies = [[h for h in clients if h is not None] for clients in column("client_entropy", [])]  # None: left out
+    return {
+        "global_step": column("steps"),
+        "train_ppl": column("train_ppl"),
+        "server_val_ppl": column("val_ppl"),
+        "client_val_ppls": column("client_val_ppl", []),
+        "avg_client_entropy": [sum(h) / len(h) if h else None for h in entropies],
+        "generated": column("generated"),
+    }

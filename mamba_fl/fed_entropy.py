@@ -12,19 +12,16 @@ soft labels have the largest entropy.
 
 import math
 
-import numpy as np
 import torch
 
+from common import cli
 from common.aggregation import WeightedMean, entropy_log_weight
-from common.cli import checked, non_negative_int, positive_float
-from common.evaluation import amp_context
 from common.local import local_steps
 from common.processes import run_federated
 from common.runlog import start_run
-from common.seeding import stream
-from mamba_fl.cross_entropy import token_statistics
+from mamba_fl.cross_entropy import entropies
 from mamba_fl.data import inputs_and_labels
-from mamba_fl.fed_core import begin_client, end_client, eval_batch, evaluate, finish, load_study, with_perplexity
+from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, sampled_blocks, with_perplexity
 from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
 
 
@@ -54,47 +51,25 @@ def main(args):
 @torch.no_grad()
 def entropy(study, k, t):
     """H_k: mean entropy (nats a token) of the model's next-token distribution on client k's held-out text."""
-    run, samples, held_out = study.run, study.args.entropy_samples, study.data.held_out[k]
-    if 0 < samples < len(held_out):
-        rows = stream(study.args.seed, "entropy", t, k).choice(len(held_out), samples, replace=False)
-        held_out = held_out[np.sort(rows)]
-    sums, tokens = [], 0
-    for blocks in held_out.to(run.device).split(eval_batch(run.device)):
-        inputs, labels = inputs_and_labels(blocks)
-        with amp_context(run.amp, run.device):
+    held_out = sampled_blocks(study, "entropy", study.data.held_out[k], study.args.entropy_samples, k, t)
+    sums = []
+    for blocks in held_out.split(study.eval_batch):
+        inputs, _ = inputs_and_labels(blocks)
+        with study.autocast():
             hidden = study.model.hidden(inputs).flatten(0, 1)  # [B T, D]
-            _, total, _ = token_statistics(
-                hidden, study.model.head_weight, labels.flatten(), vocab_size=study.data.vocab_size
-            )
-        sums.append(total.item())
-        tokens += labels.numel()
-    return math.fsum(sums) / tokens
+            sums.append(entropies(hidden, study.model.head_weight, study.data.vocab_size).sum().item())
+    return math.fsum(sums) / (len(held_out) * study.args.sequence_length)
 
 
 def build_parser():
-    parser, method = make_parser(__doc__.split("\n")[0])
-    method.add_argument(
-        "--temperature",
-        type=positive_float,
-        default=1.0,
-        metavar="T",
-        help="T, in nats: small picks the surest client, large weights all alike",
-    )
-    method.add_argument(
-        "--entropy-prior",
-        choices=["none", "examples"],
-        help="examples: alpha_k ~ n_k exp(-H_k / T), as --client-weights examples; none: as uniform (default: none)",
-    )
-    method.add_argument(
-        "--entropy-samples",
-        type=non_negative_int,
-        default=8,
-        metavar="N",
-        help="held-out sequences a client and round; 0: all of them",
-    )
+    parser, add = make_parser(__doc__)
+    add("--temperature", type=cli.positive_float, default=1.0, metavar="T", help="T, in nats; small: the surest client")
+    prior = "examples: alpha_k ~ n_k exp(-H_k / T), as --client-weights examples; none: as uniform (default: none)"
+    add("--entropy-prior", choices=["none", "examples"], help=prior)
+    add("--entropy-samples", type=cli.non_negative_int, default=8, metavar="N", help="held-out sequences used; 0: all")
     return parser
 
 
 if __name__ == "__main__":
-    args = checked(complete_flags, build_parser().parse_args())
+    args = cli.checked(complete_flags, build_parser().parse_args())
     run_federated(main, args, *footprint(args))

@@ -9,32 +9,24 @@ F_k is the diagonal of client k's Fisher information at theta_k, per sequence (i
 rho times its mean.
 """
 
-import numpy as np
 import torch
 
+from common import cli
 from common.aggregation import PrecisionWeightedMean
-from common.cli import checked, non_negative_float, positive_int
-from common.evaluation import amp_context
 from common.fisher import diagonal_fisher
 from common.local import local_steps
 from common.processes import run_federated
 from common.runlog import start_run
-from common.seeding import stream, torch_stream
+from common.seeding import torch_stream
 from mamba_fl.cross_entropy import sample_labels
 from mamba_fl.data import inputs_and_labels
-from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, with_perplexity
+from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, sampled_blocks, with_perplexity
 from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
 
 
 def main(args):
     with start_run("fed_fisher", args, run_name("fed_fisher", args)) as run:
         study = load_study(args, run)
-
-        def nll(model, sample):  # summed over one sequence
-            inputs, labels = sample
-            with amp_context(run.amp, run.device):
-                return model.nll(inputs[None], labels[None])
-
         theta = run.restore(study.weights.snapshot(), study.weights.named, **study.lasting)
         run.report(0, theta, lambda: evaluate(study, theta, 0))
 
@@ -46,59 +38,39 @@ def main(args):
                 batches = begin_client(study, theta, k, t)
                 done = local_steps(study.loss, batches, study.weights, study.optimizer, amp=run.amp)
                 theta_k = end_client(study, theta, k, t, clients, done)
-                fisher_k = diagonal_fisher(study.model, nll, calibration(study, k, t), method="loop")
-                mean.add(theta_k, weight=study.client_weights[k], precision=fisher_k)
+                mean.add(theta_k, weight=study.client_weights[k], precision=fisher(study, k, t))
             theta = mean.result()
             run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 
         finish(study, theta)
 
 
-def calibration(study, k, t):
-    """Training sequences of client k for its Fisher: (inputs [n, T], labels [n, T]); its weights are in the model.
+def fisher(study, k, t):
+    """F_k [n] at the weights in the model, over some training sequences of client k."""
+    blocks = sampled_blocks(study, "fisher", study.train[k], study.args.fisher_samples, k, t)  # [n, T + 1]
+    inputs, labels = inputs_and_labels(blocks)
+    if study.args.fisher_labels == "model":  # else the text's: the empirical Fisher
+        generator = torch_stream(study.args.seed, "fisher labels", t, k)
+        with torch.no_grad(), study.autocast():
+            hidden = study.model.hidden(inputs).flatten(0, 1)  # [n T, D]
+            labels = sample_labels(hidden, study.model.head_weight, study.data.vocab_size, generator).view_as(inputs)
 
-    --fisher-labels model: labels are drawn from the model's own distribution (the Fisher information); data: they are
-    the text's (the empirical Fisher).
-    """
-    args, run = study.args, study.run
-    draw, n = stream(args.seed, "fisher", t, k), len(study.train[k])
-    rows = np.sort(draw.choice(n, min(args.fisher_samples, n), replace=False))
-    inputs, targets = inputs_and_labels(study.train[k][torch.from_numpy(rows).to(run.device)])
-    if args.fisher_labels == "data":
-        return inputs, targets
-    generator = torch_stream(args.seed, "fisher labels", t, k)
-    with torch.no_grad(), amp_context(run.amp, run.device):
-        hidden = study.model.hidden(inputs).flatten(0, 1)  # [n T, D]
-        labels = sample_labels(hidden, study.model.head_weight, vocab_size=study.data.vocab_size, generator=generator)
-    return inputs, labels.view_as(targets)
+    def nll(model, sample):  # summed over one sequence
+        with study.autocast():
+            return model.nll(*(part[None] for part in sample))
+
+    return diagonal_fisher(study.model, nll, (inputs, labels), method="loop")
 
 
 def build_parser():
-    parser, method = make_parser(__doc__.split("\n")[0])
-    method.add_argument(
-        "--fisher-samples",
-        type=positive_int,
-        default=8,
-        metavar="N",
-        help="training sequences a client and round for its Fisher",
-    )
-    method.add_argument(
-        "--fisher-damping",
-        type=non_negative_float,
-        default=0.1,
-        metavar="RHO",
-        help="rho: adds rho x mean(F_k) to F_k; off: 0",
-    )
-    method.add_argument("--fisher-normalize", action="store_true", help="divide each F_k by its L2 norm")
-    method.add_argument(
-        "--fisher-labels",
-        choices=["model", "data"],
-        default="model",
-        help="model: drawn from it (the Fisher); data: the text's (the empirical Fisher)",
-    )
+    parser, add = make_parser(__doc__)
+    add("--fisher-samples", type=cli.positive_int, default=8, metavar="N", help="training sequences for a client's F_k")
+    add("--fisher-damping", type=cli.non_negative_float, default=0.1, metavar="RHO", help="adds rho mean(F_k); off: 0")
+    add("--fisher-normalize", action="store_true", help="divide each F_k by its L2 norm")
+    add("--fisher-labels", choices=["model", "data"], default="model", help="model: the Fisher; data: the empirical")
     return parser
 
 
 if __name__ == "__main__":
-    args = checked(complete_flags, build_parser().parse_args())
+    args = cli.checked(complete_flags, build_parser().parse_args())
     run_federated(main, args, *footprint(args))

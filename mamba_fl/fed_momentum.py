@@ -5,25 +5,25 @@
 
 Delta = sum_k p_k (theta_k - theta)
 momentum    v <- beta v + Delta,  theta <- theta + eta_s v                           (Hsu et al. 2019)
+            ema, the source's: v <- beta v + (1 - beta) Delta, steps ten times smaller
 nesterov    theta <- theta + eta_s (beta v + Delta), with the new v      (DiLoCo: eta_s 0.7, beta 0.9)
 adam, ...   m <- b1 m + (1 - b1) Delta,  v <- b2 v + (1 - b2) Delta^2,
             theta <- theta + eta_s m / (sqrt v + tau)                  (Reddi et al. 2021, algorithm 2)
 """
 
+from common import cli
 from common.aggregation import ServerAdam, ServerMomentum, WeightedMean
-from common.cli import checked, half_open_fraction, positive_float
 from common.local import local_steps
 from common.processes import run_federated
 from common.runlog import start_run
 from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, with_perplexity
 from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
 
-MOMENTUM = ("momentum", "nesterov")
+MOMENTUM, ADAPTIVE = ("momentum", "nesterov"), ("adam", "yogi", "adagrad")
 
 
 def main(args):
-    if args.server_lr is None:
-        args.server_lr = 1.0 if args.server_optimizer in MOMENTUM else 0.01
+    args.server_lr = args.server_lr or (1.0 if args.server_optimizer in MOMENTUM else 0.01)
     with start_run("fed_momentum", args, run_name("fed_momentum", args)) as run:
         study = load_study(args, run)
         server = server_optimizer(args)
@@ -47,60 +47,30 @@ def main(args):
 
 def server_optimizer(args):
     """The server's optimiser that the flags ask for."""
-    if args.server_optimizer in MOMENTUM:
-        nesterov = args.server_optimizer == "nesterov"
-        return ServerMomentum(args.server_lr, args.server_momentum, nesterov=nesterov, form=args.momentum_form)
-    b1, b2, tau = args.server_momentum, args.server_beta2, args.server_tau
-    return ServerAdam(args.server_optimizer, args.server_lr, b1=b1, b2=b2, tau=tau)
+    kind, lr, b1 = args.server_optimizer, args.server_lr, args.server_momentum
+    if kind in MOMENTUM:
+        return ServerMomentum(lr, b1, nesterov=kind == "nesterov", form=args.momentum_form)
+    return ServerAdam(kind, lr, b1=b1, b2=args.server_beta2, tau=args.server_tau)
+
+
+def of(*kinds):
+    """When a flag is read: with these server optimisers."""
+    return lambda args: args.server_optimizer in kinds
 
 
 def build_parser():
-    parser, method = make_parser(__doc__.split("\n")[0])
-    method.add_argument(
-        "--server-optimizer",
-        choices=["momentum", "nesterov", "adam", "yogi", "adagrad"],
-        default="momentum",
-        help="what the server does with the mean update",
-    )
-    method.add_argument(
-        "--server-lr",
-        type=positive_float,
-        metavar="X",
-        help="its learning rate eta_s (default: 1; adam, yogi, adagrad: 0.01)",
-    )
-    method.add_argument(
-        "--server-momentum",
-        type=half_open_fraction,
-        default=0.9,
-        metavar="X",
-        help="beta; Adam's, Yogi's and Adagrad's b1; off: 0",
-    )
-    method.add_argument(
-        "--momentum-form",
-        choices=["heavy_ball", "ema"],
-        default="heavy_ball",
-        when=lambda a: a.server_optimizer in MOMENTUM,
-        help="ema: v <- beta v + (1 - beta) Delta, the source's, steps ten times smaller",
-    )
-    method.add_argument(
-        "--server-beta2",
-        type=half_open_fraction,
-        default=0.99,
-        metavar="X",
-        when=lambda a: a.server_optimizer in ("adam", "yogi"),
-        help="b2 of Adam and Yogi",
-    )
-    method.add_argument(
-        "--server-tau",
-        type=positive_float,
-        default=1e-3,
-        metavar="X",
-        when=lambda a: a.server_optimizer not in MOMENTUM,
-        help="tau of Adam and the like",
-    )
+    parser, add = make_parser(__doc__)
+    kinds = [*MOMENTUM, *ADAPTIVE]
+    add("--server-optimizer", choices=kinds, default="momentum", help="what the server does with the mean update")
+    add("--server-lr", type=cli.positive_float, metavar="X", help="eta_s (default: 1; adam, yogi, adagrad: 0.01)")
+    add("--server-momentum", type=cli.half_open_fraction, default=0.9, metavar="X", help="beta; Adam's b1; off: 0")
+    forms = ["heavy_ball", "ema"]
+    add("--momentum-form", choices=forms, default="heavy_ball", when=of(*MOMENTUM), help="ema: the source's average")
+    add("--server-beta2", type=cli.half_open_fraction, default=0.99, metavar="X", when=of("adam", "yogi"), help="b2")
+    add("--server-tau", type=cli.positive_float, default=1e-3, metavar="X", when=of(*ADAPTIVE), help="Adam's tau")
     return parser
 
 
 if __name__ == "__main__":
-    args = checked(complete_flags, build_parser().parse_args())
+    args = cli.checked(complete_flags, build_parser().parse_args())
     run_federated(main, args, *footprint(args))

@@ -12,8 +12,8 @@ from common.cli import (
     positive_int,
 )
 from common.participation import per_round
-from mamba_fl.ssm_config import CONFIGS
 
+LAYERS = {f"pure_ssm_{n}_layer": n for n in (1, 2, 4)}  # the source's configurations
 # What a flag that was not given means, by data set. The demo's need no download.
 DEFAULTS = {
     "wikitext2": {"tokenizer": "gpt2", "d_model": 512, "sequence_length": 256, "n_epochs": 1.0, "val_freq": 30},
@@ -21,175 +21,85 @@ DEFAULTS = {
 }
 
 
-def make_parser(description, *, federated=True):
-    """The parser of one script: the source's flags and ours. Returns (parser, group for the method's own flags)."""
-    parser = Parser(description)
-    method = parser.add_argument_group("the method") if federated else None
+def make_parser(doc, *, federated=True):
+    """The parser of one script: the source's flags and ours. doc: the script's docstring.
 
-    model = parser.add_argument_group("the model")
-    model.add_argument("--layers", type=positive_int, metavar="N", help="Mamba-2 layers (default: 1)")
-    model.add_argument("--config", choices=sorted(CONFIGS), help="the same by name: pure_ssm_1_layer is --layers 1")
-    model.add_argument("--d-model", type=positive_int, metavar="N", help="width (default: 512; demo: 128)")
-    model.add_argument("--d-state", type=positive_int, default=128, metavar="N", help="state size per head")
-    model.add_argument("--headdim", type=positive_int, default=64, metavar="N", help="channels per head")
-    model.add_argument("--expand", type=positive_int, default=2, metavar="N", help="inner width over width")
-    model.add_argument("--chunk", type=_chunk, default="auto", help="tokens per chunk of the recurrence, or auto")
-    model.add_argument(
-        "--kernel",
-        choices=["auto", "torch", "mamba_ssm"],
-        default="auto",
-        help="auto: mamba-ssm's where it is installed and the device is CUDA",
-    )
+    Returns (parser, the function that adds a flag to the method's own).
+    """
+    parser = Parser(doc.split("\n")[0])
+    add_to_method = parser.add_argument_group("the method").add_argument if federated else None
 
-    data = parser.add_argument_group("the data")
-    data.add_argument("--dataset", default="wikitext2", metavar="NAME", help="wikitext2, or demo (needs no network)")
-    data.add_argument(
-        "--tokenizer",
-        help="gpt2, bpe:N (trained on the training text) or a path (default: gpt2; demo: bpe:1024)",
-    )
-    data.add_argument("--sequence-length", type=positive_int, metavar="T", help="tokens (default: 256; demo: 128)")
-    data.add_argument(
-        "--data-root",
-        "--cache-dir",
-        metavar="DIR",
-        help="where the data sets are (default: $FEDQUARTET_DATA, else data)",
-    )
-    data.add_argument(
-        "--num-clients",
-        type=positive_int,
-        default=4,
-        metavar="K",
-        help="clients that the text is dealt to"
-        if federated
-        else "shards whose union is trained on: the federated runs' tokens exactly",
-    )
-    data.add_argument(
-        "--sharding",
-        choices=["contiguous", "iid"],
-        default="contiguous",
-        help="documents to clients: in corpus order, or at random",
-    )
+    add = parser.add_argument_group("the model").add_argument
+    add("--layers", type=positive_int, metavar="N", help="Mamba-2 layers (default: 1)")
+    add("--config", choices=LAYERS, help="the same by name: pure_ssm_1_layer is --layers 1")
+    add("--d-model", type=positive_int, metavar="N", help="width (default: 512; demo: 128)")
+    add("--d-state", type=positive_int, default=128, metavar="N", help="state size per head")
+    add("--headdim", type=positive_int, default=64, metavar="N", help="channels per head")
+    add("--expand", type=positive_int, default=2, metavar="N", help="inner width over width")
+    add("--chunk", type=_chunk, default="auto", help="tokens per chunk of the recurrence, or auto")
+    add("--kernel", choices=["auto", "torch", "mamba_ssm"], default="auto", help="auto: mamba_ssm on CUDA if installed")
 
-    train = parser.add_argument_group("training")
-    train.add_argument(
-        "--n-epochs", type=positive_float, metavar="X", help="passes over the text (default: 1; demo: 3)"
-    )
-    train.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=4 if federated else 16,
-        metavar="B",
-        help="sequences a step" + (" and client" if federated else ""),
-    )
-    train.add_argument(
-        "--lr",
-        type=non_negative_float,
-        default=5e-4,
-        metavar="X",
-        help="learning rate of the clients" if federated else "learning rate",
-    )
-    train.add_argument(
-        "--weight-decay",
-        type=non_negative_float,
-        default=0.01,
-        metavar="X",
-        help="decoupled weight decay (not on dt_bias, A_log, D); off: 0",
-    )
+    add = parser.add_argument_group("the data").add_argument
+    add("--dataset", default="wikitext2", metavar="NAME", help="wikitext2, or demo (needs no network)")
+    add("--tokenizer", help="gpt2, bpe:N (trained on the training text) or a path (default: gpt2; demo: bpe:1024)")
+    add("--sequence-length", type=positive_int, metavar="T", help="tokens (default: 256; demo: 128)")
+    add("--data-root", "--cache-dir", metavar="DIR", help="folder of the data (default: $FEDQUARTET_DATA, else data)")
+    add("--sharding", choices=["contiguous", "iid"], default="contiguous", help="documents in corpus order or shuffled")
+    shards = "clients that the text is dealt to" if federated else "shards that are trained on together"
+    add("--num-clients", type=positive_int, default=4, metavar="K", help=shards)
+
+    add = parser.add_argument_group("training").add_argument
+    add("--n-epochs", type=positive_float, metavar="X", help="passes over the text (default: 1; demo: 3)")
+    add("--lr", type=non_negative_float, default=5e-4, metavar="X", help="learning rate")
+    add("--weight-decay", type=non_negative_float, default=0.01, metavar="X", help="not on dt_bias, A_log, D; off: 0")
     if federated:
-        train.add_argument(
-            "--local-updates", type=positive_int, default=1, metavar="H", help="steps a client and round"
-        )
-        train.add_argument(
-            "--rounds",
-            "--num-rounds",
-            type=positive_int,
-            metavar="R",
-            help="rounds (default: as many as --n-epochs needs)",
-        )
-        train.add_argument("--participation", type=fraction, default=1.0, metavar="C", help="share of clients a round")
-        train.add_argument(
+        add("--batch-size", type=positive_int, default=4, metavar="B", help="sequences a step and client")
+        add("--local-updates", type=positive_int, default=1, metavar="H", help="steps a client and round")
+        add("--rounds", "--num-rounds", type=positive_int, metavar="R", help="rounds (default: what --n-epochs needs)")
+        add("--participation", type=fraction, default=1.0, metavar="C", help="share of clients a round")
+        add(
             "--client-weights",
             choices=["examples", "uniform"],
             help="weight of a client in the mean (default: examples; fed_entropy: as --entropy-prior)",
         )
-        train.add_argument("--client-optimizer", choices=["adamw", "sgd"], default="adamw", help="local optimiser")
-        train.add_argument(
+        add("--client-optimizer", choices=["adamw", "sgd"], default="adamw", help="local optimiser")
+        add(
             "--client-state",
             choices=["keep", "reset"],
             default="keep",
             when=lambda a: a.client_optimizer == "adamw",
             help="a client's AdamW moments from round to round",
         )
-        train.add_argument(
-            "--sync",
-            choices=["round", "epoch"],
-            default="round",
-            help="when clients get the averaged model; epoch: the source's schedule",
-        )
-        train.add_argument(
-            "--budget",
-            choices=["equal", "source"],
-            default="equal",
-            help="equal: central's tokens; source: its 2.5 epochs with replacement",
-        )
+        sync = "when clients get the averaged model; epoch: the source's schedule"
+        add("--sync", choices=["round", "epoch"], default="round", help=sync)
+        budget = "equal: central's tokens; source: its 2.5 epochs with replacement"
+        add("--budget", choices=["equal", "source"], default="equal", help=budget)
     else:
-        train.add_argument(
-            "--rounds",
-            "--steps",
-            type=positive_int,
-            metavar="N",
-            help="steps (default: as many as --n-epochs needs)",
-        )
+        add("--batch-size", type=positive_int, default=16, metavar="B", help="sequences a step")
+        add("--rounds", "--steps", type=positive_int, metavar="N", help="steps (default: what --n-epochs needs)")
         # central training is one client with all of the text, one step a round
-        parser.set_defaults(
-            local_updates=1,
-            participation=1.0,
-            client_weights="examples",
-            client_optimizer="adamw",
-            client_state="keep",
-            sync="round",
-            budget="equal",
-            client_val_sequences=0,
-        )
+        parser.set_defaults(client_weights="examples", client_optimizer="adamw", client_state="keep")
+        parser.set_defaults(local_updates=1, participation=1.0, sync="round", budget="equal", client_val_sequences=0)
 
-    report = parser.add_argument_group("what is measured")
-    report.add_argument(
-        "--val-freq",
-        type=positive_int,
-        default=None if federated else 10,
-        metavar="N",
-        help="evaluate every N " + ("rounds (default: 30; demo: 10)" if federated else "steps"),
-    )
-    report.add_argument(
-        "--save-freq",
-        type=positive_int,
-        default=None if federated else 100,
-        metavar="N",
-        help="save a checkpoint every N " + ("rounds (default: as --val-freq)" if federated else "steps"),
-    )
-    report.add_argument(
-        "--val-sequences",
-        type=non_negative_int,
-        default=256,
-        metavar="N",
-        help="validation sequences used while training (the end uses all); 0: all",
-    )
+    add = parser.add_argument_group("what is measured").add_argument
     if federated:
-        report.add_argument(
-            "--client-val-sequences",
-            type=non_negative_int,
-            default=32,
-            metavar="N",
-            help="validation sequences for each client's own model; off: 0",
-        )
-    report.add_argument("--save-deltas", action="store_true", help="store the updates of the state-space parameters")
-    report.add_argument("--prompt", default="Once upon a time,", help="text that the samples go on from; off: ''")
+        add("--val-freq", type=positive_int, metavar="N", help="evaluate every N rounds (default: 30; demo: 10)")
+        add("--save-freq", type=positive_int, metavar="N", help="checkpoint every N rounds (default: as --val-freq)")
+        own = "validation sequences for each client's own model; off: 0"
+        add("--client-val-sequences", type=non_negative_int, default=32, metavar="N", help=own)
+    else:
+        add("--val-freq", type=positive_int, default=10, metavar="N", help="evaluate every N steps")
+        add("--save-freq", type=positive_int, default=100, metavar="N", help="checkpoint every N steps")
+    while_training = "validation sequences used while training (the end uses all); 0: all"
+    add("--val-sequences", type=non_negative_int, default=256, metavar="N", help=while_training)
+    add("--save-deltas", action="store_true", help="store the updates of the state-space parameters")
+    add("--prompt", default="Once upon a time,", help="text that the samples go on from; off: ''")
 
     run = add_run_flags(parser)
     run.add_argument("--output-dir", "--data-dir", default="results", metavar="DIR", help="where run folders go")
     add_machine_flags(run, 0, federated)
     run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
-    return parser, method
+    return parser, add_to_method
 
 
 def _chunk(text):
@@ -203,20 +113,18 @@ def complete_flags(args):
     for name, value in DEFAULTS[args.dataset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    by_name = CONFIGS[args.config].n_layer if args.config else None
+    by_name = LAYERS.get(args.config)
     if by_name and args.layers and by_name != args.layers:
         raise UsageError(f"--config {args.config} and --layers {args.layers} contradict each other: give one")
     args.layers = args.layers or by_name or 1
     args.config = f"pure_ssm_{args.layers}_layer"
-    prior = {"none": "uniform", "examples": "examples"}.get(getattr(args, "entropy_prior", None))
-    if prior and args.client_weights not in (None, prior):
-        raise UsageError(
-            f"--client-weights {args.client_weights} and --entropy-prior {args.entropy_prior} contradict each other: "
-            "give one"
-        )
-    if hasattr(args, "entropy_prior"):
-        args.client_weights = args.client_weights or prior or "uniform"
-        args.entropy_prior = {"uniform": "none", "examples": "examples"}[args.client_weights]
+    if hasattr(args, "entropy_prior"):  # FedEntropy's name of --client-weights
+        given = args.client_weights
+        prior = args.entropy_prior or ("examples" if given == "examples" else "none")
+        args.client_weights = "examples" if prior == "examples" else "uniform"
+        if given not in (None, args.client_weights):
+            raise UsageError(f"--client-weights {given} and --entropy-prior {prior} contradict each other: give one")
+        args.entropy_prior = prior
     args.client_weights = args.client_weights or "examples"
     if args.sync == "epoch" and args.participation < 1:
         raise UsageError(f"--sync epoch needs every client in every round: --participation {args.participation} -> 1")

@@ -15,56 +15,40 @@ from common.grid import Preset, Setting
 
 SHOW = (("plots/tables.py", "mamba_fl", "--data-dir", "{output}"),)
 
-SERVER_ADAM = ["--client-optimizer", "sgd", "--lr", "1", "--weight-decay", "0", "--server-optimizer", "adam"]
-SERVER_ADAM += ["--server-lr", "5e-3", "--server-beta2", "0.99", "--server-tau", "1e-8"]
-NESTEROV = ["--server-optimizer", "nesterov", "--server-lr", "0.7"]
-EPOCH = ["--sync", "epoch"]
-EMA = ["--momentum-form", "ema"]
+METHODS = {  # script and flags; lu8: 8 local steps
+    "central": "central",
+    "fed_avg_lu1": "fed_avg",
+    "fed_avg_lu8": "fed_avg {lu8}",
+    "fed_momentum_source": "fed_momentum --momentum-form ema",
+    "fed_momentum_diloco": "fed_momentum {lu8} --server-optimizer nesterov --server-lr 0.7",
+    "fed_momentum_server_adam": "fed_momentum --client-optimizer sgd --lr 1 --weight-decay 0 --server-optimizer adam "
+    "--server-lr 5e-3 --server-beta2 0.99 --server-tau 1e-8",
+    "fed_entropy": "fed_entropy",
+    "fed_fisher": "fed_fisher",
+}
+AVERAGED_ONCE_AN_EPOCH = ("fed_avg_lu1", "fed_avg_lu8", "fed_momentum_source", "fed_entropy", "fed_fisher")
+METHODS |= {f"{name}_sync_epoch": f"{METHODS[name]} --sync epoch" for name in AVERAGED_ONCE_AN_EPOCH}
 
 
-def method(name, script, *words):
-    """A method; script: without folder and suffix."""
-    return Setting(name, f"mamba_fl/{script}.py", words)
-
-
-def methods(val_freq):
-    """Every method and schedule. val_freq: of the runs with 8 local steps, whose rounds are longer."""
-    lu8 = ["--local-updates", "8", "--val-freq", str(val_freq)]
-    return (
-        method("central", "central"),
-        method("fed_avg_lu1", "fed_avg"),
-        method("fed_avg_lu8", "fed_avg", *lu8),
-        method("fed_momentum_source", "fed_momentum", *EMA),
-        method("fed_momentum_diloco", "fed_momentum", *lu8, *NESTEROV),
-        method("fed_momentum_server_adam", "fed_momentum", *SERVER_ADAM),
-        method("fed_entropy", "fed_entropy"),
-        method("fed_fisher", "fed_fisher"),
-        method("fed_avg_lu1_sync_epoch", "fed_avg", *EPOCH),
-        method("fed_avg_lu8_sync_epoch", "fed_avg", *lu8, *EPOCH),
-        method("fed_momentum_source_sync_epoch", "fed_momentum", *EMA, *EPOCH),
-        method("fed_entropy_sync_epoch", "fed_entropy", *EPOCH),
-        method("fed_fisher_sync_epoch", "fed_fisher", *EPOCH),
-    )
+def settings(methods, val_freq):
+    """{name: script and flags} as settings. val_freq: of the runs with 8 local steps, whose rounds are longer."""
+    lu8 = f"--local-updates 8 --val-freq {val_freq}"
+    lines = {name: line.format(lu8=lu8).split() for name, line in methods.items()}
+    return tuple(Setting(name, f"mamba_fl/{script}.py", words) for name, (script, *words) in lines.items())
 
 
 # small: d_model 128 and a vocabulary of 4,096: two to five minutes a run on one core
 SMALL = "--d-model 128 --tokenizer bpe:4096 --n-epochs 0.5 --lr 5e-3 --amp auto --val-freq 80 --val-sequences 256"
 SOURCE = "--layers 1 --amp auto --val-freq 60 --val-sequences 256 --threads 1"
+SOURCE_METHODS = {name: METHODS[name] for name in ("central", "fed_avg_lu1", "fed_avg_lu8")}
+SOURCE_METHODS |= {"fed_fisher": "fed_fisher --fisher-samples 2"}
 QUICK = "--dataset demo --n-epochs 1 --lr 5e-3 --val-freq 5 --val-sequences 32"
 NO_SAMPLES = ["--threads", "1", "--prompt", ""]
 
 PRESETS = {
-    "small": Preset((*SMALL.split(), *NO_SAMPLES), methods(val_freq=10)),
-    "source": Preset(
-        SOURCE.split(),
-        (
-            method("central", "central"),
-            method("fed_avg_lu1", "fed_avg"),
-            method("fed_avg_lu8", "fed_avg", "--local-updates", "8", "--val-freq", "10"),
-            method("fed_fisher", "fed_fisher", "--fisher-samples", "2"),
-        ),
-    ),
-    "quick": Preset((*QUICK.split(), *NO_SAMPLES), methods(val_freq=1), seeds=(0,)),
+    "small": Preset((*SMALL.split(), *NO_SAMPLES), settings(METHODS, val_freq=10)),
+    "source": Preset(SOURCE.split(), settings(SOURCE_METHODS, val_freq=10)),
+    "quick": Preset((*QUICK.split(), *NO_SAMPLES), settings(METHODS, val_freq=1), seeds=(0,)),
 }
 
 

@@ -1,8 +1,7 @@
-"""The study's model configurations, how a model is made from one, and how it is saved for other libraries."""
+"""How a model is made from its sizes, by which kernel it computes, and how it is saved for other libraries."""
 
 import importlib
 import json
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -12,23 +11,16 @@ from safetensors.torch import load_file, save_file
 from common.cli import UsageError
 from mamba_fl.mamba2 import LanguageModel, Mamba2Config, Mamba2LM
 
-CONFIGS = {
-    "pure_ssm_1_layer": Mamba2Config(d_model=512, n_layer=1),
-    "pure_ssm_2_layer": Mamba2Config(d_model=512, n_layer=2),
-    "pure_ssm_4_layer": Mamba2Config(d_model=512, n_layer=4),
+TRANSFORMERS_NAMES = {  # of the fields of Mamba2Config
+    "d_model": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "headdim": "head_dim",
+    "ngroups": "n_groups",
+    "norm_eps": "layer_norm_epsilon",
 }
-KERNELS = ("auto", "torch", "mamba_ssm")
-
-
-def make_config(name="pure_ssm_1_layer", *, chunk="auto", **changes):
-    """The configuration `name`, with `changes` to its fields (None: unchanged) and chunk "auto" or a length.
-
-    Raises UsageError for an unknown name or sizes that do not fit each other.
-    """
-    if name not in CONFIGS:
-        raise UsageError(f"unknown configuration {name}: choose one of {', '.join(CONFIGS)}")
-    changes = {key: value for key, value in changes.items() if value is not None}
-    return replace(CONFIGS[name], chunk_size=0 if chunk == "auto" else int(chunk), **changes)
 
 
 def make_model(config, *, kernel="auto", device="cpu", seed=0):
@@ -59,15 +51,8 @@ class MambaSSMLM(LanguageModel):
         super().__init__()
         self.config = config
         mixer_seq_simple, config_class, has_causal_conv1d = library
-        ssm_cfg = {
-            "layer": "Mamba2",
-            "d_state": config.d_state,
-            "d_conv": config.d_conv,
-            "expand": config.expand,
-            "headdim": config.headdim,
-            "ngroups": config.ngroups,
-            "chunk_size": config.chunk_size or 256,
-        }
+        ssm_cfg = {name: getattr(config, name) for name in ("d_state", "d_conv", "expand", "headdim", "ngroups")}
+        ssm_cfg |= {"layer": "Mamba2", "chunk_size": config.chunk_size or 256}
         if not has_causal_conv1d:
             ssm_cfg["use_mem_eff_path"] = False  # that path calls causal_conv1d without asking whether it is there
         theirs = mixer_seq_simple.MambaLMHeadModel(
@@ -99,8 +84,6 @@ class MambaSSMLM(LanguageModel):
 
 def find_mamba_ssm(kernel, device):
     """What `MambaSSMLM` needs of mamba-ssm, or None for the torch kernel. Imports nothing unless the device is CUDA."""
-    if kernel not in KERNELS:
-        raise UsageError(f"unknown kernel {kernel}: choose one of {', '.join(KERNELS)}")
     if kernel == "torch" or (kernel == "auto" and device.type != "cuda"):
         return None
     if device.type != "cuda":
@@ -128,7 +111,8 @@ def save_pretrained(model, tokenizer, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        _to_transformers(name): value.detach().to("cpu").contiguous() for name, value in model.named_parameters()
+        name.replace("backbone.embedding.", "backbone.embeddings."): value.detach().to("cpu").contiguous()
+        for name, value in model.named_parameters()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -139,17 +123,10 @@ def save_pretrained(model, tokenizer, folder):
     description = {
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": "mamba2",
-        "hidden_size": c.d_model,
-        "num_hidden_layers": c.n_layer,
+        **{theirs: getattr(c, ours) for ours, theirs in TRANSFORMERS_NAMES.items()},
         "vocab_size": c.padded_vocab_size,
-        "state_size": c.d_state,
-        "conv_kernel": c.d_conv,
-        "expand": c.expand,
-        "head_dim": c.headdim,
         "num_heads": c.n_heads,
-        "n_groups": c.ngroups,
         "chunk_size": c.chunk_size or 64,
-        "layer_norm_epsilon": c.norm_eps,
         "hidden_act": "silu",
         "use_bias": False,
         "use_conv_bias": True,
@@ -177,39 +154,17 @@ def load_pretrained(folder, *, kernel="auto", device="cpu"):
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"no model could be read from {folder} ({reason}): give a run's final/") from None
-    tensors = {_from_transformers(name): value for name, value in tensors.items()}
-    model = make_model(_read_config(description), kernel=kernel, device=device)
+    tensors = {name.replace("backbone.embeddings.", "backbone.embedding."): value for name, value in tensors.items()}
     embedding = tensors.get("backbone.embedding.weight")
     if embedding is not None and not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
         raise UsageError(f"{folder} has a head of its own: only models whose head is tied to the embedding can be read")
-    ours = {name: value.shape for name, value in model.state_dict().items()}
-    if ours != {name: value.shape for name, value in tensors.items()}:
-        raise UsageError(f"the weights in {folder} do not fit its config.json: give a folder that was saved whole")
-    model.load_state_dict(tensors)
+    sizes = {ours: description[theirs] for ours, theirs in TRANSFORMERS_NAMES.items()}
+    sizes |= {"vocab_size": description["vocab_size"], "pad_vocab_size_multiple": 1}
+    model = make_model(Mamba2Config(**sizes | description.get("mamba_ssm", {})), kernel=kernel, device=device)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError:  # other names or shapes
+        raise UsageError(
+            f"the weights in {folder} do not fit its config.json: give a folder that was saved whole"
+        ) from None
     return model
-
-
-def _read_config(description):
-    if "mamba_ssm" in description:
-        known = {field.name for field in fields(Mamba2Config)}
-        return Mamba2Config(**{key: value for key, value in description["mamba_ssm"].items() if key in known})
-    return Mamba2Config(
-        d_model=description["hidden_size"],
-        n_layer=description["num_hidden_layers"],
-        vocab_size=description["vocab_size"],
-        d_state=description["state_size"],
-        d_conv=description["conv_kernel"],
-        expand=description["expand"],
-        headdim=description["head_dim"],
-        ngroups=description["n_groups"],
-        norm_eps=description["layer_norm_epsilon"],
-        pad_vocab_size_multiple=1,
-    )
-
-
-def _to_transformers(name):
-    return name.replace("backbone.embedding.", "backbone.embeddings.")
-
-
-def _from_transformers(name):
-    return name.replace("backbone.embeddings.", "backbone.embedding.")

@@ -1,8 +1,8 @@
 """Blocks and clients: documents dealt before packing, every token a label once, nothing held out is trained on."""
 
 import json
+import string
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("alone")
 @pytest.fixture
 def marked(monkeypatch):
     """A corpus of 26 documents, each of one letter only, of different lengths; every letter is a token."""
-    documents = [letter * (60 + 7 * i) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")]
+    documents = [letter * (60 + 7 * i) for i, letter in enumerate(string.ascii_lowercase)]
     corpus = Corpus("marked", "none", "a test", documents, ["zyx" * 11], ["wv" * 20])
     monkeypatch.setattr(data, "load_corpus", lambda *args: corpus)
     return corpus
@@ -27,31 +27,25 @@ def build(num_clients=4, sharding="contiguous", seed=0, sequence_length=16):
     return data.build_data("marked", "bpe:257", sequence_length, num_clients, sharding, seed)
 
 
-def letters(built, blocks):
-    return set(built.tokenizer.decode(blocks.flatten().tolist(), skip_special_tokens=True))
-
-
-def client_stream(built, k):
-    """The tokens of a client again, from its blocks: [tokens, less the dropped tail]."""
+def stream_of(built, k):
+    """The tokens of a client again, less the dropped tail, from its blocks: neighbours share one."""
     blocks = torch.cat([built.train[k], built.held_out[k]])
     return torch.cat([blocks[:, :-1].flatten(), blocks[-1, -1:]])
 
 
+def letters(built, k):
+    return set(built.tokenizer.decode(stream_of(built, k).tolist(), skip_special_tokens=True))
+
+
 def test_full_blocks_by_hand():
-    blocks = data.full_blocks(torch.arange(10), 3)
-    assert blocks.tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert data.full_blocks(torch.arange(10), 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
     assert data.full_blocks(torch.arange(9), 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
     assert data.full_blocks(torch.arange(3), 3).shape == (0, 4)
 
 
-def test_padded_blocks_by_hand():
-    assert data.padded_blocks(torch.arange(7), 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
-    assert data.padded_blocks(torch.arange(6), 3).tolist() == [[0, 1, 2, 3], [3, 4, 5, -100]]
+def test_padded_blocks_have_every_token_but_the_first_as_a_label_once():
     assert data.padded_blocks(torch.arange(5), 3).tolist() == [[0, 1, 2, 3], [3, 4, -100, -100]]
     assert data.padded_blocks(torch.arange(2), 3).tolist() == [[0, 1, -100, -100]]
-
-
-def test_every_token_but_the_first_is_a_label_once():
     for tokens in range(2, 30):
         inputs, labels = data.inputs_and_labels(data.padded_blocks(torch.arange(tokens), 4))
         counted = labels != data.IGNORE
@@ -64,18 +58,20 @@ def test_every_token_but_the_first_is_a_label_once():
 @pytest.mark.parametrize("num_clients", [1, 4, 26])
 def test_documents_are_dealt_whole_before_packing(marked, sharding, num_clients):
     built = build(num_clients, sharding)
-    seen = [letters(built, torch.cat([built.train[k], built.held_out[k]])) for k in range(num_clients)]
-    assert sum(map(len, seen)) == 26 and set().union(*seen) == set("abcdefghijklmnopqrstuvwxyz")
+    seen = [letters(built, k) for k in range(num_clients)]
+    assert sum(map(len, seen)) == 26 and set().union(*seen) == set(string.ascii_lowercase)
     assert sum(built.shards["client_documents"]) == 26
-    assert sum(built.shards["client_tokens"]) == built.fingerprint["tokens"]["train"]
-    assert built.fingerprint["tokens"]["train"] == sum(map(len, marked.train)) + 26
+    whole = sum(map(len, marked.train)) + 26  # each ends with end of text
+    assert sum(built.shards["client_tokens"]) == built.fingerprint["tokens"]["train"] == whole
 
 
-def test_contiguous_keeps_the_order_and_balances_tokens(marked):
+def test_contiguous_clients_have_their_documents_in_a_row_and_tokens_balanced(marked):
     built = build(4)
-    order = [min(letters(built, built.train[k])) for k in range(4)]
-    assert order == sorted(order) and order[0] == "a"
+    whole = torch.from_numpy(text.encode(marked, built.tokenizer)["train"].tokens.astype("int64"))
     tokens = built.shards["client_tokens"]
+    for k, mine in enumerate(whole.split(tokens)):
+        stream = stream_of(built, k)
+        assert torch.equal(stream, mine[: len(stream)]) and len(stream) >= len(mine) - 16
     assert max(tokens) - min(tokens) <= max(map(len, marked.train)) + 1
     assert max(built.shards["client_documents"]) > min(built.shards["client_documents"])
 
@@ -83,47 +79,29 @@ def test_contiguous_keeps_the_order_and_balances_tokens(marked):
 def test_iid_follows_the_seed(marked):
     first, again, other = build(4, "iid", 1), build(4, "iid", 1), build(4, "iid", 2)
     assert all(torch.equal(a, b) for a, b in zip(first.train, again.train, strict=True))
-    assert letters(first, first.train[0]) != letters(other, other.train[0])
+    assert letters(first, 0) != letters(other, 0)
     assert first.fingerprint == again.fingerprint
-
-
-def test_a_clients_blocks_are_its_documents_in_a_row(marked):
-    built = build(4)
-    splits = text.encode(marked, built.tokenizer)
-    whole = torch.from_numpy(splits["train"].tokens.astype(np.int64))
-    at = 0
-    for k, tokens in enumerate(built.shards["client_tokens"]):
-        stream = client_stream(built, k)
-        assert torch.equal(stream, whole[at : at + len(stream)]) and tokens - 16 <= len(stream) <= tokens
-        at += tokens
-    assert (whole == built.tokenizer.eos_token_id).sum() == 26
 
 
 def test_the_last_tenth_of_a_client_is_held_out(marked):
     built = build(2)
     for train, held_out in zip(built.train, built.held_out, strict=True):
-        blocks = len(train) + len(held_out)
-        assert len(held_out) == blocks // 10 > 1
+        assert len(held_out) == (len(train) + len(held_out)) // 10 > 1
         assert train.dtype == held_out.dtype == torch.int64 and train.shape[1] == held_out.shape[1] == 17
         assert torch.equal(train[-1, -1], held_out[0, 0])  # shared as a last label and a first input only
-    assert [len(b) for b in built.train] == [len(train) for train in built.train] == built.shards["client_blocks"]
+    assert [len(train) for train in built.train] == built.shards["client_blocks"]
     assert all(len(held_out) == 1 for held_out in build(26).held_out)
 
 
-def test_validation_and_test_are_all_of_their_tokens(marked):
+def test_validation_and_test_are_all_of_their_tokens_and_bytes(marked):
     built = build()
-    for split in ("validation", "test"):
-        labels = data.inputs_and_labels(getattr(built, split))[1]
-        assert (labels != data.IGNORE).sum() == built.fingerprint["tokens"][split] - 1
     assert built.fingerprint["tokens"]["validation"] == 34 and built.fingerprint["tokens"]["test"] == 41
-    assert built.sequence_length == 16
-
-
-def test_bytes_of_the_blocks(marked):
-    built = build()
     assert built.token_bytes.dtype == torch.int64 and len(built.token_bytes) == built.vocab_size == 257
-    labels = data.inputs_and_labels(built.validation)[1]
-    assert built.token_bytes[labels[labels != data.IGNORE]].sum() == 33 - 1  # the first byte is never a label
+    for blocks, split in ((built.validation, "validation"), (built.test, "test")):
+        labels = data.inputs_and_labels(blocks)[1]
+        labels = labels[labels != data.IGNORE]
+        assert len(labels) == built.fingerprint["tokens"][split] - 1
+        assert built.token_bytes[labels].sum() == len(labels) - 1  # a byte a letter, none for the end of text
 
 
 def test_the_fingerprint_is_json_and_names_what_was_used(marked):
@@ -133,28 +111,16 @@ def test_the_fingerprint_is_json_and_names_what_was_used(marked):
     assert fingerprint["variant"] == "none" and fingerprint["vocab_size"] == 257
 
 
-def test_more_clients_than_documents(marked):
-    with pytest.raises(UsageError) as error:
+def test_more_clients_than_documents_or_a_sequence_longer_than_a_clients_text(marked):
+    with pytest.raises(UsageError, match="26 training documents cannot be dealt to 27 clients: lower --num-clients"):
         build(27)
-    assert "27 clients but only 26 training documents" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_sequence_longer_than_a_clients_text(marked):
     build(26, sequence_length=30)
-    with pytest.raises(UsageError) as error:
-        build(26, sequence_length=31)  # the shortest document has 61 tokens: two blocks need 63
-    message = str(error.value)
-    assert "client 0 has 61 tokens" in message and "--sequence-length 31" in message and "\n" not in message
-
-
-def test_an_unknown_sharding(marked):
-    with pytest.raises(UsageError, match="'dirichlet': choose contiguous or iid"):
-        build(sharding="dirichlet")
+    # the shortest document has 61 tokens: two blocks need 63
+    with pytest.raises(UsageError, match="^client 0 has 61 tokens, .* --sequence-length 31: lower it, .*$"):
+        build(26, sequence_length=31)
 
 
 def test_the_demo_with_its_defaults_needs_no_download():
-    built = data.build_data("demo", "bpe:1024", 64, 4, "contiguous", 0)
+    built = data.build_data("demo", "bpe:1024", 64, 4)
     assert built.vocab_size == 1024 and min(map(len, built.train)) > 100
     assert built.validation.max() < 1024 and len(built.validation) > 50
-    with pytest.raises(UsageError, match="training documents"):
-        data.build_data("demo", "bpe:1024", 64, 500)
