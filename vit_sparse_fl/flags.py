@@ -1,4 +1,4 @@
-"""The flags of this study's scripts: the source's names and defaults, and ours."""
+"""The flags of this study's scripts and the keys of its yaml file: the source's names and defaults, and ours."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from common.cli import (
     positive_float,
     positive_int,
 )
-from vit_sparse_fl.config_file import apply_config
+from common.config_file import apply_config
 from vit_sparse_fl.data import DATASETS, SHARDINGS
 
 ON_OFF = argparse.BooleanOptionalAction
@@ -177,13 +177,47 @@ def class_range(text):
     return int(low), int(high)
 
 
+# ------------------------------------------------------------------------------------------------ --config
+
+
+def _section(section, same, **others):
+    """{"section.key": flag}: keys that are called as their flag, and others with theirs (None: no effect)."""
+    return {f"{section}.{key}": flag for key, flag in {**{key: key for key in same.split()}, **others}.items()}
+
+
+_TRAINING = "momentum weight_decay label_smoothing scheduler early_stopping_patience"
+_SHARED = {
+    **{"seed": "seed", "device": "device", "num_workers": "num_workers", "pin_memory": None},
+    **_section("dataset", "val_split batch_size num_classes", name="dataset", data_dir="data_root"),
+    **_section("model", "pretrained freeze_backbone dropout freeze_layers", name="model"),
+    **_section("logging", "use_wandb wandb_project log_dir", log_interval=None, save_interval="save_every"),
+    **_section("logging", "", checkpoint_dir="output_dir"),
+    **_section("experiment", "num_runs", name="run_name"),
+}
+_CENTRALIZED = _section("centralized", f"epochs warmup_epochs {_TRAINING}", learning_rate="lr")
+_FEDERATED = {
+    **_section("federated", "num_clients participation_rate local_steps num_rounds min_lr use_amp eval_every"),
+    **_section("federated", _TRAINING, learning_rate="lr"),
+    **_section("sharding", "nc", strategy="sharding"),
+    **_section("heterogeneity_experiment", "nc_values j_values"),
+    **_section("sparse", "sparsity_ratio calibration_rounds mask_strategy fisher_samples"),
+}
+# switches of the source that only set another flag -> (that flag, its value)
+_SWITCHES = {"use_amp": ("amp", "auto"), "use_wandb": ("track", "wandb")}
+
+
 def parse(parser, argv=None):
-    """The flags from the command line over those of --config. Raises UsageError (see `apply_config`)."""
+    """The flags from the command line over those of --config. Raises UsageError (see `common.config_file`).
+
+    One file serves all scripts: a key of another script is checked for its name only.
+    """
     finder = Parser("", add_help=False)
     finder.add_argument("--config")
     config = finder.parse_known_args(argv)[0].config
     if config:
-        apply_config(parser, config)
+        # lr, momentum and others are in two sections: a script takes those of its own
+        own = _FEDERATED if parser.get_default("num_rounds") else _CENTRALIZED
+        apply_config(parser, config, {**_SHARED, **own}, {**_CENTRALIZED, **_FEDERATED}, _SWITCHES)
     return complete(parser.parse_args(argv))
 
 

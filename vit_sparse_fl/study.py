@@ -28,9 +28,9 @@ from common.evaluation import amp_context
 from common.schedules import lr_at
 from common.seeding import seed_torch, stream
 from common.sharding import class_counts
-from common.vector import Weights
+from common.vector import Weights, fingerprint
 from vit_sparse_fl.calibration import check_mask
-from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, load_images, make_shards, prepare
+from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, deal, load_images, prepare
 from vit_sparse_fl.heads import fit_head
 from vit_sparse_fl.masks import maskable
 from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, save_pretrained
@@ -70,7 +70,7 @@ class Study:
 
     def pixels(self, images):
         """uint8 [B, 3, H, W] as the model takes them: float32 [B, 3, S, S]."""
-        return prepare(images, self.args.image_size, self.data.mean, self.data.std)
+        return prepare(images, self.args.image_size)
 
 
 def load_study(args, run, federated=True, sparse=False):
@@ -135,22 +135,6 @@ def load_study(args, run, federated=True, sparse=False):
     )
 
 
-def deal(args, labels):
-    """(parts, notes): the clients' images as the flags say, see `make_shards`."""
-    least = args.min_samples or args.batch_size
-    rule = (args.sharding, args.num_clients, args.nc, args.alpha, args.seed, args.allow_unused_classes, least)
-    return make_shards(labels, *rule)
-
-
-def fingerprint(tensors):
-    """SHA-256 (hex) of {name: tensor}: names and bits, in order."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _make_model(args, n_classes):
     """(model, lines for the log)."""
     size = {"image_size": args.image_size, "n_classes": n_classes, "dropout": args.dropout, "seed": args.seed}
@@ -199,7 +183,7 @@ def client_batches(study, k, t, first, steps):
     draws = stream(args.seed, "augment", t, k)
     rows = pass_after_pass(study.examples[k], args.batch_size, first, steps, args.seed, k)
     for batch in study.rows[k][torch.from_numpy(rows).to(study.device)]:  # [B] of [steps, B]
-        yield augment(data.train[batch], args.image_size, draws, data.mean, data.std), data.train_labels[batch]
+        yield augment(data.train[batch], args.image_size, draws), data.train_labels[batch]
 
 
 def learning_rate(args, t):
