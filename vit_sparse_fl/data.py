@@ -26,6 +26,7 @@ PAD = 4  # pixels on each side before the random crop
 CIFAR_CLASSES = 100
 CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
 CIFAR_SHAPE = (3, 32, 32)
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 PLACES = ("cifar100.npz", "cifar100/cifar100.npz", "cifar-100/cifar100.npz")
 _TORCHVISION_FOLDER = "cifar-100-python"
 
@@ -89,14 +90,13 @@ def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
             raise UsageError(f"no image of classes {low}:{high} in the {name} split: raise --val-split ({val_split})")
         splits[name] = torch.from_numpy(pixels[rows])
         splits[f"{name}_labels"] = torch.from_numpy(truth[rows].astype(np.int64) - low)
-    names = ("train_images", "train_labels", "test_images", "test_labels")
     return ImageSplits(
         **splits,
         n_classes=high - low,
         fingerprint={
             "dataset": dataset,
             "source": source,
-            "sha256": {name: _sha256(array) for name, array in zip(names, arrays, strict=True)},
+            "sha256": {name: _sha256(array) for name, array in zip(ARRAYS, arrays, strict=True)},
             "classes": [low, high],
             "val_split": val_split,
             "counts": {name: len(splits[name]) for name in ("train", "validation", "test")},
@@ -136,15 +136,13 @@ def _read_npz(path):
     arrays = []
     try:
         with zipfile.ZipFile(path) as archive:  # reading a member to its end checks its CRC
-            for name in ("train_images", "train_labels", "test_images", "test_labels"):
+            for name in ARRAYS:
                 with archive.open(f"{name}.npy") as member:
                     arrays.append(np.lib.format.read_array(member, allow_pickle=False))
                     if member.read(1):
                         raise ValueError(f"{name} is followed by other bytes")
     except KeyError as error:
-        raise UsageError(
-            f"{path} lacks {name}: it must hold train_images, train_labels, test_images and test_labels"
-        ) from error
+        raise UsageError(f"{path} lacks {name}: it must hold {', '.join(ARRAYS[:3])} and {ARRAYS[3]}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise UsageError(f"cannot read {path} ({one_line(error)}): get the file again") from error
     _check_arrays(path, arrays)
@@ -152,18 +150,17 @@ def _read_npz(path):
 
 
 def _check_arrays(path, arrays):
-    for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
-        shape = (CIFAR_COUNTS[split], *CIFAR_SHAPE)
-        if images.dtype != np.uint8 or images.shape != shape:
-            kind = f"{images.dtype} {list(images.shape)}"
-            raise UsageError(f"{path}: {split}_images is {kind}, not uint8 {list(shape)}: get the file again")
-        if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
-            kind = f"{labels.dtype} {list(labels.shape)}"
-            raise UsageError(f"{path}: {split}_labels is {kind}, not uint8 {list(shape[:1])}: get the file again")
-        if labels.min() < 0 or labels.max() >= CIFAR_CLASSES:
+    for name, array in zip(ARRAYS, arrays, strict=True):
+        images = name.endswith("images")
+        count = CIFAR_COUNTS[name.partition("_")[0]]
+        shape = (count, *CIFAR_SHAPE) if images else (count,)
+        if array.shape != shape or (array.dtype != np.uint8 if images else array.dtype.kind not in "iu"):
+            kind = f"{array.dtype} {list(array.shape)}"
+            raise UsageError(f"{path}: {name} is {kind}, not uint8 {list(shape)}: get the file again")
+        if not images and not 0 <= array.min() <= array.max() < CIFAR_CLASSES:
             raise UsageError(
-                f"{path}: {split}_labels goes from {labels.min()} to {labels.max()}, not from 0 to "
-                f"{CIFAR_CLASSES - 1}: get the file again"
+                f"{path}: {name} goes from {array.min()} to {array.max()}, not from 0 to {CIFAR_CLASSES - 1}: "
+                "get the file again"
             )
 
 

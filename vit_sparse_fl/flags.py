@@ -155,11 +155,6 @@ def add_experiment_flags(group):
     number(group, "--j-values", positive_int, [4, 8, 16], "J", "steps a client and round", **many)
 
 
-def clients_a_round(args):
-    """How many clients take part in a round."""
-    return max(1, int(args.participation_rate * args.num_clients + 0.5))
-
-
 def process_memory(args):
     """Bytes that a process takes, at a guess: what a step of the model keeps for its backward pass, and the data."""
     if args.model == "tiny":

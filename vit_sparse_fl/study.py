@@ -102,12 +102,11 @@ def load_study(args, run, federated=True, sparse=False):
     model.to(run.device)
     parameters = dict(model.named_parameters())
     weights = Weights(model)
-    count = lambda tensors: sum(p.numel() for p in tensors)  # noqa: E731
     sizes = {
-        "total": count(parameters.values()),
+        "total": _count(model),
         "trainable": weights.size,
-        "backbone": count(model.vit.parameters()),
-        "head": count(model.classifier.parameters()),
+        "backbone": _count(model.vit),
+        "head": _count(model.classifier),
         "maskable": {name: list(parameters[name].shape) for name in covered},
     }
     facts = {"clients": len(examples), "weights_sha256": fingerprint(parameters)}
@@ -145,6 +144,10 @@ def _make_model(args, n_classes):
     if args.head == "random":
         new_head(model, args.seed)
     return model, notes
+
+
+def _count(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def _log_shards(run, log, counts, examples, notes):
@@ -188,8 +191,10 @@ def client_batches(study, k, t, first, steps):
 
 def learning_rate(args, t):
     """The clients' learning rate in round t (central training's in epoch t), both from 0."""
-    total, warmup = (args.num_rounds, args.warmup_rounds) if "num_rounds" in args else (args.epochs, args.warmup_epochs)
-    warmup = warmup if "num_rounds" in args else min(warmup, total - 1)
+    if "num_rounds" in args:
+        total, warmup = args.num_rounds, args.warmup_rounds
+    else:
+        total, warmup = args.epochs, min(args.warmup_epochs, args.epochs - 1)
     return lr_at(t, total, args.lr, args.scheduler, warmup=warmup, min_lr=min(args.min_lr, args.lr))
 
 
@@ -230,20 +235,15 @@ def features(study, images):
 def validate(study, split, name):
     """{name_loss, name_accuracy} of the model on a split ("validation", "test"), over all processes."""
     study.model.eval()
-    images, labels = getattr(study.data, split), getattr(study.data, f"{split}_labels")
-    sums = []
-    for part, truth in parallel.my_share(
-        list(zip(images.split(_batch(study)), labels.split(_batch(study)), strict=True))
-    ):
+    size, sums = _batch(study), []
+    images, labels = getattr(study.data, split).split(size), getattr(study.data, f"{split}_labels").split(size)
+    for part, truth in parallel.my_share(list(zip(images, labels, strict=True))):
         with amp_context(study.amp, study.device):
             logits = study.model(study.pixels(part)).float()  # [B, C]
         loss = F.cross_entropy(logits, truth, reduction="sum").item()
-        sums.append((loss, (logits.argmax(1) == truth).sum().item()))
-    sums = [one for part in parallel.all_gather(sums) for one in part]
-    return {
-        f"{name}_loss": math.fsum(loss for loss, _ in sums) / len(labels),
-        f"{name}_accuracy": sum(right for _, right in sums) / len(labels),
-    }
+        sums.append((loss, (logits.argmax(1) == truth).sum().item(), len(truth)))
+    losses, right, n = zip(*(one for part in parallel.all_gather(sums) for one in part), strict=True)
+    return {f"{name}_loss": math.fsum(losses) / sum(n), f"{name}_accuracy": sum(right) / sum(n)}
 
 
 def _batch(study):
@@ -289,10 +289,8 @@ def finish(study, run, best, theta):
     results["test_accuracy_best"] = validate(study, "test", "test")["test_accuracy"]
     if parallel.is_main():
         last = run.metrics()[-1]
-        results |= {
-            "rounds": last["round"],
-            **{key: last[key] for key in ("bytes_up", "bytes_down", "images", "seconds")},
-        }
+        results |= {"rounds": last["round"]}
+        results |= {key: last[key] for key in ("bytes_up", "bytes_down", "images", "seconds")}
         with saving(run.folder):
             draw_accuracy(run.folder, run.folder / f"{run.folder.name}_curves.png")
         study.log.info(
