@@ -121,12 +121,3 @@ def test_gradient_of_another_layout():
             weights.parameters[name].grad = g if g.dim() != 2 else g.t().contiguous().t()
         optimizer.step()
     assert same(weights.theta, by_torch(3, lr=0.1, momentum=0.9), mask)
-
-
-def test_bad_arguments():
-    for bad in ({"lr": -1.0}, {"lr": 1.0, "momentum": -0.1}, {"lr": 1.0, "weight_decay": -1.0}):
-        with pytest.raises(ValueError, match="at least 0"):
-            sparse(made(), random_mask(), **bad)
-    for bad in (torch.tensor([0, SIZE]), torch.tensor([-1, 3]), torch.ones(SIZE), torch.tensor([5, 2])):
-        with pytest.raises(ValueError, match="places"):
-            SparseSGDM(made(), bad, lr=1.0)

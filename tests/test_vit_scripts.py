@@ -240,7 +240,7 @@ FEW = "--classes 0:10 --batch-size 4"
         ("train_federated.py --sharding non_iid --nc 5", f"--num-rounds 1 {FEW}", 1),
         (
             "train_federated.py --heterogeneity-experiment --nc-values 1 5 10 50",
-            "--num-rounds 1 --classes 0:50 --num-clients 50",
+            "--num-rounds 1 --classes 0:50 --num-clients 50 --batch-size 8",
             5,
         ),
         ("train_federated.py --local-steps-experiment --j-values 4 8 16", f"--num-rounds 4 {FEW}", 3),

@@ -1,7 +1,7 @@
 """Which weights a sparse run may change: the strategies, exact thresholds, calibration over several rounds.
 
 A mask is a bool vector [n] over the weights it covers (`maskable`), True where a weight is trained; in a sparse run
-every other parameter stays as it is. `STRATEGIES` is the one table of strategies: the README's "A strategy of your own"
+every other parameter stays as it is. `STRATEGIES` is the one table of strategies: the README's "A rule of your own"
 adds a line to it.
 
 References: Iurada et al. 2025 (TaLoS) and its public code, called so below.
