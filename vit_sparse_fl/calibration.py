@@ -8,7 +8,7 @@ from common.aggregation import WeightedMean
 from common.checkpoint import read_json
 from common.cli import RunFailed, UsageError, positive_int
 from common.seeding import stream
-from vit_sparse_fl.flags import number
+from vit_sparse_fl.flags import choice, number
 from vit_sparse_fl.mask_files import load_mask, save_mask
 from vit_sparse_fl.masks import (
     CALIBRATIONS,
@@ -36,27 +36,20 @@ def calibrated(args):
 
 def add_mask_flags(group):
     """The flags that say how a mask is made."""
-    choice = group.add_argument
     text = "which weights the mask keeps"
-    choice("--mask-strategy", choices=STRATEGIES, default="least_sensitive", when=masked, help=text)
-    text = "one threshold, or one for each tensor"
-    choice("--mask-scope", choices=SCOPES, default="global", when=masked, help=text)
+    choice(group, "--mask-strategy", STRATEGIES, "least_sensitive", text, when=masked)
+    choice(group, "--mask-scope", SCOPES, "global", "one threshold, or one for each tensor", when=masked)
     text = "talos: rounds exclude step by step; seed: the source's mean over rounds"
-    choice("--calibration", choices=CALIBRATIONS, default="talos", when=calibrated, help=text)
+    choice(group, "--calibration", CALIBRATIONS, "talos", text, when=calibrated)
     text = "calibration rounds (default: 4; seed: 5)"
     number(group, "--calibration-rounds", positive_int, None, "R", text, when=calibrated)
     number(group, "--fisher-samples", positive_int, 512, "N", "images a calibration round", when=calibrated)
     text = "server: on its validation images; clients: the mean of scores that clients send"
-    choice("--calibrate-on", choices=["server", "clients"], default="server", when=calibrated, help=text)
+    choice(group, "--calibrate-on", ["server", "clients"], "server", text, when=calibrated)
     number(group, "--calibration-clients", positive_int, 10, "N", "clients that calibrate", when=_on_clients)
-    choice(
-        "--mask-merge",
-        choices=["none", "union", "intersection"],
-        default="none",
-        when=_on_clients,
-        help="of masks that the clients make each; none: one mask from the mean of their scores",
-    )
-    choice("--mask", metavar="FILE", help="use this mask.safetensors of another run")
+    text = "of masks that the clients make each; none: one mask from the mean of their scores"
+    choice(group, "--mask-merge", ["none", "union", "intersection"], "none", text, when=_on_clients)
+    group.add_argument("--mask", metavar="FILE", help="use this mask.safetensors of another run")
 
 
 def _on_clients(args):

@@ -35,6 +35,11 @@ def number(group, name, kind, default, metavar, text, **options):
     group.add_argument(*names, type=kind, default=default, metavar=metavar, help=text, **options)
 
 
+def choice(group, name, choices, default, text, **options):
+    """A flag of one of several words."""
+    group.add_argument(name, choices=choices, default=default, help=text, **options)
+
+
 def make_parser(description, *, federated=True, sparse=False):
     """The parser of one script. Returns (parser, group for the script's own flags)."""
     parser = Parser(description)
@@ -75,19 +80,15 @@ def make_parser(description, *, federated=True, sparse=False):
 
 
 def _model_flags(model, sparse):
-    model.add_argument(
-        "--model", default="dino_vits16", metavar="NAME", help="dino_vits16, tiny, a folder or a name on the hub"
-    )
+    text = "dino_vits16, tiny, a folder or a name on the hub"
+    model.add_argument("--model", default="dino_vits16", metavar="NAME", help=text)
     model.add_argument("--weights", metavar="FILE", help="DINO's own checkpoint, dino_deitsmall16_pretrain.pth")
     model.add_argument("--pretrained", action=ON_OFF, default=True, help="start from pretrained weights")
     model.add_argument("--init-from", metavar="RUN", help="start from the weights of another run (its folder)")
     number(model, "--image-size", positive_int, None, "S", "pixels, a multiple of the patch (default: 224; tiny: 32)")
-    model.add_argument(
-        "--head",
-        choices=HEADS,
-        help="ridge, train: fitted on the frozen backbone's features before the first round; keep: that of --init-from "
-        "(default: ridge; random where the backbone is not pretrained, and in central training)",
-    )
+    text = "ridge, train: fitted on the frozen backbone's features before the first round; keep: that of --init-from "
+    text += "(default: ridge; random where the backbone is not pretrained, and in central training)"
+    choice(model, "--head", HEADS, None, text)
     model.add_argument("--freeze-head", action=ON_OFF, default=sparse, help="the head is not trained")
     number(model, "--freeze-layers", non_negative_int, 0, "N", "first blocks; off: 0")
     model.add_argument("--freeze-backbone", action=ON_OFF, default=False, help="train the head only (a linear probe)")
@@ -95,22 +96,17 @@ def _model_flags(model, sparse):
 
 
 def _data_flags(data):
-    data.add_argument("--dataset", choices=DATASETS, default="cifar100", help="demo is generated and needs no network")
-    data.add_argument(
-        "--data-root", "--data-dir", metavar="DIR", help="where the data set is (default: $FEDQUARTET_DATA, else data)"
-    )
+    choice(data, "--dataset", DATASETS, "cifar100", "demo is generated and needs no network")
+    text = "where the data set is (default: $FEDQUARTET_DATA, else data)"
+    data.add_argument("--data-root", "--data-dir", metavar="DIR", help=text)
     number(data, "--val-split", fraction, 0.1, "X", "share of the training images held out")
     number(data, "--classes", class_range, None, "A:B", "only the classes A to B-1, numbered from 0 (default: all)")
     number(data, "--num-classes", positive_int, None, "N", "checked against the data (default: not)", when=NEVER)
 
 
 def _client_flags(data):
-    data.add_argument(
-        "--sharding",
-        choices=SHARDINGS,
-        default="iid",
-        help="images to clients: at random; --nc classes each; in Dirichlet(--alpha) proportions",
-    )
+    text = "images to clients: at random; --nc classes each; in Dirichlet(--alpha) proportions"
+    choice(data, "--sharding", SHARDINGS, "iid", text)
     of_classes, of_dirichlet = (lambda a: a.sharding == "non_iid"), (lambda a: a.sharding == "dirichlet")
     number(data, "--nc", positive_int, 10, "N", "classes a client, for non_iid", when=of_classes)
     number(data, "--alpha", positive_float, 0.1, "X", "concentration, for dirichlet", when=of_dirichlet)
@@ -121,7 +117,7 @@ def _client_flags(data):
 
 
 def _schedule_flags(train, unit, warmup, patience, text):
-    train.add_argument("--scheduler", choices=["cosine", "step", "none"], default="cosine", help=text)
+    choice(train, "--scheduler", ["cosine", "step", "none"], "cosine", text)
     number(train, f"--warmup-{unit}", non_negative_int, warmup, "N", "linear warm-up; off: 0")
     stop = f"{unit} without a better validation accuracy; off: 0"
     number(train, "--early-stopping-patience", non_negative_int, patience, "N", stop)
@@ -137,9 +133,7 @@ def _federated_flags(train):
     number(train, "--participation-rate", fraction, 0.1, "C", "share of clients a round")
     number(train, "--local-steps", positive_int, 4, "J", "steps a client and round")
     number(train, ("--num-rounds", "--rounds"), positive_int, 500, "T", "rounds")
-    train.add_argument(
-        "--client-weights", choices=["examples", "uniform"], default="examples", help="weight of a client in the mean"
-    )
+    choice(train, "--client-weights", ["examples", "uniform"], "examples", "weight of a client in the mean")
     _schedule_flags(train, "rounds", 0, 100, "learning rate over the rounds")
     number(train, "--eval-every", positive_int, 10, "N", "evaluate every N rounds")
 
