@@ -75,15 +75,6 @@ def test_equals_numpy_on_stacked_updates(m, still, kept):
         assert ours[name] == pytest.approx(value, rel=1e-9), name
 
 
-def test_counting_weights_that_nobody_moved_changes_nothing():
-    """Updates that are zero outside of the mask: counting them or not gives the same figures."""
-    theta, kept = vector(0), some_places()
-    moved = {k: theta.index_copy(0, kept, theta_k[kept]) for k, theta_k in clients(theta, IDS).items()}
-    with_, without = measured(theta, moved, kept), measured(theta, moved)
-    for name in with_:
-        assert with_[name] == pytest.approx(without[name], rel=1e-12), name
-
-
 def test_figures_by_hand():
     """Two clients at right angles, (3, 0, 0) and (0, 4, 0); two opposed; two alike."""
     theta = torch.tensor([0.0, 0.0, 5.0])

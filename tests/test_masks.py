@@ -151,18 +151,6 @@ def test_scores_that_are_not_finite():
             m.choose(scores, 0.5, [20])
 
 
-def test_threads_change_no_bit_of_a_large_mask():
-    scores = (random_scores(600_000) * 1e4).floor()
-    before, masks = torch.get_num_threads(), []
-    try:
-        for threads in (1, 4):
-            torch.set_num_threads(threads)
-            masks.append(m.choose(scores, 0.1, [600_000]))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*masks) and int(masks[0].sum()) == 60_000
-
-
 # ---- calibrate
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from common.cli import UsageError
 from vit_sparse_fl import vit
-from vit_sparse_fl.vit import freeze, init_from, interpolate_positions, make_model, save_pretrained
+from vit_sparse_fl.vit import freeze, init_from, make_model, save_pretrained
 
 SMALL = dict(patch_size=4, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=24)
 
@@ -226,14 +226,6 @@ def test_dropout_is_before_the_head_only():
 def test_image_size_that_is_no_multiple():
     for size, nearest in ((30, "28 or 32"), (3, "4"), (0, "4"), (-4, "4")):
         refused([f"--image-size {size} is not a multiple of the patch (4): take {nearest}"], tiny, image_size=size)
-
-
-def test_interpolation_keeps_the_cls_token_and_constants():
-    positions = torch.cat([torch.full((1, 1, 2), 5.0), torch.full((1, 49, 2), 3.0)], 1)
-    assert interpolate_positions(positions, 7) is positions
-    out = interpolate_positions(positions, 4)
-    assert out.shape == (1, 17, 2)
-    torch.testing.assert_close(out, torch.cat([torch.full((1, 1, 2), 5.0), torch.full((1, 16, 2), 3.0)], 1))
 
 
 # ---- folders, the hub, other runs

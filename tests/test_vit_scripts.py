@@ -327,12 +327,3 @@ def test_the_default_config_is_taken_and_the_command_line_wins():
     assert (args.calibration_rounds, args.sparsity_ratio, args.fisher_samples) == (5, 0.9, 512)
     args = parse(train_centralized.build_parser(), ["--config", CONFIG])
     assert (args.epochs, args.lr, args.early_stopping_patience, args.warmup_epochs) == (50, 1e-3, 10, 5)
-
-
-def test_a_config_s_values_are_in_the_run(tmp_path):
-    (tmp_path / "own.yaml").write_text("federated:\n  num_rounds: 2\n  eval_every: 1\nmodel:\n  pretrained: false\n")
-    words = TINY["train_federated"].replace("--num-rounds 4 --eval-every 2", "").split()
-    words += ["--config", tmp_path / "own.yaml", "--output-dir", tmp_path, "--run-name", "own"]
-    assert call("train_federated", words) == 0
-    run = read_json(tmp_path / "own" / "run.json")
-    assert run["results"]["rounds"] == 2 and run["args"]["eval_every"] == 1

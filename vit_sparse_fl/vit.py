@@ -259,12 +259,10 @@ def _read_file(path):
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UsageError(
-            f"no checkpoint could be read from {path} (damaged, or it holds more than weights): {_WHERE}"
-        ) from None
-    except (OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UsageError(f"no checkpoint could be read from {path} ({one_line(error)}): {_WHERE}") from error
+    except (pickle.UnpicklingError, OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        pickled = isinstance(error, pickle.UnpicklingError)
+        reason = "damaged, or it holds more than weights" if pickled else one_line(error)
+        raise UsageError(f"no checkpoint could be read from {path} ({reason}): {_WHERE}") from error
 
 
 def _dino_tensors(state, path):
