@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from common.seeding import stream
 from common.vector import Weights
-from vit_sparse_fl.masks import maskable, sensitivity
+from vit_sparse_fl.masks import Sample, maskable, sensitivity
 from vit_sparse_fl.vit import make_model
 
 
@@ -83,7 +83,8 @@ def main():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)  # lr 0: all repeats see the same weights
 
     def ours(method):
-        return sensitivity(model, weights, images, labels=labels, method=method, chunk_size=options.chunk_size)
+        sample = Sample(model, weights, None, images, labels, of_labels=True)
+        return sensitivity(sample, method, options.chunk_size)
 
     scores = {}
     seconds = {"loop": [], "vmap": [], "batch one": [], "epoch": []}

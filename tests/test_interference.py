@@ -36,10 +36,11 @@ def some_places():
     return kept.nonzero().view(-1)
 
 
-def measured(theta, theta_ks, kept=None, frozen=0.0):
+def measured(theta, theta_ks, kept=None, frozen=0.0, left_out=None):
     figures = Interference(theta, order := Round(theta_ks), kept, frozen)
     for k in order:
-        figures.add(theta_ks[k])
+        if k != left_out:
+            figures.add(theta_ks[k])
     return figures.result()
 
 
@@ -74,15 +75,6 @@ def test_equals_numpy_on_stacked_updates(m, still, kept):
         assert ours[name] == pytest.approx(value, rel=1e-9), name
 
 
-def test_counting_weights_that_nobody_moved_changes_nothing():
-    """Updates that are zero outside of the mask: counting them or not gives the same figures."""
-    theta, kept = vector(0), some_places()
-    moved = {k: theta.index_copy(0, kept, theta_k[kept]) for k, theta_k in clients(theta, IDS).items()}
-    with_, without = measured(theta, moved, kept), measured(theta, moved)
-    for name in with_:
-        assert with_[name] == pytest.approx(without[name], rel=1e-12), name
-
-
 def test_figures_by_hand():
     """Two clients at right angles, (3, 0, 0) and (0, 4, 0); two opposed; two alike."""
     theta = torch.tensor([0.0, 0.0, 5.0])
@@ -106,26 +98,21 @@ def test_figures_by_hand():
     assert alike["drift_to_mean"] == 0 and alike["sign_conflict"] == 0 and alike["drift"] == 1
 
 
-def test_one_client_no_movement_no_client():
+def test_one_client_and_no_movement():
     theta = vector(0)
     one = measured(theta, clients(theta, [4]))
     assert one["update_cosine"] is None and one["gradient_diversity"] == pytest.approx(1)
     none = measured(theta, {k: theta.clone() for k in (1, 2)})
     assert none["drift"] == 0
     assert all(none[n] is None for n in ("update_cosine", "gradient_diversity", "sign_conflict", "drift_to_mean"))
-    with pytest.raises(ValueError, match="no client"):
-        Interference(theta, Round([1])).result()
 
 
 def test_a_client_that_is_left_out_does_not_count():
     theta = vector(0)
     theta_ks = clients(theta, IDS[:4])
-    figures = Interference(theta, order := Round(theta_ks))
-    for k in order:
-        if k != IDS[0]:
-            figures.add(theta_ks[k])
+    figures = measured(theta, theta_ks, left_out=IDS[0])
     del theta_ks[IDS[0]]
-    assert figures.result() == pytest.approx(by_numpy(theta, theta_ks), rel=1e-9)
+    assert figures == pytest.approx(by_numpy(theta, theta_ks), rel=1e-9)
 
 
 def test_threads_change_no_bit():
@@ -151,7 +138,6 @@ def everything():
     return [measured(theta, clients(theta, IDS), kept) for kept in (None, some_places())]
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
-def test_processes_change_no_bit(size):
-    results = answers_of(size, process)
-    assert results == {rank: everything() for rank in range(size)}
+def test_processes_change_no_bit():
+    results = answers_of(3, process)
+    assert results == {rank: everything() for rank in range(3)}

@@ -1,8 +1,11 @@
+"""vit_sparse_fl's data: the demo, CIFAR-100's files and how they break, splits, augmentation, clients."""
+
 import json
 import os
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,16 +46,16 @@ def refuse(match, *args, **kwargs):
 
 def test_the_demo_holds_what_is_promised():
     splits = data.load_images("demo", seed=0)
-    assert len(splits.train) == 7200 >= 6400 and len(splits.validation) == 800 and len(splits.test) == 2000
     for name, each in (("train", 72), ("validation", 8), ("test", 20)):
         images, labels = getattr(splits, name), getattr(splits, f"{name}_labels")
-        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32) and images.is_contiguous()
+        assert images.dtype == torch.uint8 and images.shape == (100 * each, 3, 32, 32) and images.is_contiguous()
         assert labels.dtype == torch.int64 and torch.equal(torch.bincount(labels), torch.full((100,), each))
         assert len(labels[:512].unique()) > 90  # not class after class
-    assert splits.n_classes == 100 and splits.mean == (0.485, 0.456, 0.406) and splits.std == (0.229, 0.224, 0.225)
     facts = json.loads(json.dumps(splits.fingerprint))
     assert facts["counts"] == {"train": 7200, "validation": 800, "test": 2000} and facts["dataset"] == "demo"
     assert facts["source"] == "generated" and facts["classes"] == [0, 100] and facts["val_split"] == 0.1
+    moved = splits.to("meta")
+    assert moved.train.is_meta and moved.test_labels.is_meta and moved.n_classes == 100
 
 
 def test_the_demo_has_the_same_pixels_on_every_machine():
@@ -84,39 +87,23 @@ def test_shapes_are_their_own_mirror_images_and_differ():
     assert len(set(demo_images.COLOURS)) == 10
 
 
-def test_classes_can_be_told_from_the_pixels():
-    """The class whose mean training image is nearest: no more than the place to start from, chance is 1 %."""
-    splits = data.load_images("demo", seed=0)
-    train, test = (images.flatten(1).float() for images in (splits.train, splits.test))
-    means = torch.stack([train[splits.train_labels == c].mean(0) for c in range(100)])  # [100, 3072]
-    guess = torch.cdist(test, means).argmin(1)
-    assert (guess == splits.test_labels).float().mean() > 0.1
-    assert (guess // 10 == splits.test_labels // 10).float().mean() > 0.3  # the colour
-
-
 # --------------------------------------------------------------------------------------- splits and classes
+
+
+def labelled(images, labels):
+    """Pairs (an image's bytes, its label)."""
+    return [(image.numpy().tobytes(), int(label)) for image, label in zip(images, labels, strict=True)]
 
 
 def test_the_validation_split_is_stratified_disjoint_and_follows_the_seed():
     first, again, other = (data.load_images("demo", seed) for seed in (0, 0, 1))
     assert torch.equal(first.validation, again.validation) and torch.equal(first.train_labels, again.train_labels)
     assert not torch.equal(first.validation, other.validation)
-    train = {image.numpy().tobytes() for image in first.train}
-    validation = {image.numpy().tobytes() for image in first.validation}
-    pool = {image.tobytes() for image in demo_images.demo_images()[0]}
-    assert not train & validation and train | validation == pool
+    images, labels, _, _ = demo_images.demo_images()
+    both = labelled(first.train, first.train_labels) + labelled(first.validation, first.validation_labels)
+    assert len(both) == len(labels) and dict(both) == dict(labelled(torch.tensor(images), labels))
     larger = data.load_images("demo", 0, val_split=0.2)
     assert torch.equal(torch.bincount(larger.validation_labels), torch.full((100,), 16))
-
-
-def test_images_keep_their_labels():
-    splits = data.load_images("demo", 0)
-    images, labels, test, test_labels = demo_images.demo_images()
-    truth = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
-    for name in ("train", "validation"):
-        kept = zip(getattr(splits, name), getattr(splits, f"{name}_labels"), strict=True)
-        assert all(truth[image.numpy().tobytes()] == label for image, label in kept)
-    assert np.array_equal(splits.test.numpy(), test) and np.array_equal(splits.test_labels.numpy(), test_labels)
 
 
 def test_a_range_of_classes_is_numbered_from_0_and_shares_the_split():
@@ -136,7 +123,6 @@ def test_arguments_out_of_range():
         refuse(rf"classes {classes[0]}:{classes[1]} .* within 0:100", "demo", 0, classes=classes)
     for share in (0.0, 1.0, -0.1, 1e-9, float("nan")):
         refuse("--val-split .* choose a share between 0 and 1", "demo", 0, val_split=share)
-    refuse("'cifar10': choose one of cifar100, demo", "cifar10", 0)
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -159,9 +145,8 @@ def test_an_npz_is_read(small, tmp_path, place, save):
     assert [len(splits.train), len(splits.validation), len(splits.test)] == [300, 100, 100]
     assert torch.equal(splits.test, torch.from_numpy(small["test_images"]))
     assert torch.equal(splits.validation_labels.bincount(), torch.ones(100, dtype=torch.int64))
-    truth = {i.tobytes(): label for i, label in zip(small["train_images"], small["train_labels"], strict=True)}
-    kept = zip(splits.train, splits.train_labels, strict=True)
-    assert all(truth[image.numpy().tobytes()] == label for image, label in kept)
+    truth = dict(labelled(torch.from_numpy(small["train_images"]), small["train_labels"]))
+    assert all(truth[image] == label for image, label in labelled(splits.train, splits.train_labels))
 
 
 def test_an_npz_with_labels_as_int64_is_the_same_data(small, tmp_path):
@@ -252,7 +237,6 @@ def test_no_data_and_no_network(small, tmp_path, monkeypatch):
 
 def test_a_download_that_breaks_leaves_nothing(small, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "answers", lambda address: True)
-    refuse("no CIFAR-100 under", "cifar100", 0, download=False)
     monkeypatch.setattr("torchvision.datasets.CIFAR100.url", "http://127.0.0.1:9/nothing.tar.gz")
     refuse("torchvision could not download CIFAR-100 into .*: try again", "cifar100", 0)
     assert os.listdir(tmp_path) == []
@@ -295,8 +279,6 @@ def test_prepare_normalises():
     images = make_images(5)
     out = data.prepare(images, 32)
     assert out.dtype == torch.float32 and torch.allclose(out.double(), normalised(images), atol=1e-5)
-    other = data.prepare(images, 32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    assert torch.allclose(other, images / 255)
 
 
 @pytest.mark.parametrize("size", [16, 48, 224])
@@ -350,41 +332,40 @@ def test_augment_on_cuda_sees_the_same_pictures():
         assert on_gpu.is_cuda and torch.allclose(on_gpu.cpu(), on_cpu, atol=1e-4)
 
 
-def test_splits_move_to_a_device():
-    moved = data.load_images("demo", 0).to("meta")
-    assert moved.train.is_meta and moved.test_labels.is_meta and moved.n_classes == 100
-
-
 # ------------------------------------------------------------------------------------------------- clients
 
 
-def test_make_shards():
+def dealt(labels, sharding, num_clients, seed=0, **flags):
+    given = {"nc": 10, "alpha": 0.5, "allow_unused_classes": False, "min_samples": 1, "batch_size": 8, **flags}
+    return data.deal(SimpleNamespace(sharding=sharding, num_clients=num_clients, seed=seed, **given), labels)
+
+
+def test_clients_are_dealt_by_the_flags_and_the_seed():
     labels = data.load_images("demo", 0).train_labels
     for sharding in data.SHARDINGS:
-        parts, notes = data.make_shards(labels, sharding, 20, nc=10, alpha=0.5, seed=1)
+        parts, notes = dealt(labels, sharding, 20, seed=1)
         check(parts, 7200)
         assert notes == []
-        again = data.make_shards(labels.numpy(), sharding, 20, nc=10, alpha=0.5, seed=1)[0]
-        other = data.make_shards(labels, sharding, 20, nc=10, alpha=0.5, seed=2)[0]
+        again, other = dealt(labels.numpy(), sharding, 20, seed=1)[0], dealt(labels, sharding, 20, seed=2)[0]
         first, again, other = ([part.tolist() for part in parts] for parts in (parts, again, other))
         assert first == again != other
-    has = class_counts(data.make_shards(labels, "non_iid", 20, nc=10)[0], labels, 100) > 0
+    has = class_counts(dealt(labels, "non_iid", 20)[0], labels, 100) > 0
     assert (has.sum(axis=1) == 10).all() and (has.sum(axis=0) == 2).all()
+    for asked, least in ((0, 8), (20, 20)):  # 0: a batch
+        assert min(map(len, dealt(labels, "dirichlet", 100, alpha=0.01, min_samples=asked)[0])) == least
 
 
-def test_shards_that_cannot_be():
+def test_clients_that_cannot_be_dealt():
     labels = np.repeat(np.arange(100), 5)
-    for options, match in (
-        (("non_iid", 100, 101), "--nc 101 is outside 1 to 100"),
-        (("non_iid", 3, 30), "--num-clients 3 x --nc 30 is 90: 10 of 100 classes have no client: "),
-        (("iid", 501), r"500 images cannot be dealt to 501 clients: lower --num-clients"),
-        (("dirichlet", 10, 10, 0.0), "--alpha 0.0 must be a positive number"),
-        (("iid", 0), "--num-clients must be at least 1"),
-        (("noniid", 4), "'noniid': choose one of iid, non_iid, dirichlet"),
+    for sharding, clients, flags, match in (
+        ("non_iid", 100, {"nc": 101}, "--nc 101 is outside 1 to 100"),
+        ("non_iid", 3, {"nc": 30}, "--num-clients 3 x --nc 30 is 90: 10 of 100 classes have no client: "),
+        ("iid", 501, {}, "500 images cannot be dealt to 501 clients: lower --num-clients"),
+        ("dirichlet", 10, {"alpha": 0.0}, "--alpha 0.0 must be a positive number"),
     ):
         with pytest.raises(UsageError, match=match):
-            data.make_shards(labels, *options)
-    parts, notes = data.make_shards(labels, "non_iid", 3, nc=30, allow_unused_classes=True)
+            dealt(labels, sharding, clients, **flags)
+    parts, notes = dealt(labels, "non_iid", 3, nc=30, allow_unused_classes=True)
     assert sum(map(len, parts)) == 450 and "10 of 100 classes" in notes[0] and "50 images are left out" in notes[0]
 
 

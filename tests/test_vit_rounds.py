@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from common.seeding import key, stream
-from vit_sparse_fl import train_centralized, train_federated, train_federated_sparse
+from vit_sparse_fl import study, train_centralized, train_federated, train_federated_sparse
 from vit_sparse_fl.data import load_images
 from vit_sparse_fl.flags import parse
 from vit_sparse_fl.vit import make_model
@@ -123,13 +123,14 @@ def call(script, words, monkeypatch, tmp_path, lost=None):
     """Runs a script in this process; client `lost` sees NaN in round LOST. Returns (folder, lines, shards)."""
     shards = {}
 
-    def batches(study, k, t, first, steps):
-        shards.update(enumerate(rows.numpy() for rows in study.rows))
-        for pixels, labels in client_batches(study, k, t, first, steps):
+    def batches(made, k, t, first, steps):
+        shards.update(enumerate(rows.numpy() for rows in made.rows))
+        for pixels, labels in client_batches(made, k, t, first, steps):
             yield (pixels * math.nan if (t, k) == (LOST, lost) else pixels), labels
 
     client_batches = script.client_batches
     monkeypatch.setattr(script, "client_batches", batches)
+    monkeypatch.setattr(study, "draw_accuracy", lambda *_: None)
     script.main(parse(script.build_parser(), [*words.split(), "--output-dir", str(tmp_path)]))
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     return tmp_path / "r", lines, shards

@@ -34,7 +34,7 @@ class BestCheckpoints:
         """Keeps {name: tensor}, the weights after t rounds, if their accuracy is among the best; deletes what falls
         out."""
         ranked = sorted([*self._kept, (accuracy, t)], key=lambda kept: (-kept[0], kept[1]))
-        self._kept, out = ranked[: self.keep], ranked[self.keep :]
+        self._kept = ranked[: self.keep]
         if not parallel.is_main():
             return
         if (accuracy, t) in self._kept:
@@ -43,8 +43,7 @@ class BestCheckpoints:
                 self.folder.mkdir(exist_ok=True)
                 save_file({name: w.detach().clone() for name, w in tensors.items()}, fresh)
                 fresh.replace(self._file(t))
-        for _, gone in out:
-            self._file(gone).unlink(missing_ok=True)
+        self._delete_others()
 
     def load(self, device):
         """The weights of the best round."""
@@ -64,10 +63,13 @@ class BestCheckpoints:
         if state:
             self._kept = list(zip(state["accuracies"].tolist(), state["rounds"].tolist(), strict=True))
         if parallel.is_main():
-            known = {self._file(t) for _, t in self._kept}
-            for file in self.folder.glob("round_*"):
-                if file not in known:
-                    file.unlink()
+            self._delete_others()
+
+    def _delete_others(self):
+        known = {self._file(t) for _, t in self._kept}
+        for file in self.folder.glob("round_*"):
+            if file not in known:
+                file.unlink()
 
     def _file(self, t):
         return self.folder / f"round_{t:06d}.safetensors"

@@ -8,7 +8,7 @@ from common.aggregation import WeightedMean
 from common.checkpoint import read_json
 from common.cli import RunFailed, UsageError, positive_int
 from common.seeding import stream
-from vit_sparse_fl.flags import number
+from vit_sparse_fl.flags import choice, number
 from vit_sparse_fl.mask_files import load_mask, save_mask
 from vit_sparse_fl.masks import (
     CALIBRATIONS,
@@ -36,27 +36,20 @@ def calibrated(args):
 
 def add_mask_flags(group):
     """The flags that say how a mask is made."""
-    choice = group.add_argument
     text = "which weights the mask keeps"
-    choice("--mask-strategy", choices=STRATEGIES, default="least_sensitive", when=masked, help=text)
-    text = "one threshold, or one for each tensor"
-    choice("--mask-scope", choices=SCOPES, default="global", when=masked, help=text)
+    choice(group, "--mask-strategy", STRATEGIES, "least_sensitive", text, when=masked)
+    choice(group, "--mask-scope", SCOPES, "global", "one threshold, or one for each tensor", when=masked)
     text = "talos: rounds exclude step by step; seed: the source's mean over rounds"
-    choice("--calibration", choices=CALIBRATIONS, default="talos", when=calibrated, help=text)
+    choice(group, "--calibration", CALIBRATIONS, "talos", text, when=calibrated)
     text = "calibration rounds (default: 4; seed: 5)"
     number(group, "--calibration-rounds", positive_int, None, "R", text, when=calibrated)
     number(group, "--fisher-samples", positive_int, 512, "N", "images a calibration round", when=calibrated)
     text = "server: on its validation images; clients: the mean of scores that clients send"
-    choice("--calibrate-on", choices=["server", "clients"], default="server", when=calibrated, help=text)
+    choice(group, "--calibrate-on", ["server", "clients"], "server", text, when=calibrated)
     number(group, "--calibration-clients", positive_int, 10, "N", "clients that calibrate", when=_on_clients)
-    choice(
-        "--mask-merge",
-        choices=["none", "union", "intersection"],
-        default="none",
-        when=_on_clients,
-        help="of masks that the clients make each; none: one mask from the mean of their scores",
-    )
-    choice("--mask", metavar="FILE", help="use this mask.safetensors of another run")
+    text = "of masks that the clients make each; none: one mask from the mean of their scores"
+    choice(group, "--mask-merge", ["none", "union", "intersection"], "none", text, when=_on_clients)
+    group.add_argument("--mask", metavar="FILE", help="use this mask.safetensors of another run")
 
 
 def _on_clients(args):
@@ -109,39 +102,29 @@ def make_mask(study, run, theta):
 
 def _made(study, run, theta):
     """(mask, its provenance)."""
-    args, strategy = study.args, STRATEGIES[study.args.mask_strategy]
-    about = {
-        "strategy": args.mask_strategy,
-        "sparsity": args.sparsity_ratio,
-        "scope": args.mask_scope,
-        "seed": args.seed,
-    }
+    args, data, strategy = study.args, study.data, STRATEGIES[study.args.mask_strategy]
+    about = {"strategy": args.mask_strategy, "sparsity": args.sparsity_ratio}
+    about |= {"scope": args.mask_scope, "seed": args.seed}
+    sizes = [shape.numel() for shape in study.weights.shapes.values()]
     rule = {"sparsity": args.sparsity_ratio, "largest": strategy.largest, "scope": args.mask_scope}
-    rule["sizes"] = [shape.numel() for shape in study.weights.shapes.values()]
     if not strategy.images:
         sample = Sample(study.model, study.weights, stream(args.seed, "random mask"))
         study.weights.load(theta)
-        return calibrate(theta, lambda *_: strategy.scores(sample), rounds=1, **rule), about
+        return calibrate(theta, lambda *_: strategy.scores(sample), sizes, rounds=1, **rule), about
     rule |= {"method": args.calibration, "rounds": args.calibration_rounds}
-    about |= {
-        "calibration": args.calibration,
-        "rounds": args.calibration_rounds,
-        "samples": args.fisher_samples,
-        "calibrated_on": args.calibrate_on,
-        "merge": args.mask_merge,
-        "client_overlap": None,
-    }
-    data = study.data
+    about |= {"calibration": args.calibration, "rounds": args.calibration_rounds, "samples": args.fisher_samples}
+    about |= {"calibrated_on": args.calibrate_on, "merge": args.mask_merge, "client_overlap": None}
     if args.calibrate_on == "server":
         scores, about["samples"] = _scores(study, data.validation, data.validation_labels, args.fisher_samples)
-        return calibrate(theta, scores, **rule), about
+        return calibrate(theta, scores, sizes, **rule), about
 
     number = min(args.calibration_clients, len(study.examples))
     chosen = stream(args.seed, "calibration clients").choice(len(study.examples), number, replace=False).tolist()
-    of_client = {
-        k: _scores(study, data.train[rows], data.train_labels[rows], -(-args.fisher_samples // number), k + 1)
-        for k, rows in ((k, study.rows[k]) for k in chosen)
-    }
+    of_client = {}
+    for k in chosen:
+        rows = study.rows[k]
+        each = -(-args.fisher_samples // number)
+        of_client[k] = _scores(study, data.train[rows], data.train_labels[rows], each, client=k + 1)
     about["samples"] = sum(samples for _, samples in of_client.values())
     run.count(bytes_down=number * study.weights.bytes)
     if args.mask_merge == "none":
@@ -155,10 +138,10 @@ def _made(study, run, theta):
                 mean.add(scores(at, r), weight=samples)
             return mean.delta()
 
-        return calibrate(theta, mean_scores, **rule), about
+        return calibrate(theta, mean_scores, sizes, **rule), about
 
     clients = parallel.Round(chosen)
-    own = {k: np.packbits(calibrate(theta, of_client[k][0], **rule).numpy()) for k in clients}
+    own = {k: np.packbits(calibrate(theta, of_client[k][0], sizes, **rule).numpy()) for k in clients}
     run.count(bytes_up=number * len(theta) // 8)
     masks = [torch.from_numpy(np.unpackbits(b, count=len(theta)).astype(bool)) for b in clients.gather(own).values()]
     pairs = [jaccard(a, b) for i, a in enumerate(masks) for b in masks[:i]]
@@ -177,21 +160,13 @@ def _scores(study, images, labels, samples, client=0):
     rows = calibration_rows(
         len(images), samples, args.calibration_rounds, args.seed, method=args.calibration, client=client
     )
+    about = {"prepare": study.pixels, "of_labels": args.calibration == "seed"}
 
     def scores(theta, r):
         chosen = rows[r].to(images.device)
         study.weights.load(theta)
-        return strategy.scores(
-            Sample(
-                study.model,
-                study.weights,
-                stream(args.seed, "calibration labels", r, client),
-                images[chosen],
-                labels[chosen],
-                study.pixels,
-                of_labels=args.calibration == "seed",
-            )
-        )
+        draws = stream(args.seed, "calibration labels", r, client)
+        return strategy.scores(Sample(study.model, study.weights, draws, images[chosen], labels[chosen], **about))
 
     return scores, len(rows[0])
 
@@ -203,10 +178,10 @@ def overlap_table(runs):
         folder = f"{flags.output_dir}/{flags.run_name}"
         shapes = read_json(f"{folder}/run.json")["parameters"]["maskable"]
         masks.setdefault(flags.mask_strategy, load_mask(f"{folder}/mask.safetensors", shapes)[0])
-    width = max(len(name) for name in masks)
+    width = max(map(len, masks))
     lines = [f"{'overlap (Jaccard)':{width}s}" + "".join(f"  {name:>{width}s}" for name in masks)]
-    for a in masks:
-        lines.append(f"{a:{width}s}" + "".join(f"  {jaccard(masks[a], masks[b]):{width}.3f}" for b in masks))
+    for name, mask in masks.items():
+        lines.append(f"{name:{width}s}" + "".join(f"  {jaccard(mask, other):{width}.3f}" for other in masks.values()))
     return "\n".join(lines)
 
 

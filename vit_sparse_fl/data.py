@@ -26,6 +26,7 @@ PAD = 4  # pixels on each side before the random crop
 CIFAR_CLASSES = 100
 CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
 CIFAR_SHAPE = (3, 32, 32)
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 PLACES = ("cifar100.npz", "cifar100/cifar100.npz", "cifar-100/cifar100.npz")
 _TORCHVISION_FOLDER = "cifar-100-python"
 
@@ -42,37 +43,31 @@ class ImageSplits:
     test_labels: torch.Tensor
     n_classes: int
     fingerprint: dict
-    mean: tuple = MEAN
-    std: tuple = STD
 
     def to(self, device):
         """The same splits with their tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return dataclasses.replace(
-            self, **{name: t.to(device) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
-        )
+        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)
 
 
-def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None, download=True):
+def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
     """The data of a run as `ImageSplits`.
 
     dataset: "cifar100" or "demo". cifar100 is, under the data folder (`data_root`, else environment variable
     FEDQUARTET_DATA, else ./data): cifar100.npz, there or in cifar100/ or cifar-100/, else torchvision's own folder
-    cifar-100-python, else torchvision downloads that folder (`download`). demo is generated.
+    cifar-100-python, else torchvision downloads that folder. demo is generated.
     val_split: the share of the training images that is held out, stratified, by `seed`.
     classes: (low, high) keeps the classes low..high-1 and numbers them from 0. The split is made before, so that
     runs on different classes hold out the same images.
 
-    Raises UsageError for an unknown name, missing data that cannot be downloaded, a file that is not CIFAR-100,
-    and a share or classes out of range.
+    Raises UsageError for missing data that cannot be downloaded, a file that is not CIFAR-100, and a share or classes
+    out of range.
     """
     if dataset == "demo":
         arrays, source, n_classes = demo_images.demo_images(), "generated", demo_images.CLASSES
-    elif dataset == "cifar100":
-        arrays, source = _cifar100(data_folder(data_root), download)
-        n_classes = CIFAR_CLASSES
     else:
-        raise UsageError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
+        arrays, source = _cifar100(data_folder(data_root))
+        n_classes = CIFAR_CLASSES
     low, high = (0, n_classes) if classes is None else classes
     if not 0 <= low < high <= n_classes:
         raise UsageError(f"classes {low}:{high} are not in {dataset}: choose FROM:TO within 0:{n_classes}")
@@ -95,14 +90,13 @@ def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None, down
             raise UsageError(f"no image of classes {low}:{high} in the {name} split: raise --val-split ({val_split})")
         splits[name] = torch.from_numpy(pixels[rows])
         splits[f"{name}_labels"] = torch.from_numpy(truth[rows].astype(np.int64) - low)
-    names = ("train_images", "train_labels", "test_images", "test_labels")
     return ImageSplits(
         **splits,
         n_classes=high - low,
         fingerprint={
             "dataset": dataset,
             "source": source,
-            "sha256": {name: _sha256(array) for name, array in zip(names, arrays, strict=True)},
+            "sha256": {name: _sha256(array) for name, array in zip(ARRAYS, arrays, strict=True)},
             "classes": [low, high],
             "val_split": val_split,
             "counts": {name: len(splits[name]) for name in ("train", "validation", "test")},
@@ -118,7 +112,7 @@ def _sha256(array):
 # ------------------------------------------------------------------------------------------- CIFAR-100's files
 
 
-def _cifar100(root, download):
+def _cifar100(root):
     """((train_images, train_labels, test_images, test_labels), where they are from)."""
     for place in PLACES:
         if (root / place).is_file():
@@ -128,7 +122,7 @@ def _cifar100(root, download):
         from torchvision.datasets import CIFAR100  # only here: it takes a second to import
 
         # torchvision itself would wait for minutes
-        if not download or not answers(CIFAR100.url):
+        if not answers(CIFAR100.url):
             raise UsageError(
                 f"no CIFAR-100 under {root} and it cannot be downloaded: put cifar100.npz or torchvision's folder "
                 f"{_TORCHVISION_FOLDER} there, or give --data-root, or take --dataset demo"
@@ -142,15 +136,13 @@ def _read_npz(path):
     arrays = []
     try:
         with zipfile.ZipFile(path) as archive:  # reading a member to its end checks its CRC
-            for name in ("train_images", "train_labels", "test_images", "test_labels"):
+            for name in ARRAYS:
                 with archive.open(f"{name}.npy") as member:
                     arrays.append(np.lib.format.read_array(member, allow_pickle=False))
                     if member.read(1):
                         raise ValueError(f"{name} is followed by other bytes")
     except KeyError as error:
-        raise UsageError(
-            f"{path} lacks {name}: it must hold train_images, train_labels, test_images and test_labels"
-        ) from error
+        raise UsageError(f"{path} lacks {name}: it must hold {', '.join(ARRAYS[:3])} and {ARRAYS[3]}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise UsageError(f"cannot read {path} ({one_line(error)}): get the file again") from error
     _check_arrays(path, arrays)
@@ -158,18 +150,17 @@ def _read_npz(path):
 
 
 def _check_arrays(path, arrays):
-    for split, images, labels in (("train", *arrays[:2]), ("test", *arrays[2:])):
-        shape = (CIFAR_COUNTS[split], *CIFAR_SHAPE)
-        if images.dtype != np.uint8 or images.shape != shape:
-            kind = f"{images.dtype} {list(images.shape)}"
-            raise UsageError(f"{path}: {split}_images is {kind}, not uint8 {list(shape)}: get the file again")
-        if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
-            kind = f"{labels.dtype} {list(labels.shape)}"
-            raise UsageError(f"{path}: {split}_labels is {kind}, not uint8 {list(shape[:1])}: get the file again")
-        if labels.min() < 0 or labels.max() >= CIFAR_CLASSES:
+    for name, array in zip(ARRAYS, arrays, strict=True):
+        images = name.endswith("images")
+        count = CIFAR_COUNTS[name.partition("_")[0]]
+        shape = (count, *CIFAR_SHAPE) if images else (count,)
+        if array.shape != shape or (array.dtype != np.uint8 if images else array.dtype.kind not in "iu"):
+            kind = f"{array.dtype} {list(array.shape)}"
+            raise UsageError(f"{path}: {name} is {kind}, not uint8 {list(shape)}: get the file again")
+        if not images and not 0 <= array.min() <= array.max() < CIFAR_CLASSES:
             raise UsageError(
-                f"{path}: {split}_labels goes from {labels.min()} to {labels.max()}, not from 0 to "
-                f"{CIFAR_CLASSES - 1}: get the file again"
+                f"{path}: {name} goes from {array.min()} to {array.max()}, not from 0 to {CIFAR_CLASSES - 1}: "
+                "get the file again"
             )
 
 
@@ -211,23 +202,22 @@ def download_cifar100(root):
 # ------------------------------------------------------------------------------------------------- batches
 
 
-def prepare(images, image_size, mean=MEAN, std=STD):
+def prepare(images, image_size):
     """Images as the model takes them: uint8 [B, 3, H, W] -> float32 [B, 3, S, S], on the images' device.
 
     Resized bicubically with antialiasing: when enlarging it changes nothing but the kernel's parameter, to the -0.5
     of PIL, with which DINO was trained (torch has -0.75 without it). Values are neither rounded nor clipped between.
     Normalised before resizing, on the fewer pixels: the kernel's weights sum to one, so the result is the same.
     """
-    options = {"dtype": torch.float32, "device": images.device}
-    scale = 1 / (255 * torch.tensor(std, **options))
-    shift = torch.tensor(mean, **options) / torch.tensor(std, **options)
+    mean, std = torch.tensor((MEAN, STD), device=images.device)
+    scale, shift = 1 / (255 * std), mean / std
     pixels = images.to(torch.float32) * scale[:, None, None] - shift[:, None, None]
     if pixels.shape[-2:] != (image_size, image_size):
         pixels = functional.interpolate(pixels, size=(image_size, image_size), mode="bicubic", antialias=True)
     return pixels  # [B, 3, S, S]
 
 
-def augment(images, image_size, generator, mean=MEAN, std=STD):
+def augment(images, image_size, generator):
     """`prepare` after a random crop (4 black pixels on each side) and a random horizontal flip.
 
     images: uint8 [B, 3, H, W]; generator: a `numpy.random.Generator`, from `stream(seed, "augment", ...)`: two draws,
@@ -242,28 +232,24 @@ def augment(images, image_size, generator, mean=MEAN, std=STD):
     padded = functional.pad(images, (PAD, PAD, PAD, PAD))  # [B, 3, H + 8, W + 8]
     source = (rows[:, :, None] * padded.shape[-1] + columns[:, None, :]).view(batch, 1, height * width)
     crops = padded.flatten(2).gather(2, source.expand(batch, channels, height * width))  # [B, 3, H * W]
-    return prepare(crops.view(images.shape), image_size, mean, std)
+    return prepare(crops.view(images.shape), image_size)
 
 
 # ------------------------------------------------------------------------------------------------ clients
 
 
-def make_shards(labels, sharding, num_clients, nc=10, alpha=0.1, seed=0, allow_unused_classes=False, min_samples=1):
-    """(parts, notes): the images of each client (sorted int64 arrays) and lines for the log.
+def deal(args, labels):
+    """(parts, notes): the images of each client (sorted int64 arrays) and lines for the log, as the flags say.
 
-    labels: int64 [n], tensor or array. sharding: "iid" (random equal parts), "non_iid" (`nc` classes a client) or
-    "dirichlet" (each class in proportions of concentration `alpha`; every client gets `min_samples` at least).
-    Raises UsageError as `common.sharding` does.
+    labels: int64 [n], tensor or array. Raises UsageError as `common.sharding` does.
     """
-    labels = np.asarray(labels)
-    generator = stream(seed, "sharding")
-    if sharding == "iid":
-        return shards.iid(len(labels), num_clients, generator, what="images"), []
-    if sharding == "non_iid":
-        return shards.classes(labels, num_clients, nc, generator, allow_unused_classes, what="images")
-    if sharding == "dirichlet":
-        return shards.dirichlet(labels, num_clients, alpha, generator, min_samples, what="images")
-    raise UsageError(f"unknown sharding {sharding!r}: choose one of {', '.join(SHARDINGS)}")
+    labels, generator = np.asarray(labels), stream(args.seed, "sharding")
+    if args.sharding == "iid":
+        return shards.iid(len(labels), args.num_clients, generator, what="images"), []
+    if args.sharding == "non_iid":
+        return shards.classes(labels, args.num_clients, args.nc, generator, args.allow_unused_classes, what="images")
+    least = args.min_samples or args.batch_size
+    return shards.dirichlet(labels, args.num_clients, args.alpha, generator, least, what="images")
 
 
 def check_batch_size(counts, batch_size):

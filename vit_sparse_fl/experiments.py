@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import statistics
 import sys
@@ -11,22 +12,24 @@ from common import parallel
 from common.checkpoint import read_json
 from common.runlog import start_run
 from vit_sparse_fl.calibration import calibrated
-from vit_sparse_fl.data import check_batch_size, load_images
+from vit_sparse_fl.data import check_batch_size, deal, load_images
 from vit_sparse_fl.masks import STRATEGIES
-from vit_sparse_fl.study import deal
 
-SWEEPS = ("hp_search", "heterogeneity_experiment", "local_steps_experiment", "compare_strategies")
-SWEEPS += ("sparsity_experiment",)
-VALUES = ("hp_epochs", "hp_lrs", "hp_weight_decays", "nc_values", "j_values", "sparsity_values")
+# what the flags of sweeps are in each of their runs
+NO_SWEEP = dict.fromkeys(("hp_search", "heterogeneity_experiment", "local_steps_experiment"), False)
+NO_SWEEP |= dict.fromkeys(("compare_strategies", "sparsity_experiment"), False)
+NO_SWEEP |= dict.fromkeys(("hp_epochs", "hp_lrs", "hp_weight_decays", "nc_values", "j_values", "sparsity_values"))
+COLUMNS = {
+    "best validation": "val_accuracy_best",
+    "test (last)": "test_accuracy_last",
+    "test (best)": "test_accuracy_best",
+}
 
 
 def variant(args, **changes):
     """A copy of the flags with some of them changed."""
     other = copy.copy(args)
-    for name, value in changes.items():
-        if not hasattr(other, name):
-            raise AttributeError(name)
-        setattr(other, name, value)
+    vars(other).update(changes)
     return other
 
 
@@ -80,15 +83,15 @@ def repeated(args, settings):
     """
     settings = dict(settings)
     several = len(settings) * args.num_runs > 1
+    # a run of a sweep is the run that its flags alone would start
+    alone = {"num_runs": 1, **{name: value for name, value in NO_SWEEP.items() if name in args}}
     runs = []
     for name, flags in settings.items():
-        for i in range(args.num_runs):
-            folder = f"{name}_seed_{args.seed + i}" + ("_demo" if args.dataset == "demo" else "")
+        for seed in range(args.seed, args.seed + args.num_runs):
+            folder = f"{name}_seed_{seed}" + ("_demo" if args.dataset == "demo" else "")
             if args.run_name:
                 folder = f"{args.run_name}_{folder}" if several else args.run_name
-            # a run of a sweep is the run that its flags alone would start
-            asked = {name: False for name in SWEEPS if name in flags} | {name: None for name in VALUES if name in flags}
-            runs.append((name, variant(flags, seed=args.seed + i, run_name=folder, num_runs=1, **asked)))
+            runs.append((name, variant(flags, seed=seed, run_name=folder, **alone)))
     return runs
 
 
@@ -120,32 +123,28 @@ def run_each(command, train, runs):
 
 def check_shards(several):
     """Raises UsageError where one of several runs would end for its clients, so that none of them starts."""
-    images = {}
     for flags in several:
-        if not hasattr(flags, "sharding"):
-            continue
-        key = (flags.dataset, flags.seed, flags.val_split, flags.classes, flags.data_root)
-        if key not in images:
-            images = {key: load_images(*key).train_labels}
-        check_batch_size([len(rows) for rows in deal(flags, images[key])[0]], flags.batch_size)
+        if "sharding" in flags:
+            labels = _training_labels(flags.dataset, flags.seed, flags.val_split, flags.classes, flags.data_root)
+            check_batch_size([len(rows) for rows in deal(flags, labels)[0]], flags.batch_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _training_labels(*about):
+    return load_images(*about).train_labels
 
 
 def table(runs):
     """Mean and standard deviation over seeds of each setting's accuracy, as lines of text."""
-    columns = {
-        "best validation": "val_accuracy_best",
-        "test (last)": "test_accuracy_last",
-        "test (best)": "test_accuracy_best",
-    }
-    lines, names = [], list(dict.fromkeys(name for name, _ in runs))
-    width = max(len(name) for name in names)
-    lines.append(f"{'accuracy, %':{width}s}" + "".join(f"  {column:>16s}" for column in columns) + "  seeds")
-    for name in names:
-        results = [
-            read_json(Path(flags.output_dir) / flags.run_name / "run.json")["results"] for n, flags in runs if n == name
-        ]
-        cells = [mean_and_spread([100 * r[key] for r in results]) for key in columns.values()]
-        lines.append(f"{name:{width}s}" + "".join(f"  {cell:>16s}" for cell in cells) + f"  {len(results):5d}")
+    results = {}
+    for name, flags in runs:
+        manifest = read_json(Path(flags.output_dir) / flags.run_name / "run.json")
+        results.setdefault(name, []).append(manifest["results"])
+    width = max(map(len, results))
+    lines = [f"{'accuracy, %':{width}s}" + "".join(f"  {column:>16s}" for column in COLUMNS) + "  seeds"]
+    for name, seeds in results.items():
+        cells = [mean_and_spread([100 * one[key] for one in seeds]) for key in COLUMNS.values()]
+        lines.append(f"{name:{width}s}" + "".join(f"  {cell:>16s}" for cell in cells) + f"  {len(seeds):5d}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The flags of this study's scripts: the source's names and defaults, and ours."""
+"""The flags of this study's scripts and the keys of its yaml file: the source's names and defaults, and ours."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ from common.cli import (
     positive_float,
     positive_int,
 )
-from vit_sparse_fl.config_file import apply_config
+from common.config_file import apply_config
 from vit_sparse_fl.data import DATASETS, SHARDINGS
 
 ON_OFF = argparse.BooleanOptionalAction
@@ -33,6 +33,11 @@ def number(group, name, kind, default, metavar, text, **options):
     """A flag of one number. Args: kind: of `common.cli`; metavar: its letter in the help."""
     names = name if isinstance(name, tuple) else (name,)
     group.add_argument(*names, type=kind, default=default, metavar=metavar, help=text, **options)
+
+
+def choice(group, name, choices, default, text, **options):
+    """A flag of one of several words."""
+    group.add_argument(name, choices=choices, default=default, help=text, **options)
 
 
 def make_parser(description, *, federated=True, sparse=False):
@@ -75,19 +80,15 @@ def make_parser(description, *, federated=True, sparse=False):
 
 
 def _model_flags(model, sparse):
-    model.add_argument(
-        "--model", default="dino_vits16", metavar="NAME", help="dino_vits16, tiny, a folder or a name on the hub"
-    )
+    text = "dino_vits16, tiny, a folder or a name on the hub"
+    model.add_argument("--model", default="dino_vits16", metavar="NAME", help=text)
     model.add_argument("--weights", metavar="FILE", help="DINO's own checkpoint, dino_deitsmall16_pretrain.pth")
     model.add_argument("--pretrained", action=ON_OFF, default=True, help="start from pretrained weights")
     model.add_argument("--init-from", metavar="RUN", help="start from the weights of another run (its folder)")
     number(model, "--image-size", positive_int, None, "S", "pixels, a multiple of the patch (default: 224; tiny: 32)")
-    model.add_argument(
-        "--head",
-        choices=HEADS,
-        help="ridge, train: fitted on the frozen backbone's features before the first round; keep: that of --init-from "
-        "(default: ridge; random where the backbone is not pretrained, and in central training)",
-    )
+    text = "ridge, train: fitted on the frozen backbone's features before the first round; keep: that of --init-from "
+    text += "(default: ridge; random where the backbone is not pretrained, and in central training)"
+    choice(model, "--head", HEADS, None, text)
     model.add_argument("--freeze-head", action=ON_OFF, default=sparse, help="the head is not trained")
     number(model, "--freeze-layers", non_negative_int, 0, "N", "first blocks; off: 0")
     model.add_argument("--freeze-backbone", action=ON_OFF, default=False, help="train the head only (a linear probe)")
@@ -95,22 +96,17 @@ def _model_flags(model, sparse):
 
 
 def _data_flags(data):
-    data.add_argument("--dataset", choices=DATASETS, default="cifar100", help="demo is generated and needs no network")
-    data.add_argument(
-        "--data-root", "--data-dir", metavar="DIR", help="where the data set is (default: $FEDQUARTET_DATA, else data)"
-    )
+    choice(data, "--dataset", DATASETS, "cifar100", "demo is generated and needs no network")
+    text = "where the data set is (default: $FEDQUARTET_DATA, else data)"
+    data.add_argument("--data-root", "--data-dir", metavar="DIR", help=text)
     number(data, "--val-split", fraction, 0.1, "X", "share of the training images held out")
     number(data, "--classes", class_range, None, "A:B", "only the classes A to B-1, numbered from 0 (default: all)")
     number(data, "--num-classes", positive_int, None, "N", "checked against the data (default: not)", when=NEVER)
 
 
 def _client_flags(data):
-    data.add_argument(
-        "--sharding",
-        choices=SHARDINGS,
-        default="iid",
-        help="images to clients: at random; --nc classes each; in Dirichlet(--alpha) proportions",
-    )
+    text = "images to clients: at random; --nc classes each; in Dirichlet(--alpha) proportions"
+    choice(data, "--sharding", SHARDINGS, "iid", text)
     of_classes, of_dirichlet = (lambda a: a.sharding == "non_iid"), (lambda a: a.sharding == "dirichlet")
     number(data, "--nc", positive_int, 10, "N", "classes a client, for non_iid", when=of_classes)
     number(data, "--alpha", positive_float, 0.1, "X", "concentration, for dirichlet", when=of_dirichlet)
@@ -121,7 +117,7 @@ def _client_flags(data):
 
 
 def _schedule_flags(train, unit, warmup, patience, text):
-    train.add_argument("--scheduler", choices=["cosine", "step", "none"], default="cosine", help=text)
+    choice(train, "--scheduler", ["cosine", "step", "none"], "cosine", text)
     number(train, f"--warmup-{unit}", non_negative_int, warmup, "N", "linear warm-up; off: 0")
     stop = f"{unit} without a better validation accuracy; off: 0"
     number(train, "--early-stopping-patience", non_negative_int, patience, "N", stop)
@@ -137,9 +133,7 @@ def _federated_flags(train):
     number(train, "--participation-rate", fraction, 0.1, "C", "share of clients a round")
     number(train, "--local-steps", positive_int, 4, "J", "steps a client and round")
     number(train, ("--num-rounds", "--rounds"), positive_int, 500, "T", "rounds")
-    train.add_argument(
-        "--client-weights", choices=["examples", "uniform"], default="examples", help="weight of a client in the mean"
-    )
+    choice(train, "--client-weights", ["examples", "uniform"], "examples", "weight of a client in the mean")
     _schedule_flags(train, "rounds", 0, 100, "learning rate over the rounds")
     number(train, "--eval-every", positive_int, 10, "N", "evaluate every N rounds")
 
@@ -153,11 +147,6 @@ def add_experiment_flags(group):
     scaled = "a run for each of --j-values, J x rounds as with the smallest"
     group.add_argument("--local-steps-experiment", **sweep, help=scaled)
     number(group, "--j-values", positive_int, [4, 8, 16], "J", "steps a client and round", **many)
-
-
-def clients_a_round(args):
-    """How many clients take part in a round."""
-    return max(1, int(args.participation_rate * args.num_clients + 0.5))
 
 
 def process_memory(args):
@@ -177,13 +166,47 @@ def class_range(text):
     return int(low), int(high)
 
 
+# ------------------------------------------------------------------------------------------------ --config
+
+
+def _section(section, same, **others):
+    """{"section.key": flag}: keys that are called as their flag, and others with theirs (None: no effect)."""
+    return {f"{section}.{key}": flag for key, flag in {**{key: key for key in same.split()}, **others}.items()}
+
+
+_TRAINING = "momentum weight_decay label_smoothing scheduler early_stopping_patience"
+_SHARED = {
+    **{"seed": "seed", "device": "device", "num_workers": "num_workers", "pin_memory": None},
+    **_section("dataset", "val_split batch_size num_classes", name="dataset", data_dir="data_root"),
+    **_section("model", "pretrained freeze_backbone dropout freeze_layers", name="model"),
+    **_section("logging", "use_wandb wandb_project log_dir", log_interval=None, save_interval="save_every"),
+    **_section("logging", "", checkpoint_dir="output_dir"),
+    **_section("experiment", "num_runs", name="run_name"),
+}
+_CENTRALIZED = _section("centralized", f"epochs warmup_epochs {_TRAINING}", learning_rate="lr")
+_FEDERATED = {
+    **_section("federated", "num_clients participation_rate local_steps num_rounds min_lr use_amp eval_every"),
+    **_section("federated", _TRAINING, learning_rate="lr"),
+    **_section("sharding", "nc", strategy="sharding"),
+    **_section("heterogeneity_experiment", "nc_values j_values"),
+    **_section("sparse", "sparsity_ratio calibration_rounds mask_strategy fisher_samples"),
+}
+# switches of the source that only set another flag -> (that flag, its value)
+_SWITCHES = {"use_amp": ("amp", "auto"), "use_wandb": ("track", "wandb")}
+
+
 def parse(parser, argv=None):
-    """The flags from the command line over those of --config. Raises UsageError (see `apply_config`)."""
+    """The flags from the command line over those of --config. Raises UsageError (see `common.config_file`).
+
+    One file serves all scripts: a key of another script is checked for its name only.
+    """
     finder = Parser("", add_help=False)
     finder.add_argument("--config")
     config = finder.parse_known_args(argv)[0].config
     if config:
-        apply_config(parser, config)
+        # lr, momentum and others are in two sections: a script takes those of its own
+        own = _FEDERATED if parser.get_default("num_rounds") else _CENTRALIZED
+        apply_config(parser, config, {**_SHARED, **own}, {**_CENTRALIZED, **_FEDERATED}, _SWITCHES)
     return complete(parser.parse_args(argv))
 
 

@@ -48,11 +48,9 @@ class Interference:
 
     def result(self):
         """The five numbers, as a dict name -> float; None where one is undefined (fewer than two clients that
-        moved, or updates that cancel). Every process calls it. Raises: ValueError where no client was added."""
+        moved, or updates that cancel). Every process calls it, after a client."""
         (whole, unit, signs), numbers = self._sum.result()
         m, moved = len(numbers), sum(norm > 0 for _, norm in numbers)
-        if not m:
-            raise ValueError("no client was added: interference is undefined")
         of_sum, of_units = fp64_sum(whole, square=True), fp64_sum(unit, square=True)
         conflicts, touched = 0.0, 0
         for (part,) in chunks(signs, size=CHUNK // 4):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ def save_mask(path, masks, provenance):
     fresh = path.with_name(path.name + ".new")
     with saving(path, fresh):
         save_file(packed, fresh, metadata={"mask": json.dumps(about)})
-        os.replace(fresh, path)
+        fresh.replace(path)
 
 
 def load_mask(path, shapes):
@@ -47,8 +46,12 @@ def load_mask(path, shapes):
         differing tensors are named).
     """
     packed, about = _read(path)
-    stored = {name: tuple(shape) for name, shape in about["shapes"].items()}
-    _check_model(path, stored, {name: tuple(shape) for name, shape in shapes.items()})
+    stored, wanted, none = _sizes(about["shapes"]), _sizes(shapes), "missing"
+    odd = list(dict.fromkeys(name for name in (*wanted, *stored) if stored.get(name) != wanted.get(name)))
+    if odd:
+        said = [f"{n} is {stored.get(n, none)} in the mask, {wanted.get(n, none)} in the model" for n in odd[:3]]
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise UsageError(f"the mask {path} is for another model: {'; '.join(said)}{more}")
     if packed.keys() != stored.keys() or _digest({name: packed[name] for name in stored}) != about["sha256"]:
         raise UsageError(f"the mask {path} is damaged (its bits do not have the SHA-256 it names): make it anew")
     bits = [np.unpackbits(packed[name].numpy(), count=math.prod(shape)) for name, shape in shapes.items()]
@@ -78,16 +81,8 @@ def _read(path):
     return packed, about
 
 
-def _check_model(path, stored, shapes):
-    odd = [name for name in [*shapes, *stored] if stored.get(name) != shapes.get(name)]
-    if odd:
-        said = [f"{n} is {_size(stored.get(n))} in the mask, {_size(shapes.get(n))} in the model" for n in odd[:3]]
-        more = f" and {len(set(odd)) - len(said)} more" if len(set(odd)) > len(said) else ""
-        raise UsageError(f"the mask {path} is for another model: {'; '.join(dict.fromkeys(said))}{more}")
-
-
-def _size(shape):
-    return "missing" if shape is None else "x".join(map(str, shape))
+def _sizes(shapes):
+    return {name: "x".join(map(str, shape)) for name, shape in shapes.items()}
 
 
 def _digest(packed):

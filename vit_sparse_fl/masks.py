@@ -1,7 +1,7 @@
 """Which weights a sparse run may change: the strategies, exact thresholds, calibration over several rounds.
 
 A mask is a bool vector [n] over the weights it covers (`maskable`), True where a weight is trained; in a sparse run
-every other parameter stays as it is. `STRATEGIES` is the one table of strategies: the README's "A strategy of your own"
+every other parameter stays as it is. `STRATEGIES` is the one table of strategies: the README's "A rule of your own"
 adds a line to it.
 
 References: Iurada et al. 2025 (TaLoS) and its public code, called so below.
@@ -37,18 +37,18 @@ SMALL = 2**21  # weights up to which vmap is faster than the loop on a CPU too (
 class Sample:
     """What a strategy scores the weights on: the model, and the images of one calibration round at one place.
 
-    Attributes: model: images [B, 3, S, S] -> logits [B, C]; weights: of the model, weights.theta [n] are the values to
-    score (`common.vector`); draws: a numpy generator of this seed, round and client; images: uint8 [m, 3, H, W] and
-    labels: int64 [m]; prepare: function images -> the model's input; of_labels: whether the data's labels are scored
-    (--calibration seed), not labels that are drawn from the model.
+    Attributes: model: in eval mode, images [B, 3, S, S] -> logits [B, C]; weights: of the model (`common.vector`),
+    weights.theta [n] are the values to score; draws: a numpy generator of this seed, round and client; images: uint8
+    [m, 3, H, W] and labels: int64 [m]; prepare: function images -> the model's input; of_labels: whether the data's
+    labels are scored (--calibration seed), not labels that are drawn from the model.
     """
 
     model: nn.Module
     weights: Weights
-    draws: np.random.Generator
+    draws: np.random.Generator | None = None
     images: torch.Tensor | None = None
     labels: torch.Tensor | None = None
-    prepare: Callable | None = None
+    prepare: Callable = nn.Identity()
     of_labels: bool = False
 
 
@@ -65,76 +65,32 @@ class Strategy:
     images: bool = True
 
 
-def by_sensitivity(sample):
-    """How sensitive the model's outputs are to each weight: see `sensitivity`."""
-    labels = sample.labels if sample.of_labels else None
-    return sensitivity(
-        sample.model, sample.weights, sample.images, labels=labels, draws=sample.draws, prepare=sample.prepare
-    )
+def sensitivity(sample, method="auto", chunk_size=None):
+    """S_j = mean over the images of (d f(image) / d theta_j)^2, per image, without label smoothing: fp32 [n].
 
-
-def by_magnitude(sample):
-    """|theta_j|."""
-    return sample.weights.theta.abs()
-
-
-def at_random(sample):
-    """A uniform draw. fp64: among 21 million fp32 draws many are equal, and equal ones favour the first layers."""
-    return torch.from_numpy(sample.draws.random(sample.weights.size))
-
-
-STRATEGIES = {
-    "least_sensitive": Strategy(by_sensitivity),
-    "most_sensitive": Strategy(by_sensitivity, largest=True),
-    "lowest_magnitude": Strategy(by_magnitude, images=False),
-    "highest_magnitude": Strategy(by_magnitude, largest=True, images=False),
-    "random": Strategy(at_random, images=False),
-}
-
-
-def sensitivity(model, weights, images, *, labels=None, draws=None, prepare=None, method="auto", chunk_size=None):
-    """S_j = mean over samples of (d f(sample) / d theta_j)^2, per sample, in eval mode, without label smoothing.
-
-    With `labels` f is the plain NLL of the label (empirical Fisher, "seed"); without, f is the *logit* of a label
-    that is drawn from the model, as TaLoS has it (its sum over samples is n S_j: the same ranking).
-
-    Args:
-        model: module, images [B, 3, S, S] -> logits [B, C]. Modes and .grad are afterwards as before.
-        weights: `Weights` of the model, those that are scored; images: [m, ...]; labels: int64 [m].
-        draws: numpy generator, gives one number a sample for its label (not needed with labels).
-        prepare: function images -> model input, applied to 64 at a time.
-        method, chunk_size: as for `diagonal_fisher`, but "auto" is vmap for a small model on a CPU too.
-    Returns: fp32 [n].
+    With the data's labels ("seed") f is the plain NLL of the label: the empirical Fisher. Otherwise f is the *logit* of
+    a label that is drawn from the model, as TaLoS has it (its sum over images is n S_j: the same ranking).
+    Args: method, chunk_size: as for `diagonal_fisher`, but "auto" is vmap for a small model on a CPU too.
     """
-    if labels is None and draws is None:
-        raise ValueError("labels are to be drawn from the model: pass draws=stream(...)")
-    if not len(images):
-        raise ValueError("no image to calibrate on")
+    model, weights = sample.model, sample.weights
     if method == "auto" and weights.size <= SMALL:
         method = "vmap"
     options = {"method": method, "chunk_size": chunk_size, "parameters": weights.parameters}
     total = torch.zeros_like(weights.theta)
     # The fused attention kernels have no rule for vmap, and their backward passes on CUDA are not deterministic.
     with sdpa_kernel(SDPBackend.MATH):
-        for start in range(0, len(images), BATCH):
-            part = images[start : start + BATCH]
-            inputs = part if prepare is None else prepare(part)  # [b, 3, S, S]
-            if labels is None:
-                wanted, function = drawn_labels(model, inputs, draws), _logit  # [b]
-            else:
-                wanted, function = labels[start : start + BATCH].to(inputs.device), _nll  # [b]
-            total += diagonal_fisher(model, function, (inputs, wanted), **options) * (len(part) / len(images))
+        for images, labels in zip(sample.images.split(BATCH), sample.labels.split(BATCH), strict=True):
+            inputs, function = sample.prepare(images), _nll  # [b, 3, S, S]
+            if not sample.of_labels:
+                labels, function = _drawn_labels(model, inputs, sample.draws), _logit  # [b]
+            total += diagonal_fisher(model, function, (inputs, labels), **options) * (len(images) / len(sample.images))
     return total
 
 
 @torch.no_grad()
-def drawn_labels(model, inputs, draws):
+def _drawn_labels(model, inputs, draws):
     """int64 [b]: labels drawn from the model's softmax, by the inverse of its distribution function."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     sums = model(inputs).double().softmax(-1).cumsum(-1)  # [b, C]
-    for module, training in modes:
-        module.training = training
     points = torch.from_numpy(draws.random(len(inputs))).to(sums.device)  # [b]
     return (sums <= points[:, None] * sums[:, -1:]).sum(-1).clamp_(max=sums.shape[-1] - 1)  # [b]
 
@@ -149,24 +105,38 @@ def _nll(model, sample):
     return F.cross_entropy(model(image[None]), label[None])
 
 
+def by_magnitude(sample):
+    """|theta_j|."""
+    return sample.weights.theta.abs()
+
+
+def at_random(sample):
+    """A uniform draw. fp64: among 21 million fp32 draws many are equal, and equal ones favour the first layers."""
+    return torch.from_numpy(sample.draws.random(sample.weights.size))
+
+
+STRATEGIES = {
+    "least_sensitive": Strategy(sensitivity),
+    "most_sensitive": Strategy(sensitivity, largest=True),
+    "lowest_magnitude": Strategy(by_magnitude, images=False),
+    "highest_magnitude": Strategy(by_magnitude, largest=True, images=False),
+    "random": Strategy(at_random, images=False),
+}
+
+
 # ------------------------------------------------------------------------------------------------ the choice
 
 
 def maskable(model, head="classifier"):
     """Names of the parameters that a mask covers, in the order of `named_parameters`.
 
-    Weights and biases of linear, convolution, attention and layer-norm modules that are trainable; not the head,
-    nor what a module holds itself (class token, position embedding). So the patch projection, a convolution, is
-    maskable unless the embeddings are frozen, as in TaLoS.
+    Weights and biases of linear, convolution and layer-norm modules that are trainable; not the head, nor what another
+    module holds itself (class token, position embedding). So the patch projection, a convolution, is maskable unless
+    the embeddings are frozen, as in TaLoS.
     """
-    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.LayerNorm, nn.MultiheadAttention)
-    covered = {
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, kinds) and prefix.split(".")[0] != head
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    return [name for name, p in model.named_parameters() if name in covered and p.requires_grad]
+    kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+    covered = {name for name, module in model.named_modules() if isinstance(module, kinds) and name != head}
+    return [name for name, p in model.named_parameters() if p.requires_grad and name.rpartition(".")[0] in covered]
 
 
 def check_sparsity(sparsity):
@@ -202,11 +172,8 @@ def choose(scores, keep, sizes, *, largest=False, scope="global", allowed=None):
     Args: scores [n]; keep: fraction; sizes: elements of each tensor, they add up to n; allowed: bool [n], only these
         weights may be kept (m still counts all).
     Returns: bool [n] on the CPU, the same bits for any number of threads.
-    Raises: RunFailed for scores that are not finite; ValueError for an unknown scope, keep outside [0, 1], or
-        fewer than k allowed weights.
+    Raises: RunFailed for scores that are not finite.
     """
-    if scope not in SCOPES or not 0 <= keep <= 1:
-        raise ValueError(f"scope {scope!r} is none of {', '.join(SCOPES)}, or keep {keep} is no fraction")
     values = scores.detach().to("cpu", torch.float64 if scores.dtype == torch.float64 else torch.float32).numpy()
     if not np.isfinite(values).all():
         odd = values.size - np.count_nonzero(np.isfinite(values))
@@ -226,8 +193,6 @@ def choose(scores, keep, sizes, *, largest=False, scope="global", allowed=None):
 
 def _lowest(values, k):
     """bool [m]: the k lowest values, among equal ones the first. O(m)."""
-    if not 0 <= k <= values.size:
-        raise ValueError(f"{k} weights are to be kept, {values.size} may be")
     if k in (0, values.size):
         return np.full(values.size, k > 0)
     edge = np.partition(values, k - 1)[k - 1]
@@ -237,31 +202,25 @@ def _lowest(values, k):
     return kept
 
 
-def calibrate(
-    theta, scores, sizes, *, sparsity, largest=False, method="talos", rounds=4, scope="global", damping=DAMPING
-):
+def calibrate(theta, scores, sizes, *, sparsity, largest=False, method="talos", rounds=4, scope="global"):
     """A mask of exactly round((1 - sparsity) m) weights, over all tensors or in each.
 
         "talos"  multi-round: after round r = 1 .. R a fraction (1 - sparsity)^(r/R) is kept; what a round excludes
-                 stays excluded, and its weights are multiplied by `damping` for the next scores.
+                 stays excluded, and its weights are multiplied by `DAMPING` for the next scores.
         "seed"   one threshold on the mean of R scores at theta, which the caller takes from R disjoint batches
                  (`calibration_rows`).
 
     Args: theta [n], not changed; scores: function (weights [n], r) -> [n] for r = 0 .. rounds - 1; sizes: as for
         `choose`. A strategy without images has one round.
     Returns: bool [n] on the CPU.
-    Raises: UsageError as `check_kept`; ValueError for an unknown method or no round.
     """
-    check_kept(sparsity, sizes, scope)
-    if method not in CALIBRATIONS or rounds < 1:
-        raise ValueError(f"unknown calibration {method!r}, or rounds {rounds} below 1")
     keep, rule = 1.0 - sparsity, {"largest": largest, "scope": scope}
     if method == "seed":
         mean = sum(scores(theta, r).double().cpu() / rounds for r in range(rounds))
         return choose(mean, keep, sizes, **rule)
     mask = None
     for r in range(rounds):
-        at = theta if mask is None else torch.where(mask.to(theta.device), theta, theta * damping)
+        at = theta if mask is None else torch.where(mask.to(theta.device), theta, theta * DAMPING)
         mask = choose(scores(at, r), keep ** ((r + 1) / rounds), sizes, allowed=mask, **rule)
     return mask
 
@@ -285,15 +244,11 @@ def calibration_rows(n, samples, rounds, seed, *, method="talos", client=0):
 
 def merge(masks, how):
     """The "union" or "intersection" of masks [n]. It keeps more, or fewer, weights than each."""
-    if how not in ("union", "intersection") or not masks:
-        raise ValueError(f"merge {how!r} of {len(masks)} masks: use 'union' or 'intersection' of at least one")
     return functools.reduce(torch.logical_or if how == "union" else torch.logical_and, masks)
 
 
 def jaccard(a, b):
     """|a and b| / |a or b| of two masks [n]; 1 for two empty ones. Two random ones: (1-s) / (1+s)."""
-    if a.shape != b.shape:
-        raise ValueError(f"the masks are of different models: {len(a)} and {len(b)} weights")
     either = int((a | b).sum())
     return int((a & b).sum()) / either if either else 1.0
 

@@ -18,14 +18,9 @@ class SparseSGDM:
         optimizer = SparseSGDM(weights, kept, lr=0.01, momentum=0.9)
 
     Args: weights: `common.vector.Weights`; kept: int64 [kept], the kept weights' places in its vector, ascending.
-    Raises: ValueError for bad numbers, and for places that are not in the vector.
     """
 
     def __init__(self, weights, kept, lr, momentum=0.0, weight_decay=0.0):
-        if not (lr >= 0 and momentum >= 0 and weight_decay >= 0):
-            raise ValueError(f"lr {lr}, momentum {momentum} and weight_decay {weight_decay} must be at least 0")
-        if kept.dtype != torch.int64 or (len(kept) and not 0 <= int(kept[0]) <= int(kept[-1]) < weights.size):
-            raise ValueError(f"kept must be int64 places in a vector of {weights.size} weights, ascending")
         self._theta, self._kept = weights.theta, kept
         self._lr, self._momentum, self._decay = lr, momentum, weight_decay
         self._u, self._buffer = weights.theta.new_zeros(len(kept)), None  # [kept]

@@ -28,9 +28,9 @@ from common.evaluation import amp_context
 from common.schedules import lr_at
 from common.seeding import seed_torch, stream
 from common.sharding import class_counts
-from common.vector import Weights
+from common.vector import Weights, fingerprint
 from vit_sparse_fl.calibration import check_mask
-from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, load_images, make_shards, prepare
+from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, deal, load_images, prepare
 from vit_sparse_fl.heads import fit_head
 from vit_sparse_fl.masks import maskable
 from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, save_pretrained
@@ -70,7 +70,7 @@ class Study:
 
     def pixels(self, images):
         """uint8 [B, 3, H, W] as the model takes them: float32 [B, 3, S, S]."""
-        return prepare(images, self.args.image_size, self.data.mean, self.data.std)
+        return prepare(images, self.args.image_size)
 
 
 def load_study(args, run, federated=True, sparse=False):
@@ -102,12 +102,11 @@ def load_study(args, run, federated=True, sparse=False):
     model.to(run.device)
     parameters = dict(model.named_parameters())
     weights = Weights(model)
-    count = lambda tensors: sum(p.numel() for p in tensors)  # noqa: E731
     sizes = {
-        "total": count(parameters.values()),
+        "total": _count(model),
         "trainable": weights.size,
-        "backbone": count(model.vit.parameters()),
-        "head": count(model.classifier.parameters()),
+        "backbone": _count(model.vit),
+        "head": _count(model.classifier),
         "maskable": {name: list(parameters[name].shape) for name in covered},
     }
     facts = {"clients": len(examples), "weights_sha256": fingerprint(parameters)}
@@ -135,22 +134,6 @@ def load_study(args, run, federated=True, sparse=False):
     )
 
 
-def deal(args, labels):
-    """(parts, notes): the clients' images as the flags say, see `make_shards`."""
-    least = args.min_samples or args.batch_size
-    rule = (args.sharding, args.num_clients, args.nc, args.alpha, args.seed, args.allow_unused_classes, least)
-    return make_shards(labels, *rule)
-
-
-def fingerprint(tensors):
-    """SHA-256 (hex) of {name: tensor}: names and bits, in order."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _make_model(args, n_classes):
     """(model, lines for the log)."""
     size = {"image_size": args.image_size, "n_classes": n_classes, "dropout": args.dropout, "seed": args.seed}
@@ -161,6 +144,10 @@ def _make_model(args, n_classes):
     if args.head == "random":
         new_head(model, args.seed)
     return model, notes
+
+
+def _count(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def _log_shards(run, log, counts, examples, notes):
@@ -199,13 +186,15 @@ def client_batches(study, k, t, first, steps):
     draws = stream(args.seed, "augment", t, k)
     rows = pass_after_pass(study.examples[k], args.batch_size, first, steps, args.seed, k)
     for batch in study.rows[k][torch.from_numpy(rows).to(study.device)]:  # [B] of [steps, B]
-        yield augment(data.train[batch], args.image_size, draws, data.mean, data.std), data.train_labels[batch]
+        yield augment(data.train[batch], args.image_size, draws), data.train_labels[batch]
 
 
 def learning_rate(args, t):
     """The clients' learning rate in round t (central training's in epoch t), both from 0."""
-    total, warmup = (args.num_rounds, args.warmup_rounds) if "num_rounds" in args else (args.epochs, args.warmup_epochs)
-    warmup = warmup if "num_rounds" in args else min(warmup, total - 1)
+    if "num_rounds" in args:
+        total, warmup = args.num_rounds, args.warmup_rounds
+    else:
+        total, warmup = args.epochs, min(args.warmup_epochs, args.epochs - 1)
     return lr_at(t, total, args.lr, args.scheduler, warmup=warmup, min_lr=min(args.min_lr, args.lr))
 
 
@@ -246,20 +235,15 @@ def features(study, images):
 def validate(study, split, name):
     """{name_loss, name_accuracy} of the model on a split ("validation", "test"), over all processes."""
     study.model.eval()
-    images, labels = getattr(study.data, split), getattr(study.data, f"{split}_labels")
-    sums = []
-    for part, truth in parallel.my_share(
-        list(zip(images.split(_batch(study)), labels.split(_batch(study)), strict=True))
-    ):
+    size, sums = _batch(study), []
+    images, labels = getattr(study.data, split).split(size), getattr(study.data, f"{split}_labels").split(size)
+    for part, truth in parallel.my_share(list(zip(images, labels, strict=True))):
         with amp_context(study.amp, study.device):
             logits = study.model(study.pixels(part)).float()  # [B, C]
         loss = F.cross_entropy(logits, truth, reduction="sum").item()
-        sums.append((loss, (logits.argmax(1) == truth).sum().item()))
-    sums = [one for part in parallel.all_gather(sums) for one in part]
-    return {
-        f"{name}_loss": math.fsum(loss for loss, _ in sums) / len(labels),
-        f"{name}_accuracy": sum(right for _, right in sums) / len(labels),
-    }
+        sums.append((loss, (logits.argmax(1) == truth).sum().item(), len(truth)))
+    losses, right, n = zip(*(one for part in parallel.all_gather(sums) for one in part), strict=True)
+    return {f"{name}_loss": math.fsum(losses) / sum(n), f"{name}_accuracy": sum(right) / sum(n)}
 
 
 def _batch(study):
@@ -305,10 +289,8 @@ def finish(study, run, best, theta):
     results["test_accuracy_best"] = validate(study, "test", "test")["test_accuracy"]
     if parallel.is_main():
         last = run.metrics()[-1]
-        results |= {
-            "rounds": last["round"],
-            **{key: last[key] for key in ("bytes_up", "bytes_down", "images", "seconds")},
-        }
+        results |= {"rounds": last["round"]}
+        results |= {key: last[key] for key in ("bytes_up", "bytes_down", "images", "seconds")}
         with saving(run.folder):
             draw_accuracy(run.folder, run.folder / f"{run.folder.name}_curves.png")
         study.log.info(

@@ -13,7 +13,7 @@ import math
 from common import parallel
 from common.cli import RunFailed, UsageError, checked, positive_float, positive_int, run_main
 from common.evaluation import pick_device
-from common.local import client_optimizer, local_steps
+from common.local import OptimizerState, client_optimizer, local_steps
 from common.runlog import start_run
 from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.experiments import repeated, run_each, variant
@@ -30,9 +30,8 @@ def train(args):
         run.plan(args.epochs, 1, args.save_every)
         theta, fitted = fit_first(study, run)
         optimizer = client_optimizer("sgdm", weights.parameters, args.lr, args.momentum, args.weight_decay)
-        momentum = Momentum(optimizer, weights) if args.momentum else None
-        lasting = {"best": best, **fitted} | ({"momentum": momentum} if momentum else {})
-        theta = run.restore(theta, weights.named, **lasting)
+        momentum = OptimizerState(optimizer, weights.parameters)
+        theta = run.restore(theta, weights.named, best=best, momentum=momentum, **fitted)
         report(study, run, best, 0, theta)
         weights.load(theta)
 
@@ -49,26 +48,6 @@ def train(args):
         finish(study, run, best, weights.snapshot())
 
 
-class Momentum:
-    """The momentum of torch.optim.SGD as one vector, for a checkpoint: from now on the optimiser's steps change it.
-
-    Zeros are what torch starts with: 0 mu + u = u. Args: optimizer: over the parameters of `weights`.
-    """
-
-    def __init__(self, optimizer, weights):
-        self._weights, self._buffer = weights, weights.theta.new_zeros(weights.size)
-        for name, view in weights.named(self._buffer).items():
-            optimizer.state[weights.parameters[name]]["momentum_buffer"] = view
-
-    def state_dict(self):
-        """{name: buffer}, not copies."""
-        return self._weights.named(self._buffer)
-
-    def load_state_dict(self, tensors):
-        """Takes over (a copy of) what `state_dict` returned."""
-        self._buffer.copy_(self._weights.vector(tensors))
-
-
 def settings(args):
     """(name, flags) of every setting that the command line asks for."""
     name = "centralized" + (f"_classes_{args.classes[0]}_{args.classes[1]}" if args.classes else "")
@@ -76,10 +55,10 @@ def settings(args):
         name += "_linear_probe"
     if not args.hp_search:
         return [(name, args)]
-    grid = [(lr, decay) for lr in args.hp_lrs for decay in args.hp_weight_decays]
     return [
         (f"{name}_hp_lr{lr:g}_wd{decay:g}", variant(args, lr=lr, weight_decay=decay, epochs=args.hp_epochs))
-        for lr, decay in grid
+        for lr in args.hp_lrs
+        for decay in args.hp_weight_decays
     ]
 
 

@@ -13,12 +13,12 @@ import numpy as np
 from common.aggregation import WeightedMean
 from common.cli import checked
 from common.local import client_optimizer, local_steps
-from common.participation import Turns
+from common.participation import Turns, per_round
 from common.processes import run_federated
 from common.runlog import start_run
 from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.experiments import federated_settings, repeated, run_each
-from vit_sparse_fl.flags import add_experiment_flags, clients_a_round, make_parser, parse, process_memory
+from vit_sparse_fl.flags import add_experiment_flags, make_parser, parse, process_memory
 from vit_sparse_fl.interference import Interference
 from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
 
@@ -68,4 +68,5 @@ def build_parser():
 
 if __name__ == "__main__":
     args = checked(parse, build_parser())
-    run_federated(main, args, clients=clients_a_round(args), memory=process_memory(args))
+    clients = per_round(args.participation_rate, args.num_clients)
+    run_federated(main, args, clients=clients, memory=process_memory(args))

@@ -20,13 +20,13 @@ from common import parallel
 from common.aggregation import WeightedMean
 from common.cli import checked, non_negative_float
 from common.local import client_optimizer, local_steps
-from common.participation import Turns
+from common.participation import Turns, per_round
 from common.processes import run_federated
 from common.runlog import start_run
 from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.calibration import add_mask_flags, check_flags, make_mask, overlap_table
 from vit_sparse_fl.experiments import repeated, run_each, sparse_settings
-from vit_sparse_fl.flags import NEVER, add_experiment_flags, clients_a_round, make_parser, number, parse, process_memory
+from vit_sparse_fl.flags import NEVER, add_experiment_flags, choice, make_parser, number, parse, process_memory
 from vit_sparse_fl.interference import Interference
 from vit_sparse_fl.mask_files import sparsity_of
 from vit_sparse_fl.masks import check_sparsity, index_bytes
@@ -108,12 +108,8 @@ def build_parser():
     share = "share of the weights that is frozen, in (0, 1); of --mask FILE: the mask's own"
     number(own, "--sparsity-ratio", non_negative_float, 0.9, "X", share)
     add_mask_flags(own)
-    own.add_argument(
-        "--upload",
-        choices=["masked", "topk"],
-        default="masked",
-        help="topk: no mask, each client sends its largest changes, as many bytes a round",
-    )
+    text = "topk: no mask, each client sends its largest changes, as many bytes a round"
+    choice(own, "--upload", ["masked", "topk"], "masked", text)
     sweep = {"action": "store_true", "when": NEVER}
     own.add_argument("--compare-strategies", **sweep, help="a run for each strategy")
     own.add_argument("--sparsity-experiment", **sweep, help="a run for each of --sparsity-values")
@@ -125,4 +121,5 @@ def build_parser():
 
 if __name__ == "__main__":
     args = checked(parse, build_parser())
-    run_federated(main, args, clients=clients_a_round(args), memory=process_memory(args))
+    clients = per_round(args.participation_rate, args.num_clients)
+    run_federated(main, args, clients=clients, memory=process_memory(args))

@@ -96,24 +96,17 @@ def make_model(name_or_path=DINO, weights=None, image_size=224, n_classes=100, d
     Raises: UsageError for an image size that is no multiple of the patch, weights that are missing or that have
         missing or extra keys or other shapes, and a name that neither the disk nor the hub has.
     """
-    name = MODELS.get(str(name_or_path), str(name_or_path))
-    config, source = _find(name, weights, pretrained)
-    patch = config.patch_size
-    check_image_size(image_size, patch)
-    tensors = None
-    if weights is not None:
-        tensors = read_dino(weights, config)
-    elif source is not None and pretrained:
-        tensors = _read_backbone(source)
+    config, source = _find(MODELS.get(str(name_or_path), str(name_or_path)), weights, pretrained)
+    check_image_size(image_size, config.patch_size)
     config.image_size, config.num_labels = image_size, n_classes
     model = Classifier(config, dropout)
-    with torch.no_grad():
-        _initialise(model, seed)
-        if tensors is not None:
-            grid = image_size // patch
-            key = "embeddings.position_embeddings"
-            tensors[key] = interpolate_positions(tensors[key].float(), grid)
-            _load(model.vit, tensors, f"the weights {weights or source}")
+    _initialise(model, seed)
+    if weights is not None:
+        _load(model.vit, read_dino(weights, model.vit), f"the weights {weights}")
+    elif source is not None and pretrained:
+        beside = ("classifier.", "pooler.", "vit.pooler.")
+        tensors = _from_pretrained(ViTModel, source, beside, add_pooling_layer=False)
+        _load(model.vit, tensors, f"the weights {source}")
     return model
 
 
@@ -126,7 +119,7 @@ def check_image_size(image_size, patch):
     raise UsageError(f"--image-size {image_size} is not a multiple of the patch ({patch}): take {nearest}")
 
 
-def _find(name, weights, pretrained=True):
+def _find(name, weights, pretrained):
     """(config, where the backbone's own weights are: a folder, a hub name, or None)."""
     if name == "tiny":
         return ViTConfig(image_size=32, layer_norm_eps=1e-6, **TINY), None
@@ -159,20 +152,16 @@ def _read_config(folder):
     return config
 
 
-def _from_pretrained(kind, source, **options):
-    """(model, names of missing keys, names of extra keys) of a folder or hub name."""
+def _from_pretrained(kind, source, beside=(), **options):
+    """The tensors of a model in a folder or on the hub; what is there `beside` them, by the names' begin, is left."""
     what = f"no weights could be read from {source}"
     model, info = load_pretrained(kind, source, what, _WHERE, use_safetensors=None, **options)
-    return model, sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    extra = [name for name in info["unexpected_keys"] if not name.startswith(tuple(beside))]
+    _check_names(info["missing_keys"], extra, f"the weights {source}")
+    return model.state_dict()
 
 
-def _read_backbone(source):
-    vit, missing, extra = _from_pretrained(ViTModel, source, add_pooling_layer=False)
-    extra = [n for n in extra if not n.startswith(("classifier.", "pooler.", "vit.pooler."))]
-    _check_names(missing, extra, f"the weights {source}")
-    return vit.state_dict()
-
-
+@torch.no_grad()
 def _initialise(model, seed):
     """Draws the weights by key: Xavier-uniform matrices as in the first ViT (Dosovitskiy et al. 2021, code), normal
     with deviation 1/sqrt(fan in) for the patches, 0.02 for CLS token and positions, zero biases, unit norms.
@@ -196,11 +185,8 @@ def _initialise(model, seed):
 
 def new_head(model, seed):
     """Draws the head anew, by key: weights truncated normal with deviation 0.02, biases 0 (`--head random`)."""
-    with torch.no_grad():
-        # On the CPU, so that every device starts from the same weights.
-        weight = torch.empty(model.classifier.weight.shape)
-        model.classifier.weight.copy_(nn.init.trunc_normal_(weight, std=0.02, generator=torch_stream(seed, "head")))
-        model.classifier.bias.zero_()
+    nn.init.trunc_normal_(model.classifier.weight, std=0.02, generator=torch_stream(seed, "head"))
+    nn.init.zeros_(model.classifier.bias)
 
 
 def interpolate_positions(positions, grid):
@@ -224,45 +210,46 @@ def interpolate_positions(positions, grid):
 # ---- DINO's own checkpoints
 
 
-def dino_names(depth):
-    """[(our name, name in DINO's layout, which third of it, or None for all of it)] of the backbone."""
-    names = [
-        ("embeddings.cls_token", "cls_token", None),
-        ("embeddings.position_embeddings", "pos_embed", None),
-    ]
-    pairs = [("embeddings.patch_embeddings.projection", "patch_embed.proj", None), ("layernorm", "norm", None)]
-    for i in range(depth):
-        ours, theirs = f"layers.{i}.", f"blocks.{i}."
-        pairs += [
-            (ours + "layernorm_before", theirs + "norm1", None),
-            *((ours + f"attention.{x}_proj", theirs + "attn.qkv", third) for third, x in enumerate("qkv")),
-            (ours + "attention.o_proj", theirs + "attn.proj", None),
-            (ours + "layernorm_after", theirs + "norm2", None),
-            (ours + "mlp.fc1", theirs + "mlp.fc1", None),
-            (ours + "mlp.fc2", theirs + "mlp.fc2", None),
-        ]
-    names += [(f"{a}.{end}", f"{b}.{end}", third) for a, b, third in pairs for end in ("weight", "bias")]
-    return names
+# our names -> DINO's; queries, keys and values are the thirds of one matrix there
+DINO_NAMES = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layers.": "blocks.",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "layernorm": "norm",
+    "attention.q_proj": "attn.qkv",
+    "attention.k_proj": "attn.qkv",
+    "attention.v_proj": "attn.qkv",
+    "attention.o_proj": "attn.proj",
+}
 
 
-def read_dino(path, config):
-    """A backbone's tensors, by our names, from a checkpoint in DINO's (= timm's) layout.
+def dino_name(name):
+    """The name in DINO's (= timm's) layout of a backbone's parameter."""
+    for ours, theirs in DINO_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def read_dino(path, vit):
+    """The tensors of the backbone `vit`, by its names, from a checkpoint in DINO's (= timm's) layout.
 
     Nothing is unpickled but tensors, plain containers and argparse.Namespace (the full checkpoint's flags).
     Raises: UsageError for a file that cannot be read, and one with missing or extra keys or other shapes.
     """
     theirs = _dino_tensors(_read_file(Path(path).expanduser()), path)
-    names = dino_names(config.num_hidden_layers)
-    wanted = {name for _, name, _ in names}
-    _check_names(sorted(wanted - set(theirs)), sorted(set(theirs) - wanted), f"the checkpoint {path}")
-    tensors = {}
-    for ours, name, third in names:
-        tensor = theirs[name]
-        if third is not None:
-            if len(tensor) != 3 * config.hidden_size:
-                raise UsageError(f"{name} in {path} has {len(tensor)} rows, not {3 * config.hidden_size}: {_WHERE}")
-            tensor = tensor.chunk(3)[third]
-        tensors[ours] = tensor.clone()
+    names = {ours: dino_name(ours) for ours, _ in vit.named_parameters()}
+    _check_names(set(names.values()), theirs, f"the checkpoint {path}")
+    width, tensors = vit.config.hidden_size, {}
+    for ours, name in names.items():
+        tensors[ours] = theirs[name]
+        if "attn.qkv" in name:
+            if len(theirs[name]) != 3 * width:
+                raise UsageError(f"{name} in {path} has {len(theirs[name])} rows, not {3 * width}: {_WHERE}")
+            third = "qkv".index(ours.split("attention.")[1][0])
+            tensors[ours] = theirs[name].chunk(3)[third]
     return tensors
 
 
@@ -272,12 +259,10 @@ def _read_file(path):
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UsageError(
-            f"no checkpoint could be read from {path} (damaged, or it holds more than weights): {_WHERE}"
-        ) from None
-    except (OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UsageError(f"no checkpoint could be read from {path} ({one_line(error)}): {_WHERE}") from error
+    except (pickle.UnpicklingError, OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        pickled = isinstance(error, pickle.UnpicklingError)
+        reason = "damaged, or it holds more than weights" if pickled else one_line(error)
+        raise UsageError(f"no checkpoint could be read from {path} ({reason}): {_WHERE}") from error
 
 
 def _dino_tensors(state, path):
@@ -295,7 +280,9 @@ def _dino_tensors(state, path):
     return state
 
 
-def _check_names(missing, extra, what):
+def _check_names(wanted, given, what):
+    """Raises: UsageError where the names of the tensors that are `wanted` and `given` differ."""
+    missing, extra = sorted({*wanted} - {*given}), sorted({*given} - {*wanted})
     if missing or extra:
         lacks = [f"{label} {_some(names)}" for label, names in (("lacks", missing), ("has besides", extra)) if names]
         raise UsageError(f"{what} {' and '.join(lacks)}: not the weights of this model, {_WHERE}")
@@ -306,16 +293,20 @@ def _some(names, shown=4):
     return ", ".join(names[:shown]) + more
 
 
+@torch.no_grad()
 def _load(module, tensors, what):
-    """Copies tensors into module's parameters of the same names, all of them; shapes are checked first."""
+    """Copies tensors into module's parameters of the same names, all of them; shapes are checked first. Positions of
+    another grid are interpolated."""
     own = dict(module.named_parameters())
-    _check_names(sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own)), what)
+    _check_names(own, tensors, what)
+    (key,) = (name for name in own if name.endswith("position_embeddings"))
+    positions = interpolate_positions(tensors[key].float(), math.isqrt(own[key].shape[1] - 1))
+    tensors = {**tensors, key: positions}
     other = [f"{n} {list(tensors[n].shape)} not {list(p.shape)}" for n, p in own.items() if tensors[n].shape != p.shape]
     if other:
         raise UsageError(f"{what} have other shapes: {_some(other)}: {_WHERE}")
-    with torch.no_grad():
-        for name, p in own.items():
-            p.copy_(tensors[name])
+    for name, p in own.items():
+        p.copy_(tensors[name])
 
 
 # ---- a run's final weights
@@ -345,16 +336,11 @@ def init_from(model, folder):
     if (folder / "final").is_dir():
         folder = folder / "final"
     _read_config(folder)
-    other, missing, extra = _from_pretrained(ViTForImageClassification, folder, local_files_only=True)
-    _check_names(missing, extra, f"the weights {folder}")
-    tensors, notes = other.state_dict(), []
+    tensors, notes = _from_pretrained(ViTForImageClassification, folder, local_files_only=True), []
     own, theirs = model.classifier.weight, tensors["classifier.weight"]
     if own.shape[0] != theirs.shape[0]:
         notes.append(f"{folder} has a head of {theirs.shape[0]} classes, this run {own.shape[0]}: the head starts new")
         tensors |= {f"classifier.{n}": p.detach() for n, p in model.classifier.named_parameters()}
-    key = "vit.embeddings.position_embeddings"
-    grid = math.isqrt(model.vit.embeddings.position_embeddings.shape[1] - 1)
-    tensors[key] = interpolate_positions(tensors[key], grid)
     _load(model, tensors, f"the weights {folder}")
     return notes
 
