@@ -10,7 +10,7 @@ from common.cli import checked, run_main
 from common.hub import quiet
 from common.runlog import start_run
 from lora_glue_fl import central
-from lora_glue_fl.models import size_label
+from lora_glue_fl.flags import size_label
 
 
 def main(args):

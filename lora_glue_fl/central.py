@@ -15,9 +15,9 @@ from common.local import OptimizerState, client_optimizer, local_steps
 from common.seeding import seed_torch
 from common.vector import Weights
 from lora_glue_fl import flags
-from lora_glue_fl.fitting import batches, learning_rates, plan_steps
-from lora_glue_fl.sharding import load_manifest, subset
-from lora_glue_fl.task_model import TaskModel
+from lora_glue_fl.data_prep import batches, learning_rates, plan_steps
+from lora_glue_fl.shards import load_manifest, subset
+from lora_glue_fl.task_model import TaskModel, print_values
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def train(study):
     if not a.do_train:
         return
     encoded, batch = model.encoded["train"], a.batch_size * a.gradient_accumulation_steps
-    plan = plan_steps(encoded.lengths()[study.rows], a, a.num_train_epochs)
+    plan = plan_steps(encoded, study.rows, a, a.num_train_epochs)
     lrs, epoch = learning_rates(a, len(plan)), math.ceil(len(study.rows) / batch)  # steps of an epoch
     for t in run.rounds():
         now = slice(t * epoch, (t + 1) * epoch)
         model.model.train()
         seed_torch(a.seed, "dropout", t)
-        steps = batches(encoded, study.rows, plan[now], model.device)
+        steps = batches(encoded, plan[now], model.device)
         done = local_steps(
             loss, steps, weights, optimizer, amp=run.amp, max_norm=a.max_grad_norm, lrs=lrs[now]
         ).loss.item()
@@ -82,9 +82,8 @@ def results(study):
     """What run.json says at the end; prints the metrics."""
     rows, headline = study.run.metrics(), study.model.headline
     last = rows[-1]
-    values = {name: v for name, v in last.items() if name.startswith("val_")}
+    values = print_values(last)
     if values:
-        print("  ".join(f"{name} {v:.4f}" for name, v in values.items()))
         best = max(rows[1:] or rows, key=lambda row: row[headline])
         values |= {"best_round": best["round"], f"best_{headline}": best[headline]}
     return values | {name: last[name] for name in ("examples", "seconds")} | {"rounds": last["round"]}
@@ -95,7 +94,7 @@ def make_parser(description, output_dir, learning_rate):
     parser, own = flags.make_parser(description, output_dir)
     own.add_argument("--do-train", action="store_true", help="train")
     own.add_argument("--do-eval", action="store_true", help="evaluate every epoch; without --do-train: zero-shot")
-    train = flags.add_training_flags(parser, learning_rate, flags.LONG + flags.SHORT)
+    train = flags.add_training_flags(parser, learning_rate)
     train.add_argument(
         "--num-train-epochs", type=positive_float, default=3.0, metavar="X", help="passes over the examples"
     )

@@ -22,7 +22,7 @@ from common.cli import Parser, add_machine_flags, positive_float, positive_int, 
 from common.lowrank import AdapterMean
 from common.parallel import Round
 from common.products import SPLITS
-from lora_glue_fl.flags import add_task_flags, refuse
+from lora_glue_fl.flags import add_evaluation_flags, add_task_flags, refuse
 from lora_glue_fl.glue_tasks import find_task
 from lora_glue_fl.merging import base_model, check_alike, check_place, check_ranks, client_weights, error_lines
 from lora_glue_fl.task_model import evaluate_adapter
@@ -134,9 +134,7 @@ def build_parser():
     run.add_argument(
         "--task-name", default="glue", metavar="TASK", help="a GLUE task, checked against the manifests; glue: any"
     )
-    run.add_argument(
-        "--eval-batch-size", type=positive_int, default=32, metavar="B", help="examples a batch in evaluation"
-    )
+    add_evaluation_flags(run)
     add_machine_flags(run)
     return parser
 

@@ -25,7 +25,7 @@ def main(args):
     a = args
     with start_run("fedavg_rounds", a, a.run_name, unit="examples") as run:
         study = fed_core.load_study(a, run)
-        n, served_as = study.client_weights, fed_core.served_as(a)
+        n = study.client_weights
         theta = run.restore(study.theta, None, same_shapes=False, **study.lasting)
         study.folders.clean(run.start_round - 1)
         run.report(0, theta, partial(fed_core.evaluate, study, theta, 0))
@@ -34,7 +34,7 @@ def main(args):
             up = partial(fed_core.bytes_up, study, t)
             clients = run.sample(n, a.participation, t, up=up, work=study.examples)
             starts = fed_core.begin_round(study, theta, t)
-            mean = AdapterMean(a.aggregate, fed_core.factors(theta), study.scale, clients, t, a.seed, **served_as)
+            mean = AdapterMean(a.aggregate, fed_core.factors(theta), study.scale, clients, t, a.seed, **study.served_as)
             heads = WeightedMean(theta["head"], clients)
             for k in clients:
                 weights, steps, lrs = fed_core.begin_client(study, theta, starts, k, t)
@@ -124,7 +124,7 @@ def build_parser():
     federated.add_argument(
         "--client-weights", choices=["examples", "uniform"], default="examples", help="weight of a client in the mean"
     )
-    flags.add_training_flags(parser, 2e-4, batch_names=flags.SHORT + flags.LONG)
+    flags.add_training_flags(parser, 2e-4)
     report = parser.add_argument_group("what is kept")
     report.add_argument("--eval-each-round", action="store_true", help="evaluate every round (else only the last)")
     report.add_argument("--eval-clients", action="store_true", help="evaluate each client's adapter too")

@@ -13,8 +13,7 @@ from common.checkpoint import saving
 from common.cli import checked, run_main
 from common.runlog import start_run
 from lora_glue_fl import central
-from lora_glue_fl.flags import add_lora_flags
-from lora_glue_fl.models import size_label
+from lora_glue_fl.flags import add_lora_flags, size_label
 
 
 def main(args):

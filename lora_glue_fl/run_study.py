@@ -16,9 +16,9 @@ from common import grid
 from common.cli import UsageError, run_main
 from common.grid import Setting
 from lora_glue_fl.cases import ALPHA, CASES, LORA, PRESETS
-from lora_glue_fl.data_prep import DATASETS, load_task
-from lora_glue_fl.models import size_label
-from lora_glue_fl.sharding import make_client_splits, save_shard_manifests
+from lora_glue_fl.flags import add_data_flags, add_model_flags, size_label
+from lora_glue_fl.glue_data import load_task
+from lora_glue_fl.shards import make_client_splits, save_shard_manifests
 
 SHOW = (
     ("plots/glue.py", "--data-dir", "{output}", "--out-dir", "{output}/figures"),
@@ -91,15 +91,13 @@ def main(args):
 
 def build_parser():
     parser = grid.build_parser(__doc__.split("\n")[0], PRESETS, "small", "results/glue_{preset}")
-    parser.add_argument("--model-size", choices=["base", "large"], help="roberta-base or roberta-large")
-    parser.add_argument("--model", metavar="NAME", help="another encoder: a folder, a name on the hub, or tiny")
+    add_model_flags(parser)
+    add_data_flags(parser)
+    parser.set_defaults(dataset=None)  # glue; quick: demo
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these (default: all of the preset)")
     parser.add_argument(
         "--settings", nargs="+", choices=list(CASES), metavar="NAME", help=f"only these of {', '.join(CASES)}"
     )
-    parser.add_argument("--dataset", choices=DATASETS, help="demo needs no network (default: glue; quick: demo)")
-    parser.add_argument("--data-root", metavar="DIR", help="where the data sets are")
-    parser.add_argument("--cache-dir", metavar="DIR", help="tokenised data")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser
 

@@ -11,8 +11,8 @@ from test_glue_rounds import call
 
 from common.checkpoint import read_json
 from common.runlog import read_metrics
-from lora_glue_fl.data_prep import load_task
-from lora_glue_fl.sharding import subset
+from lora_glue_fl.glue_data import load_task
+from lora_glue_fl.shards import subset
 
 pytestmark = pytest.mark.slow
 DEMO = "--dataset demo --threads 1 --max-length 32 --seed 7".split()

@@ -16,11 +16,11 @@ from common.adapter_files import read_adapter, write_adapter
 from common.cli import UsageError
 from common.lora import find_targets
 from common.products import Product
+from lora_glue_fl.data_prep import plan_steps
 from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
-from lora_glue_fl.fitting import plan_steps
 from lora_glue_fl.glue_tasks import TASKS
-from lora_glue_fl.models import Adapted, find_tokenizer, load_encoder, most_tokens
-from lora_glue_fl.task_model import TaskModel, check_fits
+from lora_glue_fl.models import find_tokenizer, load_encoder, most_tokens
+from lora_glue_fl.task_model import TaskModel
 
 PREFIX = "base_model.model."
 # the two layers' adapted modules, and the modules that are trained whole, where the file has no head
@@ -74,7 +74,7 @@ def encoder(folder, task="wnli", seed=0):
 @pytest.mark.parametrize("kind", KINDS)
 def test_queries_and_values_are_adapted_and_the_new_parts_trained(kind, folders):
     place, names, head = TARGETS[kind]
-    adapted = Adapted(encoder(folders(kind)), r=2, alpha=4)
+    adapted = encoder(folders(kind)).adapted(r=2, alpha=4)
     assert adapted.targets == tuple(names.split())
     assert set(adapted.layers) == {place.format(i) + name for i in (0, 1) for name in names.split()}
     inner = {name: p.shape for name, p in adapted.head.items()}
@@ -137,7 +137,7 @@ def test_the_saved_adapter_in_plain_peft_gives_the_same_outputs_and_metrics(kind
     assert metrics["val_accuracy"] == pytest.approx(right.mean())
     loss = torch.nn.functional.cross_entropy(torch.stack(rows).double(), torch.tensor(split.labels))
     assert metrics["val_loss"] == pytest.approx(loss.item(), rel=1e-4)
-    check_fits(read_adapter(tmp_path / "a"), adapted)
+    found.check_fits(read_adapter(tmp_path / "a"))
 
 
 def test_an_architecture_that_is_not_known_lists_its_layers(tmp_path):
@@ -145,7 +145,7 @@ def test_an_architecture_that_is_not_known_lists_its_layers(tmp_path):
         tmp_path / "funnel", "funnel", "AutoModelForSequenceClassification", tokenizer=make_tokenizer("bert")
     )
     with pytest.raises(UsageError, match="funnel is of .*not known.* --target-modules among k_head, linear_1.* v_head"):
-        Adapted(encoder(folder), r=2, alpha=2)
+        encoder(folder).adapted(r=2, alpha=2)
     model = encoder(folder).model
     assert find_targets(model, ["q_head", "v_head"]) == ("q_head", "v_head")
     with pytest.raises(UsageError, match="has no linear layer query: choose --target-modules among k_head"):
@@ -154,7 +154,7 @@ def test_an_architecture_that_is_not_known_lists_its_layers(tmp_path):
 
 def test_target_names_inside_the_head_leave_the_head_whole():
     # the tiny model's classifier has a layer `dense` too
-    adapted = Adapted(load_encoder("tiny", TASKS["rte"], demo_tokenizer(), 0), 2, 2, targets=["dense"])
+    adapted = load_encoder("tiny", TASKS["rte"], demo_tokenizer(), 0).adapted(2, 2, targets=["dense"])
     assert len(adapted.layers) == 6 and not any(name.startswith("classifier") for name in adapted.layers)
     assert set(adapted.head) == {f"classifier.{x}.{y}" for x in ("dense", "out_proj") for y in ("weight", "bias")}
 
@@ -192,7 +192,7 @@ def test_new_weights_follow_from_the_seed_alone(kind, folders):
         else:
             found = encoder(folders(kind), seed=seed)
         torch.manual_seed(np.random.default_rng().integers(2**31))
-        adapted = Adapted(found, 2, 2, seed=seed)
+        adapted = found.adapted(2, 2, seed=seed)
         return state(adapted.model), adapted
 
     (first, adapted), (again, _), (other, _) = made(1), made(1), made(2)
@@ -326,7 +326,7 @@ def conv_or_linear(kind, tmp_path):
     folder = save_encoder(tmp_path / kind, kind, "AutoModelForSequenceClassification", num_labels=2)
     found = encoder(folder)
     plain = copy.deepcopy(found.model).double().eval()
-    adapted = Adapted(found, 2, 3, targets=[name.split(".")[-1] for name in LAYERS[kind]])
+    adapted = found.adapted(2, 3, targets=[name.split(".")[-1] for name in LAYERS[kind]])
     random_adapter(adapted)
     for name, p in adapted.head.items():
         plain.get_parameter(name).data.copy_(p)
@@ -408,35 +408,30 @@ def test_base_weights_take_updates(kind, tmp_path):
 
 
 def test_adapters_that_do_not_fit_are_named(folders, tmp_path):
-    adapted = Adapted(encoder(folders("bert")), 2, 2)
-
-    def written(name, other, **more):
-        factors = {layer: (A.detach(), B.detach()) for layer, (A, B) in other.factors().items()}
-        about = {"alpha": 2, "target_modules": list(other.targets), "modules_to_save": list(other.encoder.head)}
-        write_adapter(tmp_path / name, factors, other.head, base_model="x", **{**about, **more})
-        return read_adapter(tmp_path / name)
-
-    check_fits(written("same", Adapted(encoder(folders("bert")), 3, 2)), adapted)
+    found = TaskModel(args_of(folders("bert")), (2, 2, 0.0, None), train=False)
     cases = {
-        "its layers are not those of .*bert.encoder.layer.0.*--model": Adapted(encoder(folders("roberta")), 2, 2),
-        "its layers are not those of .*self.value": Adapted(encoder(folders("bert")), 2, 2, targets=["query"]),
-        "its head .*classifier.bias 3.* is not the task's .*classifier.bias 2.*--task-name": Adapted(
-            encoder(folders("bert"), "mnli"), 2, 2
-        ),
+        "its layers are not those of .*bert.encoder.layer.0.*--model": encoder(folders("roberta")).adapted(2, 2),
+        "its layers are not those of .*self.value": encoder(folders("bert")).adapted(2, 2, targets=["query"]),
+        "its head .*classifier.bias 3.* is not the task's .*classifier.bias 2.*--task-name": encoder(
+            folders("bert"), "mnli"
+        ).adapted(2, 2),
+        "is 32 x 32, in .* 16 x 16: give its --model": encoder(
+            save_encoder(tmp_path / "wide", "bert", hidden_size=32)
+        ).adapted(2, 2),
     }
-    wide = save_encoder(tmp_path / "wide", "bert", hidden_size=32)
-    cases["is 32 x 32, in .* 16 x 16: give its --model"] = Adapted(encoder(wide), 2, 2)
-    for i, (words, other) in enumerate(cases.items()):
+    for words, other in cases.items():
+        factors = {layer: (A.detach(), B.detach()) for layer, (A, B) in other.factors().items()}
+        write_adapter(tmp_path / "a", factors, other.head, alpha=2, base_model="x", **other.about())
         with pytest.raises(UsageError, match=words):
-            check_fits(written(f"a{i}", other), adapted)
+            found.check_fits(read_adapter(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("epochs, steps", [(2, [4, 4, 1, 4, 4, 1]), (1.5, [4, 4, 1, 4, 1]), (0.5, [4, 1])])
 def test_accumulation_keeps_epochs_apart(epochs, steps):
-    lengths = np.random.default_rng(0).integers(5, 30, 70)  # 9 batches of 8: the last has 6
+    lengths = np.random.default_rng(0).integers(5, 30, 170)
     args = SimpleNamespace(batch_size=8, gradient_accumulation_steps=4, seed=1)
-    found = plan_steps(lengths, args, epochs)
+    found = plan_steps(SimpleNamespace(lengths=lambda: lengths), np.arange(100, 170), args, epochs)  # 9 batches a pass
     assert [len(step) for step in found] == steps
     for first in range(0, len(found) - 2, 3):
         rows = np.concatenate([rows for step in found[first : first + 3] for rows in step])
-        assert first or sorted(rows) == list(range(70))
+        assert first or sorted(rows) == list(range(100, 170))

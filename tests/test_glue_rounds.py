@@ -20,11 +20,11 @@ from common.lowrank import RULES
 from common.runlog import read_metrics
 from common.seeding import stream, torch_stream
 from lora_glue_fl import fedavg_rounds, flags
-from lora_glue_fl.data_prep import encode, load_task, load_tokenizer, training_batches
+from lora_glue_fl.data_prep import encode, learning_rates, load_tokenizer, training_batches
 from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
-from lora_glue_fl.fitting import learning_rates
+from lora_glue_fl.glue_data import load_task
 from lora_glue_fl.round_folders import RoundFolders
-from lora_glue_fl.sharding import make_client_splits, save_shard_manifests
+from lora_glue_fl.shards import make_client_splits, save_shard_manifests
 
 TINY = "--model tiny --dataset demo --task-name sst2 --lora-r 4 --svd-rank 4 --learning-rate 5e-3 --threads 1".split()
 TINY += "--rounds 3 --local-epochs 0.5 --eval-each-round --max-length 32 --batch-size 8".split()

@@ -11,7 +11,7 @@ from test_glue_rounds import call
 
 from common.checkpoint import read_json
 from common.runlog import read_metrics
-from lora_glue_fl.sharding import make_client_splits, save_shard_manifests
+from lora_glue_fl.shards import make_client_splits, save_shard_manifests
 
 HERE = ROOT / "lora_glue_fl"
 BASE = "--model_size base --task_name sst2"

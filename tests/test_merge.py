@@ -331,7 +331,8 @@ def test_the_place_of_the_result(tmp_path, capsys):
 
 
 def test_eval_gives_what_plain_peft_gives(tmp_path, capsys):
-    from lora_glue_fl.data_prep import encode, load_task, load_tokenizer
+    from lora_glue_fl.data_prep import encode, load_tokenizer
+    from lora_glue_fl.glue_data import load_task
     from lora_glue_fl.models import load_encoder
 
     data, tokenizer = load_task("rte", "demo"), load_tokenizer("demo")
