@@ -103,8 +103,7 @@ def make_parser(description, output_dir, learning_rate):
     return parser, own
 
 
-def complete(args):
-    """The flags, or UsageError for those that contradict each other."""
+def check(args):
+    """Raises UsageError for flags that contradict each other."""
     flags.refuse(not (args.do_train or args.do_eval), "nothing to do: give --do-train, --do-eval or both")
     flags.refuse(args.shard and args.max_examples, "--shard and --max-examples are both given: choose one")
-    return args

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from common import parallel
-from common.adapter_files import read_adapter, write_adapter
+from common.adapter_files import read_adapter
 from common.aggregation import ServerAdam, ServerMomentum
 from common.cli import UsageError
 from common.compiling import checked_compile
@@ -289,11 +289,9 @@ def keep_client(study, factors_k, head_k, k, t, clients):
 def serve(study, theta, served, heads):
     """theta after a round. Args: served: of `AdapterMean.result`; heads: a `WeightedMean` of the heads."""
     step = study.step("head")
-    new = named_factors(served.factors) | {"head": step(theta["head"], heads.delta()) if step else heads.result()}
-    if study.args.aggregate in CHANGES_BASE:
-        base = study.model.adapted.updated(base_of(theta), served.updates)
-        new |= {f"base.{name}": weight for name, weight in base.items()}
-    return new
+    head = step(theta["head"], heads.delta()) if step else heads.result()
+    base = study.model.adapted.updated(base_of(theta), served.updates)
+    return named_factors(served.factors) | {"head": head} | {f"base.{name}": weight for name, weight in base.items()}
 
 
 def bytes_up(study, t, k):
@@ -347,13 +345,13 @@ def publish(study, theta, served, clients, t):
         fields |= {"discarded_energy": served.discarded, "missing_directions": served.missing}
     adapter = study.adapter(theta, t + 1)
     changed = {f"{name}.weight": weight for name, weight in base_of(theta).items()}
-    study.folders.server(t, *adapter, changed, fuse_manifest(study, served, clients, adapter[-1], metrics, t))
+    study.folders.server(t, adapter, changed, fuse_manifest(study, served, clients, adapter[-1], metrics, t))
     return metrics | fields
 
 
 def finish(study, theta):
     """final/ and the results: an adapter, or for stack and residual the merged model."""
-    run, model, folders, rounds = study.run, study.model, study.folders, study.args.rounds
+    run, model, rounds = study.run, study.model, study.args.rounds
 
     def write(folder):
         if study.args.aggregate in CHANGES_BASE:
@@ -361,12 +359,11 @@ def finish(study, theta):
             model.adapted.save_merged(folder)
             model.tokenizer.save_pretrained(folder)
         else:
-            factors_, head, alpha = study.adapter(theta, rounds)
-            write_adapter(folder, factors_, head, alpha=alpha, **folders.about)
+            study.folders.write(folder, *study.adapter(theta, rounds))
 
     run.write_final(write)
     if parallel.is_main():
-        line = run.metrics()[-1]
+        line, folders = run.metrics()[-1], study.folders
         results = print_values(line) | {"best_round": folders.best + 1, f"best_{model.headline}": folders.value}
         results |= {name: line[name] for name in ("aggregation_error", "bytes_up", "bytes_down", "examples", "seconds")}
         run.finish(results | {"rounds": line["round"]})

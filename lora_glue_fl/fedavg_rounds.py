@@ -16,7 +16,6 @@ from common.cli import checked, fraction, half_open_fraction, non_negative_float
 from common.local import client_optimizer, local_steps
 from common.lowrank import RULES, AdapterMean
 from common.processes import run_federated
-from common.products import SPLITS
 from common.runlog import start_run
 from lora_glue_fl import fed_core, flags
 
@@ -60,23 +59,11 @@ def build_parser():
     def svd(a):
         return a.aggregate == "svd"
 
-    own.add_argument(
-        "--aggregate", choices=RULES, help="how the server averages the adapters, see common/lowrank.py (default: svd)"
-    )
+    own.add_argument("--aggregate", choices=RULES, help="the server's rule, see common/lowrank.py (default: svd)")
     own.add_argument("--skip-svd", action="store_true", help="the same as --aggregate naive", when=lambda a: False)
-    own.add_argument(
-        "--svd-rank", type=positive_int, default=8, metavar="R", help="svd: rank of what is served", when=svd
-    )
-    own.add_argument(
-        "--alpha", type=positive_float, metavar="X", help="svd: alpha of what is served (default: R)", when=svd
-    )
-    own.add_argument(
-        "--svd-split",
-        choices=SPLITS,
-        default="us",
-        help="svd: B = U S, A = V^T, or the singular values' roots in both",
-        when=svd,
-    )
+    own.add_argument("--svd-rank", type=positive_int, default=8, metavar="R", help="svd: rank it serves", when=svd)
+    own.add_argument("--alpha", type=positive_float, metavar="X", help="svd: alpha it serves (default: R)", when=svd)
+    flags.add_split_flag(own, when=svd)
     flags.add_lora_flags(own)
     own.add_argument(
         "--client-ranks",

@@ -14,6 +14,7 @@ from common.cli import (
     positive_float,
     positive_int,
 )
+from common.products import SPLITS
 from lora_glue_fl.glue_data import DATASETS
 
 SIZES = {"base": "roberta-base", "large": "roberta-large"}
@@ -128,6 +129,12 @@ def add_lora_flags(own):
     own.add_argument(
         "--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: queries and values)"
     )
+
+
+def add_split_flag(own, when=None):
+    """What svd makes of the singular values."""
+    text = "svd: B = U S, A = V^T, or (balanced) the root of S in both"
+    own.add_argument("--svd-split", choices=SPLITS, default="us", help=text, when=when)
 
 
 def refuse(wrong, message):

@@ -31,16 +31,23 @@ class RoundFolders:
         self.folder, self.keep, self.fused, self.about = folder, keep, fused, about
         self.best, self.value = None, None
 
-    def client(self, t, k, factors, head, alpha):
-        """Writes what client k trained."""
-        write_adapter(self._path(t) / f"client_{k + 1}" / "adapter", factors, head, alpha=alpha, **self.about)
+    def write(self, folder, factors, head, alpha):
+        """Writes an adapter."""
+        write_adapter(folder, factors, head, alpha=alpha, **self.about)
 
-    def server(self, t, factors, head, alpha, base, manifest):
-        """Writes what the server serves, by the main process. base: {file key: tensor}, changed base weights."""
+    def client(self, t, k, *adapter):
+        """Writes what client k trained: factors, head and alpha."""
+        self.write(self._path(t) / f"client_{k + 1}" / "adapter", *adapter)
+
+    def server(self, t, adapter, base, manifest):
+        """Writes what the server serves, by the main process.
+
+        adapter: (factors, head, alpha); base: {file key: tensor}, changed base weights.
+        """
         if not parallel.is_main():
             return
         place = self._path(t) / self.fused
-        write_adapter(place / "adapter", factors, head, alpha=alpha, **self.about)
+        self.write(place / "adapter", *adapter)
         with saving(place):
             if base:
                 save_file({key: w.detach().cpu().contiguous() for key, w in base.items()}, place / "base.safetensors")
