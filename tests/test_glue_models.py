@@ -75,12 +75,11 @@ def encoder(folder, task="wnli", seed=0):
 def test_queries_and_values_are_adapted_and_the_new_parts_trained(kind, folders):
     place, names, head = TARGETS[kind]
     adapted = encoder(folders(kind)).adapted(r=2, alpha=4)
-    assert adapted.targets == tuple(names.split())
+    assert adapted.targets == tuple(names.split()) and not adapted.fan_in_fan_out
     assert set(adapted.layers) == {place.format(i) + name for i in (0, 1) for name in names.split()}
-    inner = {name: p.shape for name, p in adapted.head.items()}
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(folders(kind), num_labels=2)
-    assert inner == {n: p.shape for n, p in plain.named_parameters() if n.startswith(tuple(head.split()))}
-    assert adapted.scale == 2 and not adapted.fan_in_fan_out
+    wanted = {n: p.shape for n, p in plain.named_parameters() if n.startswith(tuple(head.split()))}
+    assert {name: p.shape for name, p in adapted.head.items()} == wanted
 
 
 @pytest.mark.parametrize(
@@ -90,13 +89,7 @@ def test_a_step_changes_what_is_trained_and_nothing_else(kind, letters, folders)
     found = TaskModel(args_of(folders(kind)), (3, 6, 0.0, None))
     adapted = found.adapted
     random_adapter(adapted)
-    trained = adapted.trainable(letters)
-    assert {name for name, p in adapted.model.named_parameters() if p.requires_grad} == {
-        name
-        for name, p in adapted.model.named_parameters()
-        if ".modules_to_save.default." in name or any(f"lora_{x}.default." in name for x in letters)
-    }
-    before = state(adapted.model)
+    trained, before = adapted.trainable(letters), state(adapted.model)
     adapted.model.train()
     found.loss(found.encoded["train"].batch(np.arange(8))).backward()
     torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0).step()
@@ -104,7 +97,7 @@ def test_a_step_changes_what_is_trained_and_nothing_else(kind, letters, folders)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     wanted = {f"{PREFIX}{layer}.lora_{x}.default.weight" for layer in adapted.layers for x in letters}
     wanted |= {name for name in before if ".modules_to_save.default." in name}
-    assert changed == wanted and len(trained) == len(wanted)
+    assert changed == wanted == set(found.leaves()) and len(trained) == len(wanted)
     for name, p in trained.items():
         letter, _, layer = name.partition(".")
         if letter in "AB":
@@ -132,10 +125,9 @@ def test_the_saved_adapter_in_plain_peft_gives_the_same_outputs_and_metrics(kind
         ]
     torch.testing.assert_close(found.outputs("validation"), torch.stack(rows), rtol=1e-4, atol=1e-5)
     assert torch.stack(rows).std(dim=0).min() > 1e-2  # examples differ: a model that ignores them would pass
-    metrics = found.evaluate()
-    right = torch.stack(rows).argmax(dim=1).numpy() == split.labels
-    assert metrics["val_accuracy"] == pytest.approx(right.mean())
-    loss = torch.nn.functional.cross_entropy(torch.stack(rows).double(), torch.tensor(split.labels))
+    metrics, labels = found.evaluate(), torch.tensor(split.labels)
+    assert metrics["val_accuracy"] == pytest.approx((torch.stack(rows).argmax(dim=1) == labels).double().mean().item())
+    loss = torch.nn.functional.cross_entropy(torch.stack(rows).double(), labels)
     assert metrics["val_loss"] == pytest.approx(loss.item(), rel=1e-4)
     found.check_fits(read_adapter(tmp_path / "a"))
 
@@ -245,10 +237,7 @@ def test_the_loss_of_scores_is_the_squared_error(folders):
         (lambda f: edit(f, '"model_type": "bert"', '"model_type": "no_such"'), "no_such"),
         (lambda f: edit(f, '"model_type": "bert"', '"model_type": "vit"'), "ViTConfig"),
         (lambda f: edit(f, '"intermediate_size": 24', '"intermediate_size": 25'), "has another size in its file"),
-        (
-            lambda f: edit(f, '"num_hidden_layers": 2', '"num_hidden_layers": 3'),
-            "lacks weights of encoder.*: give a wh",
-        ),
+        (lambda f: edit(f, '"num_hidden_layers": 2', '"num_hidden_layers": 3'), "lacks weights of encoder.*: give"),
         (lambda f: edit(f, '"architectures"', ""), "cannot be read as an encoder"),
         (lambda f: (f / "config.json").unlink(), "has no config.json with model.safetensors"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights are not read"),
@@ -331,7 +320,7 @@ def add_dense(plain, factors, scale, flipped):
 
 @torch.no_grad()
 def logits(model, batch):
-    return model.eval()(**batch).logits
+    return model.eval()(**batch).logits.double()
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
@@ -384,10 +373,10 @@ def test_base_weights_take_updates(kind, tmp_path):
     same_bits({n: w.detach() for n, w in adapted.base_weights().items()}, new)
     add_dense(plain, {name: factors[name] for name in updates}, -0.4, kind == "gpt2")
     add_dense(plain, factors, adapted.scale, kind == "gpt2")
-    torch.testing.assert_close(logits(adapted.model, batch).double(), logits(plain, batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(adapted.model, batch), logits(plain, batch), rtol=1e-4, atol=1e-4)
     adapted.save_merged(tmp_path / "merged")
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(merged, batch).double(), logits(plain, batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merged, batch), logits(plain, batch), rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_that_do_not_fit_are_named(folders, tmp_path):
