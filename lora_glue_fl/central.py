@@ -10,7 +10,6 @@ import numpy as np
 
 from common import parallel
 from common.cli import RunFailed, UsageError, positive_float
-from common.compiling import checked_compile
 from common.local import OptimizerState, client_optimizer, local_steps
 from common.seeding import seed_torch
 from common.vector import Weights
@@ -53,14 +52,14 @@ def train(study):
     """Epochs of AdamW with one schedule over all of them, evaluated before and after each with --do-eval."""
     a, run, model, weights = study.args, study.run, study.model, study.weights
     optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate, weight_decay=a.weight_decay)
-    loss = checked_compile(model.loss, weights.parameters) if a.compile else model.loss
     moments = OptimizerState(optimizer, weights.parameters)
     weights.load(run.restore(weights.snapshot(), weights.named, optimizer=moments))
     evaluate = model.evaluate if a.do_eval else dict
     run.report(0, weights.theta, evaluate)
     if not a.do_train:
         return
-    encoded, batch = model.encoded["train"], a.batch_size * a.gradient_accumulation_steps
+    loss, encoded = model.training_loss(), model.encoded["train"]
+    batch = a.batch_size * a.gradient_accumulation_steps
     plan = plan_steps(encoded, study.rows, a, a.num_train_epochs)
     lrs, epoch = learning_rates(a, len(plan)), math.ceil(len(study.rows) / batch)  # steps of an epoch
     for t in run.rounds():
@@ -68,9 +67,8 @@ def train(study):
         model.model.train()
         seed_torch(a.seed, "dropout", t)
         steps = batches(encoded, plan[now], model.device)
-        done = local_steps(
-            loss, steps, weights, optimizer, amp=run.amp, max_norm=a.max_grad_norm, lrs=lrs[now]
-        ).loss.item()
+        options = {"amp": run.amp, "max_norm": a.max_grad_norm, "lrs": lrs[now]}
+        done = local_steps(loss, steps, weights, optimizer, **options).loss.item()
         run.count(examples=sum(len(rows) for step in plan[now] for rows in step))
         if not math.isfinite(done):
             hint = f"lower --learning-rate ({a.learning_rate:g}) or --amp off"

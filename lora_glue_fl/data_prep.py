@@ -120,7 +120,10 @@ def encode(data, tokenizer, max_length=128, cache_dir=None):
             f"--max-length {max_length} is outside 8 to {tokenizer.model_max_length}, the most that this tokenizer's "
             "model takes: choose one in between"
         )
-    path = cache_folder(cache_dir) / f"glue-{data.task.name}-{_encoding_key(data, tokenizer, max_length)[:24]}.npz"
+    rules = [tokenizer_fingerprint(tokenizer), tokenizer.model_input_names, tokenizer.truncation_side]
+    hashes = sorted(data.fingerprint["sha256"].items())
+    key = sha256_of(["glue", _CACHE_FORMAT, data.task.name, hashes, rules, max_length, tokenizers.__version__])
+    path = cache_folder(cache_dir) / f"glue-{data.task.name}-{key[:24]}.npz"
 
     def make():
         every = {split: tokenize(examples, tokenizer, max_length) for split, examples in data.splits.items()}
@@ -135,12 +138,6 @@ def encode(data, tokenizer, max_length=128, cache_dir=None):
         )
         for split, examples in data.splits.items()
     }
-
-
-def _encoding_key(data, tokenizer, max_length):
-    rules = [tokenizer_fingerprint(tokenizer), tokenizer.model_input_names, tokenizer.truncation_side]
-    hashes = sorted(data.fingerprint["sha256"].items())
-    return sha256_of(["glue", _CACHE_FORMAT, data.task.name, hashes, rules, max_length, tokenizers.__version__])
 
 
 def tokenize(split, tokenizer, max_length):

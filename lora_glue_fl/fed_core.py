@@ -17,7 +17,6 @@ from common import parallel
 from common.adapter_files import read_adapter
 from common.aggregation import ServerAdam, ServerMomentum
 from common.cli import UsageError
-from common.compiling import checked_compile
 from common.lowrank import MIXED_RANKS, trained_factors
 from common.participation import per_round
 from common.products import fit_rank, scaling
@@ -110,8 +109,7 @@ def load_study(args, run):
         scale=scale,
         served_as=served_as,
         theta=first_theta(a, model, start, ranks, scale),
-        # rules train other factors in other rounds: compiled is asked for its leaves when there is a first batch
-        loss=checked_compile(model.loss, model.leaves) if a.compile else model.loss,
+        loss=model.training_loss(),
         servers=server_optimizers(a),
         folders=RoundFolders(run.folder, a.keep, fused, about),
     )

@@ -18,6 +18,7 @@ from common.products import SPLITS
 from lora_glue_fl.glue_data import DATASETS
 
 SIZES = {"base": "roberta-base", "large": "roberta-large"}
+BATCH = {"type": positive_int, "default": 32, "metavar": "B"}
 
 
 def model_name(args):
@@ -77,29 +78,15 @@ def add_data_flags(group):
 
 def add_evaluation_flags(group):
     """How many examples at a time are evaluated."""
-    group.add_argument(
-        *("--eval-batch-size", "--per-device-eval-batch-size"),
-        type=positive_int,
-        default=32,
-        metavar="B",
-        help="examples a batch in evaluation",
-    )
+    group.add_argument("--eval-batch-size", "--per-device-eval-batch-size", **BATCH, help="examples a batch, evaluated")
 
 
-def add_training_flags(parser, learning_rate):
-    """The optimiser. Returns the group."""
+def add_training_flags(parser, lr):
+    """The optimiser; lr: the default. Returns the group."""
     train = parser.add_argument_group("training")
-    train.add_argument(
-        *("--batch-size", "--per-device-train-batch-size"),
-        type=positive_int,
-        default=32,
-        metavar="B",
-        help="examples a step",
-    )
+    train.add_argument("--batch-size", "--per-device-train-batch-size", **BATCH, help="examples a step")
     add_evaluation_flags(train)
-    train.add_argument(
-        "--learning-rate", "--lr", type=positive_float, default=learning_rate, metavar="X", help="AdamW's highest"
-    )
+    train.add_argument("--learning-rate", "--lr", type=positive_float, default=lr, metavar="X", help="AdamW's highest")
     train.add_argument("--weight-decay", type=non_negative_float, default=0.0, metavar="X", help="AdamW's; off: 0")
     train.add_argument(
         "--warmup-ratio", type=half_open_fraction, default=0.0, metavar="X", help="share of a fit's steps; off: 0"
@@ -126,9 +113,7 @@ def add_lora_flags(own):
     own.add_argument("--lora-r", type=positive_int, default=8, metavar="R", help="rank of the adapters that train")
     own.add_argument("--lora-alpha", type=positive_float, default=8, metavar="X", help="their scale is alpha / r")
     own.add_argument("--lora-dropout", type=half_open_fraction, default=0.0, metavar="X", help="dropout; off: 0")
-    own.add_argument(
-        "--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: queries and values)"
-    )
+    own.add_argument("--target-modules", nargs="+", metavar="NAME", help="adapted layers (default: queries and values)")
 
 
 def add_split_flag(own, when=None):

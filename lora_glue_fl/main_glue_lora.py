@@ -36,8 +36,8 @@ def save(study, folder):
     model, adapted = study.model, study.model.adapted
     write_adapter(
         folder,
-        {name: (A.detach(), B.detach()) for name, (A, B) in adapted.factors().items()},
-        {name: p.detach() for name, p in adapted.head.items()},
+        adapted.factors(),
+        adapted.head,
         alpha=study.args.lora_alpha,
         base_model=model.base_model(study.run.folder),
         **adapted.about(),

@@ -11,6 +11,7 @@ from common import parallel
 from common.adapter_files import read_adapter
 from common.batches import evaluation_batches
 from common.cli import UsageError
+from common.compiling import checked_compile
 from common.evaluation import amp_context, pick_device, resolve_amp
 from common.runlog import prepare_machine
 from common.vector import fingerprint
@@ -54,6 +55,10 @@ class TaskModel:
         """Mean loss over the examples of {input_ids, attention_mask, (token_type_ids): [B, L], labels: [B]}: nats of
         the label, or (regression) the squared error of the score."""
         return self._loss(self._outputs(batch), batch["labels"])
+
+    def training_loss(self):
+        """`loss`, compiled with --compile. Rounds train other factors each: its leaves are those of the first batch."""
+        return checked_compile(self.loss, self.leaves) if self.args.compile else self.loss
 
     def _outputs(self, batch):
         with amp_context(self.amp, self.device):
