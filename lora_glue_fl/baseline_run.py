@@ -6,14 +6,15 @@
 AdamW (Loshchilov & Hutter 2019) on the mean loss over a batch, the rate going down linearly to 0.
 """
 
-from common.cli import checked, run_main
+from common.cli import run_main
 from common.hub import quiet
 from common.runlog import start_run
 from lora_glue_fl import central
-from lora_glue_fl.models import size_label
+from lora_glue_fl.flags import size_label
 
 
 def main(args):
+    central.check(args)
     name = f"{args.task_name.lower()}_{size_label(args)}"
     with start_run("baseline_run", args, name, unit="examples") as run:
         study = central.load_study(args, run)
@@ -31,14 +32,9 @@ def save(study, folder):
     study.model.tokenizer.save_pretrained(folder)
 
 
-def complete(args):
-    """The flags, or UsageError for those that contradict each other."""
-    return central.complete(args)
-
-
 def build_parser():
     return central.make_parser(__doc__.split("\n")[0], "./out_baseline", 2e-5)[0]
 
 
 if __name__ == "__main__":
-    run_main(main, checked(complete, build_parser().parse_args()))
+    run_main(main, build_parser().parse_args())

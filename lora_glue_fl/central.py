@@ -10,14 +10,13 @@ import numpy as np
 
 from common import parallel
 from common.cli import RunFailed, UsageError, positive_float
-from common.compiling import checked_compile
 from common.local import OptimizerState, client_optimizer, local_steps
 from common.seeding import seed_torch
 from common.vector import Weights
 from lora_glue_fl import flags
-from lora_glue_fl.fitting import batches, learning_rates, plan_steps
-from lora_glue_fl.sharding import load_manifest, subset
-from lora_glue_fl.task_model import TaskModel
+from lora_glue_fl.data_prep import batches, learning_rates, plan_steps
+from lora_glue_fl.shards import load_manifest, subset
+from lora_glue_fl.task_model import TaskModel, print_values
 
 
 @dataclass(frozen=True)
@@ -53,24 +52,23 @@ def train(study):
     """Epochs of AdamW with one schedule over all of them, evaluated before and after each with --do-eval."""
     a, run, model, weights = study.args, study.run, study.model, study.weights
     optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate, weight_decay=a.weight_decay)
-    loss = checked_compile(model.loss, weights.parameters) if a.compile else model.loss
     moments = OptimizerState(optimizer, weights.parameters)
     weights.load(run.restore(weights.snapshot(), weights.named, optimizer=moments))
     evaluate = model.evaluate if a.do_eval else dict
     run.report(0, weights.theta, evaluate)
     if not a.do_train:
         return
-    encoded, batch = model.encoded["train"], a.batch_size * a.gradient_accumulation_steps
-    plan = plan_steps(encoded.lengths()[study.rows], a, a.num_train_epochs)
+    loss, encoded = model.training_loss(), model.encoded["train"]
+    batch = a.batch_size * a.gradient_accumulation_steps
+    plan = plan_steps(encoded, study.rows, a, a.num_train_epochs)
     lrs, epoch = learning_rates(a, len(plan)), math.ceil(len(study.rows) / batch)  # steps of an epoch
     for t in run.rounds():
         now = slice(t * epoch, (t + 1) * epoch)
         model.model.train()
         seed_torch(a.seed, "dropout", t)
-        steps = batches(encoded, study.rows, plan[now], model.device)
-        done = local_steps(
-            loss, steps, weights, optimizer, amp=run.amp, max_norm=a.max_grad_norm, lrs=lrs[now]
-        ).loss.item()
+        steps = batches(encoded, plan[now], model.device)
+        options = {"amp": run.amp, "max_norm": a.max_grad_norm, "lrs": lrs[now]}
+        done = local_steps(loss, steps, weights, optimizer, **options).loss.item()
         run.count(examples=sum(len(rows) for step in plan[now] for rows in step))
         if not math.isfinite(done):
             hint = f"lower --learning-rate ({a.learning_rate:g}) or --amp off"
@@ -82,9 +80,8 @@ def results(study):
     """What run.json says at the end; prints the metrics."""
     rows, headline = study.run.metrics(), study.model.headline
     last = rows[-1]
-    values = {name: v for name, v in last.items() if name.startswith("val_")}
+    values = print_values(last)
     if values:
-        print("  ".join(f"{name} {v:.4f}" for name, v in values.items()))
         best = max(rows[1:] or rows, key=lambda row: row[headline])
         values |= {"best_round": best["round"], f"best_{headline}": best[headline]}
     return values | {name: last[name] for name in ("examples", "seconds")} | {"rounds": last["round"]}
@@ -95,7 +92,7 @@ def make_parser(description, output_dir, learning_rate):
     parser, own = flags.make_parser(description, output_dir)
     own.add_argument("--do-train", action="store_true", help="train")
     own.add_argument("--do-eval", action="store_true", help="evaluate every epoch; without --do-train: zero-shot")
-    train = flags.add_training_flags(parser, learning_rate, flags.LONG + flags.SHORT)
+    train = flags.add_training_flags(parser, learning_rate)
     train.add_argument(
         "--num-train-epochs", type=positive_float, default=3.0, metavar="X", help="passes over the examples"
     )
@@ -104,8 +101,7 @@ def make_parser(description, output_dir, learning_rate):
     return parser, own
 
 
-def complete(args):
-    """The flags, or UsageError for those that contradict each other."""
+def check(args):
+    """Raises UsageError for flags that contradict each other."""
     flags.refuse(not (args.do_train or args.do_eval), "nothing to do: give --do-train, --do-eval or both")
     flags.refuse(args.shard and args.max_examples, "--shard and --max-examples are both given: choose one")
-    return args

@@ -1,8 +1,7 @@
-"""A task of GLUE, read, tokenised once and padded per batch.
+"""A task's examples as tokens and batches: tokenised once, cached, padded per batch; what an optimiser step takes.
 
-data = load_task("rte", data_root=None)                    # official files, else the hub; dataset="demo": neither
 tokenizer = load_tokenizer("roberta-base")
-encoded = encode(data, tokenizer, max_length=128)          # cached
+encoded = encode(data, tokenizer, max_length=128)          # of `lora_glue_fl.glue_data.load_task`
 for rows in training_batches(encoded["train"].lengths(), 32, epochs, seed, round, client):
     batch = encoded["train"].batch(rows)                   # input_ids, attention_mask, labels
 """
@@ -19,62 +18,15 @@ from common.batches import padded
 from common.cache import cache_folder, cached, pack_arrays, sha256_of, unpack_arrays
 from common.cli import UsageError
 from common.corpora import data_folder
+from common.schedules import lr_at
 from common.seeding import stream
 from common.text import hub_tokenizer, reading_tokenizer, tokenizer_fingerprint, vocabulary_size
-from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
-from lora_glue_fl.glue_files import read_task
-from lora_glue_fl.glue_tasks import Split, Task, find_task
+from lora_glue_fl.demo_glue import demo_tokenizer
 
-DATASETS = ("glue", "demo")
 # Batches that are sorted by length together; half of them where there are few, so that batches mix every epoch
 POOL = 16
 _CACHE_FORMAT = 1  # raise it when the meaning of a cached file changes
-_CHUNK = 10_000  # examples tokenised at a time: the library's own form of them is large
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskData:
-    """A task's splits. notes: lines for the log; fingerprint: for run.json (SHA-256 of each split, counts, source)."""
-
-    task: Task
-    splits: dict[str, Split]
-    notes: list[str]
-    fingerprint: dict
-
-
-def load_task(name, dataset="glue", data_root=None, cache_dir=None, splits=None):
-    """The task `name` ("cola" ... "wnli") as `TaskData`.
-
-    dataset: "glue" (the official tsv files under the data folder, else an earlier download, else the hub) or "demo"
-    (generated). splits: which are needed, all by default. A size that is not the official one is noted.
-
-    Raises UsageError for an unknown task, dataset or split, and for data that are missing or damaged.
-    """
-    task = find_task(name)
-    splits = task.splits if splits is None else tuple(splits)
-    for split in splits:
-        if split not in task.splits:
-            raise UsageError(f"{task.name} has no split {split!r}: choose one of {', '.join(task.splits)}")
-    if dataset == "demo":
-        found, source, notes = demo_task(task.name), "generated", []
-        found = {split: found[split] for split in splits}
-    elif dataset == "glue":
-        found, source, notes = read_task(task, splits, data_root, cache_dir)
-        for split in splits:
-            if len(found[split]) != task.sizes[split]:
-                notes.append(
-                    f"{task.name} {split}: {len(found[split])} examples, officially {task.sizes[split]} ({source})"
-                )
-    else:
-        raise UsageError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
-    fingerprint = {
-        "dataset": dataset,
-        "task": task.name,
-        "source": source,
-        "sha256": {split: found[split].sha256() for split in splits},
-        "counts": {split: len(found[split]) for split in splits},
-    }
-    return TaskData(task, found, notes, fingerprint)
+CHUNK = 10_000  # examples tokenised at a time: the library's own form of them is large
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer
@@ -143,16 +95,15 @@ class Encoded:
         """Tokens of each example: int64 [n]."""
         return np.diff(self.offsets)
 
-    def batch(self, rows, multiple=1):
+    def batch(self, rows):
         """The examples `rows` as tensors, padded on the right to the longest of them.
 
-        multiple: the padded length is rounded up to a multiple of it. Returns {"input_ids", "attention_mask"
-        (and "token_type_ids"): int64 [B, L], "labels": int64 or float32 [B]}.
+        Returns {"input_ids", "attention_mask" (and "token_type_ids"): int64 [B, L], "labels": int64 or float32 [B]}.
         """
-        ids, mask = padded(self.tokens, self.offsets, rows, self.pad, multiple)
+        ids, mask = padded(self.tokens, self.offsets, rows, self.pad)
         batch = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
         if self.types is not None:
-            batch["token_type_ids"] = padded(self.types, self.offsets, rows, 0, multiple)[0]
+            batch["token_type_ids"] = padded(self.types, self.offsets, rows, 0)[0]
         batch["labels"] = self.labels[rows]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
@@ -169,23 +120,19 @@ def encode(data, tokenizer, max_length=128, cache_dir=None):
             f"--max-length {max_length} is outside 8 to {tokenizer.model_max_length}, the most that this tokenizer's "
             "model takes: choose one in between"
         )
-    path = cache_folder(cache_dir) / f"glue-{data.task.name}-{_encoding_key(data, tokenizer, max_length)[:24]}.npz"
+    rules = [tokenizer_fingerprint(tokenizer), tokenizer.model_input_names, tokenizer.truncation_side]
+    hashes = sorted(data.fingerprint["sha256"].items())
+    key = sha256_of(["glue", _CACHE_FORMAT, data.task.name, hashes, rules, max_length, tokenizers.__version__])
+    path = cache_folder(cache_dir) / f"glue-{data.task.name}-{key[:24]}.npz"
 
     def make():
-        arrays = {}
-        for split, examples in data.splits.items():
-            tokens, types, offsets = tokenize(examples, tokenizer, max_length)
-            arrays |= {f"{split}_tokens": tokens, f"{split}_offsets": offsets}
-            if types is not None:
-                arrays[f"{split}_types"] = types
-        return arrays
+        every = {split: tokenize(examples, tokenizer, max_length) for split, examples in data.splits.items()}
+        return {f"{split}_{name}": array for split, arrays in every.items() for name, array in arrays.items()}
 
-    arrays = cached(path, make, pack_arrays, lambda stored: _unpack(stored, data, tokenizer), "tokenising")
+    arrays = cached(path, make, pack_arrays, unpack_arrays, "tokenising")
     return {
         split: Encoded(
-            tokens=arrays[f"{split}_tokens"],
-            types=arrays.get(f"{split}_types"),
-            offsets=arrays[f"{split}_offsets"],
+            *(arrays.get(f"{split}_{name}") for name in ("tokens", "types", "offsets")),
             labels=examples.labels,
             pad=tokenizer.pad_token_id,
         )
@@ -193,50 +140,28 @@ def encode(data, tokenizer, max_length=128, cache_dir=None):
     }
 
 
-def _encoding_key(data, tokenizer, max_length):
-    rules = [tokenizer_fingerprint(tokenizer), tokenizer.model_input_names, tokenizer.truncation_side]
-    hashes = sorted(data.fingerprint["sha256"].items())
-    return sha256_of(["glue", _CACHE_FORMAT, data.task.name, hashes, rules, max_length, tokenizers.__version__])
-
-
 def tokenize(split, tokenizer, max_length):
-    """(tokens, types or None, offsets) of a `Split`, as `Encoded` has them."""
+    """{"tokens", "offsets" (and "types")} of a `Split`, as `Encoded` has them."""
     with_types = "token_type_ids" in tokenizer.model_input_names
     kind = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.int32
-    pieces, types, lengths = [], [], [0]
-    for start in range(0, len(split), _CHUNK):
-        columns = [column[start : start + _CHUNK] for column in split.texts.values()]
-        found = tokenizer(
-            *columns,
+    tokens, types, lengths = [], [], [0]
+    for start in range(0, len(split), CHUNK):
+        chunk = tokenizer(
+            *(column[start : start + CHUNK] for column in split.texts.values()),
             truncation="longest_first",
             max_length=max_length,
             padding=False,
             return_attention_mask=False,
             return_token_type_ids=with_types,
         )
-        lengths += map(len, found["input_ids"])
-        pieces.append(np.concatenate([np.array(ids, dtype=kind) for ids in found["input_ids"]]))
-        if with_types:
-            types.append(np.concatenate([np.array(ids, dtype=np.uint8) for ids in found["token_type_ids"]]))
-    offsets = np.cumsum(lengths, dtype=np.int64)
-    return np.concatenate(pieces), np.concatenate(types) if with_types else None, offsets
+        lengths += map(len, chunk["input_ids"])
+        tokens += [np.array(ids, dtype=kind) for ids in chunk["input_ids"]]
+        types += [np.array(ids, dtype=np.uint8) for ids in chunk.get("token_type_ids", ())]
+    arrays = {"tokens": np.concatenate(tokens), "offsets": np.cumsum(lengths, dtype=np.int64)}
+    return arrays | ({"types": np.concatenate(types)} if with_types else {})
 
 
-def _unpack(stored, data, tokenizer):
-    """The arrays of a file. Raises ValueError or KeyError unless it is a tokenised form of these examples."""
-    arrays = unpack_arrays(stored)
-    for split, examples in data.splits.items():
-        tokens, offsets = arrays[f"{split}_tokens"], arrays[f"{split}_offsets"]
-        if len(offsets) != len(examples) + 1 or offsets[-1] != len(tokens):
-            raise ValueError(f"{split}: examples do not add up")
-        if tokens.max(initial=0) >= vocabulary_size(tokenizer):
-            raise ValueError(f"{split}: tokens outside the vocabulary")
-        if "token_type_ids" in tokenizer.model_input_names and arrays[f"{split}_types"].shape != tokens.shape:
-            raise ValueError(f"{split}: types do not fit the tokens")
-    return arrays
-
-
-# ------------------------------------------------------------------------------------------------ batches
+# -------------------------------------------------------------------------------------------- training steps
 
 
 def training_batches(lengths, batch_size, epochs, seed, round=0, client=0):
@@ -262,3 +187,27 @@ def training_batches(lengths, batch_size, epochs, seed, round=0, client=0):
             cut += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         batches += [cut[i] for i in generator.permutation(len(cut))]
     return batches[:wanted]
+
+
+def plan_steps(encoded, rows, args, epochs, t=0, client=0):
+    """Which examples each optimiser step takes: a list (a step) of lists of row arrays (its micro-batches).
+
+    The last step of an epoch has fewer micro-batches where they do not come out even. rows: int64, those to train on.
+    """
+    cut = training_batches(encoded.lengths()[rows], args.batch_size, epochs, args.seed, t, client)
+    n, per_epoch = args.gradient_accumulation_steps, math.ceil(len(rows) / args.batch_size)
+    parts = [[rows[batch] for batch in cut[i : i + per_epoch]] for i in range(0, len(cut), per_epoch)]
+    return [part[i : i + n] for part in parts for i in range(0, len(part), n)]
+
+
+def learning_rates(args, total):
+    """The rate of each of `total` steps, as transformers' schedules: a warm-up from 0, then constant or linear to 0."""
+    schedule = {"kind": args.lr_scheduler, "warmup": math.ceil(args.warmup_ratio * total), "from_zero": True}
+    return [lr_at(i, total, args.learning_rate, **schedule) for i in range(total)]
+
+
+def batches(encoded, steps, device):
+    """For each of `steps` (`plan_steps`) the micro-batches [(examples, (batch,))] that `local_steps` takes."""
+    for step in steps:
+        parts = [(len(rows), encoded.batch(rows)) for rows in step]
+        yield [(n, ({name: t.to(device, non_blocking=True) for name, t in batch.items()},)) for n, batch in parts]

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 
 from common.seeding import stream
-from lora_glue_fl.glue_tasks import HIGHEST_SCORE, TASKS, make_split
+from lora_glue_fl.glue_tasks import HIGHEST_SCORE, TASKS, Split
 
 TRAIN, VALIDATION = 1200, 300  # examples; wnli, small in GLUE too, has a third
 NOISE = 0.04  # of the labels
@@ -60,16 +60,14 @@ def demo_task(name):
             ).tolist()
         examples = [_WRITERS[name](_Picker(generator), kind, genre) for kind, genre in zip(kinds, genres, strict=True)]
         texts = {column: [example[i] for example in examples] for i, column in enumerate(task.columns)}
-        labels = _noisy(kinds, task, generator).tolist()
-        categories = {"genre": genres} if genres[0] else {}
-        splits[split] = make_split(task, texts, labels, categories, lambda i, s=split: f"demo {name} {s} example {i}")
+        splits[split] = Split(texts, _noisy(kinds, task, generator), {"genre": genres} if genres[0] else {})
     return splits
 
 
 def _noisy(kinds, task, generator):
     """What the labels say: the sentences' kinds, a share NOISE of them replaced; stsb's scores spread by up to 0.4."""
     if task.regression:
-        return np.clip(kinds + generator.integers(-2, 3, size=len(kinds)) / 5, 0, HIGHEST_SCORE)
+        return np.clip(kinds + generator.integers(-2, 3, size=len(kinds)) / 5, 0, HIGHEST_SCORE).astype(np.float32)
     wrong = generator.random(len(kinds)) < NOISE
     return np.where(wrong, (kinds + 1) % len(task.labels), kinds)
 

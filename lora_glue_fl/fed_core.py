@@ -14,24 +14,21 @@ from pathlib import Path
 import torch
 
 from common import parallel
-from common.adapter_files import read_adapter, write_adapter
+from common.adapter_files import read_adapter
 from common.aggregation import ServerAdam, ServerMomentum
 from common.cli import UsageError
-from common.compiling import checked_compile
 from common.lowrank import MIXED_RANKS, trained_factors
 from common.participation import per_round
 from common.products import fit_rank, scaling
 from common.seeding import seed_torch, torch_stream
 from common.vector import Weights
-from lora_glue_fl.fitting import batches, learning_rates, plan_steps
-from lora_glue_fl.round_folders import RoundFolders
-from lora_glue_fl.sharding import client_files, load_shards
-from lora_glue_fl.task_model import TaskModel, check_fits
+from lora_glue_fl.data_prep import batches, learning_rates, plan_steps
+from lora_glue_fl.models import named_head
+from lora_glue_fl.round_folders import RoundFolders, fuse_manifest, size_on_disk
+from lora_glue_fl.shards import client_files, load_shards
+from lora_glue_fl.task_model import TaskModel, print_values
 
 CHANGES_BASE = ("stack", "residual")
-# What of the factors changes for the clients after a round. stack, residual: nothing, they get everybody's stacked
-# factors or their product, from which a client has the base's update and mean A, mean B; a fresh A all can draw.
-RECEIVED = {"ffa": ("B",), "stack": (), "residual": ()}
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,9 @@ class Study:
     """Data and model of a run.
 
     model: task, tokens and encoder with its adapter; rows: each client's examples, int64 [n_k] of the training split;
-    ranks: each client's; scale: s of every client's adapter; theta: before the first round; loss: mean over the
-    examples of a batch; servers: {part of theta: server optimiser}, empty for plain averaging; folders: of the rounds.
+    ranks: each client's; scale: s of every client's adapter; served_as: what the rule serves where it chooses, keywords
+    of `common.lowrank.AdapterMean`; theta: before the first round; loss: mean over the examples of a batch; servers:
+    {part of theta: server optimiser}, empty for plain averaging; folders: of the rounds.
     """
 
     args: object
@@ -49,6 +47,7 @@ class Study:
     rows: list
     ranks: list
     scale: float
+    served_as: dict
     theta: dict
     loss: object
     servers: dict
@@ -69,44 +68,48 @@ class Study:
         """With theta, all that outlives a round."""
         return {"folders": self.folders} | {f"server_{part}": server for part, server in self.servers.items()}
 
-    @property
-    def served_rank(self):
-        return self.args.svd_rank if self.args.aggregate == "svd" else self.args.lora_r
-
     def served_scale(self, t):
         """s of theta's adapter before round t: the clients', from the second on that of what svd serves."""
-        a = self.args
-        return scaling(a.alpha, a.svd_rank) if a.aggregate == "svd" and t > 0 else self.scale
+        return self.served_as.get("new_scale", self.scale) if t else self.scale
 
-    def step(self, letters):
-        """The server optimiser's step(theta, delta) for these factors, None for plain averaging."""
-        server = self.servers.get("".join(letters))
-        return server.step if server else None
+    def adapter(self, theta, t):
+        """What is served before round t: (factors, head, alpha)."""
+        alpha = self.served_scale(t) * self.served_as["rank"]
+        return factors(theta), self.named_head(theta["head"]), alpha
+
+    def named_head(self, vector):
+        """{name: view} of a head's vector [h]."""
+        return named_head(vector, self.model.adapted.head)
+
+    def step(self, part):
+        """The server optimiser's step(theta, delta) for this part of theta, None for plain averaging."""
+        server = self.servers.get("".join(part))
+        return server and server.step
 
 
 def load_study(args, run):
     """Reads data, shards and model and begins the run. Raises: UsageError for what is not there or does not fit."""
     a = args
     model = TaskModel(a, (a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules))
-    adapted = model.adapted
     shards = load_shards(a.shard_dir, model.data)
-    rows, ranks = [shard["indices"] for shard in shards], client_ranks(a, len(shards))
-    check_ranks(a, ranks, adapted)
-    scale = scaling(a.lora_alpha, a.lora_r)
-    start = read_adapter(a.init_adapter) if a.init_adapter else None
-    fused = f"fused_r{a.svd_rank if a.aggregate == 'svd' else a.lora_r}" + "_nosvd" * (a.aggregate == "naive")
-    about = adapted.about() | {"base_model": model.base_model(run.folder)}
-    # rules train other factors in other rounds: compiled is asked for its leaves when there is a first batch
-    compiled = checked_compile(model.loss, model.leaves) if a.compile else model.loss
+    ranks = client_ranks(a, len(shards))
+    check_ranks(a, ranks, model.adapted)
+    scale, start = scaling(a.lora_alpha, a.lora_r), read_adapter(a.init_adapter) if a.init_adapter else None
+    served_as = {"rank": a.lora_r}
+    if a.aggregate == "svd":
+        served_as = {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
+    fused = f"fused_r{served_as['rank']}" + "_nosvd" * (a.aggregate == "naive")
+    about = model.adapted.about() | {"base_model": model.base_model(run.folder)}
     study = Study(
         args=a,
         run=run,
         model=model,
-        rows=rows,
+        rows=[shard["indices"] for shard in shards],
         ranks=ranks,
         scale=scale,
-        theta=first_theta(a, adapted, start, ranks, scale, run.device),
-        loss=compiled,
+        served_as=served_as,
+        theta=first_theta(a, model, start, ranks, scale),
+        loss=model.training_loss(),
         servers=server_optimizers(a),
         folders=RoundFolders(run.folder, a.keep, fused, about),
     )
@@ -116,14 +119,13 @@ def load_study(args, run):
     clients = {"examples": study.examples, "ranks": ranks, "shard_seed": first.get("seed")}
     if start:
         clients["init_adapter_sha256"] = start.sha256
-    run.begin(data, model.sizes(adapted.trainable()), clients=clients)
+    run.begin(data, model.sizes(model.adapted.trainable()), clients=clients)
     run.plan(a.rounds)
-    run.note(f"{len(n)} clients, examples a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})")
-    for line in model.notes:
-        run.note(line)
+    notes = [f"{len(n)} clients, examples a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})", *model.notes]
     if a.aggregate == "svd" and a.svd_rank > min(ranks):
-        run.note(f"clients of rank {min(ranks)} get the leading directions of what is served at {a.svd_rank}")
-    run.note(size_on_disk(study))
+        notes.append(f"clients of rank {min(ranks)} get the leading directions of what is served at {a.svd_rank}")
+    for line in (*notes, size_on_disk(study)):
+        run.note(line)
     if parallel.is_main():
         model.save_base(run.folder)
     return study
@@ -159,13 +161,13 @@ def check_ranks(args, ranks, adapted):
         )
 
 
-def first_theta(args, adapted, start, ranks, scale, device):
+def first_theta(args, model, start, ranks, scale):
     """theta before the first round: peft's adapter (A random, B zero), or --init-adapter's, the `AdapterFile` start."""
-    a = args
+    a, adapted = args, model.adapted
     pairs = {name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in adapted.factors().items()}
     head = adapted.head
     if start:
-        check_fits(start, adapted)
+        model.check_fits(start)
         least = min(a.lora_r, *ranks)
         if start.r > least:
             flag = "--lora-r" if least == a.lora_r else "--client-ranks"
@@ -177,7 +179,7 @@ def first_theta(args, adapted, start, ranks, scale, device):
     theta = named_factors(pairs) | {"head": torch.cat([head[name].detach().reshape(-1) for name in adapted.head])}
     if a.aggregate in CHANGES_BASE:
         theta |= {f"base.{name}": w.detach().clone() for name, w in adapted.base_weights().items()}
-    return {name: t.to(device) for name, t in theta.items()}
+    return {name: t.to(model.device) for name, t in theta.items()}
 
 
 def server_optimizers(args):
@@ -194,21 +196,6 @@ def server_optimizers(args):
     if a.server_optimizer == "momentum":
         return {part: ServerMomentum(a.server_lr, a.server_beta) for part in sorted(parts)}
     return {part: ServerAdam(a.server_optimizer, a.server_lr) for part in sorted(parts)}
-
-
-def size_on_disk(study):
-    """A line on what the run will leave."""
-    a, theta = study.args, study.theta
-    adapter = 4 * sum(t.numel() for name, t in theta.items() if not name.startswith("base."))
-    base = 4 * sum(t.numel() for name, t in theta.items() if name.startswith("base."))
-    whole = 4 * study.run.manifest["parameters"]["total"] if base else adapter  # final/
-    rounds = study.folders.rounds_kept(a.rounds)
-    clients = per_round(a.participation, len(study.rows)) if a.save_clients else 0
-    total = rounds * ((clients + 1) * adapter + base) + adapter + base + whole
-    return (
-        f"on disk at the end: about {total / 2**20:,.1f} MiB ({rounds} rounds (--keep {' '.join(a.keep)}) of {clients} "
-        f"+ 1 adapters of {adapter / 2**20:.2f} MiB, a checkpoint, final/)"
-    )
 
 
 def footprint(args):
@@ -240,13 +227,6 @@ def base_of(theta):
     return {name.removeprefix("base."): t for name, t in theta.items() if name.startswith("base.")}
 
 
-def named_head(study, vector):
-    """{name: view} of a head's vector [h]."""
-    head = study.model.adapted.head
-    pieces = vector.split([p.numel() for p in head.values()])
-    return {name: piece.view(p.shape) for (name, p), piece in zip(head.items(), pieces, strict=True)}
-
-
 def resized(pairs, scale, rank, new_scale, seed, t):
     """An adapter for clients of another rank or scale; new rows of A are the same for all clients of round t."""
     if scale == new_scale and all(A.shape[0] == rank for A, _ in pairs.values()):
@@ -257,17 +237,10 @@ def resized(pairs, scale, rank, new_scale, seed, t):
     }
 
 
-def served_as(args):
-    """What the rule serves where it chooses: keywords of `common.lowrank.AdapterMean`."""
-    if args.aggregate == "svd":
-        return {"rank": args.svd_rank, "new_scale": scaling(args.alpha, args.svd_rank), "split": args.svd_split}
-    return {"rank": args.lora_r}
-
-
 def load(study, theta, t):
     """Puts what is served before round t into the model."""
     study.model.adapted.load_base(base_of(theta))
-    study.model.adapted.load(factors(theta), named_head(study, theta["head"]), study.served_scale(t))
+    study.model.adapted.load(factors(theta), study.named_head(theta["head"]), study.served_scale(t))
 
 
 # ---- a round: between `begin_client` and `end_client` stand the steps, in the script
@@ -286,13 +259,13 @@ def begin_client(study, theta, starts, k, t):
     weights: `common.vector.Weights` of what the rule's round trains, the head last.
     """
     a, model = study.args, study.model
-    model.adapted.load(starts[study.ranks[k]], named_head(study, theta["head"]), study.scale)
+    model.adapted.load(starts[study.ranks[k]], study.named_head(theta["head"]), study.scale)
     weights = Weights(model.model, model.adapted.trainable(trained_factors(a.aggregate, t)))
     model.model.train()
     seed_torch(a.seed, "dropout", t, k)
-    rows, train = study.rows[k], model.encoded["train"]
-    plan = plan_steps(train.lengths()[rows], a, a.local_epochs, t, k)
-    return weights, batches(train, rows, plan, model.device), learning_rates(a, len(plan))
+    train = model.encoded["train"]
+    plan = plan_steps(train, study.rows[k], a, a.local_epochs, t, k)
+    return weights, batches(train, plan, model.device), learning_rates(a, len(plan))
 
 
 def end_client(study, weights, k, clients, done):
@@ -308,17 +281,15 @@ def keep_client(study, factors_k, head_k, k, t, clients):
     if study.args.eval_clients:
         clients.note(k, **study.model.evaluate(share=False))
     if study.args.save_clients:
-        study.folders.client(t, k, factors_k, named_head(study, head_k), study.scale * study.ranks[k])
+        study.folders.client(t, k, factors_k, study.named_head(head_k), study.scale * study.ranks[k])
 
 
 def serve(study, theta, served, heads):
     """theta after a round. Args: served: of `AdapterMean.result`; heads: a `WeightedMean` of the heads."""
     step = study.step("head")
-    new = named_factors(served.factors) | {"head": step(theta["head"], heads.delta()) if step else heads.result()}
-    if study.args.aggregate in CHANGES_BASE:
-        base = study.model.adapted.updated(base_of(theta), served.updates)
-        new |= {f"base.{name}": weight for name, weight in base.items()}
-    return new
+    head = step(theta["head"], heads.delta()) if step else heads.result()
+    base = study.model.adapted.updated(base_of(theta), served.updates)
+    return named_factors(served.factors) | {"head": head} | {f"base.{name}": weight for name, weight in base.items()}
 
 
 def bytes_up(study, t, k):
@@ -329,18 +300,18 @@ def bytes_up(study, t, k):
 def bytes_down(study, clients, t):
     """What all clients together, sampled or not, receive after round t: what changed for them.
 
-    Before the first round everybody's adapter and head too.
+    That is what was trained. stack, residual: the sampled clients' stacked factors or, where that is fewer numbers,
+    their product [d, k], from which a client has the base's update and mean A, mean B; a fresh A all can draw. Before
+    the first round everybody's adapter and head too.
     """
     a, head = study.args, len(study.theta["head"])
-    letters = trained_factors("rolora", t) if a.aggregate == "rolora" else RECEIVED.get(a.aggregate, ("A", "B"))
-    each = _numbers(study, study.served_rank, letters) + head
-    if (
-        a.aggregate in CHANGES_BASE
-    ):  # the sampled clients' factors, or where they are fewer numbers their product [d, k]
+    if a.aggregate in CHANGES_BASE:
         rank = sum(study.ranks[k] for k in clients.clients)
-        each += sum(min(rank * (d + k), d * k) for d, k in _sizes(study))
+        each = sum(min(rank * (d + k), d * k) for d, k in _sizes(study))
+    else:
+        each = _numbers(study, study.served_as["rank"], trained_factors(a.aggregate, t))
     first = sum(_numbers(study, r, ("A", "B")) + head for r in study.ranks) if t == 0 else 0
-    return 4 * (each * len(study.rows) + first)
+    return 4 * ((each + head) * len(study.rows) + first)
 
 
 def _numbers(study, rank, letters):
@@ -370,56 +341,27 @@ def publish(study, theta, served, clients, t):
     fields = {"aggregation_error": served.error, "delta_norm": served.norm}
     if study.args.aggregate == "svd":
         fields |= {"discarded_energy": served.discarded, "missing_directions": served.missing}
-    alpha = study.served_scale(t + 1) * study.served_rank
-    manifest = fuse_manifest(study, served, clients, alpha, metrics, t)
+    adapter = study.adapter(theta, t + 1)
     changed = {f"{name}.weight": weight for name, weight in base_of(theta).items()}
-    study.folders.server(t, factors(theta), named_head(study, theta["head"]), alpha, changed, manifest)
+    study.folders.server(t, adapter, changed, fuse_manifest(study, served, clients, adapter[-1], metrics, t))
     return metrics | fields
-
-
-def fuse_manifest(study, served, clients, alpha, metrics, t):
-    """What the server's folder says of itself; clients and rounds count from 1."""
-    a, model = study.args, study.model
-    counted = [k for k in sorted(clients.clients) if k not in clients.left_out]
-    weights = [study.client_weights[k] for k in counted]
-    return {
-        "dataset": a.dataset,
-        "model_id": model.encoder.name,
-        "task": model.task.name,
-        "round": t + 1,
-        "k_adapters": len(counted),
-        "adapters": [f"../client_{k + 1}/adapter" for k in counted] if a.save_clients else [],
-        "weights": [w / sum(weights) for w in weights],
-        "left_out": [k + 1 for k in clients.left_out],
-        "aggregate": a.aggregate,
-        "svd_rank": a.svd_rank if a.aggregate == "svd" else None,
-        "alpha": alpha,
-        "target_modules": list(model.adapted.targets),
-        "aggregation_error": served.error,
-        "discarded_energy": served.discarded,
-        "metrics": metrics,
-    }
 
 
 def finish(study, theta):
     """final/ and the results: an adapter, or for stack and residual the merged model."""
-    run, adapted = study.run, study.model.adapted
-    load(study, theta, study.args.rounds)
+    run, model, rounds = study.run, study.model, study.args.rounds
 
     def write(folder):
         if study.args.aggregate in CHANGES_BASE:
-            adapted.save_merged(folder)
-            study.model.tokenizer.save_pretrained(folder)
+            load(study, theta, rounds)
+            model.adapted.save_merged(folder)
+            model.tokenizer.save_pretrained(folder)
         else:
-            alpha = study.served_scale(study.args.rounds) * study.served_rank
-            head = named_head(study, theta["head"])
-            write_adapter(folder, factors(theta), head, alpha=alpha, **study.folders.about)
+            study.folders.write(folder, *study.adapter(theta, rounds))
 
     run.write_final(write)
     if parallel.is_main():
         line, folders = run.metrics()[-1], study.folders
-        results = {name: v for name, v in line.items() if name.startswith("val_")}
-        print("  ".join(f"{name} {v:.4f}" for name, v in results.items()))
-        results |= {"best_round": folders.best + 1, f"best_{study.model.headline}": folders.value}
+        results = print_values(line) | {"best_round": folders.best + 1, f"best_{model.headline}": folders.value}
         results |= {name: line[name] for name in ("aggregation_error", "bytes_up", "bytes_down", "examples", "seconds")}
         run.finish(results | {"rounds": line["round"]})

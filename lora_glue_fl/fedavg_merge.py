@@ -21,10 +21,10 @@ from common.aggregation import WeightedMean
 from common.cli import Parser, add_machine_flags, positive_float, positive_int, run_main
 from common.lowrank import AdapterMean
 from common.parallel import Round
-from common.products import SPLITS
-from lora_glue_fl.flags import add_task_flags, refuse
+from lora_glue_fl.flags import add_evaluation_flags, add_split_flag, add_task_flags, refuse
 from lora_glue_fl.glue_tasks import find_task
 from lora_glue_fl.merging import base_model, check_alike, check_place, check_ranks, client_weights, error_lines
+from lora_glue_fl.models import named_head
 from lora_glue_fl.task_model import evaluate_adapter
 
 RULES = ("svd", "naive")
@@ -96,16 +96,14 @@ def average(rule, adapters, weights, **served_as):
 
 def mean_head(adapters, weights):
     """{name: sum_k p_k head_k}; {} where the adapters have no head."""
-    names = list(adapters[0].head)
-    if not names:
+    first = adapters[0].head
+    if not first:
         return {}
-    vectors = [torch.cat([adapter.head[name].reshape(-1) for name in names]) for adapter in adapters]
+    vectors = [torch.cat([adapter.head[name].reshape(-1) for name in first]) for adapter in adapters]
     mean = WeightedMean(vectors[0], clients := Round(range(len(adapters))))
     for k in clients:
         mean.add(vectors[k], weight=weights[k])
-    shapes = [adapters[0].head[name].shape for name in names]
-    pieces = mean.result().split([shape.numel() for shape in shapes])
-    return {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
+    return named_head(mean.result(), first)
 
 
 def build_parser():
@@ -120,12 +118,7 @@ def build_parser():
     own.add_argument("--skip-svd", action="store_true", help="the same as --aggregate naive")
     own.add_argument("--svd-rank", type=positive_int, required=True, metavar="R", help="rank of the result")
     own.add_argument("--alpha", type=positive_float, metavar="X", help="alpha of the result (default: --svd-rank)")
-    own.add_argument(
-        "--svd-split",
-        choices=SPLITS,
-        default="us",
-        help="us: B = U S, A = V^T; balanced: the root of S in both",
-    )
+    add_split_flag(own)
     own.add_argument("--save-adapter", required=True, metavar="DIR", help="folder of the result")
     own.add_argument("--overwrite", action="store_true", help="replace an adapter in that folder")
     own.add_argument("--eval", action="store_true", help="the task's metrics of the result on its validation split")
@@ -134,9 +127,7 @@ def build_parser():
     run.add_argument(
         "--task-name", default="glue", metavar="TASK", help="a GLUE task, checked against the manifests; glue: any"
     )
-    run.add_argument(
-        "--eval-batch-size", type=positive_int, default=32, metavar="B", help="examples a batch in evaluation"
-    )
+    add_evaluation_flags(run)
     add_machine_flags(run)
     return parser
 

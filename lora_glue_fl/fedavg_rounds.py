@@ -16,7 +16,6 @@ from common.cli import checked, fraction, half_open_fraction, non_negative_float
 from common.local import client_optimizer, local_steps
 from common.lowrank import RULES, AdapterMean
 from common.processes import run_federated
-from common.products import SPLITS
 from common.runlog import start_run
 from lora_glue_fl import fed_core, flags
 
@@ -25,7 +24,7 @@ def main(args):
     a = args
     with start_run("fedavg_rounds", a, a.run_name, unit="examples") as run:
         study = fed_core.load_study(a, run)
-        n, served_as = study.client_weights, fed_core.served_as(a)
+        n = study.client_weights
         theta = run.restore(study.theta, None, same_shapes=False, **study.lasting)
         study.folders.clean(run.start_round - 1)
         run.report(0, theta, partial(fed_core.evaluate, study, theta, 0))
@@ -34,7 +33,7 @@ def main(args):
             up = partial(fed_core.bytes_up, study, t)
             clients = run.sample(n, a.participation, t, up=up, work=study.examples)
             starts = fed_core.begin_round(study, theta, t)
-            mean = AdapterMean(a.aggregate, fed_core.factors(theta), study.scale, clients, t, a.seed, **served_as)
+            mean = AdapterMean(a.aggregate, fed_core.factors(theta), study.scale, clients, t, a.seed, **study.served_as)
             heads = WeightedMean(theta["head"], clients)
             for k in clients:
                 weights, steps, lrs = fed_core.begin_client(study, theta, starts, k, t)
@@ -60,23 +59,11 @@ def build_parser():
     def svd(a):
         return a.aggregate == "svd"
 
-    own.add_argument(
-        "--aggregate", choices=RULES, help="how the server averages the adapters, see common/lowrank.py (default: svd)"
-    )
+    own.add_argument("--aggregate", choices=RULES, help="the server's rule, see common/lowrank.py (default: svd)")
     own.add_argument("--skip-svd", action="store_true", help="the same as --aggregate naive", when=lambda a: False)
-    own.add_argument(
-        "--svd-rank", type=positive_int, default=8, metavar="R", help="svd: rank of what is served", when=svd
-    )
-    own.add_argument(
-        "--alpha", type=positive_float, metavar="X", help="svd: alpha of what is served (default: R)", when=svd
-    )
-    own.add_argument(
-        "--svd-split",
-        choices=SPLITS,
-        default="us",
-        help="svd: B = U S, A = V^T, or the singular values' roots in both",
-        when=svd,
-    )
+    own.add_argument("--svd-rank", type=positive_int, default=8, metavar="R", help="svd: rank it serves", when=svd)
+    own.add_argument("--alpha", type=positive_float, metavar="X", help="svd: alpha it serves (default: R)", when=svd)
+    flags.add_split_flag(own, when=svd)
     flags.add_lora_flags(own)
     own.add_argument(
         "--client-ranks",
@@ -124,7 +111,7 @@ def build_parser():
     federated.add_argument(
         "--client-weights", choices=["examples", "uniform"], default="examples", help="weight of a client in the mean"
     )
-    flags.add_training_flags(parser, 2e-4, batch_names=flags.SHORT + flags.LONG)
+    flags.add_training_flags(parser, 2e-4)
     report = parser.add_argument_group("what is kept")
     report.add_argument("--eval-each-round", action="store_true", help="evaluate every round (else only the last)")
     report.add_argument("--eval-clients", action="store_true", help="evaluate each client's adapter too")

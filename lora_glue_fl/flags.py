@@ -1,6 +1,7 @@
 """The flags of this study's scripts: the source's names and defaults, and ours."""
 
 import os
+from pathlib import Path
 
 from common.checkpoint import read_json
 from common.cli import (
@@ -13,11 +14,21 @@ from common.cli import (
     positive_float,
     positive_int,
 )
-from lora_glue_fl.data_prep import DATASETS
-from lora_glue_fl.models import size_label
+from common.products import SPLITS
+from lora_glue_fl.glue_data import DATASETS
 
-SHORT = ("--batch-size", "--eval-batch-size")
-LONG = ("--per-device-train-batch-size", "--per-device-eval-batch-size")
+SIZES = {"base": "roberta-base", "large": "roberta-large"}
+BATCH = {"type": positive_int, "default": 32, "metavar": "B"}
+
+
+def model_name(args):
+    """The model that --model names, or --model-size (default: base)."""
+    return args.model or SIZES[args.model_size or "base"]
+
+
+def size_label(args):
+    """What stands for the model in folder names: --model-size, else the model's last name."""
+    return args.model_size or (Path(args.model).name if args.model else "base")
 
 
 def make_parser(description, output_dir, *output_names, federated=False):
@@ -37,44 +48,45 @@ def make_parser(description, output_dir, *output_names, federated=False):
 def add_task_flags(parser, task_required=True):
     """Model, task and data."""
     model = parser.add_argument_group("the model")
-    model.add_argument(
-        "--model-size",
-        choices=["base", "large"],
-        help="roberta-base or roberta-large (default: base, where there is no --model)",
-    )
-    model.add_argument(
-        "--model", metavar="NAME", help="another encoder: a folder or a name on the hub; tiny needs no download"
-    )
+    add_model_flags(model)
     model.add_argument("--tokenizer", metavar="NAME", help="demo, a folder or a name (default: the model's own)")
     data = parser.add_argument_group("the data")
     if task_required:
         data.add_argument("--task-name", required=True, metavar="TASK", help="a GLUE task, such as sst2")
-    data.add_argument("--dataset", choices=DATASETS, default="glue", help="demo is generated and needs no network")
-    data.add_argument(
+    add_data_flags(data)
+    data.add_argument("--max-length", type=positive_int, default=128, metavar="N", help="tokens of an example, at most")
+
+
+def add_model_flags(group):
+    """Which encoder."""
+    group.add_argument(
+        "--model-size", choices=list(SIZES), help="roberta-base or roberta-large (default: base, without --model)"
+    )
+    group.add_argument(
+        "--model", metavar="NAME", help="another encoder: a folder or a name on the hub; tiny needs no download"
+    )
+
+
+def add_data_flags(group):
+    """Where the examples come from."""
+    group.add_argument("--dataset", choices=DATASETS, default="glue", help="demo is generated and needs no network")
+    group.add_argument(
         "--data-root", metavar="DIR", help="folder with glue/ and tokenizers/ (default: $FEDQUARTET_DATA, else data)"
     )
-    data.add_argument("--cache-dir", metavar="DIR", help="tokenised data (default: $FEDQUARTET_CACHE, else ~/.cache)")
-    data.add_argument("--max-length", type=positive_int, default=128, metavar="N", help="tokens of an example, at most")
-    return model, data
+    group.add_argument("--cache-dir", metavar="DIR", help="tokenised data (default: $FEDQUARTET_CACHE, else ~/.cache)")
 
 
-def add_training_flags(parser, learning_rate, batch_names):
-    """The optimiser. Args: batch_names: spellings of --batch-size and of --eval-batch-size, alternating."""
+def add_evaluation_flags(group):
+    """How many examples at a time are evaluated."""
+    group.add_argument("--eval-batch-size", "--per-device-eval-batch-size", **BATCH, help="examples a batch, evaluated")
+
+
+def add_training_flags(parser, lr):
+    """The optimiser; lr: the default. Returns the group."""
     train = parser.add_argument_group("training")
-    train.add_argument(
-        *batch_names[::2], dest="batch_size", type=positive_int, default=32, metavar="B", help="examples a step"
-    )
-    train.add_argument(
-        *batch_names[1::2],
-        dest="eval_batch_size",
-        type=positive_int,
-        default=32,
-        metavar="B",
-        help="examples a batch in evaluation",
-    )
-    train.add_argument(
-        "--learning-rate", "--lr", type=positive_float, default=learning_rate, metavar="X", help="AdamW's highest"
-    )
+    train.add_argument("--batch-size", "--per-device-train-batch-size", **BATCH, help="examples a step")
+    add_evaluation_flags(train)
+    train.add_argument("--learning-rate", "--lr", type=positive_float, default=lr, metavar="X", help="AdamW's highest")
     train.add_argument("--weight-decay", type=non_negative_float, default=0.0, metavar="X", help="AdamW's; off: 0")
     train.add_argument(
         "--warmup-ratio", type=half_open_fraction, default=0.0, metavar="X", help="share of a fit's steps; off: 0"
@@ -96,14 +108,18 @@ def add_training_flags(parser, learning_rate, batch_names):
     return train
 
 
-def add_lora_flags(own, r=8, alpha=8):
+def add_lora_flags(own):
     """The adapter."""
-    own.add_argument("--lora-r", type=positive_int, default=r, metavar="R", help="rank of the adapters that train")
-    own.add_argument("--lora-alpha", type=positive_float, default=alpha, metavar="X", help="their scale is alpha / r")
+    own.add_argument("--lora-r", type=positive_int, default=8, metavar="R", help="rank of the adapters that train")
+    own.add_argument("--lora-alpha", type=positive_float, default=8, metavar="X", help="their scale is alpha / r")
     own.add_argument("--lora-dropout", type=half_open_fraction, default=0.0, metavar="X", help="dropout; off: 0")
-    own.add_argument(
-        "--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: queries and values)"
-    )
+    own.add_argument("--target-modules", nargs="+", metavar="NAME", help="adapted layers (default: queries and values)")
+
+
+def add_split_flag(own, when=None):
+    """What svd makes of the singular values."""
+    text = "svd: B = U S, A = V^T, or (balanced) the root of S in both"
+    own.add_argument("--svd-split", choices=SPLITS, default="us", help=text, when=when)
 
 
 def refuse(wrong, message):

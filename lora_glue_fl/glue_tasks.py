@@ -1,11 +1,12 @@
-"""The nine tasks of GLUE: their columns, labels, metrics, splits, official sizes and files."""
+"""The nine tasks of GLUE: their columns, labels, splits, official sizes and files, and what they are measured by."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 
 from common.cache import sha256_of
-from common.cli import UsageError
+from common.cli import RunFailed, UsageError
 from common.corpora import documents_sha256
 
 
@@ -113,8 +114,8 @@ def make_split(task, texts, labels, categories, where):
     labels: a list of numbers, names, or their texts. where(i): says where example i stands, for an error.
     Raises UsageError for a label that is not one of the task's, naming the first.
     """
-    read = _score if task.regression else dict(_numbered(task)).get
-    values = [read(label) for label in labels]
+    known = {str(key): number for number, name in enumerate(task.labels) for key in (number, name)}
+    values = [_score(label) if task.regression else known.get(str(label)) for label in labels]
     if None in values:
         i = values.index(None)
         wanted = f"a number from 0 to {HIGHEST_SCORE:g}" if task.regression else f"one of {', '.join(task.labels)}"
@@ -123,14 +124,52 @@ def make_split(task, texts, labels, categories, where):
     return Split(texts, np.array(values, dtype=np.float32 if task.regression else np.int64), categories)
 
 
-def _numbered(task):
-    for number, name in enumerate(task.labels):
-        yield from ((number, number), (str(number), number), (name, number))
-
-
 def _score(label):
     try:
         value = float(label)
     except (TypeError, ValueError):
         return None
     return value if 0 <= value <= HIGHEST_SCORE else None
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+def evaluate(task, split, outputs, labels):
+    """The task's metrics of a model's outputs.
+
+    outputs: the model's [n, num_labels], logits or (regression) the score; labels [n].
+    Returns {name: float}: val_accuracy, val_f1, val_matthews, val_pearson, val_spearman as the task has them. mnli:
+    val_accuracy is on the matched genres, val_mismatched_accuracy on the others (split "validation_mismatched").
+    Raises RunFailed for outputs that are not finite.
+    """
+    outputs = np.asarray(outputs, dtype=np.float64)
+    broken = int((~np.isfinite(outputs)).any(axis=1).sum())
+    if broken:
+        raise RunFailed(f"{broken} of {len(labels)} outputs on {task.name} are not finite: lower --learning-rate")
+    predictions = outputs[:, 0] if task.regression else outputs.argmax(axis=1)
+    prefix = "val_mismatched" if split.endswith("mismatched") else "val"
+    return {f"{prefix}_{name}": score(name, predictions, labels) for name in task.metrics}
+
+
+def score(metric, predictions, labels):
+    """accuracy, f1, matthews, pearson or spearman of predictions [n], by scikit-learn and scipy.
+
+    f1 is of class 1, 0 where that is neither predicted nor there; a correlation with a constant is 0, with a warning.
+    """
+    from scipy import stats  # only here: they take a second to import
+    from sklearn import metrics
+
+    if metric == "accuracy":
+        return float(metrics.accuracy_score(labels, predictions))
+    if metric == "f1":
+        return float(metrics.f1_score(labels, predictions, zero_division=0.0))
+    for what, values in (("predictions", predictions), ("labels", labels)):
+        if np.ptp(values) == 0:
+            name = metric.capitalize()
+            warnings.warn(f"all {len(values)} {what} are the same: {name} correlation is taken as 0", stacklevel=3)
+            return 0.0
+    if metric == "matthews":
+        return float(metrics.matthews_corrcoef(labels, predictions))
+    correlation = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[metric]
+    return float(correlation(np.asarray(predictions, np.float64), np.asarray(labels, np.float64)).statistic)

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from common.adapter_files import write_adapter
 from common.checkpoint import saving
-from common.cli import checked, run_main
+from common.cli import run_main
 from common.runlog import start_run
 from lora_glue_fl import central
-from lora_glue_fl.flags import add_lora_flags
-from lora_glue_fl.models import size_label
+from lora_glue_fl.flags import add_lora_flags, size_label
 
 
 def main(args):
+    central.check(args)
+    args.output_dir = str(Path(args.output_dir) / f"{args.task_name.lower()}_{size_label(args)}")
     with start_run("main_glue_lora", args, f"r{args.lora_r}", unit="examples") as run:
         lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
         study = central.load_study(args, run, lora)
@@ -35,8 +36,8 @@ def save(study, folder):
     model, adapted = study.model, study.model.adapted
     write_adapter(
         folder,
-        {name: (A.detach(), B.detach()) for name, (A, B) in adapted.factors().items()},
-        {name: p.detach() for name, p in adapted.head.items()},
+        adapted.factors(),
+        adapted.head,
         alpha=study.args.lora_alpha,
         base_model=model.base_model(study.run.folder),
         **adapted.about(),
@@ -48,26 +49,19 @@ def save(study, folder):
 def write_manifest(study, results):
     """manifest.txt: what was trained, with which flags, and what it reached; `key: value` lines."""
     model = study.model
+    flags = "lora_r lora_alpha lora_dropout learning_rate num_train_epochs batch_size seed".split()
     lines = {
         "task": model.task.name,
         "model": model.encoder.name,
         "trainable parameters": study.run.manifest["parameters"]["trainable"],
         "total parameters": study.run.manifest["parameters"]["total"],
-        **{name: getattr(study.args, name) for name in ("lora_r", "lora_alpha", "lora_dropout", "learning_rate")},
-        **{name: getattr(study.args, name) for name in ("num_train_epochs", "batch_size", "seed")},
+        **{name: getattr(study.args, name) for name in flags},
         "target_modules": " ".join(model.adapted.targets),
         **results,
     }
     path = study.run.folder / "manifest.txt"
     with saving(path):
         path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()), encoding="utf-8")
-
-
-def complete(args):
-    """The flags, with the run's folder in one of its task and model."""
-    args = central.complete(args)
-    args.output_dir = str(Path(args.output_dir) / f"{args.task_name.lower()}_{size_label(args)}")
-    return args
 
 
 def build_parser():
@@ -78,4 +72,4 @@ def build_parser():
 
 
 if __name__ == "__main__":
-    run_main(main, checked(complete, build_parser().parse_args()))
+    run_main(main, build_parser().parse_args())

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from common.adapter_files import refuse_other_files
 from common.cli import UsageError
-from lora_glue_fl.flags import refuse
-from lora_glue_fl.models import SIZES
-from lora_glue_fl.sharding import load_manifest
+from lora_glue_fl.flags import SIZES, refuse
+from lora_glue_fl.shards import load_manifest
 
 
 def check_place(args):

@@ -1,15 +1,10 @@
-"""The encoders of this study and their LoRA adapters.
+"""The encoders of this study.
 
 encoder = load_encoder(spec, task, tokenizer, seed)                  # spec: roberta-base, a folder, tiny, ...
-adapted = Adapted(encoder, r=8, alpha=8, dropout=0.0)                # a peft model around it
-adapted.load(factors, head, scale)                                   # another client's, round's or file's adapter
-
-A layer's name is its path in the transformers model (`roberta.encoder.layer.0.attention.self.query`), a head's
-parameter has its name there (`classifier.dense.weight`).
+adapted = encoder.adapted(r=8, alpha=8)                              # a `common.lora.LoraModel` around it
 """
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
@@ -19,8 +14,7 @@ from common.corpora import data_folder
 from common.lora import LoraModel
 from common.seeding import seed_torch
 from lora_glue_fl.data_prep import load_tokenizer
-
-SIZES = {"base": "roberta-base", "large": "roberta-large"}
+from lora_glue_fl.flags import SIZES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +30,9 @@ class Encoder:
     head: tuple[str, ...]
     notes: list[str]
 
-
-def model_name(args):
-    """The model that --model names, or --model-size (default: base)."""
-    return args.model or SIZES[args.model_size or "base"]
-
-
-def size_label(args):
-    """What stands for the model in folder names: --model-size, else the model's last name."""
-    return args.model_size or (Path(args.model).name if args.model else "base")
+    def adapted(self, r, alpha, dropout=0.0, targets=None, seed=0):
+        """A `LoraModel` around it, its head trained along with the adapter."""
+        return LoraModel(self.model, r, alpha, dropout, targets, self.head, "SEQ_CLS", seed)
 
 
 def find_model(spec):
@@ -67,9 +55,8 @@ def find_tokenizer(spec, dataset, data_root=None, model="tiny"):
         if (data_folder(data_root) / "tokenizers" / model).is_dir():
             return load_tokenizer(model, data_root)
     folder = find_model(model)
-    if list(folder.glob("tokenizer*.json")) or list(folder.glob("vocab*")):
-        return load_tokenizer(str(folder), data_root)
-    return load_tokenizer(model, data_root)
+    inside = any(True for pattern in ("tokenizer*.json", "vocab*") for _ in folder.glob(pattern))
+    return load_tokenizer(str(folder) if inside else model, data_root)
 
 
 def load_encoder(spec, task, tokenizer, seed):
@@ -150,9 +137,7 @@ def most_tokens(model):
     return None
 
 
-class Adapted(LoraModel):
-    """An `Encoder` with one LoRA adapter, its head trained along with it. Attributes: those of `LoraModel`, encoder."""
-
-    def __init__(self, encoder, r, alpha, dropout=0.0, targets=None, seed=0):
-        super().__init__(encoder.model, r, alpha, dropout, targets, encoder.head, "SEQ_CLS", seed)
-        self.encoder = encoder
+def named_head(vector, head):
+    """{name: view} of a vector [h] of all numbers of a head, in the order and shapes of {name: tensor} `head`."""
+    pieces = vector.split([t.numel() for t in head.values()])
+    return {name: piece.view(t.shape) for (name, t), piece in zip(head.items(), pieces, strict=True)}

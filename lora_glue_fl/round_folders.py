@@ -1,17 +1,18 @@
-"""The folders of rounds: `round_r/client_i/adapter`, `round_r/fused_r8/adapter`, and which of them stay.
+"""The folders of rounds: `round_r/client_i/adapter`, `round_r/fused_r8/adapter`, which of them stay, what they weigh.
 
 Clients and rounds count from 1 in names, from 0 in code.
 """
 
 import re
 import shutil
-from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from common import parallel
 from common.adapter_files import write_adapter
 from common.checkpoint import saving, write_json
+from common.participation import per_round
 
 _ROUND = re.compile(r"round_([1-9]\d*)")
 
@@ -27,30 +28,35 @@ class RoundFolders:
     """
 
     def __init__(self, folder, keep, fused, about):
-        self.folder, self.keep, self.fused, self.about = Path(folder), set(keep), fused, about
+        self.folder, self.keep, self.fused, self.about = folder, keep, fused, about
         self.best, self.value = None, None
 
-    def client(self, round, k, factors, head, alpha):
-        """Writes what client k trained."""
-        self._write(self.path(round) / f"client_{k + 1}" / "adapter", factors, head, alpha)
+    def write(self, folder, factors, head, alpha):
+        """Writes an adapter."""
+        write_adapter(folder, factors, head, alpha=alpha, **self.about)
 
-    def server(self, round, factors, head, alpha, base, manifest):
-        """Writes what the server serves, by the main process. base: {file key: tensor}, changed base weights."""
+    def client(self, t, k, *adapter):
+        """Writes what client k trained: factors, head and alpha."""
+        self.write(self._path(t) / f"client_{k + 1}" / "adapter", *adapter)
+
+    def server(self, t, adapter, base, manifest):
+        """Writes what the server serves, by the main process.
+
+        adapter: (factors, head, alpha); base: {file key: tensor}, changed base weights.
+        """
         if not parallel.is_main():
             return
-        place = self.path(round) / self.fused
-        self._write(place / "adapter", factors, head, alpha)
+        place = self._path(t) / self.fused
+        self.write(place / "adapter", *adapter)
         with saving(place):
             if base:
-                from safetensors.torch import save_file
-
-                save_file({key: t.detach().cpu().contiguous() for key, t in base.items()}, place / "base.safetensors")
+                save_file({key: w.detach().cpu().contiguous() for key, w in base.items()}, place / "base.safetensors")
             write_json(place / "fuse_manifest.json", manifest)
 
-    def offer(self, round, value):
+    def offer(self, t, value):
         """A round's headline metric: of equal ones the first is the best."""
         if self.value is None or value > self.value:
-            self.best, self.value = round, value
+            self.best, self.value = t, value
 
     def prune(self, last):
         """Deletes the folders of rounds up to `last` that are not kept.
@@ -59,29 +65,23 @@ class RoundFolders:
         """
         kept = {last if "last" in self.keep else None, self.best if "best" in self.keep else None}
         if "all" not in self.keep:
-            self._delete(lambda round: round <= last and round not in kept)
+            self._delete(lambda t: t <= last and t not in kept)
 
     def clean(self, last):
         """Before the first round: deletes what an interrupted session left of rounds after `last`, and prunes."""
-        self._delete(lambda round: round > last)
+        self._delete(lambda t: t > last)
         self.prune(last)
         parallel.barrier()
 
     def _delete(self, chosen):
-        if not parallel.is_main() or not self.folder.is_dir():
-            return
-        for path in list(self.folder.iterdir()):
-            match = _ROUND.fullmatch(path.name)
-            if match and chosen(int(match[1]) - 1):
-                shutil.rmtree(path)
+        if parallel.is_main():
+            for path in list(self.folder.iterdir()):
+                match = _ROUND.fullmatch(path.name)
+                if match and chosen(int(match[1]) - 1):
+                    shutil.rmtree(path)
 
-    def path(self, round):
-        """The folder of a round."""
-        return self.folder / f"round_{round + 1}"
-
-    def rounds_kept(self, rounds):
-        """How many rounds' folders there are at the end, at most."""
-        return rounds if "all" in self.keep else min(rounds, len(self.keep))
+    def _path(self, t):
+        return self.folder / f"round_{t + 1}"
 
     def state_dict(self):
         """The best round and its value as tensors."""
@@ -94,7 +94,41 @@ class RoundFolders:
         if state:
             self.best, self.value = int(state["best"]), state["value"].item()
 
-    def _write(self, folder, factors, head, alpha):
-        with saving(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            write_adapter(folder, factors, head, alpha=alpha, **self.about)
+
+def size_on_disk(study):
+    """A line on what the run will leave."""
+    a, theta = study.args, study.theta
+    adapter = 4 * sum(t.numel() for name, t in theta.items() if not name.startswith("base."))
+    base = 4 * sum(t.numel() for name, t in theta.items() if name.startswith("base."))
+    whole = 4 * study.run.manifest["parameters"]["total"] if base else adapter  # final/
+    rounds = a.rounds if "all" in a.keep else min(a.rounds, len(a.keep))
+    clients = per_round(a.participation, len(study.rows)) if a.save_clients else 0
+    total = rounds * ((clients + 1) * adapter + base) + adapter + base + whole
+    return (
+        f"on disk at the end: about {total / 2**20:,.1f} MiB ({rounds} rounds (--keep {' '.join(a.keep)}) of {clients} "
+        f"+ 1 adapters of {adapter / 2**20:.2f} MiB, a checkpoint, final/)"
+    )
+
+
+def fuse_manifest(study, served, clients, alpha, metrics, t):
+    """What the server's folder says of itself; clients and rounds count from 1."""
+    a, model = study.args, study.model
+    counted = [k for k in sorted(clients.clients) if k not in clients.left_out]
+    weights = [study.client_weights[k] for k in counted]
+    return {
+        "dataset": a.dataset,
+        "model_id": model.encoder.name,
+        "task": model.task.name,
+        "round": t + 1,
+        "k_adapters": len(counted),
+        "adapters": [f"../client_{k + 1}/adapter" for k in counted] if a.save_clients else [],
+        "weights": [w / sum(weights) for w in weights],
+        "left_out": [k + 1 for k in clients.left_out],
+        "aggregate": a.aggregate,
+        "svd_rank": a.svd_rank if a.aggregate == "svd" else None,
+        "alpha": alpha,
+        "target_modules": list(model.adapted.targets),
+        "aggregation_error": served.error,
+        "discarded_energy": served.discarded,
+        "metrics": metrics,
+    }

@@ -4,7 +4,6 @@ import copy
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -12,20 +11,22 @@ from common import parallel
 from common.adapter_files import read_adapter
 from common.batches import evaluation_batches
 from common.cli import UsageError
+from common.compiling import checked_compile
 from common.evaluation import amp_context, pick_device, resolve_amp
 from common.runlog import prepare_machine
 from common.vector import fingerprint
-from lora_glue_fl.data_prep import encode, load_task
-from lora_glue_fl.glue_tasks import find_task
-from lora_glue_fl.metrics import evaluate
-from lora_glue_fl.models import Adapted, find_tokenizer, load_encoder, model_name, most_tokens
+from lora_glue_fl.data_prep import encode
+from lora_glue_fl.flags import model_name
+from lora_glue_fl.glue_data import load_task
+from lora_glue_fl.glue_tasks import evaluate, find_task
+from lora_glue_fl.models import find_tokenizer, load_encoder, most_tokens
 
 
 class TaskModel:
     """Data, tokens and model of a command line.
 
-    Attributes: task, data (`TaskData`), encoded {split: `Encoded`}, encoder, adapted (`Adapted`, None without LoRA),
-    model (what is called), device, amp.
+    Attributes: task, data (`TaskData`), encoded {split: `Encoded`}, encoder, adapted (`common.lora.LoraModel`, None
+    without LoRA), model (what is called), device, amp, notes (lines for the log).
 
     Args: args: the flags of any of this study's scripts; lora: (r, alpha, dropout, targets), None: all weights train;
         train: whether the training split is needed.
@@ -34,10 +35,9 @@ class TaskModel:
     def __init__(self, args, lora, train=True):
         self.args, self.device = args, pick_device(args.device)
         self.amp = resolve_amp(args.amp, self.device)
-        task, name = find_task(args.task_name), model_name(args)
-        splits = task.splits if train else task.evaluation_splits
-        self.data = load_task(task.name, args.dataset, args.data_root, args.cache_dir, splits=splits)
-        self.task = self.data.task
+        self.task, name = find_task(args.task_name), model_name(args)
+        splits = self.task.splits if train else self.task.evaluation_splits
+        self.data = load_task(self.task.name, args.dataset, args.data_root, args.cache_dir, splits)
         self.tokenizer = find_tokenizer(args.tokenizer, args.dataset, args.data_root, name)
         self.encoded = encode(self.data, self.tokenizer, args.max_length, args.cache_dir)
         self.encoder = load_encoder(name, self.task, self.tokenizer, args.seed)
@@ -47,10 +47,7 @@ class TaskModel:
                 f"an example has {longest} tokens, model {name} takes {most}: lower --max-length {args.max_length} to "
                 f"{most}"
             )
-        self.adapted = None
-        if lora is not None:
-            r, alpha, dropout, targets = lora
-            self.adapted = Adapted(self.encoder, r, alpha, dropout, targets, args.seed)
+        self.adapted = self.encoder.adapted(*lora, args.seed) if lora else None
         self.model = (self.adapted or self.encoder).model.to(self.device)
         self.notes = self.data.notes + self.encoder.notes
 
@@ -58,6 +55,10 @@ class TaskModel:
         """Mean loss over the examples of {input_ids, attention_mask, (token_type_ids): [B, L], labels: [B]}: nats of
         the label, or (regression) the squared error of the score."""
         return self._loss(self._outputs(batch), batch["labels"])
+
+    def training_loss(self):
+        """`loss`, compiled with --compile. Rounds train other factors each: its leaves are those of the first batch."""
+        return checked_compile(self.loss, self.leaves) if self.args.compile else self.loss
 
     def _outputs(self, batch):
         with amp_context(self.amp, self.device):
@@ -78,16 +79,16 @@ class TaskModel:
         """
         self.model.eval()
         encoded = self.encoded[split]
-        batches = evaluation_batches(encoded.lengths(), self.args.eval_batch_size)
+        every = evaluation_batches(encoded.lengths(), self.args.eval_batch_size)
         parts = []
-        for rows in parallel.my_share(batches) if share else batches:
+        for rows in parallel.my_share(every) if share else every:
             batch = {name: t.to(self.device) for name, t in encoded.batch(rows).items()}
-            parts.append((rows, self._outputs(batch).cpu().numpy()))
-        outputs = np.empty((len(encoded), self.task.num_labels), dtype=np.float32)
+            parts.append((rows, self._outputs(batch).cpu()))
+        outputs = torch.empty(len(encoded), self.task.num_labels)  # [n, num_labels]
         for part in parallel.all_gather(parts) if share else [parts]:
             for rows, values in part:
                 outputs[rows] = values
-        return torch.from_numpy(outputs)  # [n, num_labels]
+        return outputs
 
     def evaluate(self, share=True):
         """{val_loss, val_<metric> ...} on the task's validation examples; mnli: on both parts, the loss on the matched.
@@ -140,6 +141,28 @@ class TaskModel:
             self.adapted.save_base(base)
             self.tokenizer.save_pretrained(base)
 
+    def check_fits(self, file):
+        """Raises UsageError unless the `AdapterFile` has the adapted model's layers, their sizes and its head."""
+        here, name = self.adapted.factors(), self.encoder.name
+        odd = sorted(file.factors.keys() ^ here.keys())
+        if odd:
+            raise UsageError(f"{file.path}: its layers are not those of {name} ({odd[0]}): give its --model")
+        for layer, (A, B) in file.factors.items():
+            size, wanted = (B.shape[0], A.shape[1]), (here[layer][1].shape[0], here[layer][0].shape[1])
+            if size != wanted:
+                shown = f"{layer} is {size[0]} x {size[1]}, in {name} {wanted[0]} x {wanted[1]}"
+                raise UsageError(f"{file.path}: {shown}: give its --model")
+        heads = [{name: tuple(t.shape) for name, t in head.items()} for head in (file.head, self.adapted.head)]
+        if heads[0] != heads[1]:
+            raise UsageError(
+                f"{file.path}: its head ({_shapes(heads[0])}) is not the task's ({_shapes(heads[1])}): give its "
+                "--task-name and --model"
+            )
+
+
+def _shapes(head):
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in head.items()) or "none"
+
 
 def evaluate_adapter(path, args):
     """A saved adapter on its task's validation examples: {"val_loss", "val_<metric>", ..., "seconds"}.
@@ -155,33 +178,14 @@ def evaluate_adapter(path, args):
         args = copy.copy(args)  # its weights follow from a seed: take those that the adapter was trained on
         args.model, args.tokenizer = file.base_model, args.tokenizer or file.base_model
     model = TaskModel(args, (file.r, file.alpha, 0.0, file.target_modules), train=False)
-    check_fits(file, model.adapted)
+    model.check_fits(file)
     model.adapted.load(file.factors, file.head, file.scale)
     return {**model.evaluate(), "seconds": time.perf_counter() - started}
 
 
-def check_fits(file, adapted):
-    """Raises UsageError unless the `AdapterFile` has the layers, sizes and head of the `Adapted` model."""
-    here = adapted.factors()
-    odd = sorted(file.factors.keys() ^ here.keys())
-    if odd:
-        raise UsageError(
-            f"{file.path}: its layers are not those of {adapted.encoder.name} ({odd[0]}): give its --model"
-        )
-    for name, (A, B) in file.factors.items():
-        d, k = here[name][1].shape[0], here[name][0].shape[1]
-        if (B.shape[0], A.shape[1]) != (d, k):
-            raise UsageError(
-                f"{file.path}: {name} is {B.shape[0]} x {A.shape[1]}, in {adapted.encoder.name} {d} x {k}: give its "
-                "--model"
-            )
-    sizes = {name: tuple(p.shape) for name, p in adapted.head.items()}
-    if {name: tuple(t.shape) for name, t in file.head.items()} != sizes:
-        raise UsageError(
-            f"{file.path}: its head ({_shapes(file.head)}) is not the task's ({_shapes(adapted.head)}): give its "
-            "--task-name and --model"
-        )
-
-
-def _shapes(head):
-    return ", ".join(f"{name} {'x'.join(map(str, t.shape))}" for name, t in head.items()) or "none"
+def print_values(row):
+    """Prints the val_ fields of a row of metrics, and returns them."""
+    values = {name: v for name, v in row.items() if name.startswith("val_")}
+    if values:
+        print("  ".join(f"{name} {v:.4f}" for name, v in values.items()))
+    return values

@@ -4,15 +4,13 @@ import harness
 import numpy as np
 import pytest
 import torch
-from comparing import same_bits
 from encoders import save_encoder
 from safetensors.torch import load_file
-from test_glue_rounds import call
+from test_glue_rounds import call, same_metrics, validation
 
 from common.checkpoint import read_json
-from common.runlog import read_metrics
-from lora_glue_fl.data_prep import load_task
-from lora_glue_fl.sharding import subset
+from lora_glue_fl.glue_data import load_task
+from lora_glue_fl.shards import subset
 
 pytestmark = pytest.mark.slow
 DEMO = "--dataset demo --threads 1 --max-length 32 --seed 7".split()
@@ -35,30 +33,18 @@ def central(script):
     return harness.whole(f"lora_glue_fl/{'central_lora' if script == 'main_glue_lora' else 'baseline'}")
 
 
-def lines(folder):
-    return [{name: v for name, v in line.items() if "second" not in name} for line in read_metrics(folder)]
-
-
-def same_run(a, b):
-    assert lines(a) == lines(b)
-    files = sorted(str(path.relative_to(b)) for path in b.rglob("*.safetensors"))
-    assert files == sorted(str(path.relative_to(a)) for path in a.rglob("*.safetensors")) and len(files) >= 3
-    for file in files:
-        assert same_bits(load_file(a / file), load_file(b / file)), file
-
-
 def test_the_adapter_is_evaluated_to_what_was_logged(tmp_path):
     folder = central("main_glue_lora")
     words = ("--adapter-path", folder / "adapter", "--output-dir", tmp_path)
     # another seed, and so other weights of the tiny model, were they not taken from beside the adapter
     assert call("--model", "tiny", "--task-name", "sst2", *DEMO, "--seed", 8, *words, script="adapters_eval") == 0
-    found, logged = read_json(tmp_path / "sst2_tiny" / "metrics.json"), lines(folder)[-1]
+    found, logged = read_json(tmp_path / "sst2_tiny" / "metrics.json"), harness.read_lines(folder)[-1]
     values = {name: v for name, v in logged.items() if name.startswith("val_")}
     assert {name: v for name, v in found.items() if name.startswith("val_")} == pytest.approx(values, rel=1e-6)
     assert set(values) == {"val_loss", "val_accuracy"}
     results = read_json(folder / "run.json")["results"]
     assert {name: results[name] for name in values} == values
-    assert results["best_val_accuracy"] == max(line["val_accuracy"] for line in lines(folder))
+    assert results["best_val_accuracy"] == max(line["val_accuracy"] for line in harness.read_lines(folder))
     assert f"val_accuracy: {values['val_accuracy']}" in (folder / "manifest.txt").read_text().splitlines()
 
 
@@ -69,7 +55,7 @@ def test_an_encoder_in_a_folder_is_trained_and_evaluated(tmp_path, capsys):
     said = capsys.readouterr().err
     assert f"not in {model}, begins at random: bert.pooler.dense, classifier" in said
     folder = folder_of("main_glue_lora", tmp_path / "out", "little", "stsb")
-    logged = {name: v for name, v in lines(folder)[-1].items() if name.startswith("val_")}
+    logged = {name: v for name, v in harness.read_lines(folder)[-1].items() if name.startswith("val_")}
     assert set(logged) == {"val_loss", "val_pearson", "val_spearman"} and not (folder / "base").exists()
     assert read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"] == str(model)
     words = ("--model", model, "--task-name", "stsb", *DEMO, "--adapter-path", folder / "adapter", "--seed", 1)
@@ -79,15 +65,13 @@ def test_an_encoder_in_a_folder_is_trained_and_evaluated(tmp_path, capsys):
 
 
 def test_the_baselines_model_gives_the_logged_metric():
-    from test_glue_rounds import validation
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    final = central("baseline_run") / "final"
-    accuracy, loss = validation(
-        AutoModelForSequenceClassification.from_pretrained(final), AutoTokenizer.from_pretrained(final)
-    )
-    last = lines(central("baseline_run"))[-1]
-    assert accuracy == pytest.approx(last["val_accuracy"]) and loss == pytest.approx(last["val_loss"], rel=1e-4)
+    folder = central("baseline_run")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "final")
+    last = harness.read_lines(folder)[-1]
+    measured = validation(model, AutoTokenizer.from_pretrained(folder / "final"))
+    same_metrics(measured, last["val_accuracy"], last["val_loss"])
 
 
 def test_zero_shot_is_the_model_as_it_begins(tmp_path):
@@ -95,21 +79,21 @@ def test_zero_shot_is_the_model_as_it_begins(tmp_path):
     for script in SCRIPTS:
         assert run(script, tmp_path / script, "--do-eval") == 0
         folder = folder_of(script, tmp_path / script)
-        (line,) = lines(folder)
+        (line,) = harness.read_lines(folder)
         assert line["round"] == 0 and "train_loss" not in line and line["examples"] == 0
         assert not list(folder.rglob("adapter*")) and not (folder / "final").exists()
         assert read_json(folder / "run.json")["results"]["val_loss"] == line["val_loss"]
         found[script] = {name: v for name, v in line.items() if name.startswith("val_")}
     # B is 0: with and without an adapter it is the same model
     assert found["main_glue_lora"] == pytest.approx(found["baseline_run"], rel=1e-6)
-    before, after, *_ = lines(central("main_glue_lora"))
+    before, after, *_ = harness.read_lines(central("main_glue_lora"))
     assert found["main_glue_lora"]["val_loss"] == before["val_loss"] != after["val_loss"]
 
 
 def test_without_do_eval_nothing_is_evaluated(tmp_path):
     assert run("main_glue_lora", tmp_path, "--do-train", "--max-examples", 32, "--num-train-epochs", 1) == 0
     folder = folder_of("main_glue_lora", tmp_path)
-    assert not any(name.startswith("val_") for line in lines(folder) for name in line)
+    assert not any(name.startswith("val_") for line in harness.read_lines(folder) for name in line)
     assert (folder / "adapter").is_dir()
 
 
@@ -117,7 +101,7 @@ def test_accumulated_epochs_are_whole(tmp_path):
     # 100 examples in batches of 16: 7 a pass, of which 3 make a step
     words = (*TRAIN, "--gradient-accumulation-steps", 3, "--num-train-epochs", 1.5)
     assert run("main_glue_lora", tmp_path, *words) == 0
-    seen = [line["examples"] for line in lines(folder_of("main_glue_lora", tmp_path))][1:]
+    seen = [line["examples"] for line in harness.read_lines(folder_of("main_glue_lora", tmp_path))][1:]
     assert seen[0] == 100 and len(seen) == 2 and 100 + 3 * 16 + 4 <= seen[1] <= 100 + 4 * 16
 
 
@@ -134,8 +118,8 @@ def test_a_shard_and_max_examples_are_the_same_subset(tmp_path):
     assert run("main_glue_lora", tmp_path / "a", *few, "--shard", shard) == 0
     assert run("main_glue_lora", tmp_path / "b", *few, "--max-examples", 90) == 0
     a, b = (folder_of("main_glue_lora", tmp_path / name) for name in "ab")
-    same_run(a, b)
-    assert lines(a)[1]["examples"] == 90 == read_json(a / "run.json")["clients"]["examples"]
+    harness.same_run(a, b)
+    assert harness.read_lines(a)[1]["examples"] == 90 == read_json(a / "run.json")["clients"]["examples"]
 
 
 def test_only_the_adapter_and_the_head_are_trained():
@@ -148,8 +132,5 @@ def test_only_the_adapter_and_the_head_are_trained():
     assert all(t.abs().max() > 0 for name, t in tensors.items() if "lora_B" in name)  # they were trained
     begun = load_file(folder / "base" / "model.safetensors")
     other = load_file(central("baseline_run") / "final" / "model.safetensors")
-    assert begun.keys() == other.keys() and not any(torch.equal(begun[name], other[name]) for name in head_of(begun))
-
-
-def head_of(tensors):
-    return [name for name in tensors if name.startswith("classifier.")]
+    assert begun.keys() == other.keys()
+    assert not any(torch.equal(begun[name], other[name]) for name in begun if name.startswith("classifier."))

@@ -9,13 +9,9 @@ import pytest
 
 import common.hub
 from common.cli import UsageError
-from lora_glue_fl.data_prep import (
-    encode,
-    load_task,
-    load_tokenizer,
-)
-from lora_glue_fl.glue_tasks import TASKS
-from lora_glue_fl.metrics import evaluate
+from lora_glue_fl.data_prep import encode, load_tokenizer
+from lora_glue_fl.glue_data import load_task
+from lora_glue_fl.glue_tasks import TASKS, evaluate
 
 FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI"}
 FOLDERS |= {"qnli": "QNLI", "rte": "RTE", "wnli": "WNLI"}
@@ -107,8 +103,6 @@ def test_the_table_of_tasks():
     assert list(TASKS) == "cola sst2 mrpc stsb qqp mnli qnli rte wnli".split()
     assert {t.name: t.num_labels for t in TASKS.values() if t.num_labels != 2} == {"stsb": 1, "mnli": 3}
     assert sum(t.sizes["train"] for t in TASKS.values()) == 949_733
-    assert TASKS["mnli"].evaluation_splits == ("validation_matched", "validation_mismatched")
-    assert [t.name for t in TASKS.values() if t.regression] == ["stsb"]
 
 
 def test_the_fingerprint_tells_texts_labels_and_order_apart(tmp_path):
@@ -139,7 +133,6 @@ def test_files_that_are_not_right(tmp_path):
     cases = {
         good.replace("not_entailment", "neutral"): r"train.tsv line 3: label 'neutral' is not one of entailment, not",
         good.replace("not_entailment", "2"): r"label '2' is not .* \(0 to 1\)",
-        good.replace("not_entailment", "-1"): "label '-1'",
         good.replace("label", "gold"): "train.tsv has no column label: it is not the official file of rte",
         good.split("\n")[0] + "\n": "0 of 0 rows lack columns",
         good + "4\tx\n" * 4: "4 of 6 rows lack columns",
@@ -156,7 +149,7 @@ def test_files_that_are_not_right(tmp_path):
     refuse(r"RTE lacks train.tsv: put it there", "rte", data_root=tmp_path)
     assert len(load_task("rte", data_root=tmp_path, splits=["validation"]).splits["validation"]) == 2
     folder = write_files(tmp_path, "stsb")
-    for score in ("5.1", "-0.1", "nan", "x"):
+    for score in ("5.1", "nan", "x"):
         (folder / "dev.tsv").write_text(line(STS_HEADER) + "\n" + line(f"0 g f y o n n A B {score}"))
         refuse(f"dev.tsv line 2: label '{score}' is not a number from 0 to 5", "stsb", data_root=tmp_path)
 
@@ -164,7 +157,6 @@ def test_files_that_are_not_right(tmp_path):
 def test_what_is_unknown_or_missing(tmp_path):
     refuse("unknown task 'sst3': choose one of cola, sst2", "sst3")
     refuse("unknown dataset 'superglue': choose one of glue, demo", "rte", "superglue")
-    refuse("rte has no split 'test': choose one of train, validation", "rte", "demo", splits=["test"])
     message = refuse("no GLUE task mnli under .* the hub cannot be reached", "mnli", data_root=tmp_path)
     assert "dev_matched.tsv, dev_mismatched.tsv" in message and "--dataset demo" in message
 
@@ -245,25 +237,23 @@ def test_the_demo_can_be_learned(task):
 def test_the_demo_is_in_each_tasks_form():
     for name, task in TASKS.items():
         data = load_task(name, "demo")
-        assert data.fingerprint["source"] == "generated" and data.notes == []
+        assert (data.fingerprint["source"], data.notes) == ("generated", [])
         share = 3 if name == "wnli" else 1
         assert data.fingerprint["counts"] == {s: (1200 if s == "train" else 300) // share for s in task.splits}
-        for split in data.splits.values():
-            assert list(split.texts) == list(task.columns)
-            if not task.regression:
-                assert np.bincount(split.labels).min() > 0.2 * len(split) and split.labels.max() < task.num_labels
         assert len(set(data.fingerprint["sha256"].values())) == len(task.splits)
         assert (name in ("mnli", "stsb")) == ("genre" in data.splits["train"].categories)
-    scores = load_task("stsb", "demo").splits["train"].labels
-    assert scores.min() == 0 and scores.max() == 5 and len(np.unique(scores)) > 20
-    mnli = load_task("mnli", "demo").splits
-    genres = {split: set(mnli[split].categories["genre"]) for split in mnli}
+        for split in data.splits.values():
+            assert list(split.texts) == list(task.columns)
+            assert task.regression or np.bincount(split.labels, minlength=task.num_labels).min() > 0.2 * len(split)
+    genres = {split: set(part.categories["genre"]) for split, part in load_task("mnli", "demo").splits.items()}
     assert genres["train"] == genres["validation_matched"] and len(genres["train"]) == 5
     assert not genres["train"] & genres["validation_mismatched"]
 
 
 def test_the_demo_is_the_same_on_every_machine():
     # Any change of the sentences changes the figures of every demo run.
+    scores = load_task("stsb", "demo").splits["train"].labels
+    assert (scores.min(), scores.max(), scores.dtype) == (0, 5, np.float32) and len(np.unique(scores)) > 20
     hashes = [load_task(task, "demo").fingerprint["sha256"]["train"][:8] for task in TASKS]
     assert hashes == "ea11a7c5 facba88c c4ed3435 d1a7b892 84e2a3f9 d3debdf8 d46172f8 5b993d1d f586c7b3".split()
 
@@ -274,19 +264,22 @@ REAL = Path(os.environ.get("FEDQUARTET_DATA") or "no data")
 
 
 @pytest.mark.skipif(not (REAL / "glue").is_dir(), reason="no glue under FEDQUARTET_DATA")
-@pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "stsb", "rte", "wnli", "qnli"])
-def test_the_official_files(task):
-    splits = ["validation"] if task == "qnli" and not (REAL / "glue" / "QNLI" / "train.tsv").is_file() else None
-    data = load_task(task, data_root=REAL, splits=splits)
+@pytest.mark.parametrize(
+    "task, first",
+    [
+        ("cola", "Our friends won't buy this analysis, let alone the next one we propose."),
+        ("sst2", "hide new secretions from the parental units "),
+        ("rte", "No Weapons of Mass Destruction Found in Iraq Yet."),
+        ("wnli", "I stuck a pin through a carrot. When I pulled the pin out, it had a hole."),
+        ("mrpc", None),
+        ("stsb", None),
+        ("qnli", None),
+    ],
+)
+def test_the_official_files(task, first):
+    data = load_task(task, data_root=REAL, splits=["validation"] if task == "qnli" else None)
     assert data.notes == []  # official sizes, no row skipped
-    first = {
-        "cola": "Our friends won't buy this analysis, let alone the next one we propose.",
-        "wnli": "I stuck a pin through a carrot. When I pulled the pin out, it had a hole.",
-        "rte": "No Weapons of Mass Destruction Found in Iraq Yet.",
-        "sst2": "hide new secretions from the parental units ",
-    }
-    if task in first:
-        assert next(iter(data.splits["train"].texts.values()))[0] == first[task]
+    assert first is None or next(iter(data.splits["train"].texts.values()))[0] == first
     if not data.task.regression:
         for split in data.splits.values():
             assert (np.bincount(split.labels, minlength=2) > 0.25 * len(split)).all()

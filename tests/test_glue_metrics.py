@@ -7,8 +7,7 @@ import pytest
 
 from common.cli import RunFailed
 from common.seeding import stream
-from lora_glue_fl.glue_tasks import TASKS
-from lora_glue_fl.metrics import accuracy, evaluate, f1, matthews, pearson, spearman
+from lora_glue_fl.glue_tasks import TASKS, evaluate, score
 
 
 def plain_matthews(p, y):
@@ -32,37 +31,33 @@ def mean_ranks(x):
 
 def test_by_hand():
     y, p = np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 0, 1])  # tp 2, fn 1, tn 1, fp 1
-    assert accuracy(p, y) == 3 / 5 and f1(p, y) == pytest.approx(2 / 3)
-    assert matthews(p, y) == pytest.approx((2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2))
-    assert pearson([0, 1, 2, 3], [0, 0, 1, 1]) == pytest.approx(2 / np.sqrt(5))
-    assert spearman([1, 10, 100], [1, 3, 2]) == pytest.approx(0.5)
+    assert score("accuracy", p, y) == 3 / 5 and score("f1", p, y) == pytest.approx(2 / 3)
+    assert score("matthews", p, y) == pytest.approx((2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2))
+    assert score("pearson", [0, 1, 2, 3], [0, 0, 1, 1]) == pytest.approx(2 / np.sqrt(5))
+    assert score("spearman", [1, 10, 100], [1, 3, 2]) == pytest.approx(0.5)
 
 
 def test_against_plain_formulas():
     generator = stream(0, "metrics")
     for _ in range(20):
         y, p = generator.integers(2, size=(2, 50))
-        assert f1(p, y) == pytest.approx(plain_f1(p, y), abs=1e-12)
-        assert matthews(p, y) == pytest.approx(plain_matthews(p, y), abs=1e-12)
+        assert score("f1", p, y) == pytest.approx(plain_f1(p, y), abs=1e-12)
+        assert score("matthews", p, y) == pytest.approx(plain_matthews(p, y), abs=1e-12)
         x, z = generator.integers(8, size=50) / 5.0, generator.normal(size=50)  # ties in one
-        assert pearson(x, z) == pytest.approx(plain_pearson(x, z), abs=1e-12)
-        assert spearman(x, z) == pytest.approx(plain_pearson(mean_ranks(x), mean_ranks(z)), abs=1e-12)
+        assert score("pearson", x, z) == pytest.approx(plain_pearson(x, z), abs=1e-12)
+        assert score("spearman", x, z) == pytest.approx(plain_pearson(mean_ranks(x), mean_ranks(z)), abs=1e-12)
 
 
 def test_constant_predictions_are_zero_with_a_warning():
-    y = np.array([0, 1, 1, 0])
-    for constant in (np.zeros(4, dtype=int), np.ones(4, dtype=int)):
-        with pytest.warns(UserWarning, match="all 4 predictions are the same: Matthews"):
-            assert matthews(constant, y) == 0.0
-    for metric, name in ((pearson, "Pearson"), (spearman, "Spearman")):
-        with pytest.warns(UserWarning, match=f"all 4 predictions are the same: {name}"):
-            assert metric(np.full(4, 2.5), y) == 0.0
+    y, zeros = np.array([0, 1, 1, 0]), np.zeros(4, dtype=int)
+    for metric in ("matthews", "pearson", "spearman"):
+        with pytest.warns(UserWarning, match=f"all 4 predictions are the same: {metric.capitalize()} correlation"):
+            assert score(metric, zeros + 2, y) == 0.0
         with pytest.warns(UserWarning, match="all 4 labels are the same"):
-            assert metric(y, np.full(4, 2.5)) == 0.0
+            assert score(metric, y, zeros) == 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert f1(np.zeros(4, dtype=int), y) == 0.0  # class 1 is never predicted
-        assert f1(np.zeros(4, dtype=int), np.zeros(4, dtype=int)) == 0.0
+        assert score("f1", zeros, y) == score("f1", zeros, zeros) == 0.0  # class 1 is never predicted, nor there
 
 
 def test_every_task_has_the_metrics_of_glue():
@@ -83,12 +78,8 @@ def test_both_parts_of_mnli_are_apart():
     assert evaluate(task, "validation_mismatched", outputs, labels) == {"val_mismatched_accuracy": 0.75}
 
 
-def test_outputs_that_are_not_finite_or_do_not_fit():
+def test_outputs_that_are_not_finite():
     outputs = np.zeros((4, 2))
     outputs[1:3, 0] = np.nan
     with pytest.raises(RunFailed, match="2 of 4 outputs on rte are not finite: lower --learning-rate"):
         evaluate(TASKS["rte"], "validation", outputs, np.zeros(4, dtype=int))
-    with pytest.raises(ValueError, match=r"\(4, 2\) for 4 labels of mnli"):
-        evaluate(TASKS["mnli"], "validation_matched", np.zeros((4, 2)), np.zeros(4, dtype=int))
-    with pytest.raises(ValueError, match="for 3 labels"):
-        evaluate(TASKS["rte"], "validation", np.zeros((4, 2)), np.zeros(3, dtype=int))

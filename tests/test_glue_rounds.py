@@ -1,7 +1,6 @@
 """fedavg_rounds.py: whole rounds of every rule against a plain loop in fp64, what a run serves, keeps and logs."""
 
 import importlib
-import json
 import math
 from types import SimpleNamespace
 
@@ -20,11 +19,11 @@ from common.lowrank import RULES
 from common.runlog import read_metrics
 from common.seeding import stream, torch_stream
 from lora_glue_fl import fedavg_rounds, flags
-from lora_glue_fl.data_prep import encode, load_task, load_tokenizer, training_batches
+from lora_glue_fl.data_prep import encode, learning_rates, load_tokenizer, training_batches
 from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
-from lora_glue_fl.fitting import learning_rates
+from lora_glue_fl.glue_data import load_task
 from lora_glue_fl.round_folders import RoundFolders
-from lora_glue_fl.sharding import make_client_splits, save_shard_manifests
+from lora_glue_fl.shards import make_client_splits, save_shard_manifests
 
 TINY = "--model tiny --dataset demo --task-name sst2 --lora-r 4 --svd-rank 4 --learning-rate 5e-3 --threads 1".split()
 TINY += "--rounds 3 --local-epochs 0.5 --eval-each-round --max-length 32 --batch-size 8".split()
@@ -37,9 +36,9 @@ def words(shards, *more):
 def call(*line, script="fedavg_rounds"):
     """The exit code of a script of this study in this process."""
     module = importlib.import_module(f"lora_glue_fl.{script}")
-    complete = flags.complete_rounds if script == "fedavg_rounds" else getattr(module, "complete", lambda args: args)
+    args = module.build_parser().parse_args([str(word) for word in line])
     with pytest.raises(SystemExit) as stop:
-        run_main(module.main, checked(complete, module.build_parser().parse_args([str(word) for word in line])))
+        run_main(module.main, checked(flags.complete_rounds, args) if script == "fedavg_rounds" else args)
     return stop.value.code
 
 
@@ -155,7 +154,7 @@ def served(rule, theta, means, deltas, t):
 
 
 def plain(given, rule, weigh, server=None, **options):
-    """(weights that the model computes with after two rounds, theta before): the reference."""
+    """(weights that the model computes with after two rounds, and before): the reference."""
     theta, ranks = start_of(given), [3, 2, 4, 3, 2] if rule == "svd" else [4] * K
     start, place = weights_of(theta, S), 0
     for t in range(2):
@@ -181,18 +180,24 @@ def plain(given, rule, weigh, server=None, **options):
     return weights_of(theta, S_SVD if rule == "svd" else S), start
 
 
-def run_rounds(given, folder, monkeypatch, rule, more=""):
-    """(weights that the served model computes with, lines of metrics.jsonl): the script, the clients of `BAD` NaN."""
+def spoil(monkeypatch, bad, place):
+    """The clients of these turns train this place of their vector to NaN. Returns a list of all turns."""
     steps, seen = fedavg_rounds.local_steps, []
 
     def local_steps(loss, batches, weights, *rest, **options):
         done = steps(loss, batches, weights, *rest, **options)
-        if len(seen) in BAD:
-            weights.theta[7 if rule != "ffa" else -1] = math.nan  # a factor, or the head's last number
-        seen.append(0)
+        if len(seen) in bad:
+            weights.theta[place] = math.nan
+        seen.append(len(seen))
         return done
 
     monkeypatch.setattr(fedavg_rounds, "local_steps", local_steps)
+    return seen
+
+
+def run_rounds(given, folder, monkeypatch, rule, more=""):
+    """(weights that the served model computes with, lines of metrics.jsonl): the script, the clients of `BAD` NaN."""
+    spoil(monkeypatch, BAD, 7 if rule != "ffa" else -1)  # a factor, or the head's last number
     line = f"{ROUNDS} --aggregate {rule} {more} --model {given.folder}/model --shard-dir {given.folder}/shards "
     line += f"--init-adapter {given.folder}/adapter --output-root {folder} --run-name r"
     assert call(*line.split()) == 0
@@ -254,16 +259,17 @@ def test_rounds_are_the_plain_loop(case, given, tmp_path, monkeypatch):
 
 
 def validation(model, tokenizer):
-    """(accuracy, mean loss) of a transformers model on the demo's validation examples, one by one."""
+    """(accuracy, mean loss) of a transformers model on the demo's validation examples, padded by its tokenizer."""
     split = demo_task("sst2")["validation"]
-    model.eval()
-    right, loss = [], []
+    batch = tokenizer(split.texts["sentence"], return_tensors="pt", padding=True, truncation=True, max_length=32)
     with torch.no_grad():
-        for text, label in zip(split.texts["sentence"], split.labels, strict=True):
-            logits = model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=32)).logits[0].double()
-            right.append(int(logits.argmax()) == label)
-            loss.append(-torch.log_softmax(logits, 0)[int(label)].item())
-    return np.mean(right), np.mean(loss)
+        logits = model.eval()(**batch).logits.double()
+    labels = torch.tensor(split.labels)
+    return (logits.argmax(dim=1) == labels).double().mean().item(), F.cross_entropy(logits, labels).item()
+
+
+def same_metrics(measured, accuracy, loss):
+    assert measured == (pytest.approx(accuracy, abs=1e-12), pytest.approx(loss, rel=1e-4))
 
 
 @pytest.mark.slow
@@ -273,41 +279,26 @@ def test_what_a_rule_serves_gives_the_logged_metric_without_this_project(rule):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = runs(rule)
-    last = read_metrics(folder)[-1]
+    last, load = read_metrics(folder)[-1], AutoModelForSequenceClassification.from_pretrained
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     if rule in ("stack", "residual"):
-        model = AutoModelForSequenceClassification.from_pretrained(folder / "final")
+        model = load(folder / "final")
     else:
-        base = AutoModelForSequenceClassification.from_pretrained(folder / "base")
-        model = PeftModel.from_pretrained(base, folder / "final")
-    accuracy, loss = validation(model, tokenizer)
-    assert accuracy == pytest.approx(last["val_accuracy"], abs=1e-12)
-    assert loss == pytest.approx(last["val_loss"], rel=1e-4)
+        model = PeftModel.from_pretrained(load(folder / "base"), folder / "final")
+    same_metrics(validation(model, tokenizer), last["val_accuracy"], last["val_loss"])
     assert read_json(folder / "run.json")["results"]["val_accuracy"] == last["val_accuracy"]
 
     # the round's own folder serves the same: the adapter, over the changed base weights where there are any
     fused = next((folder / "round_3").glob("fused_*"))
-    base = AutoModelForSequenceClassification.from_pretrained(folder / "base")
+    base = load(folder / "base")
     if (fused / "base.safetensors").exists():
         changed = load_file(fused / "base.safetensors")
         assert base.load_state_dict(changed, strict=False).unexpected_keys == []
-    accuracy, loss = validation(PeftModel.from_pretrained(base, fused / "adapter"), tokenizer)
-    assert accuracy == pytest.approx(last["val_accuracy"], abs=1e-12)
-    assert loss == pytest.approx(last["val_loss"], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_a_clients_adapter_gives_its_logged_metric():
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    folder = runs("svd")
-    base = AutoModelForSequenceClassification.from_pretrained(folder / "base")
-    model = PeftModel.from_pretrained(base, folder / "round_3" / "client_2" / "adapter")
-    accuracy, loss = validation(model, AutoTokenizer.from_pretrained(folder / "base"))
-    line = read_metrics(folder)[-1]
-    assert accuracy == pytest.approx(line["client_val_accuracy"][1], abs=1e-12)
-    assert loss == pytest.approx(line["client_val_loss"][1], rel=1e-4)
+    model = PeftModel.from_pretrained(base, fused / "adapter")
+    same_metrics(validation(model, tokenizer), last["val_accuracy"], last["val_loss"])
+    if rule == "svd":  # and a client's adapter gives its own
+        model = PeftModel.from_pretrained(load(folder / "base"), folder / "round_3" / "client_2" / "adapter")
+        same_metrics(validation(model, tokenizer), last["client_val_accuracy"][1], last["client_val_loss"][1])
 
 
 def test_the_learning_rate_is_transformers_schedule():
@@ -334,7 +325,7 @@ def test_keep_decides_which_rounds_stay(shards, tmp_path):
     assert {f.name for f in folder.glob("round_*")} == {f"round_{best}", "round_3"}
     assert (folder / "round_3" / "fused_r4_nosvd" / "fuse_manifest.json").exists()
     assert {f.name for f in runs("svd").glob("round_*")} == {"round_1", "round_2", "round_3"}
-    manifest = json.loads((runs("svd") / "round_2" / "fused_r4" / "fuse_manifest.json").read_text())
+    manifest = read_json(runs("svd") / "round_2" / "fused_r4" / "fuse_manifest.json")
     assert manifest["aggregate"] == "svd" and sum(manifest["weights"]) == pytest.approx(1)
 
 
@@ -389,16 +380,7 @@ def test_bytes_are_those_of_the_factors_that_are_sent():
 
 def test_folders_of_a_round_without_a_client(shards, tmp_path, capsys, monkeypatch):
     """What was trained to NaN is not written, and the server's folder names who counted."""
-    steps, seen = fedavg_rounds.local_steps, []
-
-    def local_steps(loss, batches, weights, *rest, **options):
-        done = steps(loss, batches, weights, *rest, **options)
-        if not seen:
-            weights.theta[3] = math.nan
-        seen.append(0)
-        return done
-
-    monkeypatch.setattr(fedavg_rounds, "local_steps", local_steps)
+    seen = spoil(monkeypatch, {0}, 3)
     line = words(shards, "--output-root", tmp_path, "--run-name", "x", "--keep", "all", "--rounds", 2, "--eval-clients")
     assert call(*line) == 0 and len(seen) == 6
     n = [len(read_json(shards / f"client_{k}.json")["indices"]) for k in (1, 2, 3)]

@@ -1,25 +1,68 @@
-"""GLUE's tasks from the official tsv files, or from the hub through `datasets`."""
+"""A task of GLUE: from the official tsv files, from the hub through `datasets`, or generated.
+
+data = load_task("rte", data_root=None)                    # official files, else the hub; dataset="demo": neither
+"""
+
+import dataclasses
 
 from common.cache import cache_folder, one_line
 from common.cli import UsageError
 from common.corpora import data_folder
 from common.hub import hub_dataset
-from lora_glue_fl.glue_tasks import make_split
+from lora_glue_fl.demo_glue import demo_task
+from lora_glue_fl.glue_tasks import Split, Task, find_task, make_split
 
+DATASETS = ("glue", "demo")
 HUB_NAME = "nyu-mll/glue"
 _ROOTS = ("glue", "GLUE", "glue_data", ".")  # under the data folder
-_COLA_HEADER = ("source", "label", "star", "sentence")  # CoLA's train and dev have no header line
+_COLA_HEADER = ["source", "label", "star", "sentence"]  # CoLA's train and dev have no header line
 _MOST_SKIPPED = 1e-3  # of a file's rows; QQP's train file has three broken ones
 
 
-def read_task(task, splits, data_root=None, cache_dir=None):
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A task's splits. notes: lines for the log; fingerprint: for run.json (SHA-256 of each split, counts, source)."""
+
+    task: Task
+    splits: dict[str, Split]
+    notes: list[str]
+    fingerprint: dict
+
+
+def load_task(name, dataset="glue", data_root=None, cache_dir=None, splits=None):
+    """The task `name` ("cola" ... "wnli") as `TaskData`.
+
+    dataset: "glue" (the official tsv files under the data folder, else an earlier download, else the hub) or "demo"
+    (generated). splits: which are needed, all by default. A size that is not the official one is noted.
+
+    Raises UsageError for an unknown task or dataset, and for data that are missing or damaged.
+    """
+    task = find_task(name)
+    splits = splits or task.splits
+    if dataset not in DATASETS:
+        raise UsageError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
+    if dataset == "demo":
+        generated = demo_task(task.name)
+        there, source, notes = {split: generated[split] for split in splits}, "generated", []
+    else:
+        there, source, notes = _read_task(task, splits, data_root, cache_dir)
+        sizes = [(split, len(there[split]), task.sizes[split]) for split in splits]
+        notes += [f"{task.name} {s}: {n} examples, officially {size} ({source})" for s, n, size in sizes if n != size]
+    fingerprint = {
+        "dataset": dataset,
+        "task": task.name,
+        "source": source,
+        "sha256": {split: there[split].sha256() for split in splits},
+        "counts": {split: len(there[split]) for split in splits},
+    }
+    return TaskData(task, there, notes, fingerprint)
+
+
+def _read_task(task, splits, data_root, cache_dir):
     """({split: Split}, source, notes): the asked splits of an official task.
 
     From the first folder that is there, `data_root`/glue/FOLDER (or GLUE/, glue_data/, or right below), else what an
     earlier download left in the cache, else the hub.
-
-    Raises UsageError when a file is missing, is not the task's or has a label that is not, and when there are
-    neither files nor a hub.
     """
     root = data_folder(data_root)
     for place in _ROOTS:
@@ -34,12 +77,12 @@ def read_task(task, splits, data_root=None, cache_dir=None):
         f"no GLUE task {task.name} under {root}",
         f"{', '.join(map(_file_name, task.splits))} into {root / 'glue' / task.folder}",
     )
-    found = {}
-    for split in splits:
-        columns = rows[split]
-        texts = {column: columns[column] for column in task.columns}
-        found[split] = make_split(task, texts, columns["label"], {}, lambda i, s=split: f"{HUB_NAME} {s} example {i}")
-    return found, f"hub, {HUB_NAME} {task.name}", []
+
+    def of(split):
+        texts = {column: rows[split][column] for column in task.columns}
+        return make_split(task, texts, rows[split]["label"], {}, lambda i: f"{HUB_NAME} {split} example {i}")
+
+    return {split: of(split) for split in splits}, f"hub, {HUB_NAME} {task.name}", []
 
 
 def _file_name(split):
@@ -56,11 +99,8 @@ def _read_tsv(task, path, notes):
         raise UsageError(f"cannot read {path} ({one_line(error)}): get the file again") from error
     # Only "\n" ends a line: splitlines would also cut at the rarer separators that stand inside sentences.
     rows = [line.removesuffix("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
-    first = 0
-    if task.name == "cola" and (len(rows[0]) == len(_COLA_HEADER) and rows[0] != list(_COLA_HEADER)):
-        header = _COLA_HEADER
-    else:
-        header, first = rows[0], 1
+    bare = task.name == "cola" and len(rows[0]) == len(_COLA_HEADER) and rows[0] != _COLA_HEADER
+    header, first = (_COLA_HEADER, 0) if bare else (rows[0], 1)
     missing = [name for name in task.file_columns.values() if name not in header and name != "genre"]
     if missing:
         raise UsageError(f"{path} has no column {' nor '.join(missing)}: it is not the official file of {task.name}")
