@@ -46,7 +46,7 @@ def main(args):
                 batches = begin_client(study, theta, k, t)
                 done = local_steps(study.loss, batches, study.weights, study.optimizer, amp=run.amp)
                 theta_k = end_client(study, theta, k, t, clients, done)
-                fisher_k = diagonal_fisher(study.model, nll, calibration(study, k, t), method="loop")
+                fisher_k = diagonal_fisher(study.model, study.weights, nll, calibration(study, k, t), method="loop")
                 mean.add(theta_k, weight=study.client_weights[k], precision=fisher_k)
             theta = mean.result()
             run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)

@@ -112,7 +112,7 @@ def sensitivity(model, weights, images, *, labels=None, draws=None, prepare=None
         raise ValueError("no image to calibrate on")
     if method == "auto" and weights.size <= SMALL:
         method = "vmap"
-    options = {"method": method, "chunk_size": chunk_size, "parameters": weights.parameters}
+    options = {"method": method, "chunk_size": chunk_size}
     total = torch.zeros_like(weights.theta)
     # The fused attention kernels have no rule for vmap, and their backward passes on CUDA are not deterministic.
     with sdpa_kernel(SDPBackend.MATH):
@@ -123,7 +123,7 @@ def sensitivity(model, weights, images, *, labels=None, draws=None, prepare=None
                 wanted, function = drawn_labels(model, inputs, draws), _logit  # [b]
             else:
                 wanted, function = labels[start : start + BATCH].to(inputs.device), _nll  # [b]
-            total += diagonal_fisher(model, function, (inputs, wanted), **options) * (len(part) / len(images))
+            total += diagonal_fisher(model, weights, function, (inputs, wanted), **options) * (len(part) / len(images))
     return total
 
 
