@@ -82,66 +82,46 @@ class AdapterFile:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def write_adapter(
-    folder,
-    factors,
-    head,
-    *,
-    alpha,
-    target_modules,
-    modules_to_save,
-    base_model,
-    fan_in_fan_out=False,
-    dropout=0.0,
-    task_type="SEQ_CLS",
-    more=None,
-):
+def write_adapter(folder, factors, head, *, alpha, base_model, more=None, **options):
     """Writes an adapter folder, whole or not at all; an older adapter in its place is replaced.
 
     Args:
         factors: {layer: (A [r, k], B [d, r])}, one r; head: {parameter name in the transformers model: tensor}, {} for
             none. Written as fp32.
-        alpha, dropout: peft's lora_alpha and lora_dropout. Whole alphas are written as integers.
-        target_modules: names such as ["query", "value"]; modules_to_save: such as ["classifier"], [] for none.
-        base_model: name or folder of the base model, None where there is none. fan_in_fan_out: True for Conv1D.
-        task_type: peft's, SEQ_CLS or CAUSAL_LM.
+        alpha: peft's lora_alpha. Whole ones are written as integers.
+        base_model: name or folder of the base model, None where there is none.
         more: {file name: value}, further JSON files for the folder.
+        options: of peft.LoraConfig: target_modules, such as ["query", "value"], modules_to_save, such as ["classifier"]
+            (of the head), fan_in_fan_out, lora_dropout, task_type ("SEQ_CLS").
     Raises: RunFailed for numbers that are not finite and for a folder that cannot be written; UsageError for a folder
         with other files in it, which are left alone.
     """
     import peft  # only here: it takes seconds to import
 
     folder = Path(folder)
-    tensors = {
-        f"{layer}.lora_{x}.weight": t for layer, pair in factors.items() for x, t in zip("AB", pair, strict=True)
-    }
-    tensors |= head
-    tensors = {
-        _PREFIX + name: t.detach().to("cpu", torch.float32, copy=True).contiguous() for name, t in tensors.items()
-    }
+    tensors = dict(head)
+    for layer, (A, B) in factors.items():
+        tensors |= {f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B}
+    tensors = {name: t.detach().to("cpu", torch.float32, copy=True).contiguous() for name, t in tensors.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise RunFailed(f"{name.removeprefix(_PREFIX)} of {folder} is not finite: lower the learning rate")
+            raise RunFailed(f"{name} of {folder} is not finite: lower the learning rate")
     refuse_other_files(folder)
+    options = {"task_type": "SEQ_CLS", **options, "modules_to_save": options["modules_to_save"] or None}
     config = peft.LoraConfig(
         r=len(next(iter(factors.values()))[0]),
         lora_alpha=int(alpha) if float(alpha).is_integer() else float(alpha),
-        lora_dropout=dropout,
-        target_modules=sorted(target_modules),
-        modules_to_save=list(modules_to_save) or None,
         base_model_name_or_path=base_model,
-        fan_in_fan_out=fan_in_fan_out,
-        task_type=task_type,
         inference_mode=True,
+        **options,
     )
+    config.target_modules = sorted(config.target_modules)  # peft has a set, with another order in every process
     fresh = folder.with_name(folder.name + ".new")
     with saving(folder, fresh):
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         config.save_pretrained(fresh)
-        written = json.loads((fresh / CONFIG).read_text(encoding="utf-8"))
-        written["target_modules"] = sorted(target_modules)  # peft's order is that of a set: another in every process
-        write_json(fresh / CONFIG, written)
+        tensors = {_PREFIX + name: tensor for name, tensor in tensors.items()}
         safetensors.torch.save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
         for name, value in (more or {}).items():
             write_json(fresh / name, value)

@@ -194,16 +194,6 @@ def _difference(new, old):
     return new.to(torch.float64, copy=True).sub_(old)
 
 
-def entropy_log_weight(entropy, temperature=1.0):
-    """The logarithm of a client's unnormalised weight exp(-H_k / T), for `WeightedMean.add(log_weight=...)`.
-
-    Args: entropy: H_k, the mean token entropy in nats; temperature: T, above 0.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature} is not above 0")
-    return -float(entropy) / float(temperature)
-
-
 def effective_steps(steps, kind, momentum=0.9):
     """FedNova's a: how far `steps` local steps go, in steps of plain SGD   (Wang et al. 2020, sec. 4):
 

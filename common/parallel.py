@@ -109,9 +109,9 @@ def all_gather(thing):
     return things
 
 
-def broadcast(thing, source=0):
-    """The small picklable `thing` of process `source`, on every process."""
-    return all_gather(thing if _world.rank == source else None)[source]
+def broadcast(thing):
+    """The main process's small picklable `thing`, on every process."""
+    return all_gather(thing if is_main() else None)[0]
 
 
 def chunks(*tensors, size=CHUNK):

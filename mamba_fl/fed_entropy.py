@@ -15,7 +15,7 @@ import math
 import numpy as np
 import torch
 
-from common.aggregation import WeightedMean, entropy_log_weight
+from common.aggregation import WeightedMean
 from common.cli import checked, non_negative_int, positive_float
 from common.evaluation import amp_context
 from common.local import local_steps
@@ -44,7 +44,7 @@ def main(args):
                 theta_k = end_client(study, theta, k, t, clients, done)
                 entropy_k = entropy(study, k, t)
                 clients.note(k, entropy=entropy_k)
-                mean.add(theta_k, study.client_weights[k], log_weight=entropy_log_weight(entropy_k, args.temperature))
+                mean.add(theta_k, study.client_weights[k], log_weight=-entropy_k / args.temperature)
             theta = mean.result()
             run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 

@@ -20,11 +20,11 @@ QUERY = "roberta.encoder.layer.0.attention.self.query"
 TOKENS = torch.tensor([[0, 7, 8, 9, 2], [0, 11, 12, 2, 1]])
 
 
-def roberta():
+def roberta(labels=3, hidden=16):
     """A RoBERTa of two layers, the same weights in every call."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    config = RobertaConfig(vocab_size=50, max_position_embeddings=20, num_labels=3, pad_token_id=1, **sizes)
+    sizes = {"hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = RobertaConfig(vocab_size=50, max_position_embeddings=20, num_labels=labels, pad_token_id=1, **sizes)
     return RobertaForSequenceClassification(config).eval()
 
 
@@ -34,15 +34,20 @@ def gpt2():
     return GPT2ForSequenceClassification(config).eval()
 
 
-def save_by_peft(folder, base=None, r=2, targets=("query", "value"), **options):
+def adapted(seed, base=None, r=2, alpha=4, targets=("query", "value"), **options):
     """A peft model with random factors and head. intermediate.dense is 24 x 16: a transposed factor cannot hide."""
     options = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"], **options}
-    config = peft.LoraConfig(r=r, lora_alpha=4, target_modules=targets, **options)
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, **options)
     model = peft.get_peft_model(base or roberta(), config).eval()
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     for name, p in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def save_by_peft(folder, seed=1, **options):
+    model = adapted(seed, **options)
     model.save_pretrained(folder)
     return model
 
@@ -138,7 +143,7 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
     file = read_adapter(tmp_path / "a")
     monkeypatch.setattr(adapter_files, "write_json", full_disk)
     with pytest.raises(RunFailed, match="No space"):
-        write_again(file, tmp_path / "a", alpha=99)
+        write_again(file, tmp_path / "a", alpha=99, more={"fuse_manifest.json": {}})
     assert read_adapter(tmp_path / "a").alpha == 4 and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 

@@ -246,7 +246,7 @@ def test_class_counts_by_hand():
 @pytest.mark.parametrize("k", [1, 5])
 def test_overlap_shares_what_rho_says(k, rho):
     n = 1000
-    parts, notes = overlap(n, k, rho, stream(0, "sharding"))
+    parts, notes = overlap(np.zeros(n), k, rho, stream(0, "sharding"))
     assert_sorted_int64(parts)
     assert [len(part) for part in parts] == [n // k] * k
     holders = np.bincount(np.concatenate(parts), minlength=n)
@@ -278,7 +278,7 @@ def test_an_overlap_out_of_range():
         with pytest.raises(UsageError, match="--overlap-ratio .* is outside 0 to 1"):
             make(np.zeros(10, dtype=int), 2, rho, stream(0, "sharding"))
     with pytest.raises(UsageError, match="3 samples .* 4 clients"):
-        overlap(3, 4, 0.5, stream(0, "sharding"))
+        overlap(np.zeros(3), 4, 0.5, stream(0, "sharding"))
 
 
 def test_categories_go_round_the_clients_whole():
