@@ -210,9 +210,9 @@ class _ProductMeans:
         if self._clients.world.size == 1:
             self.exchange([(factors, weight, scale)])
             return
-        # copies: a view would be sent with all of the vector that it lies in
-        copies = {name: tuple(t.detach().to("cpu", copy=True) for t in pair) for name, pair in factors.items()}
-        self._given = copies, weight, scale
+        # arrays: torch pickles a tensor slowly, and with all of the vector that it lies in
+        arrays = {name: [t.detach().to("cpu", torch.float32).numpy() for t in pair] for name, pair in factors.items()}
+        self._given = arrays, weight, scale
 
     def head(self):
         return self._given
@@ -223,7 +223,7 @@ class _ProductMeans:
             self._weight += weight
             for name, product in self._products.items():
                 if weight > 0:
-                    product.add(*factors[name], weight * scale)
+                    product.add(*map(torch.as_tensor, factors[name]), weight * scale)
 
     def result(self):
         """This process's layers. Raises: ValueError for no weight."""
