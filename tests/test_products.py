@@ -7,20 +7,12 @@ import pytest
 import torch
 from adapters import close, dense, parts_of, peft_model, product_of
 
-from common.products import (
-    Product,
-    add_to_weight,
-    distance,
-    fit_rank,
-    quotient,
-    scaling,
-    truncate,
-)
+from common.products import Product, add_to_weight, distance, fit_rank, quotient, scaling, truncate
 from common.seeding import torch_stream
 
 
-@pytest.mark.parametrize("ranks", [[2], [1, 4, 2], [5, 5, 5, 5], [3] * 30], ids=str)
-@pytest.mark.parametrize(("d", "k"), [(20, 20), (31, 13), (13, 31)])
+@pytest.mark.parametrize("ranks", [[2], [1, 4, 2], [5, 5, 5, 5]], ids=str)
+@pytest.mark.parametrize(("d", "k"), [(31, 13), (13, 31)])
 def test_sums_norms_and_distances_against_dense_matrices(d, k, ranks):
     parts = parts_of(1, d, k, ranks)
     total, plain = product_of(parts), dense(parts)
@@ -31,7 +23,6 @@ def test_sums_norms_and_distances_against_dense_matrices(d, k, ranks):
     other = parts_of(2, d, k, [2])
     expected = np.linalg.norm(plain - dense(other))
     assert distance(total, product_of(other)) == pytest.approx(expected, rel=1e-12)
-    assert distance(product_of(other), total) == pytest.approx(expected, rel=1e-12)
     assert distance(total, total) < 1e-14 * total.norm()
 
 
@@ -70,7 +61,7 @@ def test_zero_products():
 
 
 @pytest.mark.parametrize("split", ["us", "balanced"])
-@pytest.mark.parametrize(("d", "k", "ranks"), [(768, 768, [8] * 10), (300, 96, [4, 8, 16]), (20, 34, [8] * 5)])
+@pytest.mark.parametrize(("d", "k", "ranks"), [(160, 160, [8] * 10), (300, 96, [4, 8, 16]), (20, 34, [8] * 5)])
 def test_truncation_is_the_dense_svd(d, k, ranks, split):
     parts = parts_of(5, d, k, ranks)
     U, sigma, Vh = np.linalg.svd(dense(parts), full_matrices=False)
