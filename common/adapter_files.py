@@ -25,7 +25,6 @@ from common.cli import RunFailed, UsageError
 from common.products import scaling
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PICKLED = "adapter_model.bin"
 _OURS = {CONFIG, WEIGHTS, "fuse_manifest.json", "README.md"}  # README.md: peft's model card
 _PREFIX = "base_model.model."
 
@@ -83,70 +82,46 @@ class AdapterFile:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def write_adapter(
-    folder,
-    factors,
-    head,
-    *,
-    alpha,
-    target_modules,
-    modules_to_save,
-    base_model,
-    fan_in_fan_out=False,
-    dropout=0.0,
-    task_type="SEQ_CLS",
-    more=None,
-):
+def write_adapter(folder, factors, head, *, alpha, base_model, more=None, **options):
     """Writes an adapter folder, whole or not at all; an older adapter in its place is replaced.
 
     Args:
         factors: {layer: (A [r, k], B [d, r])}, one r; head: {parameter name in the transformers model: tensor}, {} for
             none. Written as fp32.
-        alpha, dropout: peft's lora_alpha and lora_dropout. Whole alphas are written as integers.
-        target_modules: names such as ["query", "value"]; modules_to_save: such as ["classifier"], [] for none.
-        base_model: name or folder of the base model, None where there is none. fan_in_fan_out: True for Conv1D.
-        task_type: peft's, SEQ_CLS or CAUSAL_LM.
+        alpha: peft's lora_alpha. Whole ones are written as integers.
+        base_model: name or folder of the base model, None where there is none.
         more: {file name: value}, further JSON files for the folder.
-    Raises: ValueError for factors that do not fit each other; RunFailed for numbers that are not finite and for a
-        folder that cannot be written; UsageError for a folder with other files in it, which are left alone.
+        options: of peft.LoraConfig: target_modules, such as ["query", "value"], modules_to_save, such as ["classifier"]
+            (of the head), fan_in_fan_out, lora_dropout, task_type ("SEQ_CLS").
+    Raises: RunFailed for numbers that are not finite and for a folder that cannot be written; UsageError for a folder
+        with other files in it, which are left alone.
     """
     import peft  # only here: it takes seconds to import
 
     folder = Path(folder)
-    ranks = {A.shape[0] for A, B in factors.values()} | {B.shape[1] for A, B in factors.values()}
-    if len(ranks) != 1:
-        raise ValueError(f"the factors have ranks {sorted(ranks)}: an adapter has one")
-    if bool(head) != bool(modules_to_save):
-        raise ValueError(f"modules_to_save {modules_to_save} and a head of {len(head)} tensors: give both or neither")
-    tensors = {}
+    tensors = dict(head)
     for layer, (A, B) in factors.items():
-        tensors[f"{_PREFIX}{layer}.lora_A.weight"] = A
-        tensors[f"{_PREFIX}{layer}.lora_B.weight"] = B
-    tensors |= {_PREFIX + name: tensor for name, tensor in head.items()}
+        tensors |= {f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B}
     tensors = {name: t.detach().to("cpu", torch.float32, copy=True).contiguous() for name, t in tensors.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise RunFailed(f"{name[len(_PREFIX) :]} of {folder} is not finite: lower the learning rate")
+            raise RunFailed(f"{name} of {folder} is not finite: lower the learning rate")
     refuse_other_files(folder)
+    options = {"task_type": "SEQ_CLS", **options, "modules_to_save": options["modules_to_save"] or None}
     config = peft.LoraConfig(
-        r=ranks.pop(),
+        r=len(next(iter(factors.values()))[0]),
         lora_alpha=int(alpha) if float(alpha).is_integer() else float(alpha),
-        lora_dropout=dropout,
-        target_modules=sorted(target_modules),
-        modules_to_save=list(modules_to_save) or None,
         base_model_name_or_path=base_model,
-        fan_in_fan_out=fan_in_fan_out,
-        task_type=task_type,
         inference_mode=True,
+        **options,
     )
+    config.target_modules = sorted(config.target_modules)  # peft has a set, with another order in every process
     fresh = folder.with_name(folder.name + ".new")
     with saving(folder, fresh):
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         config.save_pretrained(fresh)
-        written = json.loads((fresh / CONFIG).read_text(encoding="utf-8"))
-        written["target_modules"] = sorted(target_modules)  # peft's order is that of a set: another in every process
-        write_json(fresh / CONFIG, written)
+        tensors = {_PREFIX + name: tensor for name, tensor in tensors.items()}
         safetensors.torch.save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
         for name, value in (more or {}).items():
             write_json(fresh / name, value)
@@ -179,15 +154,16 @@ def read_adapter(folder, task_type="SEQ_CLS"):
         what = "is a file" if folder.is_file() else "does not exist"
         raise UsageError(f"adapter {folder} {what}: give a folder with {CONFIG} and {WEIGHTS}")
     config = _read_config(folder / CONFIG, task_type)
+    r, alpha = config["r"], config["lora_alpha"]
     stored, sha256 = _read_tensors(folder)
     modules_to_save = sorted(set(config.get("modules_to_save") or []))
-    factors, head = _sort_tensors(stored, modules_to_save, config["r"], folder / WEIGHTS)
+    factors, head = _sort_tensors(stored, modules_to_save, r, folder / WEIGHTS)
     return AdapterFile(
         factors=factors,
         head=head,
-        r=config["r"],
-        alpha=config["lora_alpha"],
-        scale=scaling(config["lora_alpha"], config["r"], config.get("use_rslora") or False),
+        r=r,
+        alpha=alpha,
+        scale=scaling(alpha, r, config.get("use_rslora") or False),
         target_modules=_targets(config, factors, folder / CONFIG),
         modules_to_save=modules_to_save,
         base_model=config.get("base_model_name_or_path"),
@@ -233,10 +209,10 @@ def _read_tensors(folder):
         data = path.read_bytes()
         return safetensors.torch.load(data), hashlib.sha256(data).hexdigest()
     except FileNotFoundError:
-        if (folder / _PICKLED).exists():
+        if (folder / "adapter_model.bin").exists():
             raise UsageError(
-                f"{folder} has its weights in {_PICKLED}, a pickle, which can run code and is not read: save the "
-                "adapter with safe_serialization=True"
+                f"{folder} has its weights in adapter_model.bin, a pickle, which can run code and is not read: save "
+                "the adapter with safe_serialization=True"
             ) from None
         raise UsageError(f"{folder} has no {WEIGHTS}: give the folder of a peft adapter") from None
     except (OSError, SafetensorError) as error:
@@ -271,11 +247,11 @@ def _sort_tensors(stored, modules_to_save, r, path):
     for layer, pair in pairs.items():
         for missing in {"A", "B"} - pair.keys():
             raise UsageError(f"{path} has no lora_{missing} of {layer}: save the adapter again")
-        A, B = pair["A"], pair["B"]
-        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:
+        A, B = list(pair["A"].shape), list(pair["B"].shape)
+        if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
             raise UsageError(
-                f"{path}: {layer} has A {list(A.shape)} and B {list(B.shape)}, which do not fit r {r} of {CONFIG}: "
-                "they must be [r, inputs] and [outputs, r]"
+                f"{path}: {layer} has A {A} and B {B}, which do not fit r {r} of {CONFIG}: they must be "
+                "[r, inputs] and [outputs, r]"
             )
     return {layer: (pair["A"], pair["B"]) for layer, pair in pairs.items()}, head
 

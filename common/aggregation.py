@@ -33,7 +33,43 @@ def fp64_sum(vector, square=False):
     return total
 
 
-class WeightedMean:
+class _Mean:
+    """A mean over the clients of a round: theta + delta(). Subclasses: `_fold` adds a client, `_mean` divides."""
+
+    def __init__(self, theta, clients, sums=1, prepare=None):
+        self.theta, self.clients = theta, clients
+        self._sum = OrderedSum(clients, self._fold, theta, sums, prepare)
+        self._delta = None
+
+    def delta(self):
+        """The mean difference from theta [n], fp64. Every process calls it.
+
+        Raises: ValueError when the weights add up to 0.
+        """
+        if self._delta is None:
+            sums, numbers = self._sum.result()
+            if not any(weight > 0 for weight, *_ in numbers):
+                raise ValueError("no client with a weight above 0 was added: the mean is undefined")
+            self._delta = self._mean(sums, numbers)
+        return self._delta
+
+    def result(self):
+        """theta + delta() [n], rounded once to theta's dtype."""
+        return apply_delta(self.theta, self.delta())
+
+    def _counts(self, theta_k, weight, *others):
+        """Whether the client counts; if not it is left out of the round: something is not finite."""
+        if theta_k.shape != self.theta.shape:
+            raise ValueError(f"the client's weights are {tuple(theta_k.shape)}, theta is {tuple(self.theta.shape)}")
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"weight {weight} is not a finite number of at least 0")
+        if is_finite(theta_k, *others):
+            return True
+        self.clients.leave_out(self.clients.current)
+        return False
+
+
+class WeightedMean(_Mean):
     """FedAvg's mean   (McMahan et al. 2017, Alg. 1, in delta form):
 
         theta + sum_k w_k (theta_k - theta) / sum_k w_k
@@ -50,10 +86,8 @@ class WeightedMean:
     """
 
     def __init__(self, theta, clients):
-        self.theta, self.clients = theta, clients
+        super().__init__(theta, clients, prepare=self._prepare)
         self._level = -math.inf  # sums are in units of exp(level), the largest log_weight so far
-        self._sum = OrderedSum(clients, self._fold, fixed=(theta,), prepare=self._prepare)
-        self._delta = None
 
     def add(self, theta_k, weight, log_weight=0.0, finite=()):
         """Adds the client that the round is at. Returns False if it is left out: something is not finite.
@@ -61,26 +95,10 @@ class WeightedMean:
         Args: theta_k [n]; weight: at least 0, e.g. its number of examples; finite: other vectors that must be finite.
         Raises: ValueError for another weight or length; RuntimeError outside of the loop over the clients.
         """
-        if not _sound(self, theta_k, weight, log_weight, *finite):
+        if not self._counts(theta_k, weight, torch.tensor(log_weight, dtype=torch.float64), *finite):
             return False
         self._sum.add((weight, log_weight), theta_k)
         return True
-
-    def delta(self):
-        """sum_k p_k (theta_k - theta) [n], fp64, p_k = w_k / sum w. Every process calls it.
-
-        Raises: ValueError when the weights add up to 0.
-        """
-        if self._delta is None:
-            (total,), numbers = self._sum.result()
-            level = max((number[1] for number in numbers if number[0] > 0), default=0.0)
-            weight = _positive(sum(w * math.exp(log - level) for w, log in numbers))
-            self._delta = total.div_(weight)
-        return self._delta
-
-    def result(self):
-        """theta + delta() [n], rounded once to theta's dtype."""
-        return apply_delta(self.theta, self.delta())
 
     def _prepare(self, sums, weight, log_weight):
         if weight > 0 and log_weight > self._level:
@@ -89,11 +107,14 @@ class WeightedMean:
             self._level = log_weight
         return (weight * math.exp(log_weight - self._level) if weight > 0 else 0.0,)
 
-    def _fold(self, sums, fixed, given, weight):
-        sums[0].add_(_difference(given[0], fixed[0]).mul_(weight))
+    def _fold(self, sums, theta, given, weight):
+        sums[0].add_(_difference(given[0], theta).mul_(weight))
+
+    def _mean(self, sums, numbers):
+        return sums[0].div_(sum(weight * math.exp(log - self._level) for weight, log in numbers))
 
 
-class NormalizedMean:
+class NormalizedMean(_Mean):
     """FedNova's mean   (Wang et al. 2020, eq. 9; tau_eff = sum_k p_k a_k):
 
         theta - (sum_k p_k a_k) sum_k p_k (theta - theta_k) / a_k        p_k = weight_k / sum weight
@@ -102,37 +123,24 @@ class NormalizedMean:
     agrees where all a_k are equal, but for the rounding of fp64.
     """
 
-    def __init__(self, theta, clients):
-        self.theta, self.clients = theta, clients
-        self._sum = OrderedSum(clients, self._fold, fixed=(theta,))
-        self._delta = None
-
     def add(self, theta_k, weight, a, finite=()):
         """As `WeightedMean.add`. Args: a: the client's `effective_steps`, above 0. Raises: ValueError for another a."""
         if not (a > 0 and math.isfinite(a)):
             raise ValueError(f"a {a} is not a finite number above 0")
-        if not _sound(self, theta_k, weight, 0.0, *finite):
+        if not self._counts(theta_k, weight, *finite):
             return False
         self._sum.add((weight, a), theta_k)
         return True
 
-    def delta(self):
-        """(sum_k p_k a_k) sum_k p_k (theta_k - theta) / a_k [n], fp64. As `WeightedMean.delta`."""
-        if self._delta is None:
-            (total,), numbers = self._sum.result()
-            weight = _positive(sum(w for w, _ in numbers))
-            self._delta = total.mul_(sum(w * a for w, a in numbers) / weight / weight)
-        return self._delta
+    def _fold(self, sums, theta, given, weight, a):
+        sums[0].add_(_difference(given[0], theta).mul_(weight / a))
 
-    def result(self):
-        """theta + delta() [n], rounded once to theta's dtype."""
-        return apply_delta(self.theta, self.delta())
-
-    def _fold(self, sums, fixed, given, weight, a):
-        sums[0].add_(_difference(given[0], fixed[0]).mul_(weight / a))
+    def _mean(self, sums, numbers):
+        weight = sum(w for w, _ in numbers)
+        return sums[0].mul_(sum(w * a for w, a in numbers) / weight / weight)
 
 
-class PrecisionWeightedMean:
+class PrecisionWeightedMean(_Mean):
     """Fisher-weighted mean, per coordinate j   (Matena & Raffel 2022, eq. 4, in delta form):
 
         theta_j + sum_k n_k F~_kj (theta_kj - theta_j) / sum_k n_k F~_kj
@@ -147,9 +155,8 @@ class PrecisionWeightedMean:
     def __init__(self, theta, clients, damping=0.1, normalize=False):
         if not (damping >= 0 and math.isfinite(damping)):
             raise ValueError(f"damping {damping} is not a finite number of at least 0")
-        self.theta, self.clients, self.damping, self.normalize = theta, clients, float(damping), normalize
-        self._sum = OrderedSum(clients, self._fold, sums=3, fixed=(theta,))
-        self._delta = None
+        super().__init__(theta, clients, sums=3)
+        self.damping, self.normalize = float(damping), normalize
 
     def add(self, theta_k, weight, precision):
         """As `WeightedMean.add`. Args: precision: F_k [n], every element at least 0.
@@ -158,79 +165,74 @@ class PrecisionWeightedMean:
         """
         if precision.shape != self.theta.shape:
             raise ValueError(f"a precision of {tuple(precision.shape)} for weights of {tuple(self.theta.shape)}")
-        if not _sound(self, theta_k, weight, 0.0, precision):
+        if not self._counts(theta_k, weight, precision):
             return False
-        if bool((precision.amin() < 0).item()):
-            raise ValueError(f"the precision has elements below 0 ({precision.amin().item()})")
+        if (lowest := precision.amin().item()) < 0:
+            raise ValueError(f"the precision has elements below 0 ({lowest})")
         mean = fp64_sum(precision) / precision.numel()
         squares = fp64_sum(precision, square=True) if self.normalize else 1.0
         scale = 1 / math.sqrt(squares) if squares > 0 else 1.0
         self._sum.add((weight, scale, self.damping * mean * scale), theta_k, precision)
         return True
 
-    def delta(self):
-        """The weighted mean difference [n], fp64. As `WeightedMean.delta`."""
-        if self._delta is None:
-            (product, precision, plain), numbers = self._sum.result()
-            weight = _positive(sum(number[0] for number in numbers))
-            for top, bottom, mean in chunks(product, precision, plain):
-                top.copy_(torch.where(bottom > 0, top / bottom, mean / weight))
-            self._delta = product
-        return self._delta
-
-    def result(self):
-        """theta + delta() [n], rounded once to theta's dtype."""
-        return apply_delta(self.theta, self.delta())
-
-    def _fold(self, sums, fixed, given, weight, scale, shift):
+    def _fold(self, sums, theta, given, weight, scale, shift):
         product, precision, plain = sums
-        change = _difference(given[0], fixed[0])
+        change = _difference(given[0], theta)
         f = given[1].to(torch.float64, copy=True).mul_(scale).add_(shift).mul_(weight)
         precision.add_(f)
         product.add_(f.mul_(change))
         plain.add_(change.mul_(weight))
 
-
-def entropy_log_weight(entropy, temperature=1.0):
-    """The logarithm of a client's unnormalised weight exp(-H_k / T), for `WeightedMean.add(log_weight=...)`.
-
-    Args: entropy: H_k, the mean token entropy in nats; temperature: T, above 0.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature} is not above 0")
-    return -float(entropy) / float(temperature)
+    def _mean(self, sums, numbers):
+        weight = sum(number[0] for number in numbers)
+        for top, bottom, mean in chunks(*sums):
+            top.copy_(torch.where(bottom > 0, top / bottom, mean / weight))
+        return sums[0]
 
 
-def effective_steps(steps, kind, momentum=0.0, lr=None, mu=0.0):
+def _difference(new, old):
+    return new.to(torch.float64, copy=True).sub_(old)
+
+
+def effective_steps(steps, kind, momentum=0.9):
     """FedNova's a: how far `steps` local steps go, in steps of plain SGD   (Wang et al. 2020, sec. 4):
 
-        sgd: H      sgdm: [H - rho (1 - rho^H) / (1 - rho)] / (1 - rho)      sgd, FedProx: [1 - (1 - lr mu)^H] / (lr mu)
+        sgd: H      sgdm: [H - rho (1 - rho^H) / (1 - rho)] / (1 - rho)
 
-    By the recursion behind these three, which serves momentum and FedProx together too: under a gradient of 1 at
-    every step the weights move by lr a. Momentum starts at zero in each round, lr is constant within it; weight
-    decay is not counted.
+    By the recursion behind them: under a gradient of 1 at every step the weights move by lr a. Momentum starts at zero
+    in each round, lr is constant within it; weight decay is not counted.
 
-    Args: steps: H, at least 1; kind: "sgd" or "sgdm"; momentum: rho in [0, 1), of "sgdm" only; lr: needed with mu;
-        mu: FedProx's, at least 0.
-    Raises: UsageError for "adamw", whose steps do not add up from gradients; ValueError otherwise.
+    Args: steps: H, at least 1; kind: "sgd" or "sgdm"; momentum: rho in [0, 1), of "sgdm" only.
+    Raises: UsageError for "adamw", whose steps do not add up from gradients.
     """
     if kind == "adamw":
         raise UsageError(
             "FedNova with adamw: its steps are not sums of gradients, so that a is undefined: use sgd or sgdm"
         )
-    if kind not in ("sgd", "sgdm"):
-        raise ValueError(f"kind {kind!r} is not 'sgd', 'sgdm' or 'adamw'")
-    if steps < 1 or not 0 <= momentum < 1 or not mu >= 0 or (mu > 0 and not (lr or 0) > 0):
-        raise ValueError(f"steps {steps} of at least 1, momentum {momentum} in [0, 1), mu {mu} >= 0, with lr {lr} > 0")
-    rho, pull = (momentum if kind == "sgdm" else 0.0), (lr * mu if mu else 0.0)
+    rho = momentum if kind == "sgdm" else 0.0
     moved = velocity = 0.0
     for _ in range(steps):
-        velocity = rho * velocity + 1.0 - pull * moved
+        velocity = rho * velocity + 1.0
         moved += velocity
     return moved
 
 
-class ServerMomentum:
+class _ServerOptimizer:
+    """What outlives a round: flat fp64 tensors by name, none before the first step."""
+
+    def __init__(self):
+        self.state = {}
+
+    def state_dict(self):
+        """The state as a flat dict of tensors (not copies)."""
+        return self.state
+
+    def load_state_dict(self, state):
+        """Takes over (copies of) what `state_dict` returned."""
+        self.state = {name: tensor.clone() for name, tensor in state.items()}
+
+
+class ServerMomentum(_ServerOptimizer):
     """FedAvgM   (Hsu et al. 2019), on Delta = sum_k p_k delta_k:
 
         heavy_ball:  v <- beta v + Delta              theta <- theta + lr v
@@ -245,30 +247,22 @@ class ServerMomentum:
             raise ValueError(f"form {form!r} is neither 'heavy_ball' nor 'ema'")
         if not (lr > 0 and 0 <= beta < 1):
             raise ValueError(f"lr {lr} must be above 0 and beta {beta} in [0, 1)")
+        super().__init__()
         self.lr, self.beta, self.nesterov, self.form = lr, beta, nesterov, form
-        self.v = None
 
     def step(self, theta, delta):
         """The new theta [n]. Args: delta [n], fp64: a mean's `delta()`."""
         gain = 1.0 if self.form == "heavy_ball" else 1.0 - self.beta
-        self.v = torch.zeros_like(delta) if self.v is None else self.v
+        self.state = self.state or {"v": torch.zeros_like(delta)}
         change = torch.empty_like(delta)
-        for c, d, v in chunks(change, delta, self.v):
+        for c, d, v in chunks(change, delta, self.state["v"]):
             g = d * gain
             v.mul_(self.beta).add_(g)
             c.copy_((g + self.beta * v if self.nesterov else v) * self.lr)
         return apply_delta(theta, change)
 
-    def state_dict(self):
-        """The state as a flat dict of tensors (not copies)."""
-        return {} if self.v is None else {"v": self.v}
 
-    def load_state_dict(self, state):
-        """Takes over (a copy of) what `state_dict` returned."""
-        self.v = state["v"].clone() if state else None
-
-
-class ServerAdam:
+class ServerAdam(_ServerOptimizer):
     """FedAdam, FedYogi, FedAdagrad   (Reddi et al. 2021, Alg. 2), on Delta = sum_k p_k delta_k:
 
         m <- b1 m + (1 - b1) Delta        theta <- theta + lr m / (sqrt(v) + tau)
@@ -284,15 +278,14 @@ class ServerAdam:
             raise ValueError(f"kind {kind!r} is not 'adam', 'yogi' or 'adagrad'")
         if not (lr > 0 and tau > 0 and 0 <= b1 < 1 and 0 <= b2 < 1):
             raise ValueError(f"lr {lr} and tau {tau} must be above 0, b1 {b1} and b2 {b2} in [0, 1)")
+        super().__init__()
         self.kind, self.lr, self.b1, self.b2, self.tau = kind, lr, b1, b2, tau
-        self.m = self.v = None
 
     def step(self, theta, delta):
         """The new theta [n]. Args: delta [n], fp64: a mean's `delta()`."""
-        if self.m is None:
-            self.m, self.v = torch.zeros_like(delta), torch.full_like(delta, self.tau**2)
+        self.state = self.state or {"m": torch.zeros_like(delta), "v": torch.full_like(delta, self.tau**2)}
         change = torch.empty_like(delta)
-        for c, d, m, v in chunks(change, delta, self.m, self.v):
+        for c, d, m, v in chunks(change, delta, self.state["m"], self.state["v"]):
             m.mul_(self.b1).add_(d * (1 - self.b1))
             squared = d * d
             if self.kind == "adam":
@@ -303,33 +296,3 @@ class ServerAdam:
                 v.add_(squared)
             c.copy_(m * self.lr / (v.sqrt() + self.tau))
         return apply_delta(theta, change)
-
-    def state_dict(self):
-        """The state as a flat dict of tensors (not copies)."""
-        return {} if self.m is None else {"m": self.m, "v": self.v}
-
-    def load_state_dict(self, state):
-        """Takes over (copies of) what `state_dict` returned."""
-        self.m, self.v = (state["m"].clone(), state["v"].clone()) if state else (None, None)
-
-
-def _difference(new, old):
-    return new.to(torch.float64, copy=True).sub_(old)
-
-
-def _positive(weight):
-    if not weight > 0:
-        raise ValueError("no client with a weight above 0 was added: the mean is undefined")
-    return weight
-
-
-def _sound(mean, theta_k, weight, log_weight, *others):
-    """Whether the client counts; if not it is left out of the round. Raises: ValueError for a bad weight or length."""
-    if theta_k.shape != mean.theta.shape:
-        raise ValueError(f"the client's weights are {tuple(theta_k.shape)}, theta is {tuple(mean.theta.shape)}")
-    if not (weight >= 0 and math.isfinite(weight)):
-        raise ValueError(f"weight {weight} is not a finite number of at least 0")
-    if math.isfinite(log_weight) and is_finite(theta_k, *others):
-        return True
-    mean.clients.leave_out(mean.clients.current)
-    return False

@@ -3,7 +3,7 @@
 import torch
 
 
-def diagonal_fisher(model, nll, samples, *, method="auto", chunk_size=None, parameters=None):
+def diagonal_fisher(model, weights, nll, samples, *, method="auto", chunk_size=None):
     """F_j = mean over samples of (d NLL(sample) / d theta_j)^2   (Matena & Raffel 2022, eq. 3).
 
     The square is per sample: squaring the gradient of a batch's mean instead would underestimate F by about the
@@ -13,34 +13,25 @@ def diagonal_fisher(model, nll, samples, *, method="auto", chunk_size=None, para
 
     Args:
         model: an nn.Module. It is put in eval mode meanwhile; modes and `.grad` are as before afterwards.
+        weights: `common.vector.Weights` of the model, those that are wanted.
         nll: function (model, sample) -> scalar: the plain summed NLL of one sample, a tuple of tensors without the
             leading dimension. `model` is the module itself (under vmap its parameters are exchanged for the time
             of the call), so that nll may use any of its methods.
         samples: tuple of tensors, all with leading dimension n, at least 1.
         method: "loop" (one backward pass a sample), "vmap" (`chunk_size` samples at once; every operation must
             support torch.func) or "auto": vmap where the parameters are on CUDA, else the loop.
-        parameters: {name: parameter} in the vector's order, by default all trainable ones.
         chunk_size: samples at once under vmap; default: as many as hold 2^28 gradient elements.
 
-    Returns: fp32 vector [n] over the trainable parameters in `named_parameters` order, tied ones once
-        (`common.vector`); zeros where a parameter does not enter the NLL.
-    Raises: ValueError for no samples, unequal leading dimensions or an unknown method.
+    Returns: fp32 vector [n]; zeros where a parameter does not enter the NLL.
+    Raises: ValueError for no samples or unequal leading dimensions.
     """
     sizes = {len(s) for s in samples}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(f"samples need one leading dimension of at least 1, got {[tuple(s.shape) for s in samples]}")
-    if method not in ("auto", "loop", "vmap"):
-        raise ValueError(f"method {method!r} is not 'auto', 'loop' or 'vmap'")
-    if parameters is None:
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("the model has no trainable parameter")
     if method == "auto":
-        method = "vmap" if next(iter(parameters.values())).is_cuda else "loop"
-    first = next(iter(parameters.values()))
-    whole = torch.zeros(sum(p.numel() for p in parameters.values()), device=first.device)  # [n]
-    pieces = whole.split([p.numel() for p in parameters.values()])
-    fisher = {name: piece.view(p.shape) for (name, p), piece in zip(parameters.items(), pieces, strict=True)}
+        method = "vmap" if weights.theta.is_cuda else "loop"
+    whole = torch.zeros_like(weights.theta, dtype=torch.float32)  # [n]
+    fisher, parameters = weights.named(whole), weights.parameters
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

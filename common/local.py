@@ -5,10 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.cli import UsageError
-
 CLIENT_OPTIMIZERS = ("sgd", "sgdm", "adamw")
-SCAFFOLD_OPTIONS = ("mean_gradient", "II")
 
 
 def gradients(loss, batch, leaves, amp=None):
@@ -63,7 +60,6 @@ def local_steps(
     amp=None,
     correction=None,
     mu=0.0,
-    anchor=None,
     max_norm=0.0,
     lrs=None,
     record=False,
@@ -74,23 +70,22 @@ def local_steps(
 
     In each step, in this order: the raw gradient g is recorded; SCAFFOLD's correction c - c_k is added (Karimireddy et
     al. 2020, Alg. 1: before momentum or Adam, which would carry a correction made after them into no later step);
-    FedProx's mu (w - anchor) is added (Li et al. 2020, eq. 2); the sum is clipped to the norm `max_norm`;
-    optimizer.step(). Weight decay is the optimiser's. A parameter that a loss does not reach has the gradient 0.
+    FedProx's mu (w - w_0) is added, w_0 the weights as they come in (Li et al. 2020, eq. 2); the sum is clipped to the
+    norm `max_norm`; optimizer.step(). Weight decay is the optimiser's. A parameter that a loss does not reach has the
+    gradient 0.
     What is off (correction None, mu 0, max_norm 0) changes no bit, nor does a correction of -0.0.
 
     Args: loss: function of a batch's items that returns the mean over its examples; steps: iterable of H steps, each a
         batch (tuple of the loss's arguments) or a list of (examples, batch): micro-batches whose gradients are averaged
         by their examples (accumulation); weights: `common.vector.Weights` of the optimiser's parameters; amp: as for
-        `gradients`; correction [n]; anchor [n]: by default the weights as they come in; lrs: learning rate of each
-        step, by default what the optimiser has; record: whether to return the mean raw gradient (summed in fp64,
-        rounded once); norms: whether to return the gradients' norms; after_step: called after each step.
+        `gradients`; correction [n]; lrs: learning rate of each step, by default what the optimiser has; record:
+        whether to return the mean raw gradient (summed in fp64, rounded once); norms: whether to return the gradients'
+        norms; after_step: called after each step.
     Raises: ValueError without a step, or when `lrs` has another length.
     """
     leaves = list(weights.parameters.values())
     shifts = None if correction is None else list(weights.named(correction).values())
-    starts = None
-    if mu:
-        starts = list(weights.named(weights.snapshot() if anchor is None else anchor).values())
+    starts = list(weights.named(weights.snapshot()).values()) if mu else None
     whole = torch.zeros_like(weights.theta, dtype=torch.float64) if record else None
     sums = list(weights.named(whole).values()) if record else None
     total, examples, count, norm_list = 0.0, 0, 0, []
@@ -150,17 +145,15 @@ def client_optimizer(kind, parameters, lr, momentum=0.9, weight_decay=0.0, not_d
     New in every round: FedNova's and SCAFFOLD's formulas hold for momentum that starts at zero.
     Args: not_decayed: endings of the names that weight decay leaves alone.
     """
-    _check_kind(kind)
-    plain = [p for name, p in parameters.items() if not name.endswith(tuple(not_decayed))] if not_decayed else None
-    groups = list(parameters.values())
-    if plain is not None:
-        rest = [p for name, p in parameters.items() if name.endswith(tuple(not_decayed))]
-        groups = [{"params": plain, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
-    options = {"lr": lr, "weight_decay": weight_decay, "fused": True}  # one pass over memory a step
+    if kind not in CLIENT_OPTIMIZERS:
+        raise ValueError(f"kind {kind!r} is none of {', '.join(CLIENT_OPTIMIZERS)}")
+    decayed = [p for name, p in parameters.items() if not name.endswith(tuple(not_decayed))]
+    rest = [p for name, p in parameters.items() if name.endswith(tuple(not_decayed))]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     if kind == "adamw":
-        return torch.optim.AdamW(groups, **options)
-    return torch.optim.SGD(groups, momentum=momentum if kind == "sgdm" else 0.0, **options)
+        return torch.optim.AdamW(groups, lr, fused=True)  # one pass over memory a step
+    return torch.optim.SGD(groups, lr, momentum=momentum if kind == "sgdm" else 0.0, fused=True)
 
 
 class Moments:
@@ -214,26 +207,3 @@ class OptimizerState:
         for name, tensor in tensors.items():
             parameter, _, field = name.rpartition("/")
             self.optimizer.state[self.parameters[parameter]][field] = tensor
-
-
-def check_scaffold(kind, option="mean_gradient"):
-    """Refuses what SCAFFOLD cannot do: option II, (theta - y) / (H lr), with AdamW.
-
-    AdamW's steps are normalised, so (theta - y) / (H lr) is near 1 however small the gradients are: a control variate
-    larger than they by 1 / (sqrt(v) + eps), at most 1 / eps, which is 1e4 for gradients of 1e-4.
-
-    Args: kind: of `client_optimizer`; option: "mean_gradient" or "II". Raises: UsageError.
-    """
-    _check_kind(kind)
-    if option not in SCAFFOLD_OPTIONS:
-        raise ValueError(f"option {option!r} is none of {', '.join(SCAFFOLD_OPTIONS)}")
-    if option == "II" and kind == "adamw":
-        raise UsageError(
-            "SCAFFOLD's option II with adamw: Adam's steps are normalised, so (theta - y) / (H lr) is no gradient but "
-            "larger by 1 / (sqrt(v) + eps), up to 1 / eps: use option mean_gradient, or sgd or sgdm"
-        )
-
-
-def _check_kind(kind):
-    if kind not in CLIENT_OPTIMIZERS:
-        raise ValueError(f"kind {kind!r} is none of {', '.join(CLIENT_OPTIMIZERS)}")

@@ -71,16 +71,15 @@ class LoraModel:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.lora import LoraLayer
 
-        self.alpha, self.dropout, self.task_type = alpha, dropout, task_type
-        self.modules_to_save = tuple(modules_to_save)
-        self.targets = find_targets(model, targets)
+        self.alpha, self.targets = alpha, find_targets(model, targets)
+        self.modules_to_save = list(modules_to_save)
         config = LoraConfig(
             task_type=task_type,
             r=r,
             lora_alpha=alpha,
             lora_dropout=dropout,
             target_modules=list(self.targets),
-            modules_to_save=list(modules_to_save) or None,
+            modules_to_save=self.modules_to_save or None,
         )
         seed_torch(seed, "adapter")
         with warnings.catch_warnings():
@@ -97,11 +96,6 @@ class LoraModel:
             if ".modules_to_save.default." in name
         }
         self.scale = scaling(alpha, r)
-
-    @property
-    def fan_in_fan_out(self):
-        """Whether the adapted layers keep their weights as [k, d] (transformers' Conv1D)."""
-        return any(layer.fan_in_fan_out for layer in self.layers.values())
 
     def factors(self):
         """{layer: (A [r, k], B [d, r])}: the model's own parameters."""
@@ -160,14 +154,10 @@ class LoraModel:
         }
 
     def about(self):
-        """What an adapter's file says of itself beside its factors: keywords of `write_adapter`."""
-        return {
-            "target_modules": list(self.targets),
-            "modules_to_save": list(self.modules_to_save),
-            "fan_in_fan_out": self.fan_in_fan_out,
-            "dropout": self.dropout,
-            "task_type": self.task_type,
-        }
+        """What an adapter's file says of itself beside its factors: options of `write_adapter`."""
+        config = self.model.peft_config["default"]
+        options = {name: getattr(config, name) for name in ("fan_in_fan_out", "lora_dropout", "task_type")}
+        return options | {"target_modules": list(self.targets), "modules_to_save": self.modules_to_save}
 
     def save_base(self, folder):
         """Writes the model without the adapter, as transformers loads it."""

@@ -33,8 +33,9 @@ class World:
 
     def device(self, kind):
         """This process's device: "cuda" becomes the GPU of its local rank (shared where GPUs are fewer)."""
-        if torch.device(kind).type != "cuda" or torch.device(kind).index is not None:
-            return torch.device(kind)
+        device = torch.device(kind)
+        if device.type != "cuda" or device.index is not None:
+            return device
         return torch.device("cuda", self.local_rank % max(1, torch.cuda.device_count()))
 
 
@@ -62,7 +63,8 @@ def init_parallel(device="cpu"):
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or _world.size > 1:
         return _world
-    if torch.device(device).type == "cuda" and torch.device(device).index is not None:
+    kind = torch.device(device)
+    if kind.type == "cuda" and kind.index is not None:
         raise UsageError(f"--device {device} with {size} processes: use --device cuda, each takes its own GPU")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -70,9 +72,8 @@ def init_parallel(device="cpu"):
             f"WORLD_SIZE is {size} but {', '.join(missing)} is not set: start with torchrun --nproc-per-node {size}"
         )
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-    on_cuda = torch.device(device).type == "cuda"
     # nccl refuses two processes on one GPU.
-    own_gpu = on_cuda and int(os.environ.get("LOCAL_WORLD_SIZE", size)) <= torch.cuda.device_count()
+    own_gpu = kind.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", size)) <= torch.cuda.device_count()
     if own_gpu:
         torch.cuda.set_device(local_rank)
     # A client may train for hours before the others hear of it; torchrun ends everyone when one process dies.
@@ -96,8 +97,7 @@ def close_parallel():
 
 def barrier():
     """Waits for every process."""
-    if _world.size > 1:
-        all_gather(None)
+    all_gather(None)
 
 
 def all_gather(thing):
@@ -109,21 +109,9 @@ def all_gather(thing):
     return things
 
 
-def broadcast(thing, source=0):
-    """The small picklable `thing` of process `source`, on every process."""
-    return all_gather(thing if _world.rank == source else None)[source]
-
-
-def broadcast_tensor_(tensor, source):
-    """Overwrites the contiguous `tensor` with that of process `source`, in place, bit for bit."""
-    if _world.size == 1:
-        return tensor
-    if tensor.is_cuda and _world.backend == "gloo":
-        staged = tensor.cpu()
-        dist.broadcast(staged, source)
-        return tensor.copy_(staged)
-    dist.broadcast(tensor, source)
-    return tensor
+def broadcast(thing):
+    """The main process's small picklable `thing`, on every process."""
+    return all_gather(thing if is_main() else None)[0]
 
 
 def chunks(*tensors, size=CHUNK):
@@ -162,9 +150,9 @@ class Round:
         if len(set(ids)) != len(ids):
             raise ValueError(f"a client is named twice: {sorted(ids)}")
         self.clients = tuple(sorted(ids, key=lambda k: (-work[k] if work is not None else 0, k)))
-        self.world, self.number, self.hint = world(), number, hint
-        self.current = None
+        self.world, self.number, self.hint = _world, number, hint
         self.left_out, self.amount = [], 0
+        self.current, self._added = None, set()  # the accumulators that have had the current client
         self._closers, self._sums, self._notes = list(closers), [], {}
 
     def __len__(self):
@@ -174,15 +162,13 @@ class Round:
         for first in range(0, len(self.clients), self.world.size):
             place = first + self.world.rank
             if place < len(self.clients):
-                self.current = self.clients[place]
+                self.current, self._added = self.clients[place], set()
                 yield self.current
                 self.current = None
             if self.world.size > 1 and self._sums:
                 heads = zip(*all_gather([total.head() for total in self._sums]), strict=True)
                 for total, every in zip(self._sums, heads, strict=True):
                     total.exchange(every)
-            for total in self._sums:
-                total.clear()
         self._close()
 
     def leave_out(self, k):
@@ -204,16 +190,26 @@ class Round:
             k: {n: v.item() if torch.is_tensor(v) and v.numel() == 1 else v for n, v in seen.items()}
             for k, seen in self._notes.items()
         }
-        merged = {k: seen for part in all_gather(plain) for k, seen in part.items()}
-        return {k: None if k in self.left_out else merged.get(k, {}) for k in sorted(self.clients)}
+        noted = self.gather(plain)
+        return {k: None if k in self.left_out else noted.get(k, {}) for k in sorted(self.clients)}
 
     def gather(self, objects):
         """Every process's {client: small picklable thing} in one dict, sorted, the same on every process."""
         return dict(sorted((k, thing) for part in all_gather(objects) for k, thing in part.items()))
 
     def register(self, total):
-        """Makes an `OrderedSum` part of the exchanges between clients."""
+        """Makes an accumulator part of the exchanges between clients.
+
+        Between two clients it is asked for head(), a picklable thing or None, and then given every process's by
+        exchange(heads). What one process alone is given it adds at once.
+        """
         self._sums.append(total)
+
+    def take_turn(self, total):
+        """Raises: RuntimeError unless the round is at a client that the accumulator `total` has not had yet."""
+        if self.current is None or total in self._added:
+            raise RuntimeError("add() belongs inside `for k in clients:`, once a client")
+        self._added.add(total)
 
     def _close(self):
         parts = all_gather((self.left_out, self.amount))
@@ -242,29 +238,25 @@ class LeftOut(RunFailed):
 class OrderedSum:
     """fp64 sums over a round's clients, each element in the order of the clients, each process owning a slice.
 
-        total = OrderedSum(clients, fold, sums=1, fixed=(theta,))
+        total = OrderedSum(clients, fold, theta)
         for k in clients:
             total.add((weight,), theta_k)            # at most once a client
         (summed,), numbers = total.result()
 
-    fold(sums, fixed, given, *numbers) adds one client: tuples of 1-d tensors of equal length, pieces of the vectors;
-    `sums` (fp64) are changed in place. It must work element by element. prepare(sums, *numbers), if given, comes before
-    it once a client, with this process's whole slices, and returns the numbers for fold.
+    fold(sums, theta, given, *numbers) adds one client: 1-d tensors of equal length, pieces of the vectors; those of the
+    tuple `sums` (fp64) are changed in place. It must work element by element. prepare(sums, *numbers), if given, comes
+    before it once a client, with this process's whole slices, and returns the numbers for fold.
 
-    Args: clients: `Round`; fold; sums: how many; fixed: vectors [n] that every process has; like: a vector [n] to size
-        by where there are none; prepare.
+    Args: clients: `Round`; fold; theta: vector [n] that every process has; sums: how many; prepare.
     """
 
-    def __init__(self, clients, fold, sums=1, fixed=(), like=None, prepare=None):
-        self._clients, self._fold, self._fixed, self._prepare = clients, fold, tuple(fixed), prepare
-        like = self._fixed[0] if like is None else like
-        self._n, self._device = like.numel(), like.device
-        size, rank = clients.world.size, clients.world.rank
-        self._part = -(-self._n // size)  # elements of a slice; the last ones may be shorter
-        low, high = (min(self._n, j * self._part) for j in (rank, rank + 1))
-        self._slice = slice(low, high)
-        self._sums = [torch.zeros(high - low, dtype=torch.float64, device=self._device) for _ in range(sums)]
-        self._numbers, self._given, self._result = [], None, None
+    def __init__(self, clients, fold, theta, sums=1, prepare=None):
+        self._clients, self._fold, self._prepare = clients, fold, prepare
+        slices = theta.detach().tensor_split(clients.world.size)
+        self._lengths = [len(piece) for piece in slices]
+        self._theta = slices[clients.world.rank]
+        self._sums = [torch.zeros_like(self._theta, dtype=torch.float64) for _ in range(sums)]
+        self._numbers, self._given = [], None
         clients.register(self)
 
     def add(self, numbers, *vectors):
@@ -272,37 +264,29 @@ class OrderedSum:
 
         Raises: RuntimeError outside of the loop over the round, or for a second call for one client.
         """
-        if self._clients.current is None or self._given is not None or self._result is not None:
-            raise RuntimeError("add() belongs inside `for k in clients:`, once a client")
-        numbers = tuple(map(float, numbers))
-        if self._clients.world.size == 1:
-            self._given = (numbers, ())
-            self._add(numbers, [v.detach() for v in vectors])
+        self._clients.take_turn(self)
+        numbers, vectors = tuple(map(float, numbers)), [v.detach() for v in vectors]
+        if len(self._lengths) == 1:
+            self._add(numbers, vectors)
         else:
-            self._given = (numbers, [v.detach().to(self._device).reshape(-1).clone() for v in vectors])
+            self._given = numbers, [v.to(self._theta.device, copy=True) for v in vectors]
 
     def head(self):
         """What the other processes must know of what was given: (numbers, dtypes), or None."""
         return None if self._given is None else (self._given[0], [v.dtype for v in self._given[1]])
 
-    def clear(self):
-        """Forgets what was given."""
-        self._given = None
-
     def exchange(self, every):
         """Between two clients, on every process. Args: every: all processes' `head`."""
-        given = self._given
+        (_, given), self._given = self._given or (None, None), None
         present = [rank for rank, one in enumerate(every) if one is not None]
         if not present:
             return
-        mine = self._slice.stop - self._slice.start
         received = []
         for i, dtype in enumerate(every[present[0]][1]):
-            sent = given[1][i] if given is not None else torch.empty(0, dtype=dtype, device=self._device)
-            lengths = self._lengths() if given is not None else [0] * len(every)
-            sizes = [mine if one is not None else 0 for one in every]
-            whole = torch.empty(sum(sizes), dtype=dtype, device=self._device)
-            all_to_all(whole, sent, sizes, lengths)
+            sent = self._theta.new_empty(0, dtype=dtype) if given is None else given[i]
+            sizes = [0 if one is None else len(self._theta) for one in every]
+            whole = self._theta.new_empty(sum(sizes), dtype=dtype)
+            _all_to_all(whole, sent, sizes, [0] * len(every) if given is None else self._lengths)
             received.append(whole.split(sizes))
         for rank in present:
             self._add(every[rank][0], [parts[rank] for parts in received])
@@ -312,38 +296,25 @@ class OrderedSum:
 
         Every process calls it, after the loop.
         """
-        if self._result is None:
-            self._result = [self._gathered(s) for s in self._sums], self._numbers
-            self._sums = None
-        return self._result
+        return [self._gathered(s) for s in self._sums], self._numbers
 
     def _add(self, numbers, vectors):
         self._numbers.append(numbers)
-        if self._clients.world.size > 1:
-            fixed = [f[self._slice] for f in self._fixed]
-        else:
-            fixed = self._fixed
         if self._prepare is not None:
             numbers = self._prepare(self._sums, *numbers)
-        s, f = len(self._sums), len(fixed)
-        for piece in chunks(*self._sums, *fixed, *vectors):
-            self._fold(piece[:s], piece[s : s + f], piece[s + f :], *numbers)
-
-    def _lengths(self):
-        edges = [min(self._n, j * self._part) for j in range(self._clients.world.size + 1)]
-        return [high - low for low, high in zip(edges, edges[1:], strict=False)]
+        for theta, *pieces in chunks(self._theta, *self._sums, *vectors):
+            self._fold(pieces[: len(self._sums)], theta, pieces[len(self._sums) :], *numbers)
 
     def _gathered(self, piece):
-        if self._clients.world.size == 1:
+        size = len(self._lengths)
+        if size == 1:
             return piece
-        lengths, size = self._lengths(), self._clients.world.size
-        whole = piece.new_empty(self._n)
-        sent = piece.repeat(size) if len(piece) else piece
-        all_to_all(whole, sent, lengths, [len(piece)] * size)
+        whole = piece.new_empty(sum(self._lengths))
+        _all_to_all(whole, piece.repeat(size), self._lengths, [len(piece)] * size)
         return whole
 
 
-def all_to_all(received, sent, received_sizes, sent_sizes):
+def _all_to_all(received, sent, received_sizes, sent_sizes):
     """Process i's j-th part of `sent` becomes process j's i-th part of `received` (1-d tensors, sizes in elements)."""
     if received.is_cuda and _world.backend == "gloo":
         staged = torch.empty(received.shape, dtype=received.dtype)

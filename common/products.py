@@ -13,8 +13,6 @@ import math
 
 import torch
 
-from common.cli import UsageError
-
 SPLITS = ("us", "balanced")
 
 
@@ -44,15 +42,11 @@ class Product:
     def add(self, A, B, factor=1.0):
         """Adds factor * B A. Args: A [r, k], B [d, r], any floating dtype and device. Returns self.
 
-        Raises: UsageError for factors of another layer size; ValueError when A and B do not fit each other.
+        Raises: ValueError when A and B do not fit each other or the layer.
         """
-        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
-            raise ValueError(f"A is {tuple(A.shape)} and B {tuple(B.shape)}: they must be [r, k] and [d, r]")
-        if (B.shape[0], A.shape[1]) != self.shape:
-            raise UsageError(
-                f"the adapter is for a layer of {B.shape[0]} x {A.shape[1]}, the others' for {self.shape[0]} x "
-                f"{self.shape[1]}: average adapters of one base model only"
-            )
+        d, k = self.shape
+        if (A.shape[1], len(B), B.shape[1]) != (k, d, len(A)):
+            raise ValueError(f"A is {tuple(A.shape)} and B {tuple(B.shape)}: they must be [r, {k}] and [{d}, r]")
         A, B = _exact(A), _exact(B).mul_(factor)
         if self._dense is None and self.columns + A.shape[0] > min(self.shape):
             self._dense = self.full()
@@ -104,28 +98,6 @@ class Product:
             R_B, R_A = (torch.linalg.qr(M, mode="r").R for M in (B, A.T))  # [R, R]
             return torch.linalg.vector_norm(R_B @ R_A.T).item()
 
-    def tensors(self):
-        """The tensors that hold it, by name, for a checkpoint: "A" and "B", or "full"."""
-        if self._dense is not None:
-            return {"full": self._dense}
-        return dict(zip("AB", self.factors(), strict=True))
-
-    @staticmethod
-    def of(tensors):
-        """The product that `tensors` described, bit for bit."""
-        if "full" in tensors:
-            result = Product(*tensors["full"].shape)
-            result._dense = _exact(tensors["full"])
-            return result
-        A, B = tensors["A"], tensors["B"]
-        result = Product(B.shape[0], A.shape[1])
-        result._A, result._B = [_exact(A)], [_exact(B)]
-        return result
-
-    def numel(self):
-        """The numbers to send it: R (d + k), or d k."""
-        return sum(tensor.numel() for tensor in self.tensors().values())
-
     def divide_(self, number):
         """Divides by a number, in place. Returns self."""
         for tensor in self._B if self._dense is None else [self._dense]:
@@ -166,7 +138,8 @@ def truncate(target, rank, new_scale, split="us", generator=None):
     Returns: (A [rank, k], B [d, rank], info), fp64; info: "kept" and "discarded", sums of squared singular values, and
         "missing", the number of directions without one.
     """
-    check_truncation(rank, new_scale, split)
+    if rank < 1 or split not in SPLITS or not (new_scale > 0 and math.isfinite(new_scale)):
+        raise ValueError(f"rank {rank} must be at least 1, scale {new_scale} above 0, split {split!r} in {SPLITS}")
     with one_thread():
         if target.columns is None:
             U, S, Vh = torch.linalg.svd(target._dense, full_matrices=False)
@@ -224,15 +197,6 @@ def quotient(difference, norm):
     if norm == 0:
         return 0.0 if difference == 0 else math.inf
     return difference / norm
-
-
-def check_truncation(rank, new_scale, split):
-    """Raises UsageError for what `truncate` cannot do."""
-    if rank < 1 or split not in SPLITS or not (new_scale > 0 and math.isfinite(new_scale)):
-        raise UsageError(
-            f"rank {rank} must be at least 1, scale {new_scale} a number above 0, split {split!r} one of "
-            f"{', '.join(SPLITS)}"
-        )
 
 
 def _exact(tensor):

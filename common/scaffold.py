@@ -16,15 +16,14 @@ c_k+ is the mean of the round's raw local gradients. Under plain SGD with a cons
 option II, c_k - c + (theta - y) / (H lr); unlike it, it holds for any optimiser, schedule and clipping.
 """
 
-import math
-
 import torch
 
 from common.aggregation import effective_steps
+from common.cli import UsageError
 from common.client_rows import ClientRows
-from common.local import check_scaffold
 from common.parallel import OrderedSum
-from common.vector import is_finite
+
+SCAFFOLD_OPTIONS = ("mean_gradient", "II")
 
 
 class ControlVariates:
@@ -43,46 +42,33 @@ class ControlVariates:
 
     def __init__(self, theta, total_clients, folder, on_disk=False, weights=None):
         self.weights = [1.0] * total_clients if weights is None else [float(w) for w in weights]
-        total = sum(self.weights)
-        if len(self.weights) != total_clients or not all(w >= 0 for w in self.weights) or not 0 < total < math.inf:
-            raise ValueError(f"weights must be {total_clients} finite numbers of at least 0, their sum above 0")
-        self.total_clients, self._like = total_clients, theta.new_empty(0)
         self.c = torch.zeros_like(theta, dtype=torch.float64)  # [n]
         self.rows = ClientRows(folder, on_disk)
-        self._change, self._offered = None, set()
+        self._dtype, self._change = theta.dtype, None
 
     def open_round(self, clients):
         """Begins a round. Args: clients: its `Round`, before the loop over it."""
-        self._change, self._offered = OrderedSum(clients, _weighted_change, like=self.c), set()
+        self._change = OrderedSum(clients, _weighted_change, self.c)
 
     def correction(self, k):
         """c - c_k [n], what client k adds to its gradients, in theta's dtype and on its device.
 
         Zeros are -0.0, which added to a gradient changes no bit of it (0.0 would turn -0.0 into 0.0).
         """
-        if not 0 <= k < self.total_clients:
-            raise ValueError(f"client {k} is none of 0 to {self.total_clients - 1}")
         row = self.rows.get(k)
         held = torch.zeros_like(self.c) if row is None else row["c"].to(self.c, copy=True)
-        return held.sub_(self.c).neg_().to(self._like.dtype)
+        return held.sub_(self.c).neg_().to(self._dtype)
 
     def offer(self, k, mean_gradient):
         """Takes client k's new c_k [n], the mean of the raw gradients of its steps, which counts from the round's end.
 
-        Raises: ValueError for a second offer in a round, another length, or values that are not finite.
+        It must be finite (`finite` of the mean's `add`). Raises: RuntimeError as `OrderedSum.add`.
         """
-        if k in self._offered:
-            raise ValueError(f"client {k} has offered its control variate in this round already")
-        if mean_gradient.shape != self.c.shape:
-            raise ValueError(f"client {k}'s mean gradient is {tuple(mean_gradient.shape)}, not {tuple(self.c.shape)}")
-        if not is_finite(mean_gradient):
-            raise ValueError(f"client {k}'s mean gradient is not finite: leave it out of the round")
         row = self.rows.get(k)
-        new = mean_gradient.detach().to(self._like.dtype)
+        new = mean_gradient.detach().to(self._dtype)
         old = torch.zeros_like(new) if row is None else row["c"].to(new)
         self._change.add((self.weights[k],), new, old)
         self.rows.put(k, {"c": new.to("cpu", copy=True)})
-        self._offered.add(k)
 
     def close_round(self):
         """c += sum_{k in S} w_k (c_k+ - c_k) / sum w over all K. Every process calls it, after the loop."""
@@ -94,9 +80,7 @@ class ControlVariates:
         return {"c": self.c}
 
     def load_state_dict(self, state):
-        """Takes c back. Raises: ValueError for another length."""
-        if state["c"].shape != self.c.shape:
-            raise ValueError(f"a control variate of {tuple(state['c'].shape)} for {tuple(self.c.shape)} weights")
+        """Takes c back."""
         self.c.copy_(state["c"])
 
 
@@ -117,6 +101,21 @@ def option_two(correction, theta, theta_k, steps, kind, lr, momentum=0.9):
     return (theta.double() - theta_k.double()).div_(scale).sub_(correction).to(theta.dtype)
 
 
-def _weighted_change(sums, fixed, given, weight):
+def check_scaffold(kind, option):
+    """Refuses what SCAFFOLD cannot do: option II, (theta - y) / (H lr), with AdamW.
+
+    AdamW's steps are normalised, so (theta - y) / (H lr) is near 1 however small the gradients are: a control variate
+    larger than they by 1 / (sqrt(v) + eps), at most 1 / eps, which is 1e4 for gradients of 1e-4.
+
+    Args: kind: of `common.local.client_optimizer`; option: one of `SCAFFOLD_OPTIONS`. Raises: UsageError.
+    """
+    if option == "II" and kind == "adamw":
+        raise UsageError(
+            "SCAFFOLD's option II with adamw: Adam's steps are normalised, so (theta - y) / (H lr) is no gradient but "
+            "larger by 1 / (sqrt(v) + eps), up to 1 / eps: use option mean_gradient, or sgd or sgdm"
+        )
+
+
+def _weighted_change(sums, c, given, weight):
     new, old = given
     sums[0].add_(new.to(torch.float64, copy=True).sub_(old).mul_(weight))

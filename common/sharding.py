@@ -178,12 +178,11 @@ def overlap(labels, k, rho, generator, what="samples"):
     Each client keeps a random (1 - rho) n/k of its part, which no other client keeps, and draws rho n/k from all that
     it did not keep. With rho above 0 the clients overlap, and samples that nobody kept or drew are with no client.
 
-    Args: labels: whole numbers [n], or n alone for parts without regard to labels; rho: 0 (no overlap) to 1 (every
-        client's samples are a draw of its own from all); generator: a `numpy.random.Generator`.
+    Args: labels: whole numbers [n]; rho: 0 (no overlap) to 1 (every client's samples are a draw of its own from all);
+        generator: a `numpy.random.Generator`.
     Returns: (list of k sorted int64 arrays, each without duplicates, notes: lines for the log).
     Raises: UsageError for a rho outside 0..1 and for fewer samples than clients.
     """
-    labels = np.zeros(labels, dtype=np.int64) if np.ndim(labels) == 0 else np.asarray(labels)
     return _redraw(stratified(labels, k, generator, what), len(labels), rho, generator, what)
 
 
@@ -297,8 +296,6 @@ def _listed(values, name=""):
 
 
 def _balanced_cuts(sizes, n, k, what):
-    if sizes.shape != (n,) or (n and sizes.min() < 0):
-        raise ValueError(f"sizes must be {n} numbers of at least 0")
     before = np.concatenate([[0], np.cumsum(sizes)])  # before[i]: the size of the items before item i
     cuts = [0]
     for i in range(1, k):

@@ -18,7 +18,8 @@ from common.cli import (
     positive_int,
 )
 from common.config_file import apply_config
-from common.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
+from common.local import CLIENT_OPTIMIZERS
+from common.scaffold import SCAFFOLD_OPTIONS, check_scaffold
 from llm_noniid.data import DATASETS
 from llm_noniid.detectors import STOP_ON
 from llm_noniid.partition import PARTITIONS, SKEW_TYPES, STYLE_CRITERIA

@@ -15,7 +15,7 @@ import math
 import torch
 
 from common import cli
-from common.aggregation import WeightedMean, entropy_log_weight
+from common.aggregation import WeightedMean
 from common.local import local_steps
 from common.processes import run_federated
 from common.runlog import start_run
@@ -41,7 +41,7 @@ def main(args):
                 theta_k = end_client(study, theta, k, t, clients, done)
                 entropy_k = entropy(study, k, t)
                 clients.note(k, entropy=entropy_k)
-                mean.add(theta_k, study.client_weights[k], log_weight=entropy_log_weight(entropy_k, args.temperature))
+                mean.add(theta_k, study.client_weights[k], log_weight=-entropy_k / args.temperature)
             theta = mean.result()
             run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 

@@ -59,7 +59,7 @@ def fisher(study, k, t):
         with study.autocast():
             return model.nll(*(part[None] for part in sample))
 
-    return diagonal_fisher(study.model, nll, (inputs, labels), method="loop")
+    return diagonal_fisher(study.model, study.weights, nll, (inputs, labels), method="loop")
 
 
 def build_parser():

@@ -1,6 +1,5 @@
 """Adapters on disk: the same bytes as peft's, loadable by plain peft, and every file that is refused."""
 
-import json
 import pickle
 import sys
 
@@ -9,12 +8,7 @@ import pytest
 import torch
 from comparing import same_bits
 from safetensors.torch import load_file, save_file
-from transformers import (
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import GPT2Config, GPT2ForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from common import adapter_files
 from common.adapter_files import CONFIG, WEIGHTS, read_adapter, write_adapter
@@ -43,14 +37,12 @@ def gpt2():
 def adapted(seed, base=None, r=2, alpha=4, targets=("query", "value"), **options):
     """A peft model with random factors and head. intermediate.dense is 24 x 16: a transposed factor cannot hide."""
     options = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"], **options}
-    model = base or roberta()
-    with torch.random.fork_rng():
-        config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=list(targets), **options)
-        model = peft.get_peft_model(model, config).eval()
-        torch.manual_seed(seed)
-        for name, p in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                torch.nn.init.normal_(p, std=0.3)
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, **options)
+    model = peft.get_peft_model(base or roberta(), config).eval()
+    torch.manual_seed(seed)
+    for name, p in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(p, std=0.3)
     return model
 
 
@@ -62,12 +54,6 @@ def save_by_peft(folder, seed=1, **options):
 
 def change(folder, **fields):
     write_json(folder / CONFIG, {**read_json(folder / CONFIG), **fields})
-
-
-def rewrite(folder, **how):
-    """drop: a key; put: {key: tensor}."""
-    tensors = {**load_file(folder / WEIGHTS), **how.get("put", {})}
-    save_file({key: t for key, t in tensors.items() if key != how.get("drop")}, folder / WEIGHTS)
 
 
 def logits(model):
@@ -93,7 +79,7 @@ def test_reads_what_peft_saved(tmp_path):
         part = model.get_submodule(PREFIX + layer)
         assert torch.equal(A, part.lora_A["default"].weight) and torch.equal(B, part.lora_B["default"].weight)
     head = model.get_submodule(PREFIX + "classifier.modules_to_save.default")
-    same_bits(file.head, {f"classifier.{name}": p.detach() for name, p in head.named_parameters()})
+    assert same_bits(file.head, {f"classifier.{name}": p.detach() for name, p in head.named_parameters()})
 
 
 @pytest.mark.parametrize("base, targets, flipped", [(roberta, "query value", False), (gpt2, "c_attn c_fc", True)])
@@ -115,8 +101,8 @@ def test_writes_what_peft_writes_and_plain_peft_loads_it(base, targets, flipped,
 def test_rslora_and_half_precision(tmp_path):
     save_by_peft(tmp_path / "a", r=4, use_rslora=True)
     assert read_adapter(tmp_path / "a").scale == 2.0  # 4 / sqrt(4)
-    save_file({k: t.to(torch.bfloat16) for k, t in load_file(tmp_path / "a" / WEIGHTS).items()}, tmp_path / "a/x")
-    (tmp_path / "a/x").replace(tmp_path / "a" / WEIGHTS)
+    half = {k: t.to(torch.bfloat16, copy=True) for k, t in load_file(tmp_path / "a" / WEIGHTS).items()}
+    save_file(half, tmp_path / "a" / WEIGHTS)
     file = read_adapter(tmp_path / "a")
     assert {t.dtype for pair in file.factors.values() for t in pair} == {torch.float32}
 
@@ -134,29 +120,19 @@ def test_no_head(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"target_modules": r".*layer\.1\..*\.(query|value)"},
+        {"targets": r".*layer\.1\..*\.(query|value)"},
         {"layers_to_transform": [1]},
         {"exclude_modules": r".*\.0\..*"},
     ],
 )
 def test_a_choice_of_layers_becomes_their_names(options, tmp_path):
-    base = roberta()
-    config = {"r": 2, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **options}
-    model = peft.get_peft_model(base, peft.LoraConfig(**config))
-    model.save_pretrained(tmp_path / "a")
+    save_by_peft(tmp_path / "a", modules_to_save=None, **options)
     file = read_adapter(tmp_path / "a")
     names = [f"roberta.encoder.layer.1.attention.self.{name}" for name in ("query", "value")]
     assert file.target_modules == names == sorted(file.factors)
     write_again(file, tmp_path / "b")
     loaded = peft.PeftModel.from_pretrained(roberta(), tmp_path / "b")
     assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 2
-
-
-def test_targets_have_one_order_in_every_process(tmp_path):
-    names = ["value", "query", "key", "output.dense", "intermediate.dense"]
-    save_by_peft(tmp_path / "a", targets=names)
-    write_again(read_adapter(tmp_path / "a"), tmp_path / "b", target_modules=names)
-    assert read_json(tmp_path / "b" / CONFIG)["target_modules"] == sorted(names)
 
 
 # ---- whole or not at all
@@ -167,7 +143,7 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
     file = read_adapter(tmp_path / "a")
     monkeypatch.setattr(adapter_files, "write_json", full_disk)
     with pytest.raises(RunFailed, match="No space"):
-        write_again(file, tmp_path / "a", alpha=99)
+        write_again(file, tmp_path / "a", alpha=99, more={"fuse_manifest.json": {}})
     assert read_adapter(tmp_path / "a").alpha == 4 and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -196,11 +172,6 @@ def test_what_is_no_adapter_is_not_written(tmp_path):
     file.factors[QUERY][0][0, 0] = float("nan")
     with pytest.raises(RunFailed, match=f"{QUERY}.lora_A"):
         write_again(file, tmp_path / "b")
-    file.factors[QUERY] = torch.zeros(3, 16), torch.zeros(16, 3)
-    with pytest.raises(ValueError, match="ranks"):
-        write_again(file, tmp_path / "b")
-    with pytest.raises(ValueError, match="modules_to_save"):
-        write_again(read_adapter(tmp_path / "a"), tmp_path / "b", modules_to_save=[])
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -253,12 +224,10 @@ def test_code_that_a_file_names_is_not_imported(tmp_path, monkeypatch):
     (tmp_path / "planted.py").write_text("open('ran', 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for fields in (
-        {"auto_mapping": {"base_model_class": "X", "parent_library": "planted"}},
-        {"megatron_core": "planted"},
-    ):
-        change(tmp_path / "a", **{"auto_mapping": None, "megatron_core": "megatron.core", **fields})
-        refused(tmp_path / "a", "names code")
+    change(tmp_path / "a", megatron_core="planted")
+    refused(tmp_path / "a", "names code")
+    change(tmp_path / "a", auto_mapping={"base_model_class": "X", "parent_library": "planted"}, megatron_core=None)
+    refused(tmp_path / "a", "names code")
     assert "planted" not in sys.modules and not (tmp_path / "ran").exists()
 
 
@@ -289,32 +258,27 @@ def test_truncated_weights_and_broken_json(tmp_path):
         refused(tmp_path, CONFIG)
 
 
-REFUSED_TENSORS = [
-    ({"drop": f"{PREFIX}{QUERY}.lora_A.weight"}, f"no lora_A of {QUERY}"),
-    ({"drop": f"{PREFIX}{QUERY}.lora_B.weight"}, f"no lora_B of {QUERY}"),
-    ({"put": {f"{PREFIX}{QUERY}.lora_A.weight": torch.zeros(3, 16)}}, "do not fit r 2"),
-    ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.zeros(16, 3)}}, "do not fit r 2"),
-    ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.zeros(16, 2, 1, 1)}}, "do not fit r 2"),
-    ({"put": {f"{PREFIX}{QUERY}.lora_B.weight": torch.full((16, 2), torch.inf)}}, f"{QUERY}.lora_B.weight is not"),
-    (
-        {"put": {f"{PREFIX}classifier.dense.bias": torch.full((16,), torch.nan)}},
-        "classifier.dense.bias is not finite",
-    ),
-    ({"put": {f"{PREFIX}{QUERY}.lora_A.weight": torch.zeros(2, 16, dtype=torch.int64)}}, "int64"),
-    ({"put": {f"{PREFIX}{QUERY}.lora_magnitude_vector": torch.zeros(16)}}, "lora_magnitude_vector"),
-    ({"put": {f"{PREFIX}{QUERY}.lora_embedding_A": torch.zeros(2, 16)}}, "lora_embedding_A"),
-    ({"put": {f"{PREFIX}{QUERY}.bias": torch.zeros(16)}}, "query.bias"),
-    ({"put": {f"{QUERY}.lora_A.weight": torch.zeros(2, 16)}}, "neither"),
-    ({"put": {f"{PREFIX}lora_A.weight": torch.zeros(2, 16)}}, "neither"),
-]
-
-
 def test_tensors_that_are_refused(tmp_path):
     save_by_peft(tmp_path)
-    good = (tmp_path / WEIGHTS).read_bytes()
-    for how, words in REFUSED_TENSORS:
-        (tmp_path / WEIGHTS).write_bytes(good)
-        rewrite(tmp_path, **how)
+    good = load_file(tmp_path / WEIGHTS)
+    A, B, bias = f"{PREFIX}{QUERY}.lora_A.weight", f"{PREFIX}{QUERY}.lora_B.weight", f"{PREFIX}classifier.dense.bias"
+    for key, tensor, words in [
+        (A, None, f"no lora_A of {QUERY}"),
+        (B, None, f"no lora_B of {QUERY}"),
+        (A, torch.zeros(3, 16), "do not fit r 2"),
+        (B, torch.zeros(16, 3), "do not fit r 2"),
+        (B, torch.zeros(16, 2, 1, 1), "do not fit r 2"),
+        (B, torch.full((16, 2), torch.inf), f"{QUERY}.lora_B.weight is not"),
+        (bias, torch.full((16,), torch.nan), "classifier.dense.bias is not finite"),
+        (A, torch.zeros(2, 16, dtype=torch.int64), "int64"),
+        (f"{PREFIX}{QUERY}.lora_magnitude_vector", torch.zeros(16), "lora_magnitude_vector"),
+        (f"{PREFIX}{QUERY}.lora_embedding_A", torch.zeros(2, 16), "lora_embedding_A"),
+        (f"{PREFIX}{QUERY}.bias", torch.zeros(16), "query.bias"),
+        (f"{QUERY}.lora_A.weight", torch.zeros(2, 16), "neither"),
+        (f"{PREFIX}lora_A.weight", torch.zeros(2, 16), "neither"),
+    ]:
+        stored = {**good, key: tensor}
+        save_file({name: t for name, t in stored.items() if t is not None}, tmp_path / WEIGHTS)
         refused(tmp_path, words)
 
 
@@ -342,4 +306,3 @@ def refused(folder, words):
         read_adapter(folder)
     text = str(error.value)
     assert words in text and str(folder) in text and "\n" not in text and len(text) < 500, text
-    assert json.dumps(text)

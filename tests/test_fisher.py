@@ -1,5 +1,7 @@
 """The diagonal Fisher equals a batch-1 loop, is squared per sample, and leaves the model as it was."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,9 +12,10 @@ from common.vector import Weights
 
 def diagonal_fisher(model, nll, samples, **options):
     """By name: {name: [shape]}."""
-    flat = fisher_module.diagonal_fisher(model, nll, samples, **options)
+    weights = Weights(model)
+    flat = fisher_module.diagonal_fisher(model, weights, nll, samples, **options)
     assert flat.dtype == torch.float32 and flat.dim() == 1
-    return Weights(model).named(flat)
+    return weights.named(flat)
 
 
 class Tied(torch.nn.Module):
@@ -54,9 +57,7 @@ def samples():
 
 def batch_one_loop(model, samples):
     """By `.backward()` on each sample alone, in fp64."""
-    model = Tied().double().eval()
-    torch.manual_seed(0)
-    model.load_state_dict(Tied().state_dict())
+    model = copy.deepcopy(model).double().eval()
     fisher = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for ids, labels in zip(*samples, strict=True):
         model.zero_grad()
@@ -67,7 +68,7 @@ def batch_one_loop(model, samples):
     return fisher
 
 
-METHODS = [("auto", None), ("loop", None), ("vmap", None), ("vmap", 1), ("vmap", 2), ("vmap", 99)]
+METHODS = [("auto", None), ("vmap", None), ("vmap", 2), ("vmap", 99)]  # auto: the loop on a CPU
 
 
 @pytest.mark.parametrize("method, chunk_size", METHODS)
@@ -117,18 +118,12 @@ def test_the_model_is_left_as_it_was(model, samples, method):
     for p in model.parameters():
         p.grad = torch.full_like(p, 7.0)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    first = diagonal_fisher(model, sequence_nll, samples, method=method)
-    second = diagonal_fisher(model, sequence_nll, samples, method=method)
+    first, second = (diagonal_fisher(model, sequence_nll, samples, method=method) for _ in range(2))
+    with pytest.raises(ZeroDivisionError):
+        diagonal_fisher(model, lambda m, s: 1 / 0, samples)
     assert all(torch.equal(first[n], second[n]) for n in first)  # eval mode: no dropout
     assert [m.training for m in (model, model.embedding, model.mixer, model.drop)] == [True, True, False, True]
     assert all((p.grad == 7).all() and torch.equal(p, before[n]) for n, p in model.named_parameters())
-
-
-def test_modes_are_restored_after_an_error(model, samples):
-    model.train()
-    with pytest.raises(ZeroDivisionError):
-        diagonal_fisher(model, lambda m, s: 1 / 0, samples)
-    assert model.training and model.drop.training
 
 
 @pytest.mark.parametrize("method", ["loop", "vmap"])
@@ -145,7 +140,3 @@ def test_bad_arguments_are_refused(model, samples):
     for bad in ((), (samples[0], samples[1][:3]), tuple(s[:0] for s in samples)):
         with pytest.raises(ValueError, match="leading dimension"):
             diagonal_fisher(model, sequence_nll, bad)
-    with pytest.raises(ValueError, match="method"):
-        diagonal_fisher(model, sequence_nll, samples, method="hutchinson")
-    with pytest.raises(ValueError, match="no trainable"):
-        diagonal_fisher(model.requires_grad_(False), sequence_nll, samples)

@@ -75,7 +75,7 @@ def encoder(folder, task="wnli", seed=0):
 def test_queries_and_values_are_adapted_and_the_new_parts_trained(kind, folders):
     place, names, head = TARGETS[kind]
     adapted = encoder(folders(kind)).adapted(r=2, alpha=4)
-    assert adapted.targets == tuple(names.split()) and not adapted.fan_in_fan_out
+    assert adapted.targets == tuple(names.split()) and not adapted.about()["fan_in_fan_out"]
     assert set(adapted.layers) == {place.format(i) + name for i in (0, 1) for name in names.split()}
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(folders(kind), num_labels=2)
     wanted = {n: p.shape for n, p in plain.named_parameters() if n.startswith(tuple(head.split()))}
@@ -326,7 +326,7 @@ def logits(model, batch):
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_another_ranks_adapter_gives_w_plus_s_b_a(kind, tmp_path):
     adapted, plain, batch = conv_or_linear(kind, tmp_path)
-    assert adapted.fan_in_fan_out == (kind == "gpt2")
+    assert adapted.about()["fan_in_fan_out"] == (kind == "gpt2")
     sizes = {B.shape[0] / A.shape[1] for A, B in adapted.factors().values()}
     assert sizes & {1.5, 3.0}, "a layer that is not square"
     generator = torch.Generator().manual_seed(4)

@@ -10,7 +10,6 @@ from adapters import close, dense, normal, peft_model
 from processes import answers_of, as_rank
 
 from common.aggregation import ServerMomentum
-from common.cli import UsageError
 from common.lowrank import MIXED_RANKS, RULES, AdapterMean, trained_factors
 from common.parallel import Round
 from common.products import add_to_weight
@@ -25,9 +24,9 @@ def adapter(seed, r=3, dtype=torch.float64, sizes=SIZES):
     return {name: (normal(draw, r, k, dtype=dtype), normal(draw, d, r, dtype=dtype)) for name, (d, k) in sizes.items()}
 
 
-def local(start, client, rule="naive", round=0, scale=0.3):
+def local(start, client, rule="naive", round=0, scale=0.3, sizes=SIZES):
     """A client's factors: what the rule trains in this round has moved."""
-    trained, moved = trained_factors(rule, round), adapter([7, client], len(next(iter(start.values()))[0]))
+    trained, moved = trained_factors(rule, round), adapter([7, client], sizes=sizes)
     return {
         name: tuple(
             t + scale * m.to(t) if letter in trained else t
@@ -77,7 +76,7 @@ def test_exact_rules_serve_the_mean_of_products(rule, round):
     served = mean_of(rule, start, clients, N, round=round).result()
     for name, mean in dense_mean(clients, N).items():
         close(served_delta(served, name), mean, 1e-14)
-    assert served.error < 1e-14 and max(served.errors.values()) < 1e-14
+    assert served.error < 1e-14
     assert (set(served.updates) == set(SIZES)) == (rule in ("stack", "residual"))
     assert served.discarded == 0 and served.missing == 0
 
@@ -124,7 +123,6 @@ def test_naive_misses_by_the_covariance_of_the_factors():
         parts = [(w, S, c[name][0] - mean_A, c[name][1] - mean_B) for w, c in zip(N, clients, strict=True)]
         covariance = dense(parts) / sum(N)
         close(mean - served_delta(served, name), covariance, 1e-12)
-        assert served.errors[name] == pytest.approx(np.linalg.norm(covariance) / np.linalg.norm(mean), rel=1e-12)
         missed, norm = missed + np.sum(covariance**2), norm + np.sum(mean**2)
     assert served.error == pytest.approx(math.sqrt(missed / norm), rel=1e-12) and served.error > 0.01
 
@@ -138,12 +136,9 @@ def test_svd_serves_the_best_of_its_rank_and_says_what_it_cut():
     for name, mean in dense_mean(clients, N).items():
         U, sigma, Vh = np.linalg.svd(mean, full_matrices=False)
         close(served_delta(served, name), (U[:, :5] * sigma[:5]) @ Vh[:5], 5e-14)
-        cut = (sigma[5:] ** 2).sum() / (sigma**2).sum()
-        assert served.discards[name] == pytest.approx(cut, rel=1e-11)
-        assert served.errors[name] == pytest.approx(math.sqrt(cut), rel=1e-11)  # Eckart-Young
         tail, total = tail + (sigma[5:] ** 2).sum(), total + (sigma**2).sum()
     assert served.discarded == pytest.approx(tail / total, rel=1e-11)
-    assert served.error == pytest.approx(math.sqrt(tail / total), rel=1e-11)
+    assert served.error == pytest.approx(math.sqrt(tail / total), rel=1e-11)  # Eckart-Young
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -181,44 +176,30 @@ def test_clients_of_different_ranks_and_scales(rule):
     assert served.error < 1e-13
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in MIXED_RANKS])
-def test_rules_that_need_one_rank_say_which_do_not(rule):
-    start = adapter(0)
-    mean = AdapterMean(rule, start, S, clients := Round([0]))
-    for _ in clients:
-        with pytest.raises(UsageError, match="rank 2 .* only svd and stack"):
-            mean.add(adapter(0, r=2), 1.0)
-        with pytest.raises(UsageError, match="scale 3, .* only svd and stack"):
-            mean.add(start, 1.0, scale=3.0)
-    with pytest.raises(UsageError, match="take svd or stack"):
-        AdapterMean(rule, start, S, Round([0]), rank=2)
-
-
 def test_what_a_client_may_not_bring():
     start = adapter(0)
-    mean = AdapterMean("ffa", start, S, clients := Round([0]))
+    mean = AdapterMean("naive", start, S, clients := Round([0]))
     for _ in clients:
-        with pytest.raises(UsageError, match="differ in their layers .wide."):
-            mean.add({name: start[name] for name in ("square", "tall")}, 1.0)
-        with pytest.raises(UsageError, match="square: .* 40 x 16, not 24 x 24"):
-            mean.add({**start, "square": start["tall"]}, 1.0)
-        with pytest.raises(ValueError, match="square.A was changed, but ffa"):
-            mean.add(local(start, 1), 1.0)
+        with pytest.raises(ValueError, match="naive: an adapter has scale 3, the others 2"):
+            mean.add(start, 1.0, scale=3.0)
+        with pytest.raises(ValueError, match="weights are"):
+            mean.add(adapter(0, r=2), 1.0)
         with pytest.raises(ValueError, match="weight -1"):
             mean.add(start, -1.0)
     with pytest.raises(ValueError, match="no client"):
         mean.result()
-    with pytest.raises(UsageError, match="'fedit' does not exist: take one of svd"):
-        AdapterMean("fedit", start, S, Round([0]))
+    with pytest.raises(ValueError, match="rolora serves the rank and scale .*: take svd or stack"):
+        AdapterMean("rolora", start, S, Round([0]), rank=2)
     with pytest.raises(RuntimeError, match="inside"):
         AdapterMean("svd", start, S, Round([0])).add(start, 1.0)
 
 
 @pytest.mark.parametrize("rule", ["svd", "naive", "stack"])
 def test_what_is_not_finite_is_left_out(rule):
-    """A client's factors, or what else is said of it: its head."""
+    """A client's factors, or what else is said of it: its head; as a client of weight 0, it changes nothing."""
     start = adapter(0)
     adapters = [local(start, k, rule) for k in range(5)]
+    weightless = mean_of(rule, start, adapters, [1.0, 0.0, 3.0, 0.0, 5.0], seed=1)
     A, B = adapters[1]["tall"]
     adapters[1]["tall"] = A, B.clone().index_fill_(1, torch.tensor([2]), math.inf)
     mean = AdapterMean(rule, start, S, clients := Round(range(5)), seed=1)
@@ -226,7 +207,7 @@ def test_what_is_not_finite_is_left_out(rule):
     added = [mean.add(adapters[k], 1.0 + k, finite=(heads.get(k, torch.zeros(2)),)) for k in clients]
     assert added == [True, False, True, False, True] and clients.left_out == [1, 3]
     others = mean_of(rule, start, adapters[::2], [1.0, 3.0, 5.0], seed=1)
-    assert digest(mean.result()) == digest(others.result())
+    assert digest(mean.result()) == digest(others.result()) == digest(weightless.result())
 
 
 def test_rounds_of_rolora_begin_with_b():
@@ -235,14 +216,6 @@ def test_rounds_of_rolora_begin_with_b():
     assert trained_factors("svd", 1) == trained_factors("naive", 0) == ("A", "B")
     with pytest.raises(ValueError, match="one of svd"):
         trained_factors("fedavg", 0)
-
-
-def test_a_client_of_weight_zero_changes_nothing():
-    start = adapter(0)
-    clients = [local(start, k) for k in range(3)]
-    for rule in ("svd", "naive", "residual"):
-        with_it, without = mean_of(rule, start, clients, [1.0, 2.0, 0.0]), mean_of(rule, start, clients[:2], [1.0, 2.0])
-        assert digest(with_it.result()) == digest(without.result())
 
 
 def test_a_server_optimiser_moves_the_trained_factors_only():
@@ -258,8 +231,6 @@ def test_a_server_optimiser_moves_the_trained_factors_only():
                 close(half.factors[name][i], (start[name][i] + plain.factors[name][i]) / 2, 1e-14)
                 if letter not in trained_factors(rule, round):
                     assert torch.equal(half.factors[name][i], start[name][i])
-    with pytest.raises(UsageError, match="svd takes no server optimiser"):
-        mean_of("svd", start, [start], [1.0]).result(ServerMomentum().step)
 
 
 # ---- order, processes, threads, memory
@@ -270,10 +241,10 @@ IDS = [31, 4, 17, 2, 90, 8, 55, 12, 40, 23, 6]
 def digest(served):
     hashed = hashlib.sha256()
     tensors = [t for pair in served.factors.values() for t in pair]
-    tensors += [t for update in served.updates.values() for t in update.tensors().values()]
+    tensors += [update.full() for update in served.updates.values()]
     for t in tensors:
         hashed.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    hashed.update(repr((served.error, served.errors, served.discards, served.missing)).encode())
+    hashed.update(repr((served.error, served.norm, served.discarded, served.missing)).encode())
     return hashed.hexdigest()
 
 
@@ -287,15 +258,7 @@ def scenarios(ids=IDS):
             begin = {name: (A.to(dtype), B.to(dtype)) for name, (A, B) in start.items()}
             mean = AdapterMean(rule, begin, S, clients := Round(ids), seed=1)
             for k in clients:
-                moved = adapter([7, k], sizes=sizes)
-                factors = {
-                    name: tuple(
-                        t + m.to(t) if letter in trained_factors(rule, 0) else t
-                        for letter, t, m in zip("AB", begin[name], moved[name], strict=True)
-                    )
-                    for name in begin
-                }
-                mean.add(factors, 1.0 + k / 7)
+                mean.add(local(begin, k, rule, scale=1.0, sizes=sizes), 1.0 + k / 7)
             results[f"{rule} {dtype}"] = digest(mean.result())
     return results
 
@@ -310,7 +273,7 @@ def alone():
     return scenarios()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [2, 5])
 def test_any_number_of_processes_gives_the_same_bits(size, alone):
     results = answers_of(size, process)
     assert results == {rank: alone for rank in range(size)}
@@ -326,17 +289,6 @@ def test_neither_the_order_of_the_ids_nor_the_threads_enter(alone):
     finally:
         torch.set_num_threads(threads)
     assert scenarios([k + 1000 * (k == 31) for k in IDS]) != alone
-
-
-def test_memory_stops_growing_with_the_number_of_clients():
-    start = {"layer": adapter(0)["tall"]}
-    held = []
-    for count in (8, 80, 160):
-        mean = AdapterMean("stack", start, S, clients := Round(range(count)))
-        for k in clients:
-            mean.add({"layer": adapter(k)["tall"]}, 1.0)
-        held.append(mean.result().updates["layer"].numel())
-    assert held[1] == held[2] == 40 * 16
 
 
 # ---- peft

@@ -13,7 +13,6 @@ import pytest
 import torch
 from processes import answers_of, as_rank
 
-from common import parallel
 from common.aggregation import NormalizedMean, PrecisionWeightedMean, WeightedMean
 from common.cli import RunFailed, UsageError
 from common.client_rows import ClientRows, rows_on_disk
@@ -66,7 +65,7 @@ def process(folder, rank, size, port, answers):
     with as_rank(rank, size, port):
         assert init_parallel() == init_parallel() == world() == World(rank, size, rank, "gloo")
         assert is_main() == (rank == 0)
-        assert broadcast({"from": rank}, source=size - 1) == {"from": size - 1}
+        assert broadcast({"from": rank}) == {"from": 0}
         answers.put((rank, scenarios(folder / str(size))))
     assert world() == World()
 
@@ -120,23 +119,13 @@ def test_rows_are_kept_by_a_checkpoint_and_dropped_with_a_client_left_out(tmp_pa
         assert not (tmp_path / "again").exists()
 
 
-def test_chunks_cover_everything_once_and_are_views():
-    a, b = torch.arange(200_000.0), torch.zeros(200_000)
-    for x, y in parallel.chunks(a, b):
-        y.copy_(x)
-    assert torch.equal(a, b)
-
-
-def test_half_an_environment_is_a_usage_error(monkeypatch):
+def test_half_an_environment_is_a_usage_error_and_processes_share_gpus(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UsageError, match="RANK.*torchrun --nproc-per-node 2"):
         init_parallel()
     with pytest.raises(UsageError, match="--device cuda"):
         init_parallel("cuda:1")
-
-
-def test_devices_of_processes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert World(3, 4, 3, "gloo").device("cuda") == torch.device("cuda", 1)
     assert World(0, 1).device("cpu") == torch.device("cpu")

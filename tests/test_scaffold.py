@@ -1,5 +1,7 @@
 """SCAFFOLD on quadratics whose optimum is known; its control variates by hand, in memory and in files."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from quadratics import Quadratics, near
 from common import checkpoint
 from common.cli import RunFailed, UsageError
 from common.parallel import Round
-from common.scaffold import ControlVariates, option_two
+from common.scaffold import ControlVariates, check_scaffold, option_two
 
 STEPS, LR = 6, 0.08
 
@@ -16,15 +18,11 @@ STEPS, LR = 6, 0.08
 @pytest.fixture(params=[False, True], ids=["memory", "files"])
 def made(request, tmp_path):
     """A function that makes control variates of five clients."""
-
-    def make(theta, clients=5, **options):
-        return ControlVariates(theta, clients, tmp_path / "rows", on_disk=request.param, **options)
-
-    return make
+    return partial(in_memory, folder=tmp_path / "rows", on_disk=request.param)
 
 
-def in_memory(theta, clients=5, **options):
-    return ControlVariates(theta, clients, "nowhere", **options)
+def in_memory(theta, clients=5, folder="nowhere", **options):
+    return ControlVariates(theta, clients, folder, **options)
 
 
 def a_round(variates, offers, left_out=()):
@@ -39,12 +37,6 @@ def a_round(variates, offers, left_out=()):
     variates.close_round()
 
 
-def mean_of_states(variates, weights):
-    """sum_k p_k c_k, read through what clients are given: c_k = c - correction."""
-    states = [w * (variates.c - variates.correction(k)) for k, w in enumerate(weights)]
-    return sum(states) / sum(weights)
-
-
 def two_or_three(t):
     return np.random.default_rng(t).choice(5, 2 + t % 2, replace=False)
 
@@ -52,12 +44,11 @@ def two_or_three(t):
 # ---- the method
 
 
-@pytest.mark.parametrize("ids", [None, two_or_three])
-@pytest.mark.parametrize("kind", ["sgd", "sgdm"])
-def test_it_reaches_the_optimum_where_fedavg_is_biased(ids, kind):
-    problem, lr = Quadratics(), LR if kind == "sgd" else LR / 3
+@pytest.mark.parametrize("ids, kind, rounds, lr", [(None, "sgd", 50, LR), (two_or_three, "sgdm", 100, LR / 3)])
+def test_it_reaches_the_optimum_where_fedavg_is_biased(ids, kind, rounds, lr):
+    problem = Quadratics()
     variates = in_memory(problem.start)
-    theta = problem.train(problem.start, 50 if ids is None else 100, STEPS, lr, variates, ids, kind=kind)
+    theta = problem.train(problem.start, rounds, STEPS, lr, variates, ids, kind=kind)
     assert near(theta, problem.optimum(), 1e-8)
     biased = problem.train(problem.start, 30, STEPS, lr, kind=kind)
     assert (biased - problem.optimum()).norm() > 1e-2
@@ -78,13 +69,13 @@ def test_the_optimum_with_exact_control_variates_is_a_fixed_point_of_any_optimis
         assert (problem.local(best, k, steps, 0.01, kind)[0] - best).norm() > 1e-3
 
 
-@pytest.mark.parametrize("n", [[1.0] * 5, [5.0, 1.0, 3.0, 0.5, 2.0]], ids=["equal", "weighted"])
-def test_c_is_the_mean_over_all_clients_after_every_round_at_partial_participation(n, made):
-    problem = Quadratics()
+def test_c_is_the_mean_over_all_clients_after_every_round_at_partial_participation(made):
+    problem, n = Quadratics(), [5.0, 1.0, 3.0, 0.5, 2.0]
     variates, sizes = made(problem.start, weights=n), []
 
     def check(t):
-        assert near(mean_of_states(variates, n), variates.c, 1e-15)
+        states = [w * (variates.c - variates.correction(k)) for k, w in enumerate(n)]  # what clients are given: c - c_k
+        assert near(sum(states) / sum(n), variates.c, 1e-15)
         sizes.append(variates.c.norm().item())
 
     problem.train(problem.start, 12, STEPS, LR, variates, two_or_three, check, n)
@@ -98,9 +89,6 @@ def test_weights_of_clients_move_the_optimum_that_is_reached():
     # with the published c, the plain mean of the losses is minimised, whatever the weights of theta's mean are
     published = problem.train(problem.start, 60, STEPS, LR, in_memory(problem.start), weights=n)
     assert near(published, problem.optimum(), 1e-10)
-    for bad in ([1.0] * 4, [0.0] * 5, [1.0, 1.0, 1.0, 1.0, -1.0], [1.0, 1.0, 1.0, 1.0, float("nan")]):
-        with pytest.raises(ValueError, match="weights"):
-            in_memory(problem.start, weights=bad)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "sgdm", "adamw"])
@@ -148,13 +136,10 @@ def test_option_two_is_the_mean_gradient_under_sgd():
         correction = variates.correction(k)
         theta_k, done = problem.local(theta, k, STEPS, LR, correction=correction, record=True)
         assert near(option_two(correction, theta, theta_k, STEPS, "sgd", LR), done.mean_gradient, 1e-13)
-    with pytest.raises(UsageError, match="adamw"):
-        option_two(correction, theta, theta_k, STEPS, "adamw", LR)
 
 
-@pytest.mark.parametrize("momentum", [0.5, 0.9])
-def test_option_two_with_momentum_is_a_mean_of_gradients_too(momentum):
-    problem = Quadratics()
+def test_option_two_with_momentum_is_a_mean_of_gradients_too():
+    problem, momentum = Quadratics(), 0.5
     correction = torch.linspace(-0.5, 0.5, 5, dtype=torch.float64)
     theta = torch.linspace(1, 2, 5, dtype=torch.float64)
     # Step t's gradient acts (1 - rho^(H-t)) / (1 - rho) times; these weights add up to a.
@@ -204,8 +189,6 @@ def test_a_checkpoint_holds_c_and_the_clients_that_took_part(made, tmp_path):
     again.rows.load(tmp_path / "checkpoint", "rows", meta["rows"]["rows"])
     assert torch.equal(problem.train(theta, 2, STEPS, LR, again, two_or_three), unbroken)
     assert torch.equal(again.c, variates.c)
-    with pytest.raises(ValueError, match=r"\(2,\) for \(5,\) weights"):
-        again.load_state_dict({"c": torch.zeros(2)})
 
 
 def test_a_folder_that_cannot_be_written_or_read_is_one_line(tmp_path):
@@ -223,18 +206,13 @@ def test_a_folder_that_cannot_be_written_or_read_is_one_line(tmp_path):
 def test_wrong_use_is_refused():
     theta = torch.zeros(5)
     variates = in_memory(theta)
-    variates.open_round(clients := Round([0, 1]))
-    for k in (-1, 5):
-        with pytest.raises(ValueError, match="none of 0 to 4"):
-            variates.correction(k)
+    variates.open_round(clients := Round([0]))
     for k in clients:
-        with pytest.raises(ValueError, match=rf"client {k}'s mean gradient is \(4,\), not \(5,\)"):
-            variates.offer(k, torch.zeros(4))
-        with pytest.raises(ValueError, match="not finite"):
-            variates.offer(k, torch.full((5,), float("nan")))
         variates.offer(k, theta)
-        with pytest.raises(ValueError, match="already"):
+        with pytest.raises(RuntimeError, match="once a client"):
             variates.offer(k, theta)
     with pytest.raises(RuntimeError, match="belongs inside"):
-        variates.open_round(Round([2]))
-        variates.offer(2, theta)
+        variates.offer(0, theta)
+    assert check_scaffold("adamw", "mean_gradient") is check_scaffold("sgdm", "II") is None
+    with pytest.raises(UsageError, match="option II with adamw.*1 / eps.*mean_gradient"):
+        check_scaffold("adamw", "II")

@@ -1,3 +1,5 @@
+"""Partitions: disjoint, complete, no client empty, and distributed as their rules say."""
+
 import itertools
 
 import numpy as np
@@ -33,20 +35,16 @@ def test_partitions_are_disjoint_complete_and_even(n, k):
         assert all((np.diff(part) > 0).all() for part in parts)
 
 
-def test_contiguous_is_in_order():
-    assert [p.tolist() for p in contiguous(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
-
-
-def test_iid_is_random_and_repeatable():
+def test_contiguous_is_in_order_and_iid_is_random_and_repeatable():
+    assert listed(contiguous(7, 3)) == [[0, 1], [2, 3], [4, 5, 6]]
     first, again, other = (iid(1000, 4, stream(seed, "sharding")) for seed in (0, 0, 1))
     assert listed(first) == listed(again) != listed(other)
-    assert listed(first) != listed(contiguous(1000, 4))
     assert all(abs(part.mean() - 499.5) < 75 for part in first)  # 4 standard errors
 
 
 def test_documents_are_cut_where_the_tokens_are_most_even():
     sizes = [10, 1, 1, 1, 1, 10, 2, 2, 2, 10]  # a quarter is 10: cuts after 10, 24 (nearer to 20 than 14) and 30
-    assert [p.tolist() for p in contiguous(10, 4, sizes)] == [[0], [1, 2, 3, 4, 5], [6, 7, 8], [9]]
+    assert listed(contiguous(10, 4, sizes)) == [[0], [1, 2, 3, 4, 5], [6, 7, 8], [9]]
     draw = np.random.default_rng(0)
     for _ in range(30):
         sizes, k = draw.integers(1, 50, 40), 4
@@ -56,25 +54,20 @@ def test_documents_are_cut_where_the_tokens_are_most_even():
         for i, part in enumerate(parts[1:], 1):
             off = np.abs(before - before[-1] * i / k)
             assert off[part[0]] == off.min()  # no other boundary is nearer to i/k of the tokens
-
-
-def test_every_client_gets_a_document_however_uneven_they_are():
-    for sizes in itertools.permutations([100, 1, 1, 1, 1]):
+    for sizes in itertools.permutations([100, 1, 1, 1, 1]):  # every client gets a document, however uneven they are
         check(contiguous(5, 4, sizes), 5)
 
 
 def test_too_many_clients():
-    for make in (lambda: contiguous(3, 5, what="documents"), lambda: contiguous(3, 5, [4, 4, 4], what="documents")):
+    for sizes in (None, [4, 4, 4]):
         with pytest.raises(UsageError, match=r"3 documents .* 5 clients: lower --num-clients \(5\) to at most 3"):
-            make()
+            contiguous(3, 5, sizes, "documents")
     with pytest.raises(UsageError, match="at most 3"):
         iid(3, 5, stream(0, "sharding"))
     with pytest.raises(UsageError, match="at least 1"):
         contiguous(3, 0)
     with pytest.raises(UsageError, match="client 1 has 2 empty documents"):
         contiguous(3, 2, [5, 0, 0], what="documents")
-    with pytest.raises(ValueError, match="sizes"):
-        contiguous(3, 2, [5, 1])
 
 
 def test_check_finds_what_is_wrong():
@@ -94,6 +87,7 @@ def make_labels(n_classes, each):
 
 
 def assert_sorted_int64(parts):
+    """Strictly rising: without duplicates."""
     assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
 
 
@@ -114,12 +108,9 @@ def test_stratified_by_sizes_gives_each_part_its_share_of_a_label():
     check(parts, 50_000)
     assert (class_counts(parts, labels, 100) == [[450], [50]]).all()
     uneven = np.repeat([0, 1, 2], [7, 2, 1])  # 3 of 10: shares 2.1, 0.6, 0.3
-    assert class_counts(stratified(uneven, [3, 7], stream(0, "sharding")), uneven, 3).tolist() == [[2, 1, 0], [5, 1, 1]]
-    for sizes in ([1, 5, 4], [2, 2, 2, 2, 2], [10]):
-        parts = stratified(uneven, sizes, stream(0, "sharding"))
-        check(parts, 10)
-        assert_sorted_int64(parts)
-        assert [len(part) for part in parts] == sizes
+    parts = stratified(uneven, [3, 7], stream(0, "sharding"))
+    assert_sorted_int64(parts)
+    assert class_counts(parts, uneven, 3).tolist() == [[2, 1, 0], [5, 1, 1]]
     for wrong in ([3, 8], [0, 10]):
         with pytest.raises(ValueError, match="sum to 10"):
             stratified(uneven, wrong, stream(0, "sharding"))
@@ -127,27 +118,16 @@ def test_stratified_by_sizes_gives_each_part_its_share_of_a_label():
         stratified(uneven, 11, stream(0, "sharding"))
 
 
-@pytest.mark.parametrize(
-    "n_classes, k, nc", [(10, 10, 1), (10, 5, 2), (10, 20, 5), (100, 100, 10), (6, 4, 6), (2, 1, 2)]
-)
-def test_every_class_has_equally_many_clients_where_that_can_be(n_classes, k, nc):
-    labels = make_labels(n_classes, 60)
-    parts, notes = classes(labels, k, nc, stream(0, "sharding"))
-    check(parts, len(labels))
-    assert_sorted_int64(parts)
-    has = class_counts(parts, labels, n_classes) > 0
-    assert notes == [] and (has.sum(axis=1) == nc).all() and (has.sum(axis=0) == k * nc // n_classes).all()
-
-
-def test_classes_where_nothing_divides():
-    for n_classes, k in itertools.product((3, 7, 10), (4, 9, 13)):
+def test_classes_have_equally_many_clients_up_to_one():
+    for n_classes, k in ((3, 4), (7, 9), (10, 5), (10, 10), (10, 13), (2, 1)):
         for nc in range(-(-n_classes // k), n_classes + 1):
             labels = make_labels(n_classes, 31)
-            parts, _ = classes(labels, k, nc, stream(nc, "sharding"))
+            parts, notes = classes(labels, k, nc, stream(nc, "sharding"))
             check(parts, len(labels))
+            assert_sorted_int64(parts)
             counts = class_counts(parts, labels, n_classes)
-            assert ((counts > 0).sum(axis=1) == nc).all()  # no class twice at the seam of two permutations
-            assert np.ptp((counts > 0).sum(axis=0)) <= 1
+            assert notes == [] and ((counts > 0).sum(axis=1) == nc).all()  # none twice at the seam of two permutations
+            assert np.ptp((counts > 0).sum(axis=0)) <= (k * nc % n_classes > 0)
             dealt = [column[column > 0] for column in counts.T]
             assert all(np.ptp(column) <= 1 for column in dealt)
 
@@ -184,7 +164,7 @@ def test_classes_that_cannot_be_dealt():
         classes(make_labels(20, 2), 2, 1, generator)
 
 
-@pytest.mark.parametrize("alpha", [1e-6, 0.01, 0.1, 1.0, 1000.0])
+@pytest.mark.parametrize("alpha", [1e-6, 0.1, 1000.0])
 def test_dirichlet_is_a_partition_without_empty_clients(alpha):
     labels = make_labels(4, 100)
     for seed in range(5):
@@ -198,13 +178,15 @@ def test_dirichlet_is_a_partition_without_empty_clients(alpha):
 def test_dirichlet_notes_what_it_repaired():
     labels = make_labels(4, 100)
     parts, notes = dirichlet(labels, 10, 0.01, stream(0, "sharding"), min_samples=3)
-    assert "each of 20 draws left clients with fewer than 3 samples" in notes[0]
+    assert notes[0].startswith("--alpha 0.01: each of 20 draws left clients with fewer than 3 samples; ")
     moved = int(notes[0].split("; ")[1].split()[0])
     short = [int(c) for c in notes[0].split("clients ")[-1].split(", ")]
     sizes = np.array([len(part) for part in parts])
     # They were filled up to 3, not further, and one that was short held nothing or part of the 3.
     assert set(short) == set(np.flatnonzero(sizes == 3)) and len(short) <= moved <= 3 * len(short)
     assert (sizes == 3).sum() >= 4
+    named = dirichlet(labels, 10, 0.01, stream(0, "sharding"), 3, flag="--evenness", first=1)[1]  # as the caller says
+    assert named[0].startswith("--evenness") and named[0].endswith(", ".join(str(c + 1) for c in short))
     assert dirichlet(labels, 10, 100.0, stream(0, "sharding"))[1] == []
 
 
@@ -244,7 +226,7 @@ def test_dirichlet_is_as_skewed_as_alpha_says():
 
 def test_dirichlet_cannot():
     labels = make_labels(4, 10)
-    for alpha in (0.0, -1.0, float("nan"), float("inf")):
+    for alpha in (0.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="--alpha .* must be a positive number"):
             dirichlet(labels, 4, alpha, stream(0, "sharding"))
     with pytest.raises(UsageError, match="40 samples cannot give 9 clients 5 each: lower --num-clients to at most 8"):
@@ -257,30 +239,15 @@ def test_class_counts_by_hand():
     assert counts.tolist() == [[0, 0, 2, 0], [2, 1, 0, 0]]
 
 
-def test_dirichlet_names_the_callers_flag_and_first_client():
-    labels = make_labels(4, 100)
-    notes = dirichlet(labels, 10, 0.01, stream(0, "sharding"), 3, flag="--evenness")[1]
-    again = dirichlet(labels, 10, 0.01, stream(0, "sharding"), 3, flag="--evenness", first=1)[1]
-    clients, shifted = (list(map(int, note[0].split("clients ")[-1].split(", "))) for note in (notes, again))
-    assert notes[0].startswith("--evenness 0.01") and [c + 1 for c in clients] == shifted
-    with pytest.raises(UsageError, match="--evenness 0 must"):
-        dirichlet(labels, 10, 0, stream(0, "sharding"), flag="--evenness")
-
-
 # ------------------------------------------------------------------------------------ overlap, category
-
-
-def assert_no_duplicates(parts, n):
-    assert_sorted_int64(parts)  # strictly rising
-    assert all(len(part) and part[0] >= 0 and part[-1] < n for part in parts)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("k", [1, 5])
 def test_overlap_shares_what_rho_says(k, rho):
     n = 1000
-    parts, notes = overlap(n, k, rho, stream(0, "sharding"))
-    assert_no_duplicates(parts, n)
+    parts, notes = overlap(np.zeros(n), k, rho, stream(0, "sharding"))
+    assert_sorted_int64(parts)
     assert [len(part) for part in parts] == [n // k] * k
     holders = np.bincount(np.concatenate(parts), minlength=n)
     # (1 - rho) n samples are kept by one client each, so every sample that nobody holds was given up.
@@ -291,9 +258,8 @@ def test_overlap_shares_what_rho_says(k, rho):
         return
     shared, nowhere = (holders > 1).sum(), (holders == 0).sum()
     assert notes == [f"--overlap-ratio {rho}: {shared} of {n} samples are with several clients, {nowhere} with none"]
-    assert np.flatnonzero(holders == 0).mean() == pytest.approx(
-        n / 2, abs=4 * 289 / np.sqrt(nowhere)
-    )  # no place favoured
+    middle = np.flatnonzero(holders == 0).mean()
+    assert middle == pytest.approx(n / 2, abs=4 * 289 / np.sqrt(nowhere))  # no place favoured
     # A given-up sample stays without a client when none of k draws of rho n/k from n - (1 - rho) n/k takes it.
     missed = (1 - rho * n / k / (n - (1 - rho) * n / k)) ** k
     assert nowhere == pytest.approx(rho * n * missed, abs=4 * np.sqrt(rho * n * missed))
@@ -307,13 +273,12 @@ def test_overlap_at_zero_is_stratified_and_follows_the_generator():
     assert listed(first) == listed(again) != listed(other)
 
 
-@pytest.mark.parametrize("rho", [-0.1, 1.01, float("nan")])
-def test_an_overlap_out_of_range(rho):
-    for make in (overlap, category_overlap):
+def test_an_overlap_out_of_range():
+    for make, rho in itertools.product((overlap, category_overlap), (-0.1, 1.01, float("nan"))):
         with pytest.raises(UsageError, match="--overlap-ratio .* is outside 0 to 1"):
             make(np.zeros(10, dtype=int), 2, rho, stream(0, "sharding"))
     with pytest.raises(UsageError, match="3 samples .* 4 clients"):
-        overlap(3, 4, 0.5, stream(0, "sharding"))
+        overlap(np.zeros(3), 4, 0.5, stream(0, "sharding"))
 
 
 def test_categories_go_round_the_clients_whole():
@@ -350,7 +315,7 @@ def test_category_overlap_keeps_most_of_the_category():
     labels = make_labels(2, 500)
     plain, _ = category(labels, 2, stream(0, "sharding"))
     parts, notes = category_overlap(labels, 2, 0.2, stream(0, "sharding"))
-    assert_no_duplicates(parts, 1000)
+    assert_sorted_int64(parts)
     for before, after in zip(plain, parts, strict=True):
         own = labels[before[0]]
         assert len(after) == 500 and (labels[after] == own).sum() >= 400  # 80 % kept

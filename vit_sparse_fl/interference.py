@@ -37,7 +37,7 @@ class Interference:
 
     def __init__(self, theta, clients, kept=None, frozen=0.0):
         self._kept, self._old = kept, _counted(theta, kept)
-        self._sum = OrderedSum(clients, _fold, sums=3, fixed=(self._old,))
+        self._sum = OrderedSum(clients, _fold, self._old, sums=3)
         self._size = math.sqrt(fp64_sum(theta, square=True) + frozen)
 
     def add(self, theta_k):
@@ -73,9 +73,9 @@ def _counted(vector, kept):
     return vector.detach() if kept is None else vector.detach().index_select(0, kept)  # [counted]
 
 
-def _fold(sums, fixed, given, squares, norm):
+def _fold(sums, old, given, squares, norm):
     whole, unit, signs = sums
-    new, old = given[0], fixed[0]
+    (new,) = given
     change = new.to(torch.float64, copy=True).sub_(old)
     whole.add_(change)
     signs.add_((new > old).double().add_(new < old, alpha=_NEGATIVE))

@@ -75,7 +75,7 @@ def sensitivity(sample, method="auto", chunk_size=None):
     model, weights = sample.model, sample.weights
     if method == "auto" and weights.size <= SMALL:
         method = "vmap"
-    options = {"method": method, "chunk_size": chunk_size, "parameters": weights.parameters}
+    options = {"method": method, "chunk_size": chunk_size}
     total = torch.zeros_like(weights.theta)
     # The fused attention kernels have no rule for vmap, and their backward passes on CUDA are not deterministic.
     with sdpa_kernel(SDPBackend.MATH):
@@ -83,7 +83,9 @@ def sensitivity(sample, method="auto", chunk_size=None):
             inputs, function = sample.prepare(images), _nll  # [b, 3, S, S]
             if not sample.of_labels:
                 labels, function = _drawn_labels(model, inputs, sample.draws), _logit  # [b]
-            total += diagonal_fisher(model, function, (inputs, labels), **options) * (len(images) / len(sample.images))
+            total += diagonal_fisher(model, weights, function, (inputs, labels), **options) * (
+                len(images) / len(sample.images)
+            )
     return total
 
 
