@@ -83,9 +83,8 @@ def sensitivity(sample, method="auto", chunk_size=None):
             inputs, function = sample.prepare(images), _nll  # [b, 3, S, S]
             if not sample.of_labels:
                 labels, function = _drawn_labels(model, inputs, sample.draws), _logit  # [b]
-            total += diagonal_fisher(model, weights, function, (inputs, labels), **options) * (
-                len(images) / len(sample.images)
-            )
+            squares = diagonal_fisher(model, weights, function, (inputs, labels), **options)
+            total += squares * (len(images) / len(sample.images))
     return total
 
 
