@@ -23,7 +23,7 @@ from pathlib import Path
 from common.checkpoint import read_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int
 from common.curves import read_metrics
-from common.runlog import NOT_COMPARED
+from common.manifest import NOT_COMPARED
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results.jsonl"

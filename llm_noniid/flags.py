@@ -19,7 +19,7 @@ from common.cli import (
 )
 from common.config_file import apply_config
 from common.local import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, check_scaffold
-from common.runlog import NOT_COMPARED
+from common.manifest import NOT_COMPARED
 from llm_noniid.data import DATASETS
 from llm_noniid.detectors import STOP_ON
 from llm_noniid.partition import PARTITIONS, SKEW_TYPES, STYLE_CRITERIA
