@@ -384,7 +384,7 @@ def run_study(runner, line, out):
         ),
         (
             "llm_noniid/run_experiments",
-            "--mode quick --num-rounds 2 --only fedavg_iid",
+            "--mode quick --num-rounds 1 --max-samples 120 --num-clients 4 --eval-samples 20 --only fedavg_iid",
             ["quick_fedavg_iid_demo_tiny_seed_42"],
             "| FedAvg |",
         ),
