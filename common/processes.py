@@ -46,8 +46,12 @@ def _at_most(on_cuda, threads, memory):
     """Processes that this machine takes well."""
     if on_cuda:
         return torch.cuda.device_count()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores // max(1, threads), _free_memory() // memory)
+    return min(cores() // max(1, threads), _free_memory() // memory)
+
+
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_memory():
@@ -162,7 +166,7 @@ def _member(main, args):
     elif args.processes not in (0, size):
         main = _refuse
     rank = int(os.environ.get("RANK", "0"))
-    run_main(_said_once(_quiet(main) if rank else main, rank), args, _leave if size > 1 else sys.exit)
+    run_main(_one_of(main, rank), args, _leave if size > 1 else sys.exit)
 
 
 def _refuse(args):
@@ -177,28 +181,13 @@ def _end_with(parent):
     os._exit(137)
 
 
-def _quiet(main):
-    """main without what the main process says too: its output, and how it ends."""
+def _one_of(main, rank):
+    """main in one of several processes: the main one speaks for all, and a refusal is one line, whoever refuses."""
 
-    def silent(args):
+    def one(args):
         try:
-            with open(os.devnull, "w", encoding="utf-8") as nowhere:
-                with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                    return main(args)
-        except parallel.LeftOut:
-            return 1
-        except KeyboardInterrupt:
-            return 130
-
-    return silent
-
-
-def _said_once(main, rank):
-    """main, whose refusal is one line, however many processes refuse."""
-
-    def told(args):
-        try:
-            return main(args)
+            with _silence() if rank else contextlib.nullcontext():
+                return main(args)
         except UsageError as error:
             if REFUSALS in os.environ:
                 os.write(int(os.environ[REFUSALS]), f"{rank} {error}\n".encode())
@@ -207,8 +196,19 @@ def _said_once(main, rank):
                 raise
             time.sleep(PATIENCE)  # where the main process refuses too, torchrun ends this one
             raise UsageError(f"process {rank}: {error}") from error
+        except (parallel.LeftOut, KeyboardInterrupt) as error:  # which the main process says
+            if rank == 0:
+                raise
+            return 130 if isinstance(error, KeyboardInterrupt) else 1
 
-    return told
+    return one
+
+
+@contextlib.contextmanager
+def _silence():
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
 
 
 def _leave(code):

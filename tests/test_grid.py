@@ -6,14 +6,11 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import harness
 import pytest
-from running import ROOT
 
 from common import grid
 from common.cli import RunFailed, UsageError, run_main
@@ -169,7 +166,8 @@ def test_a_grid_inside_a_grid_and_older_manifests(scripted, tmp_path):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_ends_the_runner_ends_its_runs(scripted, tmp_path, signum, code):
-    runner = f"""
+    runner = tmp_path / "runner.py"
+    runner.write_text(f"""
 import pathlib, sys
 from common import grid
 from common.cli import run_main
@@ -177,16 +175,15 @@ grid.ROOT = pathlib.Path({str(tmp_path)!r})
 runs = grid.expand([grid.Setting(str(i), "fake.py", ("--kind", "sleeps")) for i in range(3)], (), (0,), sys.argv[2])
 parse = grid.build_parser("x", ["p"], "p", "x").parse_args
 run_main(lambda args: grid.run_study(args, runs), grid.complete(parse(sys.argv[1:]), {{}}))
-"""
-    words = ["--output-dir", str(tmp_path / "out"), "--jobs", "2"]
-    process = subprocess.Popen([sys.executable, "-c", runner, *words], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+""")
+    started = harness.Started([runner, "--output-dir", tmp_path / "out", "--jobs", "2"])
     alive = tmp_path / "out" / "alive"
     end = time.monotonic() + 60
     while time.monotonic() < end and (not alive.exists() or len(list(alive.iterdir())) < 2):
         time.sleep(0.05)
-    process.send_signal(signum)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == code, said
+    os.kill(started.process.pid, signum)
+    ended = started.ended()
+    assert ended.code == code, ended.err
     assert len(list(alive.iterdir())) == 2  # the third was not started
     for child in alive.iterdir():
         with pytest.raises(ProcessLookupError):
