@@ -118,9 +118,13 @@ def _refused(children, refusals):
             reasons |= {int(rank): reason for rank, _, reason in (line.partition(" ") for line in lines)}
     rank = min(reasons)
     print(f"error: process {rank}: {reasons[rank]}" if rank else f"error: {reasons[0]}", file=sys.stderr)
-    for child in children:
-        child.terminate()
-        child.join(PATIENCE)
+    # those that refuse go last: who waits for them in an exchange would say that they are gone
+    for refusing in (False, True):
+        ending = [child for rank, child in enumerate(children) if (rank in reasons) == refusing]
+        for child in ending:
+            child.terminate()
+        for child in ending:
+            child.join(PATIENCE)
     sys.exit(2)
 
 
