@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import os
-import tempfile
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -77,16 +77,13 @@ def write_cached(path, data):
 
     A full disk or a folder without write permission is only a warning: it is a cache.
     """
-    temporary = None
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-        temporary = None
+        try:
+            part.write_bytes(data)
+            os.replace(part, path)
+        finally:  # Ctrl-C included
+            part.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(f"cannot write the cache ({error}): the next start does this work again", stacklevel=2)
-    finally:  # Ctrl-C included
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

@@ -30,7 +30,7 @@ def write_json(path, value):
     path = Path(path)
     fresh = path.with_name(path.name + ".new")
     with open(fresh, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=False)
+        json.dump(value, file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -49,11 +49,9 @@ def saving(path, *parts):
         yield
     except (OSError, SafetensorError) as error:
         for part in parts:
-            if Path(part).is_dir():
-                shutil.rmtree(part, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    Path(part).unlink()
+            shutil.rmtree(part, ignore_errors=True)  # a folder
+            with contextlib.suppress(OSError):
+                Path(part).unlink()
         reason = getattr(error, "strerror", None) or str(error)
         raise RunFailed(
             f"cannot save {path}: {reason}; what was saved before is whole: make room, then --resume"

@@ -18,7 +18,7 @@ class RunFailed(Exception):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Shows the default of every flag that has one, and lists a flag's spelling with hyphens only."""
+    """Shows the default of every flag that has one, and the values after the last spelling only."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=32, width=100)
@@ -30,16 +30,13 @@ class _HelpFormatter(argparse.HelpFormatter):
         return text + " (default: %(default)s)"
 
     def _format_action_invocation(self, action):
-        if not action.option_strings:
+        if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
-        shown = [s for s in action.option_strings if s not in getattr(action, "hidden_spellings", ())]
-        if action.nargs == 0:
-            return ", ".join(shown)
         values = self._format_args(action, self._get_default_metavar_for_optional(action))
-        return ", ".join(shown) + " " + values
+        return ", ".join(action.option_strings) + " " + values
 
     def _get_default_metavar_for_optional(self, action):
-        return {int: "N", float: "X"}.get(getattr(action, "number_type", action.type), "TEXT")
+        return {int: "N", float: "X"}.get(action.type, "TEXT")
 
 
 class Flags(argparse.Namespace):
@@ -83,8 +80,7 @@ class Parser(_Declares, argparse.ArgumentParser):
     """
 
     def __init__(self, description, **kwargs):
-        kwargs.setdefault("formatter_class", _HelpFormatter)
-        super().__init__(description=description, allow_abbrev=False, **kwargs)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def add_argument_group(self, *args, **kwargs):
         group = _Group(self, *args, **kwargs)
@@ -108,54 +104,29 @@ class Parser(_Declares, argparse.ArgumentParser):
         return super().parse_known_args(args, flags)
 
 
-def positive_int(text):
-    """An integer of at least 1."""
-    return _number(text, int, lambda v: v >= 1, "an integer of at least 1")
+def _number(kind, holds, wanted):
+    """A type of flags: a finite number for which `holds`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if not math.isfinite(value) or not holds(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
 
 
-def non_negative_int(text):
-    """An integer of at least 0."""
-    return _number(text, int, lambda v: v >= 0, "an integer of at least 0")
-
-
-def seed_number(text):
-    """An integer from 0 to 2^63 - 1."""
-    return _number(text, int, lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1")
-
-
-def thread_count(text):
-    """An integer from 0 to 1024."""
-    return _number(text, int, lambda v: 0 <= v <= 1024, "an integer from 0 to 1024")
-
-
-def positive_float(text):
-    """A finite number above 0."""
-    return _number(text, float, lambda v: v > 0, "a number above 0")
-
-
-def non_negative_float(text):
-    """A finite number of at least 0."""
-    return _number(text, float, lambda v: v >= 0, "a number of at least 0")
-
-
-def fraction(text):
-    """A number above 0 and at most 1."""
-    return _number(text, float, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
-
-
-def half_open_fraction(text):
-    """A number of at least 0 and below 1."""
-    return _number(text, float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
-
-
-def _number(text, kind, holds, wanted):
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-    if not math.isfinite(value) or not holds(value):
-        raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-    return value
+positive_int = _number(int, lambda v: v >= 1, "an integer of at least 1")
+non_negative_int = _number(int, lambda v: v >= 0, "an integer of at least 0")
+seed_number = _number(int, lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1")
+thread_count = _number(int, lambda v: 0 <= v <= 1024, "an integer from 0 to 1024")
+positive_float = _number(float, lambda v: v > 0, "a number above 0")
+non_negative_float = _number(float, lambda v: v >= 0, "a number of at least 0")
+fraction = _number(float, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
+half_open_fraction = _number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 
 
 def add_run_flags(parser, *other_names):

@@ -154,19 +154,13 @@ def read_metrics(run_folder):
     Raises FileNotFoundError without that file and ValueError with the line's number for any other damage.
     """
     path = Path(run_folder) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    lines, rows = path.read_text(encoding="utf-8").splitlines(), []
+    for n, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}: line {number} is not JSON") from error
-        if isinstance(row, dict):
-            rows.append(row)
+            if n < len(lines):
+                raise ValueError(f"{path}: line {n} is not JSON") from error
     return rows
 
 
@@ -204,42 +198,29 @@ def draw_curve(run_folder):
     validation perplexity is finite.
     """
     run_folder = Path(run_folder)
-    rows = [row for row in read_metrics(run_folder) if number(row.get("val_ppl")) > 0]
-    rows = [row for row in rows if not math.isnan(number(row.get("tokens")))]
+    rows = [r for r in read_metrics(run_folder) if number(r.get("val_ppl")) > 0 and number(r.get("tokens")) >= 0]
     if not rows:
         return None
     divisor, word = token_unit(max(row["tokens"] for row in rows))
     tokens = [row["tokens"] / divisor for row in rows]
-    validation = [row["val_ppl"] for row in rows]
-    train = [number(row.get("train_ppl")) for row in rows]
+    validation, train = ([number(row.get(field)) for row in rows] for field in ("val_ppl", "train_ppl"))
     clients = [[v for v in map(number, row.get("client_val_ppl") or []) if v > 0] for row in rows]
-    seen = validation + [v for v in train if v > 0] + [v for values in clients for v in values]
+    seen = [v for v in (*validation, *train, *(v for values in clients for v in values)) if v > 0]
 
     with style():
         figure, axes = new_figure(width=5.6, height=3.8)
         axis = axes[0, 0]
         if any(clients):
-            low = [min(values, default=math.nan) for values in clients]
-            high = [max(values, default=math.nan) for values in clients]
+            low, high = ([end(values, default=math.nan) for values in clients] for end in (min, max))
             axis.fill_between(tokens, low, high, color="#dddddd", linewidth=0, label="clients' own models, min to max")
         if any(v > 0 for v in train):
             axis.plot(tokens, train, color=COLORS[1], linestyle=DASHES[1], marker="s", ms=3, label="train")
         every = max(1, len(tokens) // 12)
         axis.plot(tokens, validation, color=COLORS[2], marker="o", markevery=every, label="validation")
-        best = min(range(len(rows)), key=validation.__getitem__)
-        axis.plot(
-            tokens[best],
-            validation[best],
-            "*",
-            ms=11,
-            color="black",
-            label=f"best: {validation[best]:.4g}",
-            ls="",
-        )
+        _mark_best(axis, tokens, validation, min, "{:.4g}")
         log_axis(axis, min(seen), max(seen))
-        whom = "Tokens seen" if "clients" not in rows[-1] else "Tokens seen, all clients together"
         axis.set_xlim(left=0)
-        axis.set_xlabel(tokens_label(word, whom))
+        axis.set_xlabel(tokens_label(word) if "clients" in rows[-1] else tokens_label(word, "Tokens seen"))
         axis.set_ylabel("Perplexity")
         axis.set_title(run_folder.name)
         axis.legend()
@@ -251,7 +232,6 @@ def draw_accuracy(run_folder, path):
 
     Returns the path, or None when metrics.jsonl has no accuracy.
     """
-    run_folder = Path(run_folder)
     rows = [row for row in read_metrics(run_folder) if not math.isnan(number(row.get("val_accuracy")))]
     if not rows:
         return None
@@ -260,20 +240,18 @@ def draw_accuracy(run_folder, path):
     with style():
         figure, axes = new_figure(columns=2, width=8.2, height=3.4)
         left, right = axes[0]
-        for i, (field, label) in enumerate((("train_loss", "training"), ("val_loss", "validation"))):
-            left.plot(
-                rounds, [number(row.get(field)) for row in rows], label=label, **line_style(i + 1, len(rounds), 2)
-            )
-        left.set_ylabel("Cross-entropy (nats)")
-        left.legend()
+        for i, (field, label) in enumerate((("train_loss", "training"), ("val_loss", "validation")), start=1):
+            left.plot(rounds, [number(row.get(field)) for row in rows], label=label, **line_style(i, len(rounds), 2))
         right.plot(rounds, accuracy, label="validation", **line_style(2, len(rounds)))
-        best = max(range(len(rows)), key=accuracy.__getitem__)
-        right.plot(
-            rounds[best], accuracy[best], "*", ms=11, color="black", ls="", label=f"best: {accuracy[best]:.1f} %"
-        )
-        right.set_ylabel("Accuracy (%)")
-        right.legend()
-        for axis in (left, right):
+        _mark_best(right, rounds, accuracy, max, "{:.1f} %")
+        for axis, label in ((left, "Cross-entropy (nats)"), (right, "Accuracy (%)")):
             axis.set_xlabel("Round" if "clients" in rows[-1] else "Epoch")
-        set_title(figure, run_folder.name)
+            axis.set_ylabel(label)
+            axis.legend()
+        set_title(figure, Path(run_folder).name)
         return save_figure(figure, path)
+
+
+def _mark_best(axis, x, y, best, words):
+    i = y.index(best(y))
+    axis.plot(x[i], y[i], "*", ms=11, color="black", ls="", label="best: " + words.format(y[i]))

@@ -20,15 +20,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from common import manifest
 from common.checkpoint import read_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int
 from common.curves import read_metrics
-from common.runlog import NOT_COMPARED
+from common.processes import cores
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results.jsonl"
-FACTS = ("method", "clients", "git_commit", "versions", "processes", "resolved", "parameters", "results")
 SAY = partial(print, flush=True)
+FACTS = ("method", "clients", "git_commit", "versions", "processes", "resolved", "parameters", "results")
 PLACES = ("model", "tokenizer", "init_from", "init_adapter", "weights", "mask", "shard_dir", "cache_dir")
 
 
@@ -97,11 +98,6 @@ def complete(args, presets):
     return args
 
 
-def cores():
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def given(args, names):
     """The flags of these names that were given, as words for a command line."""
     words = []
@@ -145,7 +141,7 @@ def run_study(args, runs, show=(), prepare=None):
         raise UsageError("these flags leave nothing to run: drop --only or what else chooses among the settings")
     if args.plan:
         for run in runs:
-            print(f"# {run.name}: {state(output / run.name / run.record)}\npython {shlex.join(run.command)}")
+            print(f"# {run.name}: {state(run, output)}\npython {shlex.join(run.command)}")
         return 0
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -196,7 +192,7 @@ def run_all(runs, output, jobs, say=SAY):
                 failed += [] if good else [run.name]
                 n = todo - len(waiting) - len(running)
                 left = (time.monotonic() - began) / n * (todo - n)
-                said = state(output / run.name / run.record) if good else failure(code, output, run.name)
+                said = state(run, output) if good else failure(code, output, run.name)
                 say(f"[{n}/{todo}] {run.name}: {said}" + (f"; about {duration(left)} left" if n < todo else ""))
     finally:
         interrupt(list(running.values()))
@@ -250,49 +246,47 @@ def failure(code, output, name):
 
 
 def read_record(path):
-    """A run's record; {"status": "damaged"} where it is not JSON."""
+    """A run's record. Its status, where it has none: finished; without the file: not run yet; not JSON: damaged."""
     try:
-        return read_json(path)
+        return {"status": "finished"} | read_json(path)
+    except FileNotFoundError:
+        return {"status": "not run yet"}
     except ValueError:
         return {"status": "damaged"}
 
 
-def ending(manifest):
-    """A run.json's `ended` {"how", "by", "round", "clients", "reason"}; made up from what older ones say."""
-    nothing = dict.fromkeys(("by", "round", "clients"))
-    return manifest.get("ended") or {"how": manifest["status"], **nothing, "reason": manifest.get("reason")}
+def ending(record):
+    """A run.json's `ended`; made up from what older ones say."""
+    return record.get("ended") or manifest.ended(record["status"], None, reason=record.get("reason"))
 
 
-def broke_down(manifest):
+def broke_down(record):
     """Whether a run's training broke down: the updates of its clients were not finite."""
-    ended = ending(manifest)
+    ended = ending(record)
     return ended["how"] == "failed" and (ended["by"] == "left_out" or "not finite" in (ended["reason"] or ""))
 
 
 def over(run, output):
     """Whether the very command of `run` has ended with a result."""
-    path = output / run.name / run.record
-    if not path.exists():
-        return False
-    manifest = read_record(path)
-    words, now = ([w for w in line[1:] if w != "--resume"] for line in (manifest.get("argv", run.command), run.command))
-    return words == now and (manifest.get("status", "finished") == "finished" or broke_down(manifest))
+    record = read_record(output / run.name / run.record)
+    words, now = ([w for w in line[1:] if w != "--resume"] for line in (record.get("argv", run.command), run.command))
+    return words == now and (record["status"] == "finished" or broke_down(record))
 
 
-def state(path):
-    """What --plan says of the run whose run.json (or file like it) is at `path`."""
-    if not path.exists():
-        return "not run yet"
-    manifest = read_record(path)
-    if manifest.get("status", "finished") != "finished":
-        return ending(manifest)["reason"] if broke_down(manifest) else f"{manifest['status']}, goes on"
-    seconds = (manifest.get("results") or {}).get("seconds")
+def state(run, output):
+    """What is said of a run that may have ended."""
+    record = read_record(output / run.name / run.record)
+    if broke_down(record):
+        return ending(record)["reason"]
+    if record["status"] != "finished":
+        return record["status"] + (", goes on" if record["status"] != "not run yet" else "")
+    seconds = (record.get("results") or {}).get("seconds")
     return "finished" if seconds is None else f"finished, took {duration(seconds)}"
 
 
 def told(args):
     """The flags of a run.json that decide what is computed; of those that name a place, only the last name."""
-    kept = {key: value for key, value in args.items() if key not in NOT_COMPARED}
+    kept = {key: value for key, value in args.items() if key not in manifest.NOT_COMPARED}
     return kept | {key: Path(kept[key]).name for key in PLACES if isinstance(kept.get(key), str)}
 
 
@@ -302,22 +296,21 @@ def collect(output):
     That is the log behind a study's table, small enough for the repository. A folder that has a results.jsonl of its
     own is another grid's.
     """
-    others = [path.parent for path in output.rglob(RESULTS) if path.parent != output]
+    others = {path.parent for path in output.rglob(RESULTS)} - {output}
     lines = []
     for path in sorted(output.rglob("run.json")):
-        folder, manifest = path.parent, read_record(path)
-        hidden = any(part.startswith(".") for part in folder.relative_to(output).parts)
-        if hidden or manifest["status"] not in ("finished", "failed") or set(others) & {folder, *folder.parents}:
-            continue
-        facts = {key: manifest.get(key) for key in FACTS}
-        facts["method"] = told(manifest.get("method") or {})
-        facts["data"] = {key: value for key, value in manifest["data"].items() if key != "source"}
-        rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
-        curve = [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+        folder, record = path.parent, read_record(path)
         name = folder.relative_to(output).as_posix()
-        start = {"name": name, "command": manifest["command"], "args": told(manifest["args"])}
-        start["status"] = manifest["status"]
-        lines.append(start | {"ended": ending(manifest)} | facts | {"curve": curve})
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if hidden or record["status"] not in ("finished", "failed") or others & {folder, *folder.parents}:
+            continue
+        rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+        line = {"name": name, "command": record["command"], "args": told(record["args"]), "status": record["status"]}
+        line |= {"ended": ending(record)} | {key: record.get(key) for key in FACTS}
+        line["method"] = told(record.get("method") or {})
+        line["data"] = {key: value for key, value in record["data"].items() if key != "source"}
+        line["curve"] = [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+        lines.append(line)
     output.mkdir(parents=True, exist_ok=True)
     fresh = output / f"{RESULTS}.new"
     fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -77,13 +77,9 @@ def hub_cache():
     None, the library's own choice, when environment variable HF_HOME or HF_HUB_CACHE is set, when there was no such
     download, or when its folder is gone.
     """
-    if any(os.environ.get(name) for name in _VARIABLES):
-        return None
-    stored = read_cached(_record())
-    if not stored:
-        return None
-    folder = Path(os.fsdecode(stored)) / "hub"
-    return folder if folder.is_dir() else None
+    stored = None if winning_variable() else read_cached(_record())
+    folder = Path(os.fsdecode(stored)) / "hub" if stored else None
+    return folder if folder and folder.is_dir() else None
 
 
 def download(model, revision="main", cache_dir=None, online=True):
@@ -97,16 +93,9 @@ def download(model, revision="main", cache_dir=None, online=True):
     unknown = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
     # The library has changed its HTTP library before: the first base of its own error is that one's, whichever it is
     broken = (OSError, ValueError, errors.HfHubHTTPError.__bases__[0])
+    places = {"revision": revision, "cache_dir": cache_dir, "local_files_only": not online}
     try:
-        folder = Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                cache_dir=cache_dir,
-                allow_patterns=MODEL_FILES,
-                local_files_only=not online,
-            )
-        )
+        folder = Path(snapshot_download(model, allow_patterns=MODEL_FILES, **places))
     except unknown as error:
         raise UsageError(f"the hub has no {model} at revision {revision} ({one_line(error)})") from error
     except errors.LocalEntryNotFoundError as error:

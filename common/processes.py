@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -21,7 +22,9 @@ from common import parallel
 from common.cli import UsageError, run_main
 
 PARENT = "FEDQUARTET_SUPERVISOR"  # environment variable: its process
+REFUSALS = "FEDQUARTET_REFUSALS"  # environment variable: the pipe on which processes tell it why they refuse
 PROCESS_MEMORY = 2**30  # bytes that a process takes at least, on a CPU
+PATIENCE = 3  # seconds after a process has refused: what all refuse, the main one has refused by then
 
 
 def run_federated(main, args, clients, memory=PROCESS_MEMORY):
@@ -43,8 +46,12 @@ def _at_most(on_cuda, threads, memory):
     """Processes that this machine takes well."""
     if on_cuda:
         return torch.cuda.device_count()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores // max(1, threads), _free_memory() // memory)
+    return min(cores() // max(1, threads), _free_memory() // memory)
+
+
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_memory():
@@ -62,7 +69,8 @@ def _supervise(main, args, size, on_cuda):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {PARENT: os.getpid()}
+    refusals, tell = os.pipe()
+    shared |= {PARENT: os.getpid(), REFUSALS: tell}
     places = [{n: str(v) for n, v in (shared | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(size)]
     if on_cuda:  # a process that has seen the GPU cannot be forked
         children = [_Command([sys.executable, *sys.argv], place) for place in places]
@@ -85,6 +93,8 @@ def _supervise(main, args, size, on_cuda):
     while waiting:
         for child in waiting:
             child.join(0.05)
+        if select.select([refusals], [], [], 0)[0]:
+            _refused(children, refusals)
         if any(child.exitcode for child in waiting):
             # The others hear of it at their next exchange, or are ended: the main one last, which then hears of their
             # end where it waits for them, and says in run.json how the run ended.
@@ -99,6 +109,25 @@ def _supervise(main, args, size, on_cuda):
     sys.exit(code if code >= 0 else 128 - code)
 
 
+def _refused(children, refusals):
+    """Says why a process refuses, in one line for all that do: the main one's, or the first with its rank. Ends all."""
+    reasons, end = {}, time.monotonic() + PATIENCE
+    while 0 not in reasons and time.monotonic() < end:
+        if select.select([refusals], [], [], 0.1)[0]:
+            lines = os.read(refusals, 2**16).decode(errors="replace").splitlines()
+            reasons |= {int(rank): reason for rank, _, reason in (line.partition(" ") for line in lines)}
+    rank = min(reasons)
+    print(f"error: process {rank}: {reasons[rank]}" if rank else f"error: {reasons[0]}", file=sys.stderr)
+    # those that refuse go last: who waits for them in an exchange would say that they are gone
+    for refusing in (False, True):
+        ending = [child for rank, child in enumerate(children) if (rank in reasons) == refusing]
+        for child in ending:
+            child.terminate()
+        for child in ending:
+            child.join(PATIENCE)
+    sys.exit(2)
+
+
 class _Command:
     """A `subprocess.Popen` with the face of a `multiprocessing.Process`."""
 
@@ -106,7 +135,8 @@ class _Command:
         self._command, self._place, self._popen = command, place, None
 
     def start(self):
-        self._popen = subprocess.Popen(self._command, env=os.environ | self._place, process_group=0)
+        tell = int(self._place[REFUSALS])
+        self._popen = subprocess.Popen(self._command, env=os.environ | self._place, process_group=0, pass_fds=[tell])
 
     def join(self, timeout):
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -138,13 +168,14 @@ def _member(main, args):
     if PARENT in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     elif args.processes not in (0, size):
-        refusal = f"--processes {args.processes} under torchrun with {size} processes: drop --processes"
-        run_main(lambda _: _refuse(refusal), args)
-    run_main(main if os.environ.get("RANK", "0") == "0" else _quiet(main), args, _leave if size > 1 else sys.exit)
+        main = _refuse
+    rank = int(os.environ.get("RANK", "0"))
+    run_main(_one_of(main, rank), args, _leave if size > 1 else sys.exit)
 
 
-def _refuse(message):
-    raise UsageError(message)
+def _refuse(args):
+    size = os.environ["WORLD_SIZE"]
+    raise UsageError(f"--processes {args.processes} under torchrun with {size} processes: drop --processes")
 
 
 def _end_with(parent):
@@ -154,22 +185,34 @@ def _end_with(parent):
     os._exit(137)
 
 
-def _quiet(main):
-    """main without what the main process says too: its output, and how it ends."""
+def _one_of(main, rank):
+    """main in one of several processes: the main one speaks for all, and a refusal is one line, whoever refuses."""
 
-    def silent(args):
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                try:
-                    return main(args)
-                except UsageError:
-                    return 2
-                except parallel.LeftOut:
-                    return 1
-                except KeyboardInterrupt:
-                    return 130
+    def one(args):
+        try:
+            with _silence() if rank else contextlib.nullcontext():
+                return main(args)
+        except UsageError as error:
+            if REFUSALS in os.environ:
+                os.write(int(os.environ[REFUSALS]), f"{rank} {error}\n".encode())
+                signal.pause()  # the supervisor says it and ends all
+            if rank == 0:
+                raise
+            time.sleep(PATIENCE)  # where the main process refuses too, torchrun ends this one
+            raise UsageError(f"process {rank}: {error}") from error
+        except (parallel.LeftOut, KeyboardInterrupt) as error:  # which the main process says
+            if rank == 0:
+                raise
+            return 130 if isinstance(error, KeyboardInterrupt) else 1
 
-    return silent
+    return one
+
+
+@contextlib.contextmanager
+def _silence():
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
 
 
 def _leave(code):

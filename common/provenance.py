@@ -1,5 +1,6 @@
 """Where a run comes from, its commit and versions, and where its metrics are sent besides (--track)."""
 
+import contextlib
 import platform
 import subprocess
 from importlib import metadata
@@ -8,12 +9,10 @@ from pathlib import Path
 
 def git_commit():
     """The commit of this source tree, with `+changes` where tracked files differ from it; None outside git."""
-    here = Path(__file__).resolve().parent
 
     def git(*words):
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        line = ["git", "-C", Path(__file__).resolve().parent, *words]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
@@ -23,22 +22,11 @@ def git_commit():
 
 def versions():
     """Versions of what decides the bits of a run."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in (
-        "torch",
-        "numpy",
-        "transformers",
-        "tokenizers",
-        "safetensors",
-        "peft",
-        "torchvision",
-        "mamba-ssm",
-    ):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    of = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in "torch numpy transformers tokenizers safetensors peft torchvision mamba-ssm".split():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            of[package] = metadata.version(package)
+    return of
 
 
 def tracker(args, folder, command):

@@ -10,7 +10,7 @@ here, so that a study can deal them to its clients before it packs them into blo
 
 import contextlib
 import dataclasses
-import hashlib
+import gzip
 import json
 import re
 import warnings
@@ -66,27 +66,24 @@ def load_tokenizer(spec, corpus, data_root=None, cache_dir=None):
     if spec != "gpt2":
         raise UsageError(f"no tokenizer {spec!r}, nor {named}: give gpt2, bpe:N, or a tokenizer's folder")
     tokenizer = hub_tokenizer(spec)
-    if tokenizer is not None:
-        return tokenizer
-    raise UsageError(
-        f"no tokenizer in {named} and none from the hub: put gpt2's tokenizer.json there, give --data-root, "
-        "or take --tokenizer bpe:4096"
-    )
+    if tokenizer is None:
+        raise UsageError(
+            f"no tokenizer in {named} and none from the hub: put gpt2's tokenizer.json there, give --data-root, "
+            "or take --tokenizer bpe:4096"
+        )
+    return tokenizer
 
 
-class reading_tokenizer:
-    """`with reading_tokenizer(place):` turns what a tokenizer's broken files raise into a UsageError."""
-
-    def __init__(self, place):
-        self.place = place
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
+@contextlib.contextmanager
+def reading_tokenizer(place):
+    """Turns what a tokenizer's broken files raise into a UsageError."""
+    try:
+        yield
+    except Exception as error:
         # tokenizers raises a plain Exception for a file that it does not understand
-        if kind is Exception or isinstance(error, (OSError, ValueError, KeyError, TypeError)):
-            raise UsageError(f"no tokenizer in {self.place} ({one_line(error)}): it needs a tokenizer.json") from error
+        if type(error) is Exception or isinstance(error, (OSError, ValueError, KeyError, TypeError)):
+            raise UsageError(f"no tokenizer in {place} ({one_line(error)}): it needs a tokenizer.json") from error
+        raise
 
 
 def hub_tokenizer(name):
@@ -101,12 +98,11 @@ def hub_tokenizer(name):
 
 
 def _load_tokenizer_files(path):
+    import transformers
+
     with reading_tokenizer(path):
         if (path / "tokenizer_config.json").is_file():
-            import transformers
-
-            local = {"local_files_only": True, "trust_remote_code": False}
-            return transformers.AutoTokenizer.from_pretrained(path, **local)
+            return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         file = path / "tokenizer.json" if path.is_dir() else path
         backend = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
         return _wrap(backend, END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else None)
@@ -136,26 +132,20 @@ def _trained_bpe(spec, corpus, cache):
     if size < 257:
         raise UsageError(f"--tokenizer {spec}: N must be at least 257 (256 bytes and an end-of-text token)")
     recipe = ["bpe", _CACHE_FORMAT, tokenizers.__version__, size, END_OF_TEXT, documents_sha256(corpus.train)]
-    path = cache / f"tokenizer-bpe{size}-{sha256_of(recipe)[:24]}.json"
-
-    def pack(tokenizer):
-        body = tokenizer.to_str().encode("utf-8")
-        return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
-
-    def unpack(stored):
-        checksum, _, body = stored.partition(b"\n")
-        if checksum != hashlib.sha256(body).hexdigest().encode():
-            raise ValueError("its checksum is another")
-        return tokenizers.Tokenizer.from_str(body.decode("utf-8"))
-
-    return cached(path, lambda: train_bpe(corpus.train, size), pack, unpack, "training the tokenizer")
+    path = cache / f"tokenizer-bpe{size}-{sha256_of(recipe)[:24]}.json.gz"
+    return cached(
+        path,
+        lambda: train_bpe(corpus.train, size),
+        lambda tokenizer: gzip.compress(tokenizer.to_str().encode("utf-8"), mtime=0),
+        lambda stored: tokenizers.Tokenizer.from_str(gzip.decompress(stored).decode("utf-8")),  # which checks its CRC
+        "training the tokenizer",
+    )
 
 
 def train_bpe(documents, size):
     """A byte-level BPE (GPT-2's pre-tokenizer and byte alphabet) of at most `size` tokens.
 
-    Deterministic: ties between pairs are broken by their ids, and the 256 byte symbols are there from the
-    start.
+    Deterministic: ties between pairs are broken by their ids, and the 256 byte symbols are there from the start.
     A text too small for `size` merges gives fewer tokens, with a warning.
     """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())

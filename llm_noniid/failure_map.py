@@ -19,7 +19,7 @@ from common import grid
 from common.checkpoint import read_json, saving, write_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_float, positive_int, run_main
 from common.curves import failure, read_metrics
-from common.runlog import NOT_COMPARED
+from common.manifest import NOT_COMPARED
 from llm_noniid import flags
 from llm_noniid.outcomes import MAP_FILE, from_start, number
 

@@ -218,8 +218,9 @@ def run(words, die=None, env=None):
     """The script `words[0]` with the flags that follow, in a process of its own, until it has ended.
 
     die: (folder, lines, changes, what): at change number `changes` of a file in `folder` (made, opened to write,
-    renamed, removed) after metrics.jsonl has `lines` lines, the process gets the signal `what`. "full": only what is
-    made or opened counts, and that fails as on a full disk. "limit": no file may be longer than `changes` bytes.
+    renamed, removed), or the first whose path has the text `changes` in it, after metrics.jsonl has `lines` lines, the
+    process gets the signal `what`. "full": only what is made or opened counts, and that fails as on a full disk.
+    "limit": no file may be longer than `changes` bytes.
     """
     return Started(words, die, env).ended()
 
@@ -263,7 +264,7 @@ def _script(words, place, env, die):
 
 def _death(folder, lines, changes, what):
     folder = os.path.realpath(folder)
-    left = changes
+    left, part = (0, changes) if isinstance(changes, str) else (changes, "")
 
     def hook(event, args):
         nonlocal left
@@ -271,7 +272,10 @@ def _death(folder, lines, changes, what):
             touched = isinstance(args[1], str) and set(args[1]) & set("wax+")
         else:
             touched = event == "os.mkdir" or what != "full" and event in ("os.rename", "os.remove", "shutil.rmtree")
-        if left < 0 or not touched or not os.path.realpath(str(args[0])).startswith(folder):
+        if left < 0 or not touched:
+            return
+        path = os.path.realpath(str(args[0]))
+        if not path.startswith(folder) or part not in path:
             return
         try:
             file = os.open(f"{folder}/metrics.jsonl", os.O_RDONLY)

@@ -24,14 +24,10 @@ def asked(monkeypatch, tmp_path):
 
 
 class Calls(list):
+    online, error, at, file = True, None, 0, "model.safetensors"
+
     def __init__(self, tmp_path):
-        self.default, self.online, self.error, self.at, self.file = (
-            tmp_path / "default",
-            True,
-            None,
-            0,
-            "model.safetensors",
-        )
+        self.default = tmp_path / "default"
 
     def __call__(self, name, **how):
         self.append((name, how))

@@ -11,17 +11,11 @@ from common.evaluation import amp_context, bits_per_byte, perplexity, pick_devic
 from common.parallel import World
 
 
-def test_perplexity_of_a_uniform_model_is_the_vocabulary():
-    nll = F.cross_entropy(torch.zeros(12, 50), torch.arange(12), reduction="sum")
+def test_perplexity():
+    nll = F.cross_entropy(torch.zeros(12, 50), torch.arange(12), reduction="sum")  # uniform: the vocabulary
     assert perplexity(nll, 12) == pytest.approx(50, rel=1e-6)
-
-
-def test_perplexity_is_of_sums():
     # batches of 4 and 1 tokens: exp((4 * 1 + 1 * 6) / 5), not exp((1 + 6) / 2)
     assert perplexity(4 * 1.0 + 1 * 6.0, 5) == pytest.approx(math.exp(2.0))
-
-
-def test_perplexity_at_the_edges():
     assert perplexity(0.0, 3) == 1.0
     assert perplexity(1e6, 10) == math.inf
     assert perplexity(math.inf, 10) == math.inf
@@ -82,8 +76,6 @@ def test_precision_by_name():
     assert resolve_amp("fp16", "cuda") == torch.float16
     with pytest.raises(UsageError, match="--amp bf16 or --amp off"):
         resolve_amp("fp16", "cpu")
-    with pytest.raises(UsageError, match="is not off, auto"):
-        resolve_amp("fp8", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -114,10 +106,6 @@ def test_auto_on_a_gpu(monkeypatch, capability, expected):
 
 def test_the_context_changes_products_only_inside():
     a = torch.randn(4, 4)
-    with amp_context("bf16", "cpu"):
-        assert (a @ a).dtype == torch.bfloat16
-    with amp_context(torch.bfloat16, torch.device("cpu")):
-        assert (a @ a).dtype == torch.bfloat16
-    for off in ("off", None):
-        with amp_context(off, "cpu"):
-            assert (a @ a).dtype == torch.float32
+    for dtype in (torch.bfloat16, None):
+        with amp_context(dtype, torch.device("cpu")):
+            assert (a @ a).dtype == (dtype or torch.float32)

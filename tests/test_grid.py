@@ -6,12 +6,11 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
+import harness
 import pytest
-from running import ROOT
 
 from common import grid
 from common.cli import RunFailed, UsageError, run_main
@@ -167,7 +166,8 @@ def test_a_grid_inside_a_grid_and_older_manifests(scripted, tmp_path):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_ends_the_runner_ends_its_runs(scripted, tmp_path, signum, code):
-    runner = f"""
+    runner = tmp_path / "runner.py"
+    runner.write_text(f"""
 import pathlib, sys
 from common import grid
 from common.cli import run_main
@@ -175,16 +175,15 @@ grid.ROOT = pathlib.Path({str(tmp_path)!r})
 runs = grid.expand([grid.Setting(str(i), "fake.py", ("--kind", "sleeps")) for i in range(3)], (), (0,), sys.argv[2])
 parse = grid.build_parser("x", ["p"], "p", "x").parse_args
 run_main(lambda args: grid.run_study(args, runs), grid.complete(parse(sys.argv[1:]), {{}}))
-"""
-    words = ["--output-dir", str(tmp_path / "out"), "--jobs", "2"]
-    process = subprocess.Popen([sys.executable, "-c", runner, *words], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+""")
+    started = harness.Started([runner, "--output-dir", tmp_path / "out", "--jobs", "2"])
     alive = tmp_path / "out" / "alive"
     end = time.monotonic() + 60
     while time.monotonic() < end and (not alive.exists() or len(list(alive.iterdir())) < 2):
         time.sleep(0.05)
-    process.send_signal(signum)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == code, said
+    os.kill(started.process.pid, signum)
+    ended = started.ended()
+    assert ended.code == code, ended.err
     assert len(list(alive.iterdir())) == 2  # the third was not started
     for child in alive.iterdir():
         with pytest.raises(ProcessLookupError):
@@ -328,6 +327,27 @@ def test_modes_that_run_nothing_take_no_flag_of_a_run(capsys):
 # ------------------------------------------------------------------------------------------------ with real runs
 
 
+class Forked:
+    """What `grid.start` gives, of a script that is forked from the tests' server: nothing is imported again."""
+
+    def __init__(self, command, log, alone):
+        self.log, self.started, self.returncode = Path(log), harness.Started(command), None
+
+    def poll(self):
+        if self.returncode is None and self.started.process.exitcode is not None:
+            ended = self.started.ended()
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.log.write_text(ended.out + ended.err)
+            self.returncode = ended.code
+        return self.returncode
+
+
+def forked_call(command):
+    ended = harness.run(command)
+    print(ended.out + ended.err)
+    return ended.code
+
+
 def run_study(runner, line, out):
     """A runner in this process. Returns its exit code."""
     module = importlib.import_module(runner.replace("/", "."))
@@ -361,13 +381,15 @@ def run_study(runner, line, out):
         ),
         (
             "llm_noniid/run_experiments",
-            "--mode quick --num-rounds 2 --only fedavg_iid",
+            "--mode quick --num-rounds 1 --max-samples 120 --num-clients 4 --eval-samples 20 --only fedavg_iid",
             ["quick_fedavg_iid_demo_tiny_seed_42"],
             "| FedAvg |",
         ),
     ],
 )
-def test_a_small_grid_of_real_runs(runner, line, names, table, tmp_path, capfd):
+def test_a_small_grid_of_real_runs(runner, line, names, table, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(grid, "start", Forked)
+    monkeypatch.setattr(grid, "call", forked_call)
     out = tmp_path / "out"
     assert run_study(runner, line, out) == 0
     said = capfd.readouterr().out

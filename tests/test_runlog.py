@@ -1,16 +1,16 @@
 """Run folders, checkpoints, run.json's facts and the command line."""
 
+import itertools
 import json
-import math
 import os
-import shutil
-from argparse import Namespace
+import signal
 
+import harness
 import pytest
 import torch
+from small_run import arguments, train
 
 from common import checkpoint
-from common.aggregation import WeightedMean
 from common.cli import (
     Parser,
     RunFailed,
@@ -22,56 +22,8 @@ from common.cli import (
     positive_float,
     run_main,
 )
-from common.client_rows import ClientRows
 from common.participation import Turns, participants
 from common.runlog import read_metrics, start_run
-
-
-def arguments(folder, **more):
-    base = {"output_dir": str(folder), "run_name": None, "resume": False, "overwrite": False, "track": "off", "lr": 0.1}
-    machine = {"device": "cpu", "threads": 1, "amp": "off", "seed": 3}
-    return Namespace(**{**base, **machine, **more})
-
-
-class Counter:
-    """A lasting object with one number."""
-
-    def __init__(self):
-        self.value = 0
-
-    def state_dict(self):
-        return {"value": torch.tensor(self.value)}
-
-    def load_state_dict(self, state):
-        self.value = int(state["value"])
-
-
-def train(args, rounds, at=None, bad=(), every=1, stop=None):
-    """Twenty lines of a script: clients add 1 to theta. at: {round: what happens before it}; bad: (round, client)."""
-    with start_run("train", args, "r") as run:
-        run.begin({"dataset": "none", "source": "here"}, {"total": 2}, clients={"examples": [1, 2, 3, 4]})
-        run.plan(rounds, every, 2)
-        counter, rows = Counter(), ClientRows(run.folder / "clients" / "rows", in_place=True)
-        theta = run.restore(torch.zeros(2), lambda v: {"a": v[:1], "b": v[1:]}, counter=counter, rows=rows)
-        run.report(0, theta, lambda: {"val_loss": 9.0})
-        for t in run.rounds():
-            if at and t in at:
-                at[t]()
-            clients = run.sample([1.0, 2.0, 3.0, 4.0], 0.5, t, up=8, down=lambda k: k)
-            mean = WeightedMean(theta, clients)
-            for k in clients:
-                row = rows.get(k)
-                rows.put(k, {"n": row["n"] + 1 if row else torch.ones(1)})
-                clients.note(k, train_loss=torch.tensor(float(k)), tag=k)
-                clients.work(5)
-                mean.add(theta + (math.nan if (t, k) in bad else 1.0), k + 1.0)
-            theta = mean.result()
-            counter.value += 10
-            run.report(t + 1, theta, lambda: {"val_loss": float(t)})
-            if stop == t:
-                run.stop("plateau", "no progress")
-        run.finish({"w": theta[0].item(), "count": counter.value})
-    return theta, {k: rows.get(k) for k in range(4)}
 
 
 def fail(error):
@@ -172,38 +124,39 @@ def test_changed_flags_data_and_model_are_named(tmp_path):
             run.restore(torch.zeros(3), lambda v: {"a": v[:1], "b": v[1:]})
 
 
+def small_run(folder, *more, **how):
+    return harness.run(["tests/small_run.py", folder, *more], **how)
+
+
+@pytest.mark.parametrize("what", [signal.SIGKILL, "full"])
+def test_ended_at_any_change_of_a_file_and_resumed_is_as_if_unbroken(what, tmp_path):
+    """kill -9, and a disk that is full at once, at every file or folder that is made, opened, renamed or removed."""
+    assert small_run(tmp_path / "whole").code == 0
+    for changes in itertools.count():
+        folder = tmp_path / str(changes) / "r"
+        ended = small_run(folder.parent, die=(folder, 0, changes, what))
+        if ended.code == 0:
+            break
+        if what == "full":
+            assert ended.code in (1, 2) and "Traceback" not in ended.err and not list(folder.rglob("*.new"))
+            last = ended.err.strip().splitlines()[-1]
+            assert last.startswith(("error: cannot write", "failed: cannot save")) and "No space left" in last, last
+            assert ended.code == 2 or manifest(folder.parent)["status"] == "failed"
+        assert small_run(folder.parent, "--resume").code == 0
+        harness.same_run(folder, tmp_path / "whole" / "r")
+    assert changes > (30 if what == signal.SIGKILL else 18)
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(tmp_path):
+    train(arguments(tmp_path), 3)
+    (tmp_path / "r" / "final" / "other.safetensors").write_bytes(b"other")
+    train(arguments(tmp_path, overwrite=True), 2)
+    train(arguments(tmp_path, run_name="whole"), 2)
+    harness.same_run(tmp_path / "r", tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r", "whole"]
+
+
 # ---- checkpoints
-
-
-@pytest.mark.parametrize("n", range(7))
-def test_a_death_at_any_step_of_a_save_leaves_one_whole_checkpoint(tmp_path, monkeypatch, n):
-    """The n-th os.replace or rmtree of the real save raises: what loads is whole, the old or the new one."""
-    folder, calls = tmp_path / "checkpoint", []
-    checkpoint.save(folder, {"round": 1}, {"theta": {"w": torch.ones(2)}})
-
-    def dying(real):
-        def call(*args, **options):
-            calls.append(args)
-            if len(calls) == n + 1:
-                raise SystemExit("killed")
-            return real(*args, **options)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying(os.replace))
-        patch.setattr(shutil, "rmtree", dying(shutil.rmtree))
-        try:
-            checkpoint.save(folder, {"round": 2}, {"theta": {"w": torch.zeros(2)}})
-            died = False
-        except SystemExit:
-            died = True
-    assert died == (n < 6)  # as many calls as a save has
-    meta, shared = checkpoint.load(folder)
-    assert torch.equal(shared["theta"]["w"], torch.ones(2) if meta["round"] == 1 else torch.zeros(2))
-    checkpoint.save(folder, {"round": 3}, {"theta": {"w": torch.zeros(2)}})
-    assert checkpoint.load(folder)[0]["round"] == 3
-    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_json_is_replaced_never_written_in_place(tmp_path, monkeypatch):
@@ -218,20 +171,6 @@ def test_json_is_replaced_never_written_in_place(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         checkpoint.write_json(path, {"a": object()})
     assert checkpoint.read_json(path) == {"a": 1}
-
-
-def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    folder = tmp_path / "checkpoint"
-    checkpoint.save(folder, {"round": 1}, {"theta": {"w": torch.ones(2)}})
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(RunFailed, match="No space left on device.*--resume"):
-        checkpoint.save(folder, {"round": 2}, {"theta": {"w": torch.zeros(2)}})
-    assert checkpoint.load(folder)[0]["round"] == 1
-    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):

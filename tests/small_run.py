@@ -1,0 +1,76 @@
+"""A federated script of a few lines, for the tests of runs: python tests/small_run.py OUTPUT_DIR [--resume]"""
+
+import math
+import sys
+from argparse import Namespace
+
+import torch
+from safetensors.torch import save_file
+
+from common.aggregation import WeightedMean
+from common.client_rows import ClientRows, rows_on_disk
+from common.processes import run_federated
+from common.runlog import start_run
+
+
+def arguments(folder, **more):
+    base = {"output_dir": str(folder), "run_name": None, "resume": False, "overwrite": False, "track": "off", "lr": 0.1}
+    machine = {"device": "cpu", "threads": 1, "amp": "off", "seed": 3, "processes": 0}
+    return Namespace(**{**base, **machine, **more})
+
+
+class Counter:
+    """A lasting object with one number."""
+
+    def __init__(self):
+        self.value = 0
+
+    def state_dict(self):
+        return {"value": torch.tensor(self.value)}
+
+    def load_state_dict(self, state):
+        self.value = int(state["value"])
+
+
+def train(args, rounds, at=None, bad=(), stop=None, save_every=2):
+    """Clients add 1 to theta. at: {round: what happens before it}; bad: (round, client) of updates not finite."""
+    with start_run("train", args, "r") as run:
+        run.begin({"dataset": "none", "source": "here"}, {"total": 2}, clients={"examples": [1, 2, 3, 4]})
+        run.plan(rounds, 1, save_every)
+        rows = ClientRows(run.folder / "clients" / "rows", rows_on_disk(4, 2, 4), in_place=True)
+        counter = Counter()
+        theta = run.restore(torch.zeros(2), lambda v: {"a": v[:1], "b": v[1:]}, counter=counter, rows=rows)
+        run.report(0, theta, lambda: {"val_loss": 9.0})
+        for t in run.rounds():
+            if at and t in at:
+                at[t]()
+            clients = run.sample([1.0, 2.0, 3.0, 4.0], 0.5, t, up=8, down=lambda k: k)
+            mean = WeightedMean(theta, clients)
+            for k in clients:
+                row = rows.get(k)
+                rows.put(k, {"n": row["n"] + 1 if row else torch.ones(1)})
+                clients.note(k, train_loss=torch.tensor(float(k)), tag=k, turns=row["n"].item() if row else 0)
+                clients.work(5)
+                mean.add(theta + (math.nan if (t, k) in bad else 1.0), k + 1.0)
+            theta = mean.result()
+            counter.value += 10
+            run.report(t + 1, theta, lambda: {"val_loss": float(t)})
+            if stop == t:
+                run.stop("plateau", "no progress")
+
+        def write(folder):
+            folder.mkdir()
+            save_file({"theta": theta}, folder / "theta.safetensors")
+
+        run.write_final(write)
+        kept = {k: rows.get(k) for k in range(4)}
+        run.finish({"w": theta[0].item(), "count": counter.value})
+    return theta, kept
+
+
+def main(args):
+    train(args, 2, save_every=1)
+
+
+if __name__ == "__main__":
+    run_federated(main, arguments(sys.argv[1], resume="--resume" in sys.argv), clients=2)
