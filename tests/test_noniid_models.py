@@ -70,7 +70,7 @@ def test_lora_adapts_the_attention_of_each_architecture(kind, targets, layers, f
     adapted = {name: part for name, part in base.named_modules() if name.rsplit(".", 1)[-1] in targets}
     before = {name: tuple(part.weight.shape) for name, part in adapted.items()}
     lora = LoraModel(base, r=3, alpha=6, seed=0)
-    assert lora.targets == targets and lora.fan_in_fan_out is flipped and lora.scale == 2
+    assert lora.targets == targets and lora.about()["fan_in_fan_out"] is flipped and lora.scale == 2
     assert lora.layers.keys() == before.keys() and len(before) == layers
     trained = lora.trainable()
     assert {name[2:] for name in trained} == before.keys()
