@@ -59,14 +59,16 @@ def write(paths, out, title=None, lead="", figures=True, unfinished=False, keep=
     there = [name for name, module in modules.items() if any(run.study is module.STUDY for run in runs)]
     count = len(runs)
     parts = [f"<p>{count} run{'s' * (count != 1)} of {' and '.join(there)}.</p>", lead]
-    missing = []
+    missing, said = [], list(notes)
     for name in there:
         mine, all_mine = ([run for run in some if run.study.name == name] for some in (runs, every))
-        parts += study_parts(name, modules[name], mine, all_mine, notes)
+        of_tables, of_figures = [], list(notes)  # a figure's caption says what it leaves out, not what others do
+        parts += study_parts(name, modules[name], mine, all_mine, of_tables)
         if figures:
-            parts += figure_parts(modules[name], paths, mine, notes, missing, keep)
-    notes = [*dict.fromkeys(map(str, notes)), *(f"not drawn: {line}" for line in missing)]
-    parts += ["<h2>Notes</h2>", *map(paragraph, [*provenance(every), *notes])]
+            parts += figure_parts(modules[name], paths, mine, of_figures, missing, keep)
+        said += [*of_tables, *of_figures]
+    said = [*dict.fromkeys(map(str, said)), *(f"not drawn: {line}" for line in missing)]
+    parts += ["<h2>Notes</h2>", *map(paragraph, [*provenance(every), *said])]
     page = document(title or f"Runs of {' and '.join(there)}", parts)
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.with_name(out.name + ".new")

@@ -32,7 +32,18 @@ from plots import style
 from plots.deltas import draw_layers
 from plots.runs import LeftOut, Study, base_name, describe, order_of, text
 from plots.seeds import curves_of, label, lines_of, nearest, usual_variants
-from plots.style import Figure, bars, caption, each_group, legend_below, looks_of, panel_axes, seed_spread, seeds_text
+from plots.style import (
+    Figure,
+    bars,
+    caption,
+    each_group,
+    legend_below,
+    looks_of,
+    panel_axes,
+    seed_spread,
+    seeds_text,
+    whole_numbers,
+)
 from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent
 
 # ---- the study
@@ -391,6 +402,8 @@ def draw_shards(setting, maps, args):
             f"{name} (seed {seed})\n{classes} {'class' if classes == '1' else 'classes'} a client", fontsize=9
         )
         axis.set_xlabel("Class")
+        whole_numbers(axis.xaxis)
+        whole_numbers(axis.yaxis)
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel("Client")
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
