@@ -194,25 +194,28 @@ def _difference(new, old):
     return new.to(torch.float64, copy=True).sub_(old)
 
 
-def effective_steps(steps, kind, momentum=0.9):
+def effective_steps(steps, kind, momentum=0.0, lr=0.0, mu=0.0):
     """FedNova's a: how far `steps` local steps go, in steps of plain SGD   (Wang et al. 2020, sec. 4):
 
-        sgd: H      sgdm: [H - rho (1 - rho^H) / (1 - rho)] / (1 - rho)
+        sgd: H      sgdm: [H - rho (1 - rho^H) / (1 - rho)] / (1 - rho)      sgd, FedProx: [1 - (1 - lr mu)^H] / (lr mu)
 
-    By the recursion behind them: under a gradient of 1 at every step the weights move by lr a. Momentum starts at zero
-    in each round, lr is constant within it; weight decay is not counted.
+    By the recursion behind these three, which serves momentum and FedProx together too: under a gradient of 1 at
+    every step the weights move by lr a. Momentum starts at zero in each round, lr is constant within it; weight
+    decay is not counted.
 
-    Args: steps: H, at least 1; kind: "sgd" or "sgdm"; momentum: rho in [0, 1), of "sgdm" only.
-    Raises: UsageError for "adamw", whose steps do not add up from gradients.
+    Args: steps: H, at least 1; kind: "sgd" or "sgdm"; momentum: rho in [0, 1), of "sgdm" only; lr, mu: of FedProx.
+    Raises: UsageError for "adamw", whose steps do not add up from gradients; ValueError for another kind.
     """
     if kind == "adamw":
         raise UsageError(
             "FedNova with adamw: its steps are not sums of gradients, so that a is undefined: use sgd or sgdm"
         )
+    if kind not in ("sgd", "sgdm"):
+        raise ValueError(f"kind {kind!r} is not sgd, sgdm or adamw")
     rho = momentum if kind == "sgdm" else 0.0
     moved = velocity = 0.0
     for _ in range(steps):
-        velocity = rho * velocity + 1.0
+        velocity = rho * velocity + 1.0 - lr * mu * moved
         moved += velocity
     return moved
 

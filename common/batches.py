@@ -19,17 +19,17 @@ def pass_after_pass(n, batch_size, first, steps, seed, client):
     return order[low - passes[0] * n : high - passes[0] * n].reshape(steps, batch_size)
 
 
-def padded(tokens, offsets, rows, pad, multiple=1):
+def padded(tokens, offsets, rows, pad):
     """The texts `rows` of a flat array, padded on the right to the longest of them.
 
     Args: tokens: integers [all tokens]; offsets: int64 [n + 1], text i is tokens[offsets[i] : offsets[i + 1]]; rows:
-        int64 [B]; pad: what padding is; multiple: the padded length is rounded up to a multiple of it.
+        int64 [B]; pad: what padding is.
 
     Returns (int64 [B, L], bool [B, L]: where text is).
     """
     rows = np.asarray(rows)
     lengths = offsets[rows + 1] - offsets[rows]
-    longest = -(-int(lengths.max()) // multiple) * multiple
+    longest = int(lengths.max())
     mask = np.arange(longest) < lengths[:, None]  # [B, L]
     ids = np.full(mask.shape, pad, dtype=np.int64)
     ids[mask] = tokens[(offsets[rows][:, None] + np.arange(longest))[mask]]

@@ -104,7 +104,8 @@ class AdapterMean:
 
         Args: factors: {layer: (A, B)}; weight: at least 0, e.g. its number of examples; scale: its s; finite: other
             tensors that must be finite, such as its head.
-        Raises: ValueError for a weight below 0, another layer size, or a rank or scale that the rule does not take.
+        Raises: ValueError for a weight below 0, another layer size, a rank or scale that the rule does not take, and
+            for a changed factor that the rule does not train.
         """
         scale = self.scale if scale is None else scale
         if self.rule not in MIXED_RANKS and scale != self.scale:
@@ -115,6 +116,12 @@ class AdapterMean:
             self.clients.leave_out(self.clients.current)
             return False
         if self._mean is not None:
+            for name, letter, t in _entries(factors):
+                before = self.factors[name]["AB".index(letter)]
+                if letter not in self.trained and not torch.equal(t.to(before.device), before):
+                    raise ValueError(
+                        f"{name}.{letter} was changed, but {self.rule} trains {self.trained} in this round"
+                    )
             self._mean.add(self._vector(factors), weight)
         self._products.add(factors, weight, scale)
         return True
@@ -124,8 +131,10 @@ class AdapterMean:
 
         Args: step: a server optimiser's step(theta, delta) on the mean factors, for naive, ffa and rolora (the others
             change the base, or define their factors up to a rotation only, and moments would mean nothing).
-        Raises: ValueError when no client with a weight above 0 was added.
+        Raises: ValueError when no client with a weight above 0 was added, and for a step with another rule.
         """
+        if step is not None and self.rule not in ("naive", "ffa", "rolora"):
+            raise ValueError(f"rule {self.rule} takes no server optimiser: take naive, ffa or rolora")
         mean = None if self._mean is None else self._paired(self._mean.result())
         mine = {name: self._layer(name, target, mean) for name, target in self._products.result().items()}
         merged = {name: layer for part in parallel.all_gather(mine) for name, layer in part.items()}

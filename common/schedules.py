@@ -15,7 +15,7 @@ def lr_at(step, total, base, kind="cosine", *, warmup=0, min_lr=0.0, from_zero=F
     Cosine, step and linear are torch's CosineAnnealingLR(T_max=T, eta_min=min_lr), StepLR and LinearLR in closed form.
     The last step of a cosine or a line is one short of min_lr, as torch's is.
 
-    Raises: ValueError for a step outside 0..total-1.
+    Raises: ValueError for a step outside 0..total-1 and for another kind.
     """
     if not 0 <= step < total:
         raise ValueError(f"step {step} is not in 0..{total - 1}")
@@ -28,4 +28,6 @@ def lr_at(step, total, base, kind="cosine", *, warmup=0, min_lr=0.0, from_zero=F
         return max(min_lr, base * 0.1 ** (u // math.ceil(length / 3)))
     if kind == "linear":
         return min_lr + (base - min_lr) * ((length - u) / length)
-    return base
+    if kind in ("constant", "none"):
+        return base
+    raise ValueError(f"schedule {kind!r} is not cosine, step, linear, constant or none")

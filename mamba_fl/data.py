@@ -67,8 +67,10 @@ def build_data(dataset, tokenizer, sequence_length, num_clients, sharding="conti
     documents = streams["train"].split(lengths.tolist())
     if sharding == "iid":
         shards = iid(len(lengths), num_clients, stream(seed, "sharding", 0, 0), what="training documents")
-    else:
+    elif sharding == "contiguous":
         shards = contiguous(len(lengths), num_clients, sizes=lengths, what="training documents")
+    else:
+        raise ValueError(f"sharding {sharding!r} is neither iid nor contiguous")
 
     train, held_out, client_tokens = [], [], []
     for k, shard in enumerate(shards):

@@ -30,19 +30,24 @@ def test_closed_forms():
         for rho in (0.3, 0.9, 0.99):
             closed = (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
             assert effective_steps(steps, "sgdm", rho) == pytest.approx(closed, rel=1e-13)
+        for lr, mu in ((0.1, 1.0), (0.5, 0.01)):
+            closed = (1 - (1 - lr * mu) ** steps) / (lr * mu)
+            assert effective_steps(steps, "sgd", lr=lr, mu=mu) == pytest.approx(closed, rel=1e-13)
     assert effective_steps(2, "sgdm", 0.5) == 2.5  # by hand: 1, then 1 + 0.5
     with pytest.raises(UsageError, match="FedNova with adamw.*use sgd or sgdm"):
         effective_steps(3, "adamw")
+    with pytest.raises(ValueError, match="SGDM"):
+        effective_steps(3, "SGDM")
 
 
-@pytest.mark.parametrize("kind", ["sgd", "sgdm"])
-def test_a_constant_gradient_moves_the_weights_by_lr_times_a(kind):
+@pytest.mark.parametrize("kind, mu", [("sgd", 0.0), ("sgdm", 0.0), ("sgdm", 1.5)])
+def test_a_constant_gradient_moves_the_weights_by_lr_times_a(kind, mu):
     lr = 0.05
     for steps in (1, 3, 20):
         weights = Weights(None, {"w": torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))})
         optimizer = client_optimizer(kind, weights.parameters, lr, momentum=0.8)
-        local_steps(lambda w=weights.parameters["w"]: w.sum(), [()] * steps, weights, optimizer)
-        assert -weights.theta.item() / lr == pytest.approx(effective_steps(steps, kind, 0.8), rel=1e-13)
+        local_steps(lambda w=weights.parameters["w"]: w.sum(), [()] * steps, weights, optimizer, mu=mu)
+        assert -weights.theta.item() / lr == pytest.approx(effective_steps(steps, kind, 0.8, lr, mu), rel=1e-13)
 
 
 # ---- the mean

@@ -291,6 +291,19 @@ def test_neither_the_order_of_the_ids_nor_the_threads_enter(alone):
     assert scenarios([k + 1000 * (k == 31) for k in IDS]) != alone
 
 
+def test_a_factor_that_the_round_does_not_train_must_not_change_and_svd_takes_no_step():
+    start = adapter(0, dtype=torch.float32)
+    for rule, t, changed in (("ffa", 0, "A"), ("rolora", 0, "A"), ("rolora", 1, "B")):
+        mean = AdapterMean(rule, start, S, clients := Round([4]), t)
+        spoiled = {n: (A + (changed == "A"), B + (changed == "B")) for n, (A, B) in start.items()}
+        with pytest.raises(ValueError, match=f"{changed} was changed, but {rule} trains"):
+            [mean.add(spoiled, 1.0) for _ in clients]
+    mean = AdapterMean("svd", start, S, clients := Round([4]))
+    [mean.add(start, 1.0) for _ in clients]
+    with pytest.raises(ValueError, match="svd takes no server optimiser"):
+        mean.result(step=lambda theta, delta: theta)
+
+
 # ---- peft
 
 

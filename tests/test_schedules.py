@@ -57,3 +57,5 @@ def test_by_hand():
     for step in (-1, 10):
         with pytest.raises(ValueError, match=r"not in 0\.\.9"):
             lr_at(step, 10, 0.1)
+    with pytest.raises(ValueError, match="polynomial"):
+        lr_at(5, 10, 1.0, "polynomial")
