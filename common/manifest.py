@@ -44,7 +44,10 @@ def of_run(command, args, resolved, data, clients, parameters):
 
 
 def ended(how, t, by=None, clients=None, reason=None):
-    """How a run ended after t rounds: finished, stopped (by an alarm), interrupted, failed (clients: left out)."""
+    """How a run ended after t rounds: finished, stopped (by an alarm), interrupted, failed (clients: left out).
+
+    by, of failed: "left_out", "not_finite" (the last evaluation) or None.
+    """
     return {"how": how, "by": by, "round": t, "clients": clients, "reason": reason}
 
 

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint, manifest, parallel
-from common.cli import RunFailed, UsageError
+from common.cli import UsageError
 from common.client_rows import ClientRows
 from common.curves import number, read_metrics
 from common.evaluation import pick_device, resolve_amp
@@ -126,7 +126,8 @@ class Run:
         if isinstance(error, parallel.LeftOut):
             ended = manifest.ended(how, error.round + 1, "left_out", error.clients, reason)
         else:
-            ended = manifest.ended(how, self._at, reason=reason)
+            by = "not_finite" if isinstance(error, parallel.AllFailed) else None
+            ended = manifest.ended(how, self._at, by, reason=reason)
         self.manifest.update(status=how, reason=reason, ended=ended)
         try:
             checkpoint.write_json(self.folder / "run.json", self.manifest)
@@ -396,7 +397,7 @@ class Run:
         if not parallel.is_main():
             return
         if broken := self._broken():  # a model that was evaluated only
-            raise RunFailed(broken)
+            raise parallel.AllFailed(broken)
         ended = self._ended or manifest.ended("finished", self.total)
         self.manifest.update(status="finished", ended=ended, results=manifest.json_safe(results))
         with checkpoint.saving(self.folder / "run.json"):

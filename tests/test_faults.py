@@ -313,7 +313,8 @@ def test_a_run_whose_last_evaluation_is_not_finite_has_failed(value, tmp_path):
         with pytest.raises(RunFailed, match=rf"round 6: val_loss is {value}, not finite: lower --lr \(0.1\)"):
             train(arguments(tmp_path, resume=True), 6, val_loss=last)
     facts = checkpoint.read_json(tmp_path / "r" / "run.json")
-    assert (facts["status"], facts["results"], facts["ended"]["round"]) == ("failed", None, 6)
+    assert (facts["status"], facts["results"]) == ("failed", None)
+    assert (facts["ended"]["by"], facts["ended"]["round"]) == ("not_finite", 6)
     assert not (tmp_path / "r" / "final").exists()
     train(arguments(tmp_path, run_name="s"), 6, val_loss=lambda t: value if t == 4 else 1.0)  # it came back
     with start_run("train", arguments(tmp_path, run_name="eval"), "eval") as run, pytest.raises(RunFailed):
