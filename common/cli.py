@@ -138,6 +138,13 @@ def add_run_flags(parser, *other_names):
     group.add_argument("--resume", action="store_true", help="go on with the run of this name, if there is one")
     group.add_argument("--overwrite", action="store_true", help="delete the run of this name and start anew")
     group.add_argument(
+        "--keep-checkpoints",
+        type=positive_int,
+        default=2,
+        metavar="N",
+        help="the last one is checkpoint/, the one before it checkpoint.1/",
+    )
+    group.add_argument(
         "--track", choices=["off", "wandb", "tensorboard"], default="off", help="also send the metrics there"
     )
     return group

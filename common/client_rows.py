@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import parallel
-from common.checkpoint import saving, sync
+from common.checkpoint import row_file, saving, seal, sync
 from common.cli import RunFailed
 
 MEMORY = 4 * 2**30  # bytes of rows that may stay in memory
@@ -40,7 +40,8 @@ class ClientRows:
     def __init__(self, folder, on_disk=False, in_place=False, device="cpu"):
         self.folder, self.on_disk, self.in_place = Path(folder), on_disk, in_place
         self._rows, self._offers = {}, {}  # client -> row, or None where the row is a file
-        self._saved, self._files = set(), None  # clients whose row is in the last checkpoint only
+        # client -> SHA-256 of its file in the last checkpoint (folder, name), of those whose row has not changed since
+        self._saved, self._files = {}, None
         self.device = device
 
     def get(self, k):
@@ -65,16 +66,19 @@ class ClientRows:
         for k in self._offers.keys() & set(clients.left_out):
             self._offers.pop(k)
             if self.on_disk:
-                self.path(k, ".offer").unlink(missing_ok=True)
+                with saving(self.path(k)):
+                    self.path(k, ".offer").unlink(missing_ok=True)
         for k in clients.left_out if self.in_place else ():
             self._rows.pop(k, None)
-            self._saved.discard(k)
+            self._saved.pop(k, None)
         new = self._offers
         if self.on_disk:
             for k in new:
                 with saving(self.path(k)):
                     os.replace(self.path(k, ".offer"), self.path(k))
             new = dict.fromkeys(k for part in parallel.all_gather(sorted(new)) for k in part)
+        for k in new:
+            self._saved.pop(k, None)
         self._rows.update(new)
         self._offers = {}
 
@@ -90,36 +94,44 @@ class ClientRows:
 
     # ---- what a checkpoint holds
 
-    def save(self, fresh, name):
-        """Writes this process's share of the rows into the folder `fresh`, as {name}_{client}.safetensors.
+    def save(self, fresh, name, folder):
+        """Writes this process's share of the rows into the folder `fresh`, which then becomes the checkpoint `folder`.
 
-        A row that no process has touched since it was read from the last checkpoint, and a row that is a file, is
-        linked, not copied. Returns the ids of all clients with a row. Every process calls it.
+        A row that has not changed since the last checkpoint, and a row that is a file, is linked, not copied. Returns
+        {client: SHA-256 of its file} of all clients with a row. Every process calls it.
         """
-        touched = {k for part in parallel.all_gather(sorted(self._rows)) for k in part}
-        share = parallel.my_share(sorted(self._rows)) if self.on_disk else self._rows
-        for k in share:
-            target = fresh / f"{name}_{k:06d}.safetensors"
-            if self._rows[k] is None:
-                sync(self.path(k))
-                _link(self.path(k), target)
-            else:
-                save_file({field: t.detach().contiguous() for field, t in self._rows[k].items()}, target)
-                sync(target)
-        rest = sorted(self._saved - touched)
+        mine = sorted(self._rows.keys() - self._saved.keys())
+        changed = sorted({k for part in parallel.all_gather(mine) for k in part})
+        share = parallel.my_share(changed) if self.on_disk else mine
+        written = {k: self._write(k, fresh / row_file(name, k)) for k in share}
+        written = {k: sha256 for part in parallel.all_gather(written) for k, sha256 in part.items()}
         if parallel.is_main():
-            for k in rest:
-                _link(self._saved_path(k), fresh / f"{name}_{k:06d}.safetensors")
-        return sorted(touched | self._saved)
+            for k in self._saved.keys() - written.keys():
+                _link(self._saved_path(k), fresh / row_file(name, k))
+                if self._saved[k] is None:
+                    self._saved[k] = seal(fresh / row_file(name, k))
+        self._saved, self._files = dict(sorted((self._saved | written).items())), (Path(folder), name)
+        return dict(self._saved)
 
-    def load(self, folder, name, ids):
-        """Goes on from the checkpoint `folder`, whose clients are `ids`; rows are read when they are asked for."""
+    def load(self, folder, name, saved):
+        """Goes on from the checkpoint `folder`; rows are read when they are asked for.
+
+        saved: {client: SHA-256 of its file, or None where that is not known}.
+        """
         self._rows, self._offers = {}, {}
-        self._saved, self._files = set(ids), (Path(folder), name)
+        self._saved, self._files = dict(saved), (Path(folder), name)
+
+    def _write(self, k, target):
+        """Client k's changed row as a file of a checkpoint. Returns its SHA-256."""
+        if self._rows[k] is None:
+            _link(self.path(k), target)
+        else:
+            save_file({field: t.detach().contiguous() for field, t in self._rows[k].items()}, target)
+        return seal(target)
 
     def _saved_path(self, k):
         folder, name = self._files
-        return folder / f"{name}_{k:06d}.safetensors"
+        return folder / row_file(name, k)
 
     def _read(self, path):
         try:

@@ -154,13 +154,16 @@ def read_metrics(run_folder):
     Raises FileNotFoundError without that file and ValueError with the line's number for any other damage.
     """
     path = Path(run_folder) / "metrics.jsonl"
-    lines, rows = path.read_text(encoding="utf-8").splitlines(), []
+    lines, rows = path.read_bytes().splitlines(), []
     for n, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if n < len(lines):
-                raise ValueError(f"{path}: line {n} is not JSON") from error
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("round"), int):
+            rows.append(row)
+        elif n < len(lines):
+            raise ValueError(f"{path}: line {n} is not a JSON object with a round")
     return rows
 
 

@@ -246,12 +246,12 @@ def failure(code, output, name):
 
 
 def read_record(path):
-    """A run's record. Its status, where it has none: finished; without the file: not run yet; not JSON: damaged."""
+    """A run's record. Its status, where it has none: finished; without the file: not run yet; no object: damaged."""
     try:
         return {"status": "finished"} | read_json(path)
     except FileNotFoundError:
         return {"status": "not run yet"}
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError: a list
         return {"status": "damaged"}
 
 
@@ -303,6 +303,8 @@ def collect(output):
         name = folder.relative_to(output).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
         if hidden or record["status"] not in ("finished", "failed") or others & {folder, *folder.parents}:
+            continue
+        if not {"command", "args", "data"} <= record.keys():  # no run's
             continue
         rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
         line = {"name": name, "command": record["command"], "args": told(record["args"]), "status": record["status"]}

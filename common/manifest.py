@@ -2,17 +2,22 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 from common.checkpoint import read_json
 from common.cli import UsageError, method_of
+from common.lock import LOCK
 from common.parallel import is_main, world
 from common.provenance import git_commit, versions
 
 # Flags that say how to run, not what to compute: --resume may change them. What --config says is in the other flags.
 NOT_COMPARED = {"resume", "overwrite", "data_root", "output_dir", "run_name", "track", "log_dir", "num_workers"}
-NOT_COMPARED |= {"use_wandb", "wandb_project", "cache_dir", "processes", "config"}
+NOT_COMPARED |= {"use_wandb", "wandb_project", "cache_dir", "processes", "config", "keep_checkpoints"}
+# What every run.json has of its run, and as what.
+KEYS = {"command": str, "args": dict, "status": str, "data": dict, "resolved": dict, "versions": dict}
+NAME_BYTES = 200  # of a run's name: file systems take 255, and files beside the folder have longer names
 
 
 def of_run(command, args, resolved, data, clients, parameters):
@@ -39,13 +44,41 @@ def of_run(command, args, resolved, data, clients, parameters):
 
 
 def ended(how, t, by=None, clients=None, reason=None):
-    """How a run ended after t rounds: finished, stopped (by an alarm), interrupted, failed (clients: left out)."""
+    """How a run ended after t rounds: finished, stopped (by an alarm), interrupted, failed (clients: left out).
+
+    by, of failed: "left_out", "not_finite" (the last evaluation) or None.
+    """
     return {"how": how, "by": by, "round": t, "clients": clients, "reason": reason}
 
 
 def compared(args):
     """The flags that decide what is computed, as JSON values."""
     return {key: value for key, value in _plain(vars(args)).items() if key not in NOT_COMPARED}
+
+
+def read(file):
+    """A run.json, a dict. Raises UsageError where the file has no JSON object, OSError where it cannot be read."""
+    try:
+        value = read_json(file)
+    except (ValueError, RecursionError):
+        raise UsageError(f"{file} is not JSON: use --overwrite or another --run-name") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{file} is no JSON object: use --overwrite or another --run-name")
+    return value
+
+
+def check_place(folder):
+    """Raises UsageError where there can be no run folder: its name is too long, or a file is in its way."""
+    size = len(os.fsencode(folder.name))
+    if size > NAME_BYTES:
+        raise UsageError(f"the run's name has {size} bytes: at most {NAME_BYTES}: give a shorter --run-name")
+    try:
+        (folder / "checkpoint.new" / ("x" * NAME_BYTES)).exists()  # as long as what a run writes
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    except OSError as error:
+        raise UsageError(f"cannot use {folder}: {error.strerror}: choose another --output-dir") from None
+    if not nearest.is_dir():
+        raise UsageError(f"{nearest} is a file, not a folder: choose another --run-name or --output-dir")
 
 
 def check_folder(folder, command, args):
@@ -55,15 +88,15 @@ def check_folder(folder, command, args):
     """
     file = folder / "run.json"
     if not file.exists():
-        if folder.exists() and any(folder.iterdir()) and not (folder / "run.json.new").exists():
+        # a process may have died before it wrote run.json
+        if folder.exists() and {path.name for path in folder.iterdir()} - {LOCK, "run.json.new"}:
             raise UsageError(f"{folder} is not a run folder: choose another --run-name or --output-dir")
         return None
     if args.overwrite and not args.resume:
         return None
-    try:
-        before = read_json(file)
-    except ValueError:
-        raise UsageError(f"{file} is not JSON: use --overwrite or another --run-name") from None
+    before = read(file)
+    if lacking := [key for key, kind in KEYS.items() if not isinstance(before.get(key), kind)]:
+        raise UsageError(f"{file} lacks {', '.join(lacking)}: use --overwrite or another --run-name")
     if before["command"] != command:
         raise UsageError(f"{folder} is a run of {before['command']}, not of {command}: choose another --run-name")
     if not args.resume:

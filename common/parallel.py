@@ -227,7 +227,11 @@ class Round:
             )
 
 
-class LeftOut(RunFailed):
+class AllFailed(RunFailed):
+    """What every process raises alike, so that the main one says it for all."""
+
+
+class LeftOut(AllFailed):
     """More than half of a round's clients sent nothing finite. Attributes: round (from 0), clients."""
 
     def __init__(self, message, round, clients):

@@ -200,7 +200,7 @@ def _one_of(main, rank):
                 raise
             time.sleep(PATIENCE)  # where the main process refuses too, torchrun ends this one
             raise UsageError(f"process {rank}: {error}") from error
-        except (parallel.LeftOut, KeyboardInterrupt) as error:  # which the main process says
+        except (parallel.AllFailed, KeyboardInterrupt) as error:  # which the main process says
             if rank == 0:
                 raise
             return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -14,6 +14,7 @@
 Every process of a run calls every function; only the main process writes and prints.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -29,8 +30,9 @@ from tqdm import tqdm
 from common import checkpoint, manifest, parallel
 from common.cli import UsageError
 from common.client_rows import ClientRows
-from common.curves import read_metrics
+from common.curves import number, read_metrics
 from common.evaluation import pick_device, resolve_amp
+from common.lock import FolderLock
 from common.participation import participants
 from common.provenance import tracker
 from common.seeding import seed_everything
@@ -41,9 +43,11 @@ SHOWN = ("train_loss", "val_loss", "val_ppl", "val_accuracy", "val_f1", "val_mat
 def start_run(command, args, name, unit="tokens"):
     """Checks the run folder `args.output_dir/name` against `args` and returns a Run; writes nothing.
 
+    A run that is there is locked from now on, until the Run is left; one that is new, when it begins.
     unit: what the run counts its training examples in: "tokens" or "images".
 
-    Raises UsageError if the folder holds another run. Exits with code 0 if that very run is finished already.
+    Raises UsageError if the folder holds another run, or another process works in it. Exits with code 0 if that very
+    run is finished already.
     """
     prepare_machine(args)
     name = args.run_name or name
@@ -52,12 +56,21 @@ def start_run(command, args, name, unit="tokens"):
     if args.track != "off" and importlib.util.find_spec(args.track) is None:
         raise UsageError(f"--track {args.track} needs the package {args.track}: pip install {args.track}")
     folder = Path(args.output_dir) / name
-    before = manifest.check_folder(folder, command, args)
-    if before and before["status"] == "finished":
-        if parallel.is_main():
-            print(f"already finished: {folder}\n{folder}")
-        sys.exit(0)
-    return Run(command, args, folder, unit, before)
+    manifest.check_place(folder)
+    lock = FolderLock(folder)
+    try:
+        if parallel.is_main() and (folder / "run.json").exists():
+            with contextlib.suppress(OSError):  # nothing can be written: a run that is finished needs no lock
+                lock.take()
+        before = manifest.check_folder(folder, command, args)
+        if before and before["status"] == "finished":
+            if parallel.is_main():
+                print(f"already finished: {folder}\n{folder}")
+            sys.exit(0)
+    except BaseException:
+        lock.release()
+        raise
+    return Run(command, args, folder, unit, before, lock)
 
 
 def prepare_machine(args):
@@ -76,7 +89,7 @@ def prepare_machine(args):
 class Run:
     """One run of one script. Made by `start_run`; see this module's docstring."""
 
-    def __init__(self, command, args, folder, unit, before):
+    def __init__(self, command, args, folder, unit, before, lock):
         self.command, self.args, self.folder, self.unit = command, args, folder, unit
         self.before = before  # run.json of the interrupted run that this one goes on with
         self.manifest = None
@@ -89,6 +102,7 @@ class Run:
         self.amp = resolve_amp(args.amp, self.device)
         self.clients = None  # the `Round` that `sample` made last
         self._lasting, self._named, self._ended, self._left_out = {}, None, None, []
+        self._lock = lock
         self._bar = self._tracker = None
 
     def __enter__(self):
@@ -97,13 +111,23 @@ class Run:
     def __exit__(self, kind, error, trace):
         if self._bar is not None:
             self._bar.close()
-        if not self.begun or kind is None or not parallel.is_main():
-            return
+        try:
+            if self.begun and kind is not None and parallel.is_main():
+                self._note_end(kind, error)
+        finally:
+            self._lock.release()
+        if self.begun and isinstance(error, OSError) and error.errno in checkpoint.DISK:
+            with checkpoint.saving(error.filename or self.folder):
+                raise error
+
+    def _note_end(self, kind, error):
+        """Writes into run.json that the run ended by an exception."""
         how, reason = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed", str(error) or kind.__name__
         if isinstance(error, parallel.LeftOut):
             ended = manifest.ended(how, error.round + 1, "left_out", error.clients, reason)
         else:
-            ended = manifest.ended(how, self._at, reason=reason)
+            by = "not_finite" if isinstance(error, parallel.AllFailed) else None
+            ended = manifest.ended(how, self._at, by, reason=reason)
         self.manifest.update(status=how, reason=reason, ended=ended)
         try:
             checkpoint.write_json(self.folder / "run.json", self.manifest)
@@ -134,24 +158,32 @@ class Run:
             manifest.check_same(self.folder, self.before, self.manifest)
             return
         parallel.barrier()  # every process has looked at the folder before it changes
-        if parallel.is_main() and self.folder.exists():
-            # out of the way first: a death while deleting must not leave half a run under this name
-            old = self.folder.with_name(f".{self.folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.folder, old)
-            shutil.rmtree(old)
         self._own_folder()
 
     def _own_folder(self):
         if parallel.is_main():
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                if self.before is None:
+                    self._make_folder()
+                self._lock.take()
+                if self.before is None and (self.folder / "run.json").exists():
+                    raise UsageError(f"{self.folder} was made by another process meanwhile: choose another --run-name")
                 checkpoint.write_json(self.folder / "run.json", self.manifest)
             except OSError as error:
                 raise UsageError(f"cannot write {self.folder}: {error.strerror}; choose --output-dir") from error
         self.begun = True
         self._tracker = tracker(self.args, self.folder, self.command) if parallel.is_main() else None
         parallel.barrier()
+
+    def _make_folder(self):
+        # out of the way first: a death while deleting must not leave half a run under this name
+        old = self.folder.with_name(f".{self.folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self._lock.held:  # by start_run: there is a run
+            os.replace(self.folder, old)
+            self._lock.release()
+            shutil.rmtree(old)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def restore(self, theta, named=None, same_shapes=True, **lasting):
         """The weights to go on with: the checkpoint's, loaded into the `lasting` objects too; `theta` if there is none.
@@ -166,12 +198,13 @@ class Run:
         into = self._named(theta)
         state = self.before and checkpoint.load(self.folder / "checkpoint", next(iter(into.values())).device)
         if state:
-            saved = state[1]["theta"]
-            if saved.keys() != into.keys() or (same_shapes and any(saved[n].shape != into[n].shape for n in into)):
+            saved = state[1].get("theta", {})
+            if _kinds(saved, same_shapes) != _kinds(into, same_shapes):
                 raise UsageError(f"{self.folder}/checkpoint is of another model: use --overwrite or another --run-name")
         if self.before is not None:
+            rows = self._logged(state[0]["round"]) if state else []
             self._own_folder()
-            self._cut_metrics(state[0]["round"] if state else -1)
+            self._cut_metrics(rows)
         if not state:
             return theta
         self._go_on(*state)
@@ -188,7 +221,8 @@ class Run:
                 thing.load(self.folder / "checkpoint", name, meta["rows"][name])
             else:
                 thing.load_state_dict(shared.get(name, {}))
-        self.start_round, self.counters = meta["round"], meta["counters"]
+        self.start_round = self._at = meta["round"]
+        self.counters = meta["counters"]
         self.seconds, self.eval_seconds = meta["seconds"], meta["eval_seconds"]
         self._ended, self._left_out = meta["ended"], meta["left_out"]
         self.note(f"resumed after round {self.start_round}")
@@ -199,13 +233,15 @@ class Run:
         weights: what each of the K clients counts in a mean; up, down: bytes that a client sends and receives in this
         round, a number, a list of all K, or a function of its id; work: size of each client's work, for an even load.
         """
-        lr = "lr" if hasattr(self.args, "lr") else "learning_rate"
-        hint = f"lower --{lr.replace('_', '-')} ({getattr(self.args, lr):g}) or --amp off"
         chosen = participants(self.args.seed, len(weights), participation, t)
         closers = [thing.close_round for thing in self._lasting.values() if isinstance(thing, ClientRows)]
-        self.clients = parallel.Round(chosen, work, closers, hint, t)
+        self.clients = parallel.Round(chosen, work, closers, self._hint(), t)
         self._weights, self._traffic = weights, (up, down)
         return self.clients
+
+    def _hint(self):
+        lr = "lr" if hasattr(self.args, "lr") else "learning_rate"
+        return f"lower --{lr.replace('_', '-')} ({getattr(self.args, lr):g}) or --amp off"
 
     def note(self, text):
         """A line on stderr, by the main process."""
@@ -227,9 +263,9 @@ class Run:
         row of metrics.jsonl to more of it. Nothing happens for t = 0 in a run that is gone on with.
         Returns the row, or None.
         """
-        clients, self.clients, self._at = self.clients, None, t
         if t == 0 and self.start_round:
             return None
+        clients, self.clients, self._at = self.clients, None, t
         if clients is not None:
             self._count_round(clients)
         row = None
@@ -272,7 +308,10 @@ class Run:
         self.total, self.every, self.save_every = total, every, save_every or every
 
     def rounds(self):
-        """The rounds still to do (from 0), with a progress bar, until `stop`."""
+        """The rounds still to do (from 0), with a progress bar, until `stop`.
+
+        Raises RunFailed after them where the last evaluation's val_loss is not finite.
+        """
         off = None if parallel.is_main() else True  # None: where stderr is no terminal
         self._bar = tqdm(total=self.total, initial=self.start_round, unit="round", disable=off, dynamic_ncols=True)
         for t in range(self.start_round, self.total):
@@ -281,6 +320,16 @@ class Run:
             yield t
             self._bar.update()
         self._bar.close()
+        if broken := parallel.broadcast(self._broken()):
+            raise parallel.AllFailed(broken)
+
+    def _broken(self):
+        """Why the run failed by its last evaluation, on the main process; else None."""
+        there = parallel.is_main() and (self.folder / "metrics.jsonl").exists()
+        last = next(iter(self.metrics()[-1:] if there else ()), {})
+        if last.get("val_loss") is not None and math.isnan(number(last["val_loss"])):
+            return f"round {last['round']}: val_loss is {last['val_loss']}, not finite: {self._hint()}"
+        return None
 
     def count(self, **amounts):
         """Adds to the run's counters (bytes_up, bytes_down, UNIT, left_out_updates); the same on every process."""
@@ -323,7 +372,7 @@ class Run:
             "ended": self._ended,
             "left_out": self._left_out,
         }
-        checkpoint.save(self.folder / "checkpoint", meta, shared, rows)
+        checkpoint.save(self.folder / "checkpoint", meta, shared, rows, self.args.keep_checkpoints)
 
     def metrics(self):
         """The lines of metrics.jsonl so far, as a list of dicts."""
@@ -347,23 +396,48 @@ class Run:
                 thing.remove()
         if not parallel.is_main():
             return
+        if broken := self._broken():  # a model that was evaluated only
+            raise parallel.AllFailed(broken)
         ended = self._ended or manifest.ended("finished", self.total)
         self.manifest.update(status="finished", ended=ended, results=manifest.json_safe(results))
         with checkpoint.saving(self.folder / "run.json"):
             checkpoint.write_json(self.folder / "run.json", self.manifest)
         print(self.folder)
 
-    def _cut_metrics(self, rounds):
-        # lines past the checkpoint (-1: there is none) are of rounds that will be done again
+    def _logged(self, t):
+        """The lines of metrics.jsonl up to round t, that of a checkpoint. Raises UsageError where some are missing."""
+        path, mend = self.folder / "metrics.jsonl", "put them back, or start the run anew with --overwrite"
+        try:
+            rows = [row for row in read_metrics(self.folder) if row["round"] <= t] if path.exists() else []
+        except ValueError as error:
+            raise UsageError(f"{error}: mend it, or start the run anew with --overwrite") from None
+        seen = [row["round"] for row in rows]
+        if missing := sorted({past for past in range(t + 1) if self.due(past)}.difference(seen)):
+            some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            raise UsageError(
+                f"{path} lacks the lines of rounds {some}, which are in the checkpoint of round {t}: {mend}"
+            )
+        if len(set(seen)) < len(seen):
+            raise UsageError(
+                f"{path} has a round twice, so two processes wrote it: start the run anew with --overwrite"
+            )
+        return rows
+
+    def _cut_metrics(self, rows):
+        # other lines are of rounds that will be done again
         path = self.folder / "metrics.jsonl"
         if parallel.is_main() and path.exists():
-            lines = [line for line in read_metrics(self.folder) if line["round"] <= rounds]
             fresh = path.with_name("metrics.jsonl.new")
             with checkpoint.saving(path, fresh):
-                fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+                fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
                 checkpoint.sync(fresh)
                 os.replace(fresh, path)
         parallel.barrier()
+
+
+def _kinds(tensors, shapes):
+    """What two models of one kind have alike. Args: shapes: also these."""
+    return {name: (t.dtype, t.shape if shapes else None) for name, t in tensors.items()}
 
 
 def _amount(amounts, k):

@@ -76,8 +76,8 @@ def main(args):
 
         lasting = {"groups": groups, "server": server, "variates": variates, "control": variates and variates.rows}
         lasting = {name: thing for name, thing in lasting.items() if thing is not None}
-        thetas = run.restore(weights.snapshot().repeat(models, 1), study.names, **lasting)  # [models, n]
         run.plan(a.num_rounds, a.eval_every)
+        thetas = run.restore(weights.snapshot().repeat(models, 1), study.names, **lasting)  # [models, n]
         run.report(0, thetas, lambda: evaluate(study, thetas[:1], 0 * groups.of), lambda row: judge(run, 0, row))
         for t in run.rounds():
             work = None if steps else list(map(len, rows))

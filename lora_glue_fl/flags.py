@@ -147,9 +147,11 @@ def run_name(args):
     name = f"{args.task_name.lower()}_{size_label(args)}"
     try:
         there = read_json(f"{args.output_dir}/{name}/run.json")["args"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return name
-    if args.overwrite or all(there.get(key) == getattr(args, key) for key in ("aggregate", "init_adapter")):
+    if not isinstance(there, dict) or args.overwrite:
+        return name
+    if all(there.get(key) == getattr(args, key) for key in ("aggregate", "init_adapter")):
         return name
     other = f"{name}_{args.aggregate}" + "_warm" * bool(args.init_adapter)
     if os.environ.get("RANK", "0") == "0":  # of torchrun

@@ -99,8 +99,8 @@ def order(key, value):
 
 
 def not_finite(run):
-    """Whether it ended because clients' updates were not finite: it diverged in that round."""
-    return run.ended["how"] == "failed" and run.ended["by"] == "left_out"
+    """Whether it ended because clients' updates, or the last evaluation, were not finite: it diverged in that round."""
+    return run.ended["how"] == "failed" and run.ended["by"] in ("left_out", "not_finite")
 
 
 def prepared(runs, notes):
@@ -131,6 +131,8 @@ def start_key(run):
 def diverged(run):
     """The run with the round in which its updates were not finite as its last line."""
     t, why = run.ended["round"], run.ended["reason"]
+    if run.rows and run.rows[-1]["round"] == t:  # the evaluation that was not
+        return run
     alarm = {"detector": "diverged", "round": t, "value": None, "threshold": None, "message": why}
     line = {"round": t, "val_loss": "nan", "worst_client_val_loss": "nan", "alarms": [alarm]}
     return replace(run, rows=[*run.rows, line], results={})

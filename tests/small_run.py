@@ -15,6 +15,7 @@ from common.runlog import start_run
 
 def arguments(folder, **more):
     base = {"output_dir": str(folder), "run_name": None, "resume": False, "overwrite": False, "track": "off", "lr": 0.1}
+    base["keep_checkpoints"] = 2
     machine = {"device": "cpu", "threads": 1, "amp": "off", "seed": 3, "processes": 0}
     return Namespace(**{**base, **machine, **more})
 
@@ -32,8 +33,11 @@ class Counter:
         self.value = int(state["value"])
 
 
-def train(args, rounds, at=None, bad=(), stop=None, save_every=2):
-    """Clients add 1 to theta. at: {round: what happens before it}; bad: (round, client) of updates not finite."""
+def train(args, rounds, at=None, bad=(), stop=None, save_every=2, val_loss=float):
+    """Clients add 1 to theta. at: {round: what happens before it}; bad: (round, client) of updates not finite.
+
+    val_loss: of a round.
+    """
     with start_run("train", args, "r") as run:
         run.begin({"dataset": "none", "source": "here"}, {"total": 2}, clients={"examples": [1, 2, 3, 4]})
         run.plan(rounds, 1, save_every)
@@ -54,7 +58,7 @@ def train(args, rounds, at=None, bad=(), stop=None, save_every=2):
                 mean.add(theta + (math.nan if (t, k) in bad else 1.0), k + 1.0)
             theta = mean.result()
             counter.value += 10
-            run.report(t + 1, theta, lambda: {"val_loss": float(t)})
+            run.report(t + 1, theta, lambda: {"val_loss": val_loss(t)})
             if stop == t:
                 run.stop("plateau", "no progress")
 

@@ -9,9 +9,12 @@ from comparing import same_bits
 from harness import whole
 from noniid_script import call, done, failing, lines_of, served, spied, words
 
+from common import grid
 from common.checkpoint import read_json
 from common.runlog import Run, read_metrics
 from llm_noniid import detectors, fed_core, flags, train
+from plots import noniid_runs
+from plots.runs import read_runs
 
 pytestmark = pytest.mark.slow
 
@@ -61,14 +64,16 @@ def test_clients_that_are_left_out_raise_an_alarm_once_and_more_than_half_of_a_r
     assert manifest["ended"] == expected
 
 
-def test_a_run_whose_loss_is_not_finite_ends_with_all_its_files(tmp_path):
+def test_a_run_whose_loss_is_not_finite_has_failed_and_is_a_result_all_the_same(tmp_path):
     """The weights are finite, the loss under them is not."""
-    folder = done(tmp_path, "a", "--learning-rate 1e20 --local-steps 1 --num-rounds 1")
-    line, results = read_metrics(folder)[-1], read_json(folder / "run.json")["results"]
+    assert call(*words(tmp_path, "a", "--learning-rate 1e20 --local-steps 1 --num-rounds 1")) == 1
+    line, manifest = read_metrics(tmp_path / "a")[-1], read_json(tmp_path / "a" / "run.json")
     assert not math.isfinite(float(line["val_loss"])) and not math.isfinite(float(line["worst_client_val_loss"]))
-    assert not math.isfinite(float(results["val_ppl"])) and results["best_val_loss"] == "nan"
-    assert [alarm["detector"] for alarm in results["alarms"]] == ["diverged"]
-    assert (folder / "final" / "adapter").is_dir()
+    assert (manifest["status"], manifest["ended"]["by"], manifest["results"]) == ("failed", "not_finite", None)
+    assert [alarm["detector"] for alarm in line["alarms"]] == ["diverged"]
+    assert not (tmp_path / "a" / "final").exists()
+    ((run,), _) = read_runs(tmp_path, noniid_runs.STUDY)
+    assert run.rows == read_metrics(tmp_path / "a") and grid.broke_down(manifest)
 
 
 def rising(monkeypatch):

@@ -103,18 +103,19 @@ def test_rows_are_kept_by_a_checkpoint_and_dropped_with_a_client_left_out(tmp_pa
         take(value=10.0)
         fresh = tmp_path / f"checkpoint{in_place}{on_disk}"
         fresh.mkdir()
-        assert rows.save(fresh, "x") == [0, 1, 2]
+        saved = rows.save(fresh, "x", fresh)
+        assert list(saved) == [0, 1, 2]
         take(bad=(1,), value=20.0)
         assert rows.get(0)["x"].tolist() == [20.0, 20.0] and rows.get(7) is None
         # moments that were trained in place are spoiled; a row of its own is the one of before
         assert rows.get(1) is None if in_place else rows.get(1)["x"].tolist() == [11.0, 11.0]
         again = ClientRows(tmp_path / "again", on_disk, in_place)
-        again.load(fresh, "x", [0, 1, 2])
+        again.load(fresh, "x", saved)
         assert [again.get(k)["x"][0].item() for k in range(3)] == [10.0, 11.0, 12.0]
         take(rows=again, bad=(2,), value=30.0)
         later = tmp_path / f"later{in_place}{on_disk}"
         later.mkdir()
-        assert again.save(later, "x") == ([0, 1] if in_place else [0, 1, 2])
+        assert list(again.save(later, "x", later)) == ([0, 1] if in_place else [0, 1, 2])
         again.remove()
         assert not (tmp_path / "again").exists()
 

@@ -184,7 +184,7 @@ def test_a_checkpoint_holds_c_and_the_clients_that_took_part(made, tmp_path):
     checkpoint.save(tmp_path / "checkpoint", {}, {"variates": variates.state_dict()}, rows=rows)
     unbroken = problem.train(theta, 2, STEPS, LR, variates, two_or_three)
     again, (meta, shared) = made(problem.start), checkpoint.load(tmp_path / "checkpoint")
-    assert meta["rows"]["rows"] == [0, 3, 4] and shared["variates"]["c"].dtype == torch.float64
+    assert list(meta["rows"]["rows"]) == [0, 3, 4] and shared["variates"]["c"].dtype == torch.float64
     again.load_state_dict(shared["variates"])
     again.rows.load(tmp_path / "checkpoint", "rows", meta["rows"]["rows"])
     assert torch.equal(problem.train(theta, 2, STEPS, LR, again, two_or_three), unbroken)

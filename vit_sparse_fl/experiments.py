@@ -108,7 +108,8 @@ def run_each(command, train, runs):
         for _, flags in runs:
             flags.resume = not flags.overwrite
             with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-                start_run(command, flags, flags.run_name)
+                with start_run(command, flags, flags.run_name):
+                    pass  # the folder is free again
         check_shards([flags for _, flags in runs])
     for _, flags in runs:
         try:
