@@ -1,0 +1,3 @@
+from common.stopping import end_imports
+
+end_imports()

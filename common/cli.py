@@ -1,12 +1,16 @@
 """Command lines: one parser for every script, so that flags, errors and exit codes are alike everywhere.
 
 Exit codes: 0 finished, 1 failed while running, 2 bad usage or input (one line on stderr, nothing written),
-130 interrupted (resumable).
+130 interrupted, 143 terminated (a run is resumable).
 """
 
 import argparse
 import math
+import os
 import sys
+import time
+
+from common.stopping import code_of, stoppable
 
 
 class UsageError(Exception):
@@ -88,7 +92,7 @@ class Parser(_Declares, argparse.ArgumentParser):
         return group
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        end_with(f"{self.prog}: error: {message} (see --help)")
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
@@ -169,9 +173,25 @@ def add_machine_flags(group, seed=42, federated=False):
             metavar="N",
             help="processes that share a round's clients; 0: one a core (on CUDA a GPU), as clients and memory allow",
         )
+        group.add_argument(
+            "--patience",
+            type=positive_float,
+            default=30.0,
+            metavar="X",
+            help="minutes that a process waits for another before it says at which client that one is",
+        )
     group.add_argument(
         "--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products"
     )
+
+
+def end_with(line):
+    """This line on stderr and the end with exit code 2. Under torchrun all end alike, and the main process says it."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # torchrun ends this process, unless the main one sees nothing wrong
+        line = f"process {os.environ['RANK']}: {line}"
+    print(line, file=sys.stderr)
+    sys.exit(2)
 
 
 def checked(function, *args):
@@ -179,24 +199,26 @@ def checked(function, *args):
     try:
         return function(*args)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        end_with(f"error: {error}")
 
 
-def run_main(main, args, end=sys.exit):
+def run_main(main, args, end=sys.exit, reason=lambda: None):
     """Calls `main(args)` and ends the process with the exit code and the one line that users can rely on.
 
-    end: what ends the process, a function of the exit code.
+    end: what ends the process, a function of the exit code; reason: as of `common.stopping.stoppable`. What an
+    interruption's notes (`add_note`) say of how to go on is part of its line.
     """
     try:
-        code = main(args)
+        with stoppable(reason):
+            code = main(args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         code = 1
-    except KeyboardInterrupt:
-        print("interrupted: run the same command with --resume to go on", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt as error:
+        code = code_of(error)
+        how = "terminated" if code == 143 else "interrupted"
+        print(": ".join([how, *getattr(error, "__notes__", ())[:1]]), file=sys.stderr)
     end(code or 0)

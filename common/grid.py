@@ -143,18 +143,15 @@ def run_study(args, runs, show=(), prepare=None):
         for run in runs:
             print(f"# {run.name}: {state(run, output)}\npython {shlex.join(run.command)}")
         return 0
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if prepare:
             prepare()
         failed = run_all(runs, output, args.jobs)
         collect(output)
         codes = [call([word.format(output=output) for word in line]) for line in show]
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except KeyboardInterrupt as error:
+        error.add_note("the same command goes on")
+        raise
     if failed:
         raise RunFailed(f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed)}): see {output}/output")
     if codes and codes[-1]:
@@ -214,8 +211,8 @@ def start(command, log, alone=True):
 
 
 def interrupt(processes, patience=30):
-    """Ctrl-C for these processes and all that they started; after `patience` seconds they are killed."""
-    for signum in (signal.SIGINT, signal.SIGKILL):
+    """SIGTERM for these processes and all that they started; after `patience` seconds they are killed."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):  # not SIGINT: what a shell starts with & ignores it
         for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, signum)

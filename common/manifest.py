@@ -1,5 +1,7 @@
 """run.json: what a run is, how it ended, and which command line may go on with it."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -14,10 +16,13 @@ from common.provenance import git_commit, versions
 
 # Flags that say how to run, not what to compute: --resume may change them. What --config says is in the other flags.
 NOT_COMPARED = {"resume", "overwrite", "data_root", "output_dir", "run_name", "track", "log_dir", "num_workers"}
-NOT_COMPARED |= {"use_wandb", "wandb_project", "cache_dir", "processes", "config", "keep_checkpoints"}
+NOT_COMPARED |= {"use_wandb", "wandb_project", "cache_dir", "processes", "config", "keep_checkpoints", "patience"}
 # What every run.json has of its run, and as what.
 KEYS = {"command": str, "args": dict, "status": str, "data": dict, "resolved": dict, "versions": dict}
 NAME_BYTES = 200  # of a run's name: file systems take 255, and files beside the folder have longer names
+# Flags that may name a file or a folder: what is in it decides, not where it lies.
+PATHS = ("model", "tokenizer", "init_from", "init_adapter", "weights", "mask", "shard_dir", "shard")
+LENGTHS = ("rounds", "num_rounds")  # flags that --resume may raise where no round depends on how many there are
 
 
 def of_run(command, args, resolved, data, clients, parameters):
@@ -28,6 +33,7 @@ def of_run(command, args, resolved, data, clients, parameters):
             "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "args": vars(args),
             "method": method_of(args, NOT_COMPARED),
+            "paths": {key: contents(path) for key, path in _paths(args).items()} if is_main() else {},
             "status": "running",
             "reason": None,
             "ended": None,
@@ -81,6 +87,75 @@ def check_place(folder):
         raise UsageError(f"{nearest} is a file, not a folder: choose another --run-name or --output-dir")
 
 
+def contents(path):
+    """SHA-256 of a file, or of a folder's files and their names; of a run's folder: of what it ended with.
+
+    Raises UsageError for what cannot be read.
+    """
+    path = path / "final" if (path / "final").is_dir() else path
+    hashed = hashlib.sha256()
+    try:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file() and not file.name.startswith("."):
+                hashed.update(f"{file.name if path.is_dir() else ''}\0".encode())
+                with open(file, "rb") as opened:
+                    hashed.update(hashlib.file_digest(opened, "sha256").digest())
+    except OSError as error:
+        raise UsageError(f"cannot read {error.filename}: {error.strerror}") from None
+    return hashed.hexdigest()
+
+
+def _paths(args):
+    """{flag: path} of the `PATHS` that are there."""
+    there = {}
+    for key in PATHS:
+        with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError):  # no path at all, or too long for one
+            path = Path(getattr(args, key, None)).expanduser()
+            there |= {key: path} if path.exists() else {}
+    return there
+
+
+def _changed(folder, before, args):
+    """The flags that differ from those of the run `before`, as text.
+
+    Raises UsageError where they cannot differ in this way: another content of a folder, another number of rounds.
+    """
+    flags = compared(args)
+    spelled = {key: f"--{key.replace('_', '-')}" for key in flags}
+    for key, path in _paths(args).items():
+        if sha256 := before.get("paths", {}).get(key):
+            if is_main() and contents(path) != sha256:
+                raise UsageError(
+                    f"{folder} was started with another content of {spelled[key]} {before['args'][key]} than is now in "
+                    f"{path}: choose another --run-name"
+                )
+            del spelled[key]
+    if longer := _longer(before["args"], flags):
+        del spelled[longer]
+        before["status"] = "running"  # what was finished is not any more
+    return _changes(*({name: of.get(key) for key, name in spelled.items()} for of in (before["args"], flags)))
+
+
+def _longer(before, flags):
+    """The flag of `LENGTHS` that is higher than before, None where none is. Raises UsageError where that may not be."""
+    for key in LENGTHS:
+        old, new = before.get(key), flags.get(key)
+        if old == new:
+            continue
+        change = f"--{key.replace('_', '-')} {old} -> {new}"
+        if old is None or new is None or new < old:
+            raise UsageError(
+                f"{change}: --resume can only add to the rounds of --{key.replace('_', '-')}: choose another --run-name"
+            )
+        if (schedule := flags.get("scheduler", "none")) != "none":
+            raise UsageError(
+                f"{change}: with --scheduler {schedule} the rate of a round depends on how many there are (with none "
+                "it does not): choose another --run-name"
+            )
+        return key
+    return None
+
+
 def check_folder(folder, command, args):
     """The manifest of the run that --resume finds in `folder`, None where a new run begins.
 
@@ -104,9 +179,7 @@ def check_folder(folder, command, args):
             f"{folder} exists ({before['status']}): --resume goes on with it, --overwrite deletes it, "
             "--run-name gives another"
         )
-    flags = compared(args)
-    spelled = {key: f"--{key.replace('_', '-')}" for key in flags}
-    changed = _changes(*({name: of.get(key) for key, name in spelled.items()} for of in (before["args"], flags)))
+    changed = _changed(folder, before, args)
     if changed:
         raise UsageError(f"{folder} was started with other flags: {changed}; choose another --run-name")
     return before
@@ -118,7 +191,8 @@ def check_same(folder, before, now):
     Other versions are a warning. Args: before, now: the two manifests.
     """
     # where the files lie may change between sessions; what is in them may not
-    data = [{key: value for key, value in of["data"].items() if key != "source"} for of in (before, now)]
+    places = ("source", "model")  # a model is compared by `check_folder`
+    data = [{key: value for key, value in of["data"].items() if key not in places} for of in (before, now)]
     if data[0] != data[1] or before.get("clients") != now["clients"]:
         raise UsageError(f"{folder} was started on other data (see its run.json): choose another --run-name")
     if changed := _changes(before["resolved"], now["resolved"]):

@@ -2,29 +2,35 @@
 
 On a CPU the default is a process of one thread for each core: two processes of one thread train clients faster than one
 process of two (0.56 against 0.84 of the bare steps), and bits do not depend on how many cores a machine has.
+
+The main process speaks for all. One that fails says why in the store that they share (`common.parallel.tell`) and ends;
+the others end with that line. The supervisor, which has started them, says it for one that was killed, hands signals
+on, and ends whoever is left.
 """
 
 import atexit
 import contextlib
 import multiprocessing
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 
 import torch
 
 from common import parallel
-from common.cli import UsageError, run_main
+from common.cli import RunFailed, UsageError, run_main
+from common.stopping import SIGNALS, code_of, held_back, stoppable
 
 PARENT = "FEDQUARTET_SUPERVISOR"  # environment variable: its process
-REFUSALS = "FEDQUARTET_REFUSALS"  # environment variable: the pipe on which processes tell it why they refuse
 PROCESS_MEMORY = 2**30  # bytes that a process takes at least, on a CPU
 PATIENCE = 3  # seconds after a process has refused: what all refuse, the main one has refused by then
+HEARD = 1  # seconds after a process has failed: who waits for it has ended by itself, and is not to be disturbed
+GRACE = 15  # seconds that a process has to end in: queues that send SIGTERM kill after 30
 
 
 def run_federated(main, args, clients, memory=PROCESS_MEMORY):
@@ -63,14 +69,16 @@ def _free_memory():
         return 2**40
 
 
+# ---- the supervisor
+
+
 def _supervise(main, args, size, on_cuda):
-    """Starts the processes, hands signals on, ends all when one fails; exits with the main one's code."""
+    """Starts the processes, hands signals on, ends all when one fails; exits with the code of the first that did."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    refusals, tell = os.pipe()
-    shared |= {PARENT: os.getpid(), REFUSALS: tell}
+    shared |= {PARENT: os.getpid(), "TORCHELASTIC_USE_AGENT_STORE": True}  # the store is the supervisor's
     places = [{n: str(v) for n, v in (shared | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(size)]
     if on_cuda:  # a process that has seen the GPU cannot be forked
         children = [_Command([sys.executable, *sys.argv], place) for place in places]
@@ -79,53 +87,69 @@ def _supervise(main, args, size, on_cuda):
         sys.stdout.flush()
         sys.stderr.flush()
         children = [context.Process(target=_child, args=(main, args, place)) for place in places]
-    for child in children:
-        child.start()
+    asked = []
 
     def hand_on(number, frame):
-        for child in children:
-            if child.exitcode is None:
-                os.kill(child.pid, number)
+        asked.append(number)
+        _send(children, number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, hand_on)
-    waiting = list(children)
-    while waiting:
-        for child in waiting:
-            child.join(0.05)
-        if select.select([refusals], [], [], 0)[0]:
-            _refused(children, refusals)
-        if any(child.exitcode for child in waiting):
-            # The others hear of it at their next exchange, or are ended: the main one last, which then hears of their
-            # end where it waits for them, and says in run.json how the run ended.
-            for child in reversed(children):
-                child.join(5)
-                if child.exitcode is None:
-                    child.terminate()
-        waiting = [child for child in waiting if child.exitcode is None]
+    try:
+        with held_back():
+            for child in children:
+                child.start()
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, hand_on)
+        parallel.meet(host=port)
+        first = _first_to_fail(children, asked)
+        _end_all(children, asked)
+    finally:
+        _send(children, signal.SIGKILL)
     codes = [child.exitcode for child in children]
-    # its own code counts before that of one that was ended for it
-    code = codes[0] if codes[0] > 0 else next((c for c in codes if c > 0), min(codes))
+    if codes[0] < 0 and (error := parallel.failure()):  # it could not say it itself
+        print(f"failed: {error}", file=sys.stderr)
+    code = codes[0] if codes[0] > 0 else codes[first]
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def _refused(children, refusals):
-    """Says why a process refuses, in one line for all that do: the main one's, or the first with its rank. Ends all."""
-    reasons, end = {}, time.monotonic() + PATIENCE
-    while 0 not in reasons and time.monotonic() < end:
-        if select.select([refusals], [], [], 0.1)[0]:
-            lines = os.read(refusals, 2**16).decode(errors="replace").splitlines()
-            reasons |= {int(rank): reason for rank, _, reason in (line.partition(" ") for line in lines)}
-    rank = min(reasons)
-    print(f"error: process {rank}: {reasons[rank]}" if rank else f"error: {reasons[0]}", file=sys.stderr)
-    # those that refuse go last: who waits for them in an exchange would say that they are gone
-    for refusing in (False, True):
-        ending = [child for rank, child in enumerate(children) if (rank in reasons) == refusing]
-        for child in ending:
-            child.terminate()
-        for child in ending:
-            child.join(PATIENCE)
-    sys.exit(2)
+def _first_to_fail(children, asked):
+    """Waits for the processes. Returns the rank of the first that failed, 0 where none did, and says why it was killed.
+
+    asked: signals that have been handed on: what ends then was asked to.
+    """
+    while any(child.exitcode is None for child in children):
+        for rank, child in enumerate(children):
+            child.join(0.05 / len(children))
+            if child.exitcode:
+                if child.exitcode < 0 and child.exitcode != -signal.SIGTERM and not asked:
+                    name = signal.Signals(-child.exitcode).name
+                    memory = ", perhaps for its memory" if name == "SIGKILL" else ""
+                    parallel.tell(f"it was ended by {name}{memory}: the same command with --resume goes on", rank=rank)
+                return rank
+    return 0
+
+
+def _end_all(children, asked):
+    """SIGTERM for who does not hear of it, unless a signal has been handed on, and SIGKILL for who is left then."""
+    _join(children, HEARD)
+    if not asked:
+        _send(children, signal.SIGTERM)
+    _join(children, GRACE)
+    _send(children, signal.SIGKILL)
+    _join(children, GRACE)
+
+
+def _join(children, seconds):
+    end = time.monotonic() + seconds
+    for child in children:
+        child.join(max(0, end - time.monotonic()))
+
+
+def _send(children, number):
+    for child in children:
+        if child.pid is not None and child.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, number)
 
 
 class _Command:
@@ -135,42 +159,46 @@ class _Command:
         self._command, self._place, self._popen = command, place, None
 
     def start(self):
-        tell = int(self._place[REFUSALS])
-        self._popen = subprocess.Popen(self._command, env=os.environ | self._place, process_group=0, pass_fds=[tell])
+        self._popen = subprocess.Popen(self._command, env=os.environ | self._place, process_group=0)
 
     def join(self, timeout):
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(timeout)
 
-    def terminate(self):
-        self._popen.terminate()
-
     @property
     def pid(self):
-        return self._popen.pid
+        return self._popen and self._popen.pid
 
     @property
     def exitcode(self):
         return self._popen.poll()
 
 
+# ---- one of several processes
+
+
 def _child(main, args, place):
     os.environ.update(place)
     os.setpgrp()  # the terminal's Ctrl-C goes to the supervisor, which hands it on
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _member(main, args)
 
 
 def _member(main, args):
     """Calls main in one of several processes, which is started already."""
-    size = int(os.environ["WORLD_SIZE"])
+    size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("RANK", "0"))
     if PARENT in os.environ:
+        for number in SIGNALS:  # held back until `stoppable`; what comes after it does not change how this process ends
+            signal.signal(number, lambda number, frame: None)
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     elif args.processes not in (0, size):
         main = _refuse
-    rank = int(os.environ.get("RANK", "0"))
-    run_main(_one_of(main, rank), args, _leave if size > 1 else sys.exit)
+    if size == 1:
+        run_main(main, args)
+    if {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # else `init_parallel` says what is missing
+        parallel.meet(patience=getattr(args, "patience", None))
+    if rank:
+        _leave(_follow(main, args))
+    run_main(main, args, _leave, parallel.failure)
 
 
 def _refuse(args):
@@ -182,30 +210,34 @@ def _end_with(parent):
     """Ends this process when the supervisor is gone (killed): nobody else would."""
     while os.getppid() == parent:
         time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
     os._exit(137)
 
 
-def _one_of(main, rank):
-    """main in one of several processes: the main one speaks for all, and a refusal is one line, whoever refuses."""
-
-    def one(args):
-        try:
-            with _silence() if rank else contextlib.nullcontext():
-                return main(args)
-        except UsageError as error:
-            if REFUSALS in os.environ:
-                os.write(int(os.environ[REFUSALS]), f"{rank} {error}\n".encode())
-                signal.pause()  # the supervisor says it and ends all
-            if rank == 0:
+def _follow(main, args):
+    """main in a process that is not the main one, which is silent. Returns its exit code."""
+    try:
+        with stoppable(parallel.failure), _silence():
+            try:
+                return main(args) or 0
+            except UsageError:
+                time.sleep(PATIENCE)  # where the main process refuses too, it says so and all end
                 raise
-            time.sleep(PATIENCE)  # where the main process refuses too, torchrun ends this one
-            raise UsageError(f"process {rank}: {error}") from error
-        except (parallel.AllFailed, KeyboardInterrupt) as error:  # which the main process says
-            if rank == 0:
-                raise
-            return 130 if isinstance(error, KeyboardInterrupt) else 1
-
-    return one
+    except (parallel.AllFailed, parallel.Gone):  # which the main process says
+        return 1
+    except KeyboardInterrupt as error:
+        return code_of(error)
+    except UsageError as error:
+        parallel.tell(error, refused=True)
+        return 2
+    except RunFailed as error:
+        parallel.tell(error)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        parallel.tell(f"{type(error).__name__}: {error}")
+        return 1
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ from common.lock import FolderLock
 from common.participation import participants
 from common.provenance import tracker
 from common.seeding import seed_everything
+from common.stopping import held_back
 
 SHOWN = ("train_loss", "val_loss", "val_ppl", "val_accuracy", "val_f1", "val_matthews", "val_pearson")  # while it runs
 
@@ -108,6 +109,7 @@ class Run:
     def __enter__(self):
         return self
 
+    @held_back()  # a signal must not cut off what says how the run ended
     def __exit__(self, kind, error, trace):
         if self._bar is not None:
             self._bar.close()
@@ -123,6 +125,8 @@ class Run:
     def _note_end(self, kind, error):
         """Writes into run.json that the run ended by an exception."""
         how, reason = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed", str(error) or kind.__name__
+        if how == "interrupted":
+            error.add_note("run the same command with --resume to go on")
         if isinstance(error, parallel.LeftOut):
             ended = manifest.ended(how, error.round + 1, "left_out", error.clients, reason)
         else:

@@ -145,4 +145,4 @@ def test_the_exit_code_is_that_of_the_process_that_failed(monkeypatch):
     code = "import test_parallel as t, argparse; from common.processes import run_federated as run; "
     code += "run(t.unequal, argparse.Namespace(processes=2, device='cpu', threads=1), 2)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "failed: disk full\n", done.stderr
+    assert done.returncode == 1 and done.stderr == "failed: process 1: disk full\n", done.stderr

@@ -220,7 +220,7 @@ def test_hyphens_and_underscores_are_one_flag(capsys):
     [
         (UsageError("7 clients"), 2, "error: 7 clients"),
         (RunFailed("no room"), 1, "failed: no room"),
-        (KeyboardInterrupt(), 130, "--resume"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (None, 0, ""),
     ],
 )

@@ -1,0 +1,85 @@
+"""How a script is stopped: Ctrl-C (SIGINT) and SIGTERM, which queues send before they take a machine away, are alike.
+
+While a script still imports nothing has begun, and Ctrl-C ends it at once (`end_imports`). After that both are an
+exception where the script is at that moment, so that a run keeps what it can and run.json says `interrupted`. C++ code
+is not broken off: the exception comes when it returns.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN = 1.0  # seconds: a terminal, a launcher and a queue may send the same signal; one that comes later means it
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def code_of(error):
+    """The exit code of a process that a KeyboardInterrupt ends: 130, of a `Terminated` 143."""
+    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def stoppable(reason=lambda: None):
+    """Inside, SIGINT raises KeyboardInterrupt and SIGTERM `Terminated`; once more, later, ends the process at once.
+
+    An error that follows from the interruption (a library turned it into one of its own) is raised as the interruption.
+    reason: function to the exception to raise instead, or None. A signal that was ignored from outside stays ignored.
+    """
+    came = []  # when, and what was raised
+
+    def stop(number, frame):
+        if came:
+            if time.monotonic() > came[0] + AGAIN:
+                os._exit(128 + number)
+            return
+        error = reason() or (Terminated("SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt())
+        came.extend((time.monotonic(), error))
+        raise error
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # who started this process may have held them back
+    try:
+        yield
+    except Exception as error:
+        if came and error is not came[1]:
+            raise came[1] from error
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def held_back():
+    """Inside, SIGINT and SIGTERM wait, for this process and for those that it forks."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def end_imports():
+    """From now on Ctrl-C ends this process with one line and exit code 130, if it is one of this repository's scripts.
+
+    Not in a program of somebody else that imports `common`.
+    """
+    script = getattr(sys.modules.get("__main__"), "__file__", None) or ""
+    house = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(script))) == house
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(number, frame):
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)

@@ -1,0 +1,222 @@
+"""What ends a run from outside or in one of its processes: signals, kill -9, a failure, a wait that is too long."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import harness
+import pytest
+import torch
+from small_run import arguments, train
+
+from common import cli
+from common.checkpoint import read_json
+from common.stopping import Terminated, stoppable
+
+# ---------------------------------------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize(("number", "line"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_is_one_line_with_the_advice_that_works(number, line, capsys):
+    def main(args):
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt as error:
+            if args:
+                error.add_note(args)
+            raise
+
+    before = signal.getsignal(number)
+    for advice, told in ((None, line), ("the same command goes on", f"{line}: the same command goes on")):
+        with pytest.raises(SystemExit) as stop:
+            cli.run_main(main, advice)
+        assert stop.value.code == 128 + number and capsys.readouterr().err == f"{told}\n"
+    assert signal.getsignal(number) is before
+
+
+def test_an_interruption_that_a_library_swallows_is_one():
+    with pytest.raises(Terminated), stoppable():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ValueError("inside a library") from error
+
+
+def test_a_second_signal_at_once_is_the_same_one_and_a_later_one_ends_the_process(tmp_path):
+    script = tmp_path / "keeps.py"
+    script.write_text("""
+import os, signal, sys, time
+from common.cli import run_main
+def main(args):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("kept", flush=True)
+        if len(sys.argv) > 1:
+            time.sleep(1.1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("more", flush=True)
+run_main(main, None)
+""")
+    runs = [harness.Started([script, *words]) for words in ((), ("later",))]
+    both, later = [run.ended() for run in runs]
+    assert (both.code, both.out, both.err) == (143, "kept\n", "terminated\n")
+    assert (later.code, later.out, later.err) == (143, "kept\n", "")
+
+
+def test_ctrl_c_while_a_script_imports_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{harness.ROOT}"}
+    line = [sys.executable, harness.ROOT / "mamba_fl" / "fed_avg.py"]
+    done = subprocess.run(line, capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_sigterm_keeps_what_can_be_kept_and_the_run_goes_on(tmp_path):
+    small = ["tests/small_run.py", tmp_path]
+    ended = harness.run(small, die=(str(tmp_path / "r"), 1, 3, signal.SIGTERM))
+    assert ended.code == 143 and ended.err.splitlines()[-1] == "terminated: run the same command with --resume to go on"
+    facts = read_json(tmp_path / "r" / "run.json")
+    assert facts["status"] == "interrupted" and facts["ended"]["how"] == "interrupted"
+    assert harness.run([*small, "--resume"]).code == 0
+    assert harness.run(["tests/small_run.py", tmp_path / "whole"]).code == 0
+    harness.same_run(tmp_path / "r", tmp_path / "whole" / "r")
+
+
+def test_a_refusal_under_torchrun_is_the_main_processs(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    for rank, line in (("0", "error: no such data\n"), ("1", "process 1: error: no such data\n")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            cli.end_with("error: no such data")
+        assert stop.value.code == 2 and capsys.readouterr().err == line
+    assert waited == [3]  # in which torchrun ends it, because the main process has refused
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+
+PLACE = "process 1, client 1 of round 2"
+KILLED = "it was ended by SIGKILL, perhaps for its memory: the same command with --resume goes on"
+ADVICE = "run the same command with --resume to go on"
+CASES = {  # what each process does in its first client of round 2 -> the exit code, the last line
+    "0:sleep 1:kill": (1, f"failed: {PLACE}: {KILLED}"),
+    "0: 1:kill": (1, f"failed: {PLACE}: {KILLED}"),
+    "0:sleep 1:raise": (1, f"failed: {PLACE}: no room"),
+    "0: 1:raise": (1, f"failed: {PLACE}: no room"),
+    "0: 1:bug": (1, f"failed: {PLACE}: ValueError: a bug"),
+    "0:sleep 1:refuse": (2, f"error: {PLACE}: no such file"),
+    "0:kill 1:": (137, f"failed: process 0, client 0 of round 2: {KILLED}"),
+    "0: 1:sleep SIGINT": (130, f"interrupted: {ADVICE}"),
+    "0:sleep 1: SIGTERM": (143, f"terminated: {ADVICE}"),
+    "0: 1:sleep SIGKILL": (-9, ""),  # of the supervisor
+    "1:wait_1.5": (0, ""),
+}
+
+
+def there(folder):
+    """The processes of a run that have come to round 2, and those of them that are alive."""
+    pids = [path.name.removeprefix("pid_") for path in folder.glob("pid_*")]
+    return pids, [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+def until(true, seconds):
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.02)
+    return true()
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """{case: (its folder, how it ended)}, all at a time: they sleep."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WORLD_SIZE", raising=False)
+        folders = {case: tmp_path_factory.mktemp("case") for case in CASES}
+        started = {}
+        for case, folder in folders.items():
+            words = [word for word in case.split() if ":" in word]
+            started[case] = harness.Started(["tests/stopped_run.py", folder, 2, *words])
+    for case, one in started.items():
+        number = getattr(signal, case.split()[-1], None)
+        if number and until(lambda folder=folders[case]: len(there(folder)[0]) == 2, 60):
+            os.kill(one.process.pid, number)
+    return {case: (folders[case], one.ended(50)) for case, one in started.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_ends_one_process_ends_all_with_one_line(case, cases):
+    (code, line), (folder, ended) = CASES[case], cases[case]
+    assert ended.code == code, ended
+    lines = [text for text in ended.err.splitlines() if not text.startswith("round ")]
+    assert not line or lines[-1] == line and (len(lines) == 1 or "bug" in case), ended.err
+    assert until(lambda: not there(folder)[1], 15)
+    facts = read_json(folder / "r" / "run.json")
+    if code == 0:
+        assert lines[0].startswith("waiting for process 1, client 1 of round 2 for 0.0"), ended.err
+    elif code in (1, 2):
+        assert facts["status"] == "failed" and line.endswith(facts["reason"])
+    else:  # where the main process was killed nobody could say it in run.json
+        assert facts["status"] == ("running" if code == 137 else "interrupted")
+
+
+def test_what_was_ended_by_a_process_that_was_killed_goes_on(cases):
+    (folder, _), (whole, _) = (cases[case] for case in ("0: 1:kill", "1:wait_1.5"))
+    assert harness.run(["tests/stopped_run.py", folder, 1]).code == 0
+    harness.same_run(folder / "r", whole / "r")
+
+
+def test_without_a_supervisor_who_is_left_names_who_is_gone(tmp_path, monkeypatch):
+    ended = harness.run_ranks(["tests/stopped_run.py", tmp_path, 2, "1:kill"], 2)
+    assert [one.code for one in ended] == [1, -9]
+    assert ended[0].err.splitlines()[-1] == f"failed: another process is gone ({PLACE}): see its output"
+
+
+# ---------------------------------------------------------------------------------------------- what may go on
+
+
+def begun(folder, rounds=3, **flags):
+    """A run of small_run.train that was asked for so many rounds."""
+    return train(arguments(folder, rounds=rounds, **flags), rounds, save_every=1)[0]
+
+
+def test_paths_are_compared_by_what_they_hold(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "config.json").write_text("{}")
+    (here / "shard.json").write_text("[1]")
+    monkeypatch.chdir(here)
+    begun(tmp_path, model="model", shard="shard.json", init_from="tiny")
+    monkeypatch.chdir(there)
+    again = {"shard": "../here/shard.json", "init_from": "tiny", "resume": True}
+    for name in ("model", str(here / "model"), "../there/model/"):
+        with pytest.raises(SystemExit) as stop:  # it is finished
+            begun(tmp_path, model=name, **again)
+        assert stop.value.code == 0
+    with pytest.raises(cli.UsageError, match="--init-from tiny -> small"):
+        begun(tmp_path, model="model", **again | {"init_from": "small"})
+    (there / "model" / "config.json").write_text("[]")
+    with pytest.raises(cli.UsageError, match="another content of --model model than is now in model"):
+        begun(tmp_path, model="model", **again)
+    (here / "model" / "weights").write_text("")
+    with pytest.raises(cli.UsageError, match="another content of --model"):
+        begun(tmp_path, model=str(here / "model"), **again)
+    with pytest.raises(cli.UsageError, match="--model model -> none"):
+        begun(tmp_path, model="none", **again)
+
+
+def test_a_run_goes_on_for_more_rounds_where_none_depends_on_how_many_there_are(tmp_path):
+    begun(tmp_path, scheduler="none")
+    assert torch.equal(begun(tmp_path, 6, scheduler="none", resume=True), begun(tmp_path / "whole", 6))
+    harness.same_run(tmp_path / "r", tmp_path / "whole" / "r")
+    with pytest.raises(cli.UsageError, match="--rounds 6 -> 3: --resume can only add to the rounds"):
+        begun(tmp_path, 3, scheduler="none", resume=True)
+    begun(tmp_path / "cosine", scheduler="cosine")
+    with pytest.raises(cli.UsageError, match="--rounds 3 -> 6: with --scheduler cosine the rate of a round depends"):
+        begun(tmp_path / "cosine", 6, scheduler="cosine", resume=True)
+    assert read_json(tmp_path / "cosine" / "r" / "run.json")["status"] == "finished"
