@@ -2,13 +2,19 @@
 
 Exit codes: 0 finished, 1 failed while running, 2 bad usage or input (one line on stderr, nothing written),
 130 interrupted, 143 terminated (a run is resumable).
+
+Nothing heavy is imported here: a typo and --help are answered at once.
 """
 
 import argparse
+import contextlib
+import difflib
 import math
 import os
+import re
 import sys
 import time
+import warnings
 
 from common.stopping import code_of, stoppable
 
@@ -44,17 +50,57 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class Flags(argparse.Namespace):
-    """Parsed flags. `reads`, which is no flag: {flag: when it is read, a function of the flags, or None: always}."""
+    """Parsed flags, and two lists that are no flags.
 
-    __slots__ = ("reads",)
+    reads: {flag: when it is read, a function of the flags, or None: always}; notes: lines of what has no effect.
+    """
+
+    __slots__ = ("reads", "notes")
+
+
+class When:
+    """When a flag is read, as a function of the flags; made by `only` and `unless`, joined by & and |.
+
+    off: function of the flags to those among them that switch the flag off, none where it is read.
+    """
+
+    def __init__(self, off):
+        self.off = off
+
+    def __call__(self, args):
+        return not self.off(args)
+
+    def __and__(self, other):
+        return When(lambda args: self.off(args) or other.off(args))
+
+    def __or__(self, other):
+        return When(lambda args: self.off(args) and other.off(args) and self.off(args))
+
+
+def only(**wanted):
+    """A flag that is read only where every one of these other flags has its value.
+
+    A value may be a tuple of values, or a function that says whether a value is one of them.
+    """
+    return When(lambda args: [flag for flag, values in wanted.items() if not _has(args, flag, values)][:1])
+
+
+def unless(**values):
+    """A flag that is not read where all of these other flags have their value, given as for `only`."""
+    return When(lambda args: list(values) if all(_has(args, flag, v) for flag, v in values.items()) else [])
+
+
+def _has(args, flag, values):
+    value = getattr(args, flag, None)
+    return values(value) if callable(values) else value in (values if isinstance(values, tuple) else (values,))
 
 
 class _Declares:
-    """Flags say when a run reads them: add_argument(..., when=lambda args: args.sharding == "dirichlet")."""
+    """Flags say when a run reads them: add_argument(..., when=only(sharding="dirichlet"), why="what it does then")."""
 
-    def add_argument(self, *names, when=None, **options):
+    def add_argument(self, *names, when=None, why="", **options):
         action = super().add_argument(*names, **options)
-        action.when = when
+        action.when, action.why = when, why
         return action
 
 
@@ -81,31 +127,103 @@ class Parser(_Declares, argparse.ArgumentParser):
 
     `--num_clients 4` and `--num-clients 4` are one flag. Abbreviations are off: a flag that a later version
     adds must not change what an old command line means. A bad command line exits with code 2 and one line.
+
+    --help begins with one line of usage and the first commands in the docstring of the script that runs.
     """
 
     def __init__(self, description, **kwargs):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self.defaulted = {}  # {flag: how it is called in the file that gives it another default}
 
     def add_argument_group(self, *args, **kwargs):
         group = _Group(self, *args, **kwargs)
         self._action_groups.append(group)
         return group
 
+    def format_help(self):
+        needed = [[*a.option_strings[:1], a.metavar or a.dest.upper()] for a in self._actions if a.required]
+        self.usage = " ".join(["%(prog)s", *(word for words in needed for word in words), "[--flag value ...]"])
+        usage, gap, rest = super().format_help().partition("\n\n")
+        return "\n    ".join([usage, *self._examples()]) + gap + rest
+
+    def _examples(self):
+        doc = re.sub(r"\\\n *", "", getattr(sys.modules["__main__"], "__doc__", None) or "")
+        commands = [line.strip() for line in doc.split("\n") if line.strip().startswith("python ")]
+        return ([line for line in commands if self.prog in line] or commands)[:2]
+
     def error(self, message):
-        end_with(f"{self.prog}: error: {message} (see --help)")
+        end_with(f"{self.prog}: error: {_one_line(message)} (see --help)")
+
+    def parse_args(self, args=None, namespace=None):
+        words = _hyphenated(args)
+        given = self.defaulted | self._given(words)
+        flags, rest = self.parse_known_args(words, namespace)
+        if rest:
+            self.error(f"{rest[0]!r} belongs to no flag: drop it")
+        if isinstance(flags, Flags):
+            flags.notes = list(self._without_effect(flags, given))
+        return flags
 
     def parse_known_args(self, args=None, namespace=None):
-        args = list(sys.argv[1:] if args is None else args)
-        for i, word in enumerate(args):
-            if word == "--":
-                break
-            if word.startswith("--"):
-                name, equals, value = word.partition("=")
-                args[i] = "--" + name[2:].replace("_", "-") + equals + value
         flags = Flags() if namespace is None else namespace
         if isinstance(flags, Flags):
             flags.reads = {a.dest: getattr(a, "when", None) for a in self._actions if a.dest != "help"}
-        return super().parse_known_args(args, flags)
+        return super().parse_known_args(_hyphenated(args), flags)
+
+    def _given(self, words):
+        """{flag: its spelling} of the words, all of which must be this parser's."""
+        known, given = dict(self._option_string_actions), {}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for one in action.choices.values():
+                    known |= one._option_string_actions
+        for word in words[: words.index("--")] if "--" in words else words:
+            name = word.partition("=")[0]
+            if name in known:
+                given[known[name].dest] = name
+            elif name.startswith("--") and not {"-h", "--help"} & {*words}:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                self.error(f"unknown flag {name}: did you mean {near}?")
+        return given
+
+    def _without_effect(self, flags, given):
+        """A line for each reason that flags which were given are not read."""
+        lines = {}
+        for action in self._actions:
+            when = getattr(action, "when", None)
+            off = when.off(flags) if action.dest in given and isinstance(when, When) else ()
+            if off:
+                reason = " ".join(_spelled(flag, getattr(flags, flag, None)) for flag in off)
+                names = lines.setdefault((reason, action.why), {})
+                names[given[action.dest]] = True
+        for (reason, why), names in lines.items():
+            have = "has" if len(names) == 1 else "have"
+            yield f"warning: {' and '.join(names)} {have} no effect {reason}" + (f": {why}" if why else "")
+
+
+def _hyphenated(args):
+    """The words of a command line (None: of this process's), flags with hyphens."""
+    words = list(sys.argv[1:] if args is None else args)
+    for i, word in enumerate(words):
+        if word == "--":
+            break
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            words[i] = "--" + name[2:].replace("_", "-") + equals + value
+    return words
+
+
+def _one_line(message):
+    """The message in one line, whatever it quotes."""
+    return " ".join(str(message).splitlines())
+
+
+def _spelled(flag, value):
+    """`with --sharding iid`, `without --hp-search`."""
+    name = f"--{flag.replace('_', '-')}"
+    if value is None or value is False:
+        return f"without {name}"
+    return f"with {name}" + ("" if value is True else f" {value}")
 
 
 def _number(kind, holds, wanted):
@@ -133,14 +251,21 @@ fraction = _number(float, lambda v: 0 < v <= 1, "a number above 0 and at most 1"
 half_open_fraction = _number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 
 
+def folder_name(text):
+    """A type of flags: the name of one folder."""
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder: give one line of text")
+    return text
+
+
 def add_run_flags(parser, *other_names):
     """The flags of the run itself, the same in every script. other_names: more spellings of --run-name."""
     group = parser.add_argument_group("the run")
-    group.add_argument(
-        "--run-name", *other_names, metavar="NAME", help="folder of this run (default: made from the flags)"
-    )
-    group.add_argument("--resume", action="store_true", help="go on with the run of this name, if there is one")
-    group.add_argument("--overwrite", action="store_true", help="delete the run of this name and start anew")
+    text = "folder of this run (default: made from the flags)"
+    group.add_argument("--run-name", *other_names, type=folder_name, metavar="NAME", help=text)
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--resume", action="store_true", help="go on with the run of this name, if there is one")
+    one.add_argument("--overwrite", action="store_true", help="delete the run of this name and start anew")
     group.add_argument(
         "--keep-checkpoints",
         type=positive_int,
@@ -194,12 +319,54 @@ def end_with(line):
     sys.exit(2)
 
 
+class _Waiting:
+    """Lines of information that wait until a run has begun, so that a refusal is the only line on stderr."""
+
+    lines = None  # None: nothing is waited for
+
+
+def say(line):
+    """A line of information on stderr, above a progress bar: at once, or when the run that is checked has begun."""
+    if _Waiting.lines is not None:
+        _Waiting.lines.append(line)
+        return
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+
+
+def say_waiting(args=None):
+    """Says what waits, and what the flags have to say (once): nothing can be refused any more."""
+    waiting, _Waiting.lines = _Waiting.lines or [], None
+    notes = getattr(args, "notes", [])
+    for line in (*notes, *waiting):
+        say(line)
+    notes.clear()
+
+
+@contextlib.contextmanager
+def _waiting(args):
+    """What is said by `say` and `warnings.warn` waits until the run begins, or until the end of what is not refused."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {_one_line(message)}")
+        _Waiting.lines = []
+        try:
+            yield
+            if os.environ.get("RANK", "0") == "0":
+                say_waiting(args)
+        except RunFailed:
+            say_waiting(args)
+            raise
+        finally:
+            _Waiting.lines = None
+
+
 def checked(function, *args):
     """function(*args); where that is a UsageError, its line on stderr and the end with exit code 2."""
     try:
         return function(*args)
     except UsageError as error:
-        end_with(f"error: {error}")
+        end_with(f"error: {_one_line(error)}")
 
 
 def run_main(main, args, end=sys.exit, reason=lambda: None):
@@ -209,13 +376,13 @@ def run_main(main, args, end=sys.exit, reason=lambda: None):
     interruption's notes (`add_note`) say of how to go on is part of its line.
     """
     try:
-        with stoppable(reason):
+        with stoppable(reason), _waiting(args):
             code = main(args)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         code = 2
     except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {_one_line(error)}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt as error:
         code = code_of(error)

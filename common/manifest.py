@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from common.checkpoint import read_json
-from common.cli import UsageError, method_of
+from common.cli import UsageError, method_of, say
 from common.lock import LOCK
 from common.parallel import is_main, world
 from common.provenance import git_commit, versions
@@ -198,7 +198,7 @@ def check_same(folder, before, now):
     if changed := _changes(before["resolved"], now["resolved"]):
         raise UsageError(f"{folder} was started with {changed}: name these flags as they were then")
     if (changed := _changes(before["versions"], now["versions"])) and is_main():
-        print(f"warning: other versions than at the start, bits may differ: {changed}", file=sys.stderr)
+        say(f"warning: other versions than at the start, bits may differ: {changed}")
 
 
 def json_safe(value):

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint, manifest, parallel
-from common.cli import UsageError
+from common.cli import UsageError, say, say_waiting
 from common.client_rows import ClientRows
 from common.curves import number, read_metrics
 from common.evaluation import pick_device, resolve_amp
@@ -176,6 +176,8 @@ class Run:
             except OSError as error:
                 raise UsageError(f"cannot write {self.folder}: {error.strerror}; choose --output-dir") from error
         self.begun = True
+        if parallel.is_main():
+            say_waiting(self.args)
         self._tracker = tracker(self.args, self.folder, self.command) if parallel.is_main() else None
         parallel.barrier()
 
@@ -248,9 +250,9 @@ class Run:
         return f"lower --{lr.replace('_', '-')} ({getattr(self.args, lr):g}) or --amp off"
 
     def note(self, text):
-        """A line on stderr, by the main process."""
+        """A line on stderr, by the main process; it waits until the run has begun."""
         if parallel.is_main():
-            tqdm.write(text, file=sys.stderr)
+            say(text)
 
     def due(self, t):
         """Whether there is an evaluation after t rounds."""

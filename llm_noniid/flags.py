@@ -1,10 +1,8 @@
 """The flags of this study's scripts and the keys of its yaml files: the source's names and defaults, and ours."""
 
-import sys
 from pathlib import Path
 
-import torch
-
+from common.choices import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS
 from common.cli import (
     Parser,
     UsageError,
@@ -14,18 +12,22 @@ from common.cli import (
     half_open_fraction,
     non_negative_float,
     non_negative_int,
+    only,
     positive_float,
     positive_int,
+    unless,
 )
 from common.config_file import apply_config
-from common.local import CLIENT_OPTIMIZERS
-from common.scaffold import SCAFFOLD_OPTIONS, check_scaffold
-from llm_noniid.data import DATASETS
-from llm_noniid.detectors import STOP_ON
-from llm_noniid.partition import PARTITIONS, SKEW_TYPES, STYLE_CRITERIA
+from common.participation import check_participation
 
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "local", "central")
+TOGETHER = tuple(name for name in ALGORITHMS if name not in ("local", "central"))
 CLUSTERS = ("none", "updates", "labels")
+DATASETS = ("ag_news", "wikitext", "demo")
+PARTITIONS = ("iid", "topic_skew", "style_skew", "token_skew")
+STYLE_CRITERIA = ("length", "formality", "complexity")
+SKEW_TYPES = ("frequency", "truncation", "vocabulary")
+STOP_ON = ("never", "divergence", "any")
 ALIKE = {  # section of a yaml file -> keys that are called as their flag
     "model": "lora_r lora_alpha lora_dropout max_length",
     "data": "dataset num_clients alpha skew_type batch_size max_samples seed",
@@ -45,24 +47,28 @@ KEYS = {  # of a yaml file -> flag
 }
 
 
+# whether a round's updates are compared: of one model that several clients share
+is_compared = only(cluster="none", algorithm=TOGETHER)
+
+
 def build_parser(description):
     """The parser of train.py."""
     parser = Parser(description)
     method = parser.add_argument_group("the method")
     choice(method, "--algorithm", ALGORITHMS, "fedavg", "how the clients are brought together")
-    number(method, "--mu", non_negative_float, 0.01, "FedProx's mu, only there; off: 0", when=of("fedprox"))
+    number(method, "--mu", non_negative_float, 0.01, "FedProx's mu, only there; off: 0", when=only(algorithm="fedprox"))
     choice(method, "--client-optimizer", CLIENT_OPTIMIZERS, "adamw", "of the clients; sgdm: momentum 0.9")
     text = "SCAFFOLD's new c_k: mean of the raw gradients, or the paper's formula II (not with adamw)"
-    choice(method, "--scaffold-option", SCAFFOLD_OPTIONS, "mean_gradient", text, when=of("scaffold"))
+    choice(method, "--scaffold-option", SCAFFOLD_OPTIONS, "mean_gradient", text, when=only(algorithm="scaffold"))
     text = "of fedavgm (default: 1), fedadam (0.01)"
-    number(method, "--server-lr", positive_float, None, text, when=of("fedavgm", "fedadam"))
-    number(method, "--server-momentum", half_open_fraction, 0.9, "of fedavgm; off: 0", when=of("fedavgm"))
+    number(method, "--server-lr", positive_float, None, text, when=only(algorithm=("fedavgm", "fedadam")))
+    number(method, "--server-momentum", half_open_fraction, 0.9, "of fedavgm; off: 0", when=only(algorithm="fedavgm"))
     text = "FedAvg within groups of clients with like updates or topics"
-    choice(method, "--cluster", CLUSTERS, "none", text, when=of("fedavg"))
-    clusters = of("updates", "labels", flag="cluster")
+    choice(method, "--cluster", CLUSTERS, "none", text, when=only(algorithm="fedavg"))
+    clusters = unless(cluster="none")
     number(method, "--num-clusters", positive_int, 2, "groups, for --cluster", "C", when=clusters)
     text = "round whose updates decide the groups; who is absent joins the largest"
-    number(method, "--cluster-round", positive_int, 1, text, "T", when=of("updates", flag="cluster"))
+    number(method, "--cluster-round", positive_int, 1, text, "T", when=only(cluster="updates"))
     choice(method, "--stop-on", STOP_ON, "never", "end the run at a detector's alarm: of divergence, or of any")
 
     data = parser.add_argument_group("the data")
@@ -73,7 +79,7 @@ def build_parser(description):
     data.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
     data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
     choice(data, "--partition", PARTITIONS, "topic_skew", "how texts are dealt to clients")
-    topic, style, token = (of(f"{name}_skew", flag="partition") for name in ("topic", "style", "token"))
+    topic, style, token = (only(partition=f"{name}_skew") for name in ("topic", "style", "token"))
     number(data, "--alpha", positive_float, 0.1, "topic_skew: Dirichlet's concentration", when=topic)
     text = "style_skew: what the texts are sorted by"
     choice(data, "--style-criterion", STYLE_CRITERIA, "length", text, when=style)
@@ -92,16 +98,16 @@ def build_parser(description):
 
     train = parser.add_argument_group("training")
     number(train, "--num-rounds", positive_int, 50, "rounds", "T", "--rounds")
-    sampled, text = lambda a: a.algorithm != "central" or a.local_steps > 0, "share of clients a round"
+    sampled, text = unless(algorithm="central", local_steps=0), "share of clients a round"
     number(train, "--participation-rate", fraction, 1.0, text, "C", "--participation", when=sampled)
     text = "passes over a client's texts a round"
-    number(train, "--local-epochs", positive_float, 1.0, text, when=lambda a: a.local_steps == 0)
+    number(train, "--local-epochs", positive_float, 1.0, text, when=only(local_steps=0))
     number(train, "--local-steps", non_negative_int, 0, "exactly so many steps instead; off: 0", "H")
     number(train, "--batch-size", positive_int, 8, "texts a step", "B")
     number(train, "--learning-rate", positive_float, 5e-5, "of the clients", "X", "--lr")
     number(train, "--weight-decay", non_negative_float, 0.0, "off: 0")
     number(train, "--max-grad-norm", non_negative_float, 0.0, "clipping; off: 0")
-    together = of(*(name for name in ALGORITHMS if name not in ("local", "central")))
+    together = only(algorithm=TOGETHER)
     text = "weight of a client in the mean, and of its control variate"
     choice(train, "--client-weights", ["examples", "uniform"], "examples", text, when=together)
     number(train, "--eval-every", positive_int, 5, "evaluate every N rounds", "N")
@@ -125,16 +131,6 @@ def choice(group, flag, choices, default, text, when=None):
     group.add_argument(flag, choices=choices, default=default, help=text, when=when)
 
 
-def is_compared(args):
-    """Whether a round's updates are compared: of one model that several clients share."""
-    return args.cluster == "none" and args.algorithm not in ("local", "central")
-
-
-def of(*values, flag="algorithm"):
-    """When a flag is read: where another one has one of these values."""
-    return lambda args: getattr(args, flag) in values
-
-
 def parse(parser, argv=None):
     """The flags from the command line over those of --config; what depends on others is filled in and checked."""
     finder = Parser("", add_help=False)
@@ -142,19 +138,19 @@ def parse(parser, argv=None):
     config = finder.parse_known_args(argv)[0].config
     if config:
         apply_config(parser, config, KEYS)
-    return complete(parser.parse_args(argv), argv)
+    return complete(parser.parse_args(argv))
 
 
-def complete(args, argv=None):
+def complete(args):
     """Raises UsageError for flags that contradict each other."""
     if args.algorithm == "scaffold":
+        from common.scaffold import check_scaffold
+
         check_scaffold(args.client_optimizer, args.scaffold_option)
     if args.algorithm == "fednova" and args.client_optimizer == "adamw":
         raise UsageError(
             "--algorithm fednova with --client-optimizer adamw: its steps are not sums of gradients: take sgd or sgdm"
         )
-    if args.algorithm != "fedprox" and any(str(w).startswith("--mu") for w in (argv or sys.argv[1:])):
-        print(f"warning: --mu has no effect with --algorithm {args.algorithm}: it is fedprox's", file=sys.stderr)
     if args.cluster != "none" and args.algorithm != "fedavg":
         raise UsageError(f"--cluster {args.cluster} is FedAvg within groups: drop it, or --algorithm {args.algorithm}")
     if args.cluster != "none" and args.num_clusters > args.num_clients:
@@ -164,14 +160,12 @@ def complete(args, argv=None):
             f"--cluster-round {args.cluster_round} is above --num-rounds {args.num_rounds}, so that no groups form: "
             "lower it"
         )
-    if args.participation_rate * args.num_clients < 0.5:
-        raise UsageError(
-            f"--participation-rate {args.participation_rate:g} of {args.num_clients} clients samples nobody: raise it "
-            f"to {1 / args.num_clients:g}"
-        )
+    check_participation(args.participation_rate, args.num_clients)
     if args.server_lr is None:
         args.server_lr = {"fedavgm": 1.0, "fedadam": 0.01}.get(args.algorithm, 1.0)
     if args.algorithm == "central" and not args.threads:
+        import torch
+
         args.threads = torch.get_num_threads()  # all cores: there is one client
     return args
 

@@ -27,8 +27,8 @@ from common.cli import Parser, UsageError, non_negative_int, positive_float, pos
 from common.grid import Preset, Setting
 from llm_noniid import flags, report
 from llm_noniid.failure_map import ALPHAS
+from llm_noniid.flags import PARTITIONS
 from llm_noniid.outcomes import MAP_FILE
-from llm_noniid.partition import PARTITIONS
 
 SHOW = tuple(
     ("llm_noniid/run_experiments.py", "--mode", mode, "--results-dir", "{output}") for mode in ("compare", "analyze")

@@ -18,7 +18,7 @@ from common.adapter_files import read_adapter
 from common.aggregation import ServerAdam, ServerMomentum
 from common.cli import UsageError
 from common.lowrank import MIXED_RANKS, trained_factors
-from common.participation import per_round
+from common.participation import check_participation, per_round
 from common.products import fit_rank, scaling
 from common.seeding import seed_torch, torch_stream
 from common.vector import Weights
@@ -92,6 +92,7 @@ def load_study(args, run):
     a = args
     model = TaskModel(a, (a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules))
     shards = load_shards(a.shard_dir, model.data)
+    check_participation(a.participation, len(shards))
     ranks = client_ranks(a, len(shards))
     check_ranks(a, ranks, model.adapted)
     scale, start = scaling(a.lora_alpha, a.lora_r), read_adapter(a.init_adapter) if a.init_adapter else None

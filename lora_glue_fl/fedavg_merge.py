@@ -1,7 +1,8 @@
 """One-shot FedAvg: trained adapters of several clients merged into one.
 
-    python lora_glue_fl/fedavg_merge.py --model_size base --task_name sst2 --adapters client1/adapter client2/adapter \\
-        --shard_manifests shards/client_1.json shards/client_2.json --svd_rank 8 --save_adapter out_merged/adapter
+    python lora_glue_fl/fedavg_merge.py --adapters client1 client2 --svd_rank 8 --save_adapter merged
+    python lora_glue_fl/fedavg_merge.py --adapters client1 client2 --svd_rank 8 --save_adapter merged \\
+        --task_name sst2 --shard_manifests shards/client_1.json shards/client_2.json
 
     svd      Delta = sum_k p_k s_k B_k A_k, truncated to rank --svd_rank     (ranks and alphas may differ)
     naive    A = sum_k p_k A_k,  B = sum_k p_k B_k                            (--skip_svd; not the mean of products)

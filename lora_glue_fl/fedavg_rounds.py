@@ -12,7 +12,16 @@ import argparse
 from functools import partial
 
 from common.aggregation import WeightedMean
-from common.cli import checked, fraction, half_open_fraction, non_negative_float, positive_float, positive_int
+from common.cli import (
+    checked,
+    fraction,
+    half_open_fraction,
+    non_negative_float,
+    only,
+    positive_float,
+    positive_int,
+    unless,
+)
 from common.local import client_optimizer, local_steps
 from common.lowrank import RULES, AdapterMean
 from common.processes import run_federated
@@ -56,9 +65,7 @@ def main(args):
 def build_parser():
     parser, own = flags.make_parser(__doc__.split("\n")[0], "./out_fedavg", "--output-root", federated=True)
 
-    def svd(a):
-        return a.aggregate == "svd"
-
+    svd = only(aggregate=("svd", None), skip_svd=False)
     own.add_argument("--aggregate", choices=RULES, help="the server's rule, see common/lowrank.py (default: svd)")
     own.add_argument("--skip-svd", action="store_true", help="the same as --aggregate naive", when=lambda a: False)
     own.add_argument("--svd-rank", type=positive_int, default=8, metavar="R", help="svd: rank it serves", when=svd)
@@ -85,7 +92,7 @@ def build_parser():
         type=positive_float,
         metavar="X",
         help="its learning rate (default: 1 for momentum, else 0.01)",
-        when=lambda a: a.server_optimizer != "none",
+        when=unless(server_optimizer="none"),
     )
     own.add_argument(
         "--server-beta",
@@ -93,7 +100,7 @@ def build_parser():
         default=0.9,
         metavar="X",
         help="of momentum; off: 0",
-        when=lambda a: a.server_optimizer == "momentum",
+        when=only(server_optimizer="momentum"),
     )
     federated = parser.add_argument_group("rounds")
     federated.add_argument("--shard-dir", required=True, metavar="DIR", help="manifests that sharding.py wrote")

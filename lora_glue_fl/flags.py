@@ -1,9 +1,8 @@
 """The flags of this study's scripts: the source's names and defaults, and ours."""
 
-import os
 from pathlib import Path
 
-from common.checkpoint import read_json
+from common.choices import SPLITS
 from common.cli import (
     Parser,
     UsageError,
@@ -11,12 +10,12 @@ from common.cli import (
     add_run_flags,
     half_open_fraction,
     non_negative_float,
+    only,
     positive_float,
     positive_int,
 )
-from common.products import SPLITS
-from lora_glue_fl.glue_data import DATASETS
 
+DATASETS = ("glue", "demo")
 SIZES = {"base": "roberta-base", "large": "roberta-large"}
 BATCH = {"type": positive_int, "default": 32, "metavar": "B"}
 
@@ -60,7 +59,11 @@ def add_task_flags(parser, task_required=True):
 def add_model_flags(group):
     """Which encoder."""
     group.add_argument(
-        "--model-size", choices=list(SIZES), help="roberta-base or roberta-large (default: base, without --model)"
+        "--model-size",
+        choices=list(SIZES),
+        when=only(model=None),
+        why="it only names the folder",
+        help="roberta-base or roberta-large (default: base, without --model)",
     )
     group.add_argument(
         "--model", metavar="NAME", help="another encoder: a folder or a name on the hub; tiny needs no download"
@@ -144,16 +147,18 @@ def complete_rounds(args):
 
 def run_name(args):
     """The run's folder: {task}_{size}, or where that holds a run of another rule or start, with these in its name."""
+    from common.checkpoint import read_json
+
     name = f"{args.task_name.lower()}_{size_label(args)}"
     try:
         there = read_json(f"{args.output_dir}/{name}/run.json")["args"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return name
     if not isinstance(there, dict) or args.overwrite:
         return name
     if all(there.get(key) == getattr(args, key) for key in ("aggregate", "init_adapter")):
         return name
     other = f"{name}_{args.aggregate}" + "_warm" * bool(args.init_adapter)
-    if os.environ.get("RANK", "0") == "0":  # of torchrun
-        print(f"{args.output_dir}/{name} holds a run of {there.get('aggregate')}: this one goes to {other}")
+    line = f"{args.output_dir}/{name} holds a run of {there.get('aggregate')}: this one goes to {other}"
+    getattr(args, "notes", []).append(line)
     return other

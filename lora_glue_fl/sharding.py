@@ -10,7 +10,7 @@ save_shard_manifests("out/sst2_base/shards_iid_k5", info)
 
 import argparse
 
-from common.cli import Parser, positive_float, positive_int, run_main, seed_number
+from common.cli import Parser, only, positive_float, positive_int, run_main, seed_number
 from lora_glue_fl.flags import add_data_flags
 from lora_glue_fl.shards import MODES, make_client_splits, save_shard_manifests
 
@@ -32,10 +32,14 @@ def build_parser():
     parser.add_argument("--k", "--num-clients", type=positive_int, required=True, metavar="K", help="clients")
     parser.add_argument("--mode", choices=MODES, default="iid", help="how the examples are dealt")
     parser.add_argument("--out-dir", required=True, metavar="DIR", help="where the manifests go")
-    parser.add_argument("--overlap-ratio", type=float, default=0.0, metavar="X", help="overlap: share drawn from all")
-    parser.add_argument("--category-key", metavar="COLUMN", help="category: label or genre (default: label)")
-    parser.add_argument("--dirichlet-alpha", type=positive_float, default=0.5, metavar="X", help="dirichlet: evenness")
-    parser.add_argument("--min-samples", type=positive_int, default=1, metavar="N", help="dirichlet: least a client")
+    some, text = {"type": float, "default": 0.0, "metavar": "X"}, "overlap: share drawn from all"
+    parser.add_argument("--overlap-ratio", **some, when=only(mode=("overlap", "category_overlap")), help=text)
+    text, by_category = "category: label or genre (default: label)", only(mode=("category", "category_overlap"))
+    parser.add_argument("--category-key", metavar="COLUMN", when=by_category, help=text)
+    by_share, some = only(mode="dirichlet"), {"type": positive_float, "default": 0.5, "metavar": "X"}
+    parser.add_argument("--dirichlet-alpha", **some, when=by_share, help="dirichlet: evenness")
+    some = {"type": positive_int, "default": 1, "metavar": "N"}
+    parser.add_argument("--min-samples", **some, when=by_share, help="dirichlet: least a client")
     parser.add_argument(
         "--bin-stsb", action=argparse.BooleanOptionalAction, default=True, help="stsb: scores in bins of 0.2"
     )

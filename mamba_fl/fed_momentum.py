@@ -55,7 +55,7 @@ def server_optimizer(args):
 
 def of(*kinds):
     """When a flag is read: with these server optimisers."""
-    return lambda args: args.server_optimizer in kinds
+    return cli.only(server_optimizer=kinds)
 
 
 def build_parser():

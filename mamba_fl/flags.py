@@ -8,10 +8,11 @@ from common.cli import (
     fraction,
     non_negative_float,
     non_negative_int,
+    only,
     positive_float,
     positive_int,
 )
-from common.participation import per_round
+from common.participation import check_participation, per_round
 
 LAYERS = {f"pure_ssm_{n}_layer": n for n in (1, 2, 4)}  # the source's configurations
 # What a flag that was not given means, by data set. The demo's need no download.
@@ -56,7 +57,8 @@ def make_parser(doc, *, federated=True):
         add("--batch-size", type=positive_int, default=4, metavar="B", help="sequences a step and client")
         add("--local-updates", type=positive_int, default=1, metavar="H", help="steps a client and round")
         add("--rounds", "--num-rounds", type=positive_int, metavar="R", help="rounds (default: what --n-epochs needs)")
-        add("--participation", type=fraction, default=1.0, metavar="C", help="share of clients a round")
+        spelled, share = ("--participation", "--participation-rate"), "share of clients a round"
+        add(*spelled, type=fraction, default=1.0, metavar="C", help=share)
         add(
             "--client-weights",
             choices=["examples", "uniform"],
@@ -67,7 +69,7 @@ def make_parser(doc, *, federated=True):
             "--client-state",
             choices=["keep", "reset"],
             default="keep",
-            when=lambda a: a.client_optimizer == "adamw",
+            when=only(client_optimizer="adamw"),
             help="a client's AdamW moments from round to round",
         )
         sync = "when clients get the averaged model; epoch: the source's schedule"
@@ -126,6 +128,7 @@ def complete_flags(args):
             raise UsageError(f"--client-weights {given} and --entropy-prior {prior} contradict each other: give one")
         args.entropy_prior = prior
     args.client_weights = args.client_weights or "examples"
+    check_participation(args.participation, args.num_clients)
     if args.sync == "epoch" and args.participation < 1:
         raise UsageError(f"--sync epoch needs every client in every round: --participation {args.participation} -> 1")
     return args

@@ -50,7 +50,7 @@ def figure_parser(study, figures, more=lambda parser: None):
     )
     parser.add_argument("--data-dir", nargs="+", default=["results"], help="folders with run folders, or logs")
     parser.add_argument("--out-dir", default="results/plots", help="folder for the figures")
-    parser.add_argument("--format", choices=["png", "pdf"], default="png")
+    parser.add_argument("--format", choices=["png", "pdf"], default="png", help="of the files")
     parser.add_argument("--unfinished", action="store_true", help="take runs that have not finished too")
     more(parser)
     return parser

@@ -121,6 +121,11 @@ def manifest(change):
     return lambda folder: edited(folder / "run.json", change)
 
 
+def damaged_and_of_another_python(folder):
+    manifest(lambda run: run["versions"].update(python="3"))(folder)
+    cut(folder / "checkpoint" / "theta.safetensors", 5000)
+
+
 # What is done to a good adapter
 def changed(**about):
     return lambda folder: edited(folder / CONFIG, lambda config: config.update(about))
@@ -176,7 +181,11 @@ MAMBA = [
     ("fed_avg", "--seed 99999999999999999999", ["--seed"]),
     ("fed_avg", "--threads 100000", ["--threads"]),
     ("fed_avg", "--participation 1.5", ["--participation"]),
+    ("fed_avg", "--participation 0.1", ["0.1 of 4 clients samples nobody", "raise it to 0.25"]),
     ("fed_avg", "--no-such-flag", ["--no-such-flag"]),
+    ("fed_avg", "--local-update 3", ["--local-update:", "did you mean --local-updates?"]),
+    ("fed_avg", "--resume --overwrite", ["--overwrite: not allowed with argument --resume"]),
+    ("fed_avg", "--client-optimizer sgd --client-state keep --num-clients 60", ["60", "45"]),  # and no warning
     ("fed_entropy", "--temperature 0", ["--temperature"]),
     ("fed_momentum", "--server-momentum 1", ["--server-momentum"]),
     ("fed_fisher", "--fisher-samples 0", ["--fisher-samples"]),
@@ -188,10 +197,14 @@ MAMBA = [
     ("fed_avg", "--resume", ["amp bf16 -> "], a_run(manifest(lambda run: run["resolved"].update(amp="bf16")))),
     ("fed_avg", "--resume", ["theta.safetensors is damaged", "--overwrite"],
      a_run(lambda folder: cut(folder / "checkpoint" / "theta.safetensors", 5000))),
+    ("fed_avg", "--resume", ["theta.safetensors is damaged"], a_run(damaged_and_of_another_python)),
     ("fed_avg", "--run-name thesis --overwrite", ["thesis"], text("out/thesis/thesis.txt", "years of work")),
 ]  # fmt: skip
 VIT = [
     ("federated", "--sharding non_iid --nc 11", ["11", "10"]),
+    ("federated", "--num-clients 4 --participation 0.1", ["0.1 of 4 clients samples nobody", "raise it to 0.25"]),
+    ("federated", "--heterogeneity-experiment --local-steps-experiment", ["one at a time"]),
+    ("sparse", "--compare-strategies --sparsity-experiment", ["--compare-strategies and --sparsity-experiment"]),
     ("federated", "--sharding non_iid --nc 1 --num-clients 4", ["1, 2, 3, 4, 5, 9", "--num-clients"]),
     ("federated", "--sharding non_iid --nc 3 --num-clients 120", ["--batch-size 8", "--num-clients"]),
     ("federated", "--image-size 36", ["36", "32 or 40"]),
@@ -257,6 +270,7 @@ GLUE = [
     ("svd", "--svd-rank 8 --client-ranks 1 2 4", ["--svd-rank 8", "above 7", "lower it"]),
     ("svd", "--aggregate naive --client-ranks 2 4", ["--client-ranks 2 4", "naive", "--aggregate svd or stack"]),
     ("svd", "--client-ranks 1 2 3 4", ["4 --client-ranks for 3 clients"]),
+    ("svd", "--participation 0.1", ["0.1 of 3 clients samples nobody", "raise it to 0.333"]),
     ("svd", "--lora-r 65", ["rank 65", "above 64", "--lora-r"]),
     ("svd", "--skip-svd --aggregate svd", ["--skip-svd", "not svd"]),
     ("svd", "--server-optimizer adam", ["adam", "svd", "naive, ffa or rolora"]),

@@ -1,6 +1,4 @@
-"""llm_noniid: what diverges, flags without effect, and the keys of --config."""
-
-import sys
+"""llm_noniid: what diverges, and the keys of --config."""
 
 import pytest
 import yaml
@@ -10,19 +8,6 @@ from common.cli import UsageError
 from llm_noniid import flags, train
 
 CONFIG = ROOT / "llm_noniid" / "configs" / "default.yaml"
-
-
-@pytest.mark.parametrize("given", [["--mu", "0.1"], ["--mu=0.1"]])
-def test_mu_where_it_has_no_effect_is_warned_of(given, capsys, monkeypatch):
-    for algorithm, warned in (("fedavg", True), ("scaffold", True), ("fedprox", False)):
-        flags.parse(train.build_parser(), ["--algorithm", algorithm, *given])
-        said = capsys.readouterr().err
-        assert said.count("\n") == warned and ("--mu has no effect" in said) == warned
-        monkeypatch.setattr(sys, "argv", ["train.py", "--algorithm", algorithm, *given])
-        flags.parse(train.build_parser())
-        assert ("--mu has no effect" in capsys.readouterr().err) == warned
-    flags.parse(train.build_parser(), ["--algorithm", "fedavg"])
-    assert not capsys.readouterr().err
 
 
 SOURCE_KEYS = """

@@ -140,10 +140,16 @@ def test_a_run_that_cannot_go_on_says_why(name, flags, parts, tmp_path):
     assert list(tmp_path.rglob("run.json")) or not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", harness.SCRIPTS)
+GRIDS = ["mamba_fl/run_study.py", "vit_sparse_fl/run_all_experiments.py", "lora_glue_fl/run_study.py"]
+GRIDS += ["llm_noniid/run_experiments.py", "llm_noniid/failure_map.py", "plots/vit.py", "plots/tables.py"]
+
+
+@pytest.mark.parametrize("script", [*harness.SCRIPTS, *GRIDS])
 def test_help_is_grouped_and_complete(script):
     ended = harness.run([script, "--help"])
     lines = ended.out.splitlines()
+    assert lines[0].startswith(f"usage: {script.split('/')[1]} ") and not lines[3]
+    assert all(line.startswith("    python ") for line in lines[1:3]), "two examples"
     assert ended.code == 0 and not ended.err and sum(line.endswith(":") and line[0] != " " for line in lines) >= 1
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith("  -"):

@@ -16,6 +16,7 @@ from common.cli import UsageError
 from common.seeding import stream
 from common.sharding import check, class_counts
 from vit_sparse_fl import data, demo_images
+from vit_sparse_fl.flags import SHARDINGS
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -342,7 +343,7 @@ def dealt(labels, sharding, num_clients, seed=0, **flags):
 
 def test_clients_are_dealt_by_the_flags_and_the_seed():
     labels = data.load_images("demo", 0).train_labels
-    for sharding in data.SHARDINGS:
+    for sharding in SHARDINGS:
         parts, notes = dealt(labels, sharding, 20, seed=1)
         check(parts, 7200)
         assert notes == []

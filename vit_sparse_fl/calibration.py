@@ -6,7 +6,7 @@ import torch
 from common import parallel
 from common.aggregation import WeightedMean
 from common.checkpoint import read_json
-from common.cli import RunFailed, UsageError, positive_int
+from common.cli import RunFailed, UsageError, only, positive_int
 from common.seeding import stream
 from vit_sparse_fl.flags import choice, number
 from vit_sparse_fl.mask_files import load_mask, save_mask
@@ -23,15 +23,11 @@ from vit_sparse_fl.masks import (
     merge,
 )
 
-
-def masked(args):
-    """Whether the run makes a mask of its own."""
-    return args.upload == "masked" and not args.mask
-
-
-def calibrated(args):
-    """Whether images enter the mask."""
-    return masked(args) and STRATEGIES[args.mask_strategy].images
+_MADE = {"upload": "masked", "mask": (None, "")}
+masked = only(**_MADE)  # whether the run makes a mask of its own
+calibrated = only(**_MADE, mask_strategy=lambda name: STRATEGIES[name].images)  # whether images enter it
+_images_read = calibrated | only(**_MADE, compare_strategies=True)
+_on_clients = only(calibrate_on="clients") & _images_read
 
 
 def add_mask_flags(group):
@@ -40,20 +36,16 @@ def add_mask_flags(group):
     choice(group, "--mask-strategy", STRATEGIES, "least_sensitive", text, when=masked)
     choice(group, "--mask-scope", SCOPES, "global", "one threshold, or one for each tensor", when=masked)
     text = "talos: rounds exclude step by step; seed: the source's mean over rounds"
-    choice(group, "--calibration", CALIBRATIONS, "talos", text, when=calibrated)
+    choice(group, "--calibration", CALIBRATIONS, "talos", text, when=_images_read)
     text = "calibration rounds (default: 4; seed: 5)"
-    number(group, "--calibration-rounds", positive_int, None, "R", text, when=calibrated)
-    number(group, "--fisher-samples", positive_int, 512, "N", "images a calibration round", when=calibrated)
+    number(group, "--calibration-rounds", positive_int, None, "R", text, when=_images_read)
+    number(group, "--fisher-samples", positive_int, 512, "N", "images a calibration round", when=_images_read)
     text = "server: on its validation images; clients: the mean of scores that clients send"
-    choice(group, "--calibrate-on", ["server", "clients"], "server", text, when=calibrated)
+    choice(group, "--calibrate-on", ["server", "clients"], "server", text, when=_images_read)
     number(group, "--calibration-clients", positive_int, 10, "N", "clients that calibrate", when=_on_clients)
     text = "of masks that the clients make each; none: one mask from the mean of their scores"
     choice(group, "--mask-merge", ["none", "union", "intersection"], "none", text, when=_on_clients)
     group.add_argument("--mask", metavar="FILE", help="use this mask.safetensors of another run")
-
-
-def _on_clients(args):
-    return calibrated(args) and args.calibrate_on == "clients"
 
 
 def check_mask(args, shapes, server_images, client_images):

@@ -14,12 +14,17 @@ from common.cli import (
     half_open_fraction,
     non_negative_float,
     non_negative_int,
+    only,
     positive_float,
     positive_int,
+    unless,
 )
 from common.config_file import apply_config
-from vit_sparse_fl.data import DATASETS, SHARDINGS
+from common.participation import check_participation
 
+DATASETS = ("cifar100", "demo")
+SHARDINGS = ("iid", "non_iid", "dirichlet")
+SWEEPS = ("heterogeneity_experiment", "local_steps_experiment", "compare_strategies", "sparsity_experiment")
 ON_OFF = argparse.BooleanOptionalAction
 HEADS = ("ridge", "train", "random", "keep")
 
@@ -59,7 +64,7 @@ def make_parser(description, *, federated=True, sparse=False):
     number(train, "--weight-decay", non_negative_float, 1e-4, "X", "weight decay; off: 0")
     number(train, "--label-smoothing", half_open_fraction, 0.1, "X", "smoothing; off: 0")
     end = "where the cosine ends, the lowest of step; 0: none"
-    number(train, "--min-lr", non_negative_float, 1e-6, "X", end, when=lambda a: a.scheduler != "none")
+    number(train, "--min-lr", non_negative_float, 1e-6, "X", end, when=unless(scheduler="none"))
     report, unit = parser.add_argument_group("what is kept"), "rounds" if federated else "epochs"
     every = 50 if federated else 10
     number(report, "--save-every", positive_int, every, "N", f"resumable checkpoint every N {unit}", when=NEVER)
@@ -107,7 +112,7 @@ def _data_flags(data):
 def _client_flags(data):
     text = "images to clients: at random; --nc classes each; in Dirichlet(--alpha) proportions"
     choice(data, "--sharding", SHARDINGS, "iid", text)
-    of_classes, of_dirichlet = (lambda a: a.sharding == "non_iid"), (lambda a: a.sharding == "dirichlet")
+    of_classes, of_dirichlet = only(sharding="non_iid"), only(sharding="dirichlet")
     number(data, "--nc", positive_int, 10, "N", "classes a client, for non_iid", when=of_classes)
     number(data, "--alpha", positive_float, 0.1, "X", "concentration, for dirichlet", when=of_dirichlet)
     least = "of each client, for dirichlet; 0: a batch"
@@ -130,7 +135,7 @@ def _central_flags(train):
 
 def _federated_flags(train):
     number(train, "--num-clients", positive_int, 100, "K", "clients")
-    number(train, "--participation-rate", fraction, 0.1, "C", "share of clients a round")
+    number(train, ("--participation-rate", "--participation"), fraction, 0.1, "C", "share of clients a round")
     number(train, "--local-steps", positive_int, 4, "J", "steps a client and round")
     number(train, ("--num-rounds", "--rounds"), positive_int, 500, "T", "rounds")
     choice(train, "--client-weights", ["examples", "uniform"], "examples", "weight of a client in the mean")
@@ -142,10 +147,11 @@ def add_experiment_flags(group):
     """The sweeps that both federated scripts have."""
     sweep = {"action": "store_true", "when": NEVER}
     group.add_argument("--heterogeneity-experiment", **sweep, help="a run for each of --nc-values, and IID")
-    many = {"nargs": "+", "when": NEVER}
+    many = {"nargs": "+", "when": only(heterogeneity_experiment=True)}
     number(group, "--nc-values", positive_int, [1, 5, 10, 50], "N", "classes a client", **many)
     scaled = "a run for each of --j-values, J x rounds as with the smallest"
     group.add_argument("--local-steps-experiment", **sweep, help=scaled)
+    many["when"] = only(local_steps_experiment=True)
     number(group, "--j-values", positive_int, [4, 8, 16], "J", "steps a client and round", **many)
 
 
@@ -220,7 +226,12 @@ def _native_size(model):
 
 
 def complete(args):
-    """Fills in what depends on other flags."""
+    """Fills in what depends on other flags. Raises UsageError for flags that contradict each other."""
+    sweeps = [f"--{name.replace('_', '-')}" for name in SWEEPS if getattr(args, name, False)]
+    if len(sweeps) > 1:
+        raise UsageError(f"{' and '.join(sweeps)} are sweeps of their own: give one at a time")
+    if "participation_rate" in args:
+        check_participation(args.participation_rate, args.num_clients)
     if args.use_amp and args.amp == "off":
         args.amp = "auto"
     if args.use_wandb:

@@ -6,7 +6,6 @@ The round loop and the clients' steps are in each script; sparse fine-tuning dif
 import hashlib
 import logging
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from common import parallel
 from common.aggregation import fp64_sum
 from common.allocator import reuse_large_memory
 from common.batches import pass_after_pass
 from common.checkpoint import saving, write_json
-from common.cli import UsageError
+from common.cli import UsageError, say
 from common.compiling import checked_compile
 from common.curves import draw_accuracy
 from common.evaluation import amp_context
@@ -308,7 +306,7 @@ class _BesideTheBar(logging.Handler):
 
     def emit(self, record):
         if not getattr(record, "quiet", False):
-            tqdm.write(record.getMessage(), file=sys.stderr)
+            say(record.getMessage())
 
 
 def open_log(folder, name):

@@ -11,7 +11,7 @@ A round of its metrics is an epoch.
 import math
 
 from common import parallel
-from common.cli import RunFailed, UsageError, checked, positive_float, positive_int, run_main
+from common.cli import RunFailed, UsageError, checked, only, positive_float, positive_int, run_main
 from common.evaluation import pick_device
 from common.local import OptimizerState, client_optimizer, local_steps
 from common.runlog import start_run
@@ -72,8 +72,8 @@ def build_parser():
     parser, own = make_parser(__doc__.split("\n")[0], federated=False)
     grid = "a run for each of --hp-lrs x --hp-weight-decays"
     own.add_argument("--hp-search", action="store_true", when=NEVER, help=grid)
-    number(own, "--hp-epochs", positive_int, 10, "N", "epochs of each of these runs", when=NEVER)
-    many = {"nargs": "+", "when": NEVER}
+    number(own, "--hp-epochs", positive_int, 10, "N", "epochs of each of these runs", when=only(hp_search=True))
+    many = {"nargs": "+", "when": only(hp_search=True)}
     number(own, "--hp-lrs", positive_float, [3e-4, 1e-3, 3e-3, 1e-2], "X", "learning rates", **many)
     number(own, "--hp-weight-decays", positive_float, [1e-4, 1e-3], "X", "weight decays", **many)
     return parser

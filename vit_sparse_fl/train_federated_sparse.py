@@ -18,7 +18,7 @@ import torch
 
 from common import parallel
 from common.aggregation import WeightedMean
-from common.cli import checked, non_negative_float
+from common.cli import checked, non_negative_float, only
 from common.local import client_optimizer, local_steps
 from common.participation import Turns, per_round
 from common.processes import run_federated
@@ -114,7 +114,8 @@ def build_parser():
     own.add_argument("--compare-strategies", **sweep, help="a run for each strategy")
     own.add_argument("--sparsity-experiment", **sweep, help="a run for each of --sparsity-values")
     shares = [0.5, 0.7, 0.9, 0.95, 0.99]
-    number(own, "--sparsity-values", non_negative_float, shares, "X", "shares", nargs="+", when=NEVER)
+    many = {"nargs": "+", "when": only(sparsity_experiment=True)}
+    number(own, "--sparsity-values", non_negative_float, shares, "X", "shares", **many)
     add_experiment_flags(own)
     return parser
 
