@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-CLIENT_OPTIMIZERS = ("sgd", "sgdm", "adamw")
+from common.choices import CLIENT_OPTIMIZERS
 
 
 def gradients(loss, batch, leaves, amp=None):

@@ -21,11 +21,11 @@ import torch
 
 from common import parallel
 from common.aggregation import WeightedMean
+from common.choices import RULES
 from common.products import Product, distance, fresh_A, quotient, truncate
 from common.seeding import torch_stream
 from common.vector import is_finite
 
-RULES = ("svd", "naive", "ffa", "stack", "residual", "rolora")
 MIXED_RANKS = ("svd", "stack")  # the rules that take clients of different ranks and scales
 
 

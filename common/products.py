@@ -13,7 +13,7 @@ import math
 
 import torch
 
-SPLITS = ("us", "balanced")
+from common.choices import SPLITS
 
 
 def scaling(alpha, r, rslora=False):

@@ -23,8 +23,6 @@ from common.cli import UsageError
 from common.client_rows import ClientRows
 from common.parallel import OrderedSum
 
-SCAFFOLD_OPTIONS = ("mean_gradient", "II")
-
 
 class ControlVariates:
     """c and the c_k of K clients, all zero at first.
@@ -107,7 +105,8 @@ def check_scaffold(kind, option):
     AdamW's steps are normalised, so (theta - y) / (H lr) is near 1 however small the gradients are: a control variate
     larger than they by 1 / (sqrt(v) + eps), at most 1 / eps, which is 1e4 for gradients of 1e-4.
 
-    Args: kind: of `common.local.client_optimizer`; option: one of `SCAFFOLD_OPTIONS`. Raises: UsageError.
+    Args: kind: of `common.local.client_optimizer`; option: one of `common.choices.SCAFFOLD_OPTIONS`.
+    Raises: UsageError.
     """
     if option == "II" and kind == "adamw":
         raise UsageError(

@@ -215,7 +215,6 @@ def sentences(document, characters=DEMO_CHARACTERS):
 
 
 LOADERS = {"ag_news": _ag_news, "wikitext": _wikitext, "demo": _demo}
-DATASETS = tuple(LOADERS)
 
 
 # ---------------------------------------------------------------------------------------------- tokenised

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import numpy as np
 
 DETECTORS = ("diverged", "oscillating", "drifting", "slow", "left_out")
-STOP_ON = ("never", "divergence", "any")
 
 # The median of |x| of a standard normal x; second differences of white noise have 6 times its variance.
 _NORMAL_MEDIAN = 0.6745
@@ -208,7 +207,7 @@ def curves_of(rows):
 
 
 def stops(alarms, stop_on):
-    """The first alarm that ends a run under --stop-on, one of `STOP_ON`; None when none does."""
+    """The first alarm that ends a run under --stop-on, one of `flags.STOP_ON`; None when none does."""
     ending = {"never": (), "divergence": ("diverged",), "any": DETECTORS}[stop_on]
     return next((alarm for alarm in alarms if alarm.detector in ending), None)
 

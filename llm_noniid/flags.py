@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-import torch
-
+from common.choices import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS
 from common.cli import (
     Parser,
     UsageError,
@@ -18,14 +17,14 @@ from common.cli import (
     positive_int,
 )
 from common.config_file import apply_config
-from common.local import CLIENT_OPTIMIZERS
-from common.scaffold import SCAFFOLD_OPTIONS, check_scaffold
-from llm_noniid.data import DATASETS
-from llm_noniid.detectors import STOP_ON
-from llm_noniid.partition import PARTITIONS, SKEW_TYPES, STYLE_CRITERIA
 
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "local", "central")
 CLUSTERS = ("none", "updates", "labels")
+DATASETS = ("ag_news", "wikitext", "demo")
+PARTITIONS = ("iid", "topic_skew", "style_skew", "token_skew")
+STYLE_CRITERIA = ("length", "formality", "complexity")
+SKEW_TYPES = ("frequency", "truncation", "vocabulary")
+STOP_ON = ("never", "divergence", "any")
 ALIKE = {  # section of a yaml file -> keys that are called as their flag
     "model": "lora_r lora_alpha lora_dropout max_length",
     "data": "dataset num_clients alpha skew_type batch_size max_samples seed",
@@ -148,6 +147,8 @@ def parse(parser, argv=None):
 def complete(args, argv=None):
     """Raises UsageError for flags that contradict each other."""
     if args.algorithm == "scaffold":
+        from common.scaffold import check_scaffold
+
         check_scaffold(args.client_optimizer, args.scaffold_option)
     if args.algorithm == "fednova" and args.client_optimizer == "adamw":
         raise UsageError(
@@ -172,6 +173,8 @@ def complete(args, argv=None):
     if args.server_lr is None:
         args.server_lr = {"fedavgm": 1.0, "fedadam": 0.01}.get(args.algorithm, 1.0)
     if args.algorithm == "central" and not args.threads:
+        import torch
+
         args.threads = torch.get_num_threads()  # all cores: there is one client
     return args
 

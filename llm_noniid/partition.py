@@ -18,10 +18,8 @@ from scipy.spatial.distance import jensenshannon
 from common import sharding
 from common.cli import UsageError
 from common.seeding import stream
+from llm_noniid.flags import SKEW_TYPES, STYLE_CRITERIA
 
-PARTITIONS = ("iid", "topic_skew", "style_skew", "token_skew")
-STYLE_CRITERIA = ("length", "formality", "complexity")
-SKEW_TYPES = ("frequency", "truncation", "vocabulary")
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
@@ -36,7 +34,7 @@ def partition(
     (`common.sharding.dirichlet`; sizes differ too). style_skew, token_skew: equal slices of the texts in the order of
     a score (`scores`), the first client has the lowest; texts with equal scores stand in random order.
 
-    Args: strategy: one of `PARTITIONS`; seed: of all draws; alpha: concentration, > 0 (small: few clients a topic);
+    Args: strategy: one of `flags.PARTITIONS`; seed: of all draws; alpha: > 0 (small: few clients a topic);
         style_criterion: one of `STYLE_CRITERIA`; skew_type: one of `SKEW_TYPES`; min_samples: at least 1.
     Returns: (list of num_clients sorted int64 arrays, notes: lines for the log).
     Raises: UsageError for an alpha that is not positive and finite, more clients than texts, and fewer texts than

@@ -10,9 +10,9 @@ from common.cli import UsageError
 from common.corpora import data_folder
 from common.hub import hub_dataset
 from lora_glue_fl.demo_glue import demo_task
+from lora_glue_fl.flags import DATASETS
 from lora_glue_fl.glue_tasks import Split, Task, find_task, make_split
 
-DATASETS = ("glue", "demo")
 HUB_NAME = "nyu-mll/glue"
 _ROOTS = ("glue", "GLUE", "glue_data", ".")  # under the data folder
 _COLA_HEADER = ["source", "label", "star", "sentence"]  # CoLA's train and dev have no header line

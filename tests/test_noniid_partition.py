@@ -8,13 +8,13 @@ import pytest
 from scipy.stats import entropy
 
 from common.cli import UsageError
-from llm_noniid import data, partition
+from llm_noniid import data, flags, partition
 
 EVERY = [
     ("iid", {}),
     *(("topic_skew", {"alpha": alpha}) for alpha in (0.01, 0.1, 1.0, 100.0)),
-    *(("style_skew", {"style_criterion": criterion}) for criterion in partition.STYLE_CRITERIA),
-    *(("token_skew", {"skew_type": kind}) for kind in partition.SKEW_TYPES),
+    *(("style_skew", {"style_criterion": criterion}) for criterion in flags.STYLE_CRITERIA),
+    *(("token_skew", {"skew_type": kind}) for kind in flags.SKEW_TYPES),
 ]
 
 
@@ -71,7 +71,7 @@ def test_clients_are_slices_in_the_order_of_the_score(many, strategy, kwargs):
 
 def test_scores_by_hand():
     items = ["The cat, the Dog!", "a b_c well-known don't", "...", "Z\u00fcrich 2004"]
-    of = {name: partition.scores(items, name).tolist() for name in partition.STYLE_CRITERIA + partition.SKEW_TYPES}
+    of = {name: partition.scores(items, name).tolist() for name in flags.STYLE_CRITERIA + flags.SKEW_TYPES}
     assert partition.words(items[1]) == ["a", "b", "c", "well-known", "don't"]
     assert partition.words(items[3]) == ["z\u00fcrich", "2004"]
     assert of["length"] == [4, 5, 0, 2]

@@ -6,13 +6,11 @@ import torch
 from common import parallel
 from common.aggregation import WeightedMean
 from common.checkpoint import read_json
-from common.cli import RunFailed, UsageError, positive_int
+from common.cli import RunFailed
 from common.seeding import stream
-from vit_sparse_fl.flags import choice, number
 from vit_sparse_fl.mask_files import load_mask, save_mask
+from vit_sparse_fl.mask_flags import calibrated
 from vit_sparse_fl.masks import (
-    CALIBRATIONS,
-    SCOPES,
     STRATEGIES,
     Sample,
     calibrate,
@@ -22,38 +20,6 @@ from vit_sparse_fl.masks import (
     kept_per_layer,
     merge,
 )
-
-
-def masked(args):
-    """Whether the run makes a mask of its own."""
-    return args.upload == "masked" and not args.mask
-
-
-def calibrated(args):
-    """Whether images enter the mask."""
-    return masked(args) and STRATEGIES[args.mask_strategy].images
-
-
-def add_mask_flags(group):
-    """The flags that say how a mask is made."""
-    text = "which weights the mask keeps"
-    choice(group, "--mask-strategy", STRATEGIES, "least_sensitive", text, when=masked)
-    choice(group, "--mask-scope", SCOPES, "global", "one threshold, or one for each tensor", when=masked)
-    text = "talos: rounds exclude step by step; seed: the source's mean over rounds"
-    choice(group, "--calibration", CALIBRATIONS, "talos", text, when=calibrated)
-    text = "calibration rounds (default: 4; seed: 5)"
-    number(group, "--calibration-rounds", positive_int, None, "R", text, when=calibrated)
-    number(group, "--fisher-samples", positive_int, 512, "N", "images a calibration round", when=calibrated)
-    text = "server: on its validation images; clients: the mean of scores that clients send"
-    choice(group, "--calibrate-on", ["server", "clients"], "server", text, when=calibrated)
-    number(group, "--calibration-clients", positive_int, 10, "N", "clients that calibrate", when=_on_clients)
-    text = "of masks that the clients make each; none: one mask from the mean of their scores"
-    choice(group, "--mask-merge", ["none", "union", "intersection"], "none", text, when=_on_clients)
-    group.add_argument("--mask", metavar="FILE", help="use this mask.safetensors of another run")
-
-
-def _on_clients(args):
-    return calibrated(args) and args.calibrate_on == "clients"
 
 
 def check_mask(args, shapes, server_images, client_images):
@@ -183,19 +149,3 @@ def overlap_table(runs):
     for name, mask in masks.items():
         lines.append(f"{name:{width}s}" + "".join(f"  {jaccard(mask, other):{width}.3f}" for other in masks.values()))
     return "\n".join(lines)
-
-
-def check_flags(args):
-    """Raises UsageError for flags of the mask that contradict each other."""
-    if args.mask_merge != "none" and args.calibrate_on != "clients":
-        raise UsageError(f"--mask-merge {args.mask_merge} merges clients' masks: add --calibrate-on clients")
-    if args.mask and (args.compare_strategies or args.sparsity_experiment or args.upload == "topk"):
-        raise UsageError(
-            f"--mask {args.mask} decides the weights: drop --compare-strategies, --sparsity-experiment, topk"
-        )
-    if args.upload == "topk" and args.compare_strategies:
-        raise UsageError("--upload topk has no mask, so no strategies to compare: drop one of the two")
-    if args.mask_merge != "none" and not args.compare_strategies and not STRATEGIES[args.mask_strategy].images:
-        raise UsageError(f"--mask-merge {args.mask_merge}: {args.mask_strategy} masks need no clients: drop it")
-    if args.freeze_backbone:
-        raise UsageError("--freeze-backbone leaves no weight to mask: drop it, or use train_federated.py")

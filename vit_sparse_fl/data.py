@@ -19,8 +19,6 @@ from common.hub import answers
 from common.seeding import stream
 from vit_sparse_fl import demo_images
 
-DATASETS = ("cifar100", "demo")
-SHARDINGS = ("iid", "non_iid", "dirichlet")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which DINO was trained with
 PAD = 4  # pixels on each side before the random crop
 CIFAR_CLASSES = 100

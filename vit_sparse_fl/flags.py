@@ -18,8 +18,9 @@ from common.cli import (
     positive_int,
 )
 from common.config_file import apply_config
-from vit_sparse_fl.data import DATASETS, SHARDINGS
 
+DATASETS = ("cifar100", "demo")
+SHARDINGS = ("iid", "non_iid", "dirichlet")
 ON_OFF = argparse.BooleanOptionalAction
 HEADS = ("ridge", "train", "random", "keep")
 
