@@ -16,12 +16,27 @@ import subprocess
 import sys
 import time
 
+SHAPES = {"768x768": "roberta-base, query", "3072x768": "roberta-base, mlp", "1024x1024": "roberta-large, query"}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="layers, d x k")
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    options = parse_args()
+
 import torch
 
 from common.products import Product, truncate
 from common.seeding import torch_stream
-
-SHAPES = {"768x768": "roberta-base, query", "3072x768": "roberta-base, mlp", "1024x1024": "roberta-large, query"}
 
 
 def make_parts(d, k, options):
@@ -96,15 +111,7 @@ def peak_memory():
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="layers, d x k")
-    parser.add_argument("--clients", type=int, default=10)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peak", choices=METHODS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+def main(options):
     torch.set_num_threads(options.threads)
     if options.peak:
         print_peak(options)
@@ -135,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

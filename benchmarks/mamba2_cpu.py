@@ -13,18 +13,9 @@ import logging
 import multiprocessing
 import resource
 import statistics
-import sys
 import time
 
-import torch
-import torch.nn.functional as F
-from transformers import Mamba2Config as TransformersConfig
-from transformers import Mamba2ForCausalLM
-
-from common.allocator import reuse_large_memory
 from common.cli import Parser, positive_int, run_main
-from mamba_fl.cross_entropy import linear_cross_entropy
-from mamba_fl.mamba2 import Mamba2Config, Mamba2LM, auto_chunk
 
 
 def parse_args():
@@ -38,6 +29,19 @@ def parse_args():
     parser.add_argument("--vocab", type=positive_int, default=1024, help="of the model part")
     parser.add_argument("--tokens", type=positive_int, default=1024, help="of the loss part")
     return parser.parse_args()
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parse_args()
+
+import torch
+import torch.nn.functional as F
+from transformers import Mamba2Config as TransformersConfig
+from transformers import Mamba2ForCausalLM
+
+from common.allocator import reuse_large_memory
+from mamba_fl.cross_entropy import linear_cross_entropy
+from mamba_fl.mamba2 import Mamba2Config, Mamba2LM, auto_chunk
 
 
 def main(args):
@@ -176,4 +180,4 @@ def report(title, seconds, peaks):
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    run_main(main, args)

@@ -19,10 +19,29 @@ import tempfile
 import time
 from pathlib import Path
 
+from common.cli import Parser, positive_int, run_main
+
+NAMES = ("mamba_fl", "vit_sparse_fl", "lora_glue_fl", "llm_noniid")
+
+
+def build_parser():
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("studies", nargs="*", choices=[*NAMES, []], help="which (default: all)")
+    parser.add_argument("--clients", type=positive_int, default=10, metavar="K", help="clients, all in every round")
+    parser.add_argument("--processes", type=positive_int, nargs="+", default=[1, 2], metavar="N", help="each in turn")
+    parser.add_argument("--repeats", type=positive_int, default=7, metavar="N", help="timed rounds")
+    parser.add_argument("--amp", choices=["off", "bf16"], default="off", help="precision of the products")
+    parser.add_argument("--memory", action="store_true", help="peak memory of 100 clients against 10")
+    parser.add_argument("--study", choices=list(NAMES), help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    options = build_parser().parse_args()
+
 import torch
 
 from common import parallel, runlog
-from common.cli import Parser, positive_int, run_main
 from common.processes import run_federated
 
 
@@ -73,7 +92,7 @@ def noniid(clients, folder):
     return train, args, train.main
 
 
-STUDIES = {"mamba_fl": mamba, "vit_sparse_fl": vit, "lora_glue_fl": glue, "llm_noniid": noniid}
+STUDIES = dict(zip(NAMES, (mamba, vit, glue, noniid), strict=True))
 
 
 class Clock:
@@ -182,17 +201,5 @@ def main(options):
                 subprocess.run([sys.executable, str(Path(__file__)), *map(str, words)], check=False)
 
 
-def build_parser():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("studies", nargs="*", choices=[*STUDIES, []], help="which (default: all)")
-    parser.add_argument("--clients", type=positive_int, default=10, metavar="K", help="clients, all in every round")
-    parser.add_argument("--processes", type=positive_int, nargs="+", default=[1, 2], metavar="N", help="each in turn")
-    parser.add_argument("--repeats", type=positive_int, default=7, metavar="N", help="timed rounds")
-    parser.add_argument("--amp", choices=["off", "bf16"], default="off", help="precision of the products")
-    parser.add_argument("--memory", action="store_true", help="peak memory of 100 clients against 10")
-    parser.add_argument("--study", choices=list(STUDIES), help=argparse.SUPPRESS)
-    return parser
-
-
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(main, options)

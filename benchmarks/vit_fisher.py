@@ -12,6 +12,23 @@ import argparse
 import statistics
 import time
 
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny", help="as --model of the scripts")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--chunk-size", type=int, default=None, help="samples at once under vmap")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", help="default: cuda, where there is one")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    options = parse_args()
+
 import torch
 from torch.nn import functional as F
 
@@ -58,17 +75,8 @@ def difference(a, b):
     return max(float((a[n] - b[n]).abs().max() / b[n].max().clamp(min=1e-12)) for n in a if "k_proj.bias" not in n)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="tiny", help="as --model of the scripts")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--chunk-size", type=int, default=None, help="samples at once under vmap")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+def main(options):
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(options.threads)
     model = make_model(options.model, image_size=options.image_size, n_classes=100).to(options.device)
     with torch.no_grad():  # a new head may be zero: no gradient would come through
@@ -110,4 +118,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

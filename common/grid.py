@@ -9,8 +9,11 @@ run that ended. Finished runs are skipped and broken ones go on, so that a comma
 run whose training broke down (no client's update was finite) is a result like any other and is not started again.
 """
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import shlex
 import signal
 import subprocess
@@ -20,17 +23,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common import manifest
-from common.checkpoint import read_json
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int
 from common.curves import read_metrics
-from common.processes import cores
+from common.early import CHECK
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results.jsonl"
+WHOLE = ("command", "args", "data")  # of a run.json, without which it says too little
 SAY = partial(print, flush=True)
 FACTS = ("method", "clients", "git_commit", "versions", "processes", "resolved", "parameters", "results")
 PLACES = ("model", "tokenizer", "init_from", "init_adapter", "weights", "mask", "shard_dir", "cache_dir")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"}  # and one process, as torchrun's only one
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,21 @@ def build_parser(description, presets, default, output, preset_names=(), output_
 
 
 def complete(args, presets):
-    """Fills in the flags whose defaults depend on the preset: seeds, jobs, output_dir."""
+    """Fills in the flags whose defaults depend on the preset: seeds, output_dir."""
     args.seeds = args.seeds or list(presets[args.preset].seeds if args.preset in presets else ())
     if len(set(args.seeds)) < len(args.seeds):
         raise UsageError(f"--seeds {' '.join(map(str, args.seeds))}: one is there twice: drop it")
-    args.jobs = args.jobs or (cores() if args.preset == "quick" else 1)
     args.output_dir = args.output_dir or args.output_pattern.format(preset=args.preset.replace("-", "_"))
     return args
+
+
+def jobs_of(args):
+    """How many runs at a time the flags ask for."""
+    if args.jobs or args.preset != "quick":
+        return args.jobs or 1
+    from common.processes import cores  # torch, which --help must not wait for
+
+    return cores()
 
 
 def given(args, names):
@@ -130,23 +141,25 @@ def expand(settings, shared, seeds, output, name="{setting}_seed_{seed}", needs=
     return runs
 
 
-def run_study(args, runs, show=(), prepare=None):
+def run_study(args, runs, show=(), prepare=None, also=()):
     """All of a study: runs, log, figures, table; with --plan the commands only. Returns the exit code.
 
     show: command lines, the last one the table's, "{output}" in them is the output folder; prepare: called before the
-    first run. Raises RunFailed, naming them, where runs failed.
+    first run; also: runs that are checked with the others and not started.
+    Raises UsageError where a script refuses its run, before anything is written where `check` sees it; RunFailed,
+    naming them, where runs failed.
     """
     output = Path(args.output_dir)
     if not runs:
         raise UsageError("these flags leave nothing to run: drop --only or what else chooses among the settings")
-    if args.plan:
-        for run in runs:
-            print(f"# {run.name}: {state(run, output)}\npython {shlex.join(run.command)}")
-        return 0
     try:
+        check([*runs, *also], output)
+        if args.plan:
+            put(f"# {run.name}: {state(run, output)}\npython {shlex.join(run.command)}" for run in runs)
+            return 0
         if prepare:
             prepare()
-        failed = run_all(runs, output, args.jobs)
+        failed = run_all(runs, output, jobs_of(args))
         collect(output)
         codes = [call([word.format(output=output) for word in line]) for line in show]
     except KeyboardInterrupt as error:
@@ -160,14 +173,88 @@ def run_study(args, runs, show=(), prepare=None):
     return 0
 
 
+def put(lines):
+    """Prints lines; whoever reads them may have enough of them (`--plan | head`)."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
+
+
+# ---- the checks: a script says itself what it refuses
+
+
+def check(runs, output):
+    """Raises UsageError where a script refuses a run: the flags of any, data and model of the first that has them.
+
+    Nothing is written and nothing is downloaded.
+    """
+    for run in runs:
+        _accepted(run, *read_flags(run.command))
+    for run in _first_of_each(runs, output):
+        if not over(run, output):
+            _accepted(run, *read_study(run.command))
+
+
+def _accepted(run, code, said):
+    if code == 2:
+        raise UsageError(f"{run.name}: {_reason(said)}")
+
+
+def _first_of_each(runs, output):
+    """The first run of each data set and model; not of those that need what the grid has not made yet."""
+    first = {}
+    for run in runs:
+        flags = dict(zip(run.command, run.command[1:], strict=False))
+        places = [path for path in map(Path, run.command) if output in path.parents]
+        if run.record == "run.json" and all(path.exists() for path in places):
+            first.setdefault(tuple(map(flags.get, ("--dataset", "--model", "--model-size"))), run)
+    return first.values()
+
+
+def read_flags(command):
+    """(exit code, what it said) of a script that ends where its flags are read, in this process: nothing heavy is
+    imported for that."""
+    said, argv = io.StringIO(), sys.argv
+    sys.argv = [str(ROOT / command[0]), *command[1:]]
+    os.environ[CHECK] = "flags"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        return stop.code, said.getvalue()
+    finally:
+        sys.argv = argv
+        del os.environ[CHECK]
+    raise AssertionError(f"{command[0]} went on after its flags: see common/early.py")
+
+
+def read_study(command):
+    """(exit code, what it said) of a script that ends where data and model are read, as one process of one thread."""
+    line = [sys.executable, str(ROOT / command[0]), *command[1:]]
+    place = os.environ | ONE_THREAD | {CHECK: "study"}
+    ended = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=place, check=False)
+    return ended.returncode, ended.stderr
+
+
+def _reason(said):
+    """The last line of what a script said, without what stands before the reason."""
+    line = _last_line(said)
+    return line.partition("error: ")[2] or line
+
+
+# ---- the runs
+
+
 def run_all(runs, output, jobs, say=SAY):
     """Runs what is not finished, `jobs` at a time. Returns the names of those that failed, or waited for one that did.
 
-    What is running when this ends early (Ctrl-C) is interrupted too.
+    What is running when this ends early (Ctrl-C) is interrupted too. Raises UsageError where a script refuses its run
+    (exit code 2): what is wrong with one is wrong with others. Of that run nothing is left.
     """
     ended = {run.name for run in runs if over(run, output)}
     waiting = [run for run in runs if run.name not in ended]
-    running, failed, began = {}, [], time.monotonic()
+    running, failed, made, began = {}, [], [], time.monotonic()
     if ended:
         say(f"{len(ended)} of {len(runs)} runs are finished")
     todo = len(waiting)
@@ -176,7 +263,9 @@ def run_all(runs, output, jobs, say=SAY):
             ready = [run for run in waiting if run.needs in ended or not run.needs]
             for run in ready[: jobs - len(running)]:
                 waiting.remove(run)
-                running[run] = start(run.command, output / "output" / f"{run.name}.txt", alone=jobs == 1)
+                log = log_of(run, output)
+                made += [path for path in (log, *log.parents) if not path.exists()]
+                running[run] = start(run.command, log, alone=jobs == 1)
             if not running:
                 failed += [run.name for run in waiting]
                 say(f"not started: {', '.join(run.name for run in waiting)}, which need {waiting[0].needs}")
@@ -185,11 +274,16 @@ def run_all(runs, output, jobs, say=SAY):
             for run in [run for run, process in running.items() if process.poll() is not None]:
                 code = running.pop(run).returncode
                 good = code == 0 or over(run, output)
+                if code == 2 and not good:
+                    interrupt(list(running.values()))
+                    said = log_of(run, output).read_text(encoding="utf-8", errors="replace")
+                    unmake(set(made) - {log_of(one, output) for one in runs if (output / one.name).exists()})
+                    _accepted(run, code, said)
                 ended |= {run.name} if good else set()
                 failed += [] if good else [run.name]
                 n = todo - len(waiting) - len(running)
                 left = (time.monotonic() - began) / n * (todo - n)
-                said = state(run, output) if good else failure(code, output, run.name)
+                said = state(run, output) if good else failure(code, log_of(run, output))
                 say(f"[{n}/{todo}] {run.name}: {said}" + (f"; about {duration(left)} left" if n < todo else ""))
     finally:
         interrupt(list(running.values()))
@@ -203,7 +297,7 @@ def start(command, log, alone=True):
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, str(ROOT / command[0]), *command[1:]]
-    place = os.environ | ({} if alone else {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"})
+    place = os.environ | ({} if alone else ONE_THREAD)
     with open(log, "a", encoding="utf-8") as file:
         return subprocess.Popen(
             line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=place, start_new_session=True
@@ -235,30 +329,51 @@ def duration(seconds):
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def failure(code, output, name):
+def log_of(run, output):
+    """The file that gets what the run prints."""
+    return output / "output" / f"{run.name}.txt"
+
+
+def failure(code, log):
     """What is said of a run that failed: its exit code, its last line, where the rest is."""
-    log = output / "output" / f"{name}.txt"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    return f"exit code {code}: {lines[-1][:300]} (see {log})"
+    return f"exit code {code}: {_last_line(log.read_text(encoding='utf-8', errors='replace'))} (see {log})"
+
+
+def _last_line(said):
+    return (said.strip().splitlines() or [""])[-1][:300]
+
+
+def unmake(paths):
+    """Removes files, and folders where nothing else is in them."""
+    for path in sorted(paths, reverse=True):
+        with contextlib.suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def read_record(path):
-    """A run's record. Its status, where it has none: finished; without the file: not run yet; no object: damaged."""
+    """A run's record. Its status, where it has none: finished; without the file: not run yet; no record: damaged."""
     try:
-        return {"status": "finished"} | read_json(path)
+        record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"status": "not run yet"}
-    except (ValueError, TypeError):  # TypeError: a list
-        return {"status": "damaged"}
+    except (OSError, ValueError, RecursionError):
+        record = None
+    return {"status": "finished"} | record if isinstance(record, dict) else {"status": "damaged"}
 
 
 def ending(record):
     """A run.json's `ended`; made up from what older ones say."""
-    return record.get("ended") or manifest.ended(record["status"], None, reason=record.get("reason"))
+    if record.get("ended"):
+        return record["ended"]
+    from common.manifest import ended  # torch, which --plan must not wait for
+
+    return ended(record["status"], None, reason=record.get("reason"))
 
 
 def broke_down(record):
     """Whether a run's training broke down: the updates of its clients were not finite."""
+    if record["status"] != "failed":
+        return False
     ended = ending(record)
     return ended["how"] == "failed" and (ended["by"] == "left_out" or "not finite" in (ended["reason"] or ""))
 
@@ -283,7 +398,9 @@ def state(run, output):
 
 def told(args):
     """The flags of a run.json that decide what is computed; of those that name a place, only the last name."""
-    kept = {key: value for key, value in args.items() if key not in manifest.NOT_COMPARED}
+    from common.manifest import NOT_COMPARED
+
+    kept = {key: value for key, value in args.items() if key not in NOT_COMPARED}
     return kept | {key: Path(kept[key]).name for key in PLACES if isinstance(kept.get(key), str)}
 
 
@@ -299,9 +416,9 @@ def collect(output):
         folder, record = path.parent, read_record(path)
         name = folder.relative_to(output).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
-        if hidden or record["status"] not in ("finished", "failed") or others & {folder, *folder.parents}:
+        if hidden or record["status"] not in ("finished", "failed") or not {*WHOLE} <= record.keys():
             continue
-        if not {"command", "args", "data"} <= record.keys():  # no run's
+        if others & {folder, *folder.parents}:
             continue
         rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
         line = {"name": name, "command": record["command"], "args": told(record["args"]), "status": record["status"]}

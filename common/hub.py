@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.cache import cache_folder, cached, one_line, read_cached, write_cached
 from common.cli import RunFailed, UsageError
+from common.early import stop_if_checked
 
 # Everything that asks the hub's library for a model gives these: it takes a download with fewer files for incomplete.
 MODEL_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights; no pickles
@@ -29,9 +30,10 @@ def answers(address):
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:
-        return True  # an answer, if not a friendly one: the client will say what is wrong
+        pass  # an answer, if not a friendly one: the client will say what is wrong
     except (OSError, ValueError):
         return False
+    stop_if_checked("study")  # what can be downloaded will be, by the run
     return True
 
 

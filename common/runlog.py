@@ -31,6 +31,7 @@ from common import checkpoint, manifest, parallel
 from common.cli import UsageError, say, say_waiting
 from common.client_rows import ClientRows
 from common.curves import number, read_metrics
+from common.early import stop_if_checked
 from common.evaluation import pick_device, resolve_amp
 from common.lock import FolderLock
 from common.participation import participants
@@ -155,6 +156,7 @@ class Run:
         differ from seed to seed; resolved: as `resolved`.
         Raises UsageError where a run that is gone on with was started on other data or came to other choices.
         """
+        stop_if_checked("study")
         resolved = resolved or self.resolved()
         self.manifest = manifest.of_run(self.command, self.args, resolved, data, clients, parameters)
         self._t0 = time.perf_counter()

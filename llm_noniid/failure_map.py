@@ -11,20 +11,59 @@ it, and `violations` lists points that say otherwise. Every point is a run folde
 the command can be given again, also with a larger --budget. Other flags are train.py's.
 """
 
+from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_float, positive_int, run_main
+from common.early import parsed
+from llm_noniid import flags
+from llm_noniid.outcomes import ALPHAS, MAP_FILE, from_start, number
+
+RANGES = {"learning_rate": (1e-4, 1.0), "local_steps": (1, 256)}
+
+
+def build_parser():
+    parser = Parser(__doc__.split("\n")[0] + " Flags that are not listed are train.py's.")
+    parser.add_argument("--algorithm", choices=flags.ALGORITHMS, default="fedavg", help="of all runs")
+    parser.add_argument("--axis", choices=sorted(RANGES), default="learning_rate", help="what is searched")
+    parser.add_argument("--alphas", type=positive_float, nargs="+", default=list(ALPHAS), metavar="X", help="in order")
+    parser.add_argument("--low", type=positive_float, metavar="X", help="smallest value (default: 1e-4; 1 step)")
+    parser.add_argument("--high", type=positive_float, metavar="X", help="largest value (default: 1; 256 steps)")
+    parser.add_argument("--budget", type=positive_int, default=16, metavar="N", help="runs at most, for all alphas")
+    parser.add_argument(
+        "--tolerance", type=positive_float, default=1.5, metavar="X", help="a bracket of this ratio is narrow enough"
+    )
+    parser.add_argument("--seed", type=non_negative_int, default=42, metavar="N", help="of all runs")
+    parser.add_argument("--start-run", metavar="DIR", help="no effect: every run logs the loss before training")
+    parser.add_argument("--plan", action="store_true", help="say what is there, and do nothing")
+    parser.add_argument(
+        "--output-dir", "--results-dir", metavar="DIR", help="default: results/failure_map_ALGORITHM_AXIS"
+    )
+    return parser
+
+
+def parse(argv=None):
+    """(own flags, train.py's flags as words). Raises UsageError for alphas given twice, a tolerance of 1 or below,
+    and for what train.py refuses."""
+    args, given = build_parser().parse_known_args(argv)
+    if len(set(args.alphas)) < len(args.alphas):
+        raise UsageError(f"--alphas {' '.join(f'{a:g}' for a in args.alphas)}: one is there twice: drop it")
+    if args.tolerance <= 1:
+        raise UsageError(f"--tolerance {args.tolerance:g} is not above 1: a bracket's ratio never is that small")
+    flags.refuse(given, f"{args.axis} alpha algorithm partition seed run_name name resume overwrite".split())
+    flags.parse(flags.build_parser("Flags of train.py"), ["--algorithm", args.algorithm, *given])
+    return args, given
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(parse)
+
 import math
 import sys
 from pathlib import Path
 
 from common import grid
 from common.checkpoint import read_json, saving, write_json
-from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_float, positive_int, run_main
 from common.curves import failure, read_metrics
 from common.manifest import NOT_COMPARED
-from llm_noniid import flags
-from llm_noniid.outcomes import MAP_FILE, from_start, number
 
-RANGES = {"learning_rate": (1e-4, 1.0), "local_steps": (1, 256)}
-ALPHAS = (0.1, 100.0, 1.0, 0.01)
 SET_HERE = {"alpha", "run_name", "output_dir", "seed", "algorithm", "partition"}
 
 # ---- the search: a point is {"alpha", "value", "failed"}
@@ -205,10 +244,10 @@ class Map:
 
 def main(args, given):
     made = Map(args, given)
+    grid.check([made.run(args.alphas[0], made.low)], made.folder)
     if args.plan:
-        for point in made.points:
-            print(f"{point['run']}: {point['reason'] or 'works'}")
-        print(f"at most {max(0, args.budget - len(made.points))} more runs")
+        lines = [f"{point['run']}: {point['reason'] or 'works'}" for point in made.points]
+        grid.put([*lines, f"at most {max(0, args.budget - len(made.points))} more runs"])
         return
     made.save()  # what is below it belongs to a map from now on
     limits = args.alphas, made.low, made.high, args.budget, args.tolerance, made.whole
@@ -217,26 +256,6 @@ def main(args, given):
     made.save(finished=True)
     grid.collect(made.folder)
     print(*made.summary(), made.folder, sep="\n")
-
-
-def build_parser():
-    parser = Parser(__doc__.split("\n")[0] + " Flags that are not listed are train.py's.")
-    parser.add_argument("--algorithm", choices=flags.ALGORITHMS, default="fedavg", help="of all runs")
-    parser.add_argument("--axis", choices=sorted(RANGES), default="learning_rate", help="what is searched")
-    parser.add_argument("--alphas", type=positive_float, nargs="+", default=list(ALPHAS), metavar="X", help="in order")
-    parser.add_argument("--low", type=positive_float, metavar="X", help="smallest value (default: 1e-4; 1 step)")
-    parser.add_argument("--high", type=positive_float, metavar="X", help="largest value (default: 1; 256 steps)")
-    parser.add_argument("--budget", type=positive_int, default=16, metavar="N", help="runs at most, for all alphas")
-    parser.add_argument(
-        "--tolerance", type=positive_float, default=1.5, metavar="X", help="a bracket of this ratio is narrow enough"
-    )
-    parser.add_argument("--seed", type=non_negative_int, default=42, metavar="N", help="of all runs")
-    parser.add_argument("--start-run", metavar="DIR", help="no effect: every run logs the loss before training")
-    parser.add_argument("--plan", action="store_true", help="say what is there, and do nothing")
-    parser.add_argument(
-        "--output-dir", "--results-dir", metavar="DIR", help="default: results/failure_map_ALGORITHM_AXIS"
-    )
-    return parser
 
 
 def parse(argv=None):
@@ -251,4 +270,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(lambda argv: main(*parse(argv)), None)
+    run_main(lambda given: main(*given), args)

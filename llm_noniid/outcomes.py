@@ -18,6 +18,7 @@ from llm_noniid import flags
 
 BLOWN_UP = "not finite"  # in the reason of a run that had no finite update left
 MAP_FILE = "failure_map.json"
+ALPHAS = (0.1, 100.0, 1.0, 0.01)  # of a failure map, in the order of the search
 BROKEN = ("diverged", "oscillating", "left_out")  # alarms of training that is not stable
 # what a failure map and runs must agree on to be about the same training
 SAME = "dataset model tokenizer max_samples max_length eval_samples num_clients num_rounds".split()

@@ -53,7 +53,7 @@ def partition(
     if strategy == "topic_skew":
         return sharding.dirichlet(texts.labels["train"], num_clients, alpha, generator, min_samples, "texts")
     if strategy not in ("style_skew", "token_skew"):
-        raise ValueError(f"partition {strategy!r} is not one of {', '.join(PARTITIONS)}")
+        raise ValueError(f"partition {strategy!r} is no partition")
     criterion = style_criterion if strategy == "style_skew" else skew_type
     values = scores(texts.splits["train"], criterion)
     # Not in the corpus' order, which may be by topic

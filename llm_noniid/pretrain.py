@@ -9,17 +9,6 @@ theta <- AdamW on the mean loss of a batch's tokens; linear warm-up, then a cosi
 The folder holds the model and its tokenizer (byte-level BPE of the corpus), as transformers loads them.
 """
 
-import math
-import time
-from pathlib import Path
-
-import numpy as np
-import torch
-from tqdm import tqdm
-from transformers import GPT2LMHeadModel
-
-from common.allocator import reuse_large_memory
-from common.checkpoint import saving, swap, write_json
 from common.cli import (
     Parser,
     RunFailed,
@@ -32,6 +21,47 @@ from common.cli import (
     run_main,
     say,
 )
+from common.early import parsed
+
+
+def build_parser():
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
+    data = parser.add_argument_group("the data")
+    data.add_argument("--dataset", choices=["ag_news", "wikitext", "demo"], default="wikitext", help="the corpus")
+    data.add_argument("--max-samples", type=non_negative_int, default=0, metavar="N", help="training texts; 0: all")
+    data.add_argument("--max-length", type=positive_int, default=128, metavar="N", help="tokens of a text; positions")
+    data.add_argument("--tokenizer", default="bpe:4096", metavar="NAME", help="bpe:N, gpt2, a folder")
+    data.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
+    data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
+    model = parser.add_argument_group("the model")
+    model.add_argument("--d-model", type=positive_int, default=128, metavar="N", help="width")
+    model.add_argument("--layers", type=positive_int, default=4, metavar="N", help="blocks")
+    model.add_argument("--heads", type=positive_int, default=4, metavar="N", help="attention heads")
+    train = parser.add_argument_group("training")
+    train.add_argument("--epochs", type=positive_int, default=3, metavar="N", help="passes over the texts")
+    train.add_argument("--batch-size", type=positive_int, default=16, metavar="B", help="texts a step")
+    train.add_argument("--learning-rate", type=positive_float, default=2e-3, metavar="X", help="AdamW's highest")
+    train.add_argument("--warmup-ratio", type=fraction, default=0.05, metavar="X", help="share of the steps")
+    add_machine_flags(parser.add_argument_group("the run"))
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(build_parser().parse_args)
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GPT2LMHeadModel
+
+from common.allocator import reuse_large_memory
+from common.checkpoint import saving, swap, write_json
 from common.evaluation import perplexity, pick_device, resolve_amp
 from common.hub import quiet
 from common.local import local_steps
@@ -122,29 +152,5 @@ def write(args, folder, model, texts, history):
         swap(fresh, folder)
 
 
-def build_parser():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder")
-    data = parser.add_argument_group("the data")
-    data.add_argument("--dataset", choices=["ag_news", "wikitext", "demo"], default="wikitext", help="the corpus")
-    data.add_argument("--max-samples", type=non_negative_int, default=0, metavar="N", help="training texts; 0: all")
-    data.add_argument("--max-length", type=positive_int, default=128, metavar="N", help="tokens of a text; positions")
-    data.add_argument("--tokenizer", default="bpe:4096", metavar="NAME", help="bpe:N, gpt2, a folder")
-    data.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
-    data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
-    model = parser.add_argument_group("the model")
-    model.add_argument("--d-model", type=positive_int, default=128, metavar="N", help="width")
-    model.add_argument("--layers", type=positive_int, default=4, metavar="N", help="blocks")
-    model.add_argument("--heads", type=positive_int, default=4, metavar="N", help="attention heads")
-    train = parser.add_argument_group("training")
-    train.add_argument("--epochs", type=positive_int, default=3, metavar="N", help="passes over the texts")
-    train.add_argument("--batch-size", type=positive_int, default=16, metavar="B", help="texts a step")
-    train.add_argument("--learning-rate", type=positive_float, default=2e-3, metavar="X", help="AdamW's highest")
-    train.add_argument("--warmup-ratio", type=fraction, default=0.05, metavar="X", help="share of the steps")
-    add_machine_flags(parser.add_argument_group("the run"))
-    return parser
-
-
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(main, args)

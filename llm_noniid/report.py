@@ -9,6 +9,20 @@ what the study's modules must not know, so the two are put together here.
 from pathlib import Path
 
 from common.cli import Parser, UsageError, run_main
+from common.early import parsed
+
+
+def build_parser():
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("--results-dir", "--output-dir", default="results", metavar="DIR", help="where run folders are")
+    parser.add_argument("--out", metavar="FILE", help="the page (default: report.html in --results-dir)")
+    parser.add_argument("--no-figures", dest="figures", action="store_false", help="without those of plots/")
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(build_parser().parse_args)
+
 from llm_noniid import comparing
 from llm_noniid.outcomes import Context, maps_of, outcome_of
 from llm_noniid.verdicts import QUESTIONS, verdicts
@@ -106,17 +120,9 @@ def map_part(one):
     return "".join(shown)
 
 
-def build_parser():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--results-dir", "--output-dir", default="results", metavar="DIR", help="where run folders are")
-    parser.add_argument("--out", metavar="FILE", help="the page (default: report.html in --results-dir)")
-    parser.add_argument("--no-figures", dest="figures", action="store_false", help="without those of plots/")
-    return parser
-
-
 def main(args):
     print(write(args.results_dir, args.out or Path(args.results_dir) / "report.html", args.figures))
 
 
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(main, args)

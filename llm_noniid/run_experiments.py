@@ -25,10 +25,9 @@ from pathlib import Path
 from common import grid
 from common.cli import Parser, UsageError, non_negative_int, positive_float, positive_int, run_main
 from common.grid import Preset, Setting
-from llm_noniid import flags, report
-from llm_noniid.failure_map import ALPHAS
+from llm_noniid import flags
 from llm_noniid.flags import PARTITIONS
-from llm_noniid.outcomes import MAP_FILE
+from llm_noniid.outcomes import ALPHAS, MAP_FILE
 
 SHOW = tuple(
     ("llm_noniid/run_experiments.py", "--mode", mode, "--results-dir", "{output}") for mode in ("compare", "analyze")
@@ -149,6 +148,15 @@ def base_model(base):
     return grid.Run("models/tiny", line, record="pretraining.json")
 
 
+def with_untrained_model(runs):
+    """For the check of the data: a run with train.py's tiny model, where the grid's own is not trained yet."""
+    run, made = runs[-1], Path(runs[0].command[-1])
+    if not run.needs or made.exists():
+        return []
+    words = ("tiny" if word == str(made) else word for word in run.command)
+    return [grid.Run(run.name, (*words, "--run-name", "check"))]
+
+
 def failure_map(algorithm, base, shared, args, of):
     """The run that makes a map of failures over alpha and learning rate."""
     folder = Path(args.output_dir) / f"failure_map_{of}"
@@ -165,9 +173,12 @@ def failure_map(algorithm, base, shared, args, of):
 
 def main(args, words):
     if args.preset in PRESETS:
-        return grid.run_study(args, plan(args, words), SHOW)
+        runs = plan(args, words)
+        return grid.run_study(args, runs, SHOW, also=with_untrained_model(runs))
     if words:
         raise UsageError(f"{words[0]}: --mode {args.preset} runs nothing, so it takes no flag of train.py: drop it")
+    from llm_noniid import report  # scipy and all of plots/, which --help must not wait for
+
     output = Path(args.output_dir)
     print(report.text(output) if args.preset == "compare" else report.write(output, output / "report.html"))
 

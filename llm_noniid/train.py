@@ -13,12 +13,22 @@ local     each client for itself; central: one client with all texts, as many st
 --cluster fedavg within groups of clients with like updates or topics                    (Sattler et al. 2020)
 """
 
+from common.early import parsed
+from llm_noniid import flags
+
+
+def build_parser():
+    return flags.build_parser(__doc__.split("\n")[0])
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(flags.parse, build_parser())
+
 from functools import partial
 
 import numpy as np
 
 from common.aggregation import NormalizedMean, ServerAdam, ServerMomentum, WeightedMean, effective_steps
-from common.cli import checked
 from common.client_rows import rows_on_disk
 from common.local import client_optimizer, local_steps
 from common.participation import per_round
@@ -26,7 +36,6 @@ from common.processes import run_federated
 from common.runlog import start_run
 from common.scaffold import ControlVariates, option_two
 from common.seeding import seed_torch
-from llm_noniid import flags
 from llm_noniid.clustering import cluster_labels
 from llm_noniid.data import training_batches
 from llm_noniid.fed_core import Groups, compare, evaluate, finish, group_by_updates, judge, load_study, probe, watched
@@ -139,11 +148,6 @@ def main(args):
         finish(run, study, thetas, groups.of)
 
 
-def build_parser():
-    return flags.build_parser(__doc__.split("\n")[0])
-
-
 if __name__ == "__main__":
-    args = checked(flags.parse, build_parser())
     clients = 1 if args.algorithm == "central" else per_round(args.participation_rate, args.num_clients)
     run_federated(main, args, clients, memory(args))

@@ -4,11 +4,28 @@ python lora_glue_fl/adapters_eval.py --model_size base --task_name sst2 --adapte
 python lora_glue_fl/adapters_eval.py --model tiny --dataset demo --task_name sst2 --adapter_path DIR      # offline
 """
 
+from common.cli import Parser, UsageError, add_machine_flags, run_main
+from common.early import parsed
+from lora_glue_fl.flags import add_evaluation_flags, add_task_flags, model_name, size_label
+
+
+def build_parser():
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("--adapter-path", required=True, metavar="DIR", help="an adapter in peft's format")
+    add_task_flags(parser)
+    run = parser.add_argument_group("the evaluation")
+    run.add_argument("--output-dir", default="./out_eval", metavar="DIR", help="where metrics.json goes")
+    add_evaluation_flags(run)
+    add_machine_flags(run)
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(build_parser().parse_args)
+
 from pathlib import Path
 
 from common.checkpoint import write_json
-from common.cli import Parser, UsageError, add_machine_flags, run_main
-from lora_glue_fl.flags import add_evaluation_flags, add_task_flags, model_name, size_label
 from lora_glue_fl.task_model import evaluate_adapter, print_values
 
 
@@ -25,16 +42,5 @@ def main(args):
     print(folder)
 
 
-def build_parser():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--adapter-path", required=True, metavar="DIR", help="an adapter in peft's format")
-    add_task_flags(parser)
-    run = parser.add_argument_group("the evaluation")
-    run.add_argument("--output-dir", default="./out_eval", metavar="DIR", help="where metrics.json goes")
-    add_evaluation_flags(run)
-    add_machine_flags(run)
-    return parser
-
-
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(main, args)

@@ -7,14 +7,23 @@ AdamW (Loshchilov & Hutter 2019) on the mean loss over a batch, the rate going d
 """
 
 from common.cli import run_main
+from common.early import parsed
+from lora_glue_fl.flags import complete_central, make_central_parser, size_label
+
+
+def build_parser():
+    return make_central_parser(__doc__.split("\n")[0], "./out_baseline", 2e-5)[0]
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(complete_central, build_parser().parse_args())
+
 from common.hub import quiet
 from common.runlog import start_run
 from lora_glue_fl import central
-from lora_glue_fl.flags import size_label
 
 
 def main(args):
-    central.check(args)
     name = f"{args.task_name.lower()}_{size_label(args)}"
     with start_run("baseline_run", args, name, unit="examples") as run:
         study = central.load_study(args, run)
@@ -32,9 +41,5 @@ def save(study, folder):
     study.model.tokenizer.save_pretrained(folder)
 
 
-def build_parser():
-    return central.make_parser(__doc__.split("\n")[0], "./out_baseline", 2e-5)[0]
-
-
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(main, args)

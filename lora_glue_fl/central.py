@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from common import parallel
-from common.cli import RunFailed, UsageError, positive_float
+from common.cli import RunFailed, UsageError
 from common.local import OptimizerState, client_optimizer, local_steps
 from common.seeding import seed_torch
 from common.vector import Weights
-from lora_glue_fl import flags
 from lora_glue_fl.data_prep import batches, learning_rates, plan_steps
 from lora_glue_fl.shards import load_manifest, subset
 from lora_glue_fl.task_model import TaskModel, print_values
@@ -85,23 +84,3 @@ def results(study):
         best = max(rows[1:] or rows, key=lambda row: row[headline])
         values |= {"best_round": best["round"], f"best_{headline}": best[headline]}
     return values | {name: last[name] for name in ("examples", "seconds")} | {"rounds": last["round"]}
-
-
-def make_parser(description, output_dir, learning_rate):
-    """The parser of a central script. Returns (parser, group for the script's own flags)."""
-    parser, own = flags.make_parser(description, output_dir)
-    own.add_argument("--do-train", action="store_true", help="train")
-    own.add_argument("--do-eval", action="store_true", help="evaluate every epoch; without --do-train: zero-shot")
-    train = flags.add_training_flags(parser, learning_rate)
-    train.add_argument(
-        "--num-train-epochs", type=positive_float, default=3.0, metavar="X", help="passes over the examples"
-    )
-    train.add_argument("--max-examples", type=int, metavar="N", help="train on a stratified subset of N (default: all)")
-    train.add_argument("--shard", metavar="FILE", help="train on a client's examples (client_1.json of sharding.py)")
-    return parser, own
-
-
-def check(args):
-    """Raises UsageError for flags that contradict each other."""
-    flags.refuse(not (args.do_train or args.do_eval), "nothing to do: give --do-train, --do-eval or both")
-    flags.refuse(args.shard and args.max_examples, "--shard and --max-examples are both given: choose one")

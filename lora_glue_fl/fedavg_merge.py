@@ -12,6 +12,43 @@ a peft adapter with fuse_manifest.json beside it; prints each rule's ||served - 
 """
 
 import argparse
+
+from common.cli import Parser, add_machine_flags, positive_float, positive_int, run_main
+from common.early import parsed
+from lora_glue_fl.flags import add_evaluation_flags, add_split_flag, add_task_flags, refuse
+
+RULES = ("svd", "naive")
+
+
+def build_parser():
+    parser = Parser(__doc__.split("\n")[0])
+    own = parser.add_argument_group("the merge")
+    own.add_argument("--adapters", nargs="+", required=True, metavar="DIR", help="the clients' adapter folders")
+    own.add_argument("--weights", nargs="+", type=float, metavar="X", help="of the adapters (default: equal)")
+    own.add_argument(
+        "--shard-manifests", nargs="+", metavar="FILE", help="client_1.json ...: weights are numbers of examples"
+    )
+    own.add_argument("--aggregate", choices=RULES, default="svd", help="the rule")
+    own.add_argument("--skip-svd", action="store_true", help="the same as --aggregate naive")
+    own.add_argument("--svd-rank", type=positive_int, required=True, metavar="R", help="rank of the result")
+    own.add_argument("--alpha", type=positive_float, metavar="X", help="alpha of the result (default: --svd-rank)")
+    add_split_flag(own)
+    own.add_argument("--save-adapter", required=True, metavar="DIR", help="folder of the result")
+    own.add_argument("--overwrite", action="store_true", help="replace an adapter in that folder")
+    own.add_argument("--eval", action="store_true", help="the task's metrics of the result on its validation split")
+    add_task_flags(parser, task_required=False)
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--task-name", default="glue", metavar="TASK", help="a GLUE task, checked against the manifests; glue: any"
+    )
+    add_evaluation_flags(run)
+    add_machine_flags(run)
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(build_parser().parse_args)
+
 import tempfile
 from pathlib import Path
 
@@ -19,16 +56,12 @@ import torch
 
 from common.adapter_files import read_adapter, write_adapter
 from common.aggregation import WeightedMean
-from common.cli import Parser, add_machine_flags, positive_float, positive_int, run_main
 from common.lowrank import AdapterMean
 from common.parallel import Round
-from lora_glue_fl.flags import add_evaluation_flags, add_split_flag, add_task_flags, refuse
 from lora_glue_fl.glue_tasks import find_task
 from lora_glue_fl.merging import base_model, check_alike, check_place, check_ranks, client_weights, error_lines
 from lora_glue_fl.models import named_head
 from lora_glue_fl.task_model import evaluate_adapter
-
-RULES = ("svd", "naive")
 
 
 def main(args):
@@ -107,31 +140,5 @@ def mean_head(adapters, weights):
     return named_head(mean.result(), first)
 
 
-def build_parser():
-    parser = Parser(__doc__.split("\n")[0])
-    own = parser.add_argument_group("the merge")
-    own.add_argument("--adapters", nargs="+", required=True, metavar="DIR", help="the clients' adapter folders")
-    own.add_argument("--weights", nargs="+", type=float, metavar="X", help="of the adapters (default: equal)")
-    own.add_argument(
-        "--shard-manifests", nargs="+", metavar="FILE", help="client_1.json ...: weights are numbers of examples"
-    )
-    own.add_argument("--aggregate", choices=RULES, default="svd", help="the rule")
-    own.add_argument("--skip-svd", action="store_true", help="the same as --aggregate naive")
-    own.add_argument("--svd-rank", type=positive_int, required=True, metavar="R", help="rank of the result")
-    own.add_argument("--alpha", type=positive_float, metavar="X", help="alpha of the result (default: --svd-rank)")
-    add_split_flag(own)
-    own.add_argument("--save-adapter", required=True, metavar="DIR", help="folder of the result")
-    own.add_argument("--overwrite", action="store_true", help="replace an adapter in that folder")
-    own.add_argument("--eval", action="store_true", help="the task's metrics of the result on its validation split")
-    add_task_flags(parser, task_required=False)
-    run = parser.add_argument_group("the run")
-    run.add_argument(
-        "--task-name", default="glue", metavar="TASK", help="a GLUE task, checked against the manifests; glue: any"
-    )
-    add_evaluation_flags(run)
-    add_machine_flags(run)
-    return parser
-
-
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(main, args)

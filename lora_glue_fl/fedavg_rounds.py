@@ -9,57 +9,11 @@ Bai et al. 2024), the other rules are in common/lowrank.py. The head is averaged
 """
 
 import argparse
-from functools import partial
 
-from common.aggregation import WeightedMean
-from common.cli import (
-    checked,
-    fraction,
-    half_open_fraction,
-    non_negative_float,
-    only,
-    positive_float,
-    positive_int,
-    unless,
-)
-from common.local import client_optimizer, local_steps
-from common.lowrank import RULES, AdapterMean
-from common.processes import run_federated
-from common.runlog import start_run
-from lora_glue_fl import fed_core, flags
-
-
-def main(args):
-    a = args
-    with start_run("fedavg_rounds", a, a.run_name, unit="examples") as run:
-        study = fed_core.load_study(a, run)
-        n = study.client_weights
-        theta = run.restore(study.theta, None, same_shapes=False, **study.lasting)
-        study.folders.clean(run.start_round - 1)
-        run.report(0, theta, partial(fed_core.evaluate, study, theta, 0))
-
-        for t in run.rounds():
-            up = partial(fed_core.bytes_up, study, t)
-            clients = run.sample(n, a.participation, t, up=up, work=study.examples)
-            starts = fed_core.begin_round(study, theta, t)
-            mean = AdapterMean(a.aggregate, fed_core.factors(theta), study.scale, clients, t, a.seed, **study.served_as)
-            heads = WeightedMean(theta["head"], clients)
-            for k in clients:
-                weights, steps, lrs = fed_core.begin_client(study, theta, starts, k, t)
-                optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate, weight_decay=a.weight_decay)
-                options = {"amp": run.amp, "mu": a.mu, "max_norm": a.max_grad_norm, "lrs": lrs}
-                done = local_steps(study.loss, steps, weights, optimizer, **options)
-                factors_k, head_k = fed_core.end_client(study, weights, k, clients, done)
-                if mean.add(factors_k, n[k], finite=(head_k,)):
-                    heads.add(head_k, n[k])
-                    fed_core.keep_client(study, factors_k, head_k, k, t, clients)
-            served = mean.result(study.step(mean.trained))
-            theta = fed_core.serve(study, theta, served, heads)
-            run.count(bytes_down=fed_core.bytes_down(study, clients, t))
-            run.report(t + 1, theta, partial(fed_core.publish, study, theta, served, clients, t))
-            study.folders.prune(t)
-
-        fed_core.finish(study, theta)
+from common.choices import RULES
+from common.cli import fraction, half_open_fraction, non_negative_float, only, positive_float, positive_int, unless
+from common.early import parsed
+from lora_glue_fl import flags
 
 
 def build_parser():
@@ -136,6 +90,51 @@ def build_parser():
     return parser
 
 
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(flags.complete_rounds, build_parser().parse_args())
+
+from functools import partial
+
+from common.aggregation import WeightedMean
+from common.local import client_optimizer, local_steps
+from common.lowrank import AdapterMean
+from common.processes import run_federated
+from common.runlog import start_run
+from lora_glue_fl import fed_core
+
+
+def main(args):
+    a = args
+    with start_run("fedavg_rounds", a, a.run_name, unit="examples") as run:
+        study = fed_core.load_study(a, run)
+        n = study.client_weights
+        theta = run.restore(study.theta, None, same_shapes=False, **study.lasting)
+        study.folders.clean(run.start_round - 1)
+        run.report(0, theta, partial(fed_core.evaluate, study, theta, 0))
+
+        for t in run.rounds():
+            up = partial(fed_core.bytes_up, study, t)
+            clients = run.sample(n, a.participation, t, up=up, work=study.examples)
+            starts = fed_core.begin_round(study, theta, t)
+            mean = AdapterMean(a.aggregate, fed_core.factors(theta), study.scale, clients, t, a.seed, **study.served_as)
+            heads = WeightedMean(theta["head"], clients)
+            for k in clients:
+                weights, steps, lrs = fed_core.begin_client(study, theta, starts, k, t)
+                optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate, weight_decay=a.weight_decay)
+                options = {"amp": run.amp, "mu": a.mu, "max_norm": a.max_grad_norm, "lrs": lrs}
+                done = local_steps(study.loss, steps, weights, optimizer, **options)
+                factors_k, head_k = fed_core.end_client(study, weights, k, clients, done)
+                if mean.add(factors_k, n[k], finite=(head_k,)):
+                    heads.add(head_k, n[k])
+                    fed_core.keep_client(study, factors_k, head_k, k, t, clients)
+            served = mean.result(study.step(mean.trained))
+            theta = fed_core.serve(study, theta, served, heads)
+            run.count(bytes_down=fed_core.bytes_down(study, clients, t))
+            run.report(t + 1, theta, partial(fed_core.publish, study, theta, served, clients, t))
+            study.folders.prune(t)
+
+        fed_core.finish(study, theta)
+
+
 if __name__ == "__main__":
-    args = checked(flags.complete_rounds, build_parser().parse_args())
     run_federated(main, args, *fed_core.footprint(args))

@@ -17,6 +17,7 @@ from common.cli import (
 
 DATASETS = ("glue", "demo")
 SIZES = {"base": "roberta-base", "large": "roberta-large"}
+MODES = ("iid", "overlap", "category", "category_overlap", "dirichlet")  # how examples are dealt to clients
 BATCH = {"type": positive_int, "default": 32, "metavar": "B"}
 
 
@@ -129,6 +130,27 @@ def refuse(wrong, message):
     """Raises UsageError(message) where `wrong` is true."""
     if wrong:
         raise UsageError(message)
+
+
+def make_central_parser(description, output_dir, learning_rate):
+    """The parser of a central script. Returns (parser, group for the script's own flags)."""
+    parser, own = make_parser(description, output_dir)
+    own.add_argument("--do-train", action="store_true", help="train")
+    own.add_argument("--do-eval", action="store_true", help="evaluate every epoch; without --do-train: zero-shot")
+    train = add_training_flags(parser, learning_rate)
+    train.add_argument(
+        "--num-train-epochs", type=positive_float, default=3.0, metavar="X", help="passes over the examples"
+    )
+    train.add_argument("--max-examples", type=int, metavar="N", help="train on a stratified subset of N (default: all)")
+    train.add_argument("--shard", metavar="FILE", help="train on a client's examples (client_1.json of sharding.py)")
+    return parser, own
+
+
+def complete_central(args):
+    """The flags. Raises UsageError for flags that contradict each other."""
+    refuse(not (args.do_train or args.do_eval), "nothing to do: give --do-train, --do-eval or both")
+    refuse(args.shard and args.max_examples, "--shard and --max-examples are both given: choose one")
+    return args
 
 
 def complete_rounds(args):

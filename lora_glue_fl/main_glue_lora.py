@@ -6,18 +6,30 @@
 W + s B A with s = alpha / r; A random, B zero, W frozen   (Hu et al. 2022), trained by AdamW together with the head.
 """
 
+from common.cli import run_main
+from common.early import parsed
+from lora_glue_fl.flags import add_lora_flags, complete_central, make_central_parser, size_label
+
+
+def build_parser():
+    parser, own = make_central_parser(__doc__.split("\n")[0], "./out", 2e-4)
+    add_lora_flags(own)
+    own.add_argument("--adapter-output-dir", metavar="DIR", help="where the adapter goes (default: RUN/adapter)")
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(complete_central, build_parser().parse_args())
+
 from pathlib import Path
 
 from common.adapter_files import write_adapter
 from common.checkpoint import saving
-from common.cli import run_main
 from common.runlog import start_run
 from lora_glue_fl import central
-from lora_glue_fl.flags import add_lora_flags, size_label
 
 
 def main(args):
-    central.check(args)
     args.output_dir = str(Path(args.output_dir) / f"{args.task_name.lower()}_{size_label(args)}")
     with start_run("main_glue_lora", args, f"r{args.lora_r}", unit="examples") as run:
         lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
@@ -64,12 +76,5 @@ def write_manifest(study, results):
         path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()), encoding="utf-8")
 
 
-def build_parser():
-    parser, own = central.make_parser(__doc__.split("\n")[0], "./out", 2e-4)
-    add_lora_flags(own)
-    own.add_argument("--adapter-output-dir", metavar="DIR", help="where the adapter goes (default: RUN/adapter)")
-    return parser
-
-
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(main, args)

@@ -11,15 +11,14 @@ own; finished runs are skipped and broken ones go on, so that the command can be
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common import grid
+from common.choices import RULES
 from common.cli import UsageError, run_main
 from common.grid import Preset, Setting
-from common.lowrank import RULES
 from lora_glue_fl.flags import add_data_flags, add_model_flags, size_label
-from lora_glue_fl.glue_data import load_task
-from lora_glue_fl.shards import make_client_splits, save_shard_manifests
 
 LORA = "--lora-r 4 --svd-rank 4 --lora-alpha 8 --alpha 8".split()
 ALPHA = 0.3  # of the Dirichlet shards
@@ -122,30 +121,44 @@ def shard_folder(args, task, case, seed):
 
 
 def make_shards(args):
-    """Writes every case's manifests that are not there yet."""
-    for task, examples, cases in PRESETS[args.preset].settings.tasks:
-        if args.tasks and task not in args.tasks:
-            continue
-        data = load_task(task, args.dataset, args.data_root, args.cache_dir, splits=("train",))
+    """Writes every case's manifests that are not there yet, once all tasks are read."""
+    from lora_glue_fl.glue_data import load_task
+    from lora_glue_fl.shards import make_client_splits, save_shard_manifests  # torch, which --help must not wait for
+
+    tasks = [one for one in PRESETS[args.preset].settings.tasks if not args.tasks or one[0] in args.tasks]
+    names = dict.fromkeys(task for task, *_ in tasks)
+    read = {task: load_task(task, args.dataset, args.data_root, args.cache_dir, splits=("train",)) for task in names}
+    for task, examples, cases in tasks:
         for case in cases:
             for seed in args.seeds:
                 folder = shard_folder(args, task, case, seed)
                 if not (folder / "summary.json").exists():
-                    about = {"dirichlet_alpha": ALPHA, "min_samples": 32, "max_examples": examples, "data": data}
+                    about = {"dirichlet_alpha": ALPHA, "min_samples": 32, "max_examples": examples, "data": read[task]}
                     split = make_client_splits(task, CASES[case].clients, CASES[case].mode, seed=seed, **about)
                     save_shard_manifests(folder, split)
 
 
 def plan(args):
     """The runs that the flags ask for."""
-    preset = PRESETS[args.preset]
+    return grid.expand(grid.select(settings(args, PRESETS[args.preset].settings), args.only), *given(args))
+
+
+def given(args):
+    """What `common.grid.expand` takes besides settings: shared flags, seeds, output folder."""
     names = ["dataset", "model", "model_size", "data_root", "cache_dir", "device"]
-    chosen = grid.select(settings(args, preset.settings), args.only)
-    return grid.expand(chosen, [*preset.shared, *grid.given(args, names)], args.seeds, args.output_dir)
+    return [*PRESETS[args.preset].shared, *grid.given(args, names)], args.seeds, args.output_dir
+
+
+def without_shards(args):
+    """A run for the check of data and model: the federated ones need shards, which are dealt when all is well."""
+    sizes = PRESETS[args.preset].settings
+    task, examples, _ = next(one for one in sizes.tasks if not args.tasks or one[0] in args.tasks)
+    return grid.expand([central(args, task, examples, sizes.rounds, 1)], *given(args))
 
 
 def main(args):
-    return grid.run_study(args, plan(args), SHOW, prepare=lambda: make_shards(args))
+    shards = partial(make_shards, args)
+    return grid.run_study(args, plan(args), SHOW, prepare=shards, also=without_shards(args))
 
 
 def build_parser():

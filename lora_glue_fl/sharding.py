@@ -11,19 +11,8 @@ save_shard_manifests("out/sst2_base/shards_iid_k5", info)
 import argparse
 
 from common.cli import Parser, only, positive_float, positive_int, run_main, seed_number
-from lora_glue_fl.flags import add_data_flags
-from lora_glue_fl.shards import MODES, make_client_splits, save_shard_manifests
-
-
-def main(args):
-    options = dict(vars(args))
-    folder = options.pop("out_dir")
-    info = make_client_splits(**options)
-    save_shard_manifests(folder, info)
-    for note in info["notes"]:
-        print(note)
-    print(f"Client sizes: {info['size_per_client']}")
-    print(folder)
+from common.early import parsed
+from lora_glue_fl.flags import MODES, add_data_flags
 
 
 def build_parser():
@@ -49,5 +38,22 @@ def build_parser():
     return parser
 
 
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(build_parser().parse_args)
+
+from lora_glue_fl.shards import make_client_splits, save_shard_manifests
+
+
+def main(args):
+    options = dict(vars(args))
+    folder = options.pop("out_dir")
+    info = make_client_splits(**options)
+    save_shard_manifests(folder, info)
+    for note in info["notes"]:
+        print(note)
+    print(f"Client sizes: {info['size_per_client']}")
+    print(folder)
+
+
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(main, args)

@@ -12,9 +12,9 @@ from common import sharding
 from common.checkpoint import read_json, write_json
 from common.cli import UsageError
 from common.seeding import stream
+from lora_glue_fl.flags import MODES
 from lora_glue_fl.glue_data import load_task
 
-MODES = ("iid", "overlap", "category", "category_overlap", "dirichlet")
 BIN = 0.2  # of stsb's scores
 _CLIENT_FILE = re.compile(r"client_([1-9]\d*)\.json")
 

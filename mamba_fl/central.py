@@ -7,14 +7,24 @@ The text is the union of the shards of --num-clients clients, without what each 
 federated runs train on the same tokens; batches of 16 are 4 clients' batches of 4.
 """
 
+from common.cli import RunFailed, UsageError, run_main
+from common.early import parsed
+from mamba_fl.flags import complete_flags, make_parser, run_name
+
+
+def build_parser():
+    return make_parser(__doc__, federated=False)[0]
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(complete_flags, build_parser().parse_args())
+
 import torch
 
 from common import parallel
-from common.cli import RunFailed, UsageError, checked, run_main
 from common.local import OptimizerState, gradients
 from common.runlog import start_run
 from mamba_fl.fed_core import client_batches, evaluate, finish, load_study, save_deltas, state_space, with_perplexity
-from mamba_fl.flags import complete_flags, make_parser, run_name
 
 WINDOW = 10  # cosines that are averaged, as in the source
 
@@ -90,9 +100,5 @@ class GradientWatch:
             self._square, self._cosines = state["square"][0], state["cosines"]
 
 
-def build_parser():
-    return make_parser(__doc__, federated=False)[0]
-
-
 if __name__ == "__main__":
-    run_main(main, checked(complete_flags, build_parser().parse_args()))
+    run_main(main, args)

@@ -6,13 +6,22 @@
 theta <- theta + sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMahan et al. 2017, algorithm 1)
 """
 
-from common import cli
+from common.early import parsed
+from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
+
+
+def build_parser():
+    return make_parser(__doc__)[0]
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(complete_flags, build_parser().parse_args())
+
 from common.aggregation import WeightedMean
 from common.local import local_steps
 from common.processes import run_federated
 from common.runlog import start_run
 from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, with_perplexity
-from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
 
 
 def main(args):
@@ -36,10 +45,5 @@ def main(args):
         finish(study, theta)
 
 
-def build_parser():
-    return make_parser(__doc__)[0]
-
-
 if __name__ == "__main__":
-    args = cli.checked(complete_flags, build_parser().parse_args())
     run_federated(main, args, *footprint(args))

@@ -10,11 +10,27 @@ the source project's method; the published FedEntropy (Ling et al. 2023) is anot
 soft labels have the largest entropy.
 """
 
+from common import cli
+from common.early import parsed
+from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
+
+
+def build_parser():
+    parser, add = make_parser(__doc__)
+    add("--temperature", type=cli.positive_float, default=1.0, metavar="T", help="T, in nats; small: the surest client")
+    prior = "examples: alpha_k ~ n_k exp(-H_k / T), as --client-weights examples; none: as uniform (default: none)"
+    add("--entropy-prior", choices=["none", "examples"], help=prior)
+    add("--entropy-samples", type=cli.non_negative_int, default=8, metavar="N", help="held-out sequences used; 0: all")
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(complete_flags, build_parser().parse_args())
+
 import math
 
 import torch
 
-from common import cli
 from common.aggregation import WeightedMean
 from common.local import local_steps
 from common.processes import run_federated
@@ -22,7 +38,6 @@ from common.runlog import start_run
 from mamba_fl.cross_entropy import entropies
 from mamba_fl.data import inputs_and_labels
 from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, sampled_blocks, with_perplexity
-from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
 
 
 def main(args):
@@ -61,15 +76,5 @@ def entropy(study, k, t):
     return math.fsum(sums) / (len(held_out) * study.args.sequence_length)
 
 
-def build_parser():
-    parser, add = make_parser(__doc__)
-    add("--temperature", type=cli.positive_float, default=1.0, metavar="T", help="T, in nats; small: the surest client")
-    prior = "examples: alpha_k ~ n_k exp(-H_k / T), as --client-weights examples; none: as uniform (default: none)"
-    add("--entropy-prior", choices=["none", "examples"], help=prior)
-    add("--entropy-samples", type=cli.non_negative_int, default=8, metavar="N", help="held-out sequences used; 0: all")
-    return parser
-
-
 if __name__ == "__main__":
-    args = cli.checked(complete_flags, build_parser().parse_args())
     run_federated(main, args, *footprint(args))

@@ -9,9 +9,25 @@ F_k is the diagonal of client k's Fisher information at theta_k, per sequence (i
 rho times its mean.
 """
 
+from common import cli
+from common.early import parsed
+from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
+
+
+def build_parser():
+    parser, add = make_parser(__doc__)
+    add("--fisher-samples", type=cli.positive_int, default=8, metavar="N", help="training sequences for a client's F_k")
+    add("--fisher-damping", type=cli.non_negative_float, default=0.1, metavar="RHO", help="adds rho mean(F_k); off: 0")
+    add("--fisher-normalize", action="store_true", help="divide each F_k by its L2 norm")
+    add("--fisher-labels", choices=["model", "data"], default="model", help="model: the Fisher; data: the empirical")
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(complete_flags, build_parser().parse_args())
+
 import torch
 
-from common import cli
 from common.aggregation import PrecisionWeightedMean
 from common.fisher import diagonal_fisher
 from common.local import local_steps
@@ -21,7 +37,6 @@ from common.seeding import torch_stream
 from mamba_fl.cross_entropy import sample_labels
 from mamba_fl.data import inputs_and_labels
 from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, sampled_blocks, with_perplexity
-from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
 
 
 def main(args):
@@ -62,15 +77,5 @@ def fisher(study, k, t):
     return diagonal_fisher(study.model, study.weights, nll, (inputs, labels), method="loop")
 
 
-def build_parser():
-    parser, add = make_parser(__doc__)
-    add("--fisher-samples", type=cli.positive_int, default=8, metavar="N", help="training sequences for a client's F_k")
-    add("--fisher-damping", type=cli.non_negative_float, default=0.1, metavar="RHO", help="adds rho mean(F_k); off: 0")
-    add("--fisher-normalize", action="store_true", help="divide each F_k by its L2 norm")
-    add("--fisher-labels", choices=["model", "data"], default="model", help="model: the Fisher; data: the empirical")
-    return parser
-
-
 if __name__ == "__main__":
-    args = cli.checked(complete_flags, build_parser().parse_args())
     run_federated(main, args, *footprint(args))

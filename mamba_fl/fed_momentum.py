@@ -12,14 +12,38 @@ adam, ...   m <- b1 m + (1 - b1) Delta,  v <- b2 v + (1 - b2) Delta^2,
 """
 
 from common import cli
+from common.early import parsed
+from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
+
+MOMENTUM, ADAPTIVE = ("momentum", "nesterov"), ("adam", "yogi", "adagrad")
+
+
+def of(*kinds):
+    """When a flag is read: with these server optimisers."""
+    return cli.only(server_optimizer=kinds)
+
+
+def build_parser():
+    parser, add = make_parser(__doc__)
+    kinds = [*MOMENTUM, *ADAPTIVE]
+    add("--server-optimizer", choices=kinds, default="momentum", help="what the server does with the mean update")
+    add("--server-lr", type=cli.positive_float, metavar="X", help="eta_s (default: 1; adam, yogi, adagrad: 0.01)")
+    add("--server-momentum", type=cli.half_open_fraction, default=0.9, metavar="X", help="beta; Adam's b1; off: 0")
+    forms = ["heavy_ball", "ema"]
+    add("--momentum-form", choices=forms, default="heavy_ball", when=of(*MOMENTUM), help="ema: the source's average")
+    add("--server-beta2", type=cli.half_open_fraction, default=0.99, metavar="X", when=of("adam", "yogi"), help="b2")
+    add("--server-tau", type=cli.positive_float, default=1e-3, metavar="X", when=of(*ADAPTIVE), help="Adam's tau")
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(complete_flags, build_parser().parse_args())
+
 from common.aggregation import ServerAdam, ServerMomentum, WeightedMean
 from common.local import local_steps
 from common.processes import run_federated
 from common.runlog import start_run
 from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, with_perplexity
-from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
-
-MOMENTUM, ADAPTIVE = ("momentum", "nesterov"), ("adam", "yogi", "adagrad")
 
 
 def main(args):
@@ -53,24 +77,5 @@ def server_optimizer(args):
     return ServerAdam(kind, lr, b1=b1, b2=args.server_beta2, tau=args.server_tau)
 
 
-def of(*kinds):
-    """When a flag is read: with these server optimisers."""
-    return cli.only(server_optimizer=kinds)
-
-
-def build_parser():
-    parser, add = make_parser(__doc__)
-    kinds = [*MOMENTUM, *ADAPTIVE]
-    add("--server-optimizer", choices=kinds, default="momentum", help="what the server does with the mean update")
-    add("--server-lr", type=cli.positive_float, metavar="X", help="eta_s (default: 1; adam, yogi, adagrad: 0.01)")
-    add("--server-momentum", type=cli.half_open_fraction, default=0.9, metavar="X", help="beta; Adam's b1; off: 0")
-    forms = ["heavy_ball", "ema"]
-    add("--momentum-form", choices=forms, default="heavy_ball", when=of(*MOMENTUM), help="ema: the source's average")
-    add("--server-beta2", type=cli.half_open_fraction, default=0.99, metavar="X", when=of("adam", "yogi"), help="b2")
-    add("--server-tau", type=cli.positive_float, default=1e-3, metavar="X", when=of(*ADAPTIVE), help="Adam's tau")
-    return parser
-
-
 if __name__ == "__main__":
-    args = cli.checked(complete_flags, build_parser().parse_args())
     run_federated(main, args, *footprint(args))

@@ -23,7 +23,6 @@ from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
-from common.checkpoint import saving
 from common.cli import Parser, UsageError, run_main
 from common.curves import save_figure
 from plots import tables
@@ -49,6 +48,8 @@ def write(paths, out, title=None, lead="", figures=True, unfinished=False, keep=
     Args: title: default: the studies' names; lead: HTML that stands before the first table; keep: a folder that gets
         the figures as files, too. Raises UsageError without a run.
     """
+    from common.checkpoint import saving  # torch, which --help must not wait for
+
     paths, out = [Path(path) for path in paths], Path(out)
     modules = {name: import_module(place) for name, place in tables.STUDIES.items()}
     studies = [module.STUDY for module in modules.values()]

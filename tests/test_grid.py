@@ -14,18 +14,32 @@ import pytest
 
 from common import grid
 from common.cli import RunFailed, UsageError, run_main
+from common.early import CHECK
 from common.grid import Preset, Run, Setting
+from common.processes import cores
 
 # ---------------------------------------------------------------------------------- the runner, on a made-up script
 
 SCRIPT = """
 import json, os, pathlib, sys, time
+from common.early import stop_if_checked
 flags = dict(zip(sys.argv[1:-1:2], sys.argv[2::2]))          # all flags but --resume at the end have a value
 assert sys.argv[-1] == "--resume"
 out = pathlib.Path(flags["--output-dir"])
 folder = out / flags["--run-name"]
+kind = flags["--kind"].rstrip("0123456789")
+if kind == "misspelt":
+    sys.stderr.write("usage: fake\\nfake.py: error: --kind misspelt: spell it (see --help)\\n")
+    sys.exit(2)
+stop_if_checked("flags")
+if kind == "lacks":
+    sys.stderr.write("error: no data in /nowhere: put them there\\n")
+    sys.exit(2)
+stop_if_checked("study")
 print("started with", os.environ["OMP_NUM_THREADS"], "thread,", os.environ.get("WORLD_SIZE", "any"), flush=True)
-kind = flags["--kind"]
+if kind == "late":
+    sys.stderr.write("error: --kind late: take another\\n")
+    sys.exit(2)
 if kind == "refuses":
     sys.exit("error: --kind refuses: take another")
 folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +79,7 @@ def scripted(tmp_path, monkeypatch):
     (tmp_path / "fake.py").write_text(SCRIPT)
 
     def make(*kinds, seeds=(0,), **more):
-        settings = [Setting(kind, "fake.py", ("--kind", kind.rstrip("0123456789"))) for kind in kinds]
+        settings = [Setting(kind, "fake.py", ("--kind", kind)) for kind in kinds]
         return grid.expand(settings, (), seeds, tmp_path / "out", **more)
 
     return make
@@ -164,6 +178,58 @@ def test_a_grid_inside_a_grid_and_older_manifests(scripted, tmp_path):
     assert grid.broke_down(old) and not grid.broke_down(old | {"reason": "no space left"})
 
 
+@pytest.mark.parametrize("plan", [False, True])
+@pytest.mark.parametrize(
+    ("kinds", "error"),
+    [
+        (["works", "misspelt"], "misspelt_seed_0: --kind misspelt: spell it"),
+        (["lacks", "works"], "lacks_seed_0: no data in /nowhere: put them there"),
+    ],
+)
+def test_what_a_script_refuses_ends_the_grid_before_its_first_run(scripted, tmp_path, capfd, kinds, error, plan):
+    with pytest.raises(UsageError) as stop:
+        study(tmp_path / "out", scripted(*kinds), plan=plan, show=[["table.py"]])
+    said = capfd.readouterr()
+    assert str(stop.value).startswith(error) and not said.out and not said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["fake.py"]
+
+
+def test_a_run_that_refuses_later_ends_the_grid_and_leaves_nothing(scripted, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="late[12]_seed_0: --kind late: take another"):
+        study(out, scripted("late1", "late2", "works"))
+    assert [path.name for path in tmp_path.iterdir()] == ["fake.py"]
+    with pytest.raises(UsageError, match="late_seed_0: --kind late: take another"):
+        study(out, scripted("works1", "late", "works2"), jobs=1)
+    kept = {str(path.relative_to(out)) for path in out.rglob("*_seed_0*")}
+    assert kept == {"works1_seed_0", "output/works1_seed_0.txt"}
+
+
+def test_data_and_model_are_looked_at_once_and_not_where_the_grid_makes_them(tmp_path, monkeypatch):
+    looked, out = [], tmp_path / "out"
+    monkeypatch.setattr(grid, "read_flags", lambda command: (0, ""))
+    monkeypatch.setattr(grid, "read_study", lambda command: looked.append(command[2]) or (0, ""))
+    lines = [
+        *("a --init-from {out}/pretrain", "b --model tiny", "c --model tiny", "d --model tiny --dataset demo"),
+        *("e --model large", "f --model {out}/there"),
+    ]
+    (out / "there").mkdir(parents=True)
+    (out / "e").mkdir()
+    (out / "e" / "run.json").write_text("{}")  # finished
+    runs = [Run(line[0], ("x.py", "--name", *line.replace("{out}", str(out)).split())) for line in lines]
+    grid.check([*runs, Run("g", ("x.py", "--name", "g"), record="other.json")], out)
+    assert looked == ["b", "d", "f"]
+
+
+def test_a_reader_of_the_plan_may_stop_reading(monkeypatch):
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        grid.put(f"line {i}" for i in range(10_000))
+        print("nobody reads this either")
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_ends_the_runner_ends_its_runs(scripted, tmp_path, signum, code):
     runner = tmp_path / "runner.py"
@@ -198,9 +264,9 @@ def test_flags_of_the_runner(capsys):
         return grid.complete(parser.parse_args(line.split()), presets)
 
     args = parsed("")
-    assert (args.seeds, args.jobs, args.output_dir, args.only) == ([0, 1, 2], 1, "results/a_small", None)
+    assert (args.seeds, grid.jobs_of(args), args.output_dir, args.only) == ([0, 1, 2], 1, "results/a_small", None)
     args = parsed("--mode quick --results-dir x --seeds 3")
-    assert (args.preset, args.seeds, args.output_dir, args.jobs) == ("quick", [3], "x", grid.cores())
+    assert (args.preset, args.seeds, args.output_dir, grid.jobs_of(args)) == ("quick", [3], "x", cores())
     with pytest.raises(UsageError, match="--seeds 1 1: one is there twice"):
         parsed("--seeds 1 1")
     settings = [Setting("a", "s.py", group="g"), Setting("b", "s.py", ("--at", "x{seed}"), group="g", seeds=1)]
@@ -342,6 +408,11 @@ class Forked:
         return self.returncode
 
 
+def forked_study(command):
+    ended = harness.run(command, env={**grid.ONE_THREAD, CHECK: "study"})
+    return ended.code, ended.err
+
+
 def forked_call(command):
     ended = harness.run(command)
     print(ended.out + ended.err)
@@ -390,6 +461,7 @@ def run_study(runner, line, out):
 def test_a_small_grid_of_real_runs(runner, line, names, table, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(grid, "start", Forked)
     monkeypatch.setattr(grid, "call", forked_call)
+    monkeypatch.setattr(grid, "read_study", forked_study)
     out = tmp_path / "out"
     assert run_study(runner, line, out) == 0
     said = capfd.readouterr().out
@@ -402,3 +474,32 @@ def test_a_small_grid_of_real_runs(runner, line, names, table, tmp_path, capfd, 
     assert capfd.readouterr().out.count(": finished, took") == len(names)
     parsed = grid.run_all([run for run in planned(runner, f"{line} --output-dir {out}")], out, jobs=1)
     assert parsed == [] and [(out / "output" / f"{name}.txt").stat().st_size for name in names] == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("runner", "line", "error"),
+    [
+        ("mamba_fl/run_study", "--only fed_fisher --data-root {tmp}", "fed_fisher_seed_0: no WikiText-2 under {tmp}"),
+        ("vit_sparse_fl/run_all_experiments", "--stand-in --data-root {tmp}", "pretrain: no CIFAR-100 under {tmp}"),
+        ("vit_sparse_fl/run_all_experiments", "--quick --classes 5:5", "centralized_seed_0: argument --classes: '5:5'"),
+        (
+            "lora_glue_fl/run_study",
+            "--settings dirichlet --dataset demo --model {tmp}/none",
+            "central_seed_0: no model {tmp}/none",
+        ),
+        ("llm_noniid/run_experiments", "--mode study --dataset demo --model {tmp}/none", "no model {tmp}/none"),
+        ("llm_noniid/run_experiments", "--mode quick --max-samples 3", "3 texts cannot give 10 clients"),
+        ("llm_noniid/failure_map", "--dataset demo --model {tmp}/none", "no model {tmp}/none"),
+        ("llm_noniid/failure_map", "--plan --dataset demo --model {tmp}/none", "no model {tmp}/none"),
+    ],
+)
+def test_a_grid_of_real_runs_ends_before_anything_is_written(runner, line, error, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(grid, "start", Forked)
+    monkeypatch.setattr(grid, "read_study", forked_study)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line, error = (text.replace("{tmp}", str(tmp_path)) for text in (line, error))
+    assert run_study(runner, line, tmp_path / "out") == 2
+    said = capfd.readouterr()
+    assert said.err.count("\n") == 1 and error in said.err and not said.out, said
+    assert not list(tmp_path.iterdir())

@@ -11,8 +11,8 @@ from pathlib import Path
 from common import parallel
 from common.checkpoint import read_json
 from common.runlog import start_run
-from vit_sparse_fl.calibration import calibrated
 from vit_sparse_fl.data import check_batch_size, deal, load_images
+from vit_sparse_fl.mask_flags import calibrated
 from vit_sparse_fl.masks import STRATEGIES
 
 # what the flags of sweeps are in each of their runs

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from common import grid
 from common.cli import UsageError, non_negative_int, positive_int, run_main
 from common.grid import Preset, Setting
-from vit_sparse_fl.masks import STRATEGIES
+from vit_sparse_fl.mask_flags import STRATEGIES
 
 SHOW = (
     ("plots/vit.py", "--data-dir", "{output}", "--out-dir", "{output}/figures"),

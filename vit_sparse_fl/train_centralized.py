@@ -8,16 +8,33 @@ u <- g + wd theta;  buf <- mu buf + u;  theta <- theta - lr buf     (SGD with mo
 A round of its metrics is an epoch.
 """
 
+from common.cli import RunFailed, UsageError, only, positive_float, positive_int, run_main
+from common.early import parsed
+from vit_sparse_fl.flags import NEVER, make_parser, number, parse
+
+
+def build_parser():
+    parser, own = make_parser(__doc__.split("\n")[0], federated=False)
+    grid = "a run for each of --hp-lrs x --hp-weight-decays"
+    own.add_argument("--hp-search", action="store_true", when=NEVER, help=grid)
+    number(own, "--hp-epochs", positive_int, 10, "N", "epochs of each of these runs", when=only(hp_search=True))
+    many = {"nargs": "+", "when": only(hp_search=True)}
+    number(own, "--hp-lrs", positive_float, [3e-4, 1e-3, 3e-3, 1e-2], "X", "learning rates", **many)
+    number(own, "--hp-weight-decays", positive_float, [1e-4, 1e-3], "X", "weight decays", **many)
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(parse, build_parser())
+
 import math
 
 from common import parallel
-from common.cli import RunFailed, UsageError, checked, only, positive_float, positive_int, run_main
 from common.evaluation import pick_device
 from common.local import OptimizerState, client_optimizer, local_steps
 from common.runlog import start_run
 from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.experiments import repeated, run_each, variant
-from vit_sparse_fl.flags import NEVER, make_parser, number, parse
 from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
 
 
@@ -68,16 +85,5 @@ def main(args):
     run_each("train_centralized", train, repeated(args, settings(args)))
 
 
-def build_parser():
-    parser, own = make_parser(__doc__.split("\n")[0], federated=False)
-    grid = "a run for each of --hp-lrs x --hp-weight-decays"
-    own.add_argument("--hp-search", action="store_true", when=NEVER, help=grid)
-    number(own, "--hp-epochs", positive_int, 10, "N", "epochs of each of these runs", when=only(hp_search=True))
-    many = {"nargs": "+", "when": only(hp_search=True)}
-    number(own, "--hp-lrs", positive_float, [3e-4, 1e-3, 3e-3, 1e-2], "X", "learning rates", **many)
-    number(own, "--hp-weight-decays", positive_float, [1e-4, 1e-3], "X", "weight decays", **many)
-    return parser
-
-
 if __name__ == "__main__":
-    run_main(main, checked(parse, build_parser()))
+    run_main(main, args)

@@ -8,17 +8,28 @@ theta <- theta + sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMaha
 theta_k: J steps of SGD with momentum on client k's images; K clients, of which C K take part in a round.
 """
 
+from common.early import parsed
+from vit_sparse_fl.flags import add_experiment_flags, make_parser, parse, process_memory
+
+
+def build_parser():
+    parser, own = make_parser(__doc__.split("\n")[0])
+    add_experiment_flags(own)
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(parse, build_parser())
+
 import numpy as np
 
 from common.aggregation import WeightedMean
-from common.cli import checked
 from common.local import client_optimizer, local_steps
 from common.participation import Turns, per_round
 from common.processes import run_federated
 from common.runlog import start_run
 from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.experiments import federated_settings, repeated, run_each
-from vit_sparse_fl.flags import add_experiment_flags, make_parser, parse, process_memory
 from vit_sparse_fl.interference import Interference
 from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
 
@@ -60,13 +71,6 @@ def main(args):
     run_each("train_federated", train, repeated(args, federated_settings(args)))
 
 
-def build_parser():
-    parser, own = make_parser(__doc__.split("\n")[0])
-    add_experiment_flags(own)
-    return parser
-
-
 if __name__ == "__main__":
-    args = checked(parse, build_parser())
     clients = per_round(args.participation_rate, args.num_clients)
     run_federated(main, args, clients=clients, memory=process_memory(args))

@@ -13,20 +13,44 @@ A weight outside of the mask keeps its bits for the whole run. `--upload topk` i
 train densely, send the largest changes.
 """
 
+from common.cli import non_negative_float, only
+from common.early import parsed
+from vit_sparse_fl.flags import NEVER, add_experiment_flags, choice, make_parser, number, parse, process_memory
+from vit_sparse_fl.mask_flags import add_mask_flags, check_flags
+
+
+def build_parser():
+    parser, own = make_parser(__doc__.split("\n")[0], sparse=True)
+    share = "share of the weights that is frozen, in (0, 1); of --mask FILE: the mask's own"
+    number(own, "--sparsity-ratio", non_negative_float, 0.9, "X", share)
+    add_mask_flags(own)
+    text = "topk: no mask, each client sends its largest changes, as many bytes a round"
+    choice(own, "--upload", ["masked", "topk"], "masked", text)
+    sweep = {"action": "store_true", "when": NEVER}
+    own.add_argument("--compare-strategies", **sweep, help="a run for each strategy")
+    own.add_argument("--sparsity-experiment", **sweep, help="a run for each of --sparsity-values")
+    shares = [0.5, 0.7, 0.9, 0.95, 0.99]
+    many = {"nargs": "+", "when": only(sparsity_experiment=True)}
+    number(own, "--sparsity-values", non_negative_float, shares, "X", "shares", **many)
+    add_experiment_flags(own)
+    return parser
+
+
+if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
+    args = parsed(parse, build_parser())
+
 import numpy as np
 import torch
 
 from common import parallel
 from common.aggregation import WeightedMean
-from common.cli import checked, non_negative_float, only
 from common.local import client_optimizer, local_steps
 from common.participation import Turns, per_round
 from common.processes import run_federated
 from common.runlog import start_run
 from vit_sparse_fl.best import BestCheckpoints
-from vit_sparse_fl.calibration import add_mask_flags, check_flags, make_mask, overlap_table
+from vit_sparse_fl.calibration import make_mask, overlap_table
 from vit_sparse_fl.experiments import repeated, run_each, sparse_settings
-from vit_sparse_fl.flags import NEVER, add_experiment_flags, choice, make_parser, number, parse, process_memory
 from vit_sparse_fl.interference import Interference
 from vit_sparse_fl.mask_files import sparsity_of
 from vit_sparse_fl.masks import check_sparsity, index_bytes
@@ -103,24 +127,6 @@ def main(args):
         print("\n" + overlap_table(runs))
 
 
-def build_parser():
-    parser, own = make_parser(__doc__.split("\n")[0], sparse=True)
-    share = "share of the weights that is frozen, in (0, 1); of --mask FILE: the mask's own"
-    number(own, "--sparsity-ratio", non_negative_float, 0.9, "X", share)
-    add_mask_flags(own)
-    text = "topk: no mask, each client sends its largest changes, as many bytes a round"
-    choice(own, "--upload", ["masked", "topk"], "masked", text)
-    sweep = {"action": "store_true", "when": NEVER}
-    own.add_argument("--compare-strategies", **sweep, help="a run for each strategy")
-    own.add_argument("--sparsity-experiment", **sweep, help="a run for each of --sparsity-values")
-    shares = [0.5, 0.7, 0.9, 0.95, 0.99]
-    many = {"nargs": "+", "when": only(sparsity_experiment=True)}
-    number(own, "--sparsity-values", non_negative_float, shares, "X", "shares", **many)
-    add_experiment_flags(own)
-    return parser
-
-
 if __name__ == "__main__":
-    args = checked(parse, build_parser())
     clients = per_round(args.participation_rate, args.num_clients)
     run_federated(main, args, clients=clients, memory=process_memory(args))
