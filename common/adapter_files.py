@@ -3,6 +3,8 @@
     adapter_config.json         peft.LoraConfig
     adapter_model.safetensors   base_model.model.LAYER.lora_A.weight [r, k], .lora_B.weight [d, r], and the head as
                                 base_model.model.NAME (peft's modules_to_save)
+                                base_model.model.LAYER.base_layer.weight: where the base is no longer the model that
+                                the configuration names, its weight there (peft loads it too, over the model's own)
 
 `PeftModel.from_pretrained(model, folder)` loads what `write_adapter` wrote, without this project; `read_adapter` reads
 what `PeftModel.save_pretrained` wrote.
@@ -61,12 +63,14 @@ class AdapterFile:
     """An adapter, read and checked.
 
     factors: {layer: (A [r, k], B [d, r])}, head: {parameter name in the transformers model: tensor}, fp32 on the CPU;
-    scale: s = alpha / r (rsLoRA: alpha / sqrt r); target_modules: sorted names, the layers' full names where the file
-    has a pattern or chooses among layers; sha256: of adapter_model.safetensors; config: all of adapter_config.json.
+    base: {layer: weight that replaces the base model's}, empty but for stack and residual; scale: s = alpha / r
+    (rsLoRA: alpha / sqrt r); target_modules: sorted names, the layers' full names where the file has a pattern or
+    chooses among layers; sha256: of adapter_model.safetensors; config: all of adapter_config.json.
     """
 
     factors: dict
     head: dict
+    base: dict
     r: int
     alpha: float
     scale: float
@@ -82,7 +86,7 @@ class AdapterFile:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def write_adapter(folder, factors, head, *, alpha, base_model, more=None, **options):
+def write_adapter(folder, factors, head, *, alpha, base_model, base=None, more=None, **options):
     """Writes an adapter folder, whole or not at all; an older adapter in its place is replaced.
 
     Args:
@@ -90,6 +94,7 @@ def write_adapter(folder, factors, head, *, alpha, base_model, more=None, **opti
             none. Written as fp32.
         alpha: peft's lora_alpha. Whole ones are written as integers.
         base_model: name or folder of the base model, None where there is none.
+        base: {layer: weight}, what differs from that model under the adapter.
         more: {file name: value}, further JSON files for the folder.
         options: of peft.LoraConfig: target_modules, such as ["query", "value"], modules_to_save, such as ["classifier"]
             (of the head), fan_in_fan_out, lora_dropout, task_type ("SEQ_CLS").
@@ -100,6 +105,7 @@ def write_adapter(folder, factors, head, *, alpha, base_model, more=None, **opti
 
     folder = Path(folder)
     tensors = dict(head)
+    tensors |= {f"{layer}.base_layer.weight": weight for layer, weight in (base or {}).items()}
     for layer, (A, B) in factors.items():
         tensors |= {f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B}
     tensors = {name: t.detach().to("cpu", torch.float32, copy=True).contiguous() for name, t in tensors.items()}
@@ -147,7 +153,8 @@ def read_adapter(folder, task_type="SEQ_CLS"):
     Raises: UsageError, with the file's name, for a folder or file that is missing or damaged, pickled weights, an
         adapter that is not LoRA or of another task type, an option that names code to import or that changes what
         a layer computes (dora, rank_pattern, bias, ...), factors that are missing, do not fit r or are not finite, and
-        tensors that are neither factors nor in modules_to_save.
+        tensors that are neither factors nor in modules_to_save nor the base's weight under a factor, or that do not
+        fit it.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -155,12 +162,13 @@ def read_adapter(folder, task_type="SEQ_CLS"):
         raise UsageError(f"adapter {folder} {what}: give a folder with {CONFIG} and {WEIGHTS}")
     config = _read_config(folder / CONFIG, task_type)
     r, alpha = config["r"], config["lora_alpha"]
-    stored, sha256 = _read_tensors(folder)
+    stored, sha256 = read_tensors(folder / WEIGHTS)
     modules_to_save = sorted(set(config.get("modules_to_save") or []))
-    factors, head = _sort_tensors(stored, modules_to_save, r, folder / WEIGHTS)
+    factors, head, base = _sort_tensors(stored, modules_to_save, r, folder / WEIGHTS)
     return AdapterFile(
         factors=factors,
         head=head,
+        base=base,
         r=r,
         alpha=alpha,
         scale=scaling(alpha, r, config.get("use_rslora") or False),
@@ -202,9 +210,12 @@ def _read_config(path, task_type):
     return config
 
 
-def _read_tensors(folder):
-    """{key: tensor} and the file's SHA-256, from one reading, so that the hash is that of these tensors."""
-    path = folder / WEIGHTS
+def read_tensors(path):
+    """{key: tensor} and the file's SHA-256, from one reading, so that the hash is that of these tensors.
+
+    Raises: UsageError for a file that is missing or damaged.
+    """
+    folder = path.parent
     try:
         data = path.read_bytes()
         return safetensors.torch.load(data), hashlib.sha256(data).hexdigest()
@@ -214,18 +225,19 @@ def _read_tensors(folder):
                 f"{folder} has its weights in adapter_model.bin, a pickle, which can run code and is not read: save "
                 "the adapter with safe_serialization=True"
             ) from None
-        raise UsageError(f"{folder} has no {WEIGHTS}: give the folder of a peft adapter") from None
+        raise UsageError(f"{folder} has no {path.name}: give the folder of a peft adapter") from None
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} is damaged ({one_line(error)}): copy or save the adapter again") from error
 
 
 def _sort_tensors(stored, modules_to_save, r, path):
-    """({layer: (A [r, k], B [d, r])}, head), fp32."""
-    pairs, head = {}, {}
+    """({layer: (A [r, k], B [d, r])}, head, {layer: the base's weight}), fp32."""
+    pairs, head, base = {}, {}, {}
     for key in sorted(stored):
         tensor, name = stored[key], key.removeprefix(_PREFIX)
         lora = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        if not key.startswith(_PREFIX) or not (lora or set(name.split(".")[:-1]) & set(modules_to_save)):
+        under = re.fullmatch(r"(.+)\.base_layer\.weight", name)
+        if not key.startswith(_PREFIX) or not (lora or under or set(name.split(".")[:-1]) & set(modules_to_save)):
             raise UsageError(
                 f"{path} has {_short(key, 160)}, which is neither a LoRA factor of a linear layer nor in "
                 f"modules_to_save {modules_to_save}: save the adapter again"
@@ -237,6 +249,8 @@ def _sort_tensors(stored, modules_to_save, r, path):
             raise UsageError(f"{path}: {name} is not finite: leave this adapter out")
         if lora:
             pairs.setdefault(lora[1], {})[lora[2]] = tensor
+        elif under:
+            base[under[1]] = tensor
         else:
             head[name] = tensor
     if not pairs:
@@ -253,7 +267,13 @@ def _sort_tensors(stored, modules_to_save, r, path):
                 f"{path}: {layer} has A {A} and B {B}, which do not fit r {r} of {CONFIG}: they must be "
                 "[r, inputs] and [outputs, r]"
             )
-    return {layer: (pair["A"], pair["B"]) for layer, pair in pairs.items()}, head
+    factors = {layer: (pair["A"], pair["B"]) for layer, pair in pairs.items()}
+    for layer, weight in base.items():
+        sizes = {len(factors[layer][1]), factors[layer][0].shape[1]} if layer in factors else None
+        if weight.ndim != 2 or set(weight.shape) != sizes:
+            shown = f"base weight {list(weight.shape)} of {layer}, which fits no factor"
+            raise UsageError(f"{path} has a {shown}: save the adapter again")
+    return factors, head, base
 
 
 def _targets(config, factors, path):

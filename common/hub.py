@@ -3,7 +3,9 @@
 import contextlib
 import gzip
 import json
+import math
 import os
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,6 +18,9 @@ from common.early import stop_if_checked
 MODEL_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights; no pickles
 _VARIABLES = ("HF_HOME", "HF_HUB_CACHE")
 ANSWER_SECONDS = 5  # for a server's first answer
+# In a config.json: what is counted; the most classes and the most numbers of a new head
+_COUNT = re.compile(r"n_layers?|num_(hidden_|decoder_|encoder_)?layers|depth|num_labels")
+_MOST_CLASSES, _NEW_NUMBERS = 100_000, 50_000_000
 
 
 def hub_reachable():
@@ -144,14 +149,60 @@ def load_pretrained(kind, source, what, advice, **options):
         begin and end. Raises: UsageError where the files cannot be read as such a model.
     """
     import torch
-    from safetensors import SafetensorError
 
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, **options}
+    with quiet(), reading(what, advice):
+        if Path(source).is_dir():
+            check_sizes(kind, Path(source))
+        return kind.from_pretrained(source, **options)
+
+
+@contextlib.contextmanager
+def reading(what, advice):
+    """Turns whatever a library raises over a file that it does not understand into a UsageError of one line."""
     try:
-        with quiet():
-            return kind.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{what} ({one_line(error)}): {advice}") from error
+        yield
+    except (UsageError, RunFailed):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UsageError(f"{what} ({one_line(error)[:300]}): {advice}") from error
+
+
+def check_sizes(kind, folder):
+    """Raises where building the model of a folder's config.json would fail, take hours or all memory.
+
+    The model is built without its numbers, and may have no more of them than the folder's files, but for a new head;
+    where there are no weights, not a billion.
+    Args: kind: a class of transformers. Raises: ValueError, and what transformers raises for the configuration: see
+    `reading`.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    file, shapes = folder / "config.json", []
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            shapes += [tensors.get_slice(key).get_shape() for key in tensors.keys()]
+    layers, numbers = (len(shapes), sum(map(math.prod, shapes))) if shapes else (1000, 20 * _NEW_NUMBERS)
+    for name, value in read_config(file).items():
+        if _COUNT.fullmatch(name) and type(value) is int and value > (_MOST_CLASSES if "label" in name else layers):
+            raise ValueError(f"{file} has {name} {value}, its weights have not")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        built = getattr(kind, "from_config", kind)(config)
+    if (here := sum(p.numel() for p in built.parameters())) > 2 * numbers + _NEW_NUMBERS:
+        raise ValueError(f"{file} names a model of {here} numbers, its weights have {numbers}")
+
+
+def read_config(path):
+    """The JSON object in a config.json. Raises: OSError, ValueError, RecursionError."""
+    config = json.loads(path.read_text("utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no model's configuration")
+    return config
 
 
 @contextlib.contextmanager

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from common.cache import cache_folder, cached, one_line, pack_arrays, sha256_of, unpack_arrays
+from common.cache import cache_folder, cached, pack_arrays, sha256_of, unpack_arrays
 from common.cli import UsageError
 from common.corpora import SPLITS, data_folder, documents_sha256
-from common.hub import hub_reachable
+from common.hub import hub_reachable, reading
 
 END_OF_TEXT = "<|endoftext|>"
 _CACHE_FORMAT = 1  # raise it when the meaning of a cached file changes
@@ -74,16 +74,9 @@ def load_tokenizer(spec, corpus, data_root=None, cache_dir=None):
     return tokenizer
 
 
-@contextlib.contextmanager
 def reading_tokenizer(place):
     """Turns what a tokenizer's broken files raise into a UsageError."""
-    try:
-        yield
-    except Exception as error:
-        # tokenizers raises a plain Exception for a file that it does not understand
-        if type(error) is Exception or isinstance(error, (OSError, ValueError, KeyError, TypeError)):
-            raise UsageError(f"no tokenizer in {place} ({one_line(error)}): it needs a tokenizer.json") from error
-        raise
+    return reading(f"no tokenizer in {place}", "it needs a tokenizer.json")
 
 
 def hub_tokenizer(name):
@@ -104,6 +97,8 @@ def _load_tokenizer_files(path):
         if (path / "tokenizer_config.json").is_file():
             return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is not there or no file")
         backend = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
         return _wrap(backend, END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else None)
 
@@ -247,7 +242,8 @@ def tokenize(documents, tokenizer, vocabulary):
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # WikiText's "<unk>" is text, also where a tokenizer has such a token
-    encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
+    with reading("this tokenizer cannot split the texts", "give another --tokenizer"):
+        encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
     pieces = [np.array([*e.ids, tokenizer.eos_token_id], dtype=_token_type(vocabulary)) for e in encodings]
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
     return np.concatenate(pieces), offsets

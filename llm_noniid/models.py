@@ -19,6 +19,7 @@ MODELS = {
     "tinyllama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "qwen-0.5b": "Qwen/Qwen2.5-0.5B",
 }
+MOST_NUMBERS = 2_000_000_000  # of a model that is made here
 TINY_TOKENS = "bpe:2048"  # byte-level BPE, learnt from the training texts
 
 
@@ -38,8 +39,15 @@ def find_tokenizer(name, texts, tokenizer=None, data_root=None, cache_dir=None):
 
 
 def tiny_config(tokenizer, max_length, d_model=64, layers=2, heads=2):
-    """A small GPT-2. Args: max_length: its positions."""
+    """A small GPT-2. Args: max_length: its positions. Raises: UsageError for one that is not small."""
     from transformers import GPT2Config
+
+    numbers = 12 * layers * d_model**2 + (vocabulary_size(tokenizer) + max_length) * d_model
+    if numbers > MOST_NUMBERS:
+        raise UsageError(
+            f"--max-length {max_length} at {layers} layers of {d_model} is a model of {numbers:.2g} numbers, above "
+            f"{MOST_NUMBERS:.2g}: lower it, or the model's sizes"
+        )
 
     eos = tokenizer.eos_token_id
     return GPT2Config(

@@ -18,6 +18,7 @@ from common.batches import padded
 from common.cache import cache_folder, cached, pack_arrays, sha256_of, unpack_arrays
 from common.cli import UsageError
 from common.corpora import data_folder
+from common.hub import reading
 from common.schedules import lr_at
 from common.seeding import stream
 from common.text import hub_tokenizer, reading_tokenizer, tokenizer_fingerprint, vocabulary_size
@@ -146,14 +147,15 @@ def tokenize(split, tokenizer, max_length):
     kind = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.int32
     tokens, types, lengths = [], [], [0]
     for start in range(0, len(split), CHUNK):
-        chunk = tokenizer(
-            *(column[start : start + CHUNK] for column in split.texts.values()),
-            truncation="longest_first",
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=with_types,
-        )
+        with reading("this tokenizer cannot split the sentences", "give another --tokenizer"):
+            chunk = tokenizer(
+                *(column[start : start + CHUNK] for column in split.texts.values()),
+                truncation="longest_first",
+                max_length=max_length,
+                padding=False,
+                return_attention_mask=False,
+                return_token_type_ids=with_types,
+            )
         lengths += map(len, chunk["input_ids"])
         tokens += [np.array(ids, dtype=kind) for ids in chunk["input_ids"]]
         types += [np.array(ids, dtype=np.uint8) for ids in chunk.get("token_type_ids", ())]

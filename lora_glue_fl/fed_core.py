@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from common import parallel
-from common.adapter_files import read_adapter
 from common.aggregation import ServerAdam, ServerMomentum
 from common.cli import UsageError
 from common.lowrank import MIXED_RANKS, trained_factors
@@ -24,7 +23,7 @@ from common.seeding import seed_torch, torch_stream
 from common.vector import Weights
 from lora_glue_fl.data_prep import batches, learning_rates, plan_steps
 from lora_glue_fl.models import named_head
-from lora_glue_fl.round_folders import RoundFolders, fuse_manifest, size_on_disk
+from lora_glue_fl.round_folders import RoundFolders, fuse_manifest, read_served, size_on_disk
 from lora_glue_fl.shards import client_files, load_shards
 from lora_glue_fl.task_model import TaskModel, print_values
 
@@ -95,7 +94,7 @@ def load_study(args, run):
     check_participation(a.participation, len(shards))
     ranks = client_ranks(a, len(shards))
     check_ranks(a, ranks, model.adapted)
-    scale, start = scaling(a.lora_alpha, a.lora_r), read_adapter(a.init_adapter) if a.init_adapter else None
+    scale, start = scaling(a.lora_alpha, a.lora_r), read_served(a.init_adapter) if a.init_adapter else None
     served_as = {"rank": a.lora_r}
     if a.aggregate == "svd":
         served_as = {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
@@ -169,6 +168,11 @@ def first_theta(args, model, start, ranks, scale):
     head = adapted.head
     if start:
         model.check_fits(start)
+        if start.base:
+            raise UsageError(
+                f"--init-adapter {a.init_adapter} belongs to a base that its run has changed: begin with that run's "
+                "final/ as --model"
+            )
         least = min(a.lora_r, *ranks)
         if start.r > least:
             flag = "--lora-r" if least == a.lora_r else "--client-ranks"
@@ -282,7 +286,9 @@ def keep_client(study, factors_k, head_k, k, t, clients):
     if study.args.eval_clients:
         clients.note(k, **study.model.evaluate(share=False))
     if study.args.save_clients:
-        study.folders.client(t, k, factors_k, study.named_head(head_k), study.scale * study.ranks[k])
+        head, alpha = study.named_head(head_k), study.scale * study.ranks[k]
+        changed = t and study.args.aggregate in CHANGES_BASE
+        study.folders.client(t, k, factors_k, head, alpha, study.model.adapted.base_weights() if changed else None)
 
 
 def serve(study, theta, served, heads):
@@ -343,8 +349,7 @@ def publish(study, theta, served, clients, t):
     if study.args.aggregate == "svd":
         fields |= {"discarded_energy": served.discarded, "missing_directions": served.missing}
     adapter = study.adapter(theta, t + 1)
-    changed = {f"{name}.weight": weight for name, weight in base_of(theta).items()}
-    study.folders.server(t, adapter, changed, fuse_manifest(study, served, clients, adapter[-1], metrics, t))
+    study.folders.server(t, (*adapter, base_of(theta)), fuse_manifest(study, served, clients, adapter[-1], metrics, t))
     return metrics | fields
 
 

@@ -54,13 +54,14 @@ from pathlib import Path
 
 import torch
 
-from common.adapter_files import read_adapter, write_adapter
+from common.adapter_files import write_adapter
 from common.aggregation import WeightedMean
 from common.lowrank import AdapterMean
 from common.parallel import Round
 from lora_glue_fl.glue_tasks import find_task
 from lora_glue_fl.merging import base_model, check_alike, check_place, check_ranks, client_weights, error_lines
 from lora_glue_fl.models import named_head
+from lora_glue_fl.round_folders import read_served
 from lora_glue_fl.task_model import evaluate_adapter
 
 
@@ -69,7 +70,7 @@ def main(args):
     task = None if args.task_name == "glue" else find_task(args.task_name).name
     refuse(args.eval and task is None, "--eval needs the task: give --task-name, such as sst2")
     place, weights = check_place(args), client_weights(args, task)
-    adapters = [read_adapter(path) for path in args.adapters]
+    adapters = [read_served(path) for path in args.adapters]
     check_alike(adapters)
     first, base = adapters[0], base_model(args, adapters)
     refuse(args.eval and base is None, "--eval needs the base model, which the adapters do not name: give --model")
@@ -106,7 +107,7 @@ def main(args):
 
     def write(folder):
         more = {"fuse_manifest.json": manifest}
-        write_adapter(folder, served[rule].factors, head, alpha=alpha, more=more, **about)
+        write_adapter(folder, served[rule].factors, head, alpha=alpha, base=first.base, more=more, **about)
 
     if args.eval:
         # Before anything is written where the user asked for it: evaluation finds bad input too

@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+import torch
+
 from common.adapter_files import refuse_other_files
 from common.cli import UsageError
 from lora_glue_fl.flags import SIZES, refuse
@@ -76,6 +78,11 @@ def check_alike(adapters):
                 f"{pair} are for different base models: {layer} is {d} x {k} and {d_0} x {k_0}: merge adapters of one "
                 "base model",
             )
+        same = other.base.keys() == first.base.keys()
+        refuse(
+            not same or any(not torch.equal(weight, first.base[layer]) for layer, weight in other.base.items()),
+            f"{pair} belong to other base weights, those of other rounds or runs: merge clients of one round",
+        )
         shapes = [{name: list(t.shape) for name, t in each.head.items()} for each in (other, first)]
         if not all(shapes) and any(shapes):
             without = other if first.head else first

@@ -5,13 +5,14 @@ Clients and rounds count from 1 in names, from 0 in code.
 
 import re
 import shutil
+from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from common import parallel
-from common.adapter_files import write_adapter
+from common.adapter_files import read_adapter, read_tensors, write_adapter
 from common.checkpoint import saving, write_json
+from common.cli import UsageError
 from common.participation import per_round
 
 _ROUND = re.compile(r"round_([1-9]\d*)")
@@ -31,26 +32,21 @@ class RoundFolders:
         self.folder, self.keep, self.fused, self.about = folder, keep, fused, about
         self.best, self.value = None, None
 
-    def write(self, folder, factors, head, alpha):
-        """Writes an adapter."""
-        write_adapter(folder, factors, head, alpha=alpha, **self.about)
+    def write(self, folder, factors, head, alpha, base=None):
+        """Writes an adapter. base: {layer: weight} under it, where rounds have changed the base model."""
+        write_adapter(folder, factors, head, alpha=alpha, base=base, **self.about)
 
     def client(self, t, k, *adapter):
-        """Writes what client k trained: factors, head and alpha."""
+        """Writes what client k trained: factors, head, alpha and the changed base."""
         self.write(self._path(t) / f"client_{k + 1}" / "adapter", *adapter)
 
-    def server(self, t, adapter, base, manifest):
-        """Writes what the server serves, by the main process.
-
-        adapter: (factors, head, alpha); base: {file key: tensor}, changed base weights.
-        """
+    def server(self, t, adapter, manifest):
+        """Writes what the server serves, by the main process. adapter: (factors, head, alpha, changed base)."""
         if not parallel.is_main():
             return
         place = self._path(t) / self.fused
         self.write(place / "adapter", *adapter)
         with saving(place):
-            if base:
-                save_file({key: w.detach().cpu().contiguous() for key, w in base.items()}, place / "base.safetensors")
             write_json(place / "fuse_manifest.json", manifest)
 
     def offer(self, t, value):
@@ -103,10 +99,11 @@ def size_on_disk(study):
     whole = 4 * study.run.manifest["parameters"]["total"] if base else adapter  # final/
     rounds = a.rounds if "all" in a.keep else min(a.rounds, len(a.keep))
     clients = per_round(a.participation, len(study.rows)) if a.save_clients else 0
-    total = rounds * ((clients + 1) * adapter + base) + adapter + base + whole
+    total = (rounds * (clients + 1) + 1) * (adapter + base) + whole
+    changed = " with the base's changed weights, unless --no-save-clients" * bool(base and clients)
     return (
         f"on disk at the end: about {total / 2**20:,.1f} MiB ({rounds} rounds (--keep {' '.join(a.keep)}) of {clients} "
-        f"+ 1 adapters of {adapter / 2**20:.2f} MiB, a checkpoint, final/)"
+        f"+ 1 adapters of {(adapter + base) / 2**20:.2f} MiB{changed}, a checkpoint, final/)"
     )
 
 
@@ -132,3 +129,24 @@ def fuse_manifest(study, served, clients, alpha, metrics, t):
         "discarded_energy": served.discarded,
         "metrics": metrics,
     }
+
+
+def read_served(path):
+    """`read_adapter` of a folder of any age: runs used to keep the changed base beside the adapters, not in them.
+
+    Raises: UsageError as `read_adapter`, and for the adapter of such a run's client whose base was deleted.
+    """
+    file, place = read_adapter(path), Path(path).expanduser().resolve().parent
+    t = _ROUND.fullmatch(place.parent.name)
+    if file.base or not t or not (served := list(place.parent.glob("fused_*/base.safetensors"))):
+        return file
+    if not place.name.startswith("fused_"):  # a client's: it began with what the round before left
+        served = list(place.parent.with_name(f"round_{int(t[1]) - 1}").glob("fused_*/base.safetensors"))
+    if served:
+        file.base = {key.removesuffix(".weight"): weight for key, weight in read_tensors(served[0])[0].items()}
+    elif t[1] != "1":
+        raise UsageError(
+            f"{path} belongs to the base that round {int(t[1]) - 1} left, which the run has deleted: take the adapter "
+            f"in {place.parent}/fused_..., or run it again"
+        )
+    return file

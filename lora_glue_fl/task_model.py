@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from common import parallel
-from common.adapter_files import read_adapter
 from common.batches import evaluation_batches
+from common.checkpoint import saving
 from common.cli import UsageError
 from common.compiling import checked_compile
 from common.evaluation import amp_context, pick_device, resolve_amp
@@ -20,6 +20,7 @@ from lora_glue_fl.flags import model_name
 from lora_glue_fl.glue_data import load_task
 from lora_glue_fl.glue_tasks import evaluate, find_task
 from lora_glue_fl.models import find_tokenizer, load_encoder, most_tokens
+from lora_glue_fl.round_folders import read_served
 
 
 class TaskModel:
@@ -138,18 +139,19 @@ class TaskModel:
         base = folder / "base"
         whole = (base / "tokenizer_config.json").is_file()  # written last
         if self.encoder.name == "tiny" and not whole:
-            self.adapted.save_base(base)
-            self.tokenizer.save_pretrained(base)
+            with saving(base, base):
+                self.adapted.save_base(base)
+                self.tokenizer.save_pretrained(base)
 
     def check_fits(self, file):
         """Raises UsageError unless the `AdapterFile` has the adapted model's layers, their sizes and its head."""
-        here, name = self.adapted.factors(), self.encoder.name
+        here, under, name = self.adapted.factors(), self.adapted.base_weights(), self.encoder.name
         odd = sorted(file.factors.keys() ^ here.keys())
         if odd:
             raise UsageError(f"{file.path}: its layers are not those of {name} ({odd[0]}): give its --model")
         for layer, (A, B) in file.factors.items():
             size, wanted = (B.shape[0], A.shape[1]), (here[layer][1].shape[0], here[layer][0].shape[1])
-            if size != wanted:
+            if size != wanted or (layer in file.base and file.base[layer].shape != under[layer].shape):
                 shown = f"{layer} is {size[0]} x {size[1]}, in {name} {wanted[0]} x {wanted[1]}"
                 raise UsageError(f"{file.path}: {shown}: give its --model")
         heads = [{name: tuple(t.shape) for name, t in head.items()} for head in (file.head, self.adapted.head)]
@@ -173,12 +175,13 @@ def evaluate_adapter(path, args):
     """
     started = time.perf_counter()
     prepare_machine(args)
-    file = read_adapter(path)
+    file = read_served(path)
     if model_name(args) == "tiny" and file.base_model and Path(file.base_model).is_dir():
         args = copy.copy(args)  # its weights follow from a seed: take those that the adapter was trained on
         args.model, args.tokenizer = file.base_model, args.tokenizer or file.base_model
     model = TaskModel(args, (file.r, file.alpha, 0.0, file.target_modules), train=False)
     model.check_fits(file)
+    model.adapted.load_base(file.base)
     model.adapted.load(file.factors, file.head, file.scale)
     return {**model.evaluate(), "seconds": time.perf_counter() - started}
 

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.cli import UsageError
+from common.hub import read_config, reading
 from mamba_fl.mamba2 import LanguageModel, Mamba2Config, Mamba2LM
 
 TRANSFORMERS_NAMES = {  # of the fields of Mamba2Config
@@ -145,26 +145,25 @@ def load_pretrained(folder, *, kernel="auto", device="cpu"):
     Raises UsageError when the folder holds no such model.
     """
     folder = Path(folder)
-    try:
-        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with reading(f"no model could be read from {folder}", "give a run's final/"):
+        description = read_config(folder / "config.json")
         kind = description.get("model_type")
         if kind != "mamba2":
             raise UsageError(f"{folder} holds a model of type {kind}: give a folder with a mamba2 model, as final/")
         tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"no model could be read from {folder} ({reason}): give a run's final/") from None
     tensors = {name.replace("backbone.embeddings.", "backbone.embedding."): value for name, value in tensors.items()}
     embedding = tensors.get("backbone.embedding.weight")
     if embedding is not None and not torch.equal(tensors.setdefault("lm_head.weight", embedding), embedding):
         raise UsageError(f"{folder} has a head of its own: only models whose head is tied to the embedding can be read")
-    sizes = {ours: description[theirs] for ours, theirs in TRANSFORMERS_NAMES.items()}
-    sizes |= {"vocab_size": description["vocab_size"], "pad_vocab_size_multiple": 1}
-    model = make_model(Mamba2Config(**sizes | description.get("mamba_ssm", {})), kernel=kernel, device=device)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError:  # other names or shapes
-        raise UsageError(
-            f"the weights in {folder} do not fit its config.json: give a folder that was saved whole"
-        ) from None
+    with reading(f"{folder}/config.json names no mamba2 model", "give a folder that was saved whole"):
+        sizes = {ours: description[theirs] for ours, theirs in TRANSFORMERS_NAMES.items()}
+        sizes |= {"vocab_size": description["vocab_size"], "pad_vocab_size_multiple": 1}
+        config = Mamba2Config(**sizes | description.get("mamba_ssm", {}))
+        many = config.n_layer > len(tensors)  # which would take for ever to build
+        with torch.device("meta"):
+            wanted = {} if many else {name: p.shape for name, p in Mamba2LM(config).state_dict().items()}
+    if wanted != {name: t.shape for name, t in tensors.items()}:
+        raise UsageError(f"the weights in {folder} do not fit its config.json: give a folder that was saved whole")
+    model = make_model(config, kernel=kernel, device=device)
+    model.load_state_dict(tensors)
     return model

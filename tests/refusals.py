@@ -8,6 +8,7 @@ test_refusals.py, {NAME} is the folder of the run NAME.
 import csv
 import json
 import shutil
+import zipfile
 
 import harness
 import numpy as np
@@ -40,6 +41,44 @@ def strange_run(tmp):
     tensors = load_file(file)
     gone = next(name for name in tensors if "key" in name and name.endswith("weight"))
     save_file({("strange" if n == gone else n): t for n, t in tensors.items()}, file)
+
+
+def huge_npz(tmp):
+    """cifar100.npz whose first header asks for 10 TB."""
+    with zipfile.ZipFile(tmp / "cifar100.npz", "w") as archive, archive.open("train_images.npy", "w") as member:
+        about = {"descr": "|u1", "fortran_order": False, "shape": (10**13,)}
+        np.lib.format.write_array_header_1_0(member, about)
+
+
+def no_mask(tmp):
+    save_file({"x": torch.ones(3)}, tmp / "mask.safetensors", metadata={"mask": '["shapes", "kept", "sha256"]'})
+
+
+def model_with(make, **about):
+    """A model in {tmp}/model with an odd configuration: its sizes are read before it is built."""
+
+    def write(tmp):
+        make(tmp)
+        edited(tmp / "model" / "config.json", lambda config: config.update(about))
+
+    return write
+
+
+def a_vit(tmp):
+    shutil.copytree(harness.whole("vit_sparse_fl/centralized") / "final", tmp / "model")
+
+
+def a_bert(tmp):
+    save_encoder(tmp / "model", "bert")
+
+
+def a_gpt2(tmp):
+    shutil.copytree(harness.whole("llm_noniid/pretrain"), tmp / "model")
+
+
+def pickled(tmp):
+    a_vit(tmp)
+    (tmp / "model" / "model.safetensors").rename(tmp / "model" / "pytorch_model.bin")
 
 
 def cut(path, by=9):
@@ -198,6 +237,9 @@ MAMBA = [
     ("fed_avg", "--resume", ["theta.safetensors is damaged", "--overwrite"],
      a_run(lambda folder: cut(folder / "checkpoint" / "theta.safetensors", 5000))),
     ("fed_avg", "--resume", ["theta.safetensors is damaged"], a_run(damaged_and_of_another_python)),
+    ("fed_avg", "--tokenizer {tmp}/t", ["no tokenizer in", "/t", "tokenizer.json"], text("t/tokenizer.json", "null")),
+    ("fed_avg", "--tokenizer {tmp}/t", ["no tokenizer in", "/t"], text("t/tokenizer.json", "[" * 3000)),
+    ("fed_avg", "--tokenizer /dev/zero", ["/dev/zero", "no file"]),
     ("fed_avg", "--run-name thesis --overwrite", ["thesis"], text("out/thesis/thesis.txt", "years of work")),
 ]  # fmt: skip
 VIT = [
@@ -219,6 +261,27 @@ VIT = [
      ["10 classes", "20", "--head ridge"]),
     ("federated", "--weights /no/such/file.pth --model dino_vits16", ["/no/such/file.pth"]),
     ("federated", "--dataset cifar100 --data-root {tmp}", ["cifar100.npz"], half_an_npz),
+    ("federated", "--dataset cifar100 --data-root {tmp}", ["cifar100.npz", "10000000000000"], huge_npz),
+    *(
+        ("federated", "--weights {tmp}/any --model dino_vits16", ["{tmp}/any", "--model tiny"], text("any", content))
+        for content in (b"", b"hello", "ü".encode(), b"\x80\x02]q\x00.", b"\x80\x02N.", b"PK\x03\x04")
+    ),
+    ("federated", "--weights {tmp} --model dino_vits16", ["{tmp}", "no such file"]),
+    ("federated", "--init-from {tmp}/model", ["no model.safetensors", "pickled"], pickled),
+    *(
+        ("federated", f"--{flag} {{tmp}}/model", ["{tmp}/model", word], model_with(a_vit, **about))
+        for flag in ("init-from", "model")
+        for word, about in [
+            ("hidden_size", {"hidden_size": "96"}),
+            ("zero", {"num_attention_heads": 0}),
+            ("num_hidden_layers 100000000", {"num_hidden_layers": 10**8}),
+            ("1 channels", {"num_channels": 1}),
+            ("num_labels 1000000000", {"num_labels": 10**9}),
+            ("numbers", {"hidden_size": 3 * 10**6}),
+            ("type bert", {"model_type": "bert"}),
+        ]
+    ),
+    ("sparse", "--mask {tmp}/mask.safetensors", ["no mask"], no_mask),
     ("federated", "--use-wandb", ["wandb", "pip install"]),
     ("federated", "--log-dir /proc/no/logs", ["--log-dir"]),
     ("federated", "--heterogeneity-experiment --nc-values 3 11", ["11", "10"]),
@@ -282,6 +345,17 @@ GLUE = [
     ("svd", "--init-adapter {made}/a --model {tmp}/little", ["its layers are not those of", "bert", "--model"],
      lambda tmp: save_encoder(tmp / "little", "bert")),
     ("svd", "--target-modules nope", ["no linear layer nope", "key", "query"]),
+    ("svd", "--init-adapter {lora_glue_fl/stack}/round_2/client_1/adapter", ["a base that its run has", "final/"]),
+    *(
+        ("svd", "--model {tmp}/model", ["{tmp}/model", word], model_with(a_bert, **about))
+        for word, about in [
+            ("hidden_size", {"hidden_size": "16"}),
+            ("zero", {"num_attention_heads": 0}),
+            ("num_hidden_layers 100000000", {"num_hidden_layers": 10**8}),
+            ("numbers", {"vocab_size": 10**8}),
+        ]
+    ),
+    ("svd", "--tokenizer {tmp}/t", ["no tokenizer in", "/t"], text("t/tokenizer.json", "null")),
     ("svd", "--amp fp16", ["fp16", "--amp off"]),
     ("svd", "--max-length 4", ["4", "8 to"]),
     ("svd", "--run-name a/b", ["a/b", "--output-dir"]),
@@ -391,6 +465,16 @@ NONIID = [
     ("fedavg", "--model {tmp}/none", ["no model", "none", "pretrain.py", "--model tiny"]),
     ("fedavg", "--model distilgpt2", ["no model distilgpt2", "pretrain.py", "--model tiny"]),
     ("fedavg", "--max-length 1", ["--max-length 1", "2 to"]),
+    ("fedavg", "--max-length 99999999", ["--max-length 99999999", "lower it"]),
+    *(
+        ("fedavg", "--model {tmp}/model", ["{tmp}/model", word], model_with(a_gpt2, **about))
+        for word, about in [
+            ("n_embd", {"n_embd": "32"}),
+            ("zero", {"n_head": 0}),
+            ("n_layer 100000000", {"n_layer": 10**8}),
+            ("numbers", {"n_positions": 10**8}),
+        ]
+    ),
     ("fedavg", "--tokenizer bpe:9", ["bpe:9"]),
     ("fedavg", "--dataset ag_news --data-root {tmp}", ["no AG News", "train.csv", "--dataset demo"]),
     ("fedavg", "--dataset wikitext --data-root {tmp}", ["--data-root"]),
@@ -435,6 +519,8 @@ NONIID = [
     ("pretrain", "--out {tmp}/file", ["/file", "is a file"], folders),
     ("pretrain", "--max-samples -1", ["--max-samples", "-1"]),
     ("pretrain", "--max-length 1", ["--max-length 1"]),
+    ("pretrain", "--max-length 99999999", ["--max-length 99999999", "lower it"]),
+    ("pretrain", "--layers 100000000", ["100000000 layers", "lower it"]),
     ("pretrain", "--dataset ag_news --data-root {tmp}", ["no AG News"]),
     ("pretrain", "--tokenizer nope", ["nope", "bpe:N"]),
     ("pretrain", "--amp fp16", ["fp16", "--amp off"]),

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import shutil
 from types import SimpleNamespace
 
 import harness
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from comparing import same_bits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from common.adapter_files import write_adapter
@@ -288,17 +289,78 @@ def test_what_a_rule_serves_gives_the_logged_metric_without_this_project(rule):
     same_metrics(validation(model, tokenizer), last["val_accuracy"], last["val_loss"])
     assert read_json(folder / "run.json")["results"]["val_accuracy"] == last["val_accuracy"]
 
-    # the round's own folder serves the same: the adapter, over the changed base weights where there are any
+    # the round's own folder serves the same, and a client's adapter gives its own: over whatever base it is loaded
     fused = next((folder / "round_3").glob("fused_*"))
+    client = folder / "round_3" / "client_2" / "adapter"
     base = load(folder / "base")
-    if (fused / "base.safetensors").exists():
-        changed = load_file(fused / "base.safetensors")
-        assert base.load_state_dict(changed, strict=False).unexpected_keys == []
+    if rule in ("stack", "residual"):
+        for layer in LAYERS:
+            base.get_submodule(layer).weight.data.mul_(2)
     model = PeftModel.from_pretrained(base, fused / "adapter")
     same_metrics(validation(model, tokenizer), last["val_accuracy"], last["val_loss"])
-    if rule == "svd":  # and a client's adapter gives its own
-        model = PeftModel.from_pretrained(load(folder / "base"), folder / "round_3" / "client_2" / "adapter")
-        same_metrics(validation(model, tokenizer), last["client_val_accuracy"][1], last["client_val_loss"][1])
+    model = PeftModel.from_pretrained(load(folder / "base"), client)
+    same_metrics(validation(model, tokenizer), last["client_val_accuracy"][1], last["client_val_loss"][1])
+
+
+EVAL = "--model tiny --dataset demo --task-name sst2 --max-length 32 --threads 1".split()
+
+
+def evaluated(adapter, out):
+    """(accuracy, loss) that adapters_eval.py gives."""
+    assert call("--adapter-path", adapter, "--output-dir", out, *EVAL, script="adapters_eval") == 0
+    found = read_json(out / "sst2_tiny" / "metrics.json")
+    return found["val_accuracy"], found["val_loss"]
+
+
+def as_older_runs_wrote_it(folder):
+    """The changed base beside what is served, in base.safetensors, and in no adapter."""
+    for adapter in folder.glob("round_*/*/adapter"):
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        prefix, end = "base_model.model.", ".base_layer.weight"
+        base = {name: t for name, t in tensors.items() if name.endswith(end)}
+        save_file({name: t for name, t in tensors.items() if name not in base}, adapter / "adapter_model.safetensors")
+        if adapter.parent.name.startswith("fused_"):
+            named = {name.removeprefix(prefix).replace(end, ".weight"): t for name, t in base.items()}
+            save_file(named, adapter.parent / "base.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["stack", "residual"])
+def test_adapters_of_a_changed_base_are_evaluated_and_merged_on_it(rule, tmp_path, capsys):
+    row = read_metrics(runs(rule))[2]
+    wanted = {"fused_r4": (row["val_accuracy"], row["val_loss"])}
+    wanted["client_2"] = row["client_val_accuracy"][1], row["client_val_loss"][1]
+    older = shutil.copytree(runs(rule), tmp_path / "older")
+    as_older_runs_wrote_it(older)
+    for place in (runs(rule), older):
+        for name, (accuracy, loss) in wanted.items():
+            same_metrics(evaluated(place / "round_2" / name / "adapter", tmp_path / "eval"), accuracy, loss)
+
+    def merge(*paths, weights):
+        words = [
+            "--svd-rank",
+            4,
+            "--alpha",
+            4,
+            "--save-adapter",
+            tmp_path / "merged",
+            "--overwrite",
+            "--weights",
+            *weights,
+        ]
+        return call("--adapters", *paths, *words, script="fedavg_merge")
+
+    # with all the weight a client's adapter comes back, with the base that it belongs to
+    clients = [runs(rule) / f"round_2/client_{k}/adapter" for k in (1, 2)]
+    assert merge(*clients, weights=(0, 1)) == 0
+    same_metrics(evaluated(tmp_path / "merged", tmp_path / "eval"), *wanted["client_2"])
+    capsys.readouterr()
+    assert merge(clients[0], runs(rule) / "round_1/client_2/adapter", weights=(1, 1)) == 2
+    assert "belong to other base weights" in capsys.readouterr().err
+
+    shutil.rmtree(older / "round_1")
+    assert call("--adapter-path", older / "round_2/client_2/adapter", *EVAL, script="adapters_eval") == 2
+    assert "belongs to the base that round 1 left" in capsys.readouterr().err
 
 
 def test_the_learning_rate_is_transformers_schedule():

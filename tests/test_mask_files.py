@@ -81,7 +81,7 @@ def test_damaged_mask_files_are_refused(saved, tmp_path):
     with pytest.raises(UsageError, match="but no mask"):
         load_mask(path, SHAPES)
     save_file(
-        {"norm.bias": torch.ones(6)},
+        {"norm.bias": torch.ones(1, dtype=torch.uint8)},
         path,
         metadata={"mask": json.dumps({"shapes": {"norm.bias": [6]}, "kept": {}, "sha256": "0"})},
     )

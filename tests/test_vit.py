@@ -144,7 +144,12 @@ def without(name):
         (official() | {"extra": torch.ones(1)}, ["has besides extra"]),
         (official() | {"norm.weight": torch.ones(5)}, ["layernorm.weight", "[5]", "[12]"]),
         (official(depth=3), ["has besides blocks.2.attn.proj.bias", "and 8 more"]),
-        (official(dim=24), ["attn.qkv.weight", "72 rows"]),
+        (official(dim=24), ["attn.qkv.weight", "[72, 24], not of 36 rows"]),
+        (official() | {"blocks.0.attn.qkv.bias": torch.tensor(1.0)}, ["attn.qkv.bias", "is []"]),
+        (official() | {"norm.weight": torch.full((12,), math.nan)}, ["not finite", "layernorm.weight"]),
+        (official() | {"norm.weight": torch.ones(12).to_sparse()}, ["not a checkpoint in DINO's layout"]),
+        (official() | {3: torch.ones(1)}, ["not a checkpoint in DINO's layout"]),
+        (official() | {"pos_embed": torch.ones(3)}, ["position_embeddings", "[3]"]),
         (official() | {"pos_embed": torch.ones(1, 8, 12)}, ["7 position embeddings"]),
         ([torch.ones(2)], ["not a checkpoint in DINO's layout"]),
         ({"weights": 3}, ["not a checkpoint in DINO's layout"]),
@@ -251,9 +256,9 @@ def test_folder_with_other_contents(tmp_path):
     save_pretrained(tiny(), tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
-    refused(["no weights could be read"], make_model, tmp_path, image_size=32)
+    refused(["no model could be read"], make_model, tmp_path, image_size=32)
     file.unlink()
-    refused(["no weights could be read"], make_model, tmp_path, image_size=32)
+    refused(["no model.safetensors"], make_model, tmp_path, image_size=32)
 
 
 def test_folder_with_missing_and_extra_tensors(tmp_path):

@@ -63,6 +63,7 @@ def test_killed_and_resumed_is_as_if_unbroken(name, changes, tmp_path):
         ("mamba_fl/fed_avg", "training_history"),
         ("vit_sparse_fl/federated", "shards.json"),
         ("lora_glue_fl/svd", "round_2"),
+        ("lora_glue_fl/svd", "base/tokenizer"),
         ("llm_noniid/fedavg", "partition.json"),
     ],
 )

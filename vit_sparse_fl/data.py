@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import tempfile
 import zipfile
 import zlib
@@ -136,15 +137,26 @@ def _read_npz(path):
         with zipfile.ZipFile(path) as archive:  # reading a member to its end checks its CRC
             for name in ARRAYS:
                 with archive.open(f"{name}.npy") as member:
-                    arrays.append(np.lib.format.read_array(member, allow_pickle=False))
+                    arrays.append(_read_array(member, math.prod(CIFAR_SHAPE) * max(CIFAR_COUNTS.values())))
                     if member.read(1):
                         raise ValueError(f"{name} is followed by other bytes")
     except KeyError as error:
         raise UsageError(f"{path} lacks {name}: it must hold {', '.join(ARRAYS[:3])} and {ARRAYS[3]}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"cannot read {path} ({one_line(error)}): get the file again") from error
     _check_arrays(path, arrays)
     return arrays
+
+
+def _read_array(member, most):
+    """An array of an npz file, of `most` numbers at most: its header could ask for any memory."""
+    version = np.lib.format.read_magic(member)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(member)
+    if math.prod(shape) > most or dtype.hasobject:
+        raise ValueError(f"{dtype} {list(shape)}")
+    member.seek(0)
+    return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def _check_arrays(path, arrays):

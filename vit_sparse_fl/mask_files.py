@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common.checkpoint import saving
 from common.cli import UsageError
+from common.hub import reading
 from vit_sparse_fl.masks import kept_per_layer
 
 
@@ -70,15 +71,24 @@ def _read(path):
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"there is no mask at {path}: give the mask.safetensors of a sparse run")
-    try:
+    with reading(f"the mask {path} is damaged", "make it anew"):
         with safe_open(path, "pt") as file:
             packed = {name: file.get_tensor(name) for name in file.keys()}
             about = json.loads((file.metadata() or {}).get("mask", "{}"))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UsageError(f"the mask {path} is damaged ({error}): make it anew") from None
-    if not {"shapes", "kept", "sha256"} <= about.keys():
+    if not _describes_mask(about) or any(bits.dtype != torch.uint8 for bits in packed.values()):
         raise UsageError(f"{path} is a safetensors file but no mask: give the mask.safetensors of a sparse run")
     return packed, about
+
+
+def _describes_mask(about):
+    if not isinstance(about, dict) or not all(isinstance(about.get(name), dict) for name in ("shapes", "kept")):
+        return False
+    numbers = [*about["kept"].values(), *(n for shape in about["shapes"].values() for n in _listed(shape))]
+    return isinstance(about.get("sha256"), str) and all(type(n) is int and n >= 0 for n in numbers)
+
+
+def _listed(shape):
+    return shape if isinstance(shape, list) else [None]
 
 
 def _sizes(shapes):

@@ -5,21 +5,20 @@ DINO ViT-S/16 (Caron et al. 2021): patch 16, 384 wide, 12 blocks of 6 heads, 21,
 """
 
 import argparse
-import json
 import math
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from common.cache import one_line
 from common.cli import UsageError
-from common.hub import hub_reachable, load_pretrained, quiet
+from common.hub import check_sizes, hub_reachable, load_pretrained, quiet, read_config, reading
 from common.seeding import torch_stream
 
 DINO = "facebook/dino-vits16"
@@ -125,7 +124,7 @@ def _find(name, weights, pretrained):
         return ViTConfig(image_size=32, layer_norm_eps=1e-6, **TINY), None
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _read_config(folder), folder
+        return _read_config(folder, pretrained and weights is None), folder
     if name == DINO and (weights is not None or not pretrained):
         return ViTConfig(image_size=224, layer_norm_eps=1e-6, **_VIT_S), None
     try:  # what an earlier download left, without asking the network
@@ -141,21 +140,26 @@ def _find(name, weights, pretrained):
     raise UsageError(f"no model {name!r} ({reason}): {_WHERE}")
 
 
-def _read_config(folder):
-    try:
-        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+def _read_config(folder, weights=True):
+    """The folder's ViTConfig. weights: whether its weights are needed."""
+    with quiet(), reading(f"no model could be read from {folder}", _WHERE):
+        kind = read_config(folder / "config.json").get("model_type")
+        if kind != "vit":
+            raise UsageError(f"{folder} holds a model of type {kind}, not vit: {_WHERE}")
+        if weights and not list(folder.glob("model*.safetensors")):
+            raise UsageError(f"{folder} has no model.safetensors (pickled weights are not read): {_WHERE}")
+        check_sizes(ViTModel, folder)
         config = ViTConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"no model could be read from {folder} ({one_line(error)}): {_WHERE}") from error
-    if kind != "vit":
-        raise UsageError(f"{folder} holds a model of type {kind}, not vit: {_WHERE}")
+    if type(config.patch_size) is not int or config.num_channels != 3:
+        shown = f"patches of {config.patch_size} in {config.num_channels} channels"
+        raise UsageError(f"{folder} holds a model with {shown}: square patches in 3 are taken")
     return config
 
 
 def _from_pretrained(kind, source, beside=(), **options):
     """The tensors of a model in a folder or on the hub; what is there `beside` them, by the names' begin, is left."""
     what = f"no weights could be read from {source}"
-    model, info = load_pretrained(kind, source, what, _WHERE, use_safetensors=None, **options)
+    model, info = load_pretrained(kind, source, what, _WHERE, **options)
     extra = [name for name in info["unexpected_keys"] if not name.startswith(tuple(beside))]
     _check_names(info["missing_keys"], extra, f"the weights {source}")
     return model.state_dict()
@@ -196,8 +200,8 @@ def interpolate_positions(positions, grid):
     trained with (its small crops). transformers' interpolate_pos_encoding leaves out the 0.1, which shifts the
     samples by up to a tenth of a cell. Equal grids: unchanged.
     """
-    old = math.isqrt(positions.shape[1] - 1)
-    if old * old != positions.shape[1] - 1:
+    old = math.isqrt(max(0, positions.shape[1] - 1))
+    if old == 0 or old * old != positions.shape[1] - 1:
         raise UsageError(f"{positions.shape[1] - 1} position embeddings do not form a square: {_WHERE}")
     if old == grid:
         return positions
@@ -246,23 +250,26 @@ def read_dino(path, vit):
     for ours, name in names.items():
         tensors[ours] = theirs[name]
         if "attn.qkv" in name:
-            if len(theirs[name]) != 3 * width:
-                raise UsageError(f"{name} in {path} has {len(theirs[name])} rows, not {3 * width}: {_WHERE}")
+            if theirs[name].shape[:1] != (3 * width,):
+                raise UsageError(f"{name} in {path} is {list(theirs[name].shape)}, not of {3 * width} rows: {_WHERE}")
             third = "qkv".index(ours.split("attention.")[1][0])
             tensors[ours] = theirs[name].chunk(3)[third]
     return tensors
 
 
 def _read_file(path):
-    try:
+    what = f"no checkpoint could be read from {path}"
+    if not path.is_file():
+        raise UsageError(f"{what} (no such file): {_WHERE}")
+    with reading(what, _WHERE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what else the file may be
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, EOFError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        pickled = isinstance(error, pickle.UnpicklingError)
-        reason = "damaged, or it holds more than weights" if pickled else one_line(error)
-        raise UsageError(f"no checkpoint could be read from {path} ({reason}): {_WHERE}") from error
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UsageError(f"{what} (damaged, or it holds more than weights): {_WHERE}") from error
 
 
 def _dino_tensors(state, path):
@@ -272,12 +279,16 @@ def _dino_tensors(state, path):
             if isinstance(state.get(part), dict):
                 state = state[part]
                 break
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and _plain(t) for n, t in state.items()):
         raise UsageError(f"{path} is not a checkpoint in DINO's layout (names and tensors): {_WHERE}")
     state = {name.removeprefix("module."): t for name, t in state.items()}
     if any(name.startswith("backbone.") for name in state):
         state = {n.removeprefix("backbone."): t for n, t in state.items() if not n.startswith("head.")}
     return state
+
+
+def _plain(tensor):
+    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 
 def _check_names(wanted, given, what):
@@ -300,11 +311,15 @@ def _load(module, tensors, what):
     own = dict(module.named_parameters())
     _check_names(own, tensors, what)
     (key,) = (name for name in own if name.endswith("position_embeddings"))
-    positions = interpolate_positions(tensors[key].float(), math.isqrt(own[key].shape[1] - 1))
-    tensors = {**tensors, key: positions}
+    if tensors[key].ndim == 3 and tensors[key].shape[2] == own[key].shape[2]:
+        grid = math.isqrt(own[key].shape[1] - 1)
+        tensors = {**tensors, key: interpolate_positions(tensors[key].float(), grid)}
     other = [f"{n} {list(tensors[n].shape)} not {list(p.shape)}" for n, p in own.items() if tensors[n].shape != p.shape]
     if other:
         raise UsageError(f"{what} have other shapes: {_some(other)}: {_WHERE}")
+    odd = [name for name in own if not (tensors[name].is_floating_point() and torch.isfinite(tensors[name]).all())]
+    if odd:
+        raise UsageError(f"{what} are not finite numbers in {_some(odd)}: {_WHERE}")
     for name, p in own.items():
         p.copy_(tensors[name])
 
