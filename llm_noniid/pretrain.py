@@ -10,6 +10,7 @@ The folder holds the model and its tokenizer (byte-level BPE of the corpus), as 
 """
 
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -30,7 +31,6 @@ from common.cli import (
     positive_float,
     positive_int,
     run_main,
-    say,
 )
 from common.evaluation import perplexity, pick_device, resolve_amp
 from common.hub import quiet
@@ -63,7 +63,7 @@ def main(args):
     seed_torch(args.seed, "weights")
     gpt2 = GPT2LMHeadModel(tiny_config(tokenizer, args.max_length, args.d_model, args.layers, args.heads)).to(device)
     for note in texts.notes:
-        say(note)
+        print(note, file=sys.stderr)
     model = TextModel("pretrained", tokenizer, tokens, gpt2, Weights(gpt2), device, amp)
     write(args, folder, model, texts, train(args, model))
     print(folder)

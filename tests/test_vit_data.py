@@ -15,8 +15,7 @@ from torch.nn import functional
 from common.cli import UsageError
 from common.seeding import stream
 from common.sharding import check, class_counts
-from vit_sparse_fl import data, demo_images
-from vit_sparse_fl.flags import SHARDINGS
+from vit_sparse_fl import data, demo_images, flags
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -343,7 +342,7 @@ def dealt(labels, sharding, num_clients, seed=0, **flags):
 
 def test_clients_are_dealt_by_the_flags_and_the_seed():
     labels = data.load_images("demo", 0).train_labels
-    for sharding in SHARDINGS:
+    for sharding in flags.SHARDINGS:
         parts, notes = dealt(labels, sharding, 20, seed=1)
         check(parts, 7200)
         assert notes == []
@@ -358,14 +357,14 @@ def test_clients_are_dealt_by_the_flags_and_the_seed():
 
 def test_clients_that_cannot_be_dealt():
     labels = np.repeat(np.arange(100), 5)
-    for sharding, clients, flags, match in (
+    for sharding, clients, given, match in (
         ("non_iid", 100, {"nc": 101}, "--nc 101 is outside 1 to 100"),
         ("non_iid", 3, {"nc": 30}, "--num-clients 3 x --nc 30 is 90: 10 of 100 classes have no client: "),
         ("iid", 501, {}, "500 images cannot be dealt to 501 clients: lower --num-clients"),
         ("dirichlet", 10, {"alpha": 0.0}, "--alpha 0.0 must be a positive number"),
     ):
         with pytest.raises(UsageError, match=match):
-            dealt(labels, sharding, clients, **flags)
+            dealt(labels, sharding, clients, **given)
     parts, notes = dealt(labels, "non_iid", 3, nc=30, allow_unused_classes=True)
     assert sum(map(len, parts)) == 450 and "10 of 100 classes" in notes[0] and "50 images are left out" in notes[0]
 
