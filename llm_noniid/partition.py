@@ -34,8 +34,8 @@ def partition(
     (`common.sharding.dirichlet`; sizes differ too). style_skew, token_skew: equal slices of the texts in the order of
     a score (`scores`), the first client has the lowest; texts with equal scores stand in random order.
 
-    Args: strategy: one of `flags.PARTITIONS`; seed: of all draws; alpha: concentration, > 0 (small: few clients a
-        topic); style_criterion: one of `STYLE_CRITERIA`; skew_type: one of `SKEW_TYPES`; min_samples: at least 1.
+    Args: strategy: one of `flags.PARTITIONS`; seed: of all draws; alpha: > 0 (small: few clients a topic);
+        style_criterion: one of `STYLE_CRITERIA`; skew_type: one of `SKEW_TYPES`; min_samples: at least 1.
     Returns: (list of num_clients sorted int64 arrays, notes: lines for the log).
     Raises: UsageError for an alpha that is not positive and finite, more clients than texts, and fewer texts than
         num_clients * min_samples.
