@@ -32,7 +32,8 @@ def build_parser():
     )
     parser.add_argument("--seed", type=non_negative_int, default=42, metavar="N", help="of all runs")
     parser.add_argument("--start-run", metavar="DIR", help="no effect: every run logs the loss before training")
-    parser.add_argument("--plan", action="store_true", help="check the flags, data and model, say what is there, and run nothing")
+    plan = "check flags, data and model, say what is there, and run nothing"
+    parser.add_argument("--plan", action="store_true", help=plan)
     parser.add_argument(
         "--output-dir", "--results-dir", metavar="DIR", help="default: results/failure_map_ALGORITHM_AXIS"
     )
