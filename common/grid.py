@@ -83,7 +83,8 @@ def build_parser(description, presets, default, output, preset_names=(), output_
         help="runs at a time, of one thread each; a run alone may take all cores (default: 1; quick: as many as cores)",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these settings or groups (default: all)")
-    parser.add_argument("--plan", action="store_true", help="print the commands, how long each took, and do nothing")
+    plan = "check the runs, print their commands and how long each took, and run nothing"
+    parser.add_argument("--plan", action="store_true", help=plan)
     folder = output.format(preset="PRESET")
     parser.add_argument(
         "--output-dir", *output_names, metavar="DIR", help=f"run folders, results.jsonl (default: {folder})"

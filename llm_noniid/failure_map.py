@@ -32,7 +32,8 @@ def build_parser():
     )
     parser.add_argument("--seed", type=non_negative_int, default=42, metavar="N", help="of all runs")
     parser.add_argument("--start-run", metavar="DIR", help="no effect: every run logs the loss before training")
-    parser.add_argument("--plan", action="store_true", help="say what is there, and do nothing")
+    plan = "check flags, data and model, say what is there, and run nothing"
+    parser.add_argument("--plan", action="store_true", help=plan)
     parser.add_argument(
         "--output-dir", "--results-dir", metavar="DIR", help="default: results/failure_map_ALGORITHM_AXIS"
     )
@@ -244,29 +245,19 @@ class Map:
 
 def main(args, given):
     made = Map(args, given)
-    grid.check([made.run(args.alphas[0], made.low)], made.folder)
+    limits = args.alphas, made.low, made.high, args.budget, args.tolerance, made.whole
+    if not made.points:
+        grid.check([made.run(*next_point([], *limits))], made.folder)
     if args.plan:
         lines = [f"{point['run']}: {point['reason'] or 'works'}" for point in made.points]
         grid.put([*lines, f"at most {max(0, args.budget - len(made.points))} more runs"])
         return
     made.save()  # what is below it belongs to a map from now on
-    limits = args.alphas, made.low, made.high, args.budget, args.tolerance, made.whole
     while point := next_point(made.points, *limits):
         made.add(*point)
     made.save(finished=True)
     grid.collect(made.folder)
     print(*made.summary(), made.folder, sep="\n")
-
-
-def parse(argv=None):
-    """(own flags, train.py's flags as words). Raises UsageError for alphas given twice, a tolerance of 1 or below."""
-    args, given = build_parser().parse_known_args(argv)
-    if len(set(args.alphas)) < len(args.alphas):
-        raise UsageError(f"--alphas {' '.join(f'{a:g}' for a in args.alphas)}: one is there twice: drop it")
-    if args.tolerance <= 1:
-        raise UsageError(f"--tolerance {args.tolerance:g} is not above 1: a bracket's ratio never is that small")
-    flags.refuse(given, f"{args.axis} alpha algorithm partition seed run_name name resume overwrite".split())
-    return args, given
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python lora_glue_fl/run_study.py --model PATH --jobs 2                       # a laptop: subsets, 6 rounds
     python lora_glue_fl/run_study.py --preset full --model_size base             # a GPU: whole tasks, 30 rounds
     python lora_glue_fl/run_study.py --preset quick                              # most of it, small, offline: minutes
-    python lora_glue_fl/run_study.py --model PATH --plan                         # only shows the commands
+    python lora_glue_fl/run_study.py --model PATH --plan                         # only checks and shows the commands
 
 The base: 3 clients, IID, rank 4. Beside it, each alone: 20 clients; Dirichlet shards; higher learning rates; rank 16;
 clients of different ranks; the balanced split. Each run is one of the scripts beside this file, in a process of its

@@ -3,7 +3,7 @@
     python mamba_fl/run_study.py --preset small --jobs 2        # a laptop
     python mamba_fl/run_study.py --preset source --jobs 1       # the source's 1-layer configuration
     python mamba_fl/run_study.py --preset quick                 # all of it, small, offline: minutes
-    python mamba_fl/run_study.py --preset small --plan          # only shows the commands
+    python mamba_fl/run_study.py --preset small --plan          # only checks and shows the commands
 
 Each run is one of the scripts beside this file; finished runs are skipped and broken ones go on, so that the command
 can be given again at any time. results.jsonl in the output folder is the log behind the table.

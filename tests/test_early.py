@@ -3,9 +3,14 @@
 import json
 import subprocess
 import sys
+import urllib.request
+from unittest import mock
 
 import harness
+import pytest
 
+from common import hub
+from common.early import CHECK
 from vit_sparse_fl import mask_flags, masks
 
 # Each of the lines as a script's command line, in one interpreter that has none of the heavy packages.
@@ -71,3 +76,15 @@ def test_contradictions_too():
 
 def test_the_flags_know_the_strategies_of_masks():
     assert mask_flags.STRATEGIES == {name: strategy.images for name, strategy in masks.STRATEGIES.items()}
+
+
+def test_what_can_be_downloaded_is_not_downloaded_for_a_check(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(urllib.request, "urlopen", mock.Mock())
+    assert hub.answers("http://127.0.0.1:9")
+    monkeypatch.setenv(CHECK, "study")
+    with pytest.raises(SystemExit) as stop:
+        hub.answers("http://127.0.0.1:9")
+    assert stop.value.code == 0
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert not hub.answers("http://127.0.0.1:9")

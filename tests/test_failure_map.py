@@ -149,6 +149,7 @@ def values(monkeypatch):
 
     monkeypatch.setattr(failure_map.grid, "run_all", run_all)
     monkeypatch.setattr(failure_map.grid, "collect", lambda output: None)
+    monkeypatch.setattr(failure_map.grid, "read_study", lambda command: (0, ""))
     return values
 
 
@@ -180,7 +181,8 @@ TINY = "--model tiny --dataset demo --max-samples 60 --eval-samples 5 --num-roun
 
 
 @pytest.mark.slow
-def test_a_point_of_a_real_run(tmp_path):
+def test_a_point_of_a_real_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(failure_map.grid, "read_study", lambda command: (0, ""))
     words = f"{TINY} --alphas 1 --low 1e-3 --high 1e3 --budget 1 --num-clients 2 --output-dir {tmp_path / 'map'}"
     assert call(words) == 0
     map_ = read_json(tmp_path / "map" / "failure_map.json")

@@ -461,8 +461,14 @@ def run_study(runner, line, out):
 def test_a_small_grid_of_real_runs(runner, line, names, table, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(grid, "start", Forked)
     monkeypatch.setattr(grid, "call", forked_call)
-    monkeypatch.setattr(grid, "read_study", forked_study)
-    out = tmp_path / "out"
+    out, looked = tmp_path / "out", []
+
+    def read_study(command):
+        looked.append(forked_study(command))
+        assert not out.exists()
+        return looked[-1]
+
+    monkeypatch.setattr(grid, "read_study", read_study)
     assert run_study(runner, line, out) == 0
     said = capfd.readouterr().out
     assert said.splitlines()[-1] == str(out) and table in said, said
@@ -471,6 +477,7 @@ def test_a_small_grid_of_real_runs(runner, line, names, table, tmp_path, capfd, 
     assert all(line["curve"] and str(tmp_path) not in json.dumps(line) for line in lines.values())
     before = [(out / "output" / f"{name}.txt").stat().st_size for name in names]
     assert run_study(runner, f"{line} --plan", out) == 0
+    assert [code for code, _ in looked] == [0]  # not again
     assert capfd.readouterr().out.count(": finished, took") == len(names)
     parsed = grid.run_all([run for run in planned(runner, f"{line} --output-dir {out}")], out, jobs=1)
     assert parsed == [] and [(out / "output" / f"{name}.txt").stat().st_size for name in names] == before
@@ -503,3 +510,19 @@ def test_a_grid_of_real_runs_ends_before_anything_is_written(runner, line, error
     said = capfd.readouterr()
     assert said.err.count("\n") == 1 and error in said.err and not said.out, said
     assert not list(tmp_path.iterdir())
+
+
+def test_shards_are_dealt_when_all_tasks_are_there(tmp_path, monkeypatch, capsys):
+    from lora_glue_fl import glue_data
+
+    load_task = glue_data.load_task
+
+    def all_but_rte(task, *where, **which):
+        if task == "rte":
+            raise UsageError("no GLUE task rte")
+        return load_task(task, *where, **which)
+
+    monkeypatch.setattr(glue_data, "load_task", all_but_rte)
+    monkeypatch.setattr(grid, "read_study", lambda command: (0, ""))
+    assert run_study("lora_glue_fl/run_study", "--tasks sst2 rte --dataset demo --seeds 0", tmp_path / "out") == 2
+    assert capsys.readouterr().err == "error: no GLUE task rte\n" and not list(tmp_path.iterdir())

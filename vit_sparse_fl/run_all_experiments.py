@@ -3,7 +3,7 @@
     python vit_sparse_fl/run_all_experiments.py --full --num-runs 3        # the source's configuration: a GPU, days
     python vit_sparse_fl/run_all_experiments.py --stand-in --jobs 2        # the measured study: a laptop, hours
     python vit_sparse_fl/run_all_experiments.py --quick                    # all of it, small, offline: minutes
-    python vit_sparse_fl/run_all_experiments.py --full --plan              # only shows the commands
+    python vit_sparse_fl/run_all_experiments.py --full --plan              # only checks and shows the commands
 
 Finished runs are skipped and broken ones go on, so that the command can be given again at any time.
 """

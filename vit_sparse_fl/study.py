@@ -22,6 +22,7 @@ from common.checkpoint import saving, write_json
 from common.cli import UsageError, say
 from common.compiling import checked_compile
 from common.curves import draw_accuracy
+from common.early import stop_if_checked
 from common.evaluation import amp_context
 from common.schedules import lr_at
 from common.seeding import seed_torch, stream
@@ -110,6 +111,7 @@ def load_study(args, run, federated=True, sparse=False):
     facts = {"clients": len(examples), "weights_sha256": fingerprint(parameters)}
     if sparse and args.mask:
         facts["mask_sha256"] = hashlib.sha256(Path(args.mask).read_bytes()).hexdigest()
+    stop_if_checked("study")  # the log has a folder of its own
     log = open_log(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
     run.begin(data.fingerprint, sizes, clients=facts)
     for note in notes + more:
