@@ -12,6 +12,7 @@ import sys
 import time
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_later = None  # signals that came while `undisturbed`
 AGAIN = 1.0  # seconds: a terminal, a launcher and a queue may send the same signal; one that comes later means it
 
 
@@ -34,6 +35,9 @@ def stoppable(reason=lambda: None):
     came = []  # when, and what was raised
 
     def stop(number, frame):
+        if _later is not None:
+            _later.append(number)
+            return
         if came:
             if time.monotonic() > came[0] + AGAIN:
                 os._exit(128 + number)
@@ -59,8 +63,21 @@ def stoppable(reason=lambda: None):
 
 
 @contextlib.contextmanager
+def undisturbed():
+    """Inside, what `stoppable` raises waits; other programs that are started inside get their signals as ever."""
+    global _later
+    _later = []
+    try:
+        yield
+    finally:
+        came, _later = _later, None
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextlib.contextmanager
 def held_back():
-    """Inside, SIGINT and SIGTERM wait, for this process and for those that it forks."""
+    """Inside, SIGINT and SIGTERM wait, for this process and for those that it starts until they are `stoppable`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

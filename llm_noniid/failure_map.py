@@ -212,8 +212,12 @@ def main(args, given):
         return
     made.save()  # what is below it belongs to a map from now on
     limits = args.alphas, made.low, made.high, args.budget, args.tolerance, made.whole
-    while point := next_point(made.points, *limits):
-        made.add(*point)
+    try:
+        while point := next_point(made.points, *limits):
+            made.add(*point)
+    except KeyboardInterrupt as error:
+        error.add_note(grid.GOES_ON)
+        raise
     made.save(finished=True)
     grid.collect(made.folder)
     print(*made.summary(), made.folder, sep="\n")

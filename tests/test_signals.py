@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_run import arguments, train
 
-from common import cli
+from common import cli, grid
 from common.checkpoint import read_json
 from common.stopping import Terminated, stoppable
 
@@ -95,6 +95,20 @@ def test_a_refusal_under_torchrun_is_the_main_processs(monkeypatch, capsys):
             cli.end_with("error: no such data")
         assert stop.value.code == 2 and capsys.readouterr().err == line
     assert waited == [3]  # in which torchrun ends it, because the main process has refused
+
+
+def test_what_a_grid_has_just_started_ends_with_it(tmp_path, monkeypatch):
+    started = []
+
+    def start(*command, **how):
+        started.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(grid, "start", start)
+    with pytest.raises(Terminated), stoppable():
+        grid.run_all([grid.Run("a", ("a.py",)), grid.Run("b", ("b.py",))], tmp_path, jobs=2)
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
 
 
 # ---------------------------------------------------------------------------------------------- several processes
