@@ -67,12 +67,13 @@ run_main(main, None)
     assert (later.code, later.out, later.err) == (143, "kept\n", "")
 
 
-def test_ctrl_c_while_a_script_imports_is_one_line(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+@pytest.mark.parametrize(("number", "line"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_while_a_script_imports_is_one_line(number, line, tmp_path):
+    (tmp_path / "torch.py").write_text(f"import os, time\nos.kill(os.getpid(), {number})\ntime.sleep(9)\n")
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{harness.ROOT}"}
-    line = [sys.executable, harness.ROOT / "mamba_fl" / "fed_avg.py"]
-    done = subprocess.run(line, capture_output=True, text=True, env=env, check=False)
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    words = [sys.executable, harness.ROOT / "mamba_fl" / "fed_avg.py"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stderr) == (128 + number, f"{line}\n")
 
 
 def test_sigterm_keeps_what_can_be_kept_and_the_run_goes_on(tmp_path):
