@@ -26,10 +26,12 @@ from pathlib import Path
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int
 from common.curves import read_metrics
 from common.early import CHECK
+from common.stopping import undisturbed
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results.jsonl"
 WHOLE = ("command", "args", "data")  # of a run.json, without which it says too little
+GOES_ON = "the same command goes on"
 SAY = partial(print, flush=True)
 FACTS = ("method", "clients", "git_commit", "versions", "processes", "resolved", "parameters", "results")
 PLACES = ("model", "tokenizer", "init_from", "init_adapter", "weights", "mask", "shard_dir", "cache_dir")
@@ -164,7 +166,7 @@ def run_study(args, runs, show=(), prepare=None, also=()):
         collect(output)
         codes = [call([word.format(output=output) for word in line]) for line in show]
     except KeyboardInterrupt as error:
-        error.add_note("the same command goes on")
+        error.add_note(GOES_ON)
         raise
     if failed:
         raise RunFailed(f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed)}): see {output}/output")
@@ -266,7 +268,8 @@ def run_all(runs, output, jobs, say=SAY):
                 waiting.remove(run)
                 log = log_of(run, output)
                 made += [path for path in (log, *log.parents) if not path.exists()]
-                running[run] = start(run.command, log, alone=jobs == 1)
+                with undisturbed():  # who is started is known to `interrupt`
+                    running[run] = start(run.command, log, alone=jobs == 1)
             if not running:
                 failed += [run.name for run in waiting]
                 say(f"not started: {', '.join(run.name for run in waiting)}, which need {waiting[0].needs}")
@@ -319,7 +322,8 @@ def interrupt(processes, patience=30):
 def call(command):
     """Runs a command line to its end. Returns the exit code."""
     sys.stdout.flush()
-    return subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False).returncode
+    line = [sys.executable, str(ROOT / command[0]), *command[1:]]
+    return subprocess.run(line, check=False, process_group=0).returncode  # Ctrl-C is ours to say
 
 
 def duration(seconds):

@@ -52,6 +52,7 @@ class World:
 
 _world = World()
 _store = None
+_gone = None  # the exception of who has seen that another is gone
 _patience = 1800.0  # seconds
 
 
@@ -104,10 +105,10 @@ def init_parallel(device="cpu"):
 
 def close_parallel():
     """Leaves the process group; one process again afterwards. Does nothing for one process."""
-    global _world, _store
+    global _world, _store, _gone
     if _world.size > 1:
         dist.destroy_process_group()
-    _world, _store = World(), None
+    _world, _store, _gone = World(), None, None
 
 
 def barrier():
@@ -188,12 +189,12 @@ def tell(reason, refused=False, rank=None):
 
 
 def failure():
-    """The exception with which every process ends because one has failed, or None."""
+    """The exception with which every process ends because one has failed, or is gone, or None."""
     with contextlib.suppress(RuntimeError):
         if _store is not None and _store.check(["failed"]):
             text = _store.get("failed").decode()
             return (UsageError if text[0] == "1" else RunFailed)(text[1:])
-    return None
+    return _gone
 
 
 def _rank():
@@ -240,6 +241,7 @@ def _wait(work):
 
     Raises: RunFailed or UsageError with the reason for which a process has failed; Gone without one.
     """
+    global _gone
     began, said, completed = time.monotonic(), 1, False
     while True:
         try:
@@ -251,11 +253,12 @@ def _wait(work):
             completed = work.is_completed()
         _raise_failure()
         said = _complain(began, said, _busy)
+    names = "; ".join(map(where, _busy())) or "between two clients"
+    _gone = Gone(f"another process is gone ({names}): see its output")
     end = time.monotonic() + MOURNING
-    while time.monotonic() < end:
-        _raise_failure()
+    while failure() is _gone and time.monotonic() < end:
         time.sleep(0.05)
-    raise Gone(f"another process is gone ({'; '.join(map(where, _busy())) or 'between two clients'}): see its output")
+    raise failure()
 
 
 # ------------------------------------------------------------------------------------------- a round, client by client

@@ -1,6 +1,6 @@
 """How a script is stopped: Ctrl-C (SIGINT) and SIGTERM, which queues send before they take a machine away, are alike.
 
-While a script still imports nothing has begun, and Ctrl-C ends it at once (`end_imports`). After that both are an
+While a script still imports nothing has begun, and they end it at once (`end_imports`). After that both are an
 exception where the script is at that moment, so that a run keeps what it can and run.json says `interrupted`. C++ code
 is not broken off: the exception comes when it returns.
 """
@@ -12,6 +12,7 @@ import sys
 import time
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_later = None  # signals that came while `undisturbed`
 AGAIN = 1.0  # seconds: a terminal, a launcher and a queue may send the same signal; one that comes later means it
 
 
@@ -34,6 +35,9 @@ def stoppable(reason=lambda: None):
     came = []  # when, and what was raised
 
     def stop(number, frame):
+        if _later is not None:
+            _later.append(number)
+            return
         if came:
             if time.monotonic() > came[0] + AGAIN:
                 os._exit(128 + number)
@@ -46,8 +50,8 @@ def stoppable(reason=lambda: None):
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # who started this process may have held them back
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # who started this process may have held them back
         yield
     except Exception as error:
         if came and error is not came[1]:
@@ -59,8 +63,21 @@ def stoppable(reason=lambda: None):
 
 
 @contextlib.contextmanager
+def undisturbed():
+    """Inside, what `stoppable` raises waits; other programs that are started inside get their signals as ever."""
+    global _later
+    _later = []
+    try:
+        yield
+    finally:
+        came, _later = _later, None
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextlib.contextmanager
 def held_back():
-    """Inside, SIGINT and SIGTERM wait, for this process and for those that it forks."""
+    """Inside, SIGINT and SIGTERM wait, for this process and for those that it starts until they are `stoppable`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -69,17 +86,19 @@ def held_back():
 
 
 def end_imports():
-    """From now on Ctrl-C ends this process with one line and exit code 130, if it is one of this repository's scripts.
+    """From now on a signal ends this process at once, with one line, if it is one of this repository's scripts.
 
     Not in a program of somebody else that imports `common`.
     """
     script = getattr(sys.modules.get("__main__"), "__file__", None) or ""
     house = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     ours = os.path.dirname(os.path.dirname(os.path.abspath(script))) == house
-    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+    if ours:
+        for number in SIGNALS:
+            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+                signal.signal(number, _end)
 
 
 def _end(number, frame):
-    os.write(2, b"interrupted\n")
+    os.write(2, b"interrupted\n" if number == signal.SIGINT else b"terminated\n")
     os._exit(128 + number)

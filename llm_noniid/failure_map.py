@@ -253,8 +253,12 @@ def main(args, given):
         grid.put([*lines, f"at most {max(0, args.budget - len(made.points))} more runs"])
         return
     made.save()  # what is below it belongs to a map from now on
-    while point := next_point(made.points, *limits):
-        made.add(*point)
+    try:
+        while point := next_point(made.points, *limits):
+            made.add(*point)
+    except KeyboardInterrupt as error:
+        error.add_note(grid.GOES_ON)
+        raise
     made.save(finished=True)
     grid.collect(made.folder)
     print(*made.summary(), made.folder, sep="\n")

@@ -7,7 +7,6 @@ Configuration, tokenizer and model.safetensors, no pickled weights. What broke o
 Prints each model's folder, which --model takes too.
 """
 
-import sys
 from pathlib import Path
 
 from common.cli import Parser, UsageError, run_main
@@ -27,9 +26,9 @@ def main(args):
             print(f"{model}: {folder}", flush=True)
             # After the first model, so that a command that finds nothing changes nothing
             remember_home(home)
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        error.add_note("run the same command again to go on")
+        raise
     if home and winning_variable():
         print(f"{winning_variable()} is set and wins over --hf-home: unset it, or give the folders above as --model")
     if args.revision != "main":

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_run import arguments, train
 
-from common import cli
+from common import cli, grid
 from common.checkpoint import read_json
 from common.stopping import Terminated, stoppable
 
@@ -67,12 +67,13 @@ run_main(main, None)
     assert (later.code, later.out, later.err) == (143, "kept\n", "")
 
 
-def test_ctrl_c_while_a_script_imports_is_one_line(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+@pytest.mark.parametrize(("number", "line"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_while_a_script_imports_is_one_line(number, line, tmp_path):
+    (tmp_path / "torch.py").write_text(f"import os, time\nos.kill(os.getpid(), {number})\ntime.sleep(9)\n")
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{harness.ROOT}"}
-    line = [sys.executable, harness.ROOT / "mamba_fl" / "fed_avg.py"]
-    done = subprocess.run(line, capture_output=True, text=True, env=env, check=False)
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    words = [sys.executable, harness.ROOT / "mamba_fl" / "fed_avg.py"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stderr) == (128 + number, f"{line}\n")
 
 
 def test_sigterm_keeps_what_can_be_kept_and_the_run_goes_on(tmp_path):
@@ -95,6 +96,20 @@ def test_a_refusal_under_torchrun_is_the_main_processs(monkeypatch, capsys):
             cli.end_with("error: no such data")
         assert stop.value.code == 2 and capsys.readouterr().err == line
     assert waited == [3]  # in which torchrun ends it, because the main process has refused
+
+
+def test_what_a_grid_has_just_started_ends_with_it(tmp_path, monkeypatch):
+    started = []
+
+    def start(*command, **how):
+        started.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(grid, "start", start)
+    with pytest.raises(Terminated), stoppable():
+        grid.run_all([grid.Run("a", ("a.py",)), grid.Run("b", ("b.py",))], tmp_path, jobs=2)
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
 
 
 # ---------------------------------------------------------------------------------------------- several processes
