@@ -351,13 +351,12 @@ def up_to_the_run():
     """Scripts in this block's forks end where they would begin to train, evaluate or start others."""
     from common import grid, local, processes, runlog
     from lora_glue_fl.task_model import TaskModel
-    from vit_sparse_fl import demo_images
+    from vit_sparse_fl.demo_images import demo_images
 
-    images = demo_images.demo_images()  # made once
+    demo_images()  # made once, for all forks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runlog.Run, "begin", begins)
         patch.setattr(TaskModel, "evaluate", begins)
-        patch.setattr(demo_images, "demo_images", lambda: images)
         patch.setattr(local, "local_steps", begins)
         for name in ("start", "call"):
             patch.setattr(grid, name, begins)
@@ -423,9 +422,9 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
     good.mkdir()
     cases.mkdir()
     make_input(good)
-    counts, bad = check(250, good, cases)
+    counts, bad = check(200, good, cases)
     assert not bad, "\n\n".join(map("\n".join, bad))
-    assert counts["refused"] > 150 and counts["accepted"] > 9
+    assert counts["refused"] > 100 and counts["accepted"] > 5
 
 
 def main():
