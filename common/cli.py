@@ -19,11 +19,18 @@ import warnings
 from common.stopping import code_of, stoppable
 
 
-class UsageError(Exception):
+class _OneLine(Exception):
+    """What it says may hold a path or another's message of several lines."""
+
+    def __str__(self):
+        return " ".join(super().__str__().splitlines())
+
+
+class UsageError(_OneLine):
     """Bad usage or input. The message is one line: the values that clash and what to do next."""
 
 
-class RunFailed(Exception):
+class RunFailed(_OneLine):
     """A run that started could not go on (exit code 1). The message is one line: the reason and what to do next."""
 
 
