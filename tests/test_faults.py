@@ -182,13 +182,14 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("file, damage", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(file, damage, half, whole, tmp_path):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(file, damage, half, whole, tmp_path, capsys):
     folder = copied(half, tmp_path)
     damage(folder / "checkpoint" / file)
     line = refusal(tmp_path, folder)
     assert f"checkpoint/{file} " in line and f"goes on from {folder}/checkpoint.1, after round 2" in line
     shutil.rmtree(folder / "checkpoint")
     resumed(tmp_path)
+    assert "resumed after round 2" in capsys.readouterr().err
     harness.same_run(folder, whole)
 
 
