@@ -1,6 +1,7 @@
 """Mamba-2 against the plain recurrence, against transformers, and as a model that is saved, loaded and generates."""
 
 import importlib
+import json
 import math
 import sys
 from types import SimpleNamespace
@@ -292,8 +293,14 @@ def test_loading_what_is_not_there_or_does_not_fit_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="no model could be read"):
         load_pretrained(tmp_path)
     weights.write_bytes(whole)
-    config.write_text(config.read_text().replace('"n_layer": 2', '"n_layer": 1'))
-    with pytest.raises(UsageError, match="do not fit its config.json"):
+    good = json.loads(config.read_text())
+    sizes = {"n_layer": 10**8, "expand": "2", "d_model": None, "headdim": 0, "d_state": 10**9, "other": 1}
+    for name, value in [("n_layer", 1), *sizes.items()]:
+        config.write_text(json.dumps({**good, "mamba_ssm": {**good["mamba_ssm"], name: value}}))
+        with pytest.raises(UsageError, match=r"do not fit its config.json|names no mamba2 model|at least 1"):
+            load_pretrained(tmp_path)
+    config.write_text(json.dumps({name: value for name, value in good.items() if name != "hidden_size"}))
+    with pytest.raises(UsageError, match="names no mamba2 model"):
         load_pretrained(tmp_path)
 
 
