@@ -186,7 +186,7 @@ MAMBA = [
     ("fed_entropy", "--resume", ["is a run of fed_avg"], a_run(lambda _: None)),
     ("fed_avg", "--resume", ["other data"], a_run(manifest(lambda run: run["data"].update(variant="another")))),
     ("fed_avg", "--resume", ["amp bf16 -> "], a_run(manifest(lambda run: run["resolved"].update(amp="bf16")))),
-    ("fed_avg", "--resume", ["theta.safetensors is damaged", "--overwrite"],
+    ("fed_avg", "--resume", ["theta.safetensors is damaged", "checkpoint.1, after round 4"],
      a_run(lambda folder: cut(folder / "checkpoint" / "theta.safetensors", 5000))),
     ("fed_avg", "--run-name thesis --overwrite", ["thesis"], text("out/thesis/thesis.txt", "years of work")),
 ]  # fmt: skip
