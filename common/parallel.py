@@ -183,6 +183,9 @@ def where(rank):
 
 def tell(reason, refused=False, rank=None):
     """Says why this process (or `rank`) fails; the first to say so counts. refused: its input is bad, exit code 2."""
+    if _store is None:  # nobody else hears of it
+        print(f"error: process {_rank()}: {reason}", file=sys.__stderr__)
+        return
     line = f"{where(_rank() if rank is None else rank)}: {reason}"
     with contextlib.suppress(RuntimeError):
         _store.compare_set("failed", "", f"{int(refused)}{line}")

@@ -185,10 +185,13 @@ def test_what_was_ended_by_a_process_that_was_killed_goes_on(cases):
     harness.same_run(folder / "r", whole / "r")
 
 
-def test_without_a_supervisor_who_is_left_names_who_is_gone(tmp_path, monkeypatch):
+def test_without_a_supervisor_who_is_left_names_who_is_gone(tmp_path):
+    alone = harness.Started(["tests/stopped_run.py", tmp_path, 2], env={"WORLD_SIZE": "2", "RANK": "1"})
     ended = harness.run_ranks(["tests/stopped_run.py", tmp_path, 2, "1:kill"], 2)
     assert [one.code for one in ended] == [1, -9]
     assert ended[0].err.splitlines()[-1] == f"failed: another process is gone ({PLACE}): see its output"
+    ended = alone.ended()  # which cannot meet the others
+    assert ended.code == 2 and ended.err.startswith("error: process 1: WORLD_SIZE is 2 but MASTER_ADDR, MASTER_PORT is")
 
 
 # ---------------------------------------------------------------------------------------------- what may go on
