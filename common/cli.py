@@ -5,6 +5,7 @@ Exit codes: 0 finished, 1 failed while running, 2 bad usage or input (one line o
 """
 
 import argparse
+import errno
 import math
 import sys
 
@@ -196,6 +197,11 @@ def run_main(main, args, end=sys.exit):
     except RunFailed as error:
         print(f"failed: {error}", file=sys.stderr)
         code = 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {error.strerror}: {str(error.filename)[:60]}...: give a shorter one", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted: run the same command with --resume to go on", file=sys.stderr)
         code = 130
