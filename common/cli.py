@@ -9,6 +9,7 @@ Nothing heavy is imported here: a typo and --help are answered at once.
 import argparse
 import contextlib
 import difflib
+import errno
 import math
 import os
 import re
@@ -23,7 +24,7 @@ class _OneLine(Exception):
     """What it says may hold a path or another's message of several lines."""
 
     def __str__(self):
-        return " ".join(super().__str__().splitlines())
+        return _one_line(super().__str__())
 
 
 class UsageError(_OneLine):
@@ -373,7 +374,7 @@ def checked(function, *args):
     try:
         return function(*args)
     except UsageError as error:
-        end_with(f"error: {_one_line(error)}")
+        end_with(f"error: {error}")
 
 
 def run_main(main, args, end=sys.exit, reason=lambda: None):
@@ -386,11 +387,16 @@ def run_main(main, args, end=sys.exit, reason=lambda: None):
         with stoppable(reason), _waiting(args):
             code = main(args)
     except UsageError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         code = 2
     except RunFailed as error:
-        print(f"failed: {_one_line(error)}", file=sys.stderr)
+        print(f"failed: {error}", file=sys.stderr)
         code = 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {error.strerror}: {str(error.filename)[:60]}...: give a shorter one", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt as error:
         code = code_of(error)
         how = "terminated" if code == 143 else "interrupted"

@@ -125,7 +125,7 @@ def find_model(name, spec=None, advice=""):
     Raises UsageError when it is not there, or a folder without config.json or model.safetensors.
     """
     folder, spec = Path(name).expanduser(), spec or name
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # also of a name that is too long
         try:
             folder = download(spec, cache_dir=hub_cache(), online=False)
         except UsageError:
@@ -154,7 +154,17 @@ def load_pretrained(kind, source, what, advice, **options):
     with quiet(), reading(what, advice):
         if Path(source).is_dir():
             check_sizes(kind, Path(source))
-        return kind.from_pretrained(source, **options)
+        model, info = kind.from_pretrained(source, **options)
+        odd = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+        if odd:
+            raise ValueError(f"{odd[0]} is not finite")
+        return model, info
+
+
+def weight_bytes(folder):
+    """Bytes of a folder's weights, 0 where it is no folder: for a guess at memory."""
+    files = Path(folder).glob("*.safetensors") if os.path.isdir(folder) else ()
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 @contextlib.contextmanager

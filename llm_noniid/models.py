@@ -5,8 +5,6 @@ base = load_base("distilgpt2", tokenizer, max_length=128, seed=42)
 lora = LoraModel(base, r=8, alpha=16, dropout=0.05)                    # common.lora
 """
 
-from pathlib import Path
-
 from common import hub
 from common.cli import UsageError
 from common.seeding import seed_torch
@@ -93,7 +91,6 @@ def load_base(name, tokenizer, max_length, seed):
 def memory(args):
     """Bytes that a process takes, at a guess from the flags: the model, and the logits of a batch."""
     size = {"distilgpt2": 3e8, "gpt2": 5e8, "tinyllama": 4.4e9, "qwen-0.5b": 2e9, "tiny": 0}.get(args.model, 5e8)
-    if Path(args.model).is_dir():
-        size = sum(2 * file.stat().st_size for file in Path(args.model).glob("*.safetensors"))
+    size = 2 * hub.weight_bytes(args.model) or size
     vocabulary = 2048 if args.model == "tiny" else 50_000
     return int(6e8 + size + 12 * args.batch_size * args.max_length * vocabulary)

@@ -8,6 +8,7 @@ from round to round), `head` [h], all of the head's parameters in one vector, an
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from common import parallel
 from common.aggregation import ServerAdam, ServerMomentum
 from common.cli import UsageError
+from common.hub import weight_bytes
 from common.lowrank import MIXED_RANKS, trained_factors
 from common.participation import check_participation, per_round
 from common.products import fit_rank, scaling
@@ -206,10 +208,9 @@ def server_optimizers(args):
 def footprint(args):
     """(clients that take part in a round, bytes that a process takes at a guess) of the flags."""
     folder, model = Path(args.shard_dir), args.model or args.model_size or "base"
-    clients = len(client_files(folder)) if folder.is_dir() else 1
+    clients = len(client_files(folder)) if os.path.isdir(folder) else 1
     size, width = {"large": (1.5e9, 24 * 1024), "tiny": (0, 2 * 64)}.get(model, (5e8, 12 * 768))  # layers x hidden
-    if Path(model).is_dir():
-        size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    size = weight_bytes(model) or size
     activations = 70 * width * args.batch_size * args.max_length
     return per_round(args.participation, max(1, clients)), int(6e8 + 2 * size + activations)
 

@@ -249,15 +249,15 @@ def edited_tensors(content, random):
 def attempt(case, good, place):
     """How a case ends: (verdict, command line, stderr). place: an empty folder."""
     script, flags, words, harm = case
-    if said := parse_error(script, words):
-        return "refused" if said.count("\n") == 1 else "lines", shlex.join([script, *words]), said
-    shutil.copytree(good, place / "in", copy_function=os.link)
-    if harm:
-        damage(place / "in" / harm[0], *harm[1:])
     text = f"{FLAGS[script]} {flags} {harness.EXTRA if '--processes' in PARSED[script] else ''}"
     for name, there in {**PLACES, "{in}": str(place / "in"), "{out}": str(place / "out")}.items():
         text = text.replace(name, there)
     line = [script, *shlex.split(text), *words]
+    if said := parse_error(line):
+        return "refused" if said.count("\n") == 1 else "lines", shlex.join(line), said
+    shutil.copytree(good, place / "in", copy_function=os.link)
+    if harm:
+        damage(place / "in" / harm[0], *harm[1:])
     before = snapshot(place)
     code, out, err = forked(line, place)
     said = err.strip().splitlines()
@@ -274,12 +274,12 @@ def attempt(case, good, place):
     return verdict, f"{shlex.join(line)}  {harm or ''}".replace(str(place), "."), err
 
 
-def parse_error(script, words):
+def parse_error(line):
     """What the script's parser says to flags that it does not take, None where it takes them."""
     said = io.StringIO()
     with redirect_stderr(said), redirect_stdout(said):
         try:
-            PARSERS[script]().parse_known_args(words)
+            PARSERS[line[0]]().parse_args(line[1:])
         except SystemExit as stop:
             return said.getvalue() if stop.code == 2 else None
 
