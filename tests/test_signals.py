@@ -175,6 +175,8 @@ def test_what_ends_one_process_ends_all_with_one_line(case, cases):
         assert lines[0].startswith("waiting for process 1, client 1 of round 2 for 0.0"), ended.err
     elif code in (1, 2):
         assert facts["status"] == "failed" and line.endswith(facts["reason"])
+    elif code == -9:  # the processes hear of the supervisor's end by a signal, or by an exchange that fails
+        assert facts["status"] in ("interrupted", "failed")
     else:  # where the main process was killed nobody could say it in run.json
         assert facts["status"] == ("running" if code == 137 else "interrupted")
 
