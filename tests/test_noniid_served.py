@@ -80,6 +80,7 @@ def test_evaluation_does_not_depend_on_the_batches(tmp_path, monkeypatch):
 def test_a_rounds_memory_does_not_grow_with_its_clients(tmp_path, monkeypatch):
     def live():
         storages = {}
+        gc.collect()  # what earlier tests left would else go between two looks
         for thing in gc.get_objects():
             if type(thing) in (torch.Tensor, torch.nn.Parameter):
                 storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
