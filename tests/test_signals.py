@@ -172,7 +172,7 @@ def test_what_ends_one_process_ends_all_with_one_line(case, cases):
     assert until(lambda: not there(folder)[1], 15)
     facts = read_json(folder / "r" / "run.json")
     if code == 0:
-        assert lines[0].startswith("waiting for process 1, client 1 of round 2 for 0.0"), ended.err
+        assert "waiting for process 1, client 1 of round 2 for 0.0" in ended.err  # perhaps after one for its start
     elif code in (1, 2):
         assert facts["status"] == "failed" and line.endswith(facts["reason"])
     elif code == -9:  # the processes hear of the supervisor's end by a signal, or by an exchange that fails
