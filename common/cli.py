@@ -222,8 +222,8 @@ def _hyphenated(args):
 
 
 def _one_line(message):
-    """The message in one line, whatever it quotes."""
-    return " ".join(str(message).splitlines())
+    """The message in one line that can be printed, whatever it quotes (bytes of a command line that are no utf-8)."""
+    return " ".join(str(message).splitlines()).encode(errors="backslashreplace").decode()
 
 
 def _spelled(flag, value):
@@ -253,6 +253,7 @@ positive_int = _number(int, lambda v: v >= 1, "an integer of at least 1")
 non_negative_int = _number(int, lambda v: v >= 0, "an integer of at least 0")
 seed_number = _number(int, lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1")
 thread_count = _number(int, lambda v: 0 <= v <= 1024, "an integer from 0 to 1024")
+layer_count = _number(int, lambda v: 1 <= v <= 1000, "an integer from 1 to 1000")
 positive_float = _number(float, lambda v: v > 0, "a number above 0")
 non_negative_float = _number(float, lambda v: v >= 0, "a number of at least 0")
 fraction = _number(float, lambda v: 0 < v <= 1, "a number above 0 and at most 1")

@@ -95,7 +95,10 @@ def _load_tokenizer_files(path):
 
     with reading_tokenizer(path):
         if (path / "tokenizer_config.json").is_file():
-            return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            if not isinstance(tokenizer.model_max_length, (int, float)):
+                raise ValueError(f"model_max_length is {tokenizer.model_max_length!r}, not a number")
+            return tokenizer
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise FileNotFoundError(f"{file} is not there or no file")

@@ -15,6 +15,7 @@ from common.cli import (
     UsageError,
     add_machine_flags,
     fraction,
+    layer_count,
     non_negative_int,
     positive_float,
     positive_int,
@@ -37,7 +38,7 @@ def build_parser():
     data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
     model = parser.add_argument_group("the model")
     model.add_argument("--d-model", type=positive_int, default=128, metavar="N", help="width")
-    model.add_argument("--layers", type=positive_int, default=4, metavar="N", help="blocks")
+    model.add_argument("--layers", type=layer_count, default=4, metavar="N", help="blocks")
     model.add_argument("--heads", type=positive_int, default=4, metavar="N", help="attention heads")
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=positive_int, default=3, metavar="N", help="passes over the texts")

@@ -6,6 +6,7 @@ from common.cli import (
     add_machine_flags,
     add_run_flags,
     fraction,
+    layer_count,
     non_negative_float,
     non_negative_int,
     only,
@@ -31,7 +32,7 @@ def make_parser(doc, *, federated=True):
     add_to_method = parser.add_argument_group("the method").add_argument if federated else None
 
     add = parser.add_argument_group("the model").add_argument
-    add("--layers", type=positive_int, metavar="N", help="Mamba-2 layers (default: 1)")
+    add("--layers", type=layer_count, metavar="N", help="Mamba-2 layers (default: 1)")
     add("--config", choices=LAYERS, help="the same by name: pure_ssm_1_layer is --layers 1")
     add("--d-model", type=positive_int, metavar="N", help="width (default: 512; demo: 128)")
     add("--d-state", type=positive_int, default=128, metavar="N", help="state size per head")

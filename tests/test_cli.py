@@ -199,3 +199,8 @@ def test_only_one_sweep_at_a_time():
     parser = train_federated.build_parser()
     with pytest.raises(UsageError, match="--heterogeneity-experiment and --local-steps-experiment are sweeps"):
         vit.parse(parser, ["--heterogeneity-experiment", "--local-steps-experiment"])
+
+
+def test_a_message_is_one_line_that_can_be_printed():
+    said = str(cli.UsageError("--only \udcff: not\nthere"))
+    assert said == "--only \\udcff: not there" and said.encode()
