@@ -8,27 +8,19 @@ the client at position i of the round is trained by process i mod P. After each 
 slice j of what its client gave to process j, and each owner adds the P parts in the order of the clients, in fp64, to
 its slice of the sum; at the end the slices are gathered. The same bits for any number of processes.
 
-The processes share a store (torch's TCPStore) besides: it says at which client each of them is, and why one of them
-has failed. Who waits for others looks there: so a signal is seen, a death is one line that names process and client,
-and who is waited for longer than --patience is named.
+What goes wrong in one process the others learn by `common.watch`.
 """
 
-import contextlib
 import os
 import pickle
-import sys
-import time
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from common import watch
 from common.cli import RunFailed, UsageError
 
-TICK = timedelta(seconds=0.5)  # between two looks at the others while one waits for them
-MOURNING = 2.0  # seconds: so long after a connection broke, the reason may be in the store
-DAY = timedelta(hours=24)  # a client may train for hours before the others hear of it
 # Elements per step on a CPU: fp64 buffers of this length stay in a core's cache (5x faster than without).
 CHUNK = 65536
 
@@ -51,9 +43,6 @@ class World:
 
 
 _world = World()
-_store = None
-_gone = None  # the exception of who has seen that another is gone
-_patience = 1800.0  # seconds
 
 
 def world():
@@ -90,14 +79,14 @@ def init_parallel(device="cpu"):
     own_gpu = kind.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", size)) <= torch.cuda.device_count()
     if own_gpu:
         torch.cuda.set_device(local_rank)
-    meet()
-    _all_here(int(os.environ["RANK"]), size)
+    watch.meet()
+    store = watch.all_here(size)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if own_gpu else "gloo",
-        store=dist.PrefixStore("exchanges", _store),
+        store=store,
         rank=int(os.environ["RANK"]),
         world_size=size,
-        timeout=DAY,
+        timeout=watch.DAY,
     )
     _world = World(dist.get_rank(), size, local_rank, "nccl" if own_gpu else "gloo")
     return _world
@@ -105,10 +94,11 @@ def init_parallel(device="cpu"):
 
 def close_parallel():
     """Leaves the process group; one process again afterwards. Does nothing for one process."""
-    global _world, _store, _gone
+    global _world
     if _world.size > 1:
         dist.destroy_process_group()
-    _world, _store, _gone = World(), None, None
+    _world = World()
+    watch.leave()
 
 
 def barrier():
@@ -120,12 +110,13 @@ def all_gather(thing):
     """A list with every process's small picklable `thing`, by rank; the same on every process."""
     if _world.size == 1:
         return [thing]
+    # pickled, as torch's all_gather_object does between processes of one run; but its wait would see no signal
     packed = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(_world.size)]
-    _wait(dist.all_gather(sizes, torch.tensor([len(packed)]), async_op=True))
+    watch.wait(dist.all_gather(sizes, torch.tensor([len(packed)]), async_op=True))
     longest = int(max(sizes))
     received = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-    _wait(dist.all_gather(received, torch.nn.functional.pad(packed, (0, longest - len(packed))), async_op=True))
+    watch.wait(dist.all_gather(received, torch.nn.functional.pad(packed, (0, longest - len(packed))), async_op=True))
     return [pickle.loads(one[: int(size)].numpy().tobytes()) for one, size in zip(received, sizes, strict=True)]
 
 
@@ -140,128 +131,6 @@ def chunks(*tensors, size=CHUNK):
     if flat[0].device.type != "cpu":
         return iter([tuple(flat)])
     return zip(*(t.split(size) for t in flat), strict=True)
-
-
-# ------------------------------------------------------------------------------------------- what the others do
-
-
-def meet(host=None, patience=None):
-    """Opens the store of the processes that the environment names; does nothing when called again.
-
-    host: a port where this process, which is none of them, serves it; patience: of --patience, in minutes.
-    """
-    global _store, _patience
-    _patience = _patience if patience is None else 60 * patience
-    if host is not None:
-        _store = dist.TCPStore("127.0.0.1", host, is_master=True, wait_for_workers=False, timeout=DAY)
-    elif _store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, the supervisor's
-        _store = next(dist.rendezvous("env://", timeout=DAY))[0]
-    elif _store is None:
-        address, port, main = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), _rank() == 0
-        _store = dist.TCPStore(address, port, is_master=main, wait_for_workers=False, timeout=DAY)
-
-
-def at(place):
-    """Says at which client this process is ("": it waits, or does what is no client's)."""
-    if _store is not None:
-        with contextlib.suppress(RuntimeError):  # the store's process is gone: this one hears of it where it waits
-            _store.set(f"at {_rank()}", place)
-
-
-def _place(rank):
-    try:
-        return _store.get(f"at {rank}").decode() if _store.check([f"at {rank}"]) else ""
-    except RuntimeError:  # the store's process is gone
-        return ""
-
-
-def where(rank):
-    """`process R, client K of round T`; only the process where it is at no client, or that is not known."""
-    place = _place(rank)
-    return f"process {rank}" + (f", {place}" if place else "")
-
-
-def tell(reason, refused=False, rank=None):
-    """Says why this process (or `rank`) fails; the first to say so counts. refused: its input is bad, exit code 2."""
-    if _store is None:  # nobody else hears of it
-        print(f"error: process {_rank()}: {reason}", file=sys.__stderr__)
-        return
-    line = f"{where(_rank() if rank is None else rank)}: {reason}"
-    with contextlib.suppress(RuntimeError):
-        _store.compare_set("failed", "", f"{int(refused)}{line}")
-
-
-def failure():
-    """The exception with which every process ends because one has failed, or is gone, or None."""
-    with contextlib.suppress(RuntimeError):
-        if _store is not None and _store.check(["failed"]):
-            text = _store.get("failed").decode()
-            return (UsageError if text[0] == "1" else RunFailed)(text[1:])
-    return _gone
-
-
-def _rank():
-    return int(os.environ.get("RANK", "0"))
-
-
-def _raise_failure():
-    if (error := failure()) is not None:
-        raise error
-
-
-def _all_here(rank, size):
-    """Waits until every process has come this far, in Python: what follows cannot be interrupted."""
-    _store.set(f"here {rank}", "")
-    began, said = time.monotonic(), 1
-    while missing := [r for r in range(size) if not _store.check([f"here {r}"])]:
-        _raise_failure()
-        said = _complain(began, said, lambda: missing)
-        time.sleep(0.02)
-
-
-def _complain(began, said, others):
-    """One line each time that --patience is over, by the first process that waits. Returns which time is the next.
-
-    others: function to the ranks that do not wait.
-    """
-    waited = time.monotonic() - began
-    if waited < said * _patience:
-        return said
-    late = others()
-    if all(rank in late for rank in range(_rank())):
-        names = "; ".join(map(where, late)) or "the other processes"
-        print(f"waiting for {names} for {waited / 60:.3g} minutes (--patience)", file=sys.__stderr__, flush=True)
-    return said + 1
-
-
-def _busy():
-    """The other processes that are at a client: they do not wait."""
-    return [rank for rank in range(_world.size) if rank != _rank() and _place(rank)]
-
-
-def _wait(work):
-    """Waits for an exchange. Signals are seen, who is late is named, and the end of another process is an exception.
-
-    Raises: RunFailed or UsageError with the reason for which a process has failed; Gone without one.
-    """
-    global _gone
-    began, said, completed = time.monotonic(), 1, False
-    while True:
-        try:
-            work.wait(TICK)
-            return
-        except RuntimeError:  # it is not complete yet, or broken
-            if completed:
-                break
-            completed = work.is_completed()
-        _raise_failure()
-        said = _complain(began, said, _busy)
-    names = "; ".join(map(where, _busy())) or "between two clients"
-    _gone = Gone(f"another process is gone ({names}): see its output")
-    end = time.monotonic() + MOURNING
-    while failure() is _gone and time.monotonic() < end:
-        time.sleep(0.05)
-    raise failure()
 
 
 # ------------------------------------------------------------------------------------------- a round, client by client
@@ -305,10 +174,10 @@ class Round:
             place = first + self.world.rank
             if place < len(self.clients):
                 self.current, self._added = self.clients[place], set()
-                at(f"client {self.current} of round {self.number + 1}")
+                watch.at(f"client {self.current} of round {self.number + 1}")
                 yield self.current
                 self.current = None
-                at("")
+                watch.at("")
             if self.world.size > 1 and self._sums:
                 heads = zip(*all_gather([total.head() for total in self._sums]), strict=True)
                 for total, every in zip(self._sums, heads, strict=True):
@@ -373,10 +242,6 @@ class Round:
 
 class AllFailed(RunFailed):
     """What every process raises alike, so that the main one says it for all."""
-
-
-class Gone(RunFailed):
-    """Another process ended without a reason that this one could read."""
 
 
 class LeftOut(AllFailed):
@@ -470,12 +335,12 @@ def _all_to_all(received, sent, received_sizes, sent_sizes):
     """Process i's j-th part of `sent` becomes process j's i-th part of `received` (1-d tensors, sizes in elements)."""
     if received.is_cuda and _world.backend == "gloo":
         staged = torch.empty(received.shape, dtype=received.dtype)
-        _wait(dist.all_to_all_single(staged, sent.cpu(), received_sizes, sent_sizes, async_op=True))
+        watch.wait(dist.all_to_all_single(staged, sent.cpu(), received_sizes, sent_sizes, async_op=True))
         received.copy_(staged)
     elif received.is_cuda:  # nccl
         dist.all_to_all_single(received, sent, received_sizes, sent_sizes)
     else:
-        _wait(dist.all_to_all_single(received, sent, received_sizes, sent_sizes, async_op=True))
+        watch.wait(dist.all_to_all_single(received, sent, received_sizes, sent_sizes, async_op=True))
 
 
 def my_share(things):

@@ -3,7 +3,7 @@
 On a CPU the default is a process of one thread for each core: two processes of one thread train clients faster than one
 process of two (0.56 against 0.84 of the bare steps), and bits do not depend on how many cores a machine has.
 
-The main process speaks for all. One that fails says why in the store that they share (`common.parallel.tell`) and ends;
+The main process speaks for all. One that fails says why in the store that they share (`common.watch.tell`) and ends;
 the others end with that line. The supervisor, which has started them, says it for one that was killed, hands signals
 on, and ends whoever is left.
 """
@@ -22,7 +22,7 @@ import traceback
 
 import torch
 
-from common import parallel
+from common import parallel, watch
 from common.cli import RunFailed, UsageError, run_main
 from common.stopping import SIGNALS, code_of, held_back, stoppable
 
@@ -100,13 +100,13 @@ def _supervise(main, args, size, on_cuda):
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     signal.signal(number, hand_on)
-        parallel.meet(host=port)
+        watch.meet(host=port)
         first = _first_to_fail(children, asked)
         _end_all(children, asked)
     finally:
         _send(children, signal.SIGKILL)
     codes = [child.exitcode for child in children]
-    if codes[0] < 0 and (error := parallel.failure()):  # it could not say it itself
+    if codes[0] < 0 and (error := watch.failure()):  # it could not say it itself
         print(f"failed: {error}", file=sys.stderr)
     code = codes[0] if codes[0] > 0 else codes[first]
     sys.exit(code if code >= 0 else 128 - code)
@@ -124,7 +124,7 @@ def _first_to_fail(children, asked):
                 if child.exitcode < 0 and child.exitcode != -signal.SIGTERM and not asked:
                     name = signal.Signals(-child.exitcode).name
                     memory = ", perhaps for its memory" if name == "SIGKILL" else ""
-                    parallel.tell(f"it was ended by {name}{memory}: the same command with --resume goes on", rank=rank)
+                    watch.tell(f"it was ended by {name}{memory}: the same command with --resume goes on", rank=rank)
                 return rank
     return 0
 
@@ -195,10 +195,10 @@ def _member(main, args):
     if size == 1:
         run_main(main, args)
     if {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # else `init_parallel` says what is missing
-        parallel.meet(patience=getattr(args, "patience", None))
+        watch.meet(patience=getattr(args, "patience", None))
     if rank:
         _leave(_follow(main, args))
-    run_main(main, args, _leave, parallel.failure)
+    run_main(main, args, _leave, watch.failure)
 
 
 def _refuse(args):
@@ -218,25 +218,25 @@ def _end_with(parent):
 def _follow(main, args):
     """main in a process that is not the main one, which is silent. Returns its exit code."""
     try:
-        with stoppable(parallel.failure), _silence():
+        with stoppable(watch.failure), _silence():
             try:
                 return main(args) or 0
             except UsageError:
                 time.sleep(PATIENCE)  # where the main process refuses too, it says so and all end
                 raise
-    except (parallel.AllFailed, parallel.Gone):  # which the main process says
+    except (parallel.AllFailed, watch.Gone):  # which the main process says
         return 1
     except KeyboardInterrupt as error:
         return code_of(error)
     except UsageError as error:
-        parallel.tell(error, refused=True)
+        watch.tell(error, refused=True)
         return 2
     except RunFailed as error:
-        parallel.tell(error)
+        watch.tell(error)
         return 1
     except Exception as error:
         traceback.print_exc()
-        parallel.tell(f"{type(error).__name__}: {error}")
+        watch.tell(f"{type(error).__name__}: {error}")
         return 1
 
 
