@@ -172,6 +172,11 @@ def sync(path):
 def seal(path):
     """Waits until the file at `path` is on the disk. Returns its SHA-256."""
     sync(path)
+    return file_sha256(path)
+
+
+def file_sha256(path):
+    """SHA-256 of the file at `path`, in hexadecimal. Raises OSError where it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -243,8 +248,7 @@ def _read_state(folder):
 def _fault(path, sha256):
     """What is wrong with a file that was saved with this SHA-256 (None: not known), "" where nothing is."""
     try:
-        with open(path, "rb") as file:
-            same = sha256 is None or hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        same = sha256 in (None, file_sha256(path))
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
     return "" if same else f"{path} is damaged: not what was saved"

@@ -82,7 +82,7 @@ class When:
         return When(lambda args: self.off(args) or other.off(args))
 
     def __or__(self, other):
-        return When(lambda args: self.off(args) and other.off(args) and self.off(args))
+        return When(lambda args: other.off(args) and self.off(args))
 
 
 def only(**wanted):

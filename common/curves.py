@@ -117,15 +117,20 @@ def log_axis(axis, lowest, highest):
 
     Perplexities of one figure often lie within a factor of two, where powers of ten would leave no label.
     """
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     axis.set_yscale("log")
     pad = (highest / lowest) ** 0.06 if highest > lowest else 1.1
     low, high = lowest / pad, highest * pad
     axis.set_ylim(low, high)
-    axis.yaxis.set_major_locator(FixedLocator(round_ticks(low, high)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axis.yaxis.set_minor_locator(NullLocator())
+    plain_ticks(axis.yaxis, low, high)
+
+
+def plain_ticks(axis, low, high, most=8):
+    """Plain numbers at round places of a logarithmic matplotlib axis (`axes.xaxis`)."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(round_ticks(low, high, most)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def round_ticks(low, high, most=8):

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from common.checkpoint import read_json
+from common.checkpoint import file_sha256, read_json
 from common.cli import UsageError, method_of, say
 from common.lock import LOCK
 from common.parallel import is_main, world
@@ -98,8 +98,7 @@ def contents(path):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.is_file() and not file.name.startswith("."):
                 hashed.update(f"{file.name if path.is_dir() else ''}\0".encode())
-                with open(file, "rb") as opened:
-                    hashed.update(hashlib.file_digest(opened, "sha256").digest())
+                hashed.update(bytes.fromhex(file_sha256(file)))
     except OSError as error:
         raise UsageError(f"cannot read {error.filename}: {error.strerror}") from None
     return hashed.hexdigest()

@@ -27,7 +27,7 @@ from itertools import cycle
 import numpy as np
 
 from common.cli import UsageError, run_main
-from common.curves import GREY, number
+from common.curves import GREY, number, plain_ticks
 from plots.runs import Study, base_name, describe, like_with_like, order_of, shared_setting, text
 from plots.seeds import curves_of, kind_order, label, lines_of
 from plots.style import (
@@ -43,7 +43,6 @@ from plots.style import (
     finish,
     looks_of,
     name_places,
-    plain_ticks,
     reference_lines,
     seeds_range,
     sideways,

@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UsageError
-from common.curves import COLORS, GREY, new_figure, number, set_title
+from common.curves import COLORS, GREY, new_figure, number, plain_ticks, set_title
 from plots.noniid_runs import KEYS, PLACE, STUDY, factor_figures, figures_of, place_order
 from plots.runs import LeftOut, describe, files_named, like_with_like
-from plots.style import Figure, all_curves, heat_map, legend_below, panel_axes, plain_ticks, sideways
+from plots.style import Figure, all_curves, heat_map, legend_below, panel_axes, sideways
 
 NEEDED = ("label_names", "label_histograms", "vocabulary_overlap", "quantiles", "length_tokens", "length_tokens_all")
 NEEDED += ("label_divergence", "label_divergence_chance", "token_divergence", "token_divergence_chance", "counts")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import Parser, UsageError
-from common.curves import COLORS, DASHES, GREY, MARKERS, new_figure, round_ticks, save_figure, set_title, style
+from common.curves import COLORS, DASHES, GREY, MARKERS, new_figure, save_figure, set_title, style
 from plots.runs import describe, like_with_like, read_runs, shared_setting, suffixes
 from plots.seeds import differing, lines_of, usual
 
@@ -398,15 +398,6 @@ def name_places(axis, labels, **kwargs):
     axis.set_xticks(range(len(labels)), labels, fontsize=8, **kwargs)
     axis.set_xlim(-0.6, len(labels) - 0.4)
     axis.grid(False, axis="x")
-
-
-def plain_ticks(axis, low, high, most=8):
-    """Plain numbers at round places of a logarithmic matplotlib axis (`axes.xaxis`)."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    axis.set_major_locator(FixedLocator(round_ticks(low, high, most)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axis.set_minor_locator(NullLocator())
 
 
 def heat_map(axis, values, low, high, form=None, colors="cividis", fontsize=5.5, dark_high=False):
