@@ -53,9 +53,9 @@ class _Mean:
             self._delta = self._mean(sums, numbers)
         return self._delta
 
-    def result(self):
-        """theta + delta() [n], rounded once to theta's dtype."""
-        return apply_delta(self.theta, self.delta())
+    def result(self, server_lr=1.0):
+        """theta + server_lr delta() [n], rounded once to theta's dtype   (Reddi et al. 2021, Alg. 1, server SGD)."""
+        return apply_delta(self.theta, self.delta() if server_lr == 1 else server_lr * self.delta())
 
     def _counts(self, theta_k, weight, *others):
         """Whether the client counts; if not it is left out of the round: something is not finite."""

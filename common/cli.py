@@ -288,6 +288,12 @@ def add_run_flags(parser, *other_names):
     return group
 
 
+def add_final_flag(group):
+    """Which weights final/ holds."""
+    which = "weights that final/ holds: after the last round, or with the best validation metric"
+    group.add_argument("--final", choices=["last", "best"], default="last", help=which)
+
+
 def add_machine_flags(group, seed=42, federated=False):
     """Seed, device, threads and precision, and for federated scripts processes. Args: seed: the default."""
     group.add_argument("--seed", type=seed_number, default=seed, metavar="N", help="all randomness follows from it")

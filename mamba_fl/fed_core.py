@@ -13,6 +13,7 @@ import torch
 from common import parallel
 from common.allocator import reuse_large_memory
 from common.batches import pass_after_pass
+from common.best import Best
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
 from common.client_rows import ClientRows, rows_on_disk
@@ -29,26 +30,6 @@ from mamba_fl.ssm_config import make_model, save_pretrained
 
 NOT_DECAYED = ("dt_bias", "A_log", "D")  # Dao & Gu's recipe: no weight decay on the recurrence's own parameters
 WATCHED = ("in_proj.weight", "A_log", "D", "dt_bias")  # the state-space parameters of a layer
-
-
-class Best:
-    """The weights with the lowest validation loss so far: `theta` [n], `loss` (nats a token), `round` (after how many
-    rounds; 0: before training). A `lasting` object."""
-
-    def __init__(self):
-        self.theta, self.loss, self.round = None, math.inf, 0
-
-    def offer(self, t, loss, theta):
-        """Takes a copy of theta if its loss is the lowest so far."""
-        if self.theta is None or loss < self.loss or math.isnan(self.loss) and not math.isnan(loss):
-            self.theta, self.loss, self.round = theta.clone(), loss, t
-
-    def state_dict(self):
-        loss, t = torch.tensor(self.loss, dtype=torch.float64), torch.tensor(self.round)
-        return {"theta": self.theta, "loss": loss, "round": t}
-
-    def load_state_dict(self, state):
-        self.theta, self.loss, self.round = state["theta"], state["loss"].item(), state["round"].item()
 
 
 @dataclass(frozen=True)

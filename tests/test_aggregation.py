@@ -6,7 +6,7 @@ import pytest
 import torch
 from quadratics import near
 
-from common.aggregation import PrecisionWeightedMean, WeightedMean, apply_delta
+from common.aggregation import PrecisionWeightedMean, ServerMomentum, WeightedMean, apply_delta
 from common.parallel import LeftOut, Round
 from common.vector import Weights, is_finite
 
@@ -100,6 +100,14 @@ def test_a_plain_loop_in_fp64_agrees(dtype):
     near(mean.delta(), total / sum(n), 1e-14)
     assert torch.equal(mean.result(), (theta.double() + total / sum(n)).to(dtype))  # rounded once
     assert all(torch.equal(a, b) for a, b in zip(kept, (theta, *clients), strict=True))  # nothing given is changed
+
+
+def test_the_servers_rate_scales_the_mean_difference_and_one_is_the_mean(theta, clients):
+    mean = mean_of(theta, clients)
+    assert torch.equal(mean.result(server_lr=1.0), mean.result())
+    for rate in (0.5, 1.7):
+        near(mean.result(server_lr=rate), theta.double() + rate * (mean.result().double() - theta.double()), 2e-6)
+        assert torch.equal(mean.result(server_lr=rate), ServerMomentum(rate, 0.0).step(theta, mean.delta()))
 
 
 def test_elements_that_no_client_changed_keep_their_bits(theta):

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.best import Best
 from common.runlog import read_metrics
 from common.seeding import stream
 from common.vector import Weights
 from mamba_fl import central, fed_avg, fed_entropy, fed_fisher, fed_momentum
 from mamba_fl.data import build_data
-from mamba_fl.fed_core import Best, plan_rounds, training_history
+from mamba_fl.fed_core import plan_rounds, training_history
 from mamba_fl.flags import complete_flags
 from mamba_fl.mamba2 import Mamba2Config
 from mamba_fl.ssm_config import make_model
