@@ -1,0 +1,163 @@
+"""AdamW's moments that clients share: one client is central AdamW, and plain fp64 loops of the formulas agree."""
+
+import pytest
+import torch
+from quadratics import Quadratics, near
+
+from common.aggregation import WeightedMean
+from common.local import local_steps
+from common.parallel import Round
+from common.shared_moments import AverageMoments, FedAdamW, FedAdamWMoments, PooledMoments
+
+LR, DECAY, B1, B2, EPS = 0.05, 0.1, 0.9, 0.999, 1e-8
+WEIGHTS = [3.0, 1.0, 2.0]
+
+
+def draws(H, rounds, clients, seed=5):
+    """What is added to a client's minimum in each step: [rounds, clients, H, 5]."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(rounds, clients, H, 5, generator=draw, dtype=torch.float64)
+
+
+def federated(quadratics, kind, noise, weights, optimizer=None, start=None):
+    """(theta, moments) after the rounds of `noise`. start: the moments' state."""
+    everything = quadratics.weights
+    optimizer = optimizer or torch.optim.AdamW(everything.parameters.values(), LR, weight_decay=DECAY, fused=True)
+    moments, theta = kind(optimizer, everything), quadratics.start
+    if start:
+        moments.load_state_dict(start)
+    for of_round in noise:
+        clients = Round(range(len(weights)))
+        mean = WeightedMean(theta, clients)
+        moments.open_round(clients)
+        for k in clients:
+            everything.load(theta)
+            moments.load(k)
+            local_steps(quadratics.loss(k), [(x,) for x in of_round[k]], everything, optimizer)
+            if mean.add(everything.theta, weights[k], finite=moments.of_client()):
+                moments.offer(weights[k])
+        before, theta = theta, mean.result()
+        moments.close_round()
+        if kind is FedAdamWMoments:
+            moments.turn(before, theta, LR * len(of_round[0]))
+    return theta, moments
+
+
+@pytest.mark.parametrize("kind", [AverageMoments, PooledMoments])
+def test_one_client_is_central_adamw(kind):
+    quadratics, noise = Quadratics(1), draws(4, 6, 1)
+    theta, moments = federated(quadratics, kind, noise, [7.0])
+    quadratics.weights.load(quadratics.start)
+    central = torch.optim.AdamW(quadratics.weights.parameters.values(), LR, weight_decay=DECAY, fused=True)
+    local_steps(quadratics.loss(0), [(x,) for x in noise.reshape(-1, 5)], quadratics.weights, central)
+    if kind is AverageMoments:
+        assert torch.equal(theta, quadratics.weights.theta)
+    assert moments.step == 24 and near(theta, quadratics.weights.theta, 1e-12)
+
+
+@pytest.mark.parametrize("kind", [AverageMoments, PooledMoments])
+def test_equal_clients_are_one(kind):
+    noise = draws(1, 5, 1).expand(-1, 3, -1, -1)
+    one, _ = federated(Quadratics(3, same=True), kind, noise[:, :1], [1.0])
+    three, _ = federated(Quadratics(3, same=True), kind, noise, WEIGHTS)
+    near(one, three, 1e-12)
+
+
+def test_pooled_at_one_local_step_is_central_adamw_on_the_pooled_batch():
+    quadratics, noise, b2 = Quadratics(3), draws(1, 20, 3), 1 - 1e-7
+    everything = quadratics.weights
+    start = {"m": torch.zeros(5), "v": torch.ones(5), "step": torch.tensor(10**7)}  # so that (1 - b2) g_k^2 is small
+    optimizer = torch.optim.AdamW(everything.parameters.values(), LR, (B1, b2), weight_decay=DECAY, fused=True)
+    theta, _ = federated(quadratics, PooledMoments, noise, WEIGHTS, optimizer, start)
+
+    central = torch.optim.AdamW([w := quadratics.start.clone()], LR, (B1, b2), weight_decay=DECAY)
+    state = {"exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.ones_like(w), "step": torch.tensor(1e7)}
+    central.state[w] = state
+    for of_round in noise:
+        each = [p * quadratics.gradient(k, w - x[0]) for k, (p, x) in enumerate(zip(WEIGHTS, of_round, strict=True))]
+        w.grad = sum(each) / sum(WEIGHTS)
+        central.step()
+    near(theta, w, 1e-6)
+
+
+def plain(quadratics, noise, weights, server, alpha=0.0, reset=False):
+    """The formulas in plain fp64. server: function of (m, v, m', v', H, q) to the next m, v."""
+    theta, m, v, t = quadratics.start, torch.zeros(5).double(), torch.zeros(5).double(), 0
+    p = torch.tensor(weights).double() / sum(weights)
+    direction = torch.zeros(5).double()
+    for of_round in noise:
+        H, ends = of_round.shape[1], []
+        for k, steps in enumerate(of_round):
+            x, m_k, v_k = theta, 0 * m if reset else m, v
+            for i, added in enumerate(steps, start=1):
+                g = quadratics.gradient(k, x - added)
+                m_k, v_k = B1 * m_k + (1 - B1) * g, B2 * v_k + (1 - B2) * g * g
+                m_hat = m_k / (1 - B1 ** (i if reset else t + i))
+                step = m_hat / ((v_k / (1 - B2 ** (t + i))).sqrt() + EPS)
+                x = x - LR * (step + alpha * direction + DECAY * x)
+            ends.append((x, m_k, v_k))
+        after, m_, v_ = (sum(w * one for w, one in zip(p, column, strict=True)) for column in zip(*ends, strict=True))
+        direction = (theta - after) / (H * LR)
+        m, v = server(m, v, m_, v_, H, (p * p).sum())
+        theta, t = after, t + H
+    return theta
+
+
+def pooled(m, v, m_, v_, H, q):
+    B = ((m_ - B1**H * m) / (1 - B1**H)) ** 2
+    A = (v_ - B2**H * v) / (1 - B2**H)
+    variance = (A - B) / (1 - q / H)
+    C = (A - variance + q * variance).clamp_min(0)  # the squared mean and the pooled batch's share of the variance
+    return m_, B2**H * v + (1 - B2**H) * C
+
+
+@pytest.mark.parametrize("H", [1, 4])
+def test_plain_loops_agree(H):
+    quadratics, noise = Quadratics(3), draws(H, 5, 3)
+    theta, _ = federated(quadratics, AverageMoments, noise, WEIGHTS)
+    near(theta, plain(quadratics, noise, WEIGHTS, lambda m, v, m_, v_, H, q: (m_, v_)), 1e-10)
+    theta, _ = federated(quadratics, PooledMoments, noise, WEIGHTS)
+    near(theta, plain(quadratics, noise, WEIGHTS, pooled), 1e-10)
+
+
+@pytest.mark.parametrize("H, alpha", [(1, 0.5), (4, 0.5), (4, 0.0)])
+def test_fedadamw_is_its_formula(H, alpha):
+    quadratics, noise = Quadratics(3), draws(H, 5, 3)
+
+    def block_means(m, v, m_, v_, H, q):
+        return 0 * m, torch.cat([piece.mean().expand_as(piece) for piece in v_.split([3, 2])])  # two vectors
+
+    groups = [{"params": list(quadratics.weights.parameters.values()), "weight_decay": DECAY}]
+    optimizer = FedAdamW(groups, LR, quadratics.weights, alpha)
+    theta, moments = federated(quadratics, FedAdamWMoments, noise, WEIGHTS, optimizer)
+    near(theta, plain(quadratics, noise, WEIGHTS, block_means, alpha, reset=True), 1e-10)
+    assert moments.bytes == (2 * 8, 2 * 8 + 5 * 8)
+    assert optimizer.param_groups[0]["lr"] == LR and optimizer.param_groups[0]["weight_decay"] == DECAY
+
+
+def test_a_checkpoint_goes_on_with_the_same_bits():
+    quadratics, noise = Quadratics(3), draws(2, 4, 3)
+    for kind in (AverageMoments, PooledMoments):
+        whole, _ = federated(quadratics, kind, noise, WEIGHTS)
+        half, moments = federated(quadratics, kind, noise[:2], WEIGHTS)
+        state = {name: tensor.clone() for name, tensor in moments.state_dict().items()}
+        quadratics.start, start = half, quadratics.start
+        again, _ = federated(quadratics, kind, noise[2:], WEIGHTS, start=state)
+        quadratics.start = start
+        assert torch.equal(whole, again)
+
+
+def test_blocks_are_rows_of_matrices():
+    from common.vector import Weights
+
+    weights = Weights(torch.nn.Linear(3, 2))
+    moments = FedAdamWMoments(FedAdamW(weights.parameters.values(), LR, weights), weights)
+    moments.open_round(clients := Round([0]))
+    for k in clients:
+        moments.load(k)
+        for state in moments.optimizer.state.values():
+            state["step"] += 1
+        moments.of_client()[1].copy_(torch.tensor([1.0, 2, 3, 4, 5, 9, 7, 8]))
+        moments.offer(1.0)
+    moments.close_round()
+    assert moments.v.tolist() == [2, 2, 2, 6, 6, 6, 7.5, 7.5] and moments.bytes == (3 * 4, 3 * 4 + 8 * 4)
