@@ -35,7 +35,7 @@ class SharedMoments:
         self.optimizer, self.weights = optimizer, weights
         self.m, self.v, self.step = torch.zeros_like(weights.theta), torch.zeros_like(weights.theta), 0
         self._m_k, self._v_k = torch.empty_like(self.m), torch.empty_like(self.v)
-        self._sum = None
+        self._sum, self.H = None, 0
 
     @property
     def bytes(self):
@@ -72,9 +72,10 @@ class SharedMoments:
         """What the next round begins with. Every process calls it, after the loop."""
         (m, v), numbers = self._sum.result()
         total = sum(weight for weight, _ in numbers)
-        H = int(numbers[0][1])
-        self._update(m.div_(total), v.div_(total), H, sum((weight / total) ** 2 for weight, _ in numbers))
-        self.step += H
+        # H: clients that pass over texts of their own may differ in their steps
+        self.H = round(sum(weight * steps for weight, steps in numbers) / total)
+        self._update(m.div_(total), v.div_(total), self.H, sum((weight / total) ** 2 for weight, _ in numbers))
+        self.step += self.H
 
     def _update(self, m, v, H, q):
         raise NotImplementedError
@@ -125,7 +126,7 @@ class PooledMoments(SharedMoments):
 class FedAdamWMoments(SharedMoments):
     """FedAdamW   (Liu et al. 2025, arXiv 2510.27486, Alg. 2), with `FedAdamW` as the clients' optimiser:
 
-        m <- 0;  v <- sum_k p_k blockmean(v_k);  Delta_G <- -sum_k p_k (theta_k - theta) / sum of the round's rates
+        m <- 0;  v <- sum_k p_k blockmean(v_k);  Delta_G <- -sum_k p_k (theta_k - theta) / (H lr)
 
     A block is an output row of a matrix (a token of an embedding, a channel of a convolution) or a whole vector; the
     paper's blocks of queries and keys are whole heads. Clients send a number a block; they receive these and Delta_G.
@@ -146,9 +147,10 @@ class FedAdamWMoments(SharedMoments):
         super().load(k)
         self.optimizer.begin(self.step)
 
-    def turn(self, before, after, rates):
-        """Takes the round's direction. Args: before, after [n]: theta; rates: sum of a client's learning rates."""
-        self.optimizer.direction.copy_((before.double() - after.double()) / rates)
+    def turn(self, before, after):
+        """Takes the round's direction, after `close_round`. Args: before, after [n]: theta."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.direction.copy_((before.double() - after.double()) / (self.H * lr))
 
     def _update(self, m, v, H, q):
         for tensor in self.weights.named(v).values():
@@ -171,11 +173,11 @@ class FedAdamW(torch.optim.AdamW):
         x <- x - lr (m / (1 - b1^k) / (sqrt(v / (1 - b2^t)) + eps) + alpha Delta_G + wd x)
 
     The decay shrinks x; the paper's formula has the sign of wd x reversed.
-    Args: groups, lr: as of torch.optim.AdamW; weights: `common.vector.Weights` of all its parameters; alpha.
+    Args: weights: `common.vector.Weights` of what is trained; lr; weight_decay: wd; alpha.
     """
 
-    def __init__(self, groups, lr, weights, alpha=0.5):
-        super().__init__(groups, lr, fused=True)
+    def __init__(self, weights, lr, weight_decay=0.01, alpha=0.5):
+        super().__init__(weights.parameters.values(), lr, weight_decay=weight_decay, fused=True)
         self.alpha, self.direction = alpha, torch.zeros_like(weights.theta)
         self._theta = weights.theta
         self._first = self._k = 0

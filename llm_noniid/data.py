@@ -279,6 +279,78 @@ def _cut(documents, max_length, token_bytes, eos):
     return TokenizedTexts(tokens, offsets, scored, eos, int((lengths > max_length).sum()))
 
 
+@dataclass(frozen=True)
+class LabelledTexts(TokenizedTexts):
+    """A tokenised split whose task is the label: each text, " Topic:", the label's words, which alone are scored.
+
+    tokens, offsets: texts up to " Topic:"; answers: the tokens of each label's words; labels: int64 [n]; byte_lengths:
+    of the answers; cut: texts that were longer than what max_length leaves them.
+    """
+
+    answers: tuple[np.ndarray, ...]
+    labels: np.ndarray
+
+    def lengths(self):
+        return super().lengths() + self.scored(slice(None))
+
+    def scored(self, rows):
+        return np.array([len(answer) for answer in self.answers])[self.labels[rows]]
+
+    def batch(self, rows, label=None):
+        """As `TokenizedTexts.batch`, labels -100 on all but the answers. label: all texts get this one's instead."""
+        own = self.labels[rows] if label is None else np.full(len(rows), label)
+        answers = [self.answers[c] for c in own]
+        asked = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in rows]
+        whole = [np.concatenate(pair) for pair in zip(asked, answers, strict=True)]
+        ends = np.cumsum([0, *map(len, whole)])
+        inputs, mask = padded(np.concatenate(whole), ends, np.arange(len(rows)), self.eos)
+        starts = np.array([len(tokens) for tokens in asked])
+        scored = mask & (np.arange(inputs.shape[1]) >= starts[:, None])
+        batch = {
+            "input_ids": inputs,
+            "attention_mask": mask.astype(np.int64),
+            "labels": np.where(scored, inputs, IGNORE),
+        }
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def encode_labelled(texts, tokenizer, max_length=128, cache_dir=None):
+    """{split: `LabelledTexts`} of `Texts`; a text is cut so that " Topic:" and the longest label fit into max_length.
+
+    Raises UsageError for a max_length that leaves no token of a text, and for two labels of the same words.
+    """
+    asks, *answers = (
+        np.array(tokenizer.encode(words, add_special_tokens=False))
+        for words in (" Topic:", *(f" {name}" for name in texts.label_names))
+    )
+    room = max_length - len(asks) - max(map(len, answers))
+    if room < 1:
+        raise UsageError(
+            f"--max-length {max_length} leaves no token of a text beside its label: raise it by {1 - room}"
+        )
+    if len({tuple(answer) for answer in answers}) < len(answers):
+        raise UsageError(f"the labels of {texts.name} have the same words, {', '.join(texts.label_names)}")
+    token_bytes = text.token_byte_lengths(tokenizer)
+    answer_bytes = np.array([token_bytes[answer].sum() for answer in answers])
+    splits = {}
+    for split, whole in text.encode(as_corpus(texts), tokenizer, cache_dir).items():
+        lengths = whole.lengths() - 1  # without the end of text
+        starts = whole.offsets[:-1]
+        kept = [whole.tokens[a : a + min(n, room)] for a, n in zip(starts, lengths, strict=True)]
+        asked = [np.concatenate([tokens, asks.astype(tokens.dtype)]) for tokens in kept]
+        labels = texts.labels[split]
+        splits[split] = LabelledTexts(
+            np.concatenate(asked),
+            np.concatenate([[0], np.cumsum([len(tokens) for tokens in asked])]),
+            answer_bytes[labels],
+            int(tokenizer.eos_token_id),
+            int((lengths > room).sum()),
+            tuple(answer.astype(whole.tokens.dtype) for answer in answers),
+            labels,
+        )
+    return splits
+
+
 def training_batches(n, batch_size, epochs=1, seed=0, t=0, client=0, steps=None):
     """Which of a client's n texts each step takes: a list of int64 arrays of at most batch_size.
 

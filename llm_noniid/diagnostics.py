@@ -49,6 +49,17 @@ def update_gram(theta, clients, scale):
     return gram
 
 
+def plain_gram(theta, clients):
+    """Inner products of the updates theta_k - theta [n] themselves: G [m, m], fp64, numpy. clients: their theta_k."""
+    gram = torch.zeros(len(clients), len(clients), dtype=torch.float64)
+    with one_thread():
+        for pieces in zip(*(v.detach().cpu().split(2**18) for v in (theta, *clients)), strict=True):
+            start, *ends = (piece.double() for piece in pieces)
+            updates = torch.stack(ends) - start  # [m, piece]
+            gram += updates @ updates.T
+    return gram.numpy()
+
+
 def _layer_gram(start, pairs):
     (A, B), m = start, len(pairs)
     r = 2 * len(A)

@@ -133,6 +133,8 @@ def watched(seed, clients, t):
 
 def gram_of(study, theta, seen):
     """Inner products of the clients' updates from theta [n]; seen: {client: (theta_k [n], ...)}."""
+    if study.model.lora is None:
+        return diagnostics.plain_gram(theta, [of[0] for of in seen.values()])
     named = study.model.weights.named
     return diagnostics.update_gram(named(theta), [named(of[0]) for of in seen.values()], study.model.lora.scale)
 

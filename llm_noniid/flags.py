@@ -20,13 +20,15 @@ from common.cli import (
 from common.config_file import apply_config
 from common.participation import check_participation
 
-ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "local", "central")
+ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "fedadamw", "local", "central")
 TOGETHER = tuple(name for name in ALGORITHMS if name not in ("local", "central"))
 CLUSTERS = ("none", "updates", "labels")
 DATASETS = ("ag_news", "wikitext", "demo")
 PARTITIONS = ("iid", "topic_skew", "style_skew", "token_skew")
 STYLE_CRITERIA = ("length", "formality", "complexity")
 SKEW_TYPES = ("frequency", "truncation", "vocabulary")
+TARGETS = ("text", "label")
+TRAINED = ("lora", "full")
 STOP_ON = ("never", "divergence", "any")
 ALIKE = {  # section of a yaml file -> keys that are called as their flag
     "model": "lora_r lora_alpha lora_dropout max_length",
@@ -63,6 +65,8 @@ def build_parser(description):
     text = "of fedavgm (default: 1), fedadam (0.01)"
     number(method, "--server-lr", positive_float, None, text, when=only(algorithm=("fedavgm", "fedadam")))
     number(method, "--server-momentum", half_open_fraction, 0.9, "of fedavgm; off: 0", when=only(algorithm="fedavgm"))
+    text = "of fedadamw: how much of the last round's direction each step adds; off: 0"
+    number(method, "--alpha-global", non_negative_float, 0.5, text, when=only(algorithm="fedadamw"))
     text = "FedAvg within groups of clients with like updates or topics"
     choice(method, "--cluster", CLUSTERS, "none", text, when=only(algorithm="fedavg"))
     clusters = unless(cluster="none")
@@ -73,6 +77,7 @@ def build_parser(description):
 
     data = parser.add_argument_group("the data")
     choice(data, "--dataset", DATASETS, "ag_news", "demo is built in and needs no network")
+    choice(data, "--target", TARGETS, "text", "what is predicted: all of a text, or after it ' Topic:' and its label")
     number(data, "--max-samples", non_negative_int, 0, "training texts; 0: all", "N")
     number(data, "--max-length", positive_int, 128, "tokens of a text, at most", "N")
     number(data, "--eval-samples", non_negative_int, 500, "validation and test texts; 0: all", "N")
@@ -91,10 +96,12 @@ def build_parser(description):
     text = "distilgpt2, gpt2, tinyllama, qwen-0.5b, tiny, a folder"
     model.add_argument("--model", default="distilgpt2", metavar="NAME", help=text)
     model.add_argument("--tokenizer", metavar="NAME", help="bpe:N, a folder (default: the model's; tiny: bpe:2048)")
-    number(model, "--lora-r", positive_int, 8, "rank of the adapter", "R")
-    number(model, "--lora-alpha", positive_float, 16, "its scale is alpha / r")
-    number(model, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0")
-    model.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: attention's)")
+    choice(model, "--train", TRAINED, "lora", "what is trained and sent: an adapter, or all parameters")
+    adapter, text = only(train="lora"), "layers to adapt (default: attention's)"
+    number(model, "--lora-r", positive_int, 8, "rank of the adapter", "R", when=adapter)
+    number(model, "--lora-alpha", positive_float, 16, "its scale is alpha / r", when=adapter)
+    number(model, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0", when=adapter)
+    model.add_argument("--target-modules", nargs="+", metavar="NAME", help=text, when=adapter)
 
     train = parser.add_argument_group("training")
     number(train, "--num-rounds", positive_int, 50, "rounds", "T", "--rounds")
@@ -151,6 +158,8 @@ def complete(args):
         raise UsageError(
             "--algorithm fednova with --client-optimizer adamw: its steps are not sums of gradients: take sgd or sgdm"
         )
+    if args.algorithm == "fedadamw" and args.client_optimizer != "adamw":
+        raise UsageError(f"--algorithm fedadamw has its own AdamW: drop --client-optimizer {args.client_optimizer}")
     if args.cluster != "none" and args.algorithm != "fedavg":
         raise UsageError(f"--cluster {args.cluster} is FedAvg within groups: drop it, or --algorithm {args.algorithm}")
     if args.cluster != "none" and args.num_clusters > args.num_clients:

@@ -1,7 +1,7 @@
-"""A language model with a LoRA adapter and the texts as its tokens: loss, evaluation, files.
+"""A language model and the texts as its tokens: loss, evaluation, files.
 
-theta [n] are the adapter's factors, by name "A.<layer>" [r, k] and "B.<layer>" [d, r]; what is measured is the theta
-that was loaded last. Losses are in nats.
+theta [n] are the factors of a LoRA adapter, by name "A.<layer>" [r, k] and "B.<layer>" [d, r], or with --train full all
+parameters; what is measured is the theta that was loaded last. Losses are in nats.
 """
 
 import math
@@ -17,7 +17,7 @@ from common.batches import evaluation_batches
 from common.evaluation import amp_context, bits_per_byte, perplexity
 from common.lora import LoraModel
 from common.vector import Weights
-from llm_noniid.data import IGNORE, TokenizedTexts, encode
+from llm_noniid.data import IGNORE, LabelledTexts, TokenizedTexts, encode, encode_labelled
 from llm_noniid.models import find_tokenizer, load_base
 
 EVAL_BATCH = 16  # fixed: sums over other batches would round differently
@@ -36,9 +36,10 @@ class TextModel:
     amp: torch.dtype | None
     lora: LoraModel | None = None
 
-    def batch(self, split, rows):
+    def batch(self, split, rows, **label):
         """The texts `rows` of a split, padded, on the device: {input_ids, attention_mask, labels} [B, L]."""
-        return {name: t.to(self.device, non_blocking=True) for name, t in self.tokens[split].batch(rows).items()}
+        batch = self.tokens[split].batch(rows, **label)
+        return {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
 
     def loss(self, batch):
         """Mean negative log-likelihood of the scored tokens of a batch."""
@@ -46,14 +47,17 @@ class TextModel:
 
 
 def load_text_model(args, texts, device, amp):
-    """The model with its adapter and the tokens that a command line names.
+    """The model, with an adapter where only that is trained, and the tokens that a command line names.
 
     Raises: UsageError for a model or tokenizer that is not there or does not fit.
     """
     a = args
     tokenizer = find_tokenizer(a.model, texts, a.tokenizer, a.data_root, a.cache_dir)
-    tokens = encode(texts, tokenizer, a.max_length, a.cache_dir)
+    tokens = (encode_labelled if a.target == "label" else encode)(texts, tokenizer, a.max_length, a.cache_dir)
     base = load_base(a.model, tokenizer, a.max_length, a.seed)
+    if a.train == "full":
+        module = base.to(device)
+        return TextModel(a.model, tokenizer, tokens, module, Weights(module), device, amp)
     lora = LoraModel(base, a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules, seed=a.seed)
     module = lora.model.to(device)
     return TextModel(a.model, tokenizer, tokens, module, Weights(module, lora.trainable()), device, amp, lora)
@@ -72,20 +76,30 @@ def negative_log_likelihood(module, batch, amp):
 
 
 @torch.no_grad()
-def text_losses(model, split, rows):
-    """Summed NLL of each text, fp64 [n]; the processes share the batches, and each gets all."""
+def text_losses(model, split, rows, **label):
+    """Summed NLL of each text, fp64 [n]; the processes share the batches, and each gets all. label: as of `batch`."""
     model.module.eval()
     rows = np.asarray(rows)
     cut = evaluation_batches(model.tokens[split].lengths()[rows], EVAL_BATCH)
     mine = {}
     for i in parallel.my_share(range(len(cut))):
-        batch = model.batch(split, rows[cut[i]])
+        batch = model.batch(split, rows[cut[i]], **label)
         mine[i] = negative_log_likelihood(model.module, batch, model.amp).double().sum(1).cpu().numpy()
     nll = np.zeros(len(rows))
     for part in parallel.all_gather(mine):
         for i, sums in part.items():
             nll[cut[i]] = sums
     return nll
+
+
+def judged(model, split, rows):
+    """(summed NLL of each text fp64 [n]; with --target label, else None: 1 where its label is the likeliest, [n])."""
+    tokens = model.tokens[split]
+    if not isinstance(tokens, LabelledTexts):
+        return text_losses(model, split, rows), None
+    each = [text_losses(model, split, rows, label=c) for c in range(len(tokens.answers))]
+    own, nll = tokens.labels[rows], np.stack(each, axis=1)  # [n], [n, C]
+    return nll[np.arange(len(rows)), own], (nll.argmin(1) == own).astype(float)
 
 
 @torch.no_grad()
@@ -107,15 +121,17 @@ def hidden_states(model, split, rows):
 
 
 def quality(model, texts, thetas, weights, split, rows, name):
-    """{name_loss, name_ppl, name_bits_per_byte, name_topic_loss [topics]} of texts of a split.
+    """{name_loss, name_ppl, name_bits_per_byte, name_topic_loss [topics]} of texts of a split; of labels name_accuracy.
 
     Each text's NLL is the weighted mean of those under the thetas; a theta of weight 0 is not looked at.
     """
-    nll = np.zeros(len(rows))
+    nll, right = np.zeros(len(rows)), None
     for theta, weight in zip(thetas, weights, strict=True):
         if weight:
             model.weights.load(theta)
-            nll += weight / sum(weights) * text_losses(model, split, rows)
+            losses, hits = judged(model, split, rows)
+            nll += weight / sum(weights) * losses
+            right = hits if hits is None else (0 if right is None else right) + weight / sum(weights) * hits
     tokens, total = model.tokens[split].scored(rows), math.fsum(nll)
     labels = texts.labels[split][rows]
     topics = [labels == c for c in range(len(texts.label_names))]
@@ -123,29 +139,32 @@ def quality(model, texts, thetas, weights, split, rows, name):
         f"{name}_loss": total / int(tokens.sum()),
         f"{name}_ppl": perplexity(total, int(tokens.sum())),
         f"{name}_bits_per_byte": bits_per_byte(total, int(model.tokens[split].byte_lengths[rows].sum())),
+        **({} if right is None else {f"{name}_accuracy": float(right.mean())}),
         f"{name}_topic_loss": [math.fsum(nll[t]) / int(tokens[t].sum()) if t.any() else None for t in topics],
     }
 
 
 def clients_quality(model, thetas, group, held):
-    """{client_val_loss [K], worst_client_val_loss, mean_client_val_loss}.
+    """{client_val_loss [K], worst_client_val_loss, mean_client_val_loss}; of labels mean_client_val_accuracy too.
 
     Args: group [K]: which theta serves client k; held: its own held-out texts, rows of the training split.
     """
-    losses = [None] * len(held)
+    losses, accuracies = [None] * len(held), []
     for g, theta in enumerate(thetas):
         served = np.flatnonzero(group == g)
         if not len(served):
             continue
         model.weights.load(theta)
         rows, ends = np.concatenate([held[k] for k in served]), np.cumsum([len(held[k]) for k in served])[:-1]
-        nll, tokens = text_losses(model, "train", rows), model.tokens["train"].scored(rows)
+        (nll, right), tokens = judged(model, "train", rows), model.tokens["train"].scored(rows)
+        accuracies += [] if right is None else [part.mean() for part in np.split(right, ends)]
         for k, sums, counts in zip(served, np.split(nll, ends), np.split(tokens, ends), strict=True):
             losses[k] = math.fsum(sums) / int(counts.sum())
     return {
         "client_val_loss": losses,
         "worst_client_val_loss": float(np.max(losses)),  # nan where one is
         "mean_client_val_loss": sum(losses) / len(losses),
+        **({"mean_client_val_accuracy": float(np.mean(accuracies))} if accuracies else {}),
     }
 
 
@@ -155,8 +174,17 @@ def clients_quality(model, thetas, group, held):
 def write(model, folder, thetas, base):
     """Each theta as an adapter in peft's format: folder/adapter, or folder/group_0, group_1, ... of several.
 
+    With --train full each as a model of transformers with its tokenizer, folder/model of one.
+
     base: the folder to which the tiny model, which can be loaded from nowhere else, goes with its tokenizer.
     """
+    if model.lora is None:
+        for g, theta in enumerate(thetas):
+            model.weights.load(theta)
+            place = folder / (f"group_{g}" if len(thetas) > 1 else "model")
+            model.module.save_pretrained(place)
+            model.tokenizer.save_pretrained(place)
+        return
     tiny = model.name == "tiny"
     if tiny:
         model.lora.save_base(base)

@@ -9,6 +9,7 @@ fedprox   the same; clients add mu (w - theta) to their gradients               
 scaffold  clients add c - c_k; c_k <- mean of client k's raw gradients, c <- their mean  (Karimireddy et al. 2020)
 fednova   theta - (sum p_k a_k) sum p_k (theta - theta_k) / a_k                          (Wang et al. 2020)
 fedavgm, fedadam    the server's momentum or Adam on sum_k p_k (theta_k - theta)         (Hsu et al. 2019; Reddi 2021)
+fedadamw  block means of the clients' second moments last, each step adds alpha Delta_G  (Liu et al. 2025)
 local     each client for itself; central: one client with all texts, as many steps (--local-epochs: as many epochs)
 --cluster fedavg within groups of clients with like updates or topics                    (Sattler et al. 2020)
 """
@@ -36,20 +37,30 @@ from common.processes import run_federated
 from common.runlog import start_run
 from common.scaffold import ControlVariates, option_two
 from common.seeding import seed_torch
+from common.shared_moments import FedAdamW, FedAdamWMoments
 from llm_noniid.clustering import cluster_labels
 from llm_noniid.data import training_batches
 from llm_noniid.fed_core import Groups, compare, evaluate, finish, group_by_updates, judge, load_study, probe, watched
 from llm_noniid.models import memory
 
 
-def client_update(study, theta, batches, k, t, **method):
-    """Client k's steps from theta [n]; theta_k is then in the model. Returns `common.local.LocalResult`."""
+def client_update(study, theta, batches, k, t, moments=None, **method):
+    """Client k's steps from theta [n]; theta_k is then in the model. Returns `common.local.LocalResult`.
+
+    moments: `common.shared_moments` that it begins with, by default a new optimiser's.
+    """
     a, model = study.args, study.model
     model.weights.load(theta)
     model.module.train()
     seed_torch(a.seed, "dropout", t, k)
-    optimizer = client_optimizer(
-        a.client_optimizer, model.weights.parameters, a.learning_rate, weight_decay=a.weight_decay
+    if moments:
+        moments.load(k)
+    optimizer = (
+        moments.optimizer
+        if moments
+        else client_optimizer(
+            a.client_optimizer, model.weights.parameters, a.learning_rate, weight_decay=a.weight_decay
+        )
     )
     steps = ((model.batch("train", rows),) for rows in batches)
     options = {"amp": model.amp, "max_norm": a.max_grad_norm, "norms": True}
@@ -63,38 +74,43 @@ def main(args):
         weights, rows, steps = study.model.weights, study.rows, a.local_steps
         together = per_round(a.participation_rate, a.num_clients)
         n = [len(mine) if a.client_weights == "examples" else 1 for mine in rows]
-        sent, models, groups = weights.bytes, 1, Groups(np.zeros(len(rows)))
-        server, variates, optimizer = None, None, (a.client_optimizer, a.learning_rate)
+        up = down = weights.bytes
+        models, groups = 1, Groups(np.zeros(len(rows)))
+        server, variates, moments, optimizer = None, None, None, (a.client_optimizer, a.learning_rate)
         match a.algorithm:
             case "scaffold":
                 on_disk = rows_on_disk(len(n), together, weights.bytes)
                 variates = ControlVariates(weights.theta, len(n), run.folder / "control_variates", on_disk, n)
-                sent = 2 * weights.bytes
+                up = down = 2 * weights.bytes
             case "fedavgm":
                 server = ServerMomentum(a.server_lr, a.server_momentum)
             case "fedadam":
                 server = ServerAdam("adam", a.server_lr)
+            case "fedadamw":
+                moments = FedAdamWMoments(FedAdamW(weights, a.learning_rate, a.weight_decay, a.alpha_global), weights)
+                up, down = up + moments.bytes[0], down + moments.bytes[1]
             case "local":
-                sent, models, groups = 0, len(rows), Groups(np.arange(len(rows)))
+                up, down, models, groups = 0, 0, len(rows), Groups(np.arange(len(rows)))
             case "central":
-                sent, n, rows, steps = 0, [1], [np.sort(np.concatenate(rows))], steps * together
+                up, down, n, rows, steps = 0, 0, [1], [np.sort(np.concatenate(rows))], steps * together
         if a.cluster != "none":
             models = a.num_clusters
         if a.cluster == "labels":
             groups = Groups(cluster_labels(study.topic_counts(), models))
 
         lasting = {"groups": groups, "server": server, "variates": variates, "control": variates and variates.rows}
+        lasting["moments"] = moments
         lasting = {name: thing for name, thing in lasting.items() if thing is not None}
         run.plan(a.num_rounds, a.eval_every)
         thetas = run.restore(weights.snapshot().repeat(models, 1), study.names, **lasting)  # [models, n]
         run.report(0, thetas, lambda: evaluate(study, thetas[:1], 0 * groups.of), lambda row: judge(run, 0, row))
         for t in run.rounds():
             work = None if steps else list(map(len, rows))
-            clients = run.sample(n, a.participation_rate, t, up=sent, down=sent, work=work)
+            clients = run.sample(n, a.participation_rate, t, up=up, down=down, work=work)
             mean_of = NormalizedMean if a.algorithm == "fednova" else WeightedMean
             means = {g: mean_of(thetas[g], clients) for g in sorted({groups.of[k] for k in clients.clients})}
-            if variates:
-                variates.open_round(clients)
+            for shared in filter(None, (variates, moments)):
+                shared.open_round(clients)
             regroups = a.cluster == "updates" and t + 1 == a.cluster_round
             # Several models pull apart by intention, and one client has nobody to pull apart from.
             compares = run.due(t + 1) and flags.is_compared(a)
@@ -123,18 +139,25 @@ def main(args):
                         done = update()
                         a_k = effective_steps(done.steps, a.client_optimizer, momentum=0.9)
                         counts = mean.add(weights.theta, n[k], a=a_k)
+                    case "fedadamw":
+                        done = update(moments=moments)
+                        counts = mean.add(weights.theta, n[k], finite=moments.of_client())
+                        if counts:
+                            moments.offer(n[k])
                     case _:
                         done = update()
                         counts = mean.add(weights.theta, n[k])
                 clients.note(k, train_loss=done.loss, gradient_norm=done.gradient_norms.double().mean())
                 if counts and k in wanted:
                     seen[k] = weights.theta.to("cpu", copy=True), probe(study) if compares else None
-            if variates:
-                variates.close_round()
+            for shared in filter(None, (variates, moments)):
+                shared.close_round()
 
             before, thetas = thetas, thetas.clone()
             for g in sorted({groups.of[k] for k in clients.clients if k not in clients.left_out}):
                 thetas[g] = server.step(before[g], means[g].delta()) if server else means[g].result()
+            if moments:
+                moments.turn(before[0], thetas[0])
             seen = clients.gather(seen)
             if regroups:
                 groups.of = group_by_updates(run, study, before[0], seen, models)

@@ -39,7 +39,7 @@ def federated(quadratics, kind, noise, weights, optimizer=None, start=None):
         before, theta = theta, mean.result()
         moments.close_round()
         if kind is FedAdamWMoments:
-            moments.turn(before, theta, LR * len(of_round[0]))
+            moments.turn(before, theta)
     return theta, moments
 
 
@@ -127,8 +127,7 @@ def test_fedadamw_is_its_formula(H, alpha):
     def block_means(m, v, m_, v_, H, q):
         return 0 * m, torch.cat([piece.mean().expand_as(piece) for piece in v_.split([3, 2])])  # two vectors
 
-    groups = [{"params": list(quadratics.weights.parameters.values()), "weight_decay": DECAY}]
-    optimizer = FedAdamW(groups, LR, quadratics.weights, alpha)
+    optimizer = FedAdamW(quadratics.weights, LR, DECAY, alpha)
     theta, moments = federated(quadratics, FedAdamWMoments, noise, WEIGHTS, optimizer)
     near(theta, plain(quadratics, noise, WEIGHTS, block_means, alpha, reset=True), 1e-10)
     assert moments.bytes == (2 * 8, 2 * 8 + 5 * 8)
@@ -151,7 +150,7 @@ def test_blocks_are_rows_of_matrices():
     from common.vector import Weights
 
     weights = Weights(torch.nn.Linear(3, 2))
-    moments = FedAdamWMoments(FedAdamW(weights.parameters.values(), LR, weights), weights)
+    moments = FedAdamWMoments(FedAdamW(weights, LR), weights)
     moments.open_round(clients := Round([0]))
     for k in clients:
         moments.load(k)

@@ -1,0 +1,122 @@
+"""llm_noniid's --target label, --train full and --algorithm fedadamw against transformers and plain loops."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from noniid_script import done, no_dropout, parsed, words
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.cli import UsageError
+from common.runlog import read_metrics
+from common.text import load_tokenizer, token_byte_lengths
+from llm_noniid import data, diagnostics
+from llm_noniid.data import IGNORE
+
+pytestmark = pytest.mark.usefixtures("alone")
+FULL = "--target label --train full --lora-dropout 0.05"
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return data.load_texts("demo", max_samples=160)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts):
+    return load_tokenizer("bpe:800", data.as_corpus(texts))
+
+
+def asked(tokenizer, text, label, room):
+    """(ids up to " Topic:", ids of the label), by the tokenizer alone."""
+    ids = tokenizer(text)["input_ids"][:room] + tokenizer(" Topic:")["input_ids"]
+    return ids, tokenizer(f" {label}")["input_ids"]
+
+
+def test_texts_end_in_their_label_which_alone_is_scored(texts, tokenizer):
+    split = data.encode_labelled(texts, tokenizer, 40)["validation"]
+    answers = [tokenizer(f" {name}")["input_ids"] for name in texts.label_names]
+    room = 40 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, answers))
+    rows = np.array([3, 0, 7])
+    for label in (None, 2):
+        batch = split.batch(rows) if label is None else split.batch(rows, label)
+        for i, row in enumerate(rows):
+            c = texts.labels["validation"][row] if label is None else label
+            prompt, answer = asked(tokenizer, texts.splits["validation"][row], texts.label_names[c], room)
+            n = int(batch["attention_mask"][i].sum())
+            assert batch["input_ids"][i, :n].tolist() == prompt + answer and n <= 40
+            wanted = [IGNORE] * len(prompt) + answer + [IGNORE] * (batch["labels"].shape[1] - n)
+            assert batch["labels"][i].tolist() == wanted
+            if label is None:
+                assert (split.lengths()[row], split.scored(rows)[i]) == (n, len(answer))
+                assert split.byte_lengths[row] == token_byte_lengths(tokenizer)[answer].sum()
+    whole = [len(tokenizer(text)["input_ids"]) for text in texts.splits["validation"]]
+    assert split.cut == sum(n > room for n in whole) > 0
+
+
+def test_labels_need_room_and_words_of_their_own(texts, tokenizer):
+    with pytest.raises(UsageError, match=r"--max-length 5 leaves no token of a text beside its label: raise it by 8"):
+        data.encode_labelled(texts, tokenizer, 5)
+    alike = data.Texts(texts.name, texts.splits, texts.labels, ("a", "b", "a", "c"), [], {})
+    with pytest.raises(UsageError, match="have the same words, a, b, a, c"):
+        data.encode_labelled(alike, tokenizer, 40)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A run of all parameters on labels."""
+    with pytest.MonkeyPatch.context() as patch:
+        no_dropout(patch)
+        return done(tmp_path_factory.mktemp("full"), "full", FULL)
+
+
+def test_what_is_served_gives_the_logged_loss_and_accuracy_in_transformers(full, texts):
+    model = AutoModelForCausalLM.from_pretrained(full / "final" / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(full / "final" / "model")
+    answers = [tokenizer(f" {name}")["input_ids"] for name in texts.label_names]
+    room = 96 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, answers))
+    manifest = json.loads((full / "run.json").read_text())
+    rows = data.stream(42, "evaluated test").choice(len(texts.splits["test"]), 24, replace=False)
+    losses, tokens, right = [], 0, 0
+    for row in sorted(rows):
+        label, nll = texts.labels["test"][row], []
+        for name in texts.label_names:
+            prompt, answer = asked(tokenizer, texts.splits["test"][row], name, room)
+            ids, scored = torch.tensor([prompt + answer]), torch.tensor([[IGNORE] * len(prompt) + answer])
+            with torch.no_grad():
+                nll.append(model(input_ids=ids, labels=scored).loss.item() * len(answer))
+        losses.append(nll[label])
+        tokens += len(answers[label])
+        right += int(np.argmin(nll) == label)
+    assert manifest["results"]["test_loss"] == pytest.approx(sum(losses) / tokens, rel=1e-4)
+    assert manifest["results"]["test_accuracy"] == pytest.approx(right / len(rows))
+    assert manifest["parameters"]["total"] == manifest["parameters"]["trainable"] == model.num_parameters()
+    last = read_metrics(full)[-1]
+    assert 0 <= last["mean_client_val_accuracy"] <= 1 and last["bytes_up"] == 3 * 4 * 4 * model.num_parameters()
+
+
+def test_plain_gram_is_that_of_the_differences():
+    theta, *clients = torch.randn(4, 300_000, generator=torch.Generator().manual_seed(0))
+    updates = np.stack([(theta_k.double() - theta.double()).numpy() for theta_k in clients])
+    np.testing.assert_allclose(diagnostics.plain_gram(theta, clients), updates @ updates.T, rtol=1e-12)
+
+
+def test_flags_of_the_adapter_have_no_effect_on_all_parameters(tmp_path):
+    args = parsed(*words(tmp_path, "x", "--train full"))
+    assert "--lora-r has no effect with --train full" in "".join(args.notes)
+    with pytest.raises(UsageError, match="fedadamw has its own AdamW: drop --client-optimizer sgd"):
+        parsed(*words(tmp_path, "x", "--algorithm fedadamw --client-optimizer sgd"))
+
+
+def test_fedadamw_resumes_and_counts_its_bytes(tmp_path, monkeypatch):
+    import harness
+
+    more = "--algorithm fedadamw --train full --target label --participation 0.5"
+    whole = done(tmp_path, "whole", more)
+    row = read_metrics(whole)[-1]
+    n = json.loads((whole / "run.json").read_text())["parameters"]["trainable"]
+    assert row["bytes_up"] > 3 * 2 * 4 * n and row["bytes_down"] == row["bytes_up"] + 3 * 2 * 4 * n
+    half = done(tmp_path, "half", f"{more} --num-rounds 2")
+    done(tmp_path, "half", f"{more} --num-rounds 3 --resume")
+    harness.same_run(half, whole)
