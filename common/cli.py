@@ -190,8 +190,8 @@ class Parser(_Declares, argparse.ArgumentParser):
             if name in known:
                 given[known[name].dest] = name
             elif name.startswith("--") and not {"-h", "--help"} & {*words}:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                self.error(f"unknown flag {name}: did you mean {near}?")
+                near = difflib.get_close_matches(name[2:], [one[2:] for one in known], n=1)  # "--" is no likeness
+                self.error(f"unknown flag {name}" + "".join(f": did you mean --{one}?" for one in near))
         return given
 
     def _without_effect(self, flags, given):

@@ -91,10 +91,12 @@ def test_a_run_says_it_once_whatever_its_processes(tmp_path):
     assert ended.code == 0 and not ended.err  # finished already
 
 
-def test_an_unknown_flag_names_the_nearest(capsys):
+def test_an_unknown_flag_names_the_nearest_if_one_is_near(capsys):
     for words, part in (
         (["--local-step", "3"], "unknown flag --local-step: did you mean --local-steps?"),
         (["--learning_rat=3"], "unknown flag --learning-rat: did you mean --learning-rate?"),
+        (["--gpu", "3"], "error: unknown flag --gpu (see --help)\n"),  # not --mu
+        (["--fp16"], "error: unknown flag --fp16 (see --help)\n"),
         (["3"], "'3' belongs to no flag: drop it"),
         (["--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume"),
         (["--name", ""], "'' is not the name of a folder"),
