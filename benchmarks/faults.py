@@ -73,7 +73,7 @@ def strike(process, fault, draw):
 def left(folder):
     """What a run leaves: its status, its log without timings, the bits of its final weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+    lines = [{k: v for k, v in line.items() if "second" not in k and k != "peak_memory"} for line in lines]
     files = sorted((folder / "final").rglob("*.safetensors"))
     sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     return json.loads((folder / "run.json").read_text())["status"], lines, sums

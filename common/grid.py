@@ -26,6 +26,7 @@ from pathlib import Path
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int
 from common.curves import read_metrics
 from common.early import CHECK
+from common.progress import duration
 from common.stopping import undisturbed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,14 +325,6 @@ def call(command):
     sys.stdout.flush()
     line = [sys.executable, str(ROOT / command[0]), *command[1:]]
     return subprocess.run(line, check=False, process_group=0).returncode  # Ctrl-C is ours to say
-
-
-def duration(seconds):
-    """`45 s`, `12 min` or `3 h 20 min`."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def log_of(run, output):

@@ -216,6 +216,7 @@ def judge(run, t, row):
 def finish(run, study, thetas, group):
     """final/ (peft adapters), test metrics, results."""
     model, weights = study.model, np.bincount(group, study.examples, len(thetas))
+    run.note("evaluating on the test texts")
     quality = text_model.quality(model, study.texts, thetas, weights, "test", study.tested, "test")
     run.write_final(lambda folder: text_model.write(model, folder, thetas, run.folder / "base"))
     results = {}

@@ -85,7 +85,7 @@ def main(args):
 
         lasting = {"groups": groups, "server": server, "variates": variates, "control": variates and variates.rows}
         lasting = {name: thing for name, thing in lasting.items() if thing is not None}
-        run.plan(a.num_rounds, a.eval_every)
+        run.plan(a.num_rounds, a.eval_every, clients=len(n))
         thetas = run.restore(weights.snapshot().repeat(models, 1), study.names, **lasting)  # [models, n]
         run.report(0, thetas, lambda: evaluate(study, thetas[:1], 0 * groups.of), lambda row: judge(run, 0, row))
         for t in run.rounds():

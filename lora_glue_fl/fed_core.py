@@ -122,7 +122,7 @@ def load_study(args, run):
     if start:
         clients["init_adapter_sha256"] = start.sha256
     run.begin(data, model.sizes(model.adapted.trainable()), clients=clients)
-    run.plan(a.rounds)
+    run.plan(a.rounds, clients=len(n))
     notes = [f"{len(n)} clients, examples a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})", *model.notes]
     if a.aggregate == "svd" and a.svd_rank > min(ranks):
         notes.append(f"clients of rank {min(ranks)} get the leading directions of what is served at {a.svd_rank}")

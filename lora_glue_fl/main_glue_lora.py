@@ -38,6 +38,7 @@ def main(args):
 
         results = central.results(study)
         if args.do_train:
+            run.note("writing the adapter")
             save(study, Path(args.adapter_output_dir or run.folder / "adapter"))
         write_manifest(study, results)
         run.finish(results)

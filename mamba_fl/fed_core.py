@@ -139,7 +139,7 @@ def load_study(args, run, federated=True):
     )
     resolved = run.resolved() | {"kernel": type(model).__name__}
     run.begin(data.fingerprint, {"total": weights.size}, resolved, data.shards)
-    run.plan(rounds, args.val_freq, args.save_freq)
+    run.plan(rounds, args.val_freq, args.save_freq, len(train))
     return study
 
 
@@ -301,6 +301,7 @@ def save_deltas(study, who, before, after, t):
 def finish(study, theta):
     """Test and validation perplexity on all text, of the last and the best weights; final/, the history, curve.png."""
     run, best = study.run, study.best
+    run.note("evaluating on all test and validation text")
     study.weights.load(theta)
     test_ppl = validate(study, study.data.test, "test")["test_ppl"]
     results = {"best_round": best.round, "best_val_ppl": perplexity(best.loss, 1)}

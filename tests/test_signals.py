@@ -167,7 +167,7 @@ def cases(tmp_path_factory):
 def test_what_ends_one_process_ends_all_with_one_line(case, cases):
     (code, line), (folder, ended) = CASES[case], cases[case]
     assert ended.code == code, ended
-    lines = [text for text in ended.err.splitlines() if not text.startswith("round ")]
+    lines = [text for text in ended.err.splitlines() if not text.startswith(("round ", "run: "))]
     assert not line or lines[-1] == line and (len(lines) == 1 or "bug" in case), ended.err
     assert until(lambda: not there(folder)[1], 15)
     facts = read_json(folder / "r" / "run.json")

@@ -279,6 +279,7 @@ def report(study, run, best, t, theta, pull=None, **fields):
 
 def finish(study, run, best, theta):
     """Test accuracy of the last and of the best weights, final/, the run's curves."""
+    run.note("evaluating the last and the best weights on the test images")
     study.weights.load(theta)
     test = validate(study, "test", "test")
     results = {"test_accuracy_last": test["test_accuracy"], "test_loss_last": test["test_loss"]}

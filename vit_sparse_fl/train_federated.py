@@ -40,7 +40,7 @@ def train(args):
         weights, steps = study.weights, args.local_steps
         best = BestCheckpoints(run.folder / "best", args.keep_best)
         turns = Turns(args.seed, args.num_clients, args.participation_rate)
-        run.plan(args.num_rounds, args.eval_every, args.save_every)
+        run.plan(args.num_rounds, args.eval_every, args.save_every, len(study.examples))
         theta, fitted = fit_first(study, run)
         theta = run.restore(theta, weights.named, best=best, **fitted)
         frozen = study.frozen_squares()

@@ -64,7 +64,7 @@ def train(args):
         weights, steps, topk = study.weights, args.local_steps, args.upload == "topk"
         best = BestCheckpoints(run.folder / "best", args.keep_best)
         turns = Turns(args.seed, args.num_clients, args.participation_rate)
-        run.plan(args.num_rounds, args.eval_every, args.save_every)
+        run.plan(args.num_rounds, args.eval_every, args.save_every, len(study.examples))
         first, fitted = fit_first(study, run)
         theta = run.restore(first, weights.named, best=best, **fitted)
         if topk:  # as many bytes as the kept values: 8 for a value and its index, in every round
