@@ -58,12 +58,13 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class Flags(argparse.Namespace):
-    """Parsed flags, and two lists that are no flags.
+    """Parsed flags, and three lists that are no flags.
 
-    reads: {flag: when it is read, a function of the flags, or None: always}; notes: lines of what has no effect.
+    reads: {flag: when it is read, a function of the flags, or None: always}; given: {flag: its spelling} of the command
+    line and --config; notes: lines of what has no effect.
     """
 
-    __slots__ = ("reads", "notes")
+    __slots__ = ("reads", "given", "notes")
 
 
 class When:
@@ -169,7 +170,7 @@ class Parser(_Declares, argparse.ArgumentParser):
         if rest:
             self.error(f"{rest[0]!r} belongs to no flag: drop it")
         if isinstance(flags, Flags):
-            flags.notes = list(self._without_effect(flags, given))
+            flags.given, flags.notes = given, list(self._without_effect(flags, given))
         return flags
 
     def parse_known_args(self, args=None, namespace=None):

@@ -5,6 +5,7 @@ The round loop and the client's steps are in each script; an algorithm differs f
 
 import math
 import os
+from argparse import Namespace
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +96,7 @@ def load_study(args, run, federated=True):
     train = [blocks.to(run.device) for blocks in data.train]
     if not federated:  # one client with everybody's text
         train = [torch.cat(train)]
-    rounds, total_steps, epoch = plan_rounds(args, [len(blocks) for blocks in train])
+    rounds, total_steps, epoch = plan_rounds(args, [len(blocks) for blocks in train], run.before)
     config = Mamba2Config(
         d_model=args.d_model,
         n_layer=args.layers,
@@ -143,9 +144,10 @@ def load_study(args, run, federated=True):
     return study
 
 
-def plan_rounds(args, examples):
+def plan_rounds(args, examples, before=None):
     """(rounds, steps of a client that is always there, rounds that an epoch of the data takes) of the flags.
 
+    before: run.json of a run that is gone on with, perhaps for more --n-epochs.
     Raises: UsageError for a client with fewer sequences than a batch.
     """
     fewest = min(examples)
@@ -160,6 +162,13 @@ def plan_rounds(args, examples):
         steps = int(args.n_epochs * sum(examples) / (per_round(args.participation, len(examples)) * args.batch_size))
     epoch = max(1, round(max(1, steps) / args.local_updates / args.n_epochs))
     total_steps = args.rounds * args.local_updates if args.rounds else max(1, steps)
+    if before and (old := before["args"]["n_epochs"]) != args.n_epochs:
+        _, steps, as_before = plan_rounds(Namespace(**vars(args) | {"n_epochs": old}), examples)
+        if steps % args.local_updates or (args.sync == "epoch" and as_before != epoch):
+            reason = f"its last round has {steps % args.local_updates} of {args.local_updates} steps (--local-updates)"
+            if not steps % args.local_updates:
+                reason = f"an epoch has {as_before} rounds there, and now {epoch}"
+            raise UsageError(f"--n-epochs {old:g} -> {args.n_epochs:g}: {reason}: choose another --run-name")
     return -(-total_steps // args.local_updates), total_steps, epoch
 
 

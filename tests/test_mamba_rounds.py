@@ -236,6 +236,16 @@ def test_the_plan_of_rounds():
         plan_rounds(args, [5, 1])
 
 
+def test_more_epochs_are_planned_where_the_rounds_before_stay_as_they_were():
+    n, words = [40, 40], f"{TINY} --n-epochs 1 --sync"
+    assert plan_rounds(flags(fed_avg, f"{words} epoch --local-updates 2"), n, {"args": {"n_epochs": 0.5}})[0] == 10
+    assert plan_rounds(flags(fed_avg, f"{words} round --local-updates 1"), n, {"args": {"n_epochs": 0.07}})[0] == 20
+    with pytest.raises(Exception, match="--n-epochs 0.07 -> 1: an epoch has 14 rounds there, and now 20: choose"):
+        plan_rounds(flags(fed_avg, f"{words} epoch --local-updates 1"), n, {"args": {"n_epochs": 0.07}})
+    with pytest.raises(Exception, match="--n-epochs 0.25 -> 1: its last round has 5 of 6 steps"):
+        plan_rounds(flags(fed_avg, f"{words} round --local-updates 6"), n, {"args": {"n_epochs": 0.25}})
+
+
 def test_client_weights_and_entropy_prior_are_one_thing():
     for more, prior in (("", "none"), ("--client-weights uniform", "none"), ("--client-weights examples", "examples")):
         assert flags(fed_entropy, more).entropy_prior == prior

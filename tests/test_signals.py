@@ -234,9 +234,59 @@ def test_a_run_goes_on_for_more_rounds_where_none_depends_on_how_many_there_are(
     begun(tmp_path, scheduler="none")
     assert torch.equal(begun(tmp_path, 6, scheduler="none", resume=True), begun(tmp_path / "whole", 6))
     harness.same_run(tmp_path / "r", tmp_path / "whole" / "r")
-    with pytest.raises(cli.UsageError, match="--rounds 6 -> 3: --resume can only add to the rounds"):
+    with pytest.raises(cli.UsageError, match="--rounds 6 -> 3: --resume can only raise it"):
         begun(tmp_path, 3, scheduler="none", resume=True)
     begun(tmp_path / "cosine", scheduler="cosine")
-    with pytest.raises(cli.UsageError, match="--rounds 3 -> 6: with --scheduler cosine the rate of a round depends"):
+    with pytest.raises(cli.UsageError, match="--rounds 3 -> 6: with --scheduler cosine a round's rate depends"):
         begun(tmp_path / "cosine", 6, scheduler="cosine", resume=True)
     assert read_json(tmp_path / "cosine" / "r" / "run.json")["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("length", "old", "new", "flags", "line"),
+    [
+        ("epochs", 3, 6, {"scheduler": "none", "warmup_epochs": 2}, None),
+        ("epochs", 3, 6, {"scheduler": "none", "warmup_epochs": 5}, "the warm-up, --warmup-epochs 5, was cut to 2"),
+        ("epochs", 3, 6, {"scheduler": "step"}, r"with --scheduler step a round's rate .* \(with none it does not\)"),
+        ("num_train_epochs", 2.0, 2.5, {"lr_scheduler": "constant", "warmup_ratio": 0.0}, None),
+        ("num_train_epochs", 2.5, 4.0, {"lr_scheduler": "constant"}, "the last epoch was cut short"),
+        (
+            "num_train_epochs",
+            2.0,
+            4.0,
+            {"warmup_ratio": 0.1},
+            "the warm-up is a share of all steps, --warmup-ratio",
+        ),
+        (
+            "n_epochs",
+            0.5,
+            1.0,
+            {"lr_scheduler": "cosine"},
+            r"with --lr-scheduler cosine .*with constant it does not",
+        ),
+        ("n_epochs", 1.0, 0.5, {}, "--resume can only raise it"),
+        ("n_epochs", 0.5, 1.0, {"rounds": None}, None),
+    ],
+)
+def test_a_run_goes_on_for_more_epochs_too(length, old, new, flags, line, tmp_path):
+    train(arguments(tmp_path, **flags, **{length: old}), 3)
+    again = arguments(tmp_path, resume=True, **flags, **{length: new})
+    if line is None:
+        assert torch.equal(train(again, 5)[0], train(arguments(tmp_path, run_name="whole"), 5)[0])
+        return
+    spelled = f"--{length.replace('_', '-')}"
+    with pytest.raises(cli.UsageError, match=f"^{spelled} {old} -> {new}: {line}.*: choose another --run-name$"):
+        train(again, 5)
+
+
+def test_a_flag_that_is_newer_than_a_run_counts_only_where_it_is_given(tmp_path):
+    args = cli.Flags()
+    vars(args).update(vars(arguments(tmp_path)))
+    train(args, 2)
+    args.resume, args.server_lr, args.given = True, 1.0, {}
+    with pytest.raises(SystemExit) as stop:  # it is finished
+        train(args, 2)
+    assert stop.value.code == 0
+    args.given = {"server_lr": "--server-lr"}
+    with pytest.raises(cli.UsageError, match="other flags: --server-lr None -> 1.0"):
+        train(args, 2)

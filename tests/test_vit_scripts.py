@@ -284,6 +284,14 @@ def test_sweeps_share_runs_and_refuse_other_flags_before_they_start(tmp_path, ca
 
 
 @pytest.mark.slow
+def test_central_training_goes_on_for_more_epochs(tmp_path):
+    words = "--scheduler none --warmup-epochs 0 --batch-size 144 --resume --output-dir".split() + [tmp_path]
+    for name, epochs in (("r", 1), ("r", 2), ("whole", 2)):
+        assert small("train_centralized", *words, "--run-name", name, "--epochs", epochs) == 0
+    harness.same_run(tmp_path / "r", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_hp_search_ends_with_a_table(tmp_path, capsys):
     words = ["--hp-search", "--hp-epochs", 1, "--hp-lrs", 0.01, 0.05, "--warmup-epochs", 0, "--batch-size", 72]
     words += ["--output-dir", tmp_path, "--hp-weight-decays"]
