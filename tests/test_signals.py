@@ -196,6 +196,25 @@ def test_without_a_supervisor_who_is_left_names_who_is_gone(tmp_path):
     assert ended.code == 2 and ended.err.startswith("error: process 1: WORLD_SIZE is 2 but MASTER_ADDR, MASTER_PORT is")
 
 
+@pytest.mark.parametrize(
+    ("second", "code", "line"),
+    [
+        ("kill", 1, f"failed: {PLACE}: it is gone, perhaps it was killed for its memory: the same command with"),
+        ("sleep", 143, f"terminated: {ADVICE}"),  # both are asked to end, and the second is first to do so
+    ],
+)
+def test_under_torchrun_who_is_ended_because_another_was_killed_names_that_one(second, code, line, tmp_path):
+    first, other = harness.start_ranks(["tests/stopped_run.py", tmp_path, 2, "0:sleep", f"1:{second}"], 2)
+    assert until(lambda: len(there(tmp_path)[0]) == 2, 60)
+    if second == "sleep":
+        os.kill(other.process.pid, signal.SIGTERM)
+    assert other.ended().code == (143 if second == "sleep" else -9)
+    os.kill(first.process.pid, signal.SIGTERM)  # as torchrun does
+    ended = first.ended()
+    assert ended.code == code and ended.err.splitlines()[-1].startswith(line), ended.err
+    assert read_json(tmp_path / "r" / "run.json")["status"] == ("failed" if code == 1 else "interrupted")
+
+
 # ---------------------------------------------------------------------------------------------- what may go on
 
 
