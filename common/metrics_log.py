@@ -1,4 +1,7 @@
-"""metrics.jsonl: a line of JSON for each evaluated round of a run; what writes, checks and cuts it."""
+"""metrics.jsonl: a line of JSON for each evaluated round of a run; what writes, checks and cuts it.
+
+Its field peak_memory (bytes) is that of the process of the run that has held most in this session.
+"""
 
 import json
 import math

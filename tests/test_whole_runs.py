@@ -24,6 +24,13 @@ ALIKE = (
 OF_EACH_SCRIPT = list({harness.GOLDEN[name].script: name for name in RESUMED if name not in ALIKE}.values())
 OTHERS = [name for name in RESUMED if name not in (*OF_EACH_SCRIPT, *ALIKE)]
 
+AFTER = {  # its rounds a run says what still runs
+    "mamba_fl": "evaluating on all test",
+    "vit_sparse_fl": "evaluating the last and the best",
+    "lora_glue_fl": "writing ",
+    "llm_noniid": "evaluating on the test texts",
+}
+
 
 def status(folder):
     return read_json(folder / "run.json")["status"]
@@ -52,7 +59,9 @@ def test_killed_and_resumed_is_as_if_unbroken(name, changes, tmp_path):
     ended, folder = run_that_dies(name, tmp_path, 3, changes)
     assert ended.code == -signal.SIGKILL and status(folder) == "running", ended.err
     processes = 2 if name in OTHERS and harness.GOLDEN[name].federated else 1
-    assert "resumed after round" in resume(name, tmp_path, processes).err
+    said = resume(name, tmp_path, processes).err
+    assert "\nrun: " in f"\n{said}" and "resumed after round" in said
+    assert said.rindex("\nround ") < said.index(AFTER[name.partition("/")[0]]), said
     harness.same_run(folder, harness.whole(name))
 
 
