@@ -39,7 +39,7 @@ class Progress:
 
     def after_round(self, t, evaluating, shown):
         """The bar, or a line where the last is a minute old. Args: shown: the metrics in words."""
-        words = [shown] * bool(shown) + [f"{duration(self.left(t, evaluating))} left"]
+        words = [f"{duration(self.left(t, evaluating))} left"] + [shown] * bool(shown)
         if not self._bar.disable:
             self._bar.set_postfix_str(", ".join(words), refresh=False)
             self._bar.update()

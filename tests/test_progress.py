@@ -45,9 +45,9 @@ def test_without_a_terminal_there_is_a_line_a_minute_at_most(clock):
     said = []
     list(rounds(clock, 0, 20, 12, EVALUATION, said))
     assert said == [
-        "round 6/20  30 %  val_loss 2  4 min left",
+        "round 6/20  30 %  4 min left  val_loss 2",
         "evaluated 12  2 min left",
-        "round 18/20  90 %  val_loss 2  70 s left",
+        "round 18/20  90 %  70 s left  val_loss 2",
         "evaluated 20",
     ]
 
@@ -58,7 +58,7 @@ def test_in_a_terminal_the_time_left_is_in_the_bar_only(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     list(rounds(clock, 2, 8, 3, EVALUATION, said))
     assert said == ["evaluated 3", "evaluated 6", "evaluated 8"]
-    assert "2/8 rounds [" in written[0] and "val_loss 2, 0 s left" in "".join(written)
+    assert "2/8 rounds [" in written[0] and "0 s left, val_loss 2" in "".join(written)
 
 
 def test_a_run_says_what_runs_and_what_still_runs_after_its_rounds(tmp_path, capsys):
