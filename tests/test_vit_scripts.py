@@ -228,6 +228,28 @@ def test_the_best_checkpoints_are_kept_and_others_pruned(tmp_path):
     assert sorted(f.name for f in (tmp_path / "best" / "best").iterdir()) == names
 
 
+@pytest.mark.parametrize("script", TINY)
+def test_final_holds_the_weights_of_the_round_that_final_asks_for(script, tmp_path, monkeypatch):
+    accuracies = iter([0.1, 0.9, 0.5, 0.2])
+    validate = study.validate
+
+    def worse_and_worse(made, split, name):
+        row = validate(made, split, name)
+        return row | {"val_accuracy": next(accuracies)} if split == "validation" else row
+
+    monkeypatch.setattr(study, "validate", worse_and_worse)
+    words = ("--eval-every", 1, "--num-rounds", 3) if "fed" in script else ("--batch-size", 72)
+    words = (*words, "--final", "best", "--output-dir", tmp_path, "--run-name", "r")
+    assert small(script, *words) == 0
+    best = load_file(tmp_path / "r" / "best" / "round_000001.safetensors")
+    model = make_model("tiny", image_size=32, n_classes=10)
+    init_from(model, tmp_path / "r")
+    assert same(dict(model.named_parameters()), best)
+    assert read_json(tmp_path / "r" / "run.json")["results"]["best_round"] == 1
+    last = load_file(tmp_path / "r" / "checkpoint" / "theta.safetensors")
+    assert not same({name: best[name] for name in last}, last)
+
+
 FEW = "--classes 0:10 --batch-size 4"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from common.cli import (
     Parser,
     UsageError,
+    add_final_flag,
     add_machine_flags,
     add_run_flags,
     fraction,
@@ -70,6 +71,7 @@ def make_parser(description, *, federated=True, sparse=False):
     number(report, "--save-every", positive_int, every, "N", f"resumable checkpoint every N {unit}", when=NEVER)
     best = "checkpoints with the best validation accuracy"
     number(report, "--keep-best", positive_int, 3, "N", best, when=NEVER)
+    add_final_flag(report)
     report.add_argument("--log-dir", metavar="DIR", help="text logs (default: OUTPUT_DIR/logs)")
     report.add_argument("--use-wandb", action="store_true", help="the same as --track wandb")
     report.add_argument("--wandb-project", default="fedquartet", metavar="NAME", help="project at wandb")
@@ -138,6 +140,8 @@ def _federated_flags(train):
     number(train, ("--participation-rate", "--participation"), fraction, 0.1, "C", "share of clients a round")
     number(train, "--local-steps", positive_int, 4, "J", "steps a client and round")
     number(train, ("--num-rounds", "--rounds"), positive_int, 500, "T", "rounds")
+    step = "the server's step, as a multiple of the mean update; off: 1, the plain mean"
+    number(train, "--server-lr", positive_float, 1.0, "X", step)
     choice(train, "--client-weights", ["examples", "uniform"], "examples", "weight of a client in the mean")
     _schedule_flags(train, "rounds", 0, 100, "learning rate over the rounds")
     number(train, "--eval-every", positive_int, 10, "N", "evaluate every N rounds")

@@ -7,7 +7,7 @@ The mask m is made once, before the first round, from how sensitive the model's 
 Iurada et al. 2025), from the weights' magnitude, or at random. Clients then train under it:
 
     u <- m * (g + wd theta);  buf <- mu buf + u;  theta <- theta - lr buf     (J steps, buf starts anew each round)
-    theta <- theta + sum_k p_k (theta_k - theta)                              (McMahan et al. 2017, algorithm 1)
+    theta <- theta + eta_s sum_k p_k (theta_k - theta)                        (McMahan et al. 2017, eta_s: --server-lr)
 
 A weight outside of the mask keeps its bits for the whole run. `--upload topk` is the plain alternative at equal bytes:
 train densely, send the largest changes.
@@ -97,7 +97,7 @@ def train(args):
                 theta_k = largest_changes(theta, weights.theta, size) if topk else weights.theta
                 if mean.add(theta_k, weight=study.client_weights[k], finite=(weights.theta,)) and pull:
                     pull.add(theta_k)
-            theta = mean.result()
+            theta = mean.result(args.server_lr)
             report(study, run, best, t + 1, theta, pull, lr=lr)
 
         finish(study, run, best, theta)
