@@ -1,5 +1,6 @@
 """What ends a run from outside or in one of its processes: signals, kill -9, a failure, a wait that is too long."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from small_run import arguments, train
 
 from common import checkpoint, cli, grid
 from common.checkpoint import read_json
+from common.manifest import PATHS
 from common.stopping import Terminated, stoppable
 
 # ---------------------------------------------------------------------------------------------- one process
@@ -252,6 +254,17 @@ def test_paths_are_compared_by_what_they_hold(tmp_path, monkeypatch):
         begun(tmp_path, model=str(here / "model"), **again)
     with pytest.raises(cli.UsageError, match="--model model -> none"):
         begun(tmp_path, model="none", **again)
+
+
+def test_a_run_does_not_delete_what_it_starts_from(tmp_path):
+    begun(tmp_path)
+    start = tmp_path / "r" / "final" / "theta.safetensors"
+    (tmp_path / "link").symlink_to(tmp_path / "r")
+    for flag, path in itertools.product(PATHS, (start, start.parent, tmp_path / "link")):
+        with pytest.raises(cli.UsageError, match=f"would delete --{flag.replace('_', '-')} {path}, from which"):
+            begun(tmp_path, overwrite=True, **{flag: str(path)})
+    assert start.exists()
+    begun(tmp_path, overwrite=True, run_name="s", mask=str(start))
 
 
 def test_a_run_goes_on_for_more_rounds_where_none_depends_on_how_many_there_are(tmp_path):
