@@ -9,12 +9,13 @@ from types import ModuleType
 import harness
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common.checkpoint import read_json
-from common.cli import checked, run_main
+from common.cli import RunFailed, checked, run_main
 from common.curves import read_metrics
 from vit_sparse_fl import masks, study, train_centralized, train_federated, train_federated_sparse
+from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.flags import parse
 from vit_sparse_fl.mask_files import load_mask
 from vit_sparse_fl.vit import init_from, make_model
@@ -226,6 +227,22 @@ def test_the_best_checkpoints_are_kept_and_others_pruned(tmp_path):
     best = sorted(lines, key=lambda line: (-line["val_accuracy"], line["round"]))[:2]
     names = sorted(f"round_{line['round']:06d}.safetensors" for line in best)
     assert sorted(f.name for f in (tmp_path / "best" / "best").iterdir()) == names
+
+
+def test_a_best_checkpoint_that_is_not_as_it_was_saved_is_not_served(tmp_path):
+    kept, again, old = (BestCheckpoints(tmp_path, 2) for _ in range(3))
+    kept.offer(1, 0.5, {"w": torch.ones(3)})
+    again.load_state_dict(kept.state_dict())
+    old.load_state_dict({name: kept.state_dict()[name] for name in ("accuracies", "rounds")})
+    assert same(again.load("cpu"), {"w": torch.ones(3)})
+    file = tmp_path / "round_000001.safetensors"
+    save_file({"w": torch.zeros(3)}, file)
+    assert same(old.load("cpu"), {"w": torch.zeros(3)})  # of before there were checksums
+    for damage, some in ((lambda: None, (kept, again)), (file.unlink, (kept, again, old))):
+        damage()
+        for best in some:
+            with pytest.raises(RunFailed, match="round_000001.safetensors is damaged or not there: put it back"):
+                best.load("cpu")
 
 
 @pytest.mark.parametrize("script", TINY)

@@ -350,6 +350,10 @@ def init_from(model, folder):
     folder = Path(folder).expanduser()
     if (folder / "final").is_dir():
         folder = folder / "final"
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"--init-from {folder} holds no model: give the folder of a run that is finished, or its final/"
+        )
     _read_config(folder)
     tensors, notes = _from_pretrained(ViTForImageClassification, folder, local_files_only=True), []
     own, theirs = model.classifier.weight, tensors["classifier.weight"]
