@@ -236,6 +236,11 @@ def complete(args):
         raise UsageError(f"{' and '.join(sweeps)} are sweeps of their own: give one at a time")
     if "participation_rate" in args:
         check_participation(args.participation_rate, args.num_clients)
+    if getattr(args, "warmup_rounds", 0) >= getattr(args, "num_rounds", 1):
+        given = f"--warmup-rounds {args.warmup_rounds} of --num-rounds {args.num_rounds}"
+        raise UsageError(f"{given}: the rate would never get to --lr ({args.lr:g}): lower the warm-up")
+    if args.scheduler != "none" and args.min_lr > max(args.lr, 1e-6):
+        raise UsageError(f"--min-lr {args.min_lr:g} is above --lr ({args.lr:g}), where the schedule starts: lower it")
     if args.use_amp and args.amp == "off":
         args.amp = "auto"
     if args.use_wandb:
