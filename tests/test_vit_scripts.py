@@ -18,7 +18,7 @@ from vit_sparse_fl import masks, study, train_centralized, train_federated, trai
 from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.flags import parse
 from vit_sparse_fl.mask_files import load_mask
-from vit_sparse_fl.vit import init_from, make_model
+from vit_sparse_fl.vit import init_from, make_model, save_pretrained
 
 CONFIG = "vit_sparse_fl/configs/default.yaml"
 NAMES = [name for name in harness.GOLDEN if name.startswith("vit_sparse_fl/")]
@@ -354,6 +354,18 @@ def test_clients_masks_are_merged(how, tmp_path):
     assert "overlap of 2 clients' masks (Jaccard)" in log
     fraction = float(log.split("weights are trained, ")[1].split(" %")[0])
     assert 50 < fraction < 100 if how == "union" else 0 < fraction < 50
+
+
+def test_a_run_has_the_image_size_of_the_one_that_it_starts_from(tmp_path):
+    save_pretrained(make_model("tiny", image_size=64, n_classes=10), tmp_path / "run" / "final")
+    for words, size in (
+        (["--init-from", f"{tmp_path}/run"], 64),
+        (["--init-from", f"{tmp_path}/run/final"], 64),
+        (["--init-from", f"{tmp_path}/run", "--image-size", "32"], 32),
+        (["--model", "tiny"], 32),
+        ([], 224),
+    ):
+        assert parse(train_federated.build_parser(), words).image_size == size
 
 
 def test_the_default_config_is_taken_and_the_command_line_wins():

@@ -13,7 +13,7 @@ A weight outside of the mask keeps its bits for the whole run. `--upload topk` i
 train densely, send the largest changes.
 """
 
-from common.cli import non_negative_float, only
+from common.cli import non_negative_float, only, unless
 from common.early import parsed
 from vit_sparse_fl.flags import NEVER, add_experiment_flags, choice, make_parser, number, parse, process_memory
 from vit_sparse_fl.mask_flags import add_mask_flags, check_flags
@@ -22,7 +22,7 @@ from vit_sparse_fl.mask_flags import add_mask_flags, check_flags
 def build_parser():
     parser, own = make_parser(__doc__.split("\n")[0], sparse=True)
     share = "share of the weights that is frozen, in (0, 1); of --mask FILE: the mask's own"
-    number(own, "--sparsity-ratio", non_negative_float, 0.9, "X", share)
+    number(own, "--sparsity-ratio", non_negative_float, 0.9, "X", share, when=unless(sparsity_experiment=True))
     add_mask_flags(own)
     text = "topk: no mask, each client sends its largest changes, as many bytes a round"
     choice(own, "--upload", ["masked", "topk"], "masked", text)
