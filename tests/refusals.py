@@ -251,6 +251,15 @@ VIT = [
     ("federated", "--sharding non_iid --nc 1 --num-clients 4", ["1, 2, 3, 4, 5, 9", "--num-clients"]),
     ("federated", "--sharding non_iid --nc 3 --num-clients 120", ["--batch-size 8", "--num-clients"]),
     ("federated", "--image-size 36", ["36", "32 or 40"]),
+    *(
+        ("federated", f"--init-from {{tmp}}/model{flag}", words, model_with(a_vit, image_size=size))
+        for flag, size, words in [
+            ("", 8 * 10**6, ["8000000", "4096"]),
+            ("", 1e400, ["{tmp}/model"]),
+            (" --image-size 4104", 32, ["4104", "4096"]),
+        ]
+    ),
+    ("federated", f"--init-from {'x/' * 3000}", ["x/x", "too long", "shorter"]),
     ("federated", "--classes 0:101", ["101"]),
     ("federated", "--classes 5", ["FROM:TO"]),
     ("train_federated.py", "--dataset demo --model tiny --num-classes 99 --processes 1 --output-dir {tmp}/out", ["99"]),

@@ -228,9 +228,10 @@ def parse(parser, argv=None):
 def _native_size(args):
     """Pixels: of the run of --init-from, of a folder's own model, of `tiny`, else 224."""
     for folder in (f"{args.init_from}/final", args.init_from, args.model):
-        config = Path(folder or "", "config.json").expanduser()
-        if folder and config.is_file():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # not a model: said where it is loaded
+        # what is no model is said where it is loaded
+        with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError):
+            config = Path(folder or "", "config.json").expanduser()
+            if folder and config.is_file():
                 return int(json.loads(config.read_text(encoding="utf-8"))["image_size"])
     return 32 if args.model == "tiny" else 224
 
