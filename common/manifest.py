@@ -185,6 +185,7 @@ def check_folder(folder, command, args):
             raise UsageError(f"{folder} is not a run folder: choose another --run-name or --output-dir")
         return None
     if args.overwrite and not args.resume:
+        _check_start(folder, args)
         return None
     before = read(file)
     if lacking := [key for key, kind in KEYS.items() if not isinstance(before.get(key), kind)]:
@@ -200,6 +201,14 @@ def check_folder(folder, command, args):
     if changed:
         raise UsageError(f"{folder} was started with other flags: {changed}; choose another --run-name")
     return before
+
+
+def _check_start(folder, args):
+    """Raises UsageError where --overwrite would delete what the run starts from."""
+    for key, path in _paths(args).items():
+        if path.resolve().is_relative_to(folder.resolve()):
+            flag = f"--{key.replace('_', '-')} {path}"
+            raise UsageError(f"--overwrite would delete {flag}, from which the run starts: choose another --run-name")
 
 
 def check_same(folder, before, now):

@@ -37,7 +37,7 @@ from common.participation import participants, per_round
 from common.progress import Progress
 from common.provenance import tracker
 from common.seeding import seed_everything
-from common.stopping import held_back
+from common.stopping import undisturbed
 
 
 def start_run(command, args, name, unit="tokens"):
@@ -109,7 +109,7 @@ class Run:
     def __enter__(self):
         return self
 
-    @held_back()  # a signal must not cut off what says how the run ended
+    @undisturbed()  # a signal must not cut off what says how the run ended
     def __exit__(self, kind, error, trace):
         if self._progress is not None:
             self._progress.close()
@@ -173,7 +173,9 @@ class Run:
                 self._lock.take()
                 if self.before is None and (self.folder / "run.json").exists():
                     raise UsageError(f"{self.folder} was made by another process meanwhile: choose another --run-name")
-                checkpoint.write_json(self.folder / "run.json", self.manifest)
+                with undisturbed():  # what run.json calls running says how it ends
+                    checkpoint.write_json(self.folder / "run.json", self.manifest)
+                    self.begun = True
             except OSError as error:
                 raise UsageError(f"cannot write {self.folder}: {error.strerror}; choose --output-dir") from error
         self.begun = True

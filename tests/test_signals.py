@@ -1,9 +1,11 @@
 """What ends a run from outside or in one of its processes: signals, kill -9, a failure, a wait that is too long."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import harness
@@ -11,8 +13,9 @@ import pytest
 import torch
 from small_run import arguments, train
 
-from common import cli, grid
+from common import checkpoint, cli, grid
 from common.checkpoint import read_json
+from common.manifest import PATHS
 from common.stopping import Terminated, stoppable
 
 # ---------------------------------------------------------------------------------------------- one process
@@ -85,6 +88,29 @@ def test_sigterm_keeps_what_can_be_kept_and_the_run_goes_on(tmp_path):
     assert harness.run([*small, "--resume"]).code == 0
     assert harness.run(["tests/small_run.py", tmp_path / "whole"]).code == 0
     harness.same_run(tmp_path / "r", tmp_path / "whole" / "r")
+
+
+@pytest.mark.parametrize(("status", "then"), [("running", "interrupted"), ("failed", "failed")])
+def test_a_signal_while_run_json_is_written_leaves_no_run_running(status, then, tmp_path, monkeypatch):
+    """Another thread is alive, as torch's are: what the main one blocks comes by way of that."""
+    write, done = checkpoint.write_json, threading.Event()
+
+    def signalled(path, value):
+        if value["status"] == "running":
+            write(path, value)
+        if value["status"] == status:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(path, value)
+
+    def fail():
+        raise cli.RunFailed("a reason")
+
+    threading.Thread(target=done.wait).start()
+    monkeypatch.setattr(checkpoint, "write_json", signalled)
+    with pytest.raises((Terminated, cli.RunFailed)), stoppable():
+        train(arguments(tmp_path), 3, {1: fail})
+    done.set()
+    assert read_json(tmp_path / "r" / "run.json")["status"] == then
 
 
 def test_a_refusal_under_torchrun_is_the_main_processs(monkeypatch, capsys):
@@ -247,6 +273,17 @@ def test_paths_are_compared_by_what_they_hold(tmp_path, monkeypatch):
         begun(tmp_path, model=str(here / "model"), **again)
     with pytest.raises(cli.UsageError, match="--model model -> none"):
         begun(tmp_path, model="none", **again)
+
+
+def test_a_run_does_not_delete_what_it_starts_from(tmp_path):
+    begun(tmp_path)
+    start = tmp_path / "r" / "final" / "theta.safetensors"
+    (tmp_path / "link").symlink_to(tmp_path / "r")
+    for flag, path in itertools.product(PATHS, (start, start.parent, tmp_path / "link")):
+        with pytest.raises(cli.UsageError, match=f"would delete --{flag.replace('_', '-')} {path}, from which"):
+            begun(tmp_path, overwrite=True, **{flag: str(path)})
+    assert start.exists()
+    begun(tmp_path, overwrite=True, run_name="s", mask=str(start))
 
 
 def test_a_run_goes_on_for_more_rounds_where_none_depends_on_how_many_there_are(tmp_path):

@@ -278,16 +278,18 @@ def report(study, run, best, t, theta, pull=None, **fields):
 
 
 def finish(study, run, best, theta):
-    """Test accuracy of the last and of the best weights, final/, the run's curves."""
+    """Test accuracy of the last and of the best weights, final/ (--final says whose), the run's curves."""
     run.note("evaluating the last and the best weights on the test images")
-    study.weights.load(theta)
-    test = validate(study, "test", "test")
-    results = {"test_accuracy_last": test["test_accuracy"], "test_loss_last": test["test_loss"]}
-    run.write_final(lambda folder: save_pretrained(study.model, folder))
+    kept, test = best.load(study.device), {}
+    kept = study.weights.vector({name: kept[name] for name in study.weights.shapes})
+    for which, vector in (("last", theta), ("best", kept)):
+        study.weights.load(vector)
+        test[which] = validate(study, "test", "test")
+        if which == study.args.final:
+            run.write_final(lambda folder: save_pretrained(study.model, folder))
+    results = {"test_accuracy_last": test["last"]["test_accuracy"], "test_loss_last": test["last"]["test_loss"]}
     results |= {"best_round": best.round, "val_accuracy_best": best.accuracy}
-    kept = best.load(study.device)
-    study.weights.load(study.weights.vector({name: kept[name] for name in study.weights.shapes}))
-    results["test_accuracy_best"] = validate(study, "test", "test")["test_accuracy"]
+    results["test_accuracy_best"] = test["best"]["test_accuracy"]
     if parallel.is_main():
         last = run.metrics()[-1]
         results |= {"rounds": last["round"]}
