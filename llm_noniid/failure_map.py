@@ -184,7 +184,8 @@ class Map:
         if not path.exists():
             return [], None
         before = read_json(path)
-        theirs = before | before["setting"]
+        older = vars(flags.parse(flags.build_parser(""), ["--algorithm", self.args.algorithm]))  # may lack a new flag
+        theirs = older | before | before["setting"]
         mine = self.about | self.setting
         changed = [f"{name} {theirs.get(name)} -> {value}" for name, value in mine.items() if theirs.get(name) != value]
         if changed:
