@@ -14,6 +14,7 @@ import torch
 from common import parallel
 from common.allocator import reuse_large_memory
 from common.checkpoint import saving, write_json
+from common.cli import UsageError
 from common.compiling import checked_compile
 from common.seeding import stream
 from common.sharding import class_counts
@@ -81,6 +82,11 @@ def load_study(args, run):
     model = text_model.load_text_model(a, texts, run.device, run.amp)
     rows, held = deal(parts, a.seed)
     seen, tested = (evaluated(len(model.tokens[s]), a.eval_samples, a.seed, s) for s in ("validation", "test"))
+    for split, chosen in (("validation", seen), ("test", tested)):
+        if not model.tokens[split].byte_lengths[chosen].any():
+            raise UsageError(
+                f"the {len(chosen)} {split} texts have one token each: give longer ones, or --eval-samples 0"
+            )
     loss = checked_compile(model.loss, model.weights.parameters) if a.compile else model.loss
     study = Study(a, texts, model, rows, held, loss, seen, tested)
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed

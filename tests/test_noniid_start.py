@@ -94,6 +94,24 @@ def test_an_adapter_that_does_not_fit_is_refused(make, flags, said, first, tmp_p
     assert not (tmp_path / "a").exists()
 
 
+def test_what_cannot_be_evaluated_or_adapted_is_refused(tmp_path, capsys):
+    (tmp_path / "data" / "ag_news").mkdir(parents=True)
+    for split in ("train", "test"):
+        lines = (f'"{i % 4 + 1}","a",""\n' for i in range(200))
+        (tmp_path / "data" / "ag_news" / f"{split}.csv").write_text("".join(lines))
+    for line, said in (
+        (
+            f"--dataset ag_news --data-root {tmp_path / 'data'} --tokenizer bpe:257",
+            "validation texts have one token each",
+        ),
+        ("--lora-r 65", "--lora-r 65 is above 64"),
+        ("--init-from=", "no adapter_config.json"),
+    ):
+        assert call(*words(tmp_path, "a", f"{SHORT} {line}")) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1 and not (tmp_path / "a").exists(), error
+
+
 def test_a_base_that_is_not_here_is_taken_for_the_model(first, tmp_path, capsys):
     place = copy(first, tmp_path, base_model_name_or_path="someone/tiny")
     done(tmp_path, "a", f"{SHORT} --init-from {place}")
