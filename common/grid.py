@@ -10,6 +10,7 @@ run whose training broke down (no client's update was finite) is a result like a
 """
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -305,8 +306,20 @@ def start(command, log, alone=True):
     place = os.environ | ({} if alone else ONE_THREAD)
     with open(log, "a", encoding="utf-8") as file:
         return subprocess.Popen(
-            line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=place, start_new_session=True
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=place,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
+
+
+def _end_with_parent():
+    """In a process that begins: SIGTERM when the one that started it dies, of kill -9 too. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def interrupt(processes, patience=30):

@@ -91,11 +91,12 @@ def check_place(folder):
 
 
 def contents(path):
-    """SHA-256 of a file, or of a folder's files and their names; of a run's folder: of what it ended with.
+    """SHA-256 of a file, or of a folder's files and their names; of a run's folder: of what it ended with, its adapter.
 
     Raises UsageError for what cannot be read.
     """
-    path = path / "final" if (path / "final").is_dir() else path
+    for part in ("final", "adapter"):
+        path = path / part if (path / part).is_dir() else path
     hashed = hashlib.sha256()
     try:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:

@@ -6,6 +6,7 @@ from common.choices import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS
 from common.cli import (
     Parser,
     UsageError,
+    add_final_flag,
     add_machine_flags,
     add_run_flags,
     fraction,
@@ -22,6 +23,7 @@ from common.participation import check_participation
 
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "local", "central")
 TOGETHER = tuple(name for name in ALGORITHMS if name not in ("local", "central"))
+SERVER_LR = {"fedadam": 0.01}  # by default; the others': 1
 CLUSTERS = ("none", "updates", "labels")
 DATASETS = ("ag_news", "wikitext", "demo")
 PARTITIONS = ("iid", "topic_skew", "style_skew", "token_skew")
@@ -60,8 +62,8 @@ def build_parser(description):
     choice(method, "--client-optimizer", CLIENT_OPTIMIZERS, "adamw", "of the clients; sgdm: momentum 0.9")
     text = "SCAFFOLD's new c_k: mean of the raw gradients, or the paper's formula II (not with adamw)"
     choice(method, "--scaffold-option", SCAFFOLD_OPTIONS, "mean_gradient", text, when=only(algorithm="scaffold"))
-    text = "of fedavgm (default: 1), fedadam (0.01)"
-    number(method, "--server-lr", positive_float, None, text, when=only(algorithm=("fedavgm", "fedadam")))
+    text = "factor of the server's step; 1: the mean (default: 1; fedadam: 0.01)"
+    number(method, "--server-lr", positive_float, None, text, when=only(algorithm=TOGETHER))
     number(method, "--server-momentum", half_open_fraction, 0.9, "of fedavgm; off: 0", when=only(algorithm="fedavgm"))
     text = "FedAvg within groups of clients with like updates or topics"
     choice(method, "--cluster", CLUSTERS, "none", text, when=only(algorithm="fedavg"))
@@ -95,6 +97,8 @@ def build_parser(description):
     number(model, "--lora-alpha", positive_float, 16, "its scale is alpha / r")
     number(model, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0")
     model.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: attention's)")
+    text = "begin with another run's adapter: its folder, or the adapter's (default: a new one)"
+    model.add_argument("--init-from", metavar="RUN", help=text)
 
     train = parser.add_argument_group("training")
     number(train, "--num-rounds", positive_int, 50, "rounds", "T", "--rounds")
@@ -112,6 +116,7 @@ def build_parser(description):
     choice(train, "--client-weights", ["examples", "uniform"], "examples", text, when=together)
     number(train, "--eval-every", positive_int, 5, "evaluate every N rounds", "N")
     number(train, "--probe-samples", non_negative_int, 32, "texts for CKA; off: 0", "N", when=is_compared)
+    add_final_flag(train)
 
     run = add_run_flags(parser, "--name")
     run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
@@ -161,8 +166,8 @@ def complete(args):
             "lower it"
         )
     check_participation(args.participation_rate, args.num_clients)
-    if args.server_lr is None:
-        args.server_lr = {"fedavgm": 1.0, "fedadam": 0.01}.get(args.algorithm, 1.0)
+    if args.server_lr is None or args.algorithm not in TOGETHER:
+        args.server_lr = SERVER_LR.get(args.algorithm, 1.0)
     if args.algorithm == "central" and not args.threads:
         import torch
 

@@ -57,7 +57,7 @@ SHARDS, ROUNDS = "--task-name sst2 --k 3 --out-dir x", "--task-name sst2 --shard
         (fed_momentum.build_parser(), "--server-tau 1", "--server-tau has no effect with --server-optimizer momentum"),
         (TRAIN, "--partition iid --alpha 1", "--alpha has no effect with --partition iid"),
         (TRAIN, "--num-clusters 3", "--num-clusters has no effect with --cluster none"),
-        (TRAIN, "--server_lr 1", "--server-lr has no effect with --algorithm fedavg"),
+        (TRAIN, "--server_lr 1 --algorithm local", "--server-lr has no effect with --algorithm local"),
         (TRAIN, "--mu=1", "--mu has no effect with --algorithm fedavg"),
         (TRAIN, "--algorithm fedprox --mu 1", None),
         (TRAIN, "--algorithm central --participation 1",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import harness
 import pytest
@@ -136,6 +137,21 @@ def test_what_a_grid_has_just_started_ends_with_it(tmp_path, monkeypatch):
     with pytest.raises(Terminated), stoppable():
         grid.run_all([grid.Run("a", ("a.py",)), grid.Run("b", ("b.py",))], tmp_path, jobs=2)
     assert [process.poll() for process in started] == [-signal.SIGTERM]
+
+
+def test_a_run_ends_when_its_grid_is_killed(tmp_path):
+    (tmp_path / "a.py").write_text("import time; time.sleep(60)")
+    start = f"grid.start([{str(tmp_path / 'a.py')!r}], Path({str(tmp_path / 'a.txt')!r}))"
+    code = f"import os; from pathlib import Path; from common import grid; print({start}.pid, flush=True)"
+    code += "; os.kill(os.getpid(), 9)"
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert ended.returncode == -signal.SIGKILL
+    state = Path(f"/proc/{int(ended.stdout)}/stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run goes on")
 
 
 # ---------------------------------------------------------------------------------------------- several processes

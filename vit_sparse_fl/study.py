@@ -156,9 +156,10 @@ def _log_shards(run, log, counts, examples, notes):
         f"{len(n)} clients, images a client {n[0]} to {n[-1]} (median {n[len(n) // 2]}), "
         f"classes a client {classes.min()} to {classes.max()}"
     )
-    if parallel.is_main():
-        with saving(run.folder / "shards.json"):
-            write_json(run.folder / "shards.json", {"counts": counts.tolist(), "notes": notes})
+    path = run.folder / "shards.json"
+    if parallel.is_main() and not path.exists():  # a run that goes on may still be refused
+        with saving(path):
+            write_json(path, {"counts": counts.tolist(), "notes": notes})
 
 
 def batch_loss(model, amp, device, label_smoothing=0.0):
