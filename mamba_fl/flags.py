@@ -31,7 +31,12 @@ SIZES = {  # flag -> its default, its names in a config.json: mamba-ssm's and tr
     "headdim": (64, "headdim", "head_dim"),
     "expand": (2, "expand", "expand"),
 }
-SERVER_LR = {"type": positive_float, "default": 1.0, "metavar": "X", "help": "eta_s; the plain mean: 1"}
+SERVER_LR = {
+    "type": positive_float,
+    "default": 1.0,
+    "metavar": "X",
+    "help": "eta_s, of the mean update; the plain mean: 1",
+}
 
 
 def make_parser(doc, *, federated=True):
@@ -68,11 +73,11 @@ def make_parser(doc, *, federated=True):
     add("--lr", type=non_negative_float, default=5e-4, metavar="X", help="learning rate")
     add("--weight-decay", type=non_negative_float, default=0.01, metavar="X", help="not on dt_bias, A_log, D; off: 0")
     schedules = ["constant", "cosine", "linear"]
-    add("--lr-scheduler", choices=schedules, default="constant", help="the rate after the warm-up, over all steps")
-    add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="steps up to --lr; off: 0")
+    add("--lr-scheduler", choices=schedules, default="constant", help="of the rate, after the warm-up")
+    add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="steps in which it rises to --lr; off: 0")
     lowest, falls = "the rate that cosine and linear end at", only(lr_scheduler=("cosine", "linear"))
     add("--min-lr", type=non_negative_float, default=0.0, metavar="X", when=falls, help=lowest)
-    clip = "a step's gradient is clipped to this norm; off: 0"
+    clip = "norm that a step's gradient is clipped to; off: 0"
     add("--max-grad-norm", type=non_negative_float, default=0.0, metavar="X", help=clip)
     if federated:
         add("--batch-size", type=positive_int, default=4, metavar="B", help="sequences a step and client")
@@ -115,7 +120,7 @@ def make_parser(doc, *, federated=True):
         add("--save-freq", type=positive_int, default=100, metavar="N", help="checkpoint every N steps")
     while_training = "validation sequences used while training (the end uses all); 0: all"
     add("--val-sequences", type=non_negative_int, default=256, metavar="N", help=while_training)
-    held_out = "blocks of each client's held-out text that models are measured on; off: 0"
+    held_out = "sequences of each client's held-out text, for the averaged and for its own model; off: 0"
     add("--held-out-sequences", type=non_negative_int, default=8, metavar="N", help=held_out)
     add("--save-deltas", action="store_true", help="store the updates of the state-space parameters")
     add("--prompt", default="Once upon a time,", help="text that the samples go on from; off: ''")
@@ -142,7 +147,8 @@ def complete_flags(args):
     args.layers = args.layers or by_name
     if args.init_from is not None:
         _complete_from(args, final_of(args.init_from))
-    for name, value in {**DEFAULTS[args.dataset], **{flag: default for flag, (default, *_) in SIZES.items()}}.items():
+    sizes = {flag: default for flag, (default, *_) in SIZES.items()}
+    for name, value in (sizes | DEFAULTS[args.dataset]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.config = f"pure_ssm_{args.layers}_layer"

@@ -395,6 +395,12 @@ def test_the_plan_of_rounds():
         plan_rounds(args, [5, 1])
 
 
+def test_sizes_by_default():
+    for data, d_model in (("demo", 128), ("wikitext2", 512)):
+        args = flags(central, f"--dataset {data}")
+        assert (args.d_model, args.layers, args.d_state, args.headdim, args.expand) == (d_model, 1, 128, 64, 2)
+
+
 def test_client_weights_and_entropy_prior_are_one_thing():
     for more, prior in (("", "none"), ("--client-weights uniform", "none"), ("--client-weights examples", "examples")):
         assert flags(fed_entropy, more).entropy_prior == prior
