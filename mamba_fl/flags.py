@@ -1,5 +1,6 @@
 """The flags of this study's scripts: the source's names and defaults, and ours."""
 
+import os
 from pathlib import Path
 
 from common.cli import (
@@ -170,7 +171,7 @@ def complete_flags(args):
 
 def final_of(run):
     """The folder of the model that a run ended with: RUN/final, or RUN itself."""
-    return Path(run) / "final" if (Path(run) / "final").is_dir() else Path(run)
+    return Path(run) / "final" if os.path.isdir(Path(run) / "final") else Path(run)  # also of a name that is too long
 
 
 def _complete_from(args, folder):

@@ -343,6 +343,7 @@ def test_a_run_starts_from_another_ones_weights(data, tmp_path):
             rf"--tokenizer bpe:300 \(\w{{12}}\) is not that of --init-from {moved} \(\w{{12}}\): drop",
         ),
         (f"--init-from {tmp_path}", f"--init-from {tmp_path} has no model .*: give the folder of a finished run"),
+        (f"--init-from {'x' * 5000}", "has no model .*: give the folder of a finished run"),
     ):
         with pytest.raises(UsageError, match=line):
             run(fed_avg, tmp_path / "d", f"{words} {more}")
