@@ -31,7 +31,7 @@ def make_model(config, *, kernel="auto", device="cpu", seed=0):
     is CUDA, else torch. Raises UsageError when mamba_ssm is asked for and cannot be had.
     """
     device = torch.device(device)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), reading("a model of these sizes cannot be made", "lower them"):
         torch.random.default_generator.manual_seed(seed)
         model = Mamba2LM(config)
     library = find_mamba_ssm(kernel, device)

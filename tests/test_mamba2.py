@@ -318,6 +318,8 @@ def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(UsageError, match="n_layer is 0"):
         Mamba2Config(n_layer=0)
     assert Mamba2Config().padded_vocab_size == 50264
+    with pytest.raises(UsageError, match="of these sizes cannot be made"):
+        make_model(Mamba2Config(**{**SMALL, "d_state": 10**15}))
 
 
 def test_mamba_ssm_is_never_imported_for_a_cpu(monkeypatch):
