@@ -218,7 +218,7 @@ def check_same(folder, before, now):
     Other versions are a warning. Args: before, now: the two manifests.
     """
     # where the files lie may change between sessions; what is in them may not
-    places = ("source", "model")  # a model is compared by `check_folder`
+    places = ("source", "model", "tokenizer")  # the last two are compared by `check_folder`
     data = [{key: value for key, value in of["data"].items() if key not in places} for of in (before, now)]
     if data[0] != data[1] or before.get("clients") != now["clients"]:
         raise UsageError(f"{folder} was started on other data (see its run.json): choose another --run-name")
