@@ -37,9 +37,9 @@ class Study:
     """Data and model of a run.
 
     model: task, tokens and encoder with its adapter; rows: each client's examples, int64 [n_k] of the training split;
-    ranks: each client's; scale: s of every client's adapter; served_as: what the rule serves where it chooses, keywords
-    of `common.lowrank.AdapterMean`; theta: before the first round; loss: mean over the examples of a batch; servers:
-    {part of theta: server optimiser}, empty for plain averaging; folders: of the rounds.
+    ranks: each client's; scale: s of every client's adapter; served_as: what the rule serves where it chooses, and the
+    server's learning rate, keywords of `common.lowrank.AdapterMean`; theta: before the first round; loss: mean over the
+    examples of a batch; servers: {part of theta: server optimiser}, empty for plain averaging; folders: of the rounds.
     """
 
     args: object
@@ -97,9 +97,9 @@ def load_study(args, run):
     ranks = client_ranks(a, len(shards))
     check_ranks(a, ranks, model.adapted)
     scale, start = scaling(a.lora_alpha, a.lora_r), read_served(a.init_adapter) if a.init_adapter else None
-    served_as = {"rank": a.lora_r}
+    served_as = {"rank": a.lora_r, "server_lr": a.server_lr if a.server_optimizer == "none" else 1.0}
     if a.aggregate == "svd":
-        served_as = {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
+        served_as |= {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
     fused = f"fused_r{served_as['rank']}" + "_nosvd" * (a.aggregate == "naive")
     about = model.adapted.about() | {"base_model": model.base_model(run.folder)}
     study = Study(
@@ -295,7 +295,7 @@ def keep_client(study, factors_k, head_k, k, t, clients):
 def serve(study, theta, served, heads):
     """theta after a round. Args: served: of `AdapterMean.result`; heads: a `WeightedMean` of the heads."""
     step = study.step("head")
-    head = step(theta["head"], heads.delta()) if step else heads.result()
+    head = step(theta["head"], heads.delta()) if step else heads.result(study.served_as["server_lr"])
     base = study.model.adapted.updated(base_of(theta), served.updates)
     return named_factors(served.factors) | {"head": head} | {f"base.{name}": weight for name, weight in base.items()}
 

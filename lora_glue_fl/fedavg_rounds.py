@@ -45,8 +45,9 @@ def build_parser():
         "--server-lr",
         type=positive_float,
         metavar="X",
-        help="its learning rate (default: 1 for momentum, else 0.01)",
-        when=unless(server_optimizer="none"),
+        help="the server's learning rate eta, of theta + eta (mean - theta) or its optimiser (default: 1, the plain "
+        "mean; adam, yogi, adagrad: 0.01)",
+        when=unless(server_optimizer="none", server_lr=1.0),
     )
     own.add_argument(
         "--server-beta",
@@ -116,7 +117,8 @@ def main(args):
             up = partial(fed_core.bytes_up, study, t)
             clients = run.sample(n, a.participation, t, up=up, work=study.examples)
             starts = fed_core.begin_round(study, theta, t)
-            mean = AdapterMean(a.aggregate, fed_core.factors(theta), study.scale, clients, t, a.seed, **study.served_as)
+            pairs, scale = fed_core.factors(theta), study.served_scale(t)
+            mean = AdapterMean(a.aggregate, pairs, scale, clients, t, a.seed, **study.served_as)
             heads = WeightedMean(theta["head"], clients)
             for k in clients:
                 weights, steps, lrs = fed_core.begin_client(study, theta, starts, k, t)
@@ -124,7 +126,7 @@ def main(args):
                 options = {"amp": run.amp, "mu": a.mu, "max_norm": a.max_grad_norm, "lrs": lrs}
                 done = local_steps(study.loss, steps, weights, optimizer, **options)
                 factors_k, head_k = fed_core.end_client(study, weights, k, clients, done)
-                if mean.add(factors_k, n[k], finite=(head_k,)):
+                if mean.add(factors_k, n[k], study.scale, finite=(head_k,)):
                     heads.add(head_k, n[k])
                     fed_core.keep_client(study, factors_k, head_k, k, t, clients)
             served = mean.result(study.step(mean.trained))

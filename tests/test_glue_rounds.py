@@ -154,7 +154,7 @@ def served(rule, theta, means, deltas, t):
     return new
 
 
-def plain(given, rule, weigh, server=None, **options):
+def plain(given, rule, weigh, server=None, eta=1.0, **options):
     """(weights that the model computes with after two rounds, and before): the reference."""
     theta, ranks = start_of(given), [3, 2, 4, 3, 2] if rule == "svd" else [4] * K
     start, place = weights_of(theta, S), 0
@@ -176,7 +176,11 @@ def plain(given, rule, weigh, server=None, **options):
                         sums[n] = sums[n] + w * theta_k[n]
             place += 1
         means = {n: p / total if torch.is_tensor(p) else theta[n] for n, p in sums.items()}
-        new = served(rule, theta, means, {layer: delta / total for layer, delta in deltas.items()}, t)
+        scale = S_SVD if t and rule == "svd" else S
+        for layer, delta in deltas.items():
+            deltas[layer] = (1 - eta) * scale * theta[f"B.{layer}"] @ theta[f"A.{layer}"] + eta * delta / total
+        means = {n: (1 - eta) * theta[n] + eta * mean for n, mean in means.items()}
+        new = served(rule, theta, means, deltas, t)
         theta = server(theta, new, letters) if server else new
     return weights_of(theta, S_SVD if rule == "svd" else S), start
 
@@ -223,11 +227,13 @@ def momentum(v, rate=0.7, beta=0.9):
 
 CASES = {
     "svd": ("svd", "--svd-rank 4 --alpha 6 --client-ranks 3 2 4", {}),
+    "svd, server lr": ("svd", "--svd-rank 4 --alpha 6 --client-ranks 3 2 4 --server-lr 0.6", {"eta": 0.6}),
     "naive": ("naive", "--client-weights uniform", {"weigh": lambda k: 1.0}),
     "momentum": ("naive", "--server-optimizer momentum --server-lr 0.7", {"server": True}),
     "ffa": ("ffa", "--mu 0.5 --weight-decay 0.1", {"mu": 0.5, "decay": 0.1}),
     "stack": ("stack", "--warmup-ratio 0.4", {"warmup": 0.4}),
     "residual": ("residual", "--gradient-accumulation-steps 2", {"accumulated": 2}),
+    "residual, server lr": ("residual", "--server-lr 1.7", {"eta": 1.7}),
     "rolora": ("rolora", "--server-optimizer momentum --server-lr 0.7", {"server": True}),
 }
 
