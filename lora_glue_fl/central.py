@@ -10,10 +10,10 @@ import numpy as np
 
 from common import parallel
 from common.cli import RunFailed, UsageError
-from common.local import OptimizerState, client_optimizer, local_steps
+from common.local import OptimizerState, local_steps
 from common.seeding import seed_torch
 from common.vector import Weights
-from lora_glue_fl.data_prep import batches, learning_rates, plan_steps
+from lora_glue_fl.data_prep import adamw, batches, learning_rates, plan_steps
 from lora_glue_fl.shards import load_manifest, subset
 from lora_glue_fl.task_model import TaskModel, print_values
 
@@ -50,7 +50,7 @@ def load_study(args, run, lora=None):
 def train(study):
     """Epochs of AdamW with one schedule over all of them, evaluated before and after each with --do-eval."""
     a, run, model, weights = study.args, study.run, study.model, study.weights
-    optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate, weight_decay=a.weight_decay)
+    optimizer = adamw(a, model.model, weights.parameters)
     moments = OptimizerState(optimizer, weights.parameters)
     weights.load(run.restore(weights.snapshot(), weights.named, optimizer=moments))
     evaluate = model.evaluate if a.do_eval else dict

@@ -97,11 +97,12 @@ if __name__ == "__main__":  # above the imports that take seconds: --help and a 
 from functools import partial
 
 from common.aggregation import WeightedMean
-from common.local import client_optimizer, local_steps
+from common.local import local_steps
 from common.lowrank import AdapterMean
 from common.processes import run_federated
 from common.runlog import start_run
 from lora_glue_fl import fed_core
+from lora_glue_fl.data_prep import adamw
 
 
 def main(args):
@@ -122,7 +123,7 @@ def main(args):
             heads = WeightedMean(theta["head"], clients)
             for k in clients:
                 weights, steps, lrs = fed_core.begin_client(study, theta, starts, k, t)
-                optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate, weight_decay=a.weight_decay)
+                optimizer = adamw(a, study.model.model, weights.parameters)
                 options = {"amp": run.amp, "mu": a.mu, "max_norm": a.max_grad_norm, "lrs": lrs}
                 done = local_steps(study.loss, steps, weights, optimizer, **options)
                 factors_k, head_k = fed_core.end_client(study, weights, k, clients, done)

@@ -91,7 +91,8 @@ def add_training_flags(parser, lr):
     train.add_argument("--batch-size", "--per-device-train-batch-size", **BATCH, help="examples a step")
     add_evaluation_flags(train)
     train.add_argument("--learning-rate", "--lr", type=positive_float, default=lr, metavar="X", help="AdamW's highest")
-    train.add_argument("--weight-decay", type=non_negative_float, default=0.0, metavar="X", help="AdamW's; off: 0")
+    text = "AdamW's, of what is no bias and no norm; off: 0"
+    train.add_argument("--weight-decay", type=non_negative_float, default=0.0, metavar="X", help=text)
     train.add_argument(
         "--warmup-ratio", type=half_open_fraction, default=0.0, metavar="X", help="share of a fit's steps; off: 0"
     )

@@ -116,7 +116,9 @@ def local(given, theta, k, t, letters, mu=0.0, decay=0.0, warmup=0.0, accumulate
 
     mine = {name: p.clone().requires_grad_(name[0] in (*letters, "c")) for name, p in theta.items()}
     trained = {name: p for name, p in mine.items() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=decay, foreach=False)
+    groups = [{"params": [p for n, p in trained.items() if n.endswith("bias") == bias]} for bias in (False, True)]
+    groups[1]["weight_decay"] = 0.0
+    optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=decay, foreach=False)
     rows = given.rows[k]
     batches = training_batches(given.encoded.lengths()[rows], 8, EPOCHS, SEED, t, k)
     steps = [batches[i : i + accumulated] for i in range(0, len(batches), accumulated)]
