@@ -5,10 +5,12 @@ The optimiser's loop is that of the federated clients (`common.local.local_steps
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from common import parallel
+from common.best import Best
 from common.cli import RunFailed, UsageError
 from common.local import OptimizerState, local_steps
 from common.seeding import seed_torch
@@ -48,12 +50,24 @@ def load_study(args, run, lora=None):
 
 
 def train(study):
-    """Epochs of AdamW with one schedule over all of them, evaluated before and after each with --do-eval."""
+    """Epochs of AdamW with one schedule over all of them, evaluated before and after each with --do-eval.
+
+    Leaves the last epoch's weights in the model, with --final best those of the best validation metric.
+    """
     a, run, model, weights = study.args, study.run, study.model, study.weights
     optimizer = adamw(a, model.model, weights.parameters)
     moments = OptimizerState(optimizer, weights.parameters)
-    weights.load(run.restore(weights.snapshot(), weights.named, optimizer=moments))
+    lasting, best = {"optimizer": moments}, Best()
+    if a.final == "best":
+        lasting["best"] = best
+    weights.load(run.restore(weights.snapshot(), weights.named, **lasting))
     evaluate = model.evaluate if a.do_eval else dict
+
+    def offer(t, row):
+        if a.final == "best":
+            best.offer(t, -row[model.headline], weights.theta)  # it keeps the lowest
+        return {}
+
     run.report(0, weights.theta, evaluate)
     if not a.do_train:
         return
@@ -72,7 +86,9 @@ def train(study):
         if not math.isfinite(done):
             hint = f"lower --learning-rate ({a.learning_rate:g}) or --amp off"
             raise RunFailed(f"epoch {t + 1}: the loss is {done}: {hint}")
-        run.report(t + 1, weights.theta, lambda value=done: {"train_loss": value} | evaluate())
+        run.report(t + 1, weights.theta, lambda value=done: {"train_loss": value} | evaluate(), partial(offer, t + 1))
+    if a.final == "best":
+        weights.load(best.theta)
 
 
 def results(study):

@@ -345,7 +345,7 @@ def publish(study, theta, served, clients, t):
     """Evaluates what is served after round t where asked, and writes the server's folder. Returns what is logged."""
     metrics = evaluate(study, theta, t + 1)
     if metrics:
-        study.folders.offer(t, metrics[study.model.headline])
+        study.folders.offer(t, metrics[study.model.headline], theta if study.args.final == "best" else {})
     fields = {"aggregation_error": served.error, "delta_norm": served.norm}
     if study.args.aggregate == "svd":
         fields |= {"discarded_energy": served.discarded, "missing_directions": served.missing}
@@ -355,8 +355,10 @@ def publish(study, theta, served, clients, t):
 
 
 def finish(study, theta):
-    """final/ and the results: an adapter, or for stack and residual the merged model."""
-    run, model, rounds = study.run, study.model, study.args.rounds
+    """final/ and the results: an adapter, or for stack and residual the merged model. theta: after the last round."""
+    run, model, folders, rounds = study.run, study.model, study.folders, study.args.rounds
+    if study.args.final == "best":
+        theta, rounds = folders.theta, folders.best + 1
 
     def write(folder):
         if study.args.aggregate in CHANGES_BASE:
@@ -364,11 +366,11 @@ def finish(study, theta):
             model.adapted.save_merged(folder)
             model.tokenizer.save_pretrained(folder)
         else:
-            study.folders.write(folder, *study.adapter(theta, rounds))
+            folders.write(folder, *study.adapter(theta, rounds))
 
     run.write_final(write)
     if parallel.is_main():
-        line, folders = run.metrics()[-1], study.folders
+        line = run.metrics()[-1]
         results = print_values(line) | {"best_round": folders.best + 1, f"best_{model.headline}": folders.value}
         results |= {name: line[name] for name in ("aggregation_error", "bytes_up", "bytes_down", "examples", "seconds")}
         run.finish(results | {"rounds": line["round"]})

@@ -11,7 +11,16 @@ Bai et al. 2024), the other rules are in common/lowrank.py. The head is averaged
 import argparse
 
 from common.choices import RULES
-from common.cli import fraction, half_open_fraction, non_negative_float, only, positive_float, positive_int, unless
+from common.cli import (
+    add_final_flag,
+    fraction,
+    half_open_fraction,
+    non_negative_float,
+    only,
+    positive_float,
+    positive_int,
+    unless,
+)
 from common.early import parsed
 from lora_glue_fl import flags
 
@@ -77,6 +86,7 @@ def build_parser():
     report = parser.add_argument_group("what is kept")
     report.add_argument("--eval-each-round", action="store_true", help="evaluate every round (else only the last)")
     report.add_argument("--eval-clients", action="store_true", help="evaluate each client's adapter too")
+    add_final_flag(report)
     report.add_argument(
         "--keep",
         nargs="+",

@@ -6,6 +6,7 @@ from common.choices import SPLITS
 from common.cli import (
     Parser,
     UsageError,
+    add_final_flag,
     add_machine_flags,
     add_run_flags,
     half_open_fraction,
@@ -138,6 +139,7 @@ def make_central_parser(description, output_dir, learning_rate):
     parser, own = make_parser(description, output_dir)
     own.add_argument("--do-train", action="store_true", help="train")
     own.add_argument("--do-eval", action="store_true", help="evaluate every epoch; without --do-train: zero-shot")
+    add_final_flag(own)
     train = add_training_flags(parser, learning_rate)
     train.add_argument(
         "--num-train-epochs", type=positive_float, default=3.0, metavar="X", help="passes over the examples"
@@ -150,6 +152,8 @@ def make_central_parser(description, output_dir, learning_rate):
 def complete_central(args):
     """The flags. Raises UsageError for flags that contradict each other."""
     refuse(not (args.do_train or args.do_eval), "nothing to do: give --do-train, --do-eval or both")
+    unknown = args.final == "best" and not (args.do_train and args.do_eval)
+    refuse(unknown, "--final best: the best epoch is known of --do-train with --do-eval: give both")
     refuse(args.shard and args.max_examples, "--shard and --max-examples are both given: choose one")
     return args
 
@@ -159,6 +163,8 @@ def complete_rounds(args):
     if args.skip_svd:
         refuse(args.aggregate not in (None, "naive"), f"--skip-svd is --aggregate naive, not {args.aggregate}")
         args.aggregate = "naive"
+    unknown = args.final == "best" and not args.eval_each_round
+    refuse(unknown, "--final best: without --eval-each-round only the last round is evaluated: add it")
     args.aggregate = args.aggregate or "svd"
     args.alpha = args.svd_rank if args.alpha is None else args.alpha
     if args.server_lr is None:

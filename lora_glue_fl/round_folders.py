@@ -21,8 +21,8 @@ _ROUND = re.compile(r"round_([1-9]\d*)")
 class RoundFolders:
     """Writes each round's adapters and deletes those that `--keep` does not name.
 
-    Its state (the best round and how good) is part of the run's checkpoint. A folder is deleted only after the
-    checkpoint of a later round: a run that is broken off finds what it goes on with.
+    Its state (the best round, how good and, where asked, its theta) is part of the run's checkpoint. A folder is
+    deleted only after the checkpoint of a later round: a run that is broken off finds what it goes on with.
 
     Args: folder: the run's; keep: some of "all", "last", "best"; fused: name of the fused folder, such as fused_r8;
         about: keyword arguments of `write_adapter` for every adapter, but alpha.
@@ -30,7 +30,7 @@ class RoundFolders:
 
     def __init__(self, folder, keep, fused, about):
         self.folder, self.keep, self.fused, self.about = folder, keep, fused, about
-        self.best, self.value = None, None
+        self.best, self.value, self.theta = None, None, {}
 
     def write(self, folder, factors, head, alpha, base=None):
         """Writes an adapter. base: {layer: weight} under it, where rounds have changed the base model."""
@@ -49,10 +49,10 @@ class RoundFolders:
         with saving(place):
             write_json(place / "fuse_manifest.json", manifest)
 
-    def offer(self, t, value):
-        """A round's headline metric: of equal ones the first is the best."""
+    def offer(self, t, value, theta):
+        """A round's headline metric, of equal ones the first is the best, and what is kept of its theta."""
         if self.value is None or value > self.value:
-            self.best, self.value = t, value
+            self.best, self.value, self.theta = t, value, theta
 
     def prune(self, last):
         """Deletes the folders of rounds up to `last` that are not kept.
@@ -80,15 +80,16 @@ class RoundFolders:
         return self.folder / f"round_{t + 1}"
 
     def state_dict(self):
-        """The best round and its value as tensors."""
+        """The best round, its value and its theta as tensors."""
         if self.best is None:
             return {}
-        return {"best": torch.tensor(self.best), "value": torch.tensor(self.value, dtype=torch.float64)}
+        return {"best": torch.tensor(self.best), "value": torch.tensor(self.value, dtype=torch.float64), **self.theta}
 
     def load_state_dict(self, state):
         """Takes over what `state_dict` returned."""
         if state:
-            self.best, self.value = int(state["best"]), state["value"].item()
+            self.theta = dict(state)
+            self.best, self.value = int(self.theta.pop("best")), self.theta.pop("value").item()
 
 
 def size_on_disk(study):

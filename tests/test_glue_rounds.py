@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from common.adapter_files import write_adapter
 from common.checkpoint import read_json
-from common.cli import checked, run_main
+from common.cli import UsageError, checked, run_main
 from common.lowrank import RULES
 from common.runlog import read_metrics
 from common.seeding import stream, torch_stream
@@ -25,6 +25,7 @@ from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
 from lora_glue_fl.glue_data import load_task
 from lora_glue_fl.round_folders import RoundFolders
 from lora_glue_fl.shards import make_client_splits, save_shard_manifests
+from lora_glue_fl.task_model import TaskModel
 
 TINY = "--model tiny --dataset demo --task-name sst2 --lora-r 4 --svd-rank 4 --learning-rate 5e-3 --threads 1".split()
 TINY += "--rounds 3 --local-epochs 0.5 --eval-each-round --max-length 32 --batch-size 8".split()
@@ -406,8 +407,8 @@ def test_pruning_leaves_the_round_that_another_process_may_be_writing(tmp_path):
     folders = RoundFolders(tmp_path, ["last", "best"], "fused_r4", {})
     for number in range(1, 6):
         (tmp_path / f"round_{number}").mkdir()
-    folders.offer(1, 0.9)
-    folders.offer(2, 0.9)  # not better: the first stays the best
+    folders.offer(1, 0.9, {})
+    folders.offer(2, 0.9, {})  # not better: the first stays the best
     folders.prune(3)
     assert names() == ["round_2", "round_4", "round_5"]
     folders.clean(3)  # at the start of a session nobody writes
@@ -466,3 +467,47 @@ def test_folders_of_a_round_without_a_client(shards, tmp_path, capsys, monkeypat
     assert manifest["left_out"] == [bad + 1] and manifest["k_adapters"] == 2
     assert manifest["adapters"] == [f"../client_{k + 1}/adapter" for k in others]
     assert manifest["weights"] == pytest.approx([n[k] / sum(n[k] for k in others) for k in others])
+
+
+def test_the_best_round_is_known_only_where_rounds_are_evaluated():
+    args = fedavg_rounds.build_parser().parse_args("--task-name sst2 --shard-dir s --final best".split())
+    with pytest.raises(UsageError, match="--final best: without --eval-each-round"):
+        flags.complete_rounds(args)
+
+
+def ever_worse(monkeypatch, module, turn):
+    """The accuracy falls with every evaluation, and the first session is interrupted in this turn of local steps."""
+    evaluate, steps, calls, turns = TaskModel.evaluate, module.local_steps, [], []
+
+    def worse(self, share=True):
+        calls.append(0)
+        return evaluate(self, share) | {"val_accuracy": 1 - len(calls) / 100}
+
+    def local_steps(*given, **options):
+        turns.append(0)
+        if len(turns) == turn:
+            raise KeyboardInterrupt
+        return steps(*given, **options)
+
+    monkeypatch.setattr(TaskModel, "evaluate", worse)
+    monkeypatch.setattr(module, "local_steps", local_steps)
+
+
+@pytest.mark.parametrize("rule", ["svd", "residual"])
+def test_final_holds_the_best_rounds_weights_where_asked(rule, shards, tmp_path, monkeypatch):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    ever_worse(monkeypatch, fedavg_rounds, 8)
+    more = "--final best --keep last --no-save-clients --processes 1".split()
+    line = words(shards, "--output-root", tmp_path, "--run-name", "x", "--aggregate", rule, *more)
+    assert call(*line) == 130 and call(*line, "--resume") == 0
+    folder = tmp_path / "x"
+    _, best, _, last = (row["val_loss"] for row in read_metrics(folder))
+    results = read_json(folder / "run.json")["results"]
+    assert [path.name for path in folder.glob("round_*")] == ["round_3"] and results["best_round"] == 1
+    if rule == "svd":
+        _, loss = evaluated(folder / "final", tmp_path / "eval")
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "final")
+        _, loss = validation(model, AutoTokenizer.from_pretrained(folder / "final"))
+    assert loss == pytest.approx(best, rel=1e-4) != pytest.approx(last, rel=1e-3)
