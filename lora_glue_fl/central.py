@@ -41,8 +41,13 @@ def load_study(args, run, lora=None):
     rows = np.empty(0, dtype=np.int64)
     if a.do_train:
         rows = load_manifest(a.shard, model.data)["indices"] if a.shard else subset(model.data, a.max_examples, a.seed)
+    clients = {"examples": len(rows)} if a.do_train else {}
+    if lora and a.init_adapter:
+        adapted = model.adapted
+        factors, head, clients["init_adapter_sha256"] = model.start(a.init_adapter, a.lora_r, adapted.scale, a.lora_r)
+        adapted.load(factors, head, adapted.scale)
     weights = Weights(model.model, trained)
-    run.begin(model.facts(), model.sizes(trained), clients={"examples": len(rows)} if a.do_train else None)
+    run.begin(model.facts(), model.sizes(trained), clients=clients or None)
     run.plan(math.ceil(a.num_train_epochs) if a.do_train else 0)
     for line in model.notes:
         run.note(line)

@@ -42,7 +42,7 @@ def build_parser():
         metavar="R",
         help="svd, stack: rank of each client, repeated in turn (default: --lora-r)",
     )
-    own.add_argument("--init-adapter", metavar="DIR", help="adapter to begin with (default: A random, B zero)")
+    flags.add_init_flag(own)
     own.add_argument("--mu", type=non_negative_float, default=0.0, metavar="X", help="FedProx's mu; off: 0")
     own.add_argument(
         "--server-optimizer",

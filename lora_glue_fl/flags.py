@@ -122,6 +122,12 @@ def add_lora_flags(own):
     own.add_argument("--target-modules", nargs="+", metavar="NAME", help="adapted layers (default: queries and values)")
 
 
+def add_init_flag(own):
+    """An adapter to begin with."""
+    text = "begins with this adapter: its folder, its run's, or a round's fused one (default: A random, B zero)"
+    own.add_argument("--init-from", "--init-adapter", dest="init_adapter", metavar="DIR", help=text)
+
+
 def add_split_flag(own, when=None):
     """What svd makes of the singular values."""
     text = "svd: B = U S, A = V^T, or (balanced) the root of S in both"

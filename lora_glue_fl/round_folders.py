@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common import parallel
-from common.adapter_files import read_adapter, read_tensors, write_adapter
+from common.adapter_files import CONFIG, read_adapter, read_tensors, write_adapter
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
 from common.participation import per_round
@@ -133,11 +133,23 @@ def fuse_manifest(study, served, clients, alpha, metrics, t):
 
 
 def read_served(path):
-    """`read_adapter` of a folder of any age: runs used to keep the changed base beside the adapters, not in them.
+    """`read_adapter` of a folder, of a run's (what it ended with), or of a round's client or fused folder.
 
-    Raises: UsageError as `read_adapter`, and for the adapter of such a run's client whose base was deleted.
+    Of any age: runs used to keep the changed base beside the adapters, not in them.
+    Raises: UsageError as `read_adapter`, for a run that has no adapter (yet), and for the adapter of such an old run's
+        client whose base was deleted.
     """
-    file, place = read_adapter(path), Path(path).expanduser().resolve().parent
+    path = Path(path).expanduser()
+    if not (path / CONFIG).exists():
+        path = next((path / part for part in ("final", "adapter") if (path / part).is_dir()), path)
+    if (path / "run.json").exists():
+        raise UsageError(f"{path} has no final/: end that run with --resume, or give a round's fused folder")
+    if (path / "config.json").exists() and not (path / CONFIG).exists():
+        raise UsageError(
+            f"{path} is a whole model (stack and residual change the base), no adapter: give it as --model; "
+            "baseline_run.py --do-eval evaluates it"
+        )
+    file, place = read_adapter(path), path.resolve().parent
     t = _ROUND.fullmatch(place.parent.name)
     if file.base or not t or not (served := list(place.parent.glob("fused_*/base.safetensors"))):
         return file

@@ -1,6 +1,7 @@
 """fedavg_rounds.py: whole rounds of every rule against a plain loop in fp64, what a run serves, keeps and logs."""
 
 import importlib
+import json
 import math
 import shutil
 from types import SimpleNamespace
@@ -321,6 +322,9 @@ def evaluated(adapter, out):
     return found["val_accuracy"], found["val_loss"]
 
 
+SHOWN = ("val_accuracy", "val_loss")
+
+
 def as_older_runs_wrote_it(folder):
     """The changed base beside what is served, in base.safetensors, and in no adapter."""
     for adapter in folder.glob("round_*/*/adapter"):
@@ -511,3 +515,34 @@ def test_final_holds_the_best_rounds_weights_where_asked(rule, shards, tmp_path,
         model = AutoModelForSequenceClassification.from_pretrained(folder / "final")
         _, loss = validation(model, AutoTokenizer.from_pretrained(folder / "final"))
     assert loss == pytest.approx(best, rel=1e-4) != pytest.approx(last, rel=1e-3)
+
+
+def test_a_run_begins_with_an_adapter_a_round_or_a_run(shards, tmp_path, capsys):
+    folder = runs("svd")
+    last = read_metrics(folder)[-1]
+    line = words(shards, "--seed", 7, "--rounds", 1, "--output-root", tmp_path, "--run-name", "x")
+    assert call(*line, "--init-from", folder) == 0
+    same_metrics((last["val_accuracy"], last["val_loss"]), *(read_metrics(tmp_path / "x")[0][n] for n in SHOWN))
+    central = "--seed 7 --lora-r 4 --do-eval --output-dir".split()
+    for flag, start in (("--init-from", folder / "round_3/fused_r4"), ("--init-adapter", folder / "final")):
+        assert call(*EVAL, *central, tmp_path / "c", "--overwrite", flag, start, script="main_glue_lora") == 0
+        row = read_metrics(tmp_path / "c" / "sst2_tiny" / "r4")[0]
+        same_metrics((last["val_accuracy"], last["val_loss"]), *(row[n] for n in SHOWN))
+    same_metrics(evaluated(folder, tmp_path / "eval"), last["val_accuracy"], last["val_loss"])
+
+    capsys.readouterr()
+    for start, seed, parts in (
+        (runs("residual"), 7, ("whole model", "--model")),
+        (folder, 8, (f"was trained on {folder}/base", f"give --model {folder}/base")),
+        (folder / "round_3", 7, ("has no adapter_config.json",)),
+        (shutil.copytree(folder, tmp_path / "y", ignore=lambda *_: ["final"]), 7, ("has no final/", "--resume")),
+    ):
+        assert call(*line, "--run-name", "z", "--seed", seed, "--init-from", start) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and all(part in said for part in parts), said
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(folder / "final", elsewhere)
+    about = read_json(elsewhere / "adapter_config.json") | {"base_model_name_or_path": "/none"}
+    (elsewhere / "adapter_config.json").write_text(json.dumps(about))
+    assert evaluated(elsewhere, tmp_path / "eval")[1] != pytest.approx(last["val_loss"])
+    assert "elsewhere was trained on /none, which cannot be compared with tiny" in capsys.readouterr().err
