@@ -94,6 +94,7 @@ def train(study):
         run.report(t + 1, weights.theta, lambda value=done: {"train_loss": value} | evaluate(), partial(offer, t + 1))
     if a.final == "best":
         weights.load(best.theta)
+        run.note(f"what is saved is the best epoch's, {best.round}: {model.headline} {-best.loss:.4g}")
 
 
 def results(study):

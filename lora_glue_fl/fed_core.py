@@ -335,6 +335,7 @@ def finish(study, theta):
     run, model, folders, rounds = study.run, study.model, study.folders, study.args.rounds
     if study.args.final == "best":
         theta, rounds = folders.theta, folders.best + 1
+        run.note(f"final/ holds the best round's, {rounds}: {model.headline} {folders.value:.4g}")
 
     def write(folder):
         if study.args.aggregate in CHANGES_BASE:

@@ -100,11 +100,12 @@ def size_on_disk(study):
     whole = 4 * study.run.manifest["parameters"]["total"] if base else adapter  # final/
     rounds = a.rounds if "all" in a.keep else min(a.rounds, len(a.keep))
     clients = per_round(a.participation, len(study.rows)) if a.save_clients else 0
-    total = (rounds * (clients + 1) + 1) * (adapter + base) + whole
+    checkpoints = a.keep_checkpoints * (1 + (a.final == "best"))
+    total = (rounds * (clients + 1) + checkpoints) * (adapter + base) + whole
     changed = " with the base's changed weights, unless --no-save-clients" * bool(base and clients)
     return (
         f"on disk at the end: about {total / 2**20:,.1f} MiB ({rounds} rounds (--keep {' '.join(a.keep)}) of {clients} "
-        f"+ 1 adapters of {(adapter + base) / 2**20:.2f} MiB{changed}, a checkpoint, final/)"
+        f"+ 1 adapters of {(adapter + base) / 2**20:.2f} MiB{changed}, checkpoints, final/)"
     )
 
 

@@ -265,6 +265,16 @@ def test_rounds_are_the_plain_loop(case, given, tmp_path, monkeypatch):
     assert rows[2]["train_loss"] == pytest.approx(np.average(list(losses.values()), weights=[*map(weigh, losses)]))
     assert rows[2]["examples"] == sum(math.ceil(len(given.rows[k]) / 2) for t in (0, 1) for k in sampled(given, t))
 
+    # what is sampled sends, and all receive what changed: 32 x 32 layers, a client's rank; stacked factors of three
+    ranks, side = [3, 2, 4, 3, 2] if rule == "svd" else [4] * K, 32 * len(LAYERS)
+    head, letters = sum(start[n].numel() for n in start if n[0] == "c"), 1 if rule in ("ffa", "rolora") else 2
+    up = sum(ranks[k] * letters * side + head for t in (0, 1) for k in sampled(given, t))
+    down = 2 * K * ((12 * 2 if rule in ("stack", "residual") else 4 * letters) * side + head)
+    assert rows[2]["bytes_up"] == 4 * up
+    assert rows[2]["bytes_down"] == 4 * (down + sum(ranks) * 2 * side + K * head)
+    written = sorted(path.name for path in (tmp_path / "r" / "round_2").glob("client_*"))
+    assert written == [f"client_{k + 1}" for k in last if k != bad]
+
 
 # ---- what a run serves, keeps and logs
 
