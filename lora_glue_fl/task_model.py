@@ -173,7 +173,7 @@ class TaskModel:
         Raises: UsageError where they are there, and are others than the model's.
         """
         there, here = file.base_model, self.encoder.name
-        if there is None or there.removeprefix("FacebookAI/") == here.removeprefix("FacebookAI/"):
+        if not there or there.removeprefix("FacebookAI/") == here.removeprefix("FacebookAI/"):
             return []
         weights = Path(there).expanduser() / "model.safetensors"
         if not weights.is_file():
