@@ -17,7 +17,8 @@ def check_place(args):
     refuse_other_files(place)
     if place.is_dir() and any(place.iterdir()) and not args.overwrite:
         raise UsageError(f"--save-adapter {place} exists: choose another folder, or give --overwrite")
-    if place.resolve() in [Path(path).expanduser().resolve() for path in args.adapters]:
+    read = [Path(path).expanduser().resolve() / part for path in args.adapters for part in ("", "final", "adapter")]
+    if place.resolve() in read:
         raise UsageError(f"--save-adapter {place} is one of --adapters: choose another folder")
     for suffix in (".new", ".old"):  # the names of the steps in which `write_adapter` replaces a folder
         beside = place.with_name(place.name + suffix)

@@ -387,6 +387,7 @@ GLUE = [
             ("--tokenizer {tmp}/none", ["/none", "tokenizer"]),
         ]
     ),
+    ("main_glue_lora.py", f"{CENTRAL} --do-train --final best", ["--final best", "--do-eval"]),
     ("main_glue_lora.py", CENTRAL, ["nothing to do", "--do-train, --do-eval or both"]),
     ("main_glue_lora.py", f"{CENTRAL} --do-train --shard {{tmp}}/none.json", ["none.json", "sharding.py"]),
     ("main_glue_lora.py", f"{CENTRAL} --do-train --shard {{made}}/rte/client_1.json", ["client_1.json", "rte", "sst2"]),

@@ -6,9 +6,10 @@ import pytest
 import torch
 from encoders import save_encoder
 from safetensors.torch import load_file
-from test_glue_rounds import call, same_metrics, validation
+from test_glue_rounds import call, evaluated, ever_worse, same_metrics, validation
 
 from common.checkpoint import read_json
+from lora_glue_fl import central as central_module
 from lora_glue_fl.glue_data import load_task
 from lora_glue_fl.shards import subset
 
@@ -143,3 +144,21 @@ def test_only_the_adapter_and_the_head_are_trained():
     other = load_file(central("baseline_run") / "final" / "model.safetensors")
     assert begun.keys() == other.keys()
     assert not any(torch.equal(begun[name], other[name]) for name in begun if name.startswith("classifier."))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_saved_is_the_best_epochs_where_asked(script, tmp_path, monkeypatch):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    ever_worse(monkeypatch, central_module, 2)
+    words = (*TRAIN, "--num-train-epochs", 2, "--final", "best")
+    assert run(script, tmp_path, *words) == 130 and run(script, tmp_path, *words, "--resume") == 0
+    folder = folder_of(script, tmp_path)
+    _, best, last = (row["val_loss"] for row in harness.read_lines(folder))
+    assert read_json(folder / "run.json")["results"]["best_round"] == 1
+    if script == "baseline_run":
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "final")
+        _, loss = validation(model, AutoTokenizer.from_pretrained(folder / "final"))
+    else:
+        _, loss = evaluated(folder / "adapter", tmp_path / "eval")
+    assert loss == pytest.approx(best, rel=1e-4) != pytest.approx(last, rel=1e-3)

@@ -204,7 +204,12 @@ def test_folders_that_are_no_shards(saved, tmp_path):
     refuse_folder(tmp_path / "none", "is missing")
     (tmp_path / "empty").mkdir()
     refuse_folder(tmp_path / "empty", "has no client_1.json")
-    (folder / "client_2.json").rename(folder / "client_4.json")
+    two, rows = folder / "client_2.json", json.loads((folder / "client_2.json").read_text())["indices"]
+    change(two, seed=3)
+    refuse_folder(folder, "client_2.json has seed 3, client_1.json 7")
+    change(two, seed=7, indices=[i ^ 1 for i in rows])  # as many of another dealing
+    refuse_folder(folder, "summary.json does not fit the 3 client files")
+    two.rename(folder / "client_4.json")
     refuse_folder(folder, "client_4.json but no client_2.json")
     (folder / "client_4.json").unlink()
     (folder / "client_3.json").unlink()
