@@ -484,14 +484,14 @@ def contents(folder):
 
 def cut(case):
     """Of the files that differ but in a number each is cut at some of the tenths."""
-    broken, tenth = case.study.place / "broken", case.i % 10
+    broken, tenth = case.study.place / "broken" / "r", case.i % 10
     alike = parts(broken)[case.i // 10]
     file = alike[tenth % len(alike)]
     case.about = f"{file} cut at {tenth} tenths"
-    shutil.copytree(broken, case.folder)
-    content = (case.folder / file).read_bytes()
-    (case.folder / file).write_bytes(content[: len(content) * tenth // 10])
-    before = contents(case.folder)
+    folder = shutil.copytree(broken, case.folder / "r")
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) * tenth // 10])
+    before = contents(folder)
     script = case.study.start(case.folder, 1, "--resume")
     script.ended(0, 2)
     if not script.code:
@@ -499,7 +499,7 @@ def cut(case):
         return
     if script.err.read_text().count("\n") > 1:
         raise Lost(f"refused in more than one line: {script.err.read_text()}")
-    if changed := [name for name, content in contents(case.folder).items() if before.get(name) != content]:
+    if changed := [name for name, content in contents(folder).items() if before.get(name) != content]:
         raise Lost(f"refused ({script.last()}), but changed: {', '.join(changed)}")
     shutil.rmtree(case.folder)
 
@@ -531,7 +531,7 @@ def cases_of(study, args):
             continue
         broken = study.place / "broken"
         study.start(broken, 1, changes=(signal.SIGKILL, int(0.8 * study.changes[""]))).ended(-signal.SIGKILL)
-        n = 10 * len(parts(broken))
+        n = 10 * len(parts(broken / "r"))
         yield from (Case(study, kind, i, n, args.seed) for i in range(0, n, 1 + 6 * args.quick))
 
 

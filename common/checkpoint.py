@@ -33,7 +33,7 @@ from common.cli import RunFailed, UsageError
 # what a disk answers where nothing can be written any more
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
-CHANGING = ("checkpoint", "clients", "final")  # folders of a run whose files are no checkpoint's to answer for
+CHANGING = ("checkpoint", "final")  # folders of a run whose files are no checkpoint's to answer for, with ClientRows'
 
 
 def write_json(path, value):
@@ -91,7 +91,7 @@ def save(folder, meta, shared, rows=None, keep=1):
         if parallel.is_main():
             files = {f"{name}.safetensors": _save_tensors(fresh, name, tensors) for name, tensors in shared.items()}
             of_clients = {name: {str(k): sha256 for k, sha256 in of.items()} for name, of in saved.items()}
-            state = meta | {"files": files, "rows": of_clients, "published": _published(folder)}
+            state = meta | {"files": files, "rows": of_clients, "published": _published(folder, rows)}
             write_json(fresh / "state.json", state | {"sha256": _digest(state)})
             _sync_folder(fresh)
         parallel.barrier()
@@ -217,12 +217,13 @@ def _load_tensors(folder, name, device):
         raise ValueError(f"{path} is damaged ({error})") from None
 
 
-def _published(folder):
+def _published(folder, rows):
     """{path beside the checkpoint `folder`: SHA-256} of the weights that the run has published for good so far."""
-    before, run = {}, folder.parent
+    before, run, working = {}, folder.parent, [row.folder for row in (rows or {}).values()]
     with contextlib.suppress(OSError, ValueError):
         before = read_json(folder / "state.json").get("published", {})  # what is published stays as it is
-    paths = [path.relative_to(run) for kind in ("*.safetensors", "*.npz") for path in run.rglob(kind)]
+    paths = [path for kind in ("*.safetensors", "*.npz") for path in run.rglob(kind) if path.parent not in working]
+    paths = [path.relative_to(run) for path in paths]
     paths = [path for path in paths if path.parts[0].split(".")[0] not in CHANGING and ".new" not in str(path)]
     return {str(path): before.get(str(path)) or seal(run / path) for path in sorted(paths)}
 
