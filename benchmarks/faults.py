@@ -1,6 +1,6 @@
 """Faults of every kind on a tiny run of each study's own script: how many are tried, and how many runs are lost.
 
-    python benchmarks/faults.py                                   # all four studies
+    python benchmarks/faults.py                                   # all four; about 15 minutes on two idle cores
     python benchmarks/faults.py --study mamba_fl --kills 10 --quick
 
 Each run is a process of its own, forked from this one, which has imported the libraries: what a fault costs is then

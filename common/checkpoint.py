@@ -81,7 +81,7 @@ def save(folder, meta, shared, rows=None, keep=1):
     """
     folder = Path(folder)
     fresh = folder.with_name(folder.name + ".new")
-    with saving(folder, fresh):
+    with saving(folder, *[fresh] * parallel.is_main()):  # or the main one's reason is that the folder is gone
         if parallel.is_main():
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)

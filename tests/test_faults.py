@@ -444,3 +444,28 @@ def test_what_a_study_writes_itself_ends_in_one_line_too(tmp_path):
         train(arguments(tmp_path), 6, {3: full})
     assert checkpoint.read_json(tmp_path / "r" / "run.json")["status"] == "failed"
     resumed(tmp_path)
+
+
+def test_the_process_that_sees_the_full_disk_first_leaves_the_folder_to_the_main_one(tmp_path, monkeypatch):
+    """Else the main process fails because the folder is gone, and that is the line."""
+
+    class Rows:
+        def save(self, *_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("common.parallel.is_main", lambda: False)
+    (tmp_path / "checkpoint.new").mkdir()
+    with pytest.raises(RunFailed, match="No space left on device"):
+        checkpoint.save(tmp_path / "checkpoint", {}, {}, {"rows": Rows()})
+    assert (tmp_path / "checkpoint.new").exists()
+
+
+def test_a_figure_that_was_cut_off_leaves_nothing_when_it_is_made_again(tmp_path):
+    (tmp_path / "figure.py").write_text(
+        "import sys\nfrom matplotlib.figure import Figure\nfrom common.curves import save_figure\n"
+        "save_figure(Figure(), sys.argv[1])\n"
+    )
+    words, folder = [tmp_path / "figure.py", tmp_path / "plots" / "a.png"], tmp_path / "plots"
+    ended = harness.run(words, die=(folder, 0, 2, signal.SIGKILL))
+    assert ended.code == -signal.SIGKILL and len(os.listdir(folder)) == 1, ended
+    assert harness.run(words).code == 0 and os.listdir(folder) == ["a.png"]
