@@ -146,7 +146,8 @@ class Changes:
             if kind not in ("fsync", "unlink", "remove", "rmdir") or self.what == errno.EROFS and kind != "fsync":
                 raise OSError(self.what, os.strerror(self.what), os.fspath(path))
         elif self.count == self.at + 1:
-            half()
+            if self.what == signal.SIGKILL:  # what goes on after the signal makes the change whole
+                half()
             os.kill(os.getpid(), self.what)
 
 
@@ -358,6 +359,7 @@ class Case:
                 until((self.folder / "r" / "run.json").exists, PATIENCE)
             self.about = f"moment {share:.2f}, {processes} processes"
             time.sleep(share * self.study.seconds[processes] * (0.7 if begun else 1))
+            until(lambda: script.code is not None or len(script.members()) > processes - (processes == 1), PATIENCE)
             members = script.members()
             if script.code is None and len(members) == (1 if processes == 1 else 1 + processes):
                 return script, members
