@@ -173,23 +173,40 @@ def _busy():
     return [rank for rank in range(_size) if rank != _rank() and _read("at", rank)]
 
 
+def _late():
+    """The other processes that do not wait."""
+    with contextlib.suppress(RuntimeError):  # the store's process is gone
+        return [rank for rank in range(_size) if rank != _rank() and not _store.check([f"waits {rank}"])]
+    return []
+
+
+def _say_waits(waits):
+    """Says whether this process waits: who does not, is waited for, wherever it is."""
+    with contextlib.suppress(RuntimeError):
+        _store.set(f"waits {_rank()}", "") if waits else _store.delete_key(f"waits {_rank()}")
+
+
 def wait(work):
     """Waits for an exchange. Signals are seen, who is late is named, and the end of another process is an exception.
 
     Raises: RunFailed or UsageError with the reason for which a process has failed; Gone without one.
     """
     global _gone
-    began, said, completed = time.monotonic(), 1, False
+    began, said, completed, waits = time.monotonic(), 1, False, False
     while True:
         try:
             work.wait(TICK)
+            if waits:
+                _say_waits(False)
             return
         except RuntimeError:  # it is not complete yet, or broken
             if completed:
                 break
             completed = work.is_completed()
         _raise_failure()
-        said = _complain(began, said, _busy)
+        if not waits:
+            _say_waits(waits := True)
+        said = _complain(began, said, _late)
     names = "; ".join(map(where, _busy())) or "between two clients"
     _gone = Gone(f"another process is gone ({names}): see its output")
     end = time.monotonic() + MOURNING

@@ -209,6 +209,8 @@ class Started:
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
+        if self.process.exitcode == 255:  # multiprocessing's word for "the server that knows the exit code is gone"
+            raise RuntimeError("the fork server ended before its process: killed, or no memory to fork: run it again")
         out, err = ((self.place / name).read_text() for name in ("out", "err"))
         shutil.rmtree(self.place)
         return Ended(self.process.exitcode, out, err)
