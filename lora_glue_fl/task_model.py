@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from common import parallel
 from common.batches import evaluation_batches
 from common.checkpoint import saving
-from common.cli import UsageError
+from common.cli import UsageError, say
 from common.compiling import checked_compile
 from common.evaluation import amp_context, pick_device, resolve_amp
 from common.runlog import prepare_machine
@@ -146,6 +146,9 @@ class TaskModel:
     def check_fits(self, file):
         """Raises UsageError unless the `AdapterFile` has the adapted model's layers, their sizes and its head."""
         here, under, name = self.adapted.factors(), self.adapted.base_weights(), self.encoder.name
+        base = file.base_model
+        if base and not Path(base).is_dir() and Path(base).name != Path(name).name:
+            say(f"warning: {file.path} was trained on {base}, here it is put on {name}: see --model")
         odd = sorted(file.factors.keys() ^ here.keys())
         if odd:
             raise UsageError(f"{file.path}: its layers are not those of {name} ({odd[0]}): give its --model")

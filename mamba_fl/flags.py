@@ -96,7 +96,7 @@ def make_parser(doc, *, federated=True):
     while_training = "validation sequences used while training (the end uses all); 0: all"
     add("--val-sequences", type=non_negative_int, default=256, metavar="N", help=while_training)
     add("--save-deltas", action="store_true", help="store the updates of the state-space parameters")
-    add("--prompt", default="Once upon a time,", help="text that the samples go on from; off: ''")
+    add("--prompt", default="Once upon a time,", empty=True, help="text that the samples go on from; off: ''")
 
     run = add_run_flags(parser)
     run.add_argument("--output-dir", "--data-dir", default="results", metavar="DIR", help="where run folders go")

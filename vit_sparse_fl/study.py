@@ -114,7 +114,7 @@ def load_study(args, run, federated=True, sparse=False):
     stop_if_checked("study")  # the log has a folder of its own
     log = open_log(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
     run.begin(data.fingerprint, sizes, clients=facts)
-    for note in notes + more:
+    for note in notes + more if run.before is None else ():  # a run that goes on may yet be refused
         log.info(note)
     if federated:
         _log_shards(run, log, class_counts(shards, data.train_labels.numpy(), data.n_classes), examples, notes)
@@ -152,10 +152,9 @@ def _count(module):
 
 def _log_shards(run, log, counts, examples, notes):
     n, classes = sorted(examples), (counts > 0).sum(1)
-    log.info(
-        f"{len(n)} clients, images a client {n[0]} to {n[-1]} (median {n[len(n) // 2]}), "
-        f"classes a client {classes.min()} to {classes.max()}"
-    )
+    line = f"{len(n)} clients, images a client {n[0]} to {n[-1]} (median {n[len(n) // 2]}), "
+    if run.before is None:
+        log.info(f"{line}classes a client {classes.min()} to {classes.max()}")
     if parallel.is_main():
         with saving(run.folder / "shards.json"):
             write_json(run.folder / "shards.json", {"counts": counts.tolist(), "notes": notes})
