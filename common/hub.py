@@ -161,6 +161,9 @@ def load_pretrained(kind, source, what, advice, **options):
         for key in not_floating(source):  # transformers would make numbers of them
             if key.endswith((".weight", ".bias")) and not key.endswith(("attn.bias", "masked_bias")):  # GPT-2's masks
                 raise ValueError(f"{key} has no floating numbers")
+        for key in info["unexpected_keys"]:  # fewer layers in config.json than in the weights
+            if re.search(r"\b(layers?|h|blocks?)\.\d+\.", key) and not key.endswith(("attn.bias", "masked_bias")):
+                raise ValueError(f"{key} has no place in the model of its config.json")
         return model, info
 
 
