@@ -425,9 +425,9 @@ class Run:
             raise UsageError(
                 f"{path} lacks the lines of rounds {some}, which are in the checkpoint of round {t}: {mend}"
             )
-        if len(set(seen)) < len(seen):
+        if seen != sorted(set(seen)):
             raise UsageError(
-                f"{path} has a round twice, so two processes wrote it: start the run anew with --overwrite"
+                f"{path} has a round twice or out of order, so two processes wrote it: start the run anew with --overwrite"
             )
         return rows
 
