@@ -427,7 +427,8 @@ class Run:
             )
         if seen != sorted(set(seen)):
             raise UsageError(
-                f"{path} has a round twice or out of order, so two processes wrote it: start the run anew with --overwrite"
+                f"{path} has a round twice or out of order, so two processes wrote it: start the run anew "
+                "with --overwrite"
             )
         return rows
 
