@@ -105,11 +105,14 @@ def _has(args, flag, values):
 
 
 class _Declares:
-    """Flags say when a run reads them: add_argument(..., when=only(sharding="dirichlet"), why="what it does then")."""
+    """Flags say when a run reads them: add_argument(..., when=only(sharding="dirichlet"), why="what it does then").
 
-    def add_argument(self, *names, when=None, why="", **options):
+    empty: whether '' is a value; else it is refused, as of a shell's variable that is not set.
+    """
+
+    def add_argument(self, *names, when=None, why="", empty=False, **options):
         action = super().add_argument(*names, **options)
-        action.when, action.why = when, why
+        action.when, action.why, action.empty = when, why, empty
         return action
 
 
@@ -178,6 +181,13 @@ class Parser(_Declares, argparse.ArgumentParser):
         if isinstance(flags, Flags):
             flags.reads = {a.dest: getattr(a, "when", None) for a in self._actions if a.dest != "help"}
         return super().parse_known_args(_hyphenated(args), flags)
+
+    def _get_values(self, action, words):
+        empty = "" in words and action.type is None and not getattr(action, "empty", False)
+        if action.option_strings and action.nargs != 0 and ("--" in words or empty):
+            given = "'--'" if "--" in words else "an empty text"  # of --flag=-- argparse makes an empty list
+            raise argparse.ArgumentError(action, f"{given} is no value of it: give one, or drop the flag")
+        return super()._get_values(action, words)
 
     def _given(self, words):
         """{flag: its spelling} of the words, all of which must be this parser's."""

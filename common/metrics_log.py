@@ -59,7 +59,7 @@ def append(folder, line):
 def lines_to(folder, t, due):
     """The lines up to round t, that of a checkpoint; due: whether there is an evaluation after so many rounds.
 
-    Raises UsageError where some are missing, or twice there.
+    Raises UsageError where some are missing, twice there or out of order.
     """
     path, mend = folder / "metrics.jsonl", "put them back, or start the run anew with --overwrite"
     try:
@@ -70,8 +70,10 @@ def lines_to(folder, t, due):
     if missing := sorted({past for past in range(t + 1) if due(past)}.difference(seen)):
         some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         raise UsageError(f"{path} lacks the lines of rounds {some}, which are in the checkpoint of round {t}: {mend}")
-    if len(set(seen)) < len(seen):
-        raise UsageError(f"{path} has a round twice, so two processes wrote it: start the run anew with --overwrite")
+    if seen != sorted(set(seen)):
+        raise UsageError(
+            f"{path} has a round twice or out of order, so two processes wrote it: start the run anew with --overwrite"
+        )
     return rows
 
 

@@ -224,6 +224,18 @@ def load_manifest(path, data=None, task_name=None):
     return {**manifest, "task": task, "indices": values}
 
 
+def check_disjoint(paths, manifests):
+    """Raises UsageError where an example belongs to two clients of a `mode` that gives each to one."""
+    seen = {}
+    for path, manifest in zip(paths, manifests, strict=True):
+        for i in manifest["indices"].tolist() if manifest.get("mode") in ("iid", "category", "dirichlet") else ():
+            if seen.setdefault(i, path) != path:
+                raise UsageError(
+                    f"index {i} is in {seen[i]} and in {path}, but --mode {manifest['mode']} deals each example once: "
+                    "make the shards again"
+                )
+
+
 def load_shards(shard_dir, data):
     """The manifests of a folder, client 1 first.
 
@@ -246,6 +258,7 @@ def load_shards(shard_dir, data):
             if each.get(key) != first.get(key):
                 shown = f"{path} has {key} {each.get(key)}, client_1.json {first.get(key)}"
                 raise UsageError(f"{shown}: make the shards again")
+    check_disjoint([path for _, path in files], manifests)
     summary = folder / "summary.json"
     if summary.is_file():
         try:

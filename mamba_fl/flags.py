@@ -124,7 +124,7 @@ def make_parser(doc, *, federated=True):
     held_out = "sequences of each client's held-out text, for the averaged and for its own model; off: 0"
     add("--held-out-sequences", type=non_negative_int, default=8, metavar="N", help=held_out)
     add("--save-deltas", action="store_true", help="store the updates of the state-space parameters")
-    add("--prompt", default="Once upon a time,", help="text that the samples go on from; off: ''")
+    add("--prompt", default="Once upon a time,", empty=True, help="text that the samples go on from; off: ''")
 
     run = add_run_flags(parser)
     add_final_flag(run)

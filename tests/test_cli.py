@@ -112,6 +112,8 @@ def test_an_unknown_flag_names_the_nearest_if_one_is_near(capsys):
         (["--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume"),
         (["--name", ""], "'' is not the name of a folder"),
         (["--name", "a\nb"], "'a\\nb' is not the name of a folder"),
+        (["--output-dir="], "argument --output-dir/--results-dir: an empty text is no value of it"),
+        (["--alpha=--"], "argument --alpha: '--' is no value of it"),  # argparse would make an empty list of it
         (["--seed\n2"], "unknown flag --seed 2: did you mean --seed?"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -301,6 +301,7 @@ def test_a_log_shorter_than_its_checkpoint_is_refused_with_the_rounds_that_are_m
         ([*lines[:3], lines[2], *lines[3:]], "has a round twice"),
         ([lines[0], "\0" * 40 + "\n", *lines[1:]], "line 2 is not a JSON object with a round"),
         ([lines[0], "\udcff\n", *lines[1:]], "line 2 is not a JSON object with a round"),
+        (lines[::-1], "out of order"),
         (["[1]\n", *lines], "line 1 is not a JSON object with a round"),
         (["{}\n", *lines], "line 1 is not a JSON object with a round"),
     ):

@@ -3,11 +3,13 @@
 import importlib
 import json
 import sys
+from contextlib import nullcontext
 
 import harness
 import numpy as np
 import pytest
 
+from common.checkpoint import read_json, write_json
 from common.cli import UsageError
 from common.sharding import check
 from lora_glue_fl import shards
@@ -191,6 +193,19 @@ def test_manifests_that_do_not_fit_are_refused_by_name(saved):
         refused("is no shard manifest", path, data)
     path.unlink()
     refused("no shard manifest", path, data)
+
+
+def test_an_example_of_two_clients_is_refused_where_each_is_dealt_once(tmp_path):
+    data = load_task("sst2", "demo")
+    for mode, refused in (("iid", True), ("overlap", False)):
+        save_shard_manifests(tmp_path / mode, make_client_splits("sst2", 2, mode, data=data, overlap_ratio=0.0))
+        first, second = (tmp_path / mode / f"client_{k}.json" for k in (1, 2))
+        other = read_json(second)["indices"]
+        about = read_json(first)
+        (tmp_path / mode / "summary.json").unlink()
+        write_json(first, {**about, "indices": [*about["indices"][1:], other[0]]})
+        with pytest.raises(UsageError, match=f"index {other[0]} is in ") if refused else nullcontext():
+            load_shards(tmp_path / mode, data)
 
 
 def test_folders_that_are_no_shards(saved, tmp_path):

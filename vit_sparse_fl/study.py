@@ -114,7 +114,7 @@ def load_study(args, run, federated=True, sparse=False):
     stop_if_checked("study")  # the log has a folder of its own
     log = open_log(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
     run.begin(data.fingerprint, sizes, clients=facts)
-    for note in notes + more:
+    for note in notes + more if run.before is None else ():  # a run that goes on may yet be refused
         log.info(note)
     if federated:
         _log_shards(run, log, class_counts(shards, data.train_labels.numpy(), data.n_classes), examples, notes)
@@ -152,12 +152,13 @@ def _count(module):
 
 def _log_shards(run, log, counts, examples, notes):
     n, classes = sorted(examples), (counts > 0).sum(1)
-    log.info(
-        f"{len(n)} clients, images a client {n[0]} to {n[-1]} (median {n[len(n) // 2]}), "
-        f"classes a client {classes.min()} to {classes.max()}"
-    )
+    if run.before is None:  # a run that goes on may still be refused
+        log.info(
+            f"{len(n)} clients, images a client {n[0]} to {n[-1]} (median {n[len(n) // 2]}), "
+            f"classes a client {classes.min()} to {classes.max()}"
+        )
     path = run.folder / "shards.json"
-    if parallel.is_main() and not path.exists():  # a run that goes on may still be refused
+    if parallel.is_main() and not path.exists():
         with saving(path):
             write_json(path, {"counts": counts.tolist(), "notes": notes})
 
