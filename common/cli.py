@@ -95,7 +95,10 @@ def only(**wanted):
 
 
 def unless(**values):
-    """A flag that is not read where all of these other flags have their value, given as for `only`."""
+    """A flag that is not read where all of these flags have their value, given as for `only`.
+
+    Of a flag that came later its own off-value too: runs of before and after are then runs of one method.
+    """
     return When(lambda args: list(values) if all(_has(args, flag, v) for flag, v in values.items()) else [])
 
 
@@ -211,7 +214,7 @@ class Parser(_Declares, argparse.ArgumentParser):
         for action in self._actions:
             when = getattr(action, "when", None)
             off = when.off(flags) if action.dest in given and isinstance(when, When) else ()
-            if off:
+            if off and action.dest not in off:
                 reason = " ".join(_spelled(flag, getattr(flags, flag, None)) for flag in off)
                 names = lines.setdefault((reason, action.why), {})
                 names[given[action.dest]] = True
@@ -302,7 +305,8 @@ def add_run_flags(parser, *other_names):
 def add_final_flag(group):
     """Which weights final/ holds."""
     which = "weights that final/ holds: after the last round, or with the best validation metric"
-    group.add_argument("--final", choices=["last", "best"], default="last", help=which)
+    # no part of the method: what is trained is the same
+    group.add_argument("--final", choices=["last", "best"], default="last", when=lambda args: False, help=which)
 
 
 def add_machine_flags(group, seed=42, federated=False):

@@ -63,7 +63,8 @@ def build_parser(description):
     text = "SCAFFOLD's new c_k: mean of the raw gradients, or the paper's formula II (not with adamw)"
     choice(method, "--scaffold-option", SCAFFOLD_OPTIONS, "mean_gradient", text, when=only(algorithm="scaffold"))
     text = "factor of the server's step; 1: the mean (default: 1; fedadam: 0.01)"
-    number(method, "--server-lr", positive_float, None, text, when=only(algorithm=TOGETHER))
+    plain_mean = unless(server_lr=1.0, algorithm=("fedavg", "fedprox", "scaffold", "fednova"))
+    number(method, "--server-lr", positive_float, None, text, when=only(algorithm=TOGETHER) & plain_mean)
     number(method, "--server-momentum", half_open_fraction, 0.9, "of fedavgm; off: 0", when=only(algorithm="fedavgm"))
     text = "FedAvg within groups of clients with like updates or topics"
     choice(method, "--cluster", CLUSTERS, "none", text, when=only(algorithm="fedavg"))
@@ -98,7 +99,7 @@ def build_parser(description):
     number(model, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0")
     model.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: attention's)")
     text = "begin with another run's adapter: its folder, or the adapter's (default: a new one)"
-    model.add_argument("--init-from", metavar="RUN", help=text)
+    model.add_argument("--init-from", metavar="RUN", when=unless(init_from=None), help=text)
 
     train = parser.add_argument_group("training")
     number(train, "--num-rounds", positive_int, 50, "rounds", "T", "--rounds")

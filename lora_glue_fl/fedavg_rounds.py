@@ -75,6 +75,7 @@ def build_parser():
         default=1.0,
         metavar="X",
         help="share of the clients that trains in a round",
+        when=unless(participation=1.0),
     )
     federated.add_argument(
         "--local-epochs", type=positive_float, default=1.0, metavar="X", help="passes over a client's examples a round"

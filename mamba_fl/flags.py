@@ -16,6 +16,7 @@ from common.cli import (
     only,
     positive_float,
     positive_int,
+    unless,
 )
 from common.participation import check_participation, per_round
 
@@ -36,6 +37,7 @@ SERVER_LR = {
     "type": positive_float,
     "default": 1.0,
     "metavar": "X",
+    "when": unless(server_lr=1.0),
     "help": "eta_s, of the mean update; the plain mean: 1",
 }
 
@@ -56,7 +58,8 @@ def make_parser(doc, *, federated=True):
     add("--headdim", type=positive_int, metavar="N", help="channels per head (default: 64)")
     add("--expand", type=positive_int, metavar="N", help="inner width over width (default: 2)")
     start = "start from another run's weights (its folder, or its final/): sizes and tokenizer are then those"
-    add("--init-from", metavar="RUN", help=start + " (default: fresh weights)")
+    start += " (default: fresh weights)"
+    add("--init-from", metavar="RUN", when=unless(init_from=None), help=start)
     add("--chunk", type=_chunk, default="auto", help="tokens per chunk of the recurrence, or auto")
     add("--kernel", choices=["auto", "torch", "mamba_ssm"], default="auto", help="auto: mamba_ssm on CUDA if installed")
 
@@ -73,13 +76,14 @@ def make_parser(doc, *, federated=True):
     add("--n-epochs", type=positive_float, metavar="X", help="passes over the text (default: 1; demo: 3)")
     add("--lr", type=non_negative_float, default=5e-4, metavar="X", help="learning rate")
     add("--weight-decay", type=non_negative_float, default=0.01, metavar="X", help="not on dt_bias, A_log, D; off: 0")
-    schedules = ["constant", "cosine", "linear"]
-    add("--lr-scheduler", choices=schedules, default="constant", help="of the rate, after the warm-up")
-    add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help="steps in which it rises to --lr; off: 0")
+    schedules, varies = ["constant", "cosine", "linear"], unless(lr_scheduler="constant")
+    add("--lr-scheduler", choices=schedules, default="constant", when=varies, help="of the rate, after the warm-up")
+    rise, rises = "steps in which it rises to --lr; off: 0", unless(warmup_steps=0)
+    add("--warmup-steps", type=non_negative_int, default=0, metavar="N", when=rises, help=rise)
     lowest, falls = "the rate that cosine and linear end at", only(lr_scheduler=("cosine", "linear"))
     add("--min-lr", type=non_negative_float, default=0.0, metavar="X", when=falls, help=lowest)
-    clip = "norm that a step's gradient is clipped to; off: 0"
-    add("--max-grad-norm", type=non_negative_float, default=0.0, metavar="X", help=clip)
+    clip, clips = "norm that a step's gradient is clipped to; off: 0", unless(max_grad_norm=0)
+    add("--max-grad-norm", type=non_negative_float, default=0.0, metavar="X", when=clips, help=clip)
     if federated:
         add("--batch-size", type=positive_int, default=4, metavar="B", help="sequences a step and client")
         add("--local-updates", type=positive_int, default=1, metavar="H", help="steps a client and round")

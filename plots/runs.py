@@ -25,7 +25,7 @@ WHERE = frozenset(
     " checkpoint_dir log_dir run_name name experiment_name config resume overwrite track use_wandb wandb_project"
     " threads processes device num_workers pin_memory compile kernel chunk download keep keep_best save_clients"
     " save_deltas save_every save_freq save_interval log_interval val_freq eval_every eval_batch_size prompt"
-    " num_runs keep_checkpoints patience final".split()
+    " num_runs keep_checkpoints patience final held_out_sequences".split()
 )
 
 

@@ -219,10 +219,12 @@ def test_folders_that_are_no_shards(saved, tmp_path):
     refuse_folder(tmp_path / "none", "is missing")
     (tmp_path / "empty").mkdir()
     refuse_folder(tmp_path / "empty", "has no client_1.json")
-    two, rows = folder / "client_2.json", json.loads((folder / "client_2.json").read_text())["indices"]
+    two, three = folder / "client_2.json", folder / "client_3.json"
+    rows, others = (json.loads(path.read_text())["indices"] for path in (two, three))
     change(two, seed=3)
     refuse_folder(folder, "client_2.json has seed 3, client_1.json 7")
-    change(two, seed=7, indices=[i ^ 1 for i in rows])  # as many of another dealing
+    change(two, seed=7, indices=sorted([*others[:1], *rows[1:]]))  # as many of another dealing
+    change(three, indices=sorted([*rows[:1], *others[1:]]))
     refuse_folder(folder, "summary.json does not fit the 3 client files")
     two.rename(folder / "client_4.json")
     refuse_folder(folder, "client_4.json but no client_2.json")

@@ -105,7 +105,7 @@ def test_what_cannot_be_evaluated_or_adapted_is_refused(tmp_path, capsys):
             "validation texts have one token each",
         ),
         ("--lora-r 65", "--lora-r 65 is above 64"),
-        ("--init-from=", "no adapter_config.json"),
+        ("--init-from=", "an empty text is no value"),
     ):
         assert call(*words(tmp_path, "a", f"{SHORT} {line}")) == 2
         error = capsys.readouterr().err

@@ -146,7 +146,7 @@ def _federated_flags(train):
     number(train, "--local-steps", positive_int, 4, "J", "steps a client and round", when=one)
     number(train, ("--num-rounds", "--rounds"), positive_int, 500, "T", "rounds")
     step = "the server's step, as a multiple of the mean update; off: 1, the plain mean"
-    number(train, "--server-lr", positive_float, 1.0, "X", step)
+    number(train, "--server-lr", positive_float, 1.0, "X", step, when=unless(server_lr=1.0))
     choice(train, "--client-weights", ["examples", "uniform"], "examples", "weight of a client in the mean")
     _schedule_flags(train, "rounds", 0, 100, "learning rate over the rounds")
     number(train, "--eval-every", positive_int, 10, "N", "evaluate every N rounds")
