@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from common.cache import one_line
 from common.checkpoint import saving, swap, write_json
 from common.cli import RunFailed, UsageError
+from common.hub import reading
 from common.products import scaling
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -279,6 +280,11 @@ def _sort_tensors(stored, modules_to_save, r, path):
 def _targets(config, factors, path):
     """Sorted target_modules: as the configuration names them, full names where it chooses among layers."""
     names = config.get("target_modules") or []
+    if isinstance(names, str) and names != "all-linear":
+        with reading(f"{path} has target_modules {_short(names)}", "save the adapter again"):
+            odd = [layer for layer in factors if not re.fullmatch(names, layer)]
+        if odd:
+            raise UsageError(f"{path} has target_modules {_short(names)}, but the weights have {odd[0]}: save it again")
     if isinstance(names, str) or config.get("layers_to_transform") or config.get("exclude_modules"):
         return sorted(factors)
     hit = {layer: {name for name in names if layer == name or layer.endswith("." + name)} for layer in factors}

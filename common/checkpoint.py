@@ -2,7 +2,8 @@
 
 A checkpoint is a folder:
 
-    state.json                  round, counters, timings; SHA-256 of every file and of this; dtypes and shapes
+    state.json                  round, counters, timings; SHA-256 of every file, of this, and of what the run has
+                                published beside it; dtypes and shapes
     theta.safetensors           the global weights, by name
     NAME.safetensors            one file per lasting object (server optimiser, best weights, ...)
     NAME_000007.safetensors     one file per client with lasting state (`common.client_rows`)
@@ -31,6 +32,8 @@ from common.cli import RunFailed, UsageError
 
 # what a disk answers where nothing can be written any more
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+CHANGING = ("checkpoint", "final")  # folders of a run whose files are no checkpoint's to answer for, with ClientRows'
 
 
 def write_json(path, value):
@@ -78,7 +81,7 @@ def save(folder, meta, shared, rows=None, keep=1):
     """
     folder = Path(folder)
     fresh = folder.with_name(folder.name + ".new")
-    with saving(folder, fresh):
+    with saving(folder, *[fresh] * parallel.is_main()):  # or the main one's reason is that the folder is gone
         if parallel.is_main():
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
@@ -88,7 +91,7 @@ def save(folder, meta, shared, rows=None, keep=1):
         if parallel.is_main():
             files = {f"{name}.safetensors": _save_tensors(fresh, name, tensors) for name, tensors in shared.items()}
             of_clients = {name: {str(k): sha256 for k, sha256 in of.items()} for name, of in saved.items()}
-            state = meta | {"files": files, "rows": of_clients}
+            state = meta | {"files": files, "rows": of_clients, "published": _published(folder, rows)}
             write_json(fresh / "state.json", state | {"sha256": _digest(state)})
             _sync_folder(fresh)
         parallel.barrier()
@@ -214,6 +217,17 @@ def _load_tensors(folder, name, device):
         raise ValueError(f"{path} is damaged ({error})") from None
 
 
+def _published(folder, rows):
+    """{path beside the checkpoint `folder`: SHA-256} of the weights that the run has published for good so far."""
+    before, run, working = {}, folder.parent, [row.folder for row in (rows or {}).values()]
+    with contextlib.suppress(OSError, ValueError):
+        before = read_json(folder / "state.json").get("published", {})  # what is published stays as it is
+    paths = [path for kind in ("*.safetensors", "*.npz") for path in run.rglob(kind) if path.parent not in working]
+    paths = [path.relative_to(run) for path in paths]
+    paths = [path for path in paths if path.parts[0].split(".")[0] not in CHANGING and ".new" not in str(path)]
+    return {str(path): before.get(str(path)) or seal(run / path) for path in sorted(paths)}
+
+
 def _read_state(folder):
     """What state.json says, with "shared", the names of what all clients share; every file is as it says.
 
@@ -238,7 +252,10 @@ def _read_state(folder):
     if sha256 is None and parallel.is_main():
         print(f"warning: {folder} is of before there were checksums: damage to it would not be seen", file=sys.stderr)
     files |= {row_file(name, k): value for name, of in rows.items() for k, value in of.items()}
-    faults = [_fault(folder / file, files[file]) for file in parallel.my_share(sorted(files))]
+    paths = {folder / file: value for file, value in files.items()}
+    published = {folder.parent / file: value for file, value in state.get("published", {}).items()}
+    paths |= {path: value for path, value in published.items() if path.exists()}  # a round's may be deleted
+    faults = [_fault(path, paths[path]) for path in parallel.my_share(sorted(paths))]
     faults = [fault for part in parallel.all_gather([f for f in faults if f]) for fault in part]
     if faults:
         raise ValueError(faults[0])
@@ -259,5 +276,5 @@ def _instead(folder):
     for path in earlier(folder):
         with contextlib.suppress(ValueError):
             t = _read_state(path).get("round")
-            return f"delete that folder, and --resume goes on from {path}, after round {t}"
+            return f"delete {folder}, and --resume goes on from {path}, after round {t}"
     return "start the run anew with --overwrite"

@@ -58,12 +58,13 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class Flags(argparse.Namespace):
-    """Parsed flags, and two lists that are no flags.
+    """Parsed flags, and three lists that are no flags.
 
-    reads: {flag: when it is read, a function of the flags, or None: always}; notes: lines of what has no effect.
+    reads: {flag: when it is read, a function of the flags, or None: always}; given: {flag: its spelling} of the command
+    line and --config; notes: lines of what has no effect.
     """
 
-    __slots__ = ("reads", "notes")
+    __slots__ = ("reads", "given", "notes")
 
 
 class When:
@@ -94,7 +95,10 @@ def only(**wanted):
 
 
 def unless(**values):
-    """A flag that is not read where all of these other flags have their value, given as for `only`."""
+    """A flag that is not read where all of these flags have their value, given as for `only`.
+
+    Of a flag that came later its own off-value too: runs of before and after are then runs of one method.
+    """
     return When(lambda args: list(values) if all(_has(args, flag, v) for flag, v in values.items()) else [])
 
 
@@ -104,11 +108,14 @@ def _has(args, flag, values):
 
 
 class _Declares:
-    """Flags say when a run reads them: add_argument(..., when=only(sharding="dirichlet"), why="what it does then")."""
+    """Flags say when a run reads them: add_argument(..., when=only(sharding="dirichlet"), why="what it does then").
 
-    def add_argument(self, *names, when=None, why="", **options):
+    empty: whether '' is a value; else it is refused, as of a shell's variable that is not set.
+    """
+
+    def add_argument(self, *names, when=None, why="", empty=False, **options):
         action = super().add_argument(*names, **options)
-        action.when, action.why = when, why
+        action.when, action.why, action.empty = when, why, empty
         return action
 
 
@@ -169,7 +176,7 @@ class Parser(_Declares, argparse.ArgumentParser):
         if rest:
             self.error(f"{rest[0]!r} belongs to no flag: drop it")
         if isinstance(flags, Flags):
-            flags.notes = list(self._without_effect(flags, given))
+            flags.given, flags.notes = given, list(self._without_effect(flags, given))
         return flags
 
     def parse_known_args(self, args=None, namespace=None):
@@ -177,6 +184,13 @@ class Parser(_Declares, argparse.ArgumentParser):
         if isinstance(flags, Flags):
             flags.reads = {a.dest: getattr(a, "when", None) for a in self._actions if a.dest != "help"}
         return super().parse_known_args(_hyphenated(args), flags)
+
+    def _get_values(self, action, words):
+        empty = "" in words and action.type is None and not getattr(action, "empty", False)
+        if action.option_strings and action.nargs != 0 and ("--" in words or empty):
+            given = "'--'" if "--" in words else "an empty text"  # of --flag=-- argparse makes an empty list
+            raise argparse.ArgumentError(action, f"{given} is no value of it: give one, or drop the flag")
+        return super()._get_values(action, words)
 
     def _given(self, words):
         """{flag: its spelling} of the words, all of which must be this parser's."""
@@ -190,8 +204,8 @@ class Parser(_Declares, argparse.ArgumentParser):
             if name in known:
                 given[known[name].dest] = name
             elif name.startswith("--") and not {"-h", "--help"} & {*words}:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                self.error(f"unknown flag {name}: did you mean {near}?")
+                near = difflib.get_close_matches(name[2:], [one[2:] for one in known], n=1)  # "--" is no likeness
+                self.error(f"unknown flag {name}" + "".join(f": did you mean --{one}?" for one in near))
         return given
 
     def _without_effect(self, flags, given):
@@ -200,7 +214,7 @@ class Parser(_Declares, argparse.ArgumentParser):
         for action in self._actions:
             when = getattr(action, "when", None)
             off = when.off(flags) if action.dest in given and isinstance(when, When) else ()
-            if off:
+            if off and action.dest not in off:
                 reason = " ".join(_spelled(flag, getattr(flags, flag, None)) for flag in off)
                 names = lines.setdefault((reason, action.why), {})
                 names[given[action.dest]] = True
@@ -291,7 +305,8 @@ def add_run_flags(parser, *other_names):
 def add_final_flag(group):
     """Which weights final/ holds."""
     which = "weights that final/ holds: after the last round, or with the best validation metric"
-    group.add_argument("--final", choices=["last", "best"], default="last", help=which)
+    # no part of the method: what is trained is the same
+    group.add_argument("--final", choices=["last", "best"], default="last", when=lambda args: False, help=which)
 
 
 def add_machine_flags(group, seed=42, federated=False):

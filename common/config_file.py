@@ -85,7 +85,7 @@ def _checked(action, value, where):
         raise UsageError(f"{where}: {value!r} must be {'a list of values' if many else 'one value'}")
     made = []
     for item in value if many else [value]:
-        if isinstance(item, (dict, list)) or item is None:
+        if isinstance(item, (dict, list)) or item is None or item == "" and not getattr(action, "empty", False):
             raise UsageError(f"{where}: {item!r} must be one value")
         try:
             made.append(action.type(str(item)) if action.type else str(item))

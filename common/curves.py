@@ -75,7 +75,7 @@ def save_figure(figure, path):
     """Writes the figure (png or pdf by the file's suffix); a broken write leaves the old file in place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    part = path.with_name(f".{path.stem}.new{path.suffix}")  # one name: the next writes over that of a killed process
     # No date in the file: the same runs give the same bytes.
     metadata = {"CreationDate": None} if path.suffix == ".pdf" else {}
     try:

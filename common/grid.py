@@ -10,6 +10,7 @@ run whose training broke down (no client's update was finite) is a result like a
 """
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int
 from common.curves import read_metrics
 from common.early import CHECK
+from common.progress import duration
 from common.stopping import undisturbed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,8 +306,20 @@ def start(command, log, alone=True):
     place = os.environ | ({} if alone else ONE_THREAD)
     with open(log, "a", encoding="utf-8") as file:
         return subprocess.Popen(
-            line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=place, start_new_session=True
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=place,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
+
+
+def _end_with_parent():
+    """In a process that begins: SIGTERM when the one that started it dies, of kill -9 too. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def interrupt(processes, patience=30):
@@ -324,14 +338,6 @@ def call(command):
     sys.stdout.flush()
     line = [sys.executable, str(ROOT / command[0]), *command[1:]]
     return subprocess.run(line, check=False, process_group=0).returncode  # Ctrl-C is ours to say
-
-
-def duration(seconds):
-    """`45 s`, `12 min` or `3 h 20 min`."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def log_of(run, output):

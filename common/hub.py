@@ -158,7 +158,24 @@ def load_pretrained(kind, source, what, advice, **options):
         odd = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
         if odd:
             raise ValueError(f"{odd[0]} is not finite")
+        for key in not_floating(source):  # transformers would make numbers of them
+            if key.endswith((".weight", ".bias")) and not key.endswith(("attn.bias", "masked_bias")):  # GPT-2's masks
+                raise ValueError(f"{key} has no floating numbers")
+        for key in info["unexpected_keys"]:  # fewer layers in config.json than in the weights
+            if re.search(r"\b(layers?|h|blocks?)\.\d+\.", key) and not key.endswith(("attn.bias", "masked_bias")):
+                raise ValueError(f"{key} has no place in the model of its config.json")
         return model, info
+
+
+def not_floating(folder):
+    """Names of the tensors in a folder's model*.safetensors that hold integers or truth values."""
+    from safetensors import safe_open
+
+    names = []
+    for path in Path(folder).glob("model*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            names += [key for key in tensors.keys() if "F" not in tensors.get_slice(key).get_dtype()]
+    return names
 
 
 def weight_bytes(folder):

@@ -10,6 +10,9 @@ Client k's adapter adds Delta_k = s_k B_k A_k to a layer (see `common.products`)
     residual   mean A, mean B, base += Delta - s mean B mean A            exact (FedEx-LoRA, Singhal et al. 2024)
     rolora     trains B in one round and A in the next, the other fixed   exact (RoLoRA, Chen et al. 2024)
 
+With a server learning rate eta each takes theta + eta (mean - theta): of A and B, and of the products too, of which
+svd, stack and residual then serve (1 - eta) s B A + eta Delta in the place of Delta, s B A being what was served.
+
 svd and stack take clients of different ranks. residual could serve their mean exactly too, of zero-padded factors, but
 a client of a smaller rank would then begin with another product than the one that the base was corrected for.
 """
@@ -52,7 +55,8 @@ class Served:
 
     factors: {layer: (A, B)}, with the scale `scale`; updates: {layer: `Product`} to add to the base weights (stack and
     residual; else empty); error: ||served - mean(BA)|| / ||mean(BA)|| over all layers, of the factors as they are
-    rounded and of `updates` before they are, without a server optimiser's step; norm: ||mean(BA)|| over all layers;
+    rounded and of `updates` before they are, without a server optimiser's step (mean(BA): with a server learning rate
+    what is taken in its place); norm: ||mean(BA)|| over all layers;
     discarded: the share of Delta's energy (squared norm) that svd cut off, else 0; missing: directions of all layers
     that svd had to draw.
     """
@@ -81,15 +85,19 @@ class AdapterMean:
         rule: one of `RULES`.
         factors: {layer: (A, B)} that the round began with, not to be changed while clients are added.
         scale: their s, and the clients' unless `add` names another.
+        server_lr: eta; 1: the plain mean.
         clients: `common.parallel.Round`.
         round, seed: for what the round trains (`trained_factors`) and for the random rows that it may need.
         rank, new_scale, split: of the adapter that svd serves (rank and new_scale of stack's fresh one too); rank and
             scale default to those of `factors`, and are those for the other rules.
     """
 
-    def __init__(self, rule, factors, scale, clients, round=0, seed=0, rank=None, new_scale=None, split="us"):
+    def __init__(
+        self, rule, factors, scale, clients, round=0, seed=0, rank=None, new_scale=None, split="us", server_lr=1.0
+    ):
         self.rule, self.factors, self.scale, self.clients = rule, dict(factors), scale, clients
         self.round, self.seed, self.split = round, seed, split
+        self.server_lr = server_lr
         ranks = {A.shape[0] for A, _ in self.factors.values()}
         self.rank = max(ranks) if rank is None else rank
         self.new_scale = scale if new_scale is None else new_scale
@@ -135,7 +143,7 @@ class AdapterMean:
         """
         if step is not None and self.rule not in ("naive", "ffa", "rolora"):
             raise ValueError(f"rule {self.rule} takes no server optimiser: take naive, ffa or rolora")
-        mean = None if self._mean is None else self._paired(self._mean.result())
+        mean = None if self._mean is None else self._paired(self._mean.result(self.server_lr))
         mine = {name: self._layer(name, target, mean) for name, target in self._products.result().items()}
         merged = {name: layer for part in parallel.all_gather(mine) for name, layer in part.items()}
         factors = {name: tuple(t.to(A.device) for t in merged[name].factors) for name, (A, _) in self.factors.items()}
@@ -168,6 +176,9 @@ class AdapterMean:
         """What a layer serves instead of its mean of products `target`, and by how much it misses it: a `_Layer`."""
         A, B = self.factors[name]
         update, info = None, {}
+        if self.server_lr != 1:
+            old = Product(*target.shape).add(A, B, (1 - self.server_lr) * self.scale)
+            target = old.add_product(target, self.server_lr)
         if self.rule == "svd":
             draws = self._stream("missing directions", name)
             new_A, new_B, info = truncate(target, self.rank, self.new_scale, self.split, draws)

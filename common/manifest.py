@@ -22,7 +22,10 @@ KEYS = {"command": str, "args": dict, "status": str, "data": dict, "resolved": d
 NAME_BYTES = 200  # of a run's name: file systems take 255, and files beside the folder have longer names
 # Flags that may name a file or a folder: what is in it decides, not where it lies.
 PATHS = ("model", "tokenizer", "init_from", "init_adapter", "weights", "mask", "shard_dir", "shard")
-LENGTHS = ("rounds", "num_rounds")  # flags that --resume may raise where no round depends on how many there are
+# Flags that --resume may raise where no round depends on how many there are.
+LENGTHS = ("rounds", "num_rounds", "epochs", "num_train_epochs", "n_epochs")
+CONSTANT = {"scheduler": "none", "lr_scheduler": "constant"}  # flags of a rate over all rounds, and where it is one
+OF_A_FIT = ("fedavg_rounds",)  # commands whose --lr-scheduler and --warmup-ratio are of a client's steps in one round
 
 
 def of_run(command, args, resolved, data, clients, parameters):
@@ -88,11 +91,12 @@ def check_place(folder):
 
 
 def contents(path):
-    """SHA-256 of a file, or of a folder's files and their names; of a run's folder: of what it ended with.
+    """SHA-256 of a file, or of a folder's files and their names; of a run's folder: of what it ended with, its adapter.
 
     Raises UsageError for what cannot be read.
     """
-    path = path / "final" if (path / "final").is_dir() else path
+    for part in ("final", "adapter"):
+        path = path / part if (path / part).is_dir() else path
     hashed = hashlib.sha256()
     try:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
@@ -129,30 +133,45 @@ def _changed(folder, before, args):
                     f"{path}: choose another --run-name"
                 )
             del spelled[key]
-    if longer := _longer(before["args"], flags):
+    if longer := _longer(before["args"], flags, before["command"]):
         del spelled[longer]
         before["status"] = "running"  # what was finished is not any more
+    given = getattr(args, "given", flags)  # what run.json lacks is a flag newer than the run: only then it counts
+    spelled = {key: name for key, name in spelled.items() if key in before["args"] or key in given}
     return _changes(*({name: of.get(key) for key, name in spelled.items()} for of in (before["args"], flags)))
 
 
-def _longer(before, flags):
-    """The flag of `LENGTHS` that is higher than before, None where none is. Raises UsageError where that may not be."""
+def _longer(before, flags, command):
+    """The flag of `LENGTHS` that is higher than before, None where none is. Raises UsageError where that may not be.
+
+    Args: before, flags: {flag: value}; command: whose they are.
+    """
     for key in LENGTHS:
         old, new = before.get(key), flags.get(key)
         if old == new:
             continue
         change = f"--{key.replace('_', '-')} {old} -> {new}"
-        if old is None or new is None or new < old:
-            raise UsageError(
-                f"{change}: --resume can only add to the rounds of --{key.replace('_', '-')}: choose another --run-name"
-            )
-        if (schedule := flags.get("scheduler", "none")) != "none":
-            raise UsageError(
-                f"{change}: with --scheduler {schedule} the rate of a round depends on how many there are (with none "
-                "it does not): choose another --run-name"
-            )
+        if not isinstance(old, (int, float)) or new is None or new < old:
+            raise UsageError(f"{change}: --resume can only raise it: choose another --run-name")
+        if reason := command not in OF_A_FIT and _depends_on_length(key, old, flags):
+            raise UsageError(f"{change}: {reason}: choose another --run-name")
         return key
     return None
+
+
+def _depends_on_length(key, length, flags):
+    """Why a round depends on how many there are, "" where none does. Args: key, length: the flag before."""
+    for name, constant in CONSTANT.items():
+        if (schedule := flags.get(name, constant)) != constant:
+            flag = f"--{name.replace('_', '-')}"
+            return f"with {flag} {schedule} a round's rate depends on how many there are (with {constant} it does not)"
+    if flags.get("warmup_ratio"):
+        return f"the warm-up is a share of all steps, --warmup-ratio {flags['warmup_ratio']:g}"
+    if flags.get("warmup_epochs", 0) >= length:
+        return f"the warm-up, --warmup-epochs {flags['warmup_epochs']}, was cut to {length - 1}"
+    if key == "num_train_epochs" and length % 1:
+        return "the last epoch was cut short"
+    return ""
 
 
 def check_folder(folder, command, args):
@@ -167,6 +186,7 @@ def check_folder(folder, command, args):
             raise UsageError(f"{folder} is not a run folder: choose another --run-name or --output-dir")
         return None
     if args.overwrite and not args.resume:
+        _check_start(folder, args)
         return None
     before = read(file)
     if lacking := [key for key, kind in KEYS.items() if not isinstance(before.get(key), kind)]:
@@ -184,13 +204,21 @@ def check_folder(folder, command, args):
     return before
 
 
+def _check_start(folder, args):
+    """Raises UsageError where --overwrite would delete what the run starts from."""
+    for key, path in _paths(args).items():
+        if path.resolve().is_relative_to(folder.resolve()):
+            flag = f"--{key.replace('_', '-')} {path}"
+            raise UsageError(f"--overwrite would delete {flag}, from which the run starts: choose another --run-name")
+
+
 def check_same(folder, before, now):
     """Raises UsageError where a run that goes on has other data or choices than when it was started.
 
     Other versions are a warning. Args: before, now: the two manifests.
     """
     # where the files lie may change between sessions; what is in them may not
-    places = ("source", "model")  # a model is compared by `check_folder`
+    places = ("source", "model", "tokenizer")  # the last two are compared by `check_folder`
     data = [{key: value for key, value in of["data"].items() if key not in places} for of in (before, now)]
     if data[0] != data[1] or before.get("clients") != now["clients"]:
         raise UsageError(f"{folder} was started on other data (see its run.json): choose another --run-name")

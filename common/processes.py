@@ -198,7 +198,7 @@ def _member(main, args):
         watch.meet(patience=getattr(args, "patience", None))
     if rank:
         _leave(_follow(main, args))
-    run_main(main, args, _leave, watch.failure)
+    run_main(main, args, _leave, watch.stopped)
 
 
 def _refuse(args):
@@ -218,7 +218,7 @@ def _end_with(parent):
 def _follow(main, args):
     """main in a process that is not the main one, which is silent. Returns its exit code."""
     try:
-        with stoppable(watch.failure), _silence():
+        with stoppable(watch.stopped), _silence():
             try:
                 return main(args) or 0
             except UsageError:
@@ -248,6 +248,7 @@ def _silence():
 
 
 def _leave(code):
+    watch.ends()
     # A gloo thread that drops its last tensor while the interpreter shuts down aborts the process (seen in one run in
     # ten on busy cores, torch 2.15): leave without that shutdown.
     if parallel.world().size > 1 and code == 0:

@@ -1,11 +1,12 @@
-"""A run on disk: its folder, its manifest (run.json), a line of JSON per evaluated round, progress, resume.
+"""A run from round to round: its folder, its clients, evaluations and checkpoints, progress, resume.
 
     with start_run("fed_avg", args, name) as run:
         study = load_study(args, run)                    # data, model: bad input ends here, nothing written
         run.begin(data, parameters, clients=facts)       # the folder and run.json
+        run.plan(total, every, clients=K)                # how many rounds; says on stderr what runs
         theta = run.restore(theta, named, server=server) # the last checkpoint, or theta as it is
         run.report(0, theta, evaluate)                   # the metrics before training
-        for t in run.rounds(total, every):
+        for t in run.rounds():
             clients = run.sample(weights, participation, t, up=bytes, down=bytes)
             for k in clients: ...
             run.report(t + 1, theta, evaluate)           # left-out clients, counters, metrics.jsonl, checkpoint
@@ -16,7 +17,6 @@ Every process of a run calls every function; only the main process writes and pr
 
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -25,21 +25,19 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from common import checkpoint, manifest, parallel
+from common import checkpoint, manifest, metrics_log, parallel
 from common.cli import UsageError, say, say_waiting
 from common.client_rows import ClientRows
 from common.curves import number, read_metrics
 from common.early import stop_if_checked
 from common.evaluation import pick_device, resolve_amp
 from common.lock import FolderLock
-from common.participation import participants
+from common.participation import participants, per_round
+from common.progress import Progress
 from common.provenance import tracker
 from common.seeding import seed_everything
-from common.stopping import held_back
-
-SHOWN = ("train_loss", "val_loss", "val_ppl", "val_accuracy", "val_f1", "val_matthews", "val_pearson")  # while it runs
+from common.stopping import undisturbed
 
 
 def start_run(command, args, name, unit="tokens"):
@@ -105,15 +103,16 @@ class Run:
         self.clients = None  # the `Round` that `sample` made last
         self._lasting, self._named, self._ended, self._left_out = {}, None, None, []
         self._lock = lock
-        self._bar = self._tracker = None
+        self._progress = self._tracker = None
+        self._shown = ""  # of the last evaluation
 
     def __enter__(self):
         return self
 
-    @held_back()  # a signal must not cut off what says how the run ended
+    @undisturbed()  # a signal must not cut off what says how the run ended
     def __exit__(self, kind, error, trace):
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
         try:
             if self.begun and kind is not None and parallel.is_main():
                 self._note_end(kind, error)
@@ -174,7 +173,9 @@ class Run:
                 self._lock.take()
                 if self.before is None and (self.folder / "run.json").exists():
                     raise UsageError(f"{self.folder} was made by another process meanwhile: choose another --run-name")
-                checkpoint.write_json(self.folder / "run.json", self.manifest)
+                with undisturbed():  # what run.json calls running says how it ends
+                    checkpoint.write_json(self.folder / "run.json", self.manifest)
+                    self.begun = True
             except OSError as error:
                 raise UsageError(f"cannot write {self.folder}: {error.strerror}; choose --output-dir") from error
         self.begun = True
@@ -210,9 +211,11 @@ class Run:
             if _kinds(saved, same_shapes) != _kinds(into, same_shapes):
                 raise UsageError(f"{self.folder}/checkpoint is of another model: use --overwrite or another --run-name")
         if self.before is not None:
-            rows = self._logged(state[0]["round"]) if state else []
+            rows = metrics_log.lines_to(self.folder, state[0]["round"], self.due) if state else []
             self._own_folder()
-            self._cut_metrics(rows)
+            if parallel.is_main():
+                metrics_log.cut(self.folder, rows)
+            parallel.barrier()
         if not state:
             return theta
         self._go_on(*state)
@@ -279,9 +282,12 @@ class Run:
         row = None
         if self.due(t):
             started = time.perf_counter()
-            row = self._client_fields(clients) if clients is not None else {}
+            row = metrics_log.client_fields(clients, self._weights) if clients is not None else {}
+            if self._left_out:
+                row["left_out"], self._left_out = self._left_out, []
             row |= evaluate()
             row |= complete(row)
+            row["peak_memory"] = max(parallel.all_gather(metrics_log.peak_memory(self.device)))
             self.eval_seconds += time.perf_counter() - started
             self._log(row)
         if t and (t % self.save_every == 0 or t == self.total or self._ended):
@@ -296,38 +302,41 @@ class Run:
         up, down = (sum(_amount(bytes_, k) for k in clients.clients) for bytes_ in self._traffic)
         self.count(bytes_up=up, bytes_down=down, left_out_updates=len(out), **{self.unit: clients.amount})
 
-    def _client_fields(self, clients):
-        """`clients` (ids), client_NAME of each (null: left out), train_loss: their mean by the clients' weights."""
-        notes = clients.notes()
-        row = {}
-        losses = {k: seen["train_loss"] for k, seen in notes.items() if seen and "train_loss" in seen}
-        if losses:
-            weight = math.fsum(self._weights[k] for k in losses)
-            row["train_loss"] = math.fsum(self._weights[k] * v for k, v in losses.items()) / weight
-        row["clients"] = list(notes)
-        for name in dict.fromkeys(name for seen in notes.values() if seen for name in seen):
-            row[f"client_{name}"] = [seen and seen.get(name) for seen in notes.values()]
-        if self._left_out:
-            row["left_out"], self._left_out = self._left_out, []
-        return row
+    def plan(self, total, every=1, save_every=None, clients=1):
+        """How many rounds there are, and after how many there is an evaluation and a checkpoint; says what runs.
 
-    def plan(self, total, every=1, save_every=None):
-        """How many rounds there are, and after how many there is an evaluation and a checkpoint."""
+        clients: of the federation, those that are not sampled too.
+        """
         self.total, self.every, self.save_every = total, every, save_every or every
+        self.note(f"run: {'; '.join(self._facts(clients))}; {total} rounds")
+
+    def _facts(self, clients):
+        """What runs, in words: clients (not of a single one), parameters, device, processes, precision."""
+        if clients > 1:
+            flags = vars(self.args)
+            some = per_round(flags.get("participation", flags.get("participation_rate", 1.0)), clients)
+            yield f"{clients} clients" + (f", {some} a round" if some < clients else "")
+        sizes = self.manifest["parameters"]
+        trained = f"{sizes['trainable']:,} trained of " if "trainable" in sizes else ""
+        yield f"{trained}{sizes['total']:,} parameters"
+        yield torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        size = parallel.world().size
+        yield "1 process" if size == 1 else f"{size} processes"
+        yield self.manifest["resolved"]["amp"]
 
     def rounds(self):
-        """The rounds still to do (from 0), with a progress bar, until `stop`.
+        """The rounds still to do (from 0), with their progress on stderr, until `stop`.
 
         Raises RunFailed after them where the last evaluation's val_loss is not finite.
         """
-        off = None if parallel.is_main() else True  # None: where stderr is no terminal
-        self._bar = tqdm(total=self.total, initial=self.start_round, unit="round", disable=off, dynamic_ncols=True)
+        silent, evaluating = not parallel.is_main(), self.eval_seconds
+        self._progress = Progress(self.start_round, self.total, self.every, evaluating, self.note, silent)
         for t in range(self.start_round, self.total):
             if self._ended:
                 break
             yield t
-            self._bar.update()
-        self._bar.close()
+            self._progress.after_round(t + 1, self.eval_seconds, self._shown)
+        self._progress.close()
         if broken := parallel.broadcast(self._broken()):
             raise parallel.AllFailed(broken)
 
@@ -348,22 +357,18 @@ class Run:
         return self.seconds + time.perf_counter() - self._t0
 
     def _log(self, metrics):
-        """Appends a line to metrics.jsonl."""
+        """Appends a line to metrics.jsonl, and says it."""
         if not parallel.is_main():
             return
         seconds, rate = self._seconds(), f"{self.unit}_per_second"
         line = {"round": self._at, **self.counters, **metrics, "seconds": seconds}
         line[rate] = self.counters[self.unit] / max(seconds - self.eval_seconds, 1e-9)
-        path = self.folder / "metrics.jsonl"
-        with checkpoint.saving(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(manifest.json_safe(line)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # before the checkpoint that counts it
-        shown = {k: f"{line[k]:.4g}" for k in SHOWN if k in line}
+        metrics_log.append(self.folder, line)
+        shown = metrics_log.shown(line)
         text = "  ".join(f"{k} {v}" for k, v in shown.items())
-        self.note(f"round {self._at}/{self.total}  {text}  {line[rate]:.0f} {self.unit}/s")
-        if self._bar is not None:
-            self._bar.set_postfix({k: v for k, v in shown.items() if k.startswith("val_")}, refresh=False)
+        left = self._progress.in_line(self._at, self.eval_seconds) if self._progress else ""
+        self.note(f"round {self._at}/{self.total}  {text}  {line[rate]:.0f} {self.unit}/s{left}")
+        self._shown = ", ".join(f"{k} {v}" for k, v in shown.items() if k.startswith("val_"))
         if self._tracker:
             self._tracker(line)
 
@@ -390,6 +395,7 @@ class Run:
         """Makes `final/` whole or not at all: `write(folder)` fills it. The main process's part only."""
         if not parallel.is_main():
             return
+        self.note("writing final/")
         fresh = self.folder / "final.new"
         shutil.rmtree(fresh, ignore_errors=True)
         with checkpoint.saving(self.folder / "final", fresh):
@@ -411,36 +417,6 @@ class Run:
         with checkpoint.saving(self.folder / "run.json"):
             checkpoint.write_json(self.folder / "run.json", self.manifest)
         print(self.folder)
-
-    def _logged(self, t):
-        """The lines of metrics.jsonl up to round t, that of a checkpoint. Raises UsageError where some are missing."""
-        path, mend = self.folder / "metrics.jsonl", "put them back, or start the run anew with --overwrite"
-        try:
-            rows = [row for row in read_metrics(self.folder) if row["round"] <= t] if path.exists() else []
-        except ValueError as error:
-            raise UsageError(f"{error}: mend it, or start the run anew with --overwrite") from None
-        seen = [row["round"] for row in rows]
-        if missing := sorted({past for past in range(t + 1) if self.due(past)}.difference(seen)):
-            some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            raise UsageError(
-                f"{path} lacks the lines of rounds {some}, which are in the checkpoint of round {t}: {mend}"
-            )
-        if len(set(seen)) < len(seen):
-            raise UsageError(
-                f"{path} has a round twice, so two processes wrote it: start the run anew with --overwrite"
-            )
-        return rows
-
-    def _cut_metrics(self, rows):
-        # other lines are of rounds that will be done again
-        path = self.folder / "metrics.jsonl"
-        if parallel.is_main() and path.exists():
-            fresh = path.with_name("metrics.jsonl.new")
-            with checkpoint.saving(path, fresh):
-                fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-                checkpoint.sync(fresh)
-                os.replace(fresh, path)
-        parallel.barrier()
 
 
 def _kinds(tensors, shapes):

@@ -9,7 +9,7 @@
             done = local_steps(..., correction=variates.correction(k), record=True)    # y <- y - lr (g + c - c_k)
             if mean.add(theta_k, 1, finite=(done.mean_gradient,)):
                 variates.offer(k, done.mean_gradient)                                  # c_k+
-        theta = mean.result()
+        theta = mean.result(server_lr)                             # theta + eta_g mean_S(theta_k - theta), line 17
         variates.close_round()                                                         # c += (1/K) sum_S (c_k+ - c_k)
 
 c_k+ is the mean of the round's raw local gradients. Under plain SGD with a constant learning rate that is the paper's

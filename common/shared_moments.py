@@ -147,10 +147,10 @@ class FedAdamWMoments(SharedMoments):
         super().load(k)
         self.optimizer.begin(self.step)
 
-    def turn(self, before, after):
-        """Takes the round's direction, after `close_round`. Args: before, after [n]: theta."""
+    def turn(self, delta):
+        """Takes the round's direction, after `close_round`. Args: delta [n], fp64: a mean's `delta()`."""
         lr = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.direction.copy_((before.double() - after.double()) / (self.H * lr))
+        self.optimizer.direction.copy_(delta / (-self.H * lr))
 
     def _update(self, m, v, H, q):
         for tensor in self.weights.named(v).values():

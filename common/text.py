@@ -22,7 +22,7 @@ import tokenizers
 from common.cache import cache_folder, cached, pack_arrays, sha256_of, unpack_arrays
 from common.cli import UsageError
 from common.corpora import SPLITS, data_folder, documents_sha256
-from common.hub import hub_reachable, reading
+from common.hub import hub_reachable, quiet, reading
 
 END_OF_TEXT = "<|endoftext|>"
 _CACHE_FORMAT = 1  # raise it when the meaning of a cached file changes
@@ -93,7 +93,7 @@ def hub_tokenizer(name):
 def _load_tokenizer_files(path):
     import transformers
 
-    with reading_tokenizer(path):
+    with reading_tokenizer(path), quiet():
         if (path / "tokenizer_config.json").is_file():
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             if not isinstance(tokenizer.model_max_length, (int, float)):

@@ -7,6 +7,7 @@ waited for longer than --patience is named.
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -38,30 +39,48 @@ def meet(host=None, patience=None):
     _patience = _patience if patience is None else 60 * patience
     if host is not None:
         _store = dist.TCPStore("127.0.0.1", host, is_master=True, wait_for_workers=False, timeout=DAY)
-    elif _store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, the supervisor's
+        return
+    if _store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, the supervisor's
         _store = next(dist.rendezvous("env://", timeout=DAY))[0]
     elif _store is None:
         address, port, main = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), _rank() == 0
         _store = dist.TCPStore(address, port, is_master=main, wait_for_workers=False, timeout=DAY)
+    _store.set(f"process {_rank()}", f"{_machine()} {os.getpid()}")
+
+
+def _machine():
+    """Names the processes that this one can see: its host's, or its container's."""
+    with contextlib.suppress(OSError):  # not Linux
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
 
 
 def at(place):
     """Says at which client this process is ("": it waits, or does what is no client's)."""
+    _write("at", place)
+
+
+def ends():
+    """Says that this process ends by itself: who looks for it does not take it for killed."""
+    _write("process", "")
+
+
+def _write(what, text):
     if _store is not None:
         with contextlib.suppress(RuntimeError):  # the store's process is gone: this one hears of it where it waits
-            _store.set(f"at {_rank()}", place)
+            _store.set(f"{what} {_rank()}", text)
 
 
-def _place(rank):
+def _read(what, rank):
     try:
-        return _store.get(f"at {rank}").decode() if _store.check([f"at {rank}"]) else ""
+        return _store.get(f"{what} {rank}").decode() if _store.check([f"{what} {rank}"]) else ""
     except RuntimeError:  # the store's process is gone
         return ""
 
 
 def where(rank):
     """`process R, client K of round T`; only the process where it is at no client, or that is not known."""
-    place = _place(rank)
+    place = _read("at", rank)
     return f"process {rank}" + (f", {place}" if place else "")
 
 
@@ -82,6 +101,25 @@ def failure():
             text = _store.get("failed").decode()
             return (UsageError if text[0] == "1" else RunFailed)(text[1:])
     return _gone
+
+
+def stopped():
+    """The exception for a signal that comes because another process has failed or was killed, or None.
+
+    torchrun ends the others when one is killed, and does not say which.
+    """
+    return failure() or next(filter(None, map(_killed, range(_size))), None)
+
+
+def _killed(rank):
+    machine, _, pid = _read("process", rank).rpartition(" ")
+    if machine == _machine():  # on others nobody can know
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            why = "perhaps it was killed for its memory: the same command with --resume goes on"
+            return Gone(f"{where(rank)}: it is gone, {why}")
+    return None
 
 
 def _rank():
@@ -132,7 +170,20 @@ def _complain(began, said, others):
 
 def _busy():
     """The other processes that are at a client: they do not wait."""
-    return [rank for rank in range(_size) if rank != _rank() and _place(rank)]
+    return [rank for rank in range(_size) if rank != _rank() and _read("at", rank)]
+
+
+def _late():
+    """The other processes that do not wait."""
+    with contextlib.suppress(RuntimeError):  # the store's process is gone
+        return [rank for rank in range(_size) if rank != _rank() and not _store.check([f"waits {rank}"])]
+    return []
+
+
+def _say_waits(waits):
+    """Says whether this process waits: who does not, is waited for, wherever it is."""
+    with contextlib.suppress(RuntimeError):
+        _store.set(f"waits {_rank()}", "") if waits else _store.delete_key(f"waits {_rank()}")
 
 
 def wait(work):
@@ -141,17 +192,21 @@ def wait(work):
     Raises: RunFailed or UsageError with the reason for which a process has failed; Gone without one.
     """
     global _gone
-    began, said, completed = time.monotonic(), 1, False
+    began, said, completed, waits = time.monotonic(), 1, False, False
     while True:
         try:
             work.wait(TICK)
+            if waits:
+                _say_waits(False)
             return
         except RuntimeError:  # it is not complete yet, or broken
             if completed:
                 break
             completed = work.is_completed()
         _raise_failure()
-        said = _complain(began, said, _busy)
+        if not waits:
+            _say_waits(waits := True)
+        said = _complain(began, said, _late)
     names = "; ".join(map(where, _busy())) or "between two clients"
     _gone = Gone(f"another process is gone ({names}): see its output")
     end = time.monotonic() + MOURNING

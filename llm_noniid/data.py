@@ -260,8 +260,8 @@ def encode(texts, tokenizer, max_length=128, cache_dir=None):
     """
     if not 2 <= max_length <= tokenizer.model_max_length:
         raise UsageError(
-            f"--max-length {max_length} is outside 2 to {tokenizer.model_max_length}, the most that this tokenizer's "
-            "model takes: choose one in between"
+            f"--max-length {max_length} is outside 2 to {min(tokenizer.model_max_length, 10**9)}, the most that this "
+            "tokenizer's model takes: choose one in between"
         )
     whole = text.encode(as_corpus(texts), tokenizer, cache_dir)
     token_bytes = text.token_byte_lengths(tokenizer)

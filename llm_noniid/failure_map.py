@@ -63,7 +63,7 @@ from pathlib import Path
 from common import grid
 from common.checkpoint import read_json, saving, write_json
 from common.curves import failure, read_metrics
-from common.manifest import NOT_COMPARED
+from common.manifest import NOT_COMPARED, check_place
 
 SET_HERE = {"alpha", "run_name", "output_dir", "seed", "algorithm", "partition"}
 
@@ -165,6 +165,7 @@ class Map:
     def __init__(self, args, given):
         self.args, self.given = args, given
         self.folder = Path(args.output_dir or f"results/failure_map_{args.algorithm}_{args.axis}")
+        check_place(self.folder)
         self.whole = args.axis == "local_steps"
         low, high = RANGES[args.axis]
         self.low, self.high = (args.low or low), (args.high or high)
@@ -183,21 +184,30 @@ class Map:
         path = self.folder / MAP_FILE
         if not path.exists():
             return [], None
-        before = read_json(path)
-        theirs = before | before["setting"]
+        older = vars(flags.parse(flags.build_parser(""), ["--algorithm", self.args.algorithm]))  # may lack a new flag
+        try:
+            before = read_json(path)
+            theirs = older | before | before["setting"]
+            points = [p for p in before["points"] if (self.folder / p["run"] / "run.json").exists()]
+            if not all(p["alpha"] > 0 and p["value"] > 0 and isinstance(p["failed"], bool) for p in points):
+                raise ValueError
+            start = before["start_val_loss"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            raise UsageError(f"{path} is damaged: delete it, what is finished is not run again") from None
         mine = self.about | self.setting
         changed = [f"{name} {theirs.get(name)} -> {value}" for name, value in mine.items() if theirs.get(name) != value]
         if changed:
             raise UsageError(f"{path} was made with other flags: {', '.join(changed)}; choose another --output-dir")
-        return [p for p in before["points"] if (self.folder / p["run"] / "run.json").exists()], before["start_val_loss"]
+        return points, start
 
     def run(self, alpha, value):
         """The run of one point."""
         a = self.args
-        name = f"alpha_{alpha:g}_{a.axis}_{value:g}"
+        value = str(value) if self.whole else f"{value:g}"
+        name = f"alpha_{alpha:g}_{a.axis}_{value}"
         line = ["llm_noniid/train.py", "--stop-on", "divergence", "--eval-every", "1", *self.given]
         line += ["--algorithm", a.algorithm, "--partition", "topic_skew", "--seed", str(a.seed)]
-        line += ["--alpha", f"{alpha:g}", f"--{a.axis.replace('_', '-')}", f"{value:g}"]
+        line += ["--alpha", f"{alpha:g}", f"--{a.axis.replace('_', '-')}", value]
         return grid.Run(name, (*line, "--output-dir", str(self.folder), "--run-name", name, "--resume"))
 
     def add(self, alpha, value):
@@ -230,8 +240,8 @@ class Map:
             "violations": violations(self.points),
             "setting": self.setting,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         with saving(self.folder / MAP_FILE):
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / MAP_FILE, facts)
 
     def summary(self):

@@ -14,10 +14,10 @@ import torch
 from common import parallel
 from common.allocator import reuse_large_memory
 from common.checkpoint import saving, write_json
+from common.cli import UsageError
 from common.compiling import checked_compile
 from common.seeding import stream
 from common.sharding import class_counts
-from common.vector import fingerprint
 from llm_noniid import clustering, detectors, diagnostics, text_model
 from llm_noniid.data import Texts, load_texts
 from llm_noniid.partition import partition, statistics
@@ -73,7 +73,7 @@ class Groups:
 
 
 def load_study(args, run):
-    """The `Study` of a command line; begins the run: its folder with run.json and partition.json."""
+    """The `Study` of a command line; begins the run: its folder with run.json."""
     a = args
     reuse_large_memory()
     texts = load_texts(a.dataset, a.data_root, a.cache_dir, a.max_samples, a.seed)
@@ -82,25 +82,33 @@ def load_study(args, run):
     model = text_model.load_text_model(a, texts, run.device, run.amp)
     rows, held = deal(parts, a.seed)
     seen, tested = (evaluated(len(model.tokens[s]), a.eval_samples, a.seed, s) for s in ("validation", "test"))
+    for split, chosen in (("validation", seen), ("test", tested)):
+        if not model.tokens[split].byte_lengths[chosen].any():
+            raise UsageError(
+                f"the {len(chosen)} {split} texts have one token each: give longer ones, or --eval-samples 0"
+            )
     loss = checked_compile(model.loss, model.weights.parameters) if a.compile else model.loss
     study = Study(a, texts, model, rows, held, loss, seen, tested)
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
     data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
     cut = {split: tokens.cut for split, tokens in model.tokens.items()}
     shards = {"examples": [len(part) for part in parts], "sha256": splits, "cut": cut}
-    frozen = {name: p for name, p in model.module.named_parameters() if not p.requires_grad}
-    total = model.weights.size + sum(p.numel() for p in frozen.values())
-    parameters = {"total": total, "trainable": model.weights.size, "frozen_sha256": fingerprint(frozen)}
-    run.begin(data, parameters, clients=shards)
+    total = sum(p.numel() for p in model.module.parameters())
+    parameters = {"total": total, "trainable": model.weights.size}
+    run.begin(data, parameters | text_model.base_facts(model.module, model.tokenizer), clients=shards)
     n = sorted(study.examples)
     sizes = f"{len(n)} clients, training texts a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})"
     for line in [*texts.notes, *notes, sizes]:
         run.note(line)
-    if parallel.is_main():
-        path = run.folder / "partition.json"
-        with saving(path):
-            write_json(path, statistics(texts, model.tokens, parts, a.seed))
     return study
+
+
+def describe_clients(run, study):
+    """Writes partition.json."""
+    if parallel.is_main():
+        path, parts = run.folder / "partition.json", map(np.concatenate, zip(study.rows, study.held, strict=True))
+        with saving(path):
+            write_json(path, statistics(study.texts, study.model.tokens, list(map(np.sort, parts)), study.args.seed))
 
 
 def deal(parts, seed):
@@ -193,11 +201,13 @@ def evaluate(study, thetas, group):
     }
 
 
-def judge(run, t, row):
+def judge(run, t, row, thetas, best):
     """What follows from a line of metrics.jsonl: figures of the clients, and "alarms" since the evaluation before.
 
-    Ends the run at an alarm that --stop-on names.
+    Ends the run at an alarm that --stop-on names. Offers thetas to `best`, a `common.best.Best` or None.
     """
+    if best:
+        best.offer(t, row["val_loss"], thetas)
     figures, alarms = {}, ()
     if t:
         norms = [norm for norm in row["client_gradient_norm"] if norm is not None]
@@ -215,17 +225,25 @@ def judge(run, t, row):
     return figures | ({"alarms": [asdict(alarm) for alarm in alarms]} if alarms else {})
 
 
-def finish(run, study, thetas, group):
-    """final/ (peft adapters), test metrics, results."""
+def finish(run, study, thetas, group, best=None):
+    """final/ (peft adapters), test metrics, results: of the last round, or of the `Best` with the groups of its round.
+
+    results: val_..., client losses and test_... are those of what final/ holds, after round `final_round`.
+    """
+    lines = run.metrics() if parallel.is_main() else []
+    served = [line for line in lines if best is None or line["round"] == best.round][-1:]
+    (served,) = parallel.broadcast(served)
+    if best:
+        thetas, group = best.theta, np.array(served.get("group", 0 * group))
     model, weights = study.model, np.bincount(group, study.examples, len(thetas))
+    run.note("evaluating on the test texts")
     quality = text_model.quality(model, study.texts, thetas, weights, "test", study.tested, "test")
     run.write_final(lambda folder: text_model.write(model, folder, thetas, run.folder / "base"))
     results = {}
     if parallel.is_main():
-        lines = [line for line in run.metrics() if line["round"]]
-        last = lines[-1]
+        last, lines = lines[-1], [line for line in lines if line["round"]]
         names = ("val_loss", "val_ppl", "val_bits_per_byte", "mean_client_val_loss", "worst_client_val_loss")
-        results = {name: last[name] for name in names} | quality
+        results = {name: served[name] for name in names} | quality | {"final_round": served["round"]}
         results |= {key: last[key] for key in ("bytes_up", "bytes_down", "tokens", "seconds")}
         reached = [float(line["val_loss"]) for line in lines]  # "nan" and "inf" are text there
         results["rounds"] = last["round"]

@@ -6,6 +6,7 @@ from common.choices import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS
 from common.cli import (
     Parser,
     UsageError,
+    add_final_flag,
     add_machine_flags,
     add_run_flags,
     fraction,
@@ -22,6 +23,7 @@ from common.participation import check_participation
 
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "fedadamw", "local", "central")
 TOGETHER = tuple(name for name in ALGORITHMS if name not in ("local", "central"))
+SERVER_LR = {"fedadam": 0.01}  # by default; the others': 1
 CLUSTERS = ("none", "updates", "labels")
 DATASETS = ("ag_news", "wikitext", "demo")
 PARTITIONS = ("iid", "topic_skew", "style_skew", "token_skew")
@@ -62,8 +64,9 @@ def build_parser(description):
     choice(method, "--client-optimizer", CLIENT_OPTIMIZERS, "adamw", "of the clients; sgdm: momentum 0.9")
     text = "SCAFFOLD's new c_k: mean of the raw gradients, or the paper's formula II (not with adamw)"
     choice(method, "--scaffold-option", SCAFFOLD_OPTIONS, "mean_gradient", text, when=only(algorithm="scaffold"))
-    text = "of fedavgm (default: 1), fedadam (0.01)"
-    number(method, "--server-lr", positive_float, None, text, when=only(algorithm=("fedavgm", "fedadam")))
+    text = "factor of the server's step; 1: the mean (default: 1; fedadam: 0.01)"
+    plain_mean = unless(server_lr=1.0, algorithm=("fedavg", "fedprox", "scaffold", "fednova", "fedadamw"))
+    number(method, "--server-lr", positive_float, None, text, when=only(algorithm=TOGETHER) & plain_mean)
     number(method, "--server-momentum", half_open_fraction, 0.9, "of fedavgm; off: 0", when=only(algorithm="fedavgm"))
     text = "of fedadamw: how much of the last round's direction each step adds; off: 0"
     number(method, "--alpha-global", non_negative_float, 0.5, text, when=only(algorithm="fedadamw"))
@@ -77,7 +80,8 @@ def build_parser(description):
 
     data = parser.add_argument_group("the data")
     choice(data, "--dataset", DATASETS, "ag_news", "demo is built in and needs no network")
-    choice(data, "--target", TARGETS, "text", "what is predicted: all of a text, or after it ' Topic:' and its label")
+    text = "what is predicted: all of a text, or after it ' Topic:' and its label"
+    choice(data, "--target", TARGETS, "text", text, when=unless(target="text"))
     number(data, "--max-samples", non_negative_int, 0, "training texts; 0: all", "N")
     number(data, "--max-length", positive_int, 128, "tokens of a text, at most", "N")
     number(data, "--eval-samples", non_negative_int, 500, "validation and test texts; 0: all", "N")
@@ -96,12 +100,15 @@ def build_parser(description):
     text = "distilgpt2, gpt2, tinyllama, qwen-0.5b, tiny, a folder"
     model.add_argument("--model", default="distilgpt2", metavar="NAME", help=text)
     model.add_argument("--tokenizer", metavar="NAME", help="bpe:N, a folder (default: the model's; tiny: bpe:2048)")
-    choice(model, "--train", TRAINED, "lora", "what is trained and sent: an adapter, or all parameters")
+    text = "what is trained and sent: an adapter, or all parameters"
+    choice(model, "--train", TRAINED, "lora", text, when=unless(train="lora"))
     adapter, text = only(train="lora"), "layers to adapt (default: attention's)"
     number(model, "--lora-r", positive_int, 8, "rank of the adapter", "R", when=adapter)
     number(model, "--lora-alpha", positive_float, 16, "its scale is alpha / r", when=adapter)
     number(model, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0", when=adapter)
     model.add_argument("--target-modules", nargs="+", metavar="NAME", help=text, when=adapter)
+    text = "begin with another run's adapter: its folder, or the adapter's (default: a new one)"
+    model.add_argument("--init-from", metavar="RUN", when=unless(init_from=None), help=text)
 
     train = parser.add_argument_group("training")
     number(train, "--num-rounds", positive_int, 50, "rounds", "T", "--rounds")
@@ -119,6 +126,7 @@ def build_parser(description):
     choice(train, "--client-weights", ["examples", "uniform"], "examples", text, when=together)
     number(train, "--eval-every", positive_int, 5, "evaluate every N rounds", "N")
     number(train, "--probe-samples", non_negative_int, 32, "texts for CKA; off: 0", "N", when=is_compared)
+    add_final_flag(train)
 
     run = add_run_flags(parser, "--name")
     run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
@@ -158,6 +166,10 @@ def complete(args):
         raise UsageError(
             "--algorithm fednova with --client-optimizer adamw: its steps are not sums of gradients: take sgd or sgdm"
         )
+    if args.train == "full" and args.init_from:
+        raise UsageError(
+            "--init-from is an adapter to begin with: with --train full begin with --model RUN/final/model"
+        )
     if args.algorithm == "fedadamw" and args.client_optimizer != "adamw":
         raise UsageError(f"--algorithm fedadamw has its own AdamW: drop --client-optimizer {args.client_optimizer}")
     if args.cluster != "none" and args.algorithm != "fedavg":
@@ -170,8 +182,8 @@ def complete(args):
             "lower it"
         )
     check_participation(args.participation_rate, args.num_clients)
-    if args.server_lr is None:
-        args.server_lr = {"fedavgm": 1.0, "fedadam": 0.01}.get(args.algorithm, 1.0)
+    if args.server_lr is None or args.algorithm not in TOGETHER:
+        args.server_lr = SERVER_LR.get(args.algorithm, 1.0)
     if args.algorithm == "central" and not args.threads:
         import torch
 

@@ -146,9 +146,12 @@ class Context:
 
 
 def _value(run, name):
-    """The value of a flag that a run reads: of a folder its name; None for what it does not read."""
+    """The value of a flag that a run reads: of a folder its name; None for what it does not read, and for its
+    algorithm's server learning rate where none is given, which older runs do not name."""
     value = run.method.get(name)
-    if name in ("model", "tokenizer") and value is not None:
+    if name == "server_lr" and value == flags.SERVER_LR.get(run.method.get("algorithm"), 1):
+        return None
+    if name in ("model", "tokenizer", "init_from") and value is not None:
         return Path(value).name
     return str(value) if isinstance(value, list | dict) else value
 

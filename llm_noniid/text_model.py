@@ -6,19 +6,22 @@ parameters; what is measured is the theta that was loaded last. Losses are in na
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import parallel
-from common.adapter_files import write_adapter
+from common import manifest, parallel
+from common.adapter_files import read_adapter, write_adapter
 from common.batches import evaluation_batches
+from common.cli import UsageError, say
 from common.evaluation import amp_context, bits_per_byte, perplexity
-from common.lora import LoraModel
-from common.vector import Weights
+from common.lora import LoraModel, find_targets
+from common.text import tokenizer_fingerprint
+from common.vector import Weights, fingerprint
 from llm_noniid.data import IGNORE, LabelledTexts, TokenizedTexts, encode, encode_labelled
-from llm_noniid.models import find_tokenizer, load_base
+from llm_noniid.models import MODELS, find_model, find_tokenizer, load_base
 
 EVAL_BATCH = 16  # fixed: sums over other batches would round differently
 
@@ -47,9 +50,9 @@ class TextModel:
 
 
 def load_text_model(args, texts, device, amp):
-    """The model, with an adapter where only that is trained, and the tokens that a command line names.
+    """The model, with --train lora its adapter (a new one or --init-from's), and the tokens that a command line names.
 
-    Raises: UsageError for a model or tokenizer that is not there or does not fit.
+    Raises: UsageError for a model, tokenizer or adapter that is not there or does not fit.
     """
     a = args
     tokenizer = find_tokenizer(a.model, texts, a.tokenizer, a.data_root, a.cache_dir)
@@ -58,9 +61,76 @@ def load_text_model(args, texts, device, amp):
     if a.train == "full":
         module = base.to(device)
         return TextModel(a.model, tokenizer, tokens, module, Weights(module), device, amp)
+    check_rank(base, a.lora_r, find_targets(base, a.target_modules))
     lora = LoraModel(base, a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules, seed=a.seed)
-    module = lora.model.to(device)
-    return TextModel(a.model, tokenizer, tokens, module, Weights(module, lora.trainable()), device, amp, lora)
+    module, trained = lora.model.to(device), lora.trainable()
+    if a.init_from is not None:
+        init_from(lora, a.init_from, a.model, base_facts(module, tokenizer))
+    return TextModel(a.model, tokenizer, tokens, module, Weights(module, trained), device, amp, lora)
+
+
+def check_rank(base, r, targets):
+    """Raises UsageError for a rank above the smaller side of an adapted layer, which costs memory and adds nothing."""
+    layers = (part for name, part in base.named_modules() if name.rsplit(".", 1)[-1] in targets)
+    most = min(min(part.weight.shape) for part in layers)
+    if r > most:
+        raise UsageError(f"--lora-r {r} is above {most}, the smaller side of an adapted layer: lower it")
+
+
+def base_facts(module, tokenizer):
+    """For run.json, what an adapter belongs to: SHA-256 of the frozen weights and of the tokenizer."""
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    return {"frozen_sha256": fingerprint(frozen), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
+
+
+def init_from(lora, place, name, facts):
+    """Puts another run's adapter, whose product s B A is kept, into the model.
+
+    Args: place: --init-from; name: --model; facts: of `base_facts`.
+    Raises: UsageError for a place without an adapter or with several, and for an adapter that does not fit.
+    """
+    path = Path(place).expanduser()
+    path = path / "final" if (path / "final").is_dir() or (path / "run.json").exists() else path
+    if groups := sorted(path.glob("group_*")):
+        raise UsageError(f"--init-from {place} has {len(groups)} adapters, one a group: choose, as in {groups[0]}")
+    path = path / "adapter" if (path / "adapter").is_dir() else path
+    file, here = read_adapter(path, "CAUSAL_LM"), lora.factors()
+    r = len(next(iter(here.values()))[0])
+    if file.r != r:
+        raise UsageError(f"--init-from {place} has rank {file.r}, not {r}: give --lora-r {file.r}")
+    if file.head or file.base:
+        raise UsageError(f"--init-from {place} has weights besides LoRA's factors: give an adapter without")
+    if odd := sorted(file.factors.keys() ^ here.keys()):
+        where = "it lacks" if odd[0] in here else "it has besides"
+        flags = f"--target-modules {' '.join(file.target_modules)}"
+        raise UsageError(f"--init-from {place} adapts other layers: {where} {odd[0]}: give its {flags} and --model")
+    for layer, (A, B) in file.factors.items():
+        sizes = [[*pair[0].shape, *pair[1].shape] for pair in ((A, B), here[layer])]
+        if sizes[0] != sizes[1]:
+            raise UsageError(f"--init-from {place}: {layer} has sizes {sizes[0]}, not {sizes[1]}: give its --model")
+    check_base(file, place, name, facts)
+    lora.load({layer: (A, B * (file.scale / lora.scale)) for layer, (A, B) in file.factors.items()}, {}, lora.scale)
+
+
+def check_base(file, place, name, facts):
+    """Raises UsageError where an `AdapterFile` belongs to another base: by its run's run.json, else by the files of the
+    folder that it names, else by their names alone, of which a line says so."""
+    named = Path(file.base_model or "")
+    near = [*file.path.resolve().parents[:2], *([named.parent] if named.name == "base" else ())]
+    records = [folder / "run.json" for folder in near if (folder / "run.json").is_file()]
+    odd = []
+    if records:
+        theirs = manifest.read(records[0]).get("parameters") or {}
+        odd = [key for key, value in facts.items() if theirs.get(key, value) != value]
+    elif file.base_model and named.is_dir():
+        odd = [str(named)] if name == "tiny" or manifest.contents(named) != manifest.contents(find_model(name)) else []
+    elif file.base_model not in (None, name, MODELS.get(name)) and parallel.is_main():
+        say(f"note: --init-from {place} names {named}, which is not here: taken for --model {name}")
+    if odd:
+        raise UsageError(
+            f"--init-from {place} belongs to another base than --model {name} ({odd[0]} differs): give its --model, "
+            "--tokenizer and --seed"
+        )
 
 
 def negative_log_likelihood(module, batch, amp):

@@ -3,11 +3,11 @@
     python llm_noniid/train.py --algorithm fedavg --partition topic_skew --num-rounds 50
     python llm_noniid/train.py --model tiny --dataset demo --num-rounds 10 --learning-rate 3e-3     # offline, a CPU
 
-theta [n]: LoRA factors A, B of all layers; p_k = n_k / sum_j n_j (--client-weights uniform: 1 / |S|)
-fedavg    theta <- theta + sum_k p_k (theta_k - theta)                                   (McMahan et al. 2017)
+theta [n]: LoRA factors A, B of all layers; p_k = n_k / sum_j n_j (--client-weights uniform: 1 / |S|); eta_g: server lr
+fedavg    theta <- theta + eta_g sum_k p_k (theta_k - theta)                             (McMahan et al. 2017: eta_g 1)
 fedprox   the same; clients add mu (w - theta) to their gradients                        (Li et al. 2020)
 scaffold  clients add c - c_k; c_k <- mean of client k's raw gradients, c <- their mean  (Karimireddy et al. 2020)
-fednova   theta - (sum p_k a_k) sum p_k (theta - theta_k) / a_k                          (Wang et al. 2020)
+fednova   theta - eta_g (sum p_k a_k) sum p_k (theta - theta_k) / a_k                    (Wang et al. 2020)
 fedavgm, fedadam    the server's momentum or Adam on sum_k p_k (theta_k - theta)         (Hsu et al. 2019; Reddi 2021)
 fedadamw  block means of the clients' second moments last, each step adds alpha Delta_G  (Liu et al. 2025)
 local     each client for itself; central: one client with all texts, as many steps (--local-epochs: as many epochs)
@@ -30,6 +30,7 @@ from functools import partial
 import numpy as np
 
 from common.aggregation import NormalizedMean, ServerAdam, ServerMomentum, WeightedMean, effective_steps
+from common.best import Best
 from common.client_rows import rows_on_disk
 from common.local import client_optimizer, local_steps
 from common.participation import per_round
@@ -40,7 +41,18 @@ from common.seeding import seed_torch
 from common.shared_moments import FedAdamW, FedAdamWMoments
 from llm_noniid.clustering import cluster_labels
 from llm_noniid.data import training_batches
-from llm_noniid.fed_core import Groups, compare, evaluate, finish, group_by_updates, judge, load_study, probe, watched
+from llm_noniid.fed_core import (
+    Groups,
+    compare,
+    describe_clients,
+    evaluate,
+    finish,
+    group_by_updates,
+    judge,
+    load_study,
+    probe,
+    watched,
+)
 from llm_noniid.models import memory
 
 
@@ -55,13 +67,10 @@ def client_update(study, theta, batches, k, t, moments=None, **method):
     seed_torch(a.seed, "dropout", t, k)
     if moments:
         moments.load(k)
-    optimizer = (
-        moments.optimizer
-        if moments
-        else client_optimizer(
-            a.client_optimizer, model.weights.parameters, a.learning_rate, weight_decay=a.weight_decay
-        )
-    )
+        optimizer = moments.optimizer
+    else:
+        parameters = model.weights.parameters
+        optimizer = client_optimizer(a.client_optimizer, parameters, a.learning_rate, weight_decay=a.weight_decay)
     steps = ((model.batch("train", rows),) for rows in batches)
     options = {"amp": model.amp, "max_norm": a.max_grad_norm, "norms": True}
     return local_steps(study.loss, steps, model.weights, optimizer, **options, **method)
@@ -98,12 +107,15 @@ def main(args):
         if a.cluster == "labels":
             groups = Groups(cluster_labels(study.topic_counts(), models))
 
-        lasting = {"groups": groups, "server": server, "variates": variates, "control": variates and variates.rows}
-        lasting["moments"] = moments
+        best = Best() if a.final == "best" else None
+        lasting = {"groups": groups, "server": server, "moments": moments, "best": best}
+        lasting |= {"variates": variates, "control": variates and variates.rows}
         lasting = {name: thing for name, thing in lasting.items() if thing is not None}
-        run.plan(a.num_rounds, a.eval_every)
+        run.plan(a.num_rounds, a.eval_every, clients=len(n))
         thetas = run.restore(weights.snapshot().repeat(models, 1), study.names, **lasting)  # [models, n]
-        run.report(0, thetas, lambda: evaluate(study, thetas[:1], 0 * groups.of), lambda row: judge(run, 0, row))
+        describe_clients(run, study)
+        start = partial(evaluate, study, thetas[:1], 0 * groups.of)
+        run.report(0, thetas, start, lambda row: judge(run, 0, row, thetas, best))
         for t in run.rounds():
             work = None if steps else list(map(len, rows))
             clients = run.sample(n, a.participation_rate, t, up=up, down=down, work=work)
@@ -155,9 +167,9 @@ def main(args):
 
             before, thetas = thetas, thetas.clone()
             for g in sorted({groups.of[k] for k in clients.clients if k not in clients.left_out}):
-                thetas[g] = server.step(before[g], means[g].delta()) if server else means[g].result()
+                thetas[g] = server.step(before[g], means[g].delta()) if server else means[g].result(a.server_lr)
             if moments:
-                moments.turn(before[0], thetas[0])
+                moments.turn(means[0].delta())
             seen = clients.gather(seen)
             if regroups:
                 groups.of = group_by_updates(run, study, before[0], seen, models)
@@ -167,8 +179,8 @@ def main(args):
                 pull = compare(study, before[0], thetas[0], seen, n) if compares else {}
                 return evaluate(study, thetas, groups.of) | pull
 
-            run.report(t + 1, thetas, measure, lambda row: judge(run, t + 1, row))
-        finish(run, study, thetas, groups.of)
+            run.report(t + 1, thetas, measure, lambda row: judge(run, t + 1, row, thetas, best))
+        finish(run, study, thetas, groups.of, best)
 
 
 if __name__ == "__main__":

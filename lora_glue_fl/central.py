@@ -5,15 +5,17 @@ The optimiser's loop is that of the federated clients (`common.local.local_steps
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from common import parallel
+from common.best import Best
 from common.cli import RunFailed, UsageError
-from common.local import OptimizerState, client_optimizer, local_steps
+from common.local import OptimizerState, local_steps
 from common.seeding import seed_torch
 from common.vector import Weights
-from lora_glue_fl.data_prep import batches, learning_rates, plan_steps
+from lora_glue_fl.data_prep import adamw, batches, learning_rates, plan_steps
 from lora_glue_fl.shards import load_manifest, subset
 from lora_glue_fl.task_model import TaskModel, print_values
 
@@ -39,8 +41,13 @@ def load_study(args, run, lora=None):
     rows = np.empty(0, dtype=np.int64)
     if a.do_train:
         rows = load_manifest(a.shard, model.data)["indices"] if a.shard else subset(model.data, a.max_examples, a.seed)
+    clients = {"examples": len(rows)} if a.do_train else {}
+    if lora and a.init_adapter:
+        adapted = model.adapted
+        factors, head, clients["init_adapter_sha256"] = model.start(a.init_adapter, a.lora_r, adapted.scale, a.lora_r)
+        adapted.load(factors, head, adapted.scale)
     weights = Weights(model.model, trained)
-    run.begin(model.facts(), model.sizes(trained), clients={"examples": len(rows)} if a.do_train else None)
+    run.begin(model.facts(), model.sizes(trained), clients=clients or None)
     run.plan(math.ceil(a.num_train_epochs) if a.do_train else 0)
     for line in model.notes:
         run.note(line)
@@ -48,12 +55,24 @@ def load_study(args, run, lora=None):
 
 
 def train(study):
-    """Epochs of AdamW with one schedule over all of them, evaluated before and after each with --do-eval."""
+    """Epochs of AdamW with one schedule over all of them, evaluated before and after each with --do-eval.
+
+    Leaves the last epoch's weights in the model, with --final best those of the best validation metric.
+    """
     a, run, model, weights = study.args, study.run, study.model, study.weights
-    optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate, weight_decay=a.weight_decay)
+    optimizer = adamw(a, model.model, weights.parameters)
     moments = OptimizerState(optimizer, weights.parameters)
-    weights.load(run.restore(weights.snapshot(), weights.named, optimizer=moments))
+    lasting, best = {"optimizer": moments}, Best()
+    if a.final == "best":
+        lasting["best"] = best
+    weights.load(run.restore(weights.snapshot(), weights.named, **lasting))
     evaluate = model.evaluate if a.do_eval else dict
+
+    def offer(t, row):
+        if a.final == "best":
+            best.offer(t, -row[model.headline], weights.theta)  # it keeps the lowest
+        return {}
+
     run.report(0, weights.theta, evaluate)
     if not a.do_train:
         return
@@ -72,7 +91,10 @@ def train(study):
         if not math.isfinite(done):
             hint = f"lower --learning-rate ({a.learning_rate:g}) or --amp off"
             raise RunFailed(f"epoch {t + 1}: the loss is {done}: {hint}")
-        run.report(t + 1, weights.theta, lambda value=done: {"train_loss": value} | evaluate())
+        run.report(t + 1, weights.theta, lambda value=done: {"train_loss": value} | evaluate(), partial(offer, t + 1))
+    if a.final == "best":
+        weights.load(best.theta)
+        run.note(f"what is saved is the best epoch's, {best.round}: {model.headline} {-best.loss:.4g}")
 
 
 def results(study):

@@ -19,6 +19,7 @@ from common.cache import cache_folder, cached, pack_arrays, sha256_of, unpack_ar
 from common.cli import UsageError
 from common.corpora import data_folder
 from common.hub import reading
+from common.local import client_optimizer
 from common.schedules import lr_at
 from common.seeding import stream
 from common.text import hub_tokenizer, reading_tokenizer, tokenizer_fingerprint, vocabulary_size
@@ -200,6 +201,19 @@ def plan_steps(encoded, rows, args, epochs, t=0, client=0):
     n, per_epoch = args.gradient_accumulation_steps, math.ceil(len(rows) / args.batch_size)
     parts = [[rows[batch] for batch in cut[i : i + per_epoch]] for i in range(0, len(cut), per_epoch)]
     return [part[i : i + n] for part in parts for i in range(0, len(part), n)]
+
+
+def adamw(args, model, parameters):
+    """AdamW over {name: parameter} of `model`; as in transformers' Trainer biases and norms do not decay."""
+    spared = ()  # without a decay one group
+    if args.weight_decay:
+        from transformers.trainer_pt_utils import get_parameter_names
+
+        named = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+        decayed = {id(model.get_parameter(name)) for name in get_parameter_names(model, [torch.nn.LayerNorm], named)}
+        spared = [name for name, p in parameters.items() if id(p) not in decayed]
+    decay = {"weight_decay": args.weight_decay, "not_decayed": spared}
+    return client_optimizer("adamw", parameters, args.learning_rate, **decay)
 
 
 def learning_rates(args, total):

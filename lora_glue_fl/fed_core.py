@@ -20,14 +20,14 @@ from common.cli import UsageError
 from common.hub import weight_bytes
 from common.lowrank import MIXED_RANKS, trained_factors
 from common.participation import check_participation, per_round
-from common.products import fit_rank, scaling
-from common.seeding import seed_torch, torch_stream
+from common.products import scaling
+from common.seeding import seed_torch
 from common.vector import Weights
 from lora_glue_fl.data_prep import batches, learning_rates, plan_steps
 from lora_glue_fl.models import named_head
-from lora_glue_fl.round_folders import RoundFolders, fuse_manifest, read_served, size_on_disk
+from lora_glue_fl.round_folders import RoundFolders, fuse_manifest, size_on_disk
 from lora_glue_fl.shards import client_files, load_shards
-from lora_glue_fl.task_model import TaskModel, print_values
+from lora_glue_fl.task_model import TaskModel, print_values, resized
 
 CHANGES_BASE = ("stack", "residual")
 
@@ -37,9 +37,9 @@ class Study:
     """Data and model of a run.
 
     model: task, tokens and encoder with its adapter; rows: each client's examples, int64 [n_k] of the training split;
-    ranks: each client's; scale: s of every client's adapter; served_as: what the rule serves where it chooses, keywords
-    of `common.lowrank.AdapterMean`; theta: before the first round; loss: mean over the examples of a batch; servers:
-    {part of theta: server optimiser}, empty for plain averaging; folders: of the rounds.
+    ranks: each client's; scale: s of every client's adapter; served_as: what the rule serves where it chooses, and the
+    server's learning rate, keywords of `common.lowrank.AdapterMean`; theta: before the first round; loss: mean over the
+    examples of a batch; servers: {part of theta: server optimiser}, empty for plain averaging; folders: of the rounds.
     """
 
     args: object
@@ -96,10 +96,11 @@ def load_study(args, run):
     check_participation(a.participation, len(shards))
     ranks = client_ranks(a, len(shards))
     check_ranks(a, ranks, model.adapted)
-    scale, start = scaling(a.lora_alpha, a.lora_r), read_served(a.init_adapter) if a.init_adapter else None
-    served_as = {"rank": a.lora_r}
+    scale, least = scaling(a.lora_alpha, a.lora_r), min(a.lora_r, *ranks)
+    start = a.init_adapter and model.start(a.init_adapter, a.lora_r, scale, least)
+    served_as = {"rank": a.lora_r, "server_lr": a.server_lr if a.server_optimizer == "none" else 1.0}
     if a.aggregate == "svd":
-        served_as = {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
+        served_as |= {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
     fused = f"fused_r{served_as['rank']}" + "_nosvd" * (a.aggregate == "naive")
     about = model.adapted.about() | {"base_model": model.base_model(run.folder)}
     study = Study(
@@ -110,7 +111,7 @@ def load_study(args, run):
         ranks=ranks,
         scale=scale,
         served_as=served_as,
-        theta=first_theta(a, model, start, ranks, scale),
+        theta=first_theta(a, model, start),
         loss=model.training_loss(),
         servers=server_optimizers(a),
         folders=RoundFolders(run.folder, a.keep, fused, about),
@@ -120,9 +121,9 @@ def load_study(args, run):
     data |= {key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key")}
     clients = {"examples": study.examples, "ranks": ranks, "shard_seed": first.get("seed")}
     if start:
-        clients["init_adapter_sha256"] = start.sha256
+        clients["init_adapter_sha256"] = start[-1]
     run.begin(data, model.sizes(model.adapted.trainable()), clients=clients)
-    run.plan(a.rounds)
+    run.plan(a.rounds, clients=len(n))
     notes = [f"{len(n)} clients, examples a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})", *model.notes]
     if a.aggregate == "svd" and a.svd_rank > min(ranks):
         notes.append(f"clients of rank {min(ranks)} get the leading directions of what is served at {a.svd_rank}")
@@ -163,26 +164,11 @@ def check_ranks(args, ranks, adapted):
         )
 
 
-def first_theta(args, model, start, ranks, scale):
-    """theta before the first round: peft's adapter (A random, B zero), or --init-adapter's, the `AdapterFile` start."""
+def first_theta(args, model, start):
+    """theta before the first round: peft's adapter (A random, B zero), or what `TaskModel.start` returned."""
     a, adapted = args, model.adapted
     pairs = {name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in adapted.factors().items()}
-    head = adapted.head
-    if start:
-        model.check_fits(start)
-        if start.base:
-            raise UsageError(
-                f"--init-adapter {a.init_adapter} belongs to a base that its run has changed: begin with that run's "
-                "final/ as --model"
-            )
-        least = min(a.lora_r, *ranks)
-        if start.r > least:
-            flag = "--lora-r" if least == a.lora_r else "--client-ranks"
-            raise UsageError(
-                f"--init-adapter has rank {start.r}, above {flag} {least}: raise {flag}, or compress it with "
-                f"fedavg_merge.py --adapters {a.init_adapter} --svd-rank {least}"
-            )
-        pairs, head = resized(start.factors, start.scale, a.lora_r, scale, a.seed, 0), start.head
+    pairs, head, _ = start or (pairs, adapted.head, None)
     theta = named_factors(pairs) | {"head": torch.cat([head[name].detach().reshape(-1) for name in adapted.head])}
     if a.aggregate in CHANGES_BASE:
         theta |= {f"base.{name}": w.detach().clone() for name, w in adapted.base_weights().items()}
@@ -231,16 +217,6 @@ def factors(theta):
 def base_of(theta):
     """{layer: weight under the adapter} of theta, empty but for stack and residual."""
     return {name.removeprefix("base."): t for name, t in theta.items() if name.startswith("base.")}
-
-
-def resized(pairs, scale, rank, new_scale, seed, t):
-    """An adapter for clients of another rank or scale; new rows of A are the same for all clients of round t."""
-    if scale == new_scale and all(A.shape[0] == rank for A, _ in pairs.values()):
-        return pairs
-    return {
-        name: fit_rank(A, B, rank, torch_stream(seed, f"new rows of {name}", t), scale / new_scale)
-        for name, (A, B) in pairs.items()
-    }
 
 
 def load(study, theta, t):
@@ -295,7 +271,7 @@ def keep_client(study, factors_k, head_k, k, t, clients):
 def serve(study, theta, served, heads):
     """theta after a round. Args: served: of `AdapterMean.result`; heads: a `WeightedMean` of the heads."""
     step = study.step("head")
-    head = step(theta["head"], heads.delta()) if step else heads.result()
+    head = step(theta["head"], heads.delta()) if step else heads.result(study.served_as["server_lr"])
     base = study.model.adapted.updated(base_of(theta), served.updates)
     return named_factors(served.factors) | {"head": head} | {f"base.{name}": weight for name, weight in base.items()}
 
@@ -345,7 +321,7 @@ def publish(study, theta, served, clients, t):
     """Evaluates what is served after round t where asked, and writes the server's folder. Returns what is logged."""
     metrics = evaluate(study, theta, t + 1)
     if metrics:
-        study.folders.offer(t, metrics[study.model.headline])
+        study.folders.offer(t, metrics[study.model.headline], theta if study.args.final == "best" else {})
     fields = {"aggregation_error": served.error, "delta_norm": served.norm}
     if study.args.aggregate == "svd":
         fields |= {"discarded_energy": served.discarded, "missing_directions": served.missing}
@@ -355,8 +331,11 @@ def publish(study, theta, served, clients, t):
 
 
 def finish(study, theta):
-    """final/ and the results: an adapter, or for stack and residual the merged model."""
-    run, model, rounds = study.run, study.model, study.args.rounds
+    """final/ and the results: an adapter, or for stack and residual the merged model. theta: after the last round."""
+    run, model, folders, rounds = study.run, study.model, study.folders, study.args.rounds
+    if study.args.final == "best":
+        theta, rounds = folders.theta, folders.best + 1
+        run.note(f"final/ holds the best round's, {rounds}: {model.headline} {folders.value:.4g}")
 
     def write(folder):
         if study.args.aggregate in CHANGES_BASE:
@@ -364,11 +343,11 @@ def finish(study, theta):
             model.adapted.save_merged(folder)
             model.tokenizer.save_pretrained(folder)
         else:
-            study.folders.write(folder, *study.adapter(theta, rounds))
+            folders.write(folder, *study.adapter(theta, rounds))
 
     run.write_final(write)
     if parallel.is_main():
-        line, folders = run.metrics()[-1], study.folders
+        line = run.metrics()[-1]
         results = print_values(line) | {"best_round": folders.best + 1, f"best_{model.headline}": folders.value}
         results |= {name: line[name] for name in ("aggregation_error", "bytes_up", "bytes_down", "examples", "seconds")}
         run.finish(results | {"rounds": line["round"]})

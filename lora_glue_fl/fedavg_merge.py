@@ -13,7 +13,7 @@ a peft adapter with fuse_manifest.json beside it; prints each rule's ||served - 
 
 import argparse
 
-from common.cli import Parser, add_machine_flags, positive_float, positive_int, run_main
+from common.cli import Parser, add_machine_flags, only, positive_float, positive_int, run_main
 from common.early import parsed
 from lora_glue_fl.flags import add_evaluation_flags, add_split_flag, add_task_flags, refuse
 
@@ -43,6 +43,9 @@ def build_parser():
     )
     add_evaluation_flags(run)
     add_machine_flags(run)
+    for flag in parser._actions:
+        if flag.dest in ("tokenizer", "max_length", "data_root", "cache_dir", "eval_batch_size"):
+            flag.when = only(eval=True)
     return parser
 
 

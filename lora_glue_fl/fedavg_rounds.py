@@ -11,7 +11,16 @@ Bai et al. 2024), the other rules are in common/lowrank.py. The head is averaged
 import argparse
 
 from common.choices import RULES
-from common.cli import fraction, half_open_fraction, non_negative_float, only, positive_float, positive_int, unless
+from common.cli import (
+    add_final_flag,
+    fraction,
+    half_open_fraction,
+    non_negative_float,
+    only,
+    positive_float,
+    positive_int,
+    unless,
+)
 from common.early import parsed
 from lora_glue_fl import flags
 
@@ -33,7 +42,7 @@ def build_parser():
         metavar="R",
         help="svd, stack: rank of each client, repeated in turn (default: --lora-r)",
     )
-    own.add_argument("--init-adapter", metavar="DIR", help="adapter to begin with (default: A random, B zero)")
+    flags.add_init_flag(own)
     own.add_argument("--mu", type=non_negative_float, default=0.0, metavar="X", help="FedProx's mu; off: 0")
     own.add_argument(
         "--server-optimizer",
@@ -45,8 +54,9 @@ def build_parser():
         "--server-lr",
         type=positive_float,
         metavar="X",
-        help="its learning rate (default: 1 for momentum, else 0.01)",
-        when=unless(server_optimizer="none"),
+        help="the server's learning rate eta, of theta + eta (mean - theta) or its optimiser (default: 1, the plain "
+        "mean; adam, yogi, adagrad: 0.01)",
+        when=unless(server_optimizer="none", server_lr=1.0),
     )
     own.add_argument(
         "--server-beta",
@@ -65,6 +75,7 @@ def build_parser():
         default=1.0,
         metavar="X",
         help="share of the clients that trains in a round",
+        when=unless(participation=1.0),
     )
     federated.add_argument(
         "--local-epochs", type=positive_float, default=1.0, metavar="X", help="passes over a client's examples a round"
@@ -76,6 +87,7 @@ def build_parser():
     report = parser.add_argument_group("what is kept")
     report.add_argument("--eval-each-round", action="store_true", help="evaluate every round (else only the last)")
     report.add_argument("--eval-clients", action="store_true", help="evaluate each client's adapter too")
+    add_final_flag(report)
     report.add_argument(
         "--keep",
         nargs="+",
@@ -96,11 +108,12 @@ if __name__ == "__main__":  # above the imports that take seconds: --help and a 
 from functools import partial
 
 from common.aggregation import WeightedMean
-from common.local import client_optimizer, local_steps
+from common.local import local_steps
 from common.lowrank import AdapterMean
 from common.processes import run_federated
 from common.runlog import start_run
 from lora_glue_fl import fed_core
+from lora_glue_fl.data_prep import adamw
 
 
 def main(args):
@@ -116,15 +129,16 @@ def main(args):
             up = partial(fed_core.bytes_up, study, t)
             clients = run.sample(n, a.participation, t, up=up, work=study.examples)
             starts = fed_core.begin_round(study, theta, t)
-            mean = AdapterMean(a.aggregate, fed_core.factors(theta), study.scale, clients, t, a.seed, **study.served_as)
+            pairs, scale = fed_core.factors(theta), study.served_scale(t)
+            mean = AdapterMean(a.aggregate, pairs, scale, clients, t, a.seed, **study.served_as)
             heads = WeightedMean(theta["head"], clients)
             for k in clients:
                 weights, steps, lrs = fed_core.begin_client(study, theta, starts, k, t)
-                optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate, weight_decay=a.weight_decay)
+                optimizer = adamw(a, study.model.model, weights.parameters)
                 options = {"amp": run.amp, "mu": a.mu, "max_norm": a.max_grad_norm, "lrs": lrs}
                 done = local_steps(study.loss, steps, weights, optimizer, **options)
                 factors_k, head_k = fed_core.end_client(study, weights, k, clients, done)
-                if mean.add(factors_k, n[k], finite=(head_k,)):
+                if mean.add(factors_k, n[k], study.scale, finite=(head_k,)):
                     heads.add(head_k, n[k])
                     fed_core.keep_client(study, factors_k, head_k, k, t, clients)
             served = mean.result(study.step(mean.trained))

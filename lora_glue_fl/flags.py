@@ -6,6 +6,7 @@ from common.choices import SPLITS
 from common.cli import (
     Parser,
     UsageError,
+    add_final_flag,
     add_machine_flags,
     add_run_flags,
     half_open_fraction,
@@ -91,7 +92,8 @@ def add_training_flags(parser, lr):
     train.add_argument("--batch-size", "--per-device-train-batch-size", **BATCH, help="examples a step")
     add_evaluation_flags(train)
     train.add_argument("--learning-rate", "--lr", type=positive_float, default=lr, metavar="X", help="AdamW's highest")
-    train.add_argument("--weight-decay", type=non_negative_float, default=0.0, metavar="X", help="AdamW's; off: 0")
+    text = "AdamW's, of what is no bias and no norm; off: 0"
+    train.add_argument("--weight-decay", type=non_negative_float, default=0.0, metavar="X", help=text)
     train.add_argument(
         "--warmup-ratio", type=half_open_fraction, default=0.0, metavar="X", help="share of a fit's steps; off: 0"
     )
@@ -120,6 +122,12 @@ def add_lora_flags(own):
     own.add_argument("--target-modules", nargs="+", metavar="NAME", help="adapted layers (default: queries and values)")
 
 
+def add_init_flag(own):
+    """An adapter to begin with."""
+    text = "begins with this adapter: its folder, its run's, or a round's fused one (default: A random, B zero)"
+    own.add_argument("--init-from", "--init-adapter", dest="init_adapter", metavar="DIR", help=text)
+
+
 def add_split_flag(own, when=None):
     """What svd makes of the singular values."""
     text = "svd: B = U S, A = V^T, or (balanced) the root of S in both"
@@ -137,6 +145,7 @@ def make_central_parser(description, output_dir, learning_rate):
     parser, own = make_parser(description, output_dir)
     own.add_argument("--do-train", action="store_true", help="train")
     own.add_argument("--do-eval", action="store_true", help="evaluate every epoch; without --do-train: zero-shot")
+    add_final_flag(own)
     train = add_training_flags(parser, learning_rate)
     train.add_argument(
         "--num-train-epochs", type=positive_float, default=3.0, metavar="X", help="passes over the examples"
@@ -149,6 +158,8 @@ def make_central_parser(description, output_dir, learning_rate):
 def complete_central(args):
     """The flags. Raises UsageError for flags that contradict each other."""
     refuse(not (args.do_train or args.do_eval), "nothing to do: give --do-train, --do-eval or both")
+    unknown = args.final == "best" and not (args.do_train and args.do_eval)
+    refuse(unknown, "--final best: the best epoch is known of --do-train with --do-eval: give both")
     refuse(args.shard and args.max_examples, "--shard and --max-examples are both given: choose one")
     return args
 
@@ -158,6 +169,8 @@ def complete_rounds(args):
     if args.skip_svd:
         refuse(args.aggregate not in (None, "naive"), f"--skip-svd is --aggregate naive, not {args.aggregate}")
         args.aggregate = "naive"
+    unknown = args.final == "best" and not args.eval_each_round
+    refuse(unknown, "--final best: without --eval-each-round only the last round is evaluated: add it")
     args.aggregate = args.aggregate or "svd"
     args.alpha = args.svd_rank if args.alpha is None else args.alpha
     if args.server_lr is None:

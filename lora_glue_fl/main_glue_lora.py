@@ -8,12 +8,13 @@ W + s B A with s = alpha / r; A random, B zero, W frozen   (Hu et al. 2022), tra
 
 from common.cli import run_main
 from common.early import parsed
-from lora_glue_fl.flags import add_lora_flags, complete_central, make_central_parser, size_label
+from lora_glue_fl.flags import add_init_flag, add_lora_flags, complete_central, make_central_parser, size_label
 
 
 def build_parser():
     parser, own = make_central_parser(__doc__.split("\n")[0], "./out", 2e-4)
     add_lora_flags(own)
+    add_init_flag(own)
     own.add_argument("--adapter-output-dir", metavar="DIR", help="where the adapter goes (default: RUN/adapter)")
     return parser
 
@@ -38,6 +39,7 @@ def main(args):
 
         results = central.results(study)
         if args.do_train:
+            run.note("writing the adapter")
             save(study, Path(args.adapter_output_dir or run.folder / "adapter"))
         write_manifest(study, results)
         run.finish(results)

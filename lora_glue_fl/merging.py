@@ -8,7 +8,7 @@ import torch
 from common.adapter_files import refuse_other_files
 from common.cli import UsageError
 from lora_glue_fl.flags import SIZES, refuse
-from lora_glue_fl.shards import load_manifest
+from lora_glue_fl.shards import check_disjoint, load_manifest
 
 
 def check_place(args):
@@ -17,7 +17,8 @@ def check_place(args):
     refuse_other_files(place)
     if place.is_dir() and any(place.iterdir()) and not args.overwrite:
         raise UsageError(f"--save-adapter {place} exists: choose another folder, or give --overwrite")
-    if place.resolve() in [Path(path).expanduser().resolve() for path in args.adapters]:
+    read = [Path(path).expanduser().resolve() / part for path in args.adapters for part in ("", "final", "adapter")]
+    if place.resolve() in read:
         raise UsageError(f"--save-adapter {place} is one of --adapters: choose another folder")
     for suffix in (".new", ".old"):  # the names of the steps in which `write_adapter` replaces a folder
         beside = place.with_name(place.name + suffix)
@@ -49,6 +50,7 @@ def _examples(paths, task):
             first, other = known[0]
             shown = f"{path} is of {what} {str(value)[:12]}, {first} of {str(other)[:12]}"
             refuse(value != other, f"{shown}: give shards of one data set")
+    check_disjoint(paths, manifests)
     return [float(len(manifest["indices"])) for manifest in manifests]
 
 

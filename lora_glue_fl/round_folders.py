@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common import parallel
-from common.adapter_files import read_adapter, read_tensors, write_adapter
+from common.adapter_files import CONFIG, read_adapter, read_tensors, write_adapter
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
 from common.participation import per_round
@@ -21,8 +21,8 @@ _ROUND = re.compile(r"round_([1-9]\d*)")
 class RoundFolders:
     """Writes each round's adapters and deletes those that `--keep` does not name.
 
-    Its state (the best round and how good) is part of the run's checkpoint. A folder is deleted only after the
-    checkpoint of a later round: a run that is broken off finds what it goes on with.
+    Its state (the best round, how good and, where asked, its theta) is part of the run's checkpoint. A folder is
+    deleted only after the checkpoint of a later round: a run that is broken off finds what it goes on with.
 
     Args: folder: the run's; keep: some of "all", "last", "best"; fused: name of the fused folder, such as fused_r8;
         about: keyword arguments of `write_adapter` for every adapter, but alpha.
@@ -30,7 +30,7 @@ class RoundFolders:
 
     def __init__(self, folder, keep, fused, about):
         self.folder, self.keep, self.fused, self.about = folder, keep, fused, about
-        self.best, self.value = None, None
+        self.best, self.value, self.theta = None, None, {}
 
     def write(self, folder, factors, head, alpha, base=None):
         """Writes an adapter. base: {layer: weight} under it, where rounds have changed the base model."""
@@ -49,10 +49,10 @@ class RoundFolders:
         with saving(place):
             write_json(place / "fuse_manifest.json", manifest)
 
-    def offer(self, t, value):
-        """A round's headline metric: of equal ones the first is the best."""
+    def offer(self, t, value, theta):
+        """A round's headline metric, of equal ones the first is the best, and what is kept of its theta."""
         if self.value is None or value > self.value:
-            self.best, self.value = t, value
+            self.best, self.value, self.theta = t, value, theta
 
     def prune(self, last):
         """Deletes the folders of rounds up to `last` that are not kept.
@@ -80,15 +80,16 @@ class RoundFolders:
         return self.folder / f"round_{t + 1}"
 
     def state_dict(self):
-        """The best round and its value as tensors."""
+        """The best round, its value and its theta as tensors."""
         if self.best is None:
             return {}
-        return {"best": torch.tensor(self.best), "value": torch.tensor(self.value, dtype=torch.float64)}
+        return {"best": torch.tensor(self.best), "value": torch.tensor(self.value, dtype=torch.float64), **self.theta}
 
     def load_state_dict(self, state):
         """Takes over what `state_dict` returned."""
         if state:
-            self.best, self.value = int(state["best"]), state["value"].item()
+            self.theta = dict(state)
+            self.best, self.value = int(self.theta.pop("best")), self.theta.pop("value").item()
 
 
 def size_on_disk(study):
@@ -99,11 +100,12 @@ def size_on_disk(study):
     whole = 4 * study.run.manifest["parameters"]["total"] if base else adapter  # final/
     rounds = a.rounds if "all" in a.keep else min(a.rounds, len(a.keep))
     clients = per_round(a.participation, len(study.rows)) if a.save_clients else 0
-    total = (rounds * (clients + 1) + 1) * (adapter + base) + whole
+    checkpoints = a.keep_checkpoints * (1 + (a.final == "best"))
+    total = (rounds * (clients + 1) + checkpoints) * (adapter + base) + whole
     changed = " with the base's changed weights, unless --no-save-clients" * bool(base and clients)
     return (
         f"on disk at the end: about {total / 2**20:,.1f} MiB ({rounds} rounds (--keep {' '.join(a.keep)}) of {clients} "
-        f"+ 1 adapters of {(adapter + base) / 2**20:.2f} MiB{changed}, a checkpoint, final/)"
+        f"+ 1 adapters of {(adapter + base) / 2**20:.2f} MiB{changed}, checkpoints, final/)"
     )
 
 
@@ -132,11 +134,23 @@ def fuse_manifest(study, served, clients, alpha, metrics, t):
 
 
 def read_served(path):
-    """`read_adapter` of a folder of any age: runs used to keep the changed base beside the adapters, not in them.
+    """`read_adapter` of a folder, of a run's (what it ended with), or of a round's client or fused folder.
 
-    Raises: UsageError as `read_adapter`, and for the adapter of such a run's client whose base was deleted.
+    Of any age: runs used to keep the changed base beside the adapters, not in them.
+    Raises: UsageError as `read_adapter`, for a run that has no adapter (yet), and for the adapter of such an old run's
+        client whose base was deleted.
     """
-    file, place = read_adapter(path), Path(path).expanduser().resolve().parent
+    path = Path(path).expanduser()
+    if not (path / CONFIG).exists():
+        path = next((path / part for part in ("final", "adapter") if (path / part).is_dir()), path)
+    if (path / "run.json").exists():
+        raise UsageError(f"{path} has no final/: end that run with --resume, or give a round's fused folder")
+    if (path / "config.json").exists() and not (path / CONFIG).exists():
+        raise UsageError(
+            f"{path} is a whole model (stack and residual change the base), no adapter: give it as --model; "
+            "baseline_run.py --do-eval evaluates it"
+        )
+    file, place = read_adapter(path), path.resolve().parent
     t = _ROUND.fullmatch(place.parent.name)
     if file.base or not t or not (served := list(place.parent.glob("fused_*/base.safetensors"))):
         return file

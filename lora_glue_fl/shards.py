@@ -224,11 +224,23 @@ def load_manifest(path, data=None, task_name=None):
     return {**manifest, "task": task, "indices": values}
 
 
+def check_disjoint(paths, manifests):
+    """Raises UsageError where an example belongs to two clients of a `mode` that gives each to one."""
+    seen = {}
+    for path, manifest in zip(paths, manifests, strict=True):
+        for i in manifest["indices"].tolist() if manifest.get("mode") in ("iid", "category", "dirichlet") else ():
+            if seen.setdefault(i, path) != path:
+                raise UsageError(
+                    f"index {i} is in {seen[i]} and in {path}, but --mode {manifest['mode']} deals each example once: "
+                    "make the shards again"
+                )
+
+
 def load_shards(shard_dir, data):
     """The manifests of a folder, client 1 first.
 
-    Raises UsageError as `load_manifest`, and when the folder is missing or empty, or a client's file is missing
-    or does not fit summary.json (where that is there).
+    Raises UsageError as `load_manifest`, and when the folder is missing or empty, or a client's file is missing, is of
+    another dealing than the first, or does not fit summary.json (where that is there).
     """
     folder = Path(shard_dir)
     files = client_files(folder) if folder.is_dir() else []
@@ -240,12 +252,22 @@ def load_shards(shard_dir, data):
         absent = min(set(range(1, numbers[-1])) - set(numbers))
         raise UsageError(f"shard folder {folder} has client_{numbers[-1]}.json but no client_{absent}.json")
     manifests = [load_manifest(path, data) for _, path in files]
+    first = manifests[0]
+    for (_, path), each in zip(files, manifests, strict=True):
+        for key in ("seed", "mode"):  # the source's have none
+            if each.get(key) != first.get(key):
+                shown = f"{path} has {key} {each.get(key)}, client_1.json {first.get(key)}"
+                raise UsageError(f"{shown}: make the shards again")
+    check_disjoint([path for _, path in files], manifests)
     summary = folder / "summary.json"
     if summary.is_file():
         try:
-            sizes = read_json(summary)["size_per_client"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            saved = read_json(summary)
+            sizes = saved["size_per_client"]
+            dealt = [sorted(part) for part in saved.get("client_indices", [])]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{summary} is damaged ({type(error).__name__}): make the shards again") from error
-        if sizes != [len(manifest["indices"]) for manifest in manifests]:
+        rows = [manifest["indices"].tolist() for manifest in manifests]
+        if sizes != [len(mine) for mine in rows] or dealt and dealt != rows:
             raise UsageError(f"{summary} does not fit the {len(files)} client files beside it: make the shards again")
     return manifests

@@ -8,12 +8,15 @@ import torch
 from torch.nn import functional as F
 
 from common import parallel
+from common.adapter_files import read_tensors
 from common.batches import evaluation_batches
 from common.checkpoint import saving
-from common.cli import UsageError
+from common.cli import UsageError, say
 from common.compiling import checked_compile
 from common.evaluation import amp_context, pick_device, resolve_amp
+from common.products import fit_rank
 from common.runlog import prepare_machine
+from common.seeding import torch_stream
 from common.vector import fingerprint
 from lora_glue_fl.data_prep import encode
 from lora_glue_fl.flags import model_name
@@ -143,9 +146,52 @@ class TaskModel:
                 self.adapted.save_base(base)
                 self.tokenizer.save_pretrained(base)
 
+    def start(self, path, rank, scale, least):
+        """What --init-from names, for adapters of this rank and scale: ({layer: (A, B)}, head, the file's SHA-256).
+
+        Raises: UsageError where it does not fit the model or its base, or has a rank above `least`.
+        """
+        file = read_served(path)
+        self.check_fits(file)
+        if file.base:
+            raise UsageError(
+                f"--init-from {path} belongs to a base that its run has changed: begin with that run's final/ as "
+                "--model"
+            )
+        if file.r > least:
+            flag = "--lora-r" if least == rank else "--client-ranks"
+            raise UsageError(
+                f"--init-from {path} has rank {file.r}, above {flag} {least}: raise {flag}, or compress it with "
+                f"fedavg_merge.py --adapters {file.path} --svd-rank {least}"
+            )
+        self.notes += self.check_base(file)
+        return resized(file.factors, file.scale, rank, scale, self.args.seed, 0), file.head, file.sha256
+
+    def check_base(self, file):
+        """Lines for the log where the `AdapterFile` names another model whose weights are not there to compare.
+
+        Raises: UsageError where they are there, and are others than the model's.
+        """
+        there, here = file.base_model, self.encoder.name
+        if not there or there.removeprefix("FacebookAI/") == here.removeprefix("FacebookAI/"):
+            return []
+        weights = Path(there).expanduser() / "model.safetensors"
+        if not weights.is_file():
+            return [f"warning: {file.path} was trained on {there}, which cannot be compared with {here}"]
+        stored = read_tensors(weights)[0]
+        for layer, weight in ({} if file.base else self.adapted.base_weights()).items():
+            key = next((key for key in stored if f".{layer}.weight".endswith(f".{key}")), None)
+            if key is None or not torch.equal(stored[key].to(weight), weight):
+                shown = f"{file.path} was trained on {there}, whose {layer} differs from that of {here}"
+                raise UsageError(f"{shown}: give --model {there}")
+        return []
+
     def check_fits(self, file):
         """Raises UsageError unless the `AdapterFile` has the adapted model's layers, their sizes and its head."""
         here, under, name = self.adapted.factors(), self.adapted.base_weights(), self.encoder.name
+        base = file.base_model
+        if base and not Path(base).is_dir() and Path(base).name != Path(name).name:
+            say(f"warning: {file.path} was trained on {base}, here it is put on {name}: see --model")
         odd = sorted(file.factors.keys() ^ here.keys())
         if odd:
             raise UsageError(f"{file.path}: its layers are not those of {name} ({odd[0]}): give its --model")
@@ -166,6 +212,16 @@ def _shapes(head):
     return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in head.items()) or "none"
 
 
+def resized(pairs, scale, rank, new_scale, seed, t):
+    """An adapter for clients of another rank or scale; new rows of A are the same for all clients of round t."""
+    if scale == new_scale and all(A.shape[0] == rank for A, _ in pairs.values()):
+        return pairs
+    return {
+        name: fit_rank(A, B, rank, torch_stream(seed, f"new rows of {name}", t), scale / new_scale)
+        for name, (A, B) in pairs.items()
+    }
+
+
 def evaluate_adapter(path, args):
     """A saved adapter on its task's validation examples: {"val_loss", "val_<metric>", ..., "seconds"}.
 
@@ -181,6 +237,8 @@ def evaluate_adapter(path, args):
         args.model, args.tokenizer = file.base_model, args.tokenizer or file.base_model
     model = TaskModel(args, (file.r, file.alpha, 0.0, file.target_modules), train=False)
     model.check_fits(file)
+    for line in model.check_base(file):
+        say(line)
     model.adapted.load_base(file.base)
     model.adapted.load(file.factors, file.head, file.scale)
     return {**model.evaluate(), "seconds": time.perf_counter() - started}

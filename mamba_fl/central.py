@@ -42,9 +42,13 @@ def main(args):
         theta = weights.theta
 
         for t in run.rounds():
-            (batch,) = client_batches(study, 0, t)
+            (batch,), (lr,) = client_batches(study, 0, t), study.learning_rates(t)
+            for group in study.optimizer.param_groups:
+                group["lr"] = lr
             before = weights.snapshot() if run.due(t + 1) else None
             loss = gradients(study.loss, batch, weights.parameters.values(), run.amp)
+            if args.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(weights.parameters.values(), args.max_grad_norm)
             if any(run.due(step) for step in range(t + 1, t + WINDOW + 2)):  # the last of the steps to an evaluation
                 watch.see()
             study.optimizer.step()

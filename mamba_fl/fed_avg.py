@@ -3,15 +3,17 @@
     python mamba_fl/fed_avg.py --layers 2
     python mamba_fl/fed_avg.py --layers 2 --dataset demo      # offline, a CPU, about a minute
 
-theta <- theta + sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMahan et al. 2017, algorithm 1)
+theta <- theta + eta_s sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMahan et al. 2017, algorithm 1)
 """
 
 from common.early import parsed
-from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
+from mamba_fl.flags import SERVER_LR, complete_flags, footprint, make_parser, run_name
 
 
 def build_parser():
-    return make_parser(__doc__)[0]
+    parser, add = make_parser(__doc__)
+    add("--server-lr", **SERVER_LR)
+    return parser
 
 
 if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
@@ -34,12 +36,15 @@ def main(args):
             up, down = study.weights.bytes, study.bytes_down(t)
             clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
+            lrs, max_norm = study.learning_rates(t), args.max_grad_norm
             for k in clients:
                 batches = begin_client(study, theta, k, t)
-                done = local_steps(study.loss, batches, study.weights, study.optimizer, amp=run.amp)
+                done = local_steps(
+                    study.loss, batches, study.weights, study.optimizer, amp=run.amp, lrs=lrs, max_norm=max_norm
+                )
                 theta_k = end_client(study, theta, k, t, clients, done)
                 mean.add(theta_k, weight=study.client_weights[k])
-            theta = mean.result()
+            theta = mean.result(args.server_lr)
             run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 
         finish(study, theta)

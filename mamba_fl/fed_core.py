@@ -5,7 +5,8 @@ The round loop and the client's steps are in each script; an algorithm differs f
 
 import math
 import os
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,13 +23,17 @@ from common.curves import draw_curve
 from common.evaluation import amp_context, bits_per_byte, perplexity
 from common.local import Moments, client_optimizer
 from common.participation import Turns, per_round
+from common.schedules import lr_at
 from common.seeding import stream
+from common.text import load_tokenizer, tokenizer_fingerprint
 from common.vector import Weights
 from mamba_fl.data import FederatedText, build_data, inputs_and_labels
+from mamba_fl.flags import final_of
 from mamba_fl.mamba2 import Mamba2Config
-from mamba_fl.ssm_config import make_model, save_pretrained
+from mamba_fl.ssm_config import make_model, read_pretrained, save_pretrained
 
 NOT_DECAYED = ("dt_bias", "A_log", "D")  # Dao & Gu's recipe: no weight decay on the recurrence's own parameters
+MOST_PADDING = 128  # rows that an embedding has beyond the tokens, at most, in the models that there are
 WATCHED = ("in_proj.weight", "A_log", "D", "dt_bias")  # the state-space parameters of a layer
 
 
@@ -85,6 +90,17 @@ class Study:
         """What a client receives in round t."""
         return self.weights.bytes if self.synced(t) else 0
 
+    def learning_rates(self, t):
+        """The rate of each step of round t, the same for all its clients.
+
+        It goes by the steps of a client that is always there: by its own, one that is drawn rarely would be in its
+        warm-up when the others end.
+        """
+        args, total = self.args, self.total_steps
+        steps = range(t * args.local_updates, min((t + 1) * args.local_updates, total))
+        schedule = {"kind": args.lr_scheduler, "warmup": args.warmup_steps, "min_lr": args.min_lr}
+        return [lr_at(step, total, args.lr, **schedule) for step in steps]
+
 
 def load_study(args, run, federated=True):
     """Reads the data, builds the model and begins the run. Raises: UsageError for what is not there or does not fit."""
@@ -95,17 +111,8 @@ def load_study(args, run, federated=True):
     train = [blocks.to(run.device) for blocks in data.train]
     if not federated:  # one client with everybody's text
         train = [torch.cat(train)]
-    rounds, total_steps, epoch = plan_rounds(args, [len(blocks) for blocks in train])
-    config = Mamba2Config(
-        d_model=args.d_model,
-        n_layer=args.layers,
-        vocab_size=data.vocab_size,
-        d_state=args.d_state,
-        expand=args.expand,
-        headdim=args.headdim,
-        chunk_size=0 if args.chunk == "auto" else args.chunk,
-    )
-    model = make_model(config, kernel=args.kernel, device=run.device, seed=args.seed)
+    rounds, total_steps, epoch = plan_rounds(args, [len(blocks) for blocks in train], run.before)
+    model = start_model(args, data, run.device)
     weights = Weights(model)
 
     def loss(blocks):
@@ -139,14 +146,54 @@ def load_study(args, run, federated=True):
     )
     resolved = run.resolved() | {"kernel": type(model).__name__}
     run.begin(data.fingerprint, {"total": weights.size}, resolved, data.shards)
-    run.plan(rounds, args.val_freq, args.save_freq)
+    run.plan(rounds, args.val_freq, args.save_freq, len(train))
     return study
 
 
-def plan_rounds(args, examples):
+def start_model(args, data, device):
+    """The model with fresh weights, or those of --init-from.
+
+    Raises: UsageError where these are of another tokenizer.
+    """
+    config = Mamba2Config(
+        d_model=args.d_model,
+        n_layer=args.layers,
+        vocab_size=data.vocab_size,
+        d_state=args.d_state,
+        expand=args.expand,
+        headdim=args.headdim,
+        chunk_size=0 if args.chunk == "auto" else args.chunk,
+    )
+    if args.init_from is None:
+        return make_model(config, kernel=args.kernel, device=device, seed=args.seed)
+    folder = final_of(args.init_from)
+    theirs, tensors = read_pretrained(folder)
+    if (folder / "tokenizer.json").is_file():
+        ids = [data.fingerprint["tokenizer_sha256"], tokenizer_fingerprint(load_tokenizer(str(folder), None))]
+        if ids[0] != ids[1]:
+            raise UsageError(
+                f"--tokenizer {args.tokenizer} ({ids[0][:12]}) is not that of --init-from {args.init_from} "
+                f"({ids[1][:12]}): drop --tokenizer"
+            )
+    rows = theirs.padded_vocab_size
+    if not 0 <= rows - data.vocab_size < MOST_PADDING:
+        raise UsageError(
+            f"--tokenizer {args.tokenizer} has {data.vocab_size} tokens, the model of --init-from {args.init_from} "
+            f"{rows}: give its own --tokenizer"
+        )
+    same = theirs.vocab_size == data.vocab_size  # else it is known with its padding only
+    others = {name: getattr(theirs, name) for name in ("d_conv", "ngroups", "norm_eps")}
+    config = replace(config, **others, pad_vocab_size_multiple=theirs.pad_vocab_size_multiple if same else rows)
+    model = make_model(config, kernel=args.kernel, device=device)
+    model.load_state_dict(tensors)
+    return model
+
+
+def plan_rounds(args, examples, before=None):
     """(rounds, steps of a client that is always there, rounds that an epoch of the data takes) of the flags.
 
-    Raises: UsageError for a client with fewer sequences than a batch.
+    before: run.json of a run that is gone on with, perhaps for more --n-epochs.
+    Raises: UsageError for a client with fewer sequences than a batch, and a warm-up that is longer than the run.
     """
     fewest = min(examples)
     if args.batch_size > fewest:
@@ -160,6 +207,15 @@ def plan_rounds(args, examples):
         steps = int(args.n_epochs * sum(examples) / (per_round(args.participation, len(examples)) * args.batch_size))
     epoch = max(1, round(max(1, steps) / args.local_updates / args.n_epochs))
     total_steps = args.rounds * args.local_updates if args.rounds else max(1, steps)
+    if before and (old := before["args"]["n_epochs"]) != args.n_epochs:
+        _, steps, as_before = plan_rounds(Namespace(**vars(args) | {"n_epochs": old}), examples)
+        if steps % args.local_updates or (args.sync == "epoch" and as_before != epoch):
+            reason = f"its last round has {steps % args.local_updates} of {args.local_updates} steps (--local-updates)"
+            if not steps % args.local_updates:
+                reason = f"an epoch has {as_before} rounds there, and now {epoch}"
+            raise UsageError(f"--n-epochs {old:g} -> {args.n_epochs:g}: {reason}: choose another --run-name")
+    if args.warmup_steps > total_steps:
+        raise UsageError(f"--warmup-steps {args.warmup_steps} is more than the run's {total_steps} steps: lower it")
     return -(-total_steps // args.local_updates), total_steps, epoch
 
 
@@ -196,6 +252,8 @@ def end_client(study, theta, k, t, clients, done):
         if args.client_val_sequences:
             nll, tokens, _ = statistics(study, study.data.validation[: args.client_val_sequences])
             clients.note(k, val_ppl=perplexity(nll, tokens))
+        if args.held_out_sequences:
+            clients.note(k, held_out_ppl=held_out_ppl(study, k))
         if args.save_deltas:
             save_deltas(study, f"client_{k}", _start(study, theta, k, t), theta_k, t)
     return theta_k
@@ -234,6 +292,10 @@ def evaluate(study, theta, t):
         **validate(study, study.data.validation[: study.args.val_sequences or None], "val"),
         "generated": generate(study),
     }
+    if study.args.held_out_sequences:
+        clients = range(len(study.data.held_out))
+        shares = parallel.all_gather({k: held_out_ppl(study, k) for k in parallel.my_share(clients)})
+        metrics["held_out_ppl"] = [next(share[k] for share in shares if k in share) for k in clients]
     study.best.offer(t, metrics["val_loss"], theta)
     return metrics
 
@@ -253,6 +315,12 @@ def validate(study, blocks, split):
         f"{split}_ppl": perplexity(nll, tokens),
         f"{split}_bits_per_byte": bits_per_byte(nll, size),
     }
+
+
+def held_out_ppl(study, k):
+    """Perplexity of the model on the first --held-out-sequences blocks of client k's held-out text."""
+    nll, tokens, _ = statistics(study, study.data.held_out[k][: study.args.held_out_sequences])
+    return perplexity(nll, tokens)
 
 
 @torch.no_grad()
@@ -301,6 +369,7 @@ def save_deltas(study, who, before, after, t):
 def finish(study, theta):
     """Test and validation perplexity on all text, of the last and the best weights; final/, the history, curve.png."""
     run, best = study.run, study.best
+    run.note("evaluating on all test and validation text")
     study.weights.load(theta)
     test_ppl = validate(study, study.data.test, "test")["test_ppl"]
     results = {"best_round": best.round, "best_val_ppl": perplexity(best.loss, 1)}
@@ -309,7 +378,8 @@ def finish(study, theta):
     if best.round < run.total:
         study.weights.load(best.theta)
         results["test_ppl_best"] = validate(study, study.data.test, "test")["test_ppl"]
-        study.weights.load(theta)
+        if study.args.final == "last":
+            study.weights.load(theta)
     if parallel.is_main():
         lines = run.metrics()
         results.update(tokens=lines[-1]["tokens"], seconds=lines[-1]["seconds"])

@@ -3,7 +3,7 @@
     python mamba_fl/fed_entropy.py --layers 2
     python mamba_fl/fed_entropy.py --layers 2 --dataset demo      # offline, a CPU, about a minute
 
-theta <- theta + sum_k alpha_k (theta_k - theta),  alpha_k = exp(-H_k / T) / sum_j exp(-H_j / T)
+theta <- theta + eta_s sum_k alpha_k (theta_k - theta),  alpha_k = exp(-H_k / T) / sum_j exp(-H_j / T)
 
 H_k is the mean entropy (nats a token) of client k's next-token distribution on text it does not train on. This is
 the source project's method; the published FedEntropy (Ling et al. 2023) is another: it selects clients whose pooled
@@ -12,7 +12,7 @@ soft labels have the largest entropy.
 
 from common import cli
 from common.early import parsed
-from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
+from mamba_fl.flags import SERVER_LR, complete_flags, footprint, make_parser, run_name
 
 
 def build_parser():
@@ -21,6 +21,7 @@ def build_parser():
     prior = "examples: alpha_k ~ n_k exp(-H_k / T), as --client-weights examples; none: as uniform (default: none)"
     add("--entropy-prior", choices=["none", "examples"], help=prior)
     add("--entropy-samples", type=cli.non_negative_int, default=8, metavar="N", help="held-out sequences used; 0: all")
+    add("--server-lr", **SERVER_LR)
     return parser
 
 
@@ -50,14 +51,17 @@ def main(args):
             up, down = study.weights.bytes, study.bytes_down(t)
             clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
+            lrs, max_norm = study.learning_rates(t), args.max_grad_norm
             for k in clients:
                 batches = begin_client(study, theta, k, t)
-                done = local_steps(study.loss, batches, study.weights, study.optimizer, amp=run.amp)
+                done = local_steps(
+                    study.loss, batches, study.weights, study.optimizer, amp=run.amp, lrs=lrs, max_norm=max_norm
+                )
                 theta_k = end_client(study, theta, k, t, clients, done)
                 entropy_k = entropy(study, k, t)
                 clients.note(k, entropy=entropy_k)
                 mean.add(theta_k, study.client_weights[k], log_weight=-entropy_k / args.temperature)
-            theta = mean.result()
+            theta = mean.result(args.server_lr)
             run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 
         finish(study, theta)

@@ -3,7 +3,7 @@
     python mamba_fl/fed_fisher.py --layers 2
     python mamba_fl/fed_fisher.py --layers 2 --dataset demo      # offline, a CPU, about a minute
 
-theta_j <- theta_j + sum_k n_k F_kj (theta_kj - theta_j) / sum_k n_k F_kj     (Matena & Raffel 2022, eq. 4)
+theta_j <- theta_j + eta_s sum_k n_k F_kj (theta_kj - theta_j) / sum_k n_k F_kj     (Matena & Raffel 2022, eq. 4)
 
 F_k is the diagonal of client k's Fisher information at theta_k, per sequence (its summed log-likelihood), plus
 rho times its mean.
@@ -11,7 +11,7 @@ rho times its mean.
 
 from common import cli
 from common.early import parsed
-from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
+from mamba_fl.flags import SERVER_LR, complete_flags, footprint, make_parser, run_name
 
 
 def build_parser():
@@ -20,6 +20,7 @@ def build_parser():
     add("--fisher-damping", type=cli.non_negative_float, default=0.1, metavar="RHO", help="adds rho mean(F_k); off: 0")
     add("--fisher-normalize", action="store_true", help="divide each F_k by its L2 norm")
     add("--fisher-labels", choices=["model", "data"], default="model", help="model: the Fisher; data: the empirical")
+    add("--server-lr", **SERVER_LR)
     return parser
 
 
@@ -49,12 +50,15 @@ def main(args):
             up, down = 2 * study.weights.bytes, study.bytes_down(t)  # up: the weights and their precision
             clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = PrecisionWeightedMean(theta, clients, args.fisher_damping, args.fisher_normalize)
+            lrs, max_norm = study.learning_rates(t), args.max_grad_norm
             for k in clients:
                 batches = begin_client(study, theta, k, t)
-                done = local_steps(study.loss, batches, study.weights, study.optimizer, amp=run.amp)
+                done = local_steps(
+                    study.loss, batches, study.weights, study.optimizer, amp=run.amp, lrs=lrs, max_norm=max_norm
+                )
                 theta_k = end_client(study, theta, k, t, clients, done)
                 mean.add(theta_k, weight=study.client_weights[k], precision=fisher(study, k, t))
-            theta = mean.result()
+            theta = mean.result(args.server_lr)
             run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 
         finish(study, theta)

@@ -58,9 +58,12 @@ def main(args):
             up, down = study.weights.bytes, study.bytes_down(t)
             clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
+            lrs, max_norm = study.learning_rates(t), args.max_grad_norm
             for k in clients:
                 batches = begin_client(study, theta, k, t)
-                done = local_steps(study.loss, batches, study.weights, study.optimizer, amp=run.amp)
+                done = local_steps(
+                    study.loss, batches, study.weights, study.optimizer, amp=run.amp, lrs=lrs, max_norm=max_norm
+                )
                 theta_k = end_client(study, theta, k, t, clients, done)
                 mean.add(theta_k, weight=study.client_weights[k])
             theta = server.step(theta, mean.delta())

@@ -1,8 +1,12 @@
 """The flags of this study's scripts: the source's names and defaults, and ours."""
 
+import os
+from pathlib import Path
+
 from common.cli import (
     Parser,
     UsageError,
+    add_final_flag,
     add_machine_flags,
     add_run_flags,
     fraction,
@@ -12,6 +16,7 @@ from common.cli import (
     only,
     positive_float,
     positive_int,
+    unless,
 )
 from common.participation import check_participation, per_round
 
@@ -20,6 +25,20 @@ LAYERS = {f"pure_ssm_{n}_layer": n for n in (1, 2, 4)}  # the source's configura
 DEFAULTS = {
     "wikitext2": {"tokenizer": "gpt2", "d_model": 512, "sequence_length": 256, "n_epochs": 1.0, "val_freq": 30},
     "demo": {"tokenizer": "bpe:1024", "d_model": 128, "sequence_length": 128, "n_epochs": 3.0, "val_freq": 10},
+}
+SIZES = {  # flag -> its default, its names in a config.json: mamba-ssm's and transformers'
+    "layers": (1, "n_layer", "num_hidden_layers"),
+    "d_model": (None, "d_model", "hidden_size"),  # the data set's
+    "d_state": (128, "d_state", "state_size"),
+    "headdim": (64, "headdim", "head_dim"),
+    "expand": (2, "expand", "expand"),
+}
+SERVER_LR = {
+    "type": positive_float,
+    "default": 1.0,
+    "metavar": "X",
+    "when": unless(server_lr=1.0),
+    "help": "eta_s, of the mean update; the plain mean: 1",
 }
 
 
@@ -35,9 +54,12 @@ def make_parser(doc, *, federated=True):
     add("--layers", type=layer_count, metavar="N", help="Mamba-2 layers (default: 1)")
     add("--config", choices=LAYERS, help="the same by name: pure_ssm_1_layer is --layers 1")
     add("--d-model", type=positive_int, metavar="N", help="width (default: 512; demo: 128)")
-    add("--d-state", type=positive_int, default=128, metavar="N", help="state size per head")
-    add("--headdim", type=positive_int, default=64, metavar="N", help="channels per head")
-    add("--expand", type=positive_int, default=2, metavar="N", help="inner width over width")
+    add("--d-state", type=positive_int, metavar="N", help="state size per head (default: 128)")
+    add("--headdim", type=positive_int, metavar="N", help="channels per head (default: 64)")
+    add("--expand", type=positive_int, metavar="N", help="inner width over width (default: 2)")
+    start = "start from another run's weights (its folder, or its final/): sizes and tokenizer are then those"
+    start += " (default: fresh weights)"
+    add("--init-from", metavar="RUN", when=unless(init_from=None), help=start)
     add("--chunk", type=_chunk, default="auto", help="tokens per chunk of the recurrence, or auto")
     add("--kernel", choices=["auto", "torch", "mamba_ssm"], default="auto", help="auto: mamba_ssm on CUDA if installed")
 
@@ -54,6 +76,14 @@ def make_parser(doc, *, federated=True):
     add("--n-epochs", type=positive_float, metavar="X", help="passes over the text (default: 1; demo: 3)")
     add("--lr", type=non_negative_float, default=5e-4, metavar="X", help="learning rate")
     add("--weight-decay", type=non_negative_float, default=0.01, metavar="X", help="not on dt_bias, A_log, D; off: 0")
+    schedules, varies = ["constant", "cosine", "linear"], unless(lr_scheduler="constant")
+    add("--lr-scheduler", choices=schedules, default="constant", when=varies, help="of the rate, after the warm-up")
+    rise, rises = "steps in which it rises to --lr; off: 0", unless(warmup_steps=0)
+    add("--warmup-steps", type=non_negative_int, default=0, metavar="N", when=rises, help=rise)
+    lowest, falls = "the rate that cosine and linear end at", only(lr_scheduler=("cosine", "linear"))
+    add("--min-lr", type=non_negative_float, default=0.0, metavar="X", when=falls, help=lowest)
+    clip, clips = "norm that a step's gradient is clipped to; off: 0", unless(max_grad_norm=0)
+    add("--max-grad-norm", type=non_negative_float, default=0.0, metavar="X", when=clips, help=clip)
     if federated:
         add("--batch-size", type=positive_int, default=4, metavar="B", help="sequences a step and client")
         add("--local-updates", type=positive_int, default=1, metavar="H", help="steps a client and round")
@@ -95,10 +125,13 @@ def make_parser(doc, *, federated=True):
         add("--save-freq", type=positive_int, default=100, metavar="N", help="checkpoint every N steps")
     while_training = "validation sequences used while training (the end uses all); 0: all"
     add("--val-sequences", type=non_negative_int, default=256, metavar="N", help=while_training)
+    held_out = "sequences of each client's held-out text, for the averaged and for its own model; off: 0"
+    add("--held-out-sequences", type=non_negative_int, default=8, metavar="N", help=held_out)
     add("--save-deltas", action="store_true", help="store the updates of the state-space parameters")
-    add("--prompt", default="Once upon a time,", help="text that the samples go on from; off: ''")
+    add("--prompt", default="Once upon a time,", empty=True, help="text that the samples go on from; off: ''")
 
     run = add_run_flags(parser)
+    add_final_flag(run)
     run.add_argument("--output-dir", "--data-dir", default="results", metavar="DIR", help="where run folders go")
     add_machine_flags(run, 0, federated)
     run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
@@ -113,13 +146,16 @@ def complete_flags(args):
     """Fills in the defaults that depend on other flags. Raises UsageError where two flags contradict each other."""
     if args.dataset not in DEFAULTS:
         raise UsageError(f"unknown dataset {args.dataset!r}: choose {' or '.join(DEFAULTS)}")
-    for name, value in DEFAULTS[args.dataset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     by_name = LAYERS.get(args.config)
     if by_name and args.layers and by_name != args.layers:
         raise UsageError(f"--config {args.config} and --layers {args.layers} contradict each other: give one")
-    args.layers = args.layers or by_name or 1
+    args.layers = args.layers or by_name
+    if args.init_from is not None:
+        _complete_from(args, final_of(args.init_from))
+    sizes = {flag: default for flag, (default, *_) in SIZES.items()}
+    for name, value in (sizes | DEFAULTS[args.dataset]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.config = f"pure_ssm_{args.layers}_layer"
     if hasattr(args, "entropy_prior"):  # FedEntropy's name of --client-weights
         given = args.client_weights
@@ -129,10 +165,36 @@ def complete_flags(args):
             raise UsageError(f"--client-weights {given} and --entropy-prior {prior} contradict each other: give one")
         args.entropy_prior = prior
     args.client_weights = args.client_weights or "examples"
+    if args.lr_scheduler != "constant" and args.min_lr > args.lr:
+        raise UsageError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: lower it")
     check_participation(args.participation, args.num_clients)
     if args.sync == "epoch" and args.participation < 1:
         raise UsageError(f"--sync epoch needs every client in every round: --participation {args.participation} -> 1")
     return args
+
+
+def final_of(run):
+    """The folder of the model that a run ended with: RUN/final, or RUN itself."""
+    return Path(run) / "final" if os.path.isdir(Path(run) / "final") else Path(run)  # also of a name that is too long
+
+
+def _complete_from(args, folder):
+    """The sizes of the model in `folder`, and its tokenizer where --tokenizer is not given."""
+    from common.hub import read_config, reading  # numpy, which flags must not wait for
+
+    with reading(f"--init-from {args.init_from} has no model", "give the folder of a finished run, or its final/"):
+        description = read_config(folder / "config.json")
+        sizes = {**description, **description.get("mamba_ssm", {})}
+        there = {flag: sizes.get(ours, sizes.get(theirs)) for flag, (_, ours, theirs) in SIZES.items()}
+        if odd := [flag for flag, size in there.items() if type(size) is not int or size < 1]:
+            raise ValueError(f"{odd[0]} is {there[odd[0]]}")
+    for flag, size in there.items():
+        if getattr(args, flag) not in (None, size):
+            name = f"--{flag.replace('_', '-')} {getattr(args, flag)}"
+            raise UsageError(f"{name} contradicts --init-from {args.init_from}, which has {size}: drop {name}")
+        setattr(args, flag, size)
+    if args.tokenizer is None and (folder / "tokenizer.json").is_file():
+        args.tokenizer = str(folder)
 
 
 def footprint(args):
@@ -144,10 +206,10 @@ def footprint(args):
 
 
 def run_name(command, args):
-    """The source's name of a run; other server optimisers than the default, and the demo, are marked."""
+    """The source's name of a run; other server optimisers than the default, a start and the demo are marked."""
     updates = f"_lu_{args.local_updates}" if command != "central" else ""
     method = "federated" if command == "fed_avg" else command
-    suffix = "_demo" if args.dataset == "demo" else ""
+    suffix = ("_init" if args.init_from else "") + ("_demo" if args.dataset == "demo" else "")
     if command == "fed_momentum" and (args.server_optimizer, args.momentum_form) != ("momentum", "heavy_ball"):
         form = args.momentum_form if args.server_optimizer == "momentum" else args.server_optimizer
         suffix = f"_{form}{suffix}"

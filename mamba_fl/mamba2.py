@@ -44,6 +44,8 @@ class Mamba2Config:
         for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "headdim", "ngroups"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < self.norm_eps < 1:
+            raise UsageError(f"norm_eps is {self.norm_eps}: it must be above 0 and below 1")
         if self.chunk_size < 0:
             raise UsageError(f"the chunk is {self.chunk_size}: give a length of at least 1, or auto")
         if self.d_inner % self.headdim:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from common.cli import UsageError
 from common.hub import read_config, reading
+from common.vector import is_finite
 from mamba_fl.mamba2 import LanguageModel, Mamba2Config, Mamba2LM
 
 TRANSFORMERS_NAMES = {  # of the fields of Mamba2Config
@@ -30,7 +31,7 @@ def make_model(config, *, kernel="auto", device="cpu", seed=0):
     is CUDA, else torch. Raises UsageError when mamba_ssm is asked for and cannot be had.
     """
     device = torch.device(device)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), reading("a model of these sizes cannot be made", "lower them"):
         torch.random.default_generator.manual_seed(seed)
         model = Mamba2LM(config)
     library = find_mamba_ssm(kernel, device)
@@ -144,6 +145,14 @@ def load_pretrained(folder, *, kernel="auto", device="cpu"):
 
     Raises UsageError when the folder holds no such model.
     """
+    config, tensors = read_pretrained(folder)
+    model = make_model(config, kernel=kernel, device=device)
+    model.load_state_dict(tensors)
+    return model
+
+
+def read_pretrained(folder):
+    """(Mamba2Config, {name: tensor}) of the model that `load_pretrained` loads. Raises UsageError as it does."""
     folder = Path(folder)
     with reading(f"no model could be read from {folder}", "give a run's final/"):
         description = read_config(folder / "config.json")
@@ -164,6 +173,6 @@ def load_pretrained(folder, *, kernel="auto", device="cpu"):
             wanted = {} if many else {name: p.shape for name, p in Mamba2LM(config).state_dict().items()}
     if wanted != {name: t.shape for name, t in tensors.items()}:
         raise UsageError(f"the weights in {folder} do not fit its config.json: give a folder that was saved whole")
-    model = make_model(config, kernel=kernel, device=device)
-    model.load_state_dict(tensors)
-    return model
+    if not is_finite(*tensors.values()):
+        raise UsageError(f"the weights in {folder} are not finite: give the folder of another run")
+    return config, tensors

@@ -196,6 +196,7 @@ STUDY = Study(
         "served_scale": "served alpha/r {:g}",
         "svd_split": "{} split",
         "server_optimizer": lambda value, _: None if value == "none" else f"server {value}",
+        "server_lr": "server lr {:g}",
         "mu": lambda value, _: f"FedProx {value:g}" if value else None,
         "learning_rate": "lr {:g}",
         "batch_size": "batch {}",

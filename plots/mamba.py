@@ -22,7 +22,7 @@ import numpy as np
 from common.cli import UsageError, run_main
 from common.curves import break_lines, log_axis, new_figure, token_unit, tokens_label
 from plots import style
-from plots.runs import LeftOut, Study, text
+from plots.runs import LeftOut, Study, base_name, text
 from plots.seeds import curves_of, label, lines_of, nearest, paired
 from plots.style import Figure, band, caption, each_group, look, looks_of, markers_at, seeds_text
 from plots.tables import SEEDS, Column, Table, result, spread, whole
@@ -43,7 +43,7 @@ def setting_of(run):
     args = {key: value for key, value in run.args.items() if not (run.central and key in FEDERATED_ONLY)}
     values = {key: args[key] for key in FROM_ARGS if key in args}
     values["config"] = config_of(args)
-    values["tokenizer"] = text(args.get("tokenizer") or run.data.get("tokenizer"))
+    values["tokenizer"] = base_name(text(args.get("tokenizer") or run.data.get("tokenizer")))
     if "variant" in run.data:
         values["variant"] = text(run.data["variant"])
     if isinstance(run.data.get("sha256"), str):
@@ -89,20 +89,24 @@ STUDY = Study(
     kind_of=lambda command, args: command,
     setting_of=setting_of,
     keys=KEYS,
-    said=frozenset(KEYS) | frozenset(SIZES) | {"layers", "client_val_sequences"},
+    said=frozenset(KEYS) | frozenset(SIZES) | {"layers", "client_val_sequences", "held_out_sequences", "final"},
     unread=(
         (lambda a: a["command"] == "central", FEDERATED_ONLY),
         (lambda a: a.get("server_optimizer") in ("momentum", "nesterov"), {"server_beta2", "server_tau"}),
         (lambda a: a.get("server_optimizer") in ("adam", "yogi"), {"momentum_form"}),
         (lambda a: a.get("server_optimizer") == "adagrad", {"momentum_form", "server_beta2"}),
     ),
+    paths=("init_from",),
     words={
         "local_updates": "LU {}",  # says most, so it comes first
         "amp": "amp {}",
         "batch_size": "batch {}",
         "client_optimizer": "client {}",
         "client_state": "{} client state",
+        "init_from": "from {}",
         "lr": "lr {}",
+        "lr_scheduler": "{} rate",
+        "max_grad_norm": "clipped to {}",
         "momentum_form": "{}",
         "n_epochs": "{} epochs",
         "num_clients": "{} clients",
@@ -111,6 +115,7 @@ STUDY = Study(
         "server_momentum": "momentum {}",
         "server_optimizer": "{}",
         "sharding": "{} shards",
+        "warmup_steps": "warm-up {}",
         "steps": "{} steps",
         "dataset": dataset_words,
         "variant": None,

@@ -174,7 +174,7 @@ STUDY = Study(
         (lambda a: a.get("local_steps"), {"local_epochs"}),
         (lambda a: a["kind"] == "central", {"min_samples", "client_weights"}),
     ),
-    paths=("tokenizer",),
+    paths=("tokenizer", "init_from"),
     words={
         "dataset": "{}",
         "texts": "{:,} texts",
@@ -190,6 +190,7 @@ STUDY = Study(
         "learning_rate": "lr {:g}",
         "rounds": "{} rounds",
         "mu": "mu {:g}",
+        "init_from": "from {}",
         "num_clusters": "{} clusters",
         "cluster_round": "grouped after round {}",
         "client_optimizer": "client {}",

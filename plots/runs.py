@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
+from common.cache import one_line
 from common.cli import UsageError
 from common.curves import number, read_metrics
 
@@ -24,7 +25,7 @@ WHERE = frozenset(
     " checkpoint_dir log_dir run_name name experiment_name config resume overwrite track use_wandb wandb_project"
     " threads processes device num_workers pin_memory compile kernel chunk download keep keep_best save_clients"
     " save_deltas save_every save_freq save_interval log_interval val_freq eval_every eval_batch_size prompt"
-    " num_runs keep_checkpoints patience".split()
+    " num_runs keep_checkpoints patience final held_out_sequences".split()
 )
 
 
@@ -155,8 +156,8 @@ def read_runs(paths, *studies, unfinished=False):
         for name, where, read in _places(path):
             try:
                 run = read(studies)
-            except (ValueError, AttributeError) as error:
-                notes.append(LeftOut(name, f"damaged ({error})", str(where)))
+            except (ValueError, TypeError, AttributeError, LookupError, OSError, RecursionError) as error:
+                notes.append(LeftOut(name, f"damaged ({one_line(error)[:200]})", str(where)))
                 continue
             if run is None:
                 continue
@@ -187,16 +188,18 @@ def files_named(path, name):
 def _places(path):
     """[(name, where, function of studies)] of a folder's manifests or a log's lines: the Run, None if not theirs."""
     if path.is_dir():
-        folders = [manifest.parent for manifest in sorted(path.rglob("run.json"))]
+        folders = sorted({file.parent for name in ("run.json", "metrics.jsonl") for file in path.rglob(name)})
         return [(folder.name, folder, partial(_of_folder, folder)) for folder in folders]
     if not path.is_file():
         raise UsageError(f"--data-dir {path} is not a folder (or a log): give the --output-dir of the runs")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     return [(f"{path.name}:{i + 1}", path, partial(_of_line, path, i, line)) for i, line in enumerate(lines)]
 
 
 def _of_folder(folder, studies):
     manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("command"), str):
+        raise ValueError("run.json does not say of which command")
     study = next((study for study in studies if manifest.get("command") in study.commands), None)
     if study is None:
         return None
@@ -226,8 +229,11 @@ def _of_line(path, i, line, studies):
 
 def _make(study, manifest, name, folder, rows, written):
     parts = {key: manifest.get(key) for key in ("args", "data", "clients", "results", "versions", "resolved")}
-    parts = {key: value if isinstance(value, dict) else {} for key, value in parts.items()}
     method, ended = manifest.get("method"), manifest.get("ended")
+    for key, value in {**parts, "method": method, "ended": ended}.items():
+        if not isinstance(value, dict) and (value is not None or key == "args"):
+            raise ValueError(f"{key} is no JSON object")
+    parts = {key: value or {} for key, value in parts.items()}
     if not isinstance(method, dict):
         method = _method_of_old(study, manifest["command"], parts["args"])
     if not isinstance(ended, dict):

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMES = ("seconds", "_per_second", "versions", "git_commit", "args")
+TIMES = ("seconds", "_per_second", "peak_memory", "versions", "git_commit", "args")
 EXTRA = "--processes 1"  # flags that every federated run of the goldens gets
 
 
@@ -209,6 +209,8 @@ class Started:
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
+        if self.process.exitcode == 255:  # multiprocessing's word for "the server that knows the exit code is gone"
+            raise RuntimeError("the fork server ended before its process: killed, or no memory to fork: run it again")
         out, err = ((self.place / name).read_text() for name in ("out", "err"))
         shutil.rmtree(self.place)
         return Ended(self.process.exitcode, out, err)
@@ -227,13 +229,17 @@ def run(words, die=None, env=None):
 
 def run_ranks(words, size):
     """The same by `size` processes, with the environment that torchrun gives them. Returns how each ended."""
+    return [rank.ended() for rank in start_ranks(words, size)]
+
+
+def start_ranks(words, size):
+    """The same, each a `Started`."""
     words = [*words, "--processes", "0"] if "--processes" in words else words
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     about = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [Started(words, None, {"RANK": str(r), "LOCAL_RANK": str(r), **about}) for r in range(size)]
-    return [rank.ended() for rank in ranks]
+    return [Started(words, None, {"RANK": str(r), "LOCAL_RANK": str(r), **about}) for r in range(size)]
 
 
 def server():

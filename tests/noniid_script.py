@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 
 from common.cli import checked, run_main
-from common.runlog import read_metrics
 from llm_noniid import flags, models, train
 from llm_noniid.data import IGNORE
 
@@ -100,8 +99,3 @@ def spied(monkeypatch):
 def served(folder):
     """The adapter that a run leaves."""
     return load_file(folder / ADAPTER)
-
-
-def lines_of(folder):
-    """The lines of a run's metrics.jsonl without their timings."""
-    return [{k: v for k, v in row.items() if "second" not in k} for row in read_metrics(folder)]

@@ -251,6 +251,15 @@ VIT = [
     ("federated", "--sharding non_iid --nc 1 --num-clients 4", ["1, 2, 3, 4, 5, 9", "--num-clients"]),
     ("federated", "--sharding non_iid --nc 3 --num-clients 120", ["--batch-size 8", "--num-clients"]),
     ("federated", "--image-size 36", ["36", "32 or 40"]),
+    *(
+        ("federated", f"--init-from {{tmp}}/model{flag}", words, model_with(a_vit, image_size=size))
+        for flag, size, words in [
+            ("", 8 * 10**6, ["8000000", "4096"]),
+            ("", 1e400, ["{tmp}/model"]),
+            (" --image-size 4104", 32, ["4104", "4096"]),
+        ]
+    ),
+    ("federated", f"--init-from {'x/' * 3000}", ["x/x", "too long", "shorter"]),
     ("federated", "--classes 0:101", ["101"]),
     ("federated", "--classes 5", ["FROM:TO"]),
     ("train_federated.py", "--dataset demo --model tiny --num-classes 99 --processes 1 --output-dir {tmp}/out", ["99"]),
@@ -286,6 +295,10 @@ VIT = [
     ("federated", "--use-wandb", ["wandb", "pip install"]),
     ("federated", "--log-dir /proc/no/logs", ["--log-dir"]),
     ("federated", "--heterogeneity-experiment --nc-values 3 11", ["11", "10"]),
+    ("federated", "--heterogeneity-experiment --nc-values 3 5 3", ["two runs", "nc3", "drop one"]),
+    ("federated", "--warmup-rounds 6", ["--warmup-rounds 6", "--num-rounds 6", "lower"]),
+    ("federated", "--min-lr 0.2", ["--min-lr 0.2", "--lr (0.01)", "lower"]),
+    ("federated", "--init-from {tmp}/run", ["{tmp}/run", "finished", "final/"], text("run/run.json", "{}")),
     ("centralized", "--batch-size 1000", ["1000", "720"]),
     ("sparse", "--sparsity-ratio 0", ["train_federated.py"]),
     ("sparse", "--sparsity-ratio 1", ["0.99"]),
@@ -374,6 +387,7 @@ GLUE = [
             ("--tokenizer {tmp}/none", ["/none", "tokenizer"]),
         ]
     ),
+    ("main_glue_lora.py", f"{CENTRAL} --do-train --final best", ["--final best", "--do-eval"]),
     ("main_glue_lora.py", CENTRAL, ["nothing to do", "--do-train, --do-eval or both"]),
     ("main_glue_lora.py", f"{CENTRAL} --do-train --shard {{tmp}}/none.json", ["none.json", "sharding.py"]),
     ("main_glue_lora.py", f"{CENTRAL} --do-train --shard {{made}}/rte/client_1.json", ["client_1.json", "rte", "sst2"]),

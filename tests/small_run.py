@@ -40,7 +40,7 @@ def train(args, rounds, at=None, bad=(), stop=None, save_every=2, val_loss=float
     """
     with start_run("train", args, "r") as run:
         run.begin({"dataset": "none", "source": "here"}, {"total": 2}, clients={"examples": [1, 2, 3, 4]})
-        run.plan(rounds, 1, save_every)
+        run.plan(rounds, 1, save_every, clients=4)
         rows = ClientRows(run.folder / "clients" / "rows", rows_on_disk(4, 2, 4), in_place=True)
         counter = Counter()
         theta = run.restore(torch.zeros(2), lambda v: {"a": v[:1], "b": v[1:]}, counter=counter, rows=rows)

@@ -1,7 +1,7 @@
 """A federated script for the tests of what ends it: python tests/stopped_run.py OUTPUT_DIR PROCESSES [RANK:WHAT ...]
 
 In round 2 process RANK does WHAT at its first client: sleep, raise (RunFailed), bug (ValueError), refuse (UsageError),
-kill (SIGKILL), wait SECONDS.
+kill (SIGKILL), wait_SECONDS; or after the round, at no client, late_SECONDS.
 """
 
 import os
@@ -52,11 +52,13 @@ def main(args):
                     act(run.folder, WHAT.get(world().rank, ""))
                 mean.add(theta + 1.0, 1.0)
             theta = mean.result()
+            what, _, seconds = WHAT.get(world().rank, "").partition("_")
+            time.sleep(float(seconds) if t == 1 and what == "late" else 0)
             run.report(t + 1, theta, lambda: {"val_loss": float(t)})
         run.finish({})
 
 
 if __name__ == "__main__":
-    minutes = 0.01 if "wait" in str(WHAT) else 30.0
+    minutes = 0.01 if "_" in str(WHAT) else 30.0
     args = arguments(sys.argv[1], processes=int(sys.argv[2]), patience=minutes, resume=not WHAT)
     run_federated(main, args, clients=4)

@@ -206,6 +206,8 @@ REFUSED_OPTIONS = [
     ({"target_modules": ["query"]}, "target_modules"),
     ({"target_modules": ["query", "value", "key"]}, "target module key"),
     ({"target_modules": {"query": 1}}, "list of names"),
+    ({"target_modules": "x("}, "target_modules"),
+    ({"target_modules": ".*no_such_layer"}, "target_modules"),
     ({"modules_to_save": None}, "classifier"),
     ({"modules_to_save": "classifier"}, "list of names"),
 ]

@@ -33,11 +33,21 @@ SHARDS, ROUNDS = "--task-name sst2 --k 3 --out-dir x", "--task-name sst2 --shard
          "--mask-scope has no effect with --upload topk"),
         (train_federated_sparse.build_parser(), "--mask-strategy random --fisher-samples 9 --calibrate-on clients",
          "--fisher-samples and --calibrate-on have no effect with --mask-strategy random"),
-        (train_federated_sparse.build_parser(), "--mask-strategy random --calibration seed --compare-strategies", None),
+        (train_federated_sparse.build_parser(), "--mask-strategy random --calibration seed --compare-strategies",
+         "--mask-strategy has no effect with --compare-strategies"),
+        (train_federated_sparse.build_parser(), "--sparsity-experiment --sparsity-ratio 0.5",
+         "--sparsity-ratio has no effect with --sparsity-experiment"),
+        (train_federated.build_parser(), "--local-steps-experiment --local-steps 8",
+         "--local-steps has no effect with --local-steps-experiment"),
+        (train_federated.build_parser(), "--heterogeneity-experiment --sharding non_iid --nc 7",
+         "--sharding and --nc have no effect with --heterogeneity-experiment"),
+        (train_centralized.build_parser(), "--hp-search --lr 1 --weight-decay 1 --epochs 3",
+         "--epochs and --lr and --weight-decay have no effect with --hp-search"),
+        (train_centralized.build_parser(), "--freeze-backbone --freeze-layers 1",
+         "--freeze-layers has no effect with --freeze-backbone"),
         (sharding.build_parser(), f"{SHARDS} --overlap-ratio 0.3", "--overlap-ratio has no effect with --mode iid"),
         (sharding.build_parser(), f"{SHARDS} --mode overlap --overlap-ratio 0.3", None),
-        (fedavg_rounds.build_parser(), f"{ROUNDS} --server-lr 1",
-         "--server-lr has no effect with --server-optimizer none"),
+        (fedavg_rounds.build_parser(), f"{ROUNDS} --server-lr 1", None),  # its off-value
         (fedavg_rounds.build_parser(), f"{ROUNDS} --model tiny --model_size base",
          "--model-size has no effect with --model tiny: it only names the folder"),
         (fedavg_rounds.build_parser(), f"{ROUNDS} --svd-rank 4 --alpha 4 --skip-svd",
@@ -46,7 +56,7 @@ SHARDS, ROUNDS = "--task-name sst2 --k 3 --out-dir x", "--task-name sst2 --shard
         (fed_momentum.build_parser(), "--server-tau 1", "--server-tau has no effect with --server-optimizer momentum"),
         (TRAIN, "--partition iid --alpha 1", "--alpha has no effect with --partition iid"),
         (TRAIN, "--num-clusters 3", "--num-clusters has no effect with --cluster none"),
-        (TRAIN, "--server_lr 1", "--server-lr has no effect with --algorithm fedavg"),
+        (TRAIN, "--server_lr 1 --algorithm local", "--server-lr has no effect with --algorithm local"),
         (TRAIN, "--mu=1", "--mu has no effect with --algorithm fedavg"),
         (TRAIN, "--algorithm fedprox --mu 1", None),
         (TRAIN, "--algorithm central --participation 1",
@@ -91,14 +101,18 @@ def test_a_run_says_it_once_whatever_its_processes(tmp_path):
     assert ended.code == 0 and not ended.err  # finished already
 
 
-def test_an_unknown_flag_names_the_nearest(capsys):
+def test_an_unknown_flag_names_the_nearest_if_one_is_near(capsys):
     for words, part in (
         (["--local-step", "3"], "unknown flag --local-step: did you mean --local-steps?"),
         (["--learning_rat=3"], "unknown flag --learning-rat: did you mean --learning-rate?"),
+        (["--gpu", "3"], "error: unknown flag --gpu (see --help)\n"),  # not --mu
+        (["--fp16"], "error: unknown flag --fp16 (see --help)\n"),
         (["3"], "'3' belongs to no flag: drop it"),
         (["--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume"),
         (["--name", ""], "'' is not the name of a folder"),
         (["--name", "a\nb"], "'a\\nb' is not the name of a folder"),
+        (["--output-dir="], "argument --output-dir/--results-dir: an empty text is no value of it"),
+        (["--alpha=--"], "argument --alpha: '--' is no value of it"),  # argparse would make an empty list of it
         (["--seed\n2"], "unknown flag --seed 2: did you mean --seed?"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from common.checkpoint import read_json
+from common.checkpoint import read_json, write_json
 from common.cli import UsageError, run_main
 from llm_noniid import failure_map
 from llm_noniid.failure_map import ALPHAS, bracket, next_point, violations
@@ -168,6 +168,8 @@ def test_a_map_of_made_up_runs_goes_on_and_counts_its_points(values, tmp_path, c
 
     assert call(f"{words} --budget 3") == 0 and len(values) == 3  # nothing is run again
     assert read_json(tmp_path / "map" / "failure_map.json")["points"] == map_["points"]
+    del map_["setting"]["final"]  # of before there was that flag
+    write_json(tmp_path / "map" / "failure_map.json", map_)
     assert call(f"{words} --budget 5") == 0 and len(values) == 5
     assert read_json(tmp_path / "map" / "failure_map.json")["points"][:3] == map_["points"]
     capsys.readouterr()
@@ -175,6 +177,27 @@ def test_a_map_of_made_up_runs_goes_on_and_counts_its_points(values, tmp_path, c
     assert "at most 4 more runs" in capsys.readouterr().out
     assert call(f"{words.replace('rounds 2', 'rounds 3')} --budget 9") == 2
     assert "num_rounds 2 -> 3" in capsys.readouterr().err
+
+
+DAMAGED = ["", "null", "[]", "{}", '{"setting": {}, "points": [null], "start_val_loss": 5}', b"\xff"]
+DAMAGED += ['{"setting": {}, "points": "x", "start_val_loss": 5}', '{"setting": {}, "points": [], "start": 5}']
+DAMAGED += ['{"setting": {}, "points": [{"run": "r", "alpha": "1", "value": 1, "failed": true}], "start_val_loss": 5}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_map_is_one_line(content, tmp_path, capsys):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "run.json").write_text("{}")
+    (tmp_path / "failure_map.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert call(f"--output-dir {tmp_path}") == 2
+    error = capsys.readouterr().err
+    assert "failure_map.json is damaged: delete it" in error and error.count("\n") == 1
+
+
+def test_a_place_that_is_a_file_and_steps_of_seven_digits(values, tmp_path, capsys):
+    assert call("--output-dir /dev/null") == 2 and "/dev/null is a file" in capsys.readouterr().err
+    args, given = failure_map.parse(f"--axis local_steps --high 5000000 --output-dir {tmp_path}".split())
+    assert "5000000" in failure_map.Map(args, given).run(0.1, 5000000).command
 
 
 TINY = "--model tiny --dataset demo --max-samples 60 --eval-samples 5 --num-rounds 1 --local-steps 1 --threads 1"

@@ -200,6 +200,34 @@ def test_without_a_whole_checkpoint_the_line_says_overwrite(half, tmp_path):
     assert "--overwrite" in refusal(tmp_path, folder) and "checkpoint.1" not in refusal(tmp_path, folder)
 
 
+def test_what_a_run_has_published_is_as_it_was_or_refused(whole, tmp_path, capsys):
+    """A power cut after a checkpoint may leave a file of before it empty: no best weights are half a file."""
+    folder = tmp_path / "r"
+
+    def publish(t):
+        (folder / "best").mkdir(exist_ok=True)
+        save_file({"a": torch.tensor([float(t)])}, folder / "best" / f"round_{t}.safetensors")
+
+    def stop():
+        publish(5)
+        raise RuntimeError("the lights went out")
+
+    with pytest.raises(RuntimeError):
+        train(arguments(tmp_path), 6, {1: lambda: publish(1), 3: lambda: publish(3), 5: stop})
+    assert len(checkpoint.read_json(folder / "checkpoint" / "state.json")["published"]) == 2  # after round 4
+    flip(folder / "best" / "round_5.safetensors")  # of a round that is done again
+    os.remove(folder / "best" / "round_1.safetensors")  # as --keep-best does
+    file = folder / "best" / "round_3.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    line = refusal(tmp_path, folder)
+    assert f"{file} is damaged" in line and f"delete {folder}/checkpoint, and --resume goes on from" in line
+    shutil.rmtree(folder / "checkpoint")
+    resumed(tmp_path)
+    assert "resumed after round 2" in capsys.readouterr().err
+    shutil.rmtree(folder / "best")
+    harness.same_run(folder, whole)
+
+
 def test_a_checkpoint_of_before_checksums_goes_on_with_a_warning(half, whole, tmp_path, capsys):
     folder = copied(half, tmp_path)
     file = folder / "checkpoint" / "state.json"
@@ -273,6 +301,7 @@ def test_a_log_shorter_than_its_checkpoint_is_refused_with_the_rounds_that_are_m
         ([*lines[:3], lines[2], *lines[3:]], "has a round twice"),
         ([lines[0], "\0" * 40 + "\n", *lines[1:]], "line 2 is not a JSON object with a round"),
         ([lines[0], "\udcff\n", *lines[1:]], "line 2 is not a JSON object with a round"),
+        (lines[::-1], "out of order"),
         (["[1]\n", *lines], "line 1 is not a JSON object with a round"),
         (["{}\n", *lines], "line 1 is not a JSON object with a round"),
     ):
@@ -416,3 +445,28 @@ def test_what_a_study_writes_itself_ends_in_one_line_too(tmp_path):
         train(arguments(tmp_path), 6, {3: full})
     assert checkpoint.read_json(tmp_path / "r" / "run.json")["status"] == "failed"
     resumed(tmp_path)
+
+
+def test_the_process_that_sees_the_full_disk_first_leaves_the_folder_to_the_main_one(tmp_path, monkeypatch):
+    """Else the main process fails because the folder is gone, and that is the line."""
+
+    class Rows:
+        def save(self, *_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("common.parallel.is_main", lambda: False)
+    (tmp_path / "checkpoint.new").mkdir()
+    with pytest.raises(RunFailed, match="No space left on device"):
+        checkpoint.save(tmp_path / "checkpoint", {}, {}, {"rows": Rows()})
+    assert (tmp_path / "checkpoint.new").exists()
+
+
+def test_a_figure_that_was_cut_off_leaves_nothing_when_it_is_made_again(tmp_path):
+    (tmp_path / "figure.py").write_text(
+        "import sys\nfrom matplotlib.figure import Figure\nfrom common.curves import save_figure\n"
+        "save_figure(Figure(), sys.argv[1])\n"
+    )
+    words, folder = [tmp_path / "figure.py", tmp_path / "plots" / "a.png"], tmp_path / "plots"
+    ended = harness.run(words, die=(folder, 0, 2, signal.SIGKILL))
+    assert ended.code == -signal.SIGKILL and len(os.listdir(folder)) == 1, ended
+    assert harness.run(words).code == 0 and os.listdir(folder) == ["a.png"]

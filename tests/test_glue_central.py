@@ -6,9 +6,10 @@ import pytest
 import torch
 from encoders import save_encoder
 from safetensors.torch import load_file
-from test_glue_rounds import call, same_metrics, validation
+from test_glue_rounds import call, evaluated, ever_worse, same_metrics, validation
 
 from common.checkpoint import read_json
+from lora_glue_fl import central as central_module
 from lora_glue_fl.glue_data import load_task
 from lora_glue_fl.shards import subset
 
@@ -105,6 +106,15 @@ def test_accumulated_epochs_are_whole(tmp_path):
     assert seen[0] == 100 and len(seen) == 2 and 100 + 3 * 16 + 4 <= seen[1] <= 100 + 4 * 16
 
 
+def test_training_goes_on_for_more_epochs_at_a_constant_rate(tmp_path):
+    words = (*TRAIN, "--max-examples", 40, "--lr-scheduler", "constant", "--resume", "--num-train-epochs")
+    for out, epochs in (("r", 1), ("r", 2), ("whole", 2)):
+        assert run("main_glue_lora", tmp_path / out, *words, epochs) == 0
+    r, whole = (folder_of("main_glue_lora", tmp_path / out) for out in ("r", "whole"))
+    assert harness.read_lines(r) == harness.read_lines(whole) and harness.read_results(r) == harness.read_results(whole)
+    assert harness.digest(r / "adapter") == harness.digest(whole / "adapter")  # not base/: once written
+
+
 def test_a_shard_and_max_examples_are_the_same_subset(tmp_path):
     words = ("--task-name", "sst2", "--dataset", "demo", "--k", 1, "--max-examples", 90, "--seed", 7)
     assert call(*words, "--out-dir", tmp_path / "shards", script="sharding") == 0
@@ -134,3 +144,21 @@ def test_only_the_adapter_and_the_head_are_trained():
     other = load_file(central("baseline_run") / "final" / "model.safetensors")
     assert begun.keys() == other.keys()
     assert not any(torch.equal(begun[name], other[name]) for name in begun if name.startswith("classifier."))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_saved_is_the_best_epochs_where_asked(script, tmp_path, monkeypatch):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    ever_worse(monkeypatch, central_module, 2)
+    words = (*TRAIN, "--num-train-epochs", 2, "--final", "best")
+    assert run(script, tmp_path, *words) == 130 and run(script, tmp_path, *words, "--resume") == 0
+    folder = folder_of(script, tmp_path)
+    _, best, last = (row["val_loss"] for row in harness.read_lines(folder))
+    assert read_json(folder / "run.json")["results"]["best_round"] == 1
+    if script == "baseline_run":
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "final")
+        _, loss = validation(model, AutoTokenizer.from_pretrained(folder / "final"))
+    else:
+        _, loss = evaluated(folder / "adapter", tmp_path / "eval")
+    assert loss == pytest.approx(best, rel=1e-4) != pytest.approx(last, rel=1e-3)

@@ -16,7 +16,7 @@ from common.adapter_files import read_adapter, write_adapter
 from common.cli import UsageError
 from common.lora import find_targets
 from common.products import Product
-from lora_glue_fl.data_prep import plan_steps
+from lora_glue_fl.data_prep import adamw, plan_steps
 from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
 from lora_glue_fl.glue_tasks import TASKS
 from lora_glue_fl.models import find_tokenizer, load_encoder, most_tokens
@@ -130,6 +130,21 @@ def test_the_saved_adapter_in_plain_peft_gives_the_same_outputs_and_metrics(kind
     loss = torch.nn.functional.cross_entropy(torch.stack(rows).double(), labels)
     assert metrics["val_loss"] == pytest.approx(loss.item(), rel=1e-4)
     found.check_fits(read_adapter(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("lora", [(2, 4, 0.0, None), None], ids=["lora", "all weights"])
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_weight_decay_spares_what_transformers_trainer_spares(kind, lora, folders):
+    model = TaskModel(args_of(folders(kind), learning_rate=0.1, weight_decay=0.3), lora, train=False)
+    trained = model.adapted.trainable() if lora else dict(model.model.named_parameters())
+    groups = adamw(model.args, model.model, trained).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    trainer = transformers.Trainer.get_decay_parameter_names(None, model.model)
+    decayed = {id(p) for name, p in model.model.named_parameters() if p.requires_grad and name in trainer}
+    assert {id(p) for p in groups[0]["params"]} == decayed
+    assert len(groups[0]["params"]) + len(groups[1]["params"]) == len(trained)
+    model.args.weight_decay = 0.0
+    assert len(adamw(model.args, model.model, trained).param_groups) == 1
 
 
 def test_an_architecture_that_is_not_known_lists_its_layers(tmp_path):

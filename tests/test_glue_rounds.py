@@ -1,6 +1,7 @@
 """fedavg_rounds.py: whole rounds of every rule against a plain loop in fp64, what a run serves, keeps and logs."""
 
 import importlib
+import json
 import math
 import shutil
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from common.adapter_files import write_adapter
 from common.checkpoint import read_json
-from common.cli import checked, run_main
+from common.cli import UsageError, checked, run_main
 from common.lowrank import RULES
 from common.runlog import read_metrics
 from common.seeding import stream, torch_stream
@@ -25,6 +26,7 @@ from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
 from lora_glue_fl.glue_data import load_task
 from lora_glue_fl.round_folders import RoundFolders
 from lora_glue_fl.shards import make_client_splits, save_shard_manifests
+from lora_glue_fl.task_model import TaskModel
 
 TINY = "--model tiny --dataset demo --task-name sst2 --lora-r 4 --svd-rank 4 --learning-rate 5e-3 --threads 1".split()
 TINY += "--rounds 3 --local-epochs 0.5 --eval-each-round --max-length 32 --batch-size 8".split()
@@ -116,7 +118,9 @@ def local(given, theta, k, t, letters, mu=0.0, decay=0.0, warmup=0.0, accumulate
 
     mine = {name: p.clone().requires_grad_(name[0] in (*letters, "c")) for name, p in theta.items()}
     trained = {name: p for name, p in mine.items() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=decay, foreach=False)
+    groups = [{"params": [p for n, p in trained.items() if n.endswith("bias") == bias]} for bias in (False, True)]
+    groups[1]["weight_decay"] = 0.0
+    optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=decay, foreach=False)
     rows = given.rows[k]
     batches = training_batches(given.encoded.lengths()[rows], 8, EPOCHS, SEED, t, k)
     steps = [batches[i : i + accumulated] for i in range(0, len(batches), accumulated)]
@@ -154,7 +158,7 @@ def served(rule, theta, means, deltas, t):
     return new
 
 
-def plain(given, rule, weigh, server=None, **options):
+def plain(given, rule, weigh, server=None, eta=1.0, **options):
     """(weights that the model computes with after two rounds, and before): the reference."""
     theta, ranks = start_of(given), [3, 2, 4, 3, 2] if rule == "svd" else [4] * K
     start, place = weights_of(theta, S), 0
@@ -176,7 +180,11 @@ def plain(given, rule, weigh, server=None, **options):
                         sums[n] = sums[n] + w * theta_k[n]
             place += 1
         means = {n: p / total if torch.is_tensor(p) else theta[n] for n, p in sums.items()}
-        new = served(rule, theta, means, {layer: delta / total for layer, delta in deltas.items()}, t)
+        scale = S_SVD if t and rule == "svd" else S
+        for layer, delta in deltas.items():
+            deltas[layer] = (1 - eta) * scale * theta[f"B.{layer}"] @ theta[f"A.{layer}"] + eta * delta / total
+        means = {n: (1 - eta) * theta[n] + eta * mean for n, mean in means.items()}
+        new = served(rule, theta, means, deltas, t)
         theta = server(theta, new, letters) if server else new
     return weights_of(theta, S_SVD if rule == "svd" else S), start
 
@@ -223,11 +231,13 @@ def momentum(v, rate=0.7, beta=0.9):
 
 CASES = {
     "svd": ("svd", "--svd-rank 4 --alpha 6 --client-ranks 3 2 4", {}),
+    "svd, server lr": ("svd", "--svd-rank 4 --alpha 6 --client-ranks 3 2 4 --server-lr 0.6", {"eta": 0.6}),
     "naive": ("naive", "--client-weights uniform", {"weigh": lambda k: 1.0}),
     "momentum": ("naive", "--server-optimizer momentum --server-lr 0.7", {"server": True}),
     "ffa": ("ffa", "--mu 0.5 --weight-decay 0.1", {"mu": 0.5, "decay": 0.1}),
     "stack": ("stack", "--warmup-ratio 0.4", {"warmup": 0.4}),
     "residual": ("residual", "--gradient-accumulation-steps 2", {"accumulated": 2}),
+    "residual, server lr": ("residual", "--server-lr 1.7", {"eta": 1.7}),
     "rolora": ("rolora", "--server-optimizer momentum --server-lr 0.7", {"server": True}),
 }
 
@@ -254,6 +264,16 @@ def test_rounds_are_the_plain_loop(case, given, tmp_path, monkeypatch):
     assert losses.pop(bad) is None
     assert rows[2]["train_loss"] == pytest.approx(np.average(list(losses.values()), weights=[*map(weigh, losses)]))
     assert rows[2]["examples"] == sum(math.ceil(len(given.rows[k]) / 2) for t in (0, 1) for k in sampled(given, t))
+
+    # what is sampled sends, and all receive what changed: 32 x 32 layers, a client's rank; stacked factors of three
+    ranks, side = [3, 2, 4, 3, 2] if rule == "svd" else [4] * K, 32 * len(LAYERS)
+    head, letters = sum(start[n].numel() for n in start if n[0] == "c"), 1 if rule in ("ffa", "rolora") else 2
+    up = sum(ranks[k] * letters * side + head for t in (0, 1) for k in sampled(given, t))
+    down = 2 * K * ((12 * 2 if rule in ("stack", "residual") else 4 * letters) * side + head)
+    assert rows[2]["bytes_up"] == 4 * up
+    assert rows[2]["bytes_down"] == 4 * (down + sum(ranks) * 2 * side + K * head)
+    written = sorted(path.name for path in (tmp_path / "r" / "round_2").glob("client_*"))
+    assert written == [f"client_{k + 1}" for k in last if k != bad]
 
 
 # ---- what a run serves, keeps and logs
@@ -310,6 +330,9 @@ def evaluated(adapter, out):
     assert call("--adapter-path", adapter, "--output-dir", out, *EVAL, script="adapters_eval") == 0
     found = read_json(out / "sst2_tiny" / "metrics.json")
     return found["val_accuracy"], found["val_loss"]
+
+
+SHOWN = ("val_accuracy", "val_loss")
 
 
 def as_older_runs_wrote_it(folder):
@@ -398,8 +421,8 @@ def test_pruning_leaves_the_round_that_another_process_may_be_writing(tmp_path):
     folders = RoundFolders(tmp_path, ["last", "best"], "fused_r4", {})
     for number in range(1, 6):
         (tmp_path / f"round_{number}").mkdir()
-    folders.offer(1, 0.9)
-    folders.offer(2, 0.9)  # not better: the first stays the best
+    folders.offer(1, 0.9, {})
+    folders.offer(2, 0.9, {})  # not better: the first stays the best
     folders.prune(3)
     assert names() == ["round_2", "round_4", "round_5"]
     folders.clean(3)  # at the start of a session nobody writes
@@ -458,3 +481,78 @@ def test_folders_of_a_round_without_a_client(shards, tmp_path, capsys, monkeypat
     assert manifest["left_out"] == [bad + 1] and manifest["k_adapters"] == 2
     assert manifest["adapters"] == [f"../client_{k + 1}/adapter" for k in others]
     assert manifest["weights"] == pytest.approx([n[k] / sum(n[k] for k in others) for k in others])
+
+
+def test_the_best_round_is_known_only_where_rounds_are_evaluated():
+    args = fedavg_rounds.build_parser().parse_args("--task-name sst2 --shard-dir s --final best".split())
+    with pytest.raises(UsageError, match="--final best: without --eval-each-round"):
+        flags.complete_rounds(args)
+
+
+def ever_worse(monkeypatch, module, turn):
+    """The accuracy falls with every evaluation, and the first session is interrupted in this turn of local steps."""
+    evaluate, steps, calls, turns = TaskModel.evaluate, module.local_steps, [], []
+
+    def worse(self, share=True):
+        calls.append(0)
+        return evaluate(self, share) | {"val_accuracy": 1 - len(calls) / 100}
+
+    def local_steps(*given, **options):
+        turns.append(0)
+        if len(turns) == turn:
+            raise KeyboardInterrupt
+        return steps(*given, **options)
+
+    monkeypatch.setattr(TaskModel, "evaluate", worse)
+    monkeypatch.setattr(module, "local_steps", local_steps)
+
+
+@pytest.mark.parametrize("rule", ["svd", "residual"])
+def test_final_holds_the_best_rounds_weights_where_asked(rule, shards, tmp_path, monkeypatch):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    ever_worse(monkeypatch, fedavg_rounds, 8)
+    more = "--final best --keep last --no-save-clients --processes 1".split()
+    line = words(shards, "--output-root", tmp_path, "--run-name", "x", "--aggregate", rule, *more)
+    assert call(*line) == 130 and call(*line, "--resume") == 0
+    folder = tmp_path / "x"
+    _, best, _, last = (row["val_loss"] for row in read_metrics(folder))
+    results = read_json(folder / "run.json")["results"]
+    assert [path.name for path in folder.glob("round_*")] == ["round_3"] and results["best_round"] == 1
+    if rule == "svd":
+        _, loss = evaluated(folder / "final", tmp_path / "eval")
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "final")
+        _, loss = validation(model, AutoTokenizer.from_pretrained(folder / "final"))
+    assert loss == pytest.approx(best, rel=1e-4) != pytest.approx(last, rel=1e-3)
+
+
+def test_a_run_begins_with_an_adapter_a_round_or_a_run(shards, tmp_path, capsys):
+    folder = runs("svd")
+    last = read_metrics(folder)[-1]
+    line = words(shards, "--seed", 7, "--rounds", 1, "--output-root", tmp_path, "--run-name", "x")
+    assert call(*line, "--init-from", folder) == 0
+    same_metrics((last["val_accuracy"], last["val_loss"]), *(read_metrics(tmp_path / "x")[0][n] for n in SHOWN))
+    central = "--seed 7 --lora-r 4 --do-eval --output-dir".split()
+    for flag, start in (("--init-from", folder / "round_3/fused_r4"), ("--init-adapter", folder / "final")):
+        assert call(*EVAL, *central, tmp_path / "c", "--overwrite", flag, start, script="main_glue_lora") == 0
+        row = read_metrics(tmp_path / "c" / "sst2_tiny" / "r4")[0]
+        same_metrics((last["val_accuracy"], last["val_loss"]), *(row[n] for n in SHOWN))
+    same_metrics(evaluated(folder, tmp_path / "eval"), last["val_accuracy"], last["val_loss"])
+
+    capsys.readouterr()
+    for start, seed, parts in (
+        (runs("residual"), 7, ("whole model", "--model")),
+        (folder, 8, (f"was trained on {folder}/base", f"give --model {folder}/base")),
+        (folder / "round_3", 7, ("has no adapter_config.json",)),
+        (shutil.copytree(folder, tmp_path / "y", ignore=lambda *_: ["final"]), 7, ("has no final/", "--resume")),
+    ):
+        assert call(*line, "--run-name", "z", "--seed", seed, "--init-from", start) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and all(part in said for part in parts), said
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(folder / "final", elsewhere)
+    about = read_json(elsewhere / "adapter_config.json") | {"base_model_name_or_path": "/none"}
+    (elsewhere / "adapter_config.json").write_text(json.dumps(about))
+    assert evaluated(elsewhere, tmp_path / "eval")[1] != pytest.approx(last["val_loss"])
+    assert "elsewhere was trained on /none, which cannot be compared with tiny" in capsys.readouterr().err

@@ -3,11 +3,13 @@
 import importlib
 import json
 import sys
+from contextlib import nullcontext
 
 import harness
 import numpy as np
 import pytest
 
+from common.checkpoint import read_json, write_json
 from common.cli import UsageError
 from common.sharding import check
 from lora_glue_fl import shards
@@ -193,6 +195,19 @@ def test_manifests_that_do_not_fit_are_refused_by_name(saved):
     refused("no shard manifest", path, data)
 
 
+def test_an_example_of_two_clients_is_refused_where_each_is_dealt_once(tmp_path):
+    data = load_task("sst2", "demo")
+    for mode, refused in (("iid", True), ("overlap", False)):
+        save_shard_manifests(tmp_path / mode, make_client_splits("sst2", 2, mode, data=data, overlap_ratio=0.0))
+        first, second = (tmp_path / mode / f"client_{k}.json" for k in (1, 2))
+        other = read_json(second)["indices"]
+        about = read_json(first)
+        (tmp_path / mode / "summary.json").unlink()
+        write_json(first, {**about, "indices": [*about["indices"][1:], other[0]]})
+        with pytest.raises(UsageError, match=f"index {other[0]} is in ") if refused else nullcontext():
+            load_shards(tmp_path / mode, data)
+
+
 def test_folders_that_are_no_shards(saved, tmp_path):
     folder, data = saved
 
@@ -204,7 +219,14 @@ def test_folders_that_are_no_shards(saved, tmp_path):
     refuse_folder(tmp_path / "none", "is missing")
     (tmp_path / "empty").mkdir()
     refuse_folder(tmp_path / "empty", "has no client_1.json")
-    (folder / "client_2.json").rename(folder / "client_4.json")
+    two, three = folder / "client_2.json", folder / "client_3.json"
+    rows, others = (json.loads(path.read_text())["indices"] for path in (two, three))
+    change(two, seed=3)
+    refuse_folder(folder, "client_2.json has seed 3, client_1.json 7")
+    change(two, seed=7, indices=sorted([*others[:1], *rows[1:]]))  # as many of another dealing
+    change(three, indices=sorted([*rows[:1], *others[1:]]))
+    refuse_folder(folder, "summary.json does not fit the 3 client files")
+    two.rename(folder / "client_4.json")
     refuse_folder(folder, "client_4.json but no client_2.json")
     (folder / "client_4.json").unlink()
     (folder / "client_3.json").unlink()

@@ -233,6 +233,21 @@ def test_a_server_optimiser_moves_the_trained_factors_only():
                     assert torch.equal(half.factors[name][i], start[name][i])
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_server_learning_rate_goes_part_of_the_way_to_the_mean(rule):
+    start = adapter(0)
+    clients = [local(start, k, rule, 1) for k in range(4)]
+    rank = 15 if rule == "svd" else None  # cuts nothing
+    plain, served = (mean_of(rule, start, clients, N, round=1, rank=rank, server_lr=eta).result() for eta in (1.0, 0.3))
+    for name, mean in dense_mean(clients, N).items():
+        (A_0, B_0), (A, B), (A_1, B_1) = start[name], served.factors[name], plain.factors[name]
+        if rule not in MIXED_RANKS:
+            close(A, 0.7 * A_0 + 0.3 * A_1, 1e-14), close(B, 0.7 * B_0 + 0.3 * B_1, 1e-14)
+        if rule != "naive":
+            close(served_delta(served, name), 0.7 * S * (B_0 @ A_0).numpy() + 0.3 * mean, 1e-13)
+    assert (served.error > 1e-3) == (rule == "naive") and served.norm != plain.norm
+
+
 # ---- order, processes, threads, memory
 
 IDS = [31, 4, 17, 2, 90, 8, 55, 12, 40, 23, 6]

@@ -294,7 +294,15 @@ def test_loading_what_is_not_there_or_does_not_fit_is_one_line(tmp_path):
         load_pretrained(tmp_path)
     weights.write_bytes(whole)
     good = json.loads(config.read_text())
-    sizes = {"n_layer": 10**8, "expand": "2", "d_model": None, "headdim": 0, "d_state": 10**9, "other": 1}
+    sizes = {
+        "n_layer": 10**8,
+        "expand": "2",
+        "d_model": None,
+        "headdim": 0,
+        "d_state": 10**9,
+        "other": 1,
+        "norm_eps": "x",
+    }
     for name, value in [("n_layer", 1), *sizes.items()]:
         config.write_text(json.dumps({**good, "mamba_ssm": {**good["mamba_ssm"], name: value}}))
         with pytest.raises(UsageError, match=r"do not fit its config.json|names no mamba2 model|at least 1"):
@@ -310,6 +318,8 @@ def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(UsageError, match="n_layer is 0"):
         Mamba2Config(n_layer=0)
     assert Mamba2Config().padded_vocab_size == 50264
+    with pytest.raises(UsageError, match="of these sizes cannot be made"):
+        make_model(Mamba2Config(**{**SMALL, "d_state": 10**15}))
 
 
 def test_mamba_ssm_is_never_imported_for_a_cpu(monkeypatch):

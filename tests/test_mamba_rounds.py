@@ -3,8 +3,11 @@
 The loops use torch, the model, the data and the keys of the random streams, nothing of the rounds' code.
 """
 
+import json
 import math
 from collections import defaultdict
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,20 +15,23 @@ import torch
 from safetensors.torch import load_file
 
 from common.best import Best
+from common.cli import UsageError
+from common.manifest import contents
 from common.runlog import read_metrics
 from common.seeding import stream
 from common.vector import Weights
 from mamba_fl import central, fed_avg, fed_entropy, fed_fisher, fed_momentum
 from mamba_fl.data import build_data
-from mamba_fl.fed_core import plan_rounds, training_history
+from mamba_fl.fed_core import plan_rounds, start_model, training_history
 from mamba_fl.flags import complete_flags
 from mamba_fl.mamba2 import Mamba2Config
-from mamba_fl.ssm_config import make_model
+from mamba_fl.ssm_config import load_pretrained, make_model, save_pretrained
 
 V, T, B, H, K, SEED = 400, 32, 2, 2, 5, 3
 TINY = f"--dataset demo --tokenizer bpe:{V} --d-model 32 --d-state 16 --headdim 16 --sequence-length {T} "
 TINY += f"--batch-size {B} --num-clients {K} --sharding iid --threads 1 --seed {SEED} --val-sequences 2 --prompt= "
 FEDERATED = f"{TINY} --local-updates {H} --participation 0.6 --rounds 3 --val-freq 3 --client-val-sequences 0 "
+FEDERATED += "--held-out-sequences 0 "
 SGD = "--client-optimizer sgd --lr 0.5"
 BAD = {4}  # the second client of the second round
 
@@ -61,13 +67,17 @@ def spoil(monkeypatch, module, places):
 
 
 class Plain:
-    """The reference: an fp64 model, torch.optim, and the draws by their keys. train: each client's blocks."""
+    """The reference: an fp64 model, torch.optim, and the draws by their keys.
 
-    def __init__(self, train, lr=0.5, kind="sgd", steps=H):
+    Args: train: each client's blocks; rates: of every step of the run, by default lr; clip: norm of a step's gradient.
+    """
+
+    def __init__(self, train, lr=0.5, kind="sgd", steps=H, rates=None, clip=math.inf):
         self.model = make_model(Mamba2Config(vocab_size=V, d_model=32, d_state=16, headdim=16), seed=SEED).double()
         self.start = self.theta = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.train, self.lr, self.kind, self.steps = train, lr, kind, steps
         self.turns, self.states = defaultdict(int), {}
+        self.rates, self.clip = rates or [lr] * 99, clip
 
     def sampled(self, t):
         return sorted(stream(SEED, "participation", t).choice(K, 3, replace=False).tolist())
@@ -80,8 +90,12 @@ class Plain:
             self.logits(blocks).flatten(0, 1), blocks[:, 1:].flatten(), reduction="sum"
         )
 
-    def local(self, k):
-        """theta_k after the client's steps of a round."""
+    def perplexity(self, blocks):
+        with torch.no_grad():
+            return math.exp(self.nll(blocks) / blocks[:, 1:].numel())
+
+    def local(self, k, t=0):
+        """theta_k after the client's steps of round t."""
         blocks = self.train[k]
         self.model.load_state_dict(self.theta, strict=False)
         groups = [{"params": [], "weight_decay": 0.01}, {"params": [], "weight_decay": 0.0}]
@@ -92,9 +106,14 @@ class Plain:
             optimizer.load_state_dict(self.states[k])
         order = [i for e in range(2) for i in stream(SEED, "batches", e, k).permutation(len(blocks))]
         at = self.turns[k] * self.steps * B
-        for first in range(at, at + self.steps * B, B):
+        for i, first in enumerate(range(at, at + self.steps * B, B)):
             optimizer.zero_grad()
             (self.nll(blocks[order[first : first + B]]) / (B * T)).backward()
+            norm = torch.cat([p.grad.flatten() for p in self.model.parameters()]).norm().item()
+            for p in self.model.parameters():
+                p.grad *= min(1.0, self.clip / norm)
+            for group in optimizer.param_groups:
+                group["lr"] = self.rates[t * self.steps + i]
             optimizer.step()
         self.states[k] = optimizer.state_dict()
         self.turns[k] += 1
@@ -106,7 +125,7 @@ class Plain:
         for t in range(3):
             top, bottom = {n: 0.0 for n in self.theta}, {n: 0.0 for n in self.theta}
             for k in self.sampled(t):
-                theta_k = self.local(k)
+                theta_k = self.local(k, t)
                 if next(places) in bad:
                     del self.states[k]
                     continue
@@ -126,15 +145,29 @@ class Plain:
         assert moved > 0.01 and missed < tolerance * moved, (missed / moved).item()
 
 
+def slower(theta, delta):
+    """The server's step at --server-lr 0.7."""
+    return {n: theta[n] + 0.7 * delta[n] for n in theta}
+
+
 def test_fed_avg(data, tmp_path, monkeypatch):
     plain = Plain(data.train)
     assert len({tuple(plain.sampled(t)) for t in range(3)}) > 1 and len({len(b) for b in data.train}) == K
     spoil(monkeypatch, fed_avg, BAD)
-    theta, rows = run(fed_avg, tmp_path, FEDERATED + SGD)
-    plain.rounds(lambda k, *_: len(data.train[k]), BAD)
+    theta, rows = run(fed_avg, tmp_path, FEDERATED + SGD + " --held-out-sequences 3")
+    own = {}
+
+    def weigh(k, *_):
+        own[k] = plain.perplexity(data.held_out[k][:3])
+        return len(data.train[k])
+
+    plain.rounds(weigh, BAD)
     plain.agrees(theta)
     assert [row["round"] for row in rows] == [0, 3] and rows[1]["left_out"] == [[2, plain.sampled(1)[1]]]
     assert rows[1]["clients"] == plain.sampled(2) and "train_loss" not in rows[0]
+    assert rows[1]["client_held_out_ppl"] == pytest.approx([own[k] for k in rows[1]["clients"]], rel=1e-4)
+    plain.model.load_state_dict(plain.theta, strict=False)
+    assert rows[1]["held_out_ppl"] == pytest.approx([plain.perplexity(b[:3]) for b in data.held_out], rel=1e-4)
     losses, n = rows[1]["client_train_loss"], [len(data.train[k]) for k in rows[1]["clients"]]
     assert rows[1]["train_loss"] == pytest.approx(np.average(losses, weights=n))
     assert rows[1]["tokens"] == 9 * H * B * T and rows[1]["bytes_up"] == 9 * 4 * sum(t.numel() for t in theta.values())
@@ -177,9 +210,9 @@ def test_fed_entropy(prior, data, tmp_path, monkeypatch):
         return math.exp(-seen[k] / 0.01) * (len(data.train[k]) if prior == "examples" else 1.0)
 
     spoil(monkeypatch, fed_entropy, BAD)
-    more = f"{SGD} --temperature 0.01 --entropy-samples 0 --entropy-prior {prior}"
+    more = f"{SGD} --temperature 0.01 --entropy-samples 0 --entropy-prior {prior} --server-lr 0.7"
     theta, rows = run(fed_entropy, tmp_path, FEDERATED + more)
-    plain.rounds(weigh, BAD)
+    plain.rounds(weigh, BAD, slower)
     plain.agrees(theta, 2e-3)
     assert rows[1]["client_entropy"] == pytest.approx([seen[k] for k in rows[1]["clients"]], rel=1e-5)
 
@@ -200,9 +233,9 @@ def test_fed_fisher(data, tmp_path, monkeypatch):
         return {n: len(blocks) * (f + 0.2 * mean) for n, f in fisher.items()}
 
     spoil(monkeypatch, fed_fisher, BAD)
-    more = f"{SGD} --fisher-samples 3 --fisher-labels data --fisher-damping 0.2"
+    more = f"{SGD} --fisher-samples 3 --fisher-labels data --fisher-damping 0.2 --server-lr 0.7"
     theta, rows = run(fed_fisher, tmp_path, FEDERATED + more)
-    plain.rounds(weigh, BAD)
+    plain.rounds(weigh, BAD, slower)
     plain.agrees(theta, 1e-3)
     assert rows[1]["bytes_up"] == 2 * rows[1]["bytes_down"]  # the weights and their precision
 
@@ -223,6 +256,133 @@ def test_central_trains_on_the_clients_text_in_one_order(data, tmp_path):
     assert norms["layers.0.A_log"] == pytest.approx((last - before).norm().item(), rel=1e-2)
 
 
+# ---- the rate of each step, clipping
+
+
+def torch_rates(kind, total, base=0.5, warmup=2, lowest=0.1):
+    """The rates that torch's schedulers give for the flags of SCHEDULE."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], base)
+    lrs = torch.optim.lr_scheduler
+    rise = lrs.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1)
+    if kind == "cosine":
+        fall = lrs.CosineAnnealingLR(optimizer, total - warmup, lowest)
+    else:
+        fall = lrs.LinearLR(optimizer, 1.0, lowest / base, total - warmup)
+    whole, rates = lrs.SequentialLR(optimizer, [rise, fall], [warmup]), []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        whole.step()
+    return rates
+
+
+SCHEDULE = "--warmup-steps 2 --min-lr 0.1 --max-grad-norm 0.3 --lr-scheduler "
+
+
+@pytest.mark.parametrize("module, kind", [(fed_avg, "cosine"), (fed_momentum, "linear"), (central, "cosine")])
+def test_schedule_and_clipping_are_torchs(module, kind, data, tmp_path):
+    words, blocks = f"{SCHEDULE}{kind} --server-lr 0.7", data.train
+    if module is central:
+        words, blocks = f"{TINY} --rounds 6 --val-freq 6 --lr 0.5 {SCHEDULE}{kind}", [torch.cat(data.train)]
+    elif module is fed_avg:
+        words = f"{FEDERATED} {SGD} {words}"
+    else:
+        words = f"{FEDERATED} {SGD} {words} --server-momentum 0"
+    steps = 1 if module is central else H
+    plain = Plain(
+        blocks, kind="adamw" if module is central else "sgd", steps=steps, rates=torch_rates(kind, 6), clip=0.3
+    )
+    theta, _ = run(module, tmp_path, words)
+    if module is central:
+        for t in range(6):
+            plain.theta = plain.local(0, t)
+    else:
+        plain.rounds(lambda k, *_: len(data.train[k]), step=slower)
+    plain.agrees(theta, 1e-2 if module is central else 2e-4)
+
+
+def test_rates_that_cannot_be(tmp_path):
+    with pytest.raises(UsageError, match="--min-lr 0.9 is above --lr 0.5: lower it"):
+        flags(fed_avg, f"{FEDERATED} {SGD} --lr-scheduler linear --min-lr 0.9")
+    assert flags(fed_avg, f"{FEDERATED} {SGD} --min-lr 0.9").notes  # no effect: says so
+    with pytest.raises(UsageError, match="--warmup-steps 7 is more than the run's 6 steps: lower it"):
+        run(fed_avg, tmp_path, f"{FEDERATED} --warmup-steps 7")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- where a run starts, and what it leaves
+
+
+def test_a_run_starts_from_another_ones_weights(data, tmp_path):
+    start, _ = run(central, tmp_path / "a", f"{TINY} --rounds 3 --val-freq 3 --lr 0.01")
+    there = tmp_path / "a" / "r"
+    words = f"--dataset demo --sequence-length {T} --batch-size {B} --num-clients 3 --threads 1 --val-sequences 2 "
+    words += f"--prompt= --rounds 1 --client-val-sequences 0 --init-from {there}"
+    last = read_metrics(there)[-1]["val_loss"]
+    _, rows = run(fed_avg, tmp_path / "b", f"{words} --seed 9")
+    assert rows[0]["val_loss"] == last
+    _, rows = run(
+        fed_entropy, tmp_path / "c", f"{words}/final --tokenizer bpe:{V} --d-model 32 --config pure_ssm_1_layer"
+    )
+    assert rows[0]["val_loss"] == last
+    said = json.loads((tmp_path / "b" / "r" / "run.json").read_text())
+    assert said["paths"]["init_from"] == contents(there / "final")
+    assert (said["args"]["d_state"], said["args"]["headdim"], said["args"]["tokenizer"]) == (16, 16, f"{there}/final")
+
+    moved = there.rename(tmp_path / "moved")  # what is in it decides
+    (tmp_path / "b" / "r" / "run.json").write_text(json.dumps(said | {"status": "interrupted"}))
+    words = words.replace(str(there), str(moved))
+    _, rows = run(fed_avg, tmp_path / "b", f"{words} --seed 9 --resume")
+    assert [row["round"] for row in rows] == [0, 1]
+
+    for more, line in (
+        ("--d-state 8", f"--d-state 8 contradicts --init-from {moved}, which has 16: drop --d-state 8"),
+        ("--config pure_ssm_4_layer", "--layers 4 contradicts --init-from .* which has 1"),
+        (
+            "--tokenizer bpe:300",
+            rf"--tokenizer bpe:300 \(\w{{12}}\) is not that of --init-from {moved} \(\w{{12}}\): drop",
+        ),
+        (f"--init-from {tmp_path}", f"--init-from {tmp_path} has no model .*: give the folder of a finished run"),
+        (f"--init-from {'x' * 5000}", "has no model .*: give the folder of a finished run"),
+    ):
+        with pytest.raises(UsageError, match=line):
+            run(fed_avg, tmp_path / "d", f"{words} {more}")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_start_from_what_transformers_wrote(tmp_path):
+    """Its vocabulary is known with the padding only."""
+    theirs = make_model(Mamba2Config(vocab_size=397, d_model=32, d_state=16, headdim=16, ngroups=2, d_conv=3), seed=5)
+    save_pretrained(theirs, None, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["mamba_ssm"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = flags(fed_avg, f"--dataset demo --chunk 8 --init-from {tmp_path}")
+    assert args.tokenizer == "bpe:1024" and args.chunk == 8
+    model = start_model(args, SimpleNamespace(vocab_size=397), "cpu")
+    assert model.config == replace(theirs.config, chunk_size=8, pad_vocab_size_multiple=400)
+    ids = torch.arange(40).view(2, 20)
+    torch.testing.assert_close(model(ids), theirs(ids))
+    for size in (401, 200):
+        with pytest.raises(UsageError, match=f"has {size} tokens, the model of --init-from .* 400: give its own"):
+            start_model(args, SimpleNamespace(vocab_size=size), "cpu")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "32"}))
+    with pytest.raises(UsageError, match="has no model .*d_model is 32"):
+        flags(fed_avg, f"--dataset demo --init-from {tmp_path}")
+
+
+def test_final_holds_the_best_weights_if_asked(data, tmp_path):
+    words = f"{FEDERATED} --lr 0.3 --val-freq 1"  # of which the second round is worse than the first
+    theta = {rounds: run(fed_avg, tmp_path / f"{rounds}", f"{words} --rounds {rounds}")[0] for rounds in (1, 2)}
+    run(fed_avg, tmp_path / "best", f"{words} --rounds 2 --final best")
+    for name, rounds in (("2", 2), ("best", 1)):
+        folder = tmp_path / name / "r"
+        final = load_pretrained(folder / "final").state_dict()
+        assert all(torch.equal(final[n].double(), t) for n, t in theta[rounds].items())
+        results = json.loads((folder / "run.json").read_text())["results"]
+        assert results["best_round"] == 1 and results["test_ppl_best"] != results["test_ppl_last"]
+
+
 # ---- pieces
 
 
@@ -234,6 +394,22 @@ def test_the_plan_of_rounds():
     assert plan_rounds(args, n) == (11, 21, 10)  # the last round has what is left of the budget
     with pytest.raises(Exception, match="client 1 has 1 sequences.*--batch-size 2"):
         plan_rounds(args, [5, 1])
+
+
+def test_more_epochs_are_planned_where_the_rounds_before_stay_as_they_were():
+    n, words = [40, 40], f"{TINY} --n-epochs 1 --sync"
+    assert plan_rounds(flags(fed_avg, f"{words} epoch --local-updates 2"), n, {"args": {"n_epochs": 0.5}})[0] == 10
+    assert plan_rounds(flags(fed_avg, f"{words} round --local-updates 1"), n, {"args": {"n_epochs": 0.07}})[0] == 20
+    with pytest.raises(Exception, match="--n-epochs 0.07 -> 1: an epoch has 14 rounds there, and now 20: choose"):
+        plan_rounds(flags(fed_avg, f"{words} epoch --local-updates 1"), n, {"args": {"n_epochs": 0.07}})
+    with pytest.raises(Exception, match="--n-epochs 0.25 -> 1: its last round has 5 of 6 steps"):
+        plan_rounds(flags(fed_avg, f"{words} round --local-updates 6"), n, {"args": {"n_epochs": 0.25}})
+
+
+def test_sizes_by_default():
+    for data, d_model in (("demo", 128), ("wikitext2", 512)):
+        args = flags(central, f"--dataset {data}")
+        assert (args.d_model, args.layers, args.d_state, args.headdim, args.expand) == (d_model, 1, 128, 64, 2)
 
 
 def test_client_weights_and_entropy_prior_are_one_thing():

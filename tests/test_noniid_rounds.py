@@ -22,18 +22,18 @@ SEED = 7  # of which each of three rounds draws other clients
 SGD = "--client-optimizer sgd --learning-rate 0.1"
 SGDM = "--client-optimizer sgdm --learning-rate 0.02"
 WAYS = {
-    "fedavg": "--weight-decay 0.1 --local-steps 0 --local-epochs 0.3",
+    "fedavg": "--server-lr 1.3 --weight-decay 0.1 --local-steps 0 --local-epochs 0.3",
     "uniform": f"--client-weights uniform --max-grad-norm 0.3 {SGDM}",
-    "fedprox": f"--algorithm fedprox --mu 20 --max-grad-norm 0.5 {SGDM}",
-    "scaffold": f"--algorithm scaffold {SGD}",
+    "fedprox": f"--algorithm fedprox --server-lr 0.5 --mu 20 --max-grad-norm 0.5 {SGDM}",
+    "scaffold": f"--algorithm scaffold --server-lr 1.5 {SGD}",
     "scaffold of adamw": "--algorithm scaffold --client-weights uniform",
     "option II": f"--algorithm scaffold --scaffold-option II {SGD}",
-    "fednova": f"--algorithm fednova --local-steps 0 --local-epochs 0.4 {SGDM}",
+    "fednova": f"--algorithm fednova --server-lr 0.7 --local-steps 0 --local-epochs 0.4 {SGDM}",
     "fedavgm": f"--algorithm fedavgm --server-lr 0.7 --server-momentum 0.8 {SGD}",
     "fedadam": f"--algorithm fedadam --server-lr 0.003 {SGD}",
     "local": f"--algorithm local {SGD}",
     "central": f"--algorithm central {SGD}",
-    "clusters": f"--cluster updates {SGD}",
+    "clusters": f"--cluster updates --server-lr 0.8 {SGD}",
 }
 
 
@@ -159,7 +159,8 @@ class Plain:
             self.m = {name: 0.9 * m + 0.1 * delta[name] for name, m in self.m.items()}
             self.v = {name: 0.99 * v + 0.01 * delta[name] ** 2 for name, v in self.v.items()}
             delta = {name: 0.003 * m / (self.v[name].sqrt() + 1e-3) for name, m in self.m.items()}
-        return {name: t + delta[name] for name, t in theta.items()}
+        eta = a.server_lr if a.algorithm not in ("fedavgm", "fedadam") else 1
+        return {name: t + eta * delta[name] for name, t in theta.items()}
 
     def mean(self, pairs, total):
         return {name: sum(w * d[name] for w, d in pairs) / total for name in self.start}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from comparing import same_bits
-from harness import whole
-from noniid_script import call, done, failing, lines_of, served, spied, words
+from harness import read_lines, whole
+from noniid_script import call, done, failing, served, spied, words
 
 from common import grid
 from common.checkpoint import read_json
@@ -121,7 +121,7 @@ def test_a_run_that_was_cut_off_after_its_last_alarm_does_not_go_on(tmp_path, mo
     monkeypatch.undo()
     assert call(*words(tmp_path, "a", more), "--resume") == 0
     assert read_json(tmp_path / "a" / "run.json")["ended"] == read_json(folder / "run.json")["ended"]
-    assert lines_of(folder) == lines_of(tmp_path / "a")
+    assert read_lines(folder) == read_lines(tmp_path / "a")
 
 
 # ------------------------------------------------------------------------------------------------- its flags

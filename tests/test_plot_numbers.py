@@ -56,6 +56,15 @@ def test_the_ratio_is_to_the_central_run_with_the_same_arguments(tmp_path):
     assert table("table mamba", tmp_path)["FedAvg"]["ratio to central"] == "2.000"
 
 
+def test_runs_that_start_from_the_run_of_their_seed_are_seeds_of_one_curve(tmp_path):
+    for seed in range(2):
+        start = f"runs/central_seed_{seed}"
+        write_mamba(
+            tmp_path, seed=seed, init_from=start, tokenizer=f"{start}/final", held_out_sequences=seed, final="best"
+        )
+    assert table("table mamba", tmp_path)["FedAvg"]["seeds"] == "2"
+
+
 def test_the_table_of_vit_sparse_fl_has_differences_to_dense_seed_by_seed(tmp_path):
     for seed, (dense, sparse) in enumerate([(0.50, 0.49), (0.60, 0.58), (0.70, 0.67)]):
         write_vit(tmp_path, CENTRAL, accuracy=0.8, seed=seed)

@@ -179,3 +179,31 @@ def test_the_readmes_table_is_that_of_the_log_and_of_the_folders_that_it_was_mad
     readme = (ROOT / study / "README.md").read_text(encoding="utf-8").splitlines()
     missing = [line for line in shown[0] if line.startswith("|") and line not in readme]
     assert not missing, f"run python plots/tables.py {study} and put into its README:\n" + "\n".join(missing[:5])
+
+
+def test_what_is_damaged_is_named_and_not_left_away(tmp_path):
+    for seed in (0, 1):
+        write_mamba(tmp_path, seed=seed)
+    whole, _ = read_runs(tmp_path, mamba.STUDY)
+    folder = whole[0].folder
+    facts = (folder / "run.json").read_bytes()
+    for content in (
+        b"[" * 5000,
+        b"[]",
+        b"{}",
+        b"\xff",
+        None,
+        *(change_part(facts, key) for key in ("args", "results")),
+    ):
+        (folder / "run.json").unlink(missing_ok=True)
+        if content is not None:
+            (folder / "run.json").write_bytes(content)
+        runs, notes = read_runs(tmp_path, mamba.STUDY)
+        assert len(runs) == len(whole) - 1 and [str(folder)] == [n.where for n in notes if "damaged" in n.why], content
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b"\xe3\n")
+    assert "damaged" in read_runs([tmp_path, log], mamba.STUDY)[1][-1].why
+
+
+def change_part(facts, key):
+    return json.dumps({**json.loads(facts), key: 3}).encode()

@@ -36,10 +36,10 @@ def federated(quadratics, kind, noise, weights, optimizer=None, start=None):
             local_steps(quadratics.loss(k), [(x,) for x in of_round[k]], everything, optimizer)
             if mean.add(everything.theta, weights[k], finite=moments.of_client()):
                 moments.offer(weights[k])
-        before, theta = theta, mean.result()
+        theta = mean.result()
         moments.close_round()
         if kind is FedAdamWMoments:
-            moments.turn(before, theta)
+            moments.turn(mean.delta())
     return theta, moments
 
 

@@ -1,18 +1,22 @@
 """What ends a run from outside or in one of its processes: signals, kill -9, a failure, a wait that is too long."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import harness
 import pytest
 import torch
 from small_run import arguments, train
 
-from common import cli, grid
+from common import checkpoint, cli, grid
 from common.checkpoint import read_json
+from common.manifest import PATHS
 from common.stopping import Terminated, stoppable
 
 # ---------------------------------------------------------------------------------------------- one process
@@ -87,6 +91,29 @@ def test_sigterm_keeps_what_can_be_kept_and_the_run_goes_on(tmp_path):
     harness.same_run(tmp_path / "r", tmp_path / "whole" / "r")
 
 
+@pytest.mark.parametrize(("status", "then"), [("running", "interrupted"), ("failed", "failed")])
+def test_a_signal_while_run_json_is_written_leaves_no_run_running(status, then, tmp_path, monkeypatch):
+    """Another thread is alive, as torch's are: what the main one blocks comes by way of that."""
+    write, done = checkpoint.write_json, threading.Event()
+
+    def signalled(path, value):
+        if value["status"] == "running":
+            write(path, value)
+        if value["status"] == status:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(path, value)
+
+    def fail():
+        raise cli.RunFailed("a reason")
+
+    threading.Thread(target=done.wait).start()
+    monkeypatch.setattr(checkpoint, "write_json", signalled)
+    with pytest.raises((Terminated, cli.RunFailed)), stoppable():
+        train(arguments(tmp_path), 3, {1: fail})
+    done.set()
+    assert read_json(tmp_path / "r" / "run.json")["status"] == then
+
+
 def test_a_refusal_under_torchrun_is_the_main_processs(monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
@@ -112,6 +139,21 @@ def test_what_a_grid_has_just_started_ends_with_it(tmp_path, monkeypatch):
     assert [process.poll() for process in started] == [-signal.SIGTERM]
 
 
+def test_a_run_ends_when_its_grid_is_killed(tmp_path):
+    (tmp_path / "a.py").write_text("import time; time.sleep(60)")
+    start = f"grid.start([{str(tmp_path / 'a.py')!r}], Path({str(tmp_path / 'a.txt')!r}))"
+    code = f"import os; from pathlib import Path; from common import grid; print({start}.pid, flush=True)"
+    code += "; os.kill(os.getpid(), 9)"
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert ended.returncode == -signal.SIGKILL
+    state = Path(f"/proc/{int(ended.stdout)}/stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run goes on")
+
+
 # ---------------------------------------------------------------------------------------------- several processes
 
 
@@ -130,6 +172,7 @@ CASES = {  # what each process does in its first client of round 2 -> the exit c
     "0:sleep 1: SIGTERM": (143, f"terminated: {ADVICE}"),
     "0: 1:sleep SIGKILL": (-9, ""),  # of the supervisor
     "1:wait_1.5": (0, ""),
+    "0:late_1.5": (0, ""),
 }
 
 
@@ -167,12 +210,13 @@ def cases(tmp_path_factory):
 def test_what_ends_one_process_ends_all_with_one_line(case, cases):
     (code, line), (folder, ended) = CASES[case], cases[case]
     assert ended.code == code, ended
-    lines = [text for text in ended.err.splitlines() if not text.startswith("round ")]
+    lines = [text for text in ended.err.splitlines() if not text.startswith(("round ", "run: "))]
     assert not line or lines[-1] == line and (len(lines) == 1 or "bug" in case), ended.err
     assert until(lambda: not there(folder)[1], 15)
     facts = read_json(folder / "r" / "run.json")
     if code == 0:
-        assert "waiting for process 1, client 1 of round 2 for 0.0" in ended.err  # perhaps after one for its start
+        late = "process 0" if "late" in case else "process 1, client 1 of round 2"
+        assert f"waiting for {late} for 0.0" in ended.err  # perhaps after one for its start
     elif code in (1, 2):
         assert facts["status"] == "failed" and line.endswith(facts["reason"])
     elif code == -9:  # the processes hear of the supervisor's end by a signal, or by an exchange that fails
@@ -194,6 +238,25 @@ def test_without_a_supervisor_who_is_left_names_who_is_gone(tmp_path):
     assert ended[0].err.splitlines()[-1] == f"failed: another process is gone ({PLACE}): see its output"
     ended = alone.ended()  # which cannot meet the others
     assert ended.code == 2 and ended.err.startswith("error: process 1: WORLD_SIZE is 2 but MASTER_ADDR, MASTER_PORT is")
+
+
+@pytest.mark.parametrize(
+    ("second", "code", "line"),
+    [
+        ("kill", 1, f"failed: {PLACE}: it is gone, perhaps it was killed for its memory: the same command with"),
+        ("sleep", 143, f"terminated: {ADVICE}"),  # both are asked to end, and the second is first to do so
+    ],
+)
+def test_under_torchrun_who_is_ended_because_another_was_killed_names_that_one(second, code, line, tmp_path):
+    first, other = harness.start_ranks(["tests/stopped_run.py", tmp_path, 2, "0:sleep", f"1:{second}"], 2)
+    assert until(lambda: len(there(tmp_path)[0]) == 2, 60)
+    if second == "sleep":
+        os.kill(other.process.pid, signal.SIGTERM)
+    assert other.ended().code == (143 if second == "sleep" else -9)
+    os.kill(first.process.pid, signal.SIGTERM)  # as torchrun does
+    ended = first.ended()
+    assert ended.code == code and ended.err.splitlines()[-1].startswith(line), ended.err
+    assert read_json(tmp_path / "r" / "run.json")["status"] == ("failed" if code == 1 else "interrupted")
 
 
 # ---------------------------------------------------------------------------------------------- what may go on
@@ -230,13 +293,74 @@ def test_paths_are_compared_by_what_they_hold(tmp_path, monkeypatch):
         begun(tmp_path, model="none", **again)
 
 
+def test_a_run_does_not_delete_what_it_starts_from(tmp_path):
+    begun(tmp_path)
+    start = tmp_path / "r" / "final" / "theta.safetensors"
+    (tmp_path / "link").symlink_to(tmp_path / "r")
+    for flag, path in itertools.product(PATHS, (start, start.parent, tmp_path / "link")):
+        with pytest.raises(cli.UsageError, match=f"would delete --{flag.replace('_', '-')} {path}, from which"):
+            begun(tmp_path, overwrite=True, **{flag: str(path)})
+    assert start.exists()
+    begun(tmp_path, overwrite=True, run_name="s", mask=str(start))
+
+
 def test_a_run_goes_on_for_more_rounds_where_none_depends_on_how_many_there_are(tmp_path):
     begun(tmp_path, scheduler="none")
     assert torch.equal(begun(tmp_path, 6, scheduler="none", resume=True), begun(tmp_path / "whole", 6))
     harness.same_run(tmp_path / "r", tmp_path / "whole" / "r")
-    with pytest.raises(cli.UsageError, match="--rounds 6 -> 3: --resume can only add to the rounds"):
+    with pytest.raises(cli.UsageError, match="--rounds 6 -> 3: --resume can only raise it"):
         begun(tmp_path, 3, scheduler="none", resume=True)
     begun(tmp_path / "cosine", scheduler="cosine")
-    with pytest.raises(cli.UsageError, match="--rounds 3 -> 6: with --scheduler cosine the rate of a round depends"):
+    with pytest.raises(cli.UsageError, match="--rounds 3 -> 6: with --scheduler cosine a round's rate depends"):
         begun(tmp_path / "cosine", 6, scheduler="cosine", resume=True)
     assert read_json(tmp_path / "cosine" / "r" / "run.json")["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("length", "old", "new", "flags", "line"),
+    [
+        ("epochs", 3, 6, {"scheduler": "none", "warmup_epochs": 2}, None),
+        ("epochs", 3, 6, {"scheduler": "none", "warmup_epochs": 5}, "the warm-up, --warmup-epochs 5, was cut to 2"),
+        ("epochs", 3, 6, {"scheduler": "step"}, r"with --scheduler step a round's rate .* \(with none it does not\)"),
+        ("num_train_epochs", 2.0, 2.5, {"lr_scheduler": "constant", "warmup_ratio": 0.0}, None),
+        ("num_train_epochs", 2.5, 4.0, {"lr_scheduler": "constant"}, "the last epoch was cut short"),
+        (
+            "num_train_epochs",
+            2.0,
+            4.0,
+            {"warmup_ratio": 0.1},
+            "the warm-up is a share of all steps, --warmup-ratio",
+        ),
+        (
+            "n_epochs",
+            0.5,
+            1.0,
+            {"lr_scheduler": "cosine"},
+            r"with --lr-scheduler cosine .*with constant it does not",
+        ),
+        ("n_epochs", 1.0, 0.5, {}, "--resume can only raise it"),
+        ("n_epochs", 0.5, 1.0, {"rounds": None}, None),
+    ],
+)
+def test_a_run_goes_on_for_more_epochs_too(length, old, new, flags, line, tmp_path):
+    train(arguments(tmp_path, **flags, **{length: old}), 3)
+    again = arguments(tmp_path, resume=True, **flags, **{length: new})
+    if line is None:
+        assert torch.equal(train(again, 5)[0], train(arguments(tmp_path, run_name="whole"), 5)[0])
+        return
+    spelled = f"--{length.replace('_', '-')}"
+    with pytest.raises(cli.UsageError, match=f"^{spelled} {old} -> {new}: {line}.*: choose another --run-name$"):
+        train(again, 5)
+
+
+def test_a_flag_that_is_newer_than_a_run_counts_only_where_it_is_given(tmp_path):
+    args = cli.Flags()
+    vars(args).update(vars(arguments(tmp_path)))
+    train(args, 2)
+    args.resume, args.server_lr, args.given = True, 1.0, {}
+    with pytest.raises(SystemExit) as stop:  # it is finished
+        train(args, 2)
+    assert stop.value.code == 0
+    args.given = {"server_lr": "--server-lr"}
+    with pytest.raises(cli.UsageError, match="other flags: --server-lr None -> 1.0"):
+        train(args, 2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 import shutil
 import socket
@@ -279,6 +280,14 @@ def test_a_broken_tokenizer_file_is_one_line(tmp_path, content):
     with pytest.raises(UsageError) as error:
         text.load_tokenizer(str(tmp_path), small_corpus())
     assert "tokenizer.json" in one_line(error)
+
+
+def test_a_tokenizer_beside_a_model_of_another_type_is_read_in_silence(tmp_path, caplog, monkeypatch):
+    text.load_tokenizer("bpe:280", small_corpus(), cache_dir=tmp_path).save_pretrained(tmp_path / "t")
+    (tmp_path / "t" / "config.json").write_text('{"model_type": true}')
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
+    text.load_tokenizer(str(tmp_path / "t"), small_corpus())
+    assert not caplog.text
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):

@@ -308,7 +308,8 @@ def test_init_from_another_architecture(tmp_path, monkeypatch):
     before = {n: p.clone() for n, p in model.state_dict().items()}
     refused(["mlp.fc1.weight [24, 12] not [36, 12]"], init_from, model, tmp_path)
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
-    refused(["no model could be read"], init_from, model, tmp_path / "nowhere")
+    for place in (tmp_path / "nowhere", tmp_path / "model.safetensors"):
+        refused([f"--init-from {place} holds no model", "finished", "final/"], init_from, model, place)
 
 
 # ---- freezing

@@ -93,7 +93,7 @@ class Plain:
     def optimizer(self):
         return torch.optim.SGD(self.parameters.values(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
 
-    def rounds(self, shards, lost, mask=None, sent=None, uniform=False):
+    def rounds(self, shards, lost, mask=None, sent=None, uniform=False, server_lr=1.0):
         """All rounds. lost: the client that is left out in round LOST. Returns each round's mean training loss."""
         means = []
         for t in range(ROUNDS):
@@ -111,7 +111,7 @@ class Plain:
                 for name, d in (sent(delta) if sent else delta).items():
                     sums[name] += n_k * d
                 losses, weight = losses + n_k * loss, weight + n_k
-            self.theta = {name: w.float().double() + sums[name] / weight for name, w in self.theta.items()}
+            self.theta = {name: w.float().double() + server_lr * sums[name] / weight for name, w in self.theta.items()}
             means.append(losses / weight)
         return means
 
@@ -154,9 +154,9 @@ def middle(plain, t):
 def test_fedavg(monkeypatch, tmp_path):
     plain = Plain()
     lost = middle(plain, LOST)
-    folder, lines, shards = call(train_federated, FEDERATED, monkeypatch, tmp_path, lost)
+    folder, lines, shards = call(train_federated, f"{FEDERATED} --server-lr 0.5", monkeypatch, tmp_path, lost)
     assert len({len(rows) for rows in shards.values()}) > 2 and len({tuple(plain.chosen(t)) for t in range(3)}) == 3
-    means = plain.rounds(shards, lost)
+    means = plain.rounds(shards, lost, server_lr=0.5)
     check(folder, plain)
     assert [line["round"] for line in lines] == [0, 1, 2, 3]
     assert [line["train_loss"] for line in lines[1:]] == pytest.approx(means, rel=1e-5)
@@ -184,10 +184,10 @@ def largest_of(tensors, share):
 def test_sparse_fedavg(monkeypatch, tmp_path):
     plain = Plain(covered)
     lost = middle(plain, LOST)
-    words = f"{FEDERATED} --mask-strategy highest_magnitude --sparsity-ratio 0.8"
+    words = f"{FEDERATED} --mask-strategy highest_magnitude --sparsity-ratio 0.8 --server-lr 1.7"
     folder, _, shards = call(train_federated_sparse, words, monkeypatch, tmp_path, lost)
     start, mask = dict(plain.theta), largest_of(plain.theta, 0.2)
-    plain.rounds(shards, lost, mask)
+    plain.rounds(shards, lost, mask, server_lr=1.7)
     check(folder, plain)
     found = load_file(folder / "checkpoint" / "theta.safetensors")
     assert all(torch.equal(found[n].double()[~mask[n]], start[n][~mask[n]]) for n in mask)

@@ -9,15 +9,16 @@ from types import ModuleType
 import harness
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from common.checkpoint import read_json
-from common.cli import checked, run_main
+from common.cli import RunFailed, checked, run_main
 from common.curves import read_metrics
 from vit_sparse_fl import masks, study, train_centralized, train_federated, train_federated_sparse
+from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.flags import parse
 from vit_sparse_fl.mask_files import load_mask
-from vit_sparse_fl.vit import init_from, make_model
+from vit_sparse_fl.vit import init_from, make_model, save_pretrained
 
 CONFIG = "vit_sparse_fl/configs/default.yaml"
 NAMES = [name for name in harness.GOLDEN if name.startswith("vit_sparse_fl/")]
@@ -228,6 +229,44 @@ def test_the_best_checkpoints_are_kept_and_others_pruned(tmp_path):
     assert sorted(f.name for f in (tmp_path / "best" / "best").iterdir()) == names
 
 
+def test_a_best_checkpoint_that_is_not_as_it_was_saved_is_not_served(tmp_path):
+    kept, again, old = (BestCheckpoints(tmp_path, 2) for _ in range(3))
+    kept.offer(1, 0.5, {"w": torch.ones(3)})
+    again.load_state_dict(kept.state_dict())
+    old.load_state_dict({name: kept.state_dict()[name] for name in ("accuracies", "rounds")})
+    assert same(again.load("cpu"), {"w": torch.ones(3)})
+    file = tmp_path / "round_000001.safetensors"
+    save_file({"w": torch.zeros(3)}, file)
+    assert same(old.load("cpu"), {"w": torch.zeros(3)})  # of before there were checksums
+    for damage, some in ((lambda: None, (kept, again)), (file.unlink, (kept, again, old))):
+        damage()
+        for best in some:
+            with pytest.raises(RunFailed, match="round_000001.safetensors is damaged or not there: put it back"):
+                best.load("cpu")
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_final_holds_the_weights_of_the_round_that_final_asks_for(script, tmp_path, monkeypatch):
+    accuracies = iter([0.1, 0.9, 0.5, 0.2])
+    validate = study.validate
+
+    def worse_and_worse(made, split, name):
+        row = validate(made, split, name)
+        return row | {"val_accuracy": next(accuracies)} if split == "validation" else row
+
+    monkeypatch.setattr(study, "validate", worse_and_worse)
+    words = ("--eval-every", 1, "--num-rounds", 3) if "fed" in script else ("--batch-size", 72)
+    words = (*words, "--final", "best", "--output-dir", tmp_path, "--run-name", "r")
+    assert small(script, *words) == 0
+    best = load_file(tmp_path / "r" / "best" / "round_000001.safetensors")
+    model = make_model("tiny", image_size=32, n_classes=10)
+    init_from(model, tmp_path / "r")
+    assert same(dict(model.named_parameters()), best)
+    assert read_json(tmp_path / "r" / "run.json")["results"]["best_round"] == 1
+    last = load_file(tmp_path / "r" / "checkpoint" / "theta.safetensors")
+    assert not same({name: best[name] for name in last}, last)
+
+
 FEW = "--classes 0:10 --batch-size 4"
 
 
@@ -284,6 +323,14 @@ def test_sweeps_share_runs_and_refuse_other_flags_before_they_start(tmp_path, ca
 
 
 @pytest.mark.slow
+def test_central_training_goes_on_for_more_epochs(tmp_path):
+    words = "--scheduler none --warmup-epochs 0 --batch-size 144 --resume --output-dir".split() + [tmp_path]
+    for name, epochs in (("r", 1), ("r", 2), ("whole", 2)):
+        assert small("train_centralized", *words, "--run-name", name, "--epochs", epochs) == 0
+    harness.same_run(tmp_path / "r", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_hp_search_ends_with_a_table(tmp_path, capsys):
     words = ["--hp-search", "--hp-epochs", 1, "--hp-lrs", 0.01, 0.05, "--warmup-epochs", 0, "--batch-size", 72]
     words += ["--output-dir", tmp_path, "--hp-weight-decays"]
@@ -315,6 +362,18 @@ def test_clients_masks_are_merged(how, tmp_path):
     assert "overlap of 2 clients' masks (Jaccard)" in log
     fraction = float(log.split("weights are trained, ")[1].split(" %")[0])
     assert 50 < fraction < 100 if how == "union" else 0 < fraction < 50
+
+
+def test_a_run_has_the_image_size_of_the_one_that_it_starts_from(tmp_path):
+    save_pretrained(make_model("tiny", image_size=64, n_classes=10), tmp_path / "run" / "final")
+    for words, size in (
+        (["--init-from", f"{tmp_path}/run"], 64),
+        (["--init-from", f"{tmp_path}/run/final"], 64),
+        (["--init-from", f"{tmp_path}/run", "--image-size", "32"], 32),
+        (["--model", "tiny"], 32),
+        ([], 224),
+    ):
+        assert parse(train_federated.build_parser(), words).image_size == size
 
 
 def test_the_default_config_is_taken_and_the_command_line_wins():

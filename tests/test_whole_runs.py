@@ -1,6 +1,7 @@
 """Every script's run of tests/harness.py: killed and resumed, by two processes, resumed when it had finished."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import harness
 import pytest
 
-from common.checkpoint import read_json
+from common.checkpoint import read_json, write_json
 
 pytestmark = pytest.mark.slow
 RESUMED = [name for name, golden in harness.GOLDEN.items() if golden.resumes]
@@ -23,6 +24,13 @@ ALIKE = (
 )
 OF_EACH_SCRIPT = list({harness.GOLDEN[name].script: name for name in RESUMED if name not in ALIKE}.values())
 OTHERS = [name for name in RESUMED if name not in (*OF_EACH_SCRIPT, *ALIKE)]
+
+AFTER = {  # its rounds a run says what still runs
+    "mamba_fl": "evaluating on all test",
+    "vit_sparse_fl": "evaluating the last and the best",
+    "lora_glue_fl": "writing ",
+    "llm_noniid": "evaluating on the test texts",
+}
 
 
 def status(folder):
@@ -52,7 +60,9 @@ def test_killed_and_resumed_is_as_if_unbroken(name, changes, tmp_path):
     ended, folder = run_that_dies(name, tmp_path, 3, changes)
     assert ended.code == -signal.SIGKILL and status(folder) == "running", ended.err
     processes = 2 if name in OTHERS and harness.GOLDEN[name].federated else 1
-    assert "resumed after round" in resume(name, tmp_path, processes).err
+    said = resume(name, tmp_path, processes).err
+    assert "\nrun: " in f"\n{said}" and "resumed after round" in said
+    assert said.rindex("\nround ") < said.index(AFTER[name.partition("/")[0]]), said
     harness.same_run(folder, harness.whole(name))
 
 
@@ -116,6 +126,20 @@ def test_processes_that_a_user_starts_give_the_same_bits(tmp_path):
         assert done.returncode == 0, done.stderr
         assert read_json(folder / "run.json")["processes"] == 2
         harness.same_run(folder, whole)
+
+
+@pytest.mark.parametrize("name", ["llm_noniid/fedavg", "vit_sparse_fl/federated"])
+def test_a_refused_resume_leaves_the_folder_as_it_was(name, tmp_path):
+    folder = shutil.copytree(harness.whole(name), tmp_path / harness.GOLDEN[name].folder)
+    write_json(folder / "run.json", read_json(folder / "run.json") | {"status": "interrupted"})
+    (folder / "checkpoint" / "theta.safetensors").write_bytes(b"")
+    before = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    ended = harness.run(harness.command(name, tmp_path, "--resume"))
+    assert ended.code == 2 and "theta.safetensors is damaged" in ended.err and ended.err.count("\n") == 1, ended.err
+    after = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    assert {p: (s.st_ino, s.st_mtime_ns) for p, s in before.items()} == {
+        p: (s.st_ino, s.st_mtime_ns) for p, s in after.items()
+    }
 
 
 @pytest.mark.parametrize("name", OF_EACH_SCRIPT)

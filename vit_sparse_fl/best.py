@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import parallel
-from common.checkpoint import saving
+from common.checkpoint import file_sha256, saving, seal
+from common.cli import RunFailed
 
 
 class BestCheckpoints:
@@ -19,6 +21,7 @@ class BestCheckpoints:
     def __init__(self, folder, keep):
         self.folder, self.keep = Path(folder), keep
         self._kept = []  # (accuracy, round), best first
+        self._sums = {}  # {round: SHA-256 of its file}, of the main process
 
     @property
     def round(self):
@@ -42,26 +45,37 @@ class BestCheckpoints:
             with saving(self._file(t), fresh):
                 self.folder.mkdir(exist_ok=True)
                 save_file({name: w.detach().clone() for name, w in tensors.items()}, fresh)
+                self._sums[t] = seal(fresh)
                 fresh.replace(self._file(t))
         self._delete_others()
 
     def load(self, device):
-        """The weights of the best round."""
+        """The weights of the best round. Raises RunFailed where its file is not as it was saved."""
         parallel.barrier()  # the main process has written them
-        return load_file(self._file(self.round), device=str(device))
+        file = self._file(self.round)
+        try:
+            if self._sums.get(self.round) in (None, file_sha256(file)):
+                return load_file(file, device=str(device))
+        except (OSError, SafetensorError):
+            pass
+        raise RunFailed(f"{file} is damaged or not there: put it back and --resume, or start anew with --overwrite")
 
     def state_dict(self):
         """Rounds and accuracies as tensors."""
         if not self._kept:
             return {}
         accuracies, rounds = zip(*self._kept, strict=True)
-        return {"accuracies": torch.tensor(accuracies, dtype=torch.float64), "rounds": torch.tensor(rounds)}
+        sums = [list(bytes.fromhex(self._sums.get(t, ""))) for t in rounds]
+        known = {"sha256": torch.tensor(sums, dtype=torch.uint8)} if all(sums) else {}
+        return {"accuracies": torch.tensor(accuracies, dtype=torch.float64), "rounds": torch.tensor(rounds)} | known
 
     def load_state_dict(self, state):
         """Takes over what `state_dict` returned; files of other rounds are deleted."""
         self._kept = []
         if state:
             self._kept = list(zip(state["accuracies"].tolist(), state["rounds"].tolist(), strict=True))
+            sums = state.get("sha256", torch.empty(0)).tolist()  # not known of before there were some
+            self._sums = {t: bytes(sha256).hex() for (_, t), sha256 in zip(self._kept, sums, strict=False)}
         if parallel.is_main():
             self._delete_others()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common import parallel
 from common.checkpoint import read_json
+from common.cli import UsageError
 from common.runlog import start_run
 from vit_sparse_fl.data import check_batch_size, deal, load_images
 from vit_sparse_fl.mask_flags import calibrated
@@ -80,13 +81,17 @@ def repeated(args, settings):
     """The runs of `settings`, a list of (name, flags), with --num-runs seeds each: a list of (name, flags).
 
     A run's folder is its name, `NAME_seed_S`; --experiment-name goes before it where there are several runs.
+    Raises UsageError where two of the settings have one name: they differ in nothing.
     """
-    settings = dict(settings)
+    settings = list(settings)
+    names = [name for name, _ in settings]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"the sweep has two runs {twice[0]}: drop one of the values that are alike")
     several = len(settings) * args.num_runs > 1
     # a run of a sweep is the run that its flags alone would start
     alone = {"num_runs": 1, **{name: value for name, value in NO_SWEEP.items() if name in args}}
     runs = []
-    for name, flags in settings.items():
+    for name, flags in settings:
         for seed in range(args.seed, args.seed + args.num_runs):
             folder = f"{name}_seed_{seed}" + ("_demo" if args.dataset == "demo" else "")
             if args.run_name:

@@ -8,6 +8,7 @@ from pathlib import Path
 from common.cli import (
     Parser,
     UsageError,
+    add_final_flag,
     add_machine_flags,
     add_run_flags,
     fraction,
@@ -59,9 +60,10 @@ def make_parser(description, *, federated=True, sparse=False):
     else:
         _central_flags(train)
     number(train, "--batch-size", positive_int, 64, "B", "images a step")
-    number(train, "--lr", non_negative_float, 0.01 if federated else 1e-3, "X", "learning rate, highest")
+    one = unless(hp_search=True)
+    number(train, "--lr", non_negative_float, 0.01 if federated else 1e-3, "X", "learning rate, highest", when=one)
     number(train, "--momentum", half_open_fraction, 0.9, "X", "momentum; off: 0")
-    number(train, "--weight-decay", non_negative_float, 1e-4, "X", "weight decay; off: 0")
+    number(train, "--weight-decay", non_negative_float, 1e-4, "X", "weight decay; off: 0", when=one)
     number(train, "--label-smoothing", half_open_fraction, 0.1, "X", "smoothing; off: 0")
     end = "where the cosine ends, the lowest of step; 0: none"
     number(train, "--min-lr", non_negative_float, 1e-6, "X", end, when=unless(scheduler="none"))
@@ -70,6 +72,7 @@ def make_parser(description, *, federated=True, sparse=False):
     number(report, "--save-every", positive_int, every, "N", f"resumable checkpoint every N {unit}", when=NEVER)
     best = "checkpoints with the best validation accuracy"
     number(report, "--keep-best", positive_int, 3, "N", best, when=NEVER)
+    add_final_flag(report)
     report.add_argument("--log-dir", metavar="DIR", help="text logs (default: OUTPUT_DIR/logs)")
     report.add_argument("--use-wandb", action="store_true", help="the same as --track wandb")
     report.add_argument("--wandb-project", default="fedquartet", metavar="NAME", help="project at wandb")
@@ -90,12 +93,14 @@ def _model_flags(model, sparse):
     model.add_argument("--weights", metavar="FILE", help="DINO's own checkpoint, dino_deitsmall16_pretrain.pth")
     model.add_argument("--pretrained", action=ON_OFF, default=True, help="start from pretrained weights")
     model.add_argument("--init-from", metavar="RUN", help="start from the weights of another run (its folder)")
-    number(model, "--image-size", positive_int, None, "S", "pixels, a multiple of the patch (default: 224; tiny: 32)")
+    text = "pixels, a multiple of the patch (default: those of --init-from, else of the model; tiny: 32)"
+    number(model, "--image-size", positive_int, None, "S", text)
     text = "ridge, train: fitted on the frozen backbone's features before the first round; keep: that of --init-from "
     text += "(default: ridge; random where the backbone is not pretrained, and in central training)"
     choice(model, "--head", HEADS, None, text)
     model.add_argument("--freeze-head", action=ON_OFF, default=sparse, help="the head is not trained")
-    number(model, "--freeze-layers", non_negative_int, 0, "N", "first blocks; off: 0")
+    blocks = {"when": unless(freeze_backbone=True)}
+    number(model, "--freeze-layers", non_negative_int, 0, "N", "first blocks; off: 0", **blocks)
     model.add_argument("--freeze-backbone", action=ON_OFF, default=False, help="train the head only (a linear probe)")
     number(model, "--dropout", half_open_fraction, 0.1, "X", "before the head; off: 0")
 
@@ -111,8 +116,9 @@ def _data_flags(data):
 
 def _client_flags(data):
     text = "images to clients: at random; --nc classes each; in Dirichlet(--alpha) proportions"
-    choice(data, "--sharding", SHARDINGS, "iid", text)
-    of_classes, of_dirichlet = only(sharding="non_iid"), only(sharding="dirichlet")
+    sweep = unless(heterogeneity_experiment=True)
+    choice(data, "--sharding", SHARDINGS, "iid", text, when=sweep)
+    of_classes, of_dirichlet = sweep & only(sharding="non_iid"), sweep & only(sharding="dirichlet")
     number(data, "--nc", positive_int, 10, "N", "classes a client, for non_iid", when=of_classes)
     number(data, "--alpha", positive_float, 0.1, "X", "concentration, for dirichlet", when=of_dirichlet)
     least = "of each client, for dirichlet; 0: a batch"
@@ -129,15 +135,18 @@ def _schedule_flags(train, unit, warmup, patience, text):
 
 
 def _central_flags(train):
-    number(train, "--epochs", positive_int, 50, "N", "passes over the training images")
+    number(train, "--epochs", positive_int, 50, "N", "passes over the training images", when=unless(hp_search=True))
     _schedule_flags(train, "epochs", 5, 10, "learning rate's course")
 
 
 def _federated_flags(train):
     number(train, "--num-clients", positive_int, 100, "K", "clients")
     number(train, ("--participation-rate", "--participation"), fraction, 0.1, "C", "share of clients a round")
-    number(train, "--local-steps", positive_int, 4, "J", "steps a client and round")
+    one = unless(local_steps_experiment=True)
+    number(train, "--local-steps", positive_int, 4, "J", "steps a client and round", when=one)
     number(train, ("--num-rounds", "--rounds"), positive_int, 500, "T", "rounds")
+    step = "the server's step, as a multiple of the mean update; off: 1, the plain mean"
+    number(train, "--server-lr", positive_float, 1.0, "X", step, when=unless(server_lr=1.0))
     choice(train, "--client-weights", ["examples", "uniform"], "examples", "weight of a client in the mean")
     _schedule_flags(train, "rounds", 0, 100, "learning rate over the rounds")
     number(train, "--eval-every", positive_int, 10, "N", "evaluate every N rounds")
@@ -216,13 +225,15 @@ def parse(parser, argv=None):
     return complete(parser.parse_args(argv))
 
 
-def _native_size(model):
-    """Pixels: of `tiny`, of a folder's own model, else 224."""
-    config = Path(model) / "config.json"
-    if config.is_file():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # not a model: said where it is loaded
-            return int(json.loads(config.read_text(encoding="utf-8"))["image_size"])
-    return 32 if model == "tiny" else 224
+def _native_size(args):
+    """Pixels: of the run of --init-from, of a folder's own model, of `tiny`, else 224."""
+    for folder in (f"{args.init_from}/final", args.init_from, args.model):
+        # what is no model is said where it is loaded
+        with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError):
+            config = Path(folder or "", "config.json").expanduser()
+            if folder and config.is_file():
+                return int(json.loads(config.read_text(encoding="utf-8"))["image_size"])
+    return 32 if args.model == "tiny" else 224
 
 
 def complete(args):
@@ -232,6 +243,11 @@ def complete(args):
         raise UsageError(f"{' and '.join(sweeps)} are sweeps of their own: give one at a time")
     if "participation_rate" in args:
         check_participation(args.participation_rate, args.num_clients)
+    if getattr(args, "warmup_rounds", 0) >= getattr(args, "num_rounds", 1):
+        given = f"--warmup-rounds {args.warmup_rounds} of --num-rounds {args.num_rounds}"
+        raise UsageError(f"{given}: the rate would never get to --lr ({args.lr:g}): lower the warm-up")
+    if args.scheduler != "none" and args.min_lr > max(args.lr, 1e-6):
+        raise UsageError(f"--min-lr {args.min_lr:g} is above --lr ({args.lr:g}), where the schedule starts: lower it")
     if args.use_amp and args.amp == "off":
         args.amp = "auto"
     if args.use_wandb:
@@ -248,5 +264,5 @@ def complete(args):
     if getattr(args, "calibration_rounds", 1) is None:
         args.calibration_rounds = {"talos": 4, "seed": 5}[args.calibration]
     if args.image_size is None:
-        args.image_size = _native_size(args.model)
+        args.image_size = _native_size(args)
     return args

@@ -2,7 +2,7 @@
 
 import argparse
 
-from common.cli import UsageError, only, positive_int
+from common.cli import UsageError, only, positive_int, unless
 from vit_sparse_fl.flags import choice, number
 
 CALIBRATIONS = ("talos", "seed")
@@ -44,7 +44,8 @@ _on_clients = only(calibrate_on="clients") & _images_read
 def add_mask_flags(group):
     """The flags that say how a mask is made."""
     text = f"which weights the mask keeps: {', '.join(STRATEGIES)}"
-    number(group, "--mask-strategy", strategy, "least_sensitive", "NAME", text, when=masked)
+    one = masked & unless(compare_strategies=True)
+    number(group, "--mask-strategy", strategy, "least_sensitive", "NAME", text, when=one)
     choice(group, "--mask-scope", SCOPES, "global", "one threshold, or one for each tensor", when=masked)
     text = "talos: rounds exclude step by step; seed: the source's mean over rounds"
     choice(group, "--calibration", CALIBRATIONS, "talos", text, when=_images_read)

@@ -114,7 +114,7 @@ def load_study(args, run, federated=True, sparse=False):
     stop_if_checked("study")  # the log has a folder of its own
     log = open_log(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
     run.begin(data.fingerprint, sizes, clients=facts)
-    for note in notes + more:
+    for note in notes + more if run.before is None else ():  # a run that goes on may yet be refused
         log.info(note)
     if federated:
         _log_shards(run, log, class_counts(shards, data.train_labels.numpy(), data.n_classes), examples, notes)
@@ -152,13 +152,15 @@ def _count(module):
 
 def _log_shards(run, log, counts, examples, notes):
     n, classes = sorted(examples), (counts > 0).sum(1)
-    log.info(
-        f"{len(n)} clients, images a client {n[0]} to {n[-1]} (median {n[len(n) // 2]}), "
-        f"classes a client {classes.min()} to {classes.max()}"
-    )
-    if parallel.is_main():
-        with saving(run.folder / "shards.json"):
-            write_json(run.folder / "shards.json", {"counts": counts.tolist(), "notes": notes})
+    if run.before is None:  # a run that goes on may still be refused
+        log.info(
+            f"{len(n)} clients, images a client {n[0]} to {n[-1]} (median {n[len(n) // 2]}), "
+            f"classes a client {classes.min()} to {classes.max()}"
+        )
+    path = run.folder / "shards.json"
+    if parallel.is_main() and not path.exists():
+        with saving(path):
+            write_json(path, {"counts": counts.tolist(), "notes": notes})
 
 
 def batch_loss(model, amp, device, label_smoothing=0.0):
@@ -278,15 +280,18 @@ def report(study, run, best, t, theta, pull=None, **fields):
 
 
 def finish(study, run, best, theta):
-    """Test accuracy of the last and of the best weights, final/, the run's curves."""
-    study.weights.load(theta)
-    test = validate(study, "test", "test")
-    results = {"test_accuracy_last": test["test_accuracy"], "test_loss_last": test["test_loss"]}
-    run.write_final(lambda folder: save_pretrained(study.model, folder))
+    """Test accuracy of the last and of the best weights, final/ (--final says whose), the run's curves."""
+    run.note("evaluating the last and the best weights on the test images")
+    kept, test = best.load(study.device), {}
+    kept = study.weights.vector({name: kept[name] for name in study.weights.shapes})
+    for which, vector in (("last", theta), ("best", kept)):
+        study.weights.load(vector)
+        test[which] = validate(study, "test", "test")
+        if which == study.args.final:
+            run.write_final(lambda folder: save_pretrained(study.model, folder))
+    results = {"test_accuracy_last": test["last"]["test_accuracy"], "test_loss_last": test["last"]["test_loss"]}
     results |= {"best_round": best.round, "val_accuracy_best": best.accuracy}
-    kept = best.load(study.device)
-    study.weights.load(study.weights.vector({name: kept[name] for name in study.weights.shapes}))
-    results["test_accuracy_best"] = validate(study, "test", "test")["test_accuracy"]
+    results["test_accuracy_best"] = test["best"]["test_accuracy"]
     if parallel.is_main():
         last = run.metrics()[-1]
         results |= {"rounds": last["round"]}

@@ -3,9 +3,10 @@
     python vit_sparse_fl/train_federated.py --sharding non_iid --nc 5
     python vit_sparse_fl/train_federated.py --dataset demo --model tiny --num-rounds 50      # offline, a CPU, a minute
 
-theta <- theta + sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMahan et al. 2017, algorithm 1)
+theta <- theta + eta_s sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMahan et al. 2017, algorithm 1)
 
-theta_k: J steps of SGD with momentum on client k's images; K clients, of which C K take part in a round.
+theta_k: J steps of SGD with momentum on client k's images; K clients, of which C K take part in a round;
+eta_s: --server-lr, 1 in FedAvg (Reddi et al. 2021, algorithm 1).
 """
 
 from common.early import parsed
@@ -40,7 +41,7 @@ def train(args):
         weights, steps = study.weights, args.local_steps
         best = BestCheckpoints(run.folder / "best", args.keep_best)
         turns = Turns(args.seed, args.num_clients, args.participation_rate)
-        run.plan(args.num_rounds, args.eval_every, args.save_every)
+        run.plan(args.num_rounds, args.eval_every, args.save_every, len(study.examples))
         theta, fitted = fit_first(study, run)
         theta = run.restore(theta, weights.named, best=best, **fitted)
         frozen = study.frozen_squares()
@@ -61,7 +62,7 @@ def train(args):
                 clients.work(steps * args.batch_size)
                 if mean.add(weights.theta, weight=study.client_weights[k]) and pull:
                     pull.add(weights.theta)
-            theta = mean.result()
+            theta = mean.result(args.server_lr)
             report(study, run, best, t + 1, theta, pull, lr=lr)
 
         finish(study, run, best, theta)

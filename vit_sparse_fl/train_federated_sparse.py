@@ -7,13 +7,13 @@ The mask m is made once, before the first round, from how sensitive the model's 
 Iurada et al. 2025), from the weights' magnitude, or at random. Clients then train under it:
 
     u <- m * (g + wd theta);  buf <- mu buf + u;  theta <- theta - lr buf     (J steps, buf starts anew each round)
-    theta <- theta + sum_k p_k (theta_k - theta)                              (McMahan et al. 2017, algorithm 1)
+    theta <- theta + eta_s sum_k p_k (theta_k - theta)                        (McMahan et al. 2017, eta_s: --server-lr)
 
 A weight outside of the mask keeps its bits for the whole run. `--upload topk` is the plain alternative at equal bytes:
 train densely, send the largest changes.
 """
 
-from common.cli import non_negative_float, only
+from common.cli import non_negative_float, only, unless
 from common.early import parsed
 from vit_sparse_fl.flags import NEVER, add_experiment_flags, choice, make_parser, number, parse, process_memory
 from vit_sparse_fl.mask_flags import add_mask_flags, check_flags
@@ -22,7 +22,7 @@ from vit_sparse_fl.mask_flags import add_mask_flags, check_flags
 def build_parser():
     parser, own = make_parser(__doc__.split("\n")[0], sparse=True)
     share = "share of the weights that is frozen, in (0, 1); of --mask FILE: the mask's own"
-    number(own, "--sparsity-ratio", non_negative_float, 0.9, "X", share)
+    number(own, "--sparsity-ratio", non_negative_float, 0.9, "X", share, when=unless(sparsity_experiment=True))
     add_mask_flags(own)
     text = "topk: no mask, each client sends its largest changes, as many bytes a round"
     choice(own, "--upload", ["masked", "topk"], "masked", text)
@@ -64,7 +64,7 @@ def train(args):
         weights, steps, topk = study.weights, args.local_steps, args.upload == "topk"
         best = BestCheckpoints(run.folder / "best", args.keep_best)
         turns = Turns(args.seed, args.num_clients, args.participation_rate)
-        run.plan(args.num_rounds, args.eval_every, args.save_every)
+        run.plan(args.num_rounds, args.eval_every, args.save_every, len(study.examples))
         first, fitted = fit_first(study, run)
         theta = run.restore(first, weights.named, best=best, **fitted)
         if topk:  # as many bytes as the kept values: 8 for a value and its index, in every round
@@ -97,7 +97,7 @@ def train(args):
                 theta_k = largest_changes(theta, weights.theta, size) if topk else weights.theta
                 if mean.add(theta_k, weight=study.client_weights[k], finite=(weights.theta,)) and pull:
                     pull.add(theta_k)
-            theta = mean.result()
+            theta = mean.result(args.server_lr)
             report(study, run, best, t + 1, theta, pull, lr=lr)
 
         finish(study, run, best, theta)

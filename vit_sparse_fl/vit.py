@@ -25,6 +25,7 @@ DINO = "facebook/dino-vits16"
 MODELS = {"tiny": "tiny", "dino_vits16": DINO}  # short names; every other name is a folder or one of the hub
 TINY = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, patch_size=8)
 _VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=16)
+LARGEST = 4096  # pixels a side: the position embedding of more fits into no memory
 _WHERE = "give --model FOLDER or --weights FILE, or take --model tiny"
 
 
@@ -111,6 +112,8 @@ def make_model(name_or_path=DINO, weights=None, image_size=224, n_classes=100, d
 
 def check_image_size(image_size, patch):
     """Raises UsageError unless image_size is a positive multiple of the patch; it names the nearest ones."""
+    if image_size > LARGEST:
+        raise UsageError(f"--image-size {image_size} is above {LARGEST} pixels: lower it")
     if image_size >= patch and image_size % patch == 0:
         return
     low = image_size // patch * patch
@@ -350,6 +353,10 @@ def init_from(model, folder):
     folder = Path(folder).expanduser()
     if (folder / "final").is_dir():
         folder = folder / "final"
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"--init-from {folder} holds no model: give the folder of a run that is finished, or its final/"
+        )
     _read_config(folder)
     tensors, notes = _from_pretrained(ViTForImageClassification, folder, local_files_only=True), []
     own, theirs = model.classifier.weight, tensors["classifier.weight"]

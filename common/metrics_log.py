@@ -1,0 +1,88 @@
+"""metrics.jsonl: a line of JSON for each evaluated round of a run; what writes, checks and cuts it.
+
+Its field peak_memory (bytes) is that of the process of the run that has held most in this session.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+
+import torch
+
+from common import checkpoint, manifest
+from common.cli import UsageError
+from common.curves import read_metrics
+
+SHOWN = ("train_loss", "val_loss", "val_ppl", "val_accuracy", "val_f1", "val_matthews", "val_pearson")  # while it runs
+
+
+def client_fields(clients, weights):
+    """`clients` (ids), client_NAME of each (null: left out), train_loss: their mean by these weights of all clients.
+
+    clients: a `common.parallel.Round` that is over; every process calls it.
+    """
+    notes = clients.notes()
+    row = {}
+    losses = {k: seen["train_loss"] for k, seen in notes.items() if seen and "train_loss" in seen}
+    if losses:
+        row["train_loss"] = math.fsum(weights[k] * v for k, v in losses.items()) / math.fsum(weights[k] for k in losses)
+    row["clients"] = list(notes)
+    for name in dict.fromkeys(name for seen in notes.values() if seen for name in seen):
+        row[f"client_{name}"] = [seen and seen.get(name) for seen in notes.values()]
+    return row
+
+
+def peak_memory(device):
+    """The most bytes that this process has held: on CUDA what tensors had of its GPU, else its resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def shown(line):
+    """{name: text} of the metrics that are said while a run goes on."""
+    return {name: f"{line[name]:.4g}" for name in SHOWN if name in line}
+
+
+def append(folder, line):
+    """Adds a line, on the disk before the checkpoint that counts it."""
+    path = folder / "metrics.jsonl"
+    with checkpoint.saving(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(manifest.json_safe(line)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def lines_to(folder, t, due):
+    """The lines up to round t, that of a checkpoint; due: whether there is an evaluation after so many rounds.
+
+    Raises UsageError where some are missing, twice there or out of order.
+    """
+    path, mend = folder / "metrics.jsonl", "put them back, or start the run anew with --overwrite"
+    try:
+        rows = [row for row in read_metrics(folder) if row["round"] <= t] if path.exists() else []
+    except ValueError as error:
+        raise UsageError(f"{error}: mend it, or start the run anew with --overwrite") from None
+    seen = [row["round"] for row in rows]
+    if missing := sorted({past for past in range(t + 1) if due(past)}.difference(seen)):
+        some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        raise UsageError(f"{path} lacks the lines of rounds {some}, which are in the checkpoint of round {t}: {mend}")
+    if seen != sorted(set(seen)):
+        raise UsageError(
+            f"{path} has a round twice or out of order, so two processes wrote it: start the run anew with --overwrite"
+        )
+    return rows
+
+
+def cut(folder, rows):
+    """Leaves these lines only: the others are of rounds that will be done again."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        fresh = path.with_name("metrics.jsonl.new")
+        with checkpoint.saving(path, fresh):
+            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            checkpoint.sync(fresh)
+            os.replace(fresh, path)
