@@ -5,11 +5,13 @@ import fcntl
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 from common.cli import UsageError
 
 LOCK = ".lock"  # its file in a run folder
+LEAVING = 10  # seconds that a killed process may need until all its files are closed
 
 
 class FolderLock:
@@ -31,6 +33,7 @@ class FolderLock:
         """
         if self.held:
             return
+        end = time.monotonic() + LEAVING
         while not self.held:
             file = open(self.path, "ab+", buffering=0)  # noqa: SIM115  closed by `release`; children that exec lack it
             try:
@@ -39,6 +42,9 @@ class FolderLock:
                 with file:
                     file.seek(0)
                     holder = file.read(200).decode(errors="replace").strip() or "another process"
+                if _is_leaving(holder) and time.monotonic() < end:
+                    time.sleep(0.1)
+                    continue
                 raise UsageError(
                     f"{self.path.parent} is in use: {holder} works in it: wait for its end or choose another --run-name"
                 ) from None
@@ -69,3 +75,15 @@ class FolderLock:
         with contextlib.suppress(OSError):
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
         return False
+
+
+def _is_leaving(holder):
+    """Whether the process that a lock file names is of this machine and dead: the lock goes with its last thread."""
+    words = holder.split()
+    if not Path("/proc/self/stat").exists() or words[:1] != ["process"] or words[-1] != socket.gethostname():
+        return False
+    try:
+        state = Path(f"/proc/{words[1]}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"

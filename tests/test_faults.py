@@ -11,6 +11,9 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import threading
 from pathlib import Path
 
 import harness
@@ -100,6 +103,19 @@ def test_of_two_that_start_at_once_the_second_is_refused(tmp_path):
     with third, pytest.raises(UsageError, match="made by another process meanwhile"):
         third.begin({}, {})
     assert (tmp_path / "r" / "run.json").read_bytes() == manifest and not (tmp_path / "r" / ".lock").exists()
+
+
+def test_a_killed_process_that_has_not_closed_its_files_yet_is_waited_for(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with start_run("train", arguments(tmp_path), "r") as run:
+        run.begin({}, {})
+    with open(tmp_path / "r" / ".lock", "w") as file:
+        file.write(f"process {gone.pid} on {socket.gethostname()}\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.3, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        train(arguments(tmp_path, overwrite=True), 2)
 
 
 SEVERAL = """
