@@ -259,8 +259,9 @@ def damages(path):
     several += [("cut", True if whole else None)] * 3 + [("flip", None)] * 2
     if path.suffix == ".json":
         several += [("edit", None)] * 8 + [("space", False), ("more", False)]
-        facts = [n for pattern in FACTS if fnmatch(f"x/{path.name}", pattern) for n in range(len(FACTS[pattern]))]
-        several += [(f"fact {n}", True) for n in facts]
+        here = next((FACTS[pattern] for pattern in FACTS if fnmatch(f"x/{path.name}", pattern)), [])
+        # the run of another command is not a table's, which passes over it
+        several += [(f"fact {n}", None if fact == ("command", "other") else True) for n, fact in enumerate(here)]
     elif path.suffix == ".safetensors":
         several += [(f"tensor {how}", how not in ("half", "bit", "header") or None) for how in TENSORS]
     elif path.name == "cifar100.npz":

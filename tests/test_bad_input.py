@@ -478,6 +478,8 @@ def main():
         jobs = [(args.cases, good, Path(folder, str(k)), shown, k, args.jobs) for k in range(args.jobs)]
         with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
             ended = pool.starmap(check, jobs, chunksize=1)
+            pool.close()
+            pool.join()
     counts = sum((part for part, _ in ended), Counter())
     tried = sum(counts[name] for name in ("refused", "accepted", *NOT_WELL))
     of = f"{counts['flags'] // args.jobs} flags of {len(FLAGS)} scripts, {counts['files'] // args.jobs} files"
