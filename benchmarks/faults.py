@@ -202,15 +202,15 @@ class Script:
     def last(self):
         return next(iter(self.err.read_text(errors="replace").splitlines()[-1:]), "")
 
-    def members(self):
-        """Its living processes: itself first, then those it started, in their order."""
+    def members(self, states="RSDTtIWKP"):
+        """Its living processes in these states: itself first, then those it started, in their order."""
         pids = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
                 state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
             except OSError:
                 continue
-            if int(session) == self.pid and state not in "ZX":
+            if int(session) == self.pid and state in states:
                 pids.append(int(path.parent.name))
         return sorted(pids)
 
@@ -427,7 +427,9 @@ def waited_for(case):
     at = int(case.draw.uniform(0.2, 0.6) * case.study.changes[rank])
     case.about = f"process {rank} at change {at} of {case.study.changes[rank]}"
     script = case.study.start(case.folder, 2, "--patience", 0.01, changes=(signal.SIGSTOP, at, rank))
-    said = until(lambda: f"waiting for process {rank}" in script.err.read_text(), PATIENCE / 4)
+    until(lambda: script.code is not None or script.members("T"), PATIENCE)
+    before = len(script.err.read_text())  # it may have been slow and waited for, on a busy machine
+    said = until(lambda: f"waiting for process {rank}" in script.err.read_text()[before:], PATIENCE / 4)
     script.send(signal.SIGCONT)
     script.ended(0)
     if not said:

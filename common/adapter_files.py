@@ -274,6 +274,8 @@ def _sort_tensors(stored, modules_to_save, r, path):
         if weight.ndim != 2 or set(weight.shape) != sizes:
             shown = f"base weight {list(weight.shape)} of {layer}, which fits no factor"
             raise UsageError(f"{path} has a {shown}: save the adapter again")
+    if base and (lacking := sorted(factors.keys() - base.keys())):  # `write_adapter` has all of them or none
+        raise UsageError(f"{path} has base weights, but none of {lacking[0]}: save the adapter again")
     return factors, head, base
 
 

@@ -33,7 +33,8 @@ from common.cli import RunFailed, UsageError
 # what a disk answers where nothing can be written any more
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
-CHANGING = ("checkpoint", "final")  # folders of a run whose files are no checkpoint's to answer for, with ClientRows'
+# folders of a run whose files are no checkpoint's to answer for, with those of ClientRows
+CHANGING = ("checkpoint", "final", "adapter")
 
 
 def write_json(path, value):

@@ -176,7 +176,9 @@ class Parser(_Declares, argparse.ArgumentParser):
         if rest:
             self.error(f"{rest[0]!r} belongs to no flag: drop it")
         if isinstance(flags, Flags):
-            flags.given, flags.notes = given, list(self._without_effect(flags, given))
+            usual = [name for name in given if getattr(flags, name) == self.get_default(name)]
+            flags.given = [name for name in given if name in self.defaulted or name not in usual]
+            flags.notes = list(self._without_effect(flags, given))
         return flags
 
     def parse_known_args(self, args=None, namespace=None):

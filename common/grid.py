@@ -38,6 +38,7 @@ SAY = partial(print, flush=True)
 FACTS = ("method", "clients", "git_commit", "versions", "processes", "resolved", "parameters", "results")
 PLACES = ("model", "tokenizer", "init_from", "init_adapter", "weights", "mask", "shard_dir", "cache_dir")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"}  # and one process, as torchrun's only one
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a fork
 
 
 @dataclass(frozen=True)
@@ -318,8 +319,8 @@ def start(command, log, alone=True):
 
 def _end_with_parent():
     """In a process that begins: SIGTERM when the one that started it dies, of kill -9 too. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if LIBC is not None:
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def interrupt(processes, patience=30):

@@ -158,8 +158,9 @@ def load_pretrained(kind, source, what, advice, **options):
         odd = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
         if odd:
             raise ValueError(f"{odd[0]} is not finite")
+        parameters = {name.removeprefix(f"{model.base_model_prefix}.") for name, _ in model.named_parameters()}
         for key in not_floating(source):  # transformers would make numbers of them
-            if key.endswith((".weight", ".bias")) and not key.endswith(("attn.bias", "masked_bias")):  # GPT-2's masks
+            if key.removeprefix(f"{model.base_model_prefix}.") in parameters:
                 raise ValueError(f"{key} has no floating numbers")
         for key in info["unexpected_keys"]:  # fewer layers in config.json than in the weights
             if re.search(r"\b(layers?|h|blocks?)\.\d+\.", key) and not key.endswith(("attn.bias", "masked_bias")):

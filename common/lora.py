@@ -57,6 +57,14 @@ def find_targets(model, wanted=None):
     raise UsageError(f"model type {kind} {what}: choose --target-modules among {', '.join(sorted(linear))}")
 
 
+def check_rank(base, r, targets):
+    """Raises UsageError for a rank above the smaller side of an adapted layer, which costs memory and adds nothing."""
+    layers = (part for name, part in base.named_modules() if name.rsplit(".", 1)[-1] in targets)
+    most = min(min(part.weight.shape) for part in layers)
+    if r > most:
+        raise UsageError(f"rank {r} is above {most}, the smaller side of an adapted layer: lower --lora-r {r}")
+
+
 class LoraModel:
     """A transformers model with one LoRA adapter.
 
@@ -65,6 +73,7 @@ class LoraModel:
 
     Args: model: wrapped in place; r: rank; alpha: s = alpha / r; dropout: of the adapter's input; targets: as
         `find_targets`; modules_to_save: modules that are trained as a whole, such as a new head; task_type: peft's.
+    Raises: UsageError for targets and ranks that the model has not.
     """
 
     def __init__(self, model, r, alpha, dropout=0.0, targets=None, modules_to_save=(), task_type="CAUSAL_LM", seed=0):
@@ -72,6 +81,7 @@ class LoraModel:
         from peft.tuners.lora import LoraLayer
 
         self.alpha, self.targets = alpha, find_targets(model, targets)
+        check_rank(model, r, self.targets)
         self.modules_to_save = list(modules_to_save)
         config = LoraConfig(
             task_type=task_type,

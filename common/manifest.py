@@ -19,6 +19,8 @@ NOT_COMPARED = {"resume", "overwrite", "data_root", "output_dir", "run_name", "t
 NOT_COMPARED |= {"use_wandb", "wandb_project", "cache_dir", "processes", "config", "keep_checkpoints", "patience"}
 # What every run.json has of its run, and as what.
 KEYS = {"command": str, "args": dict, "status": str, "data": dict, "resolved": dict, "versions": dict}
+LATER = {"paths": {}, "sessions": []}  # what older ones lack
+KEYS |= {key: type(value) for key, value in LATER.items()}
 NAME_BYTES = 200  # of a run's name: file systems take 255, and files beside the folder have longer names
 # Flags that may name a file or a folder: what is in it decides, not where it lies.
 PATHS = ("model", "tokenizer", "init_from", "init_adapter", "weights", "mask", "shard_dir", "shard")
@@ -50,6 +52,15 @@ def of_run(command, args, resolved, data, clients, parameters):
             "parameters": parameters,
         }
     )
+
+
+def add_session(now, before, t):
+    """Notes in the manifest `now` who works at the run from round t on, after those of the manifest `before`."""
+    names, earlier = ("git_commit", "argv"), []
+    if before is not None:
+        start = {"from_round": 0, **{name: before.get(name) for name in names}}
+        earlier = [one for one in before.get("sessions") or [start] if one["from_round"] < t]
+    now["sessions"] = [*earlier, {"from_round": t, **{name: now[name] for name in names}}]
 
 
 def ended(how, t, by=None, clients=None, reason=None):
@@ -86,6 +97,8 @@ def check_place(folder):
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
     except OSError as error:
         raise UsageError(f"cannot use {folder}: {error.strerror}: choose another --output-dir") from None
+    if outer := next((place for place in folder.parents if (place / "run.json").is_file()), None):
+        raise UsageError(f"{folder} would lie in {outer}, which is a run's folder: choose another --output-dir")
     if not nearest.is_dir():
         raise UsageError(f"{nearest} is a file, not a folder: choose another --run-name or --output-dir")
 
@@ -125,7 +138,11 @@ def _changed(folder, before, args):
     """
     flags = compared(args)
     spelled = {key: f"--{key.replace('_', '-')}" for key in flags}
-    for key, path in _paths(args).items():
+    there = _paths(args)
+    for key in before.get("paths", {}):
+        if key not in there and flags.get(key) == before["args"].get(key):
+            raise UsageError(f"{spelled[key]} {flags[key]} is not there any more: the run needs it to go on")
+    for key, path in there.items():
         if sha256 := before.get("paths", {}).get(key):
             if is_main() and contents(path) != sha256:
                 raise UsageError(
@@ -151,6 +168,10 @@ def _longer(before, flags, command):
         if old == new:
             continue
         change = f"--{key.replace('_', '-')} {old} -> {new}"
+        if old is None:
+            raise UsageError(
+                f"{change}: another flag gave the run its length: raise that one, or choose another --run-name"
+            )
         if not isinstance(old, (int, float)) or new is None or new < old:
             raise UsageError(f"{change}: --resume can only raise it: choose another --run-name")
         if reason := command not in OF_A_FIT and _depends_on_length(key, old, flags):
@@ -189,7 +210,7 @@ def check_folder(folder, command, args):
         _check_start(folder, args)
         return None
     before = read(file)
-    if lacking := [key for key, kind in KEYS.items() if not isinstance(before.get(key), kind)]:
+    if lacking := [key for key, kind in KEYS.items() if not isinstance(before.get(key, LATER.get(key)), kind)]:
         raise UsageError(f"{file} lacks {', '.join(lacking)}: use --overwrite or another --run-name")
     if before["command"] != command:
         raise UsageError(f"{folder} is a run of {before['command']}, not of {command}: choose another --run-name")
@@ -212,6 +233,17 @@ def _check_start(folder, args):
             raise UsageError(f"--overwrite would delete {flag}, from which the run starts: choose another --run-name")
 
 
+def check_finished(args):
+    """Raises UsageError where --init-from is the folder of a run that is not finished."""
+    for key, path in _paths(args).items():
+        if key in ("init_from", "init_adapter") and (path / "run.json").is_file():
+            if (status := read(path / "run.json").get("status")) != "finished":
+                raise UsageError(
+                    f"--init-from {path} is a run that is not finished ({status}): --resume it first, or give a "
+                    "folder in it"
+                )
+
+
 def check_same(folder, before, now):
     """Raises UsageError where a run that goes on has other data or choices than when it was started.
 
@@ -224,6 +256,9 @@ def check_same(folder, before, now):
         raise UsageError(f"{folder} was started on other data (see its run.json): choose another --run-name")
     if changed := _changes(before["resolved"], now["resolved"]):
         raise UsageError(f"{folder} was started with {changed}: name these flags as they were then")
+    commits = [{"git commit": of.get("git_commit")} for of in (before, now)]
+    if before.get("git_commit") and (changed := _changes(*commits)) and is_main():
+        say(f"warning: another version of this code than at the start, bits may differ: {changed}")
     if (changed := _changes(before["versions"], now["versions"])) and is_main():
         say(f"warning: other versions than at the start, bits may differ: {changed}")
 

@@ -3,11 +3,14 @@
 Its field peak_memory (bytes) is that of the process of the run that has held most in this session.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -38,6 +41,9 @@ def peak_memory(device):
     """The most bytes that this process has held: on CUDA what tensors had of its GPU, else its resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # Linux; its ru_maxrss may be that of the program that started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -56,10 +62,24 @@ def append(folder, line):
         os.fsync(file.fileno())
 
 
-def lines_to(folder, t, due):
-    """The lines up to round t, that of a checkpoint; due: whether there is an evaluation after so many rounds.
+def seal(folder):
+    """SHA-256 of the lines so far, for a checkpoint."""
+    path = folder / "metrics.jsonl"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
-    Raises UsageError where some are missing, twice there or out of order.
+
+def last_round(folder):
+    """The round of the last line that can be read, 0 without any."""
+    with contextlib.suppress(OSError, ValueError):
+        return max((row["round"] for row in read_metrics(folder)), default=0)
+    return 0
+
+
+def lines_to(folder, t, due, sealed=None):
+    """The lines up to round t, that of a checkpoint.
+
+    Args: due: whether there is an evaluation after so many rounds; sealed: what `seal` was at the checkpoint.
+    Raises UsageError where some are missing, twice there or out of order, or are not those of the checkpoint.
     """
     path, mend = folder / "metrics.jsonl", "put them back, or start the run anew with --overwrite"
     try:
@@ -74,7 +94,13 @@ def lines_to(folder, t, due):
         raise UsageError(
             f"{path} has a round twice or out of order, so two processes wrote it: start the run anew with --overwrite"
         )
+    if sealed and hashlib.sha256(_text(rows).encode()).hexdigest() != sealed:
+        raise UsageError(f"{path} was edited: its lines are not those at the checkpoint of round {t}: {mend}")
     return rows
+
+
+def _text(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def cut(folder, rows):
@@ -83,6 +109,6 @@ def cut(folder, rows):
     if path.exists():
         fresh = path.with_name("metrics.jsonl.new")
         with checkpoint.saving(path, fresh):
-            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            fresh.write_text(_text(rows), encoding="utf-8")
             checkpoint.sync(fresh)
             os.replace(fresh, path)

@@ -57,13 +57,16 @@ def start_run(command, args, name, unit="tokens"):
         raise UsageError(f"--track {args.track} needs the package {args.track}: pip install {args.track}")
     folder = Path(args.output_dir) / name
     manifest.check_place(folder)
+    folder = folder.resolve() if folder.is_symlink() else folder
     lock = FolderLock(folder)
     try:
         if parallel.is_main() and (folder / "run.json").exists():
             with contextlib.suppress(OSError):  # nothing can be written: a run that is finished needs no lock
                 lock.take()
         before = manifest.check_folder(folder, command, args)
-        if before and before["status"] == "finished":
+        if before is None:
+            manifest.check_finished(args)
+        elif before["status"] == "finished":
             if parallel.is_main():
                 print(f"already finished: {folder}\n{folder}")
             sys.exit(0)
@@ -158,6 +161,7 @@ class Run:
         stop_if_checked("study")
         resolved = resolved or self.resolved()
         self.manifest = manifest.of_run(self.command, self.args, resolved, data, clients, parameters)
+        manifest.add_session(self.manifest, self.before, 0)
         self._t0 = time.perf_counter()
         if self.before is not None:
             manifest.check_same(self.folder, self.before, self.manifest)
@@ -177,7 +181,9 @@ class Run:
                     checkpoint.write_json(self.folder / "run.json", self.manifest)
                     self.begun = True
             except OSError as error:
-                raise UsageError(f"cannot write {self.folder}: {error.strerror}; choose --output-dir") from error
+                raise UsageError(
+                    f"cannot write {self.folder}: {error.strerror or error}; choose --output-dir"
+                ) from error
         self.begun = True
         if parallel.is_main():
             say_waiting(self.args)
@@ -211,7 +217,11 @@ class Run:
             if _kinds(saved, same_shapes) != _kinds(into, same_shapes):
                 raise UsageError(f"{self.folder}/checkpoint is of another model: use --overwrite or another --run-name")
         if self.before is not None:
-            rows = metrics_log.lines_to(self.folder, state[0]["round"], self.due) if state else []
+            if not state:
+                self._check_unsaved()
+            meta = state[0] if state else {"round": 0}
+            rows = metrics_log.lines_to(self.folder, meta["round"], self.due, meta.get("log")) if state else []
+            manifest.add_session(self.manifest, self.before, meta["round"])
             self._own_folder()
             if parallel.is_main():
                 metrics_log.cut(self.folder, rows)
@@ -226,6 +236,15 @@ class Run:
             view.copy_(saved[name])
         return result
 
+    def _check_unsaved(self):
+        """Raises UsageError where the run has rounds of which there was a checkpoint once."""
+        rows = metrics_log.last_round(self.folder)
+        if self.before.get("results") or rows > self.save_every:
+            raise UsageError(
+                f"{self.folder} has rounds up to {rows} in metrics.jsonl but no checkpoint to go on from: put it back, "
+                "or start the run anew with --overwrite"
+            )
+
     def _go_on(self, meta, shared):
         for name, thing in self._lasting.items():
             if isinstance(thing, ClientRows):
@@ -237,6 +256,8 @@ class Run:
         self.seconds, self.eval_seconds = meta["seconds"], meta["eval_seconds"]
         self._ended, self._left_out = meta["ended"], meta["left_out"]
         self.note(f"resumed after round {self.start_round}")
+        if self._ended:
+            self.note(f"it had ended there, by {self._ended['by']}: no further round is trained")
 
     def sample(self, weights, participation, t, *, up=0, down=0, work=None):
         """The clients of round t (from 0), a `common.parallel.Round`: a share of all, without replacement, by the seed.
@@ -367,7 +388,8 @@ class Run:
         shown = metrics_log.shown(line)
         text = "  ".join(f"{k} {v}" for k, v in shown.items())
         left = self._progress.in_line(self._at, self.eval_seconds) if self._progress else ""
-        self.note(f"round {self._at}/{self.total}  {text}  {line[rate]:.0f} {self.unit}/s{left}")
+        speed = f"  {line[rate]:.0f} {self.unit}/s" if self._at else ""
+        self.note(f"round {self._at}/{self.total}  {text}{speed}{left}")
         self._shown = ", ".join(f"{k} {v}" for k, v in shown.items() if k.startswith("val_"))
         if self._tracker:
             self._tracker(line)
@@ -384,6 +406,7 @@ class Run:
             "eval_seconds": self.eval_seconds,
             "ended": self._ended,
             "left_out": self._left_out,
+            "log": metrics_log.seal(self.folder) if parallel.is_main() else None,
         }
         checkpoint.save(self.folder / "checkpoint", meta, shared, rows, self.args.keep_checkpoints)
 

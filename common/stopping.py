@@ -66,11 +66,11 @@ def stoppable(reason=lambda: None):
 def undisturbed():
     """Inside, what `stoppable` raises waits; other programs that are started inside get their signals as ever."""
     global _later
-    _later = []
+    outer, _later = _later, []
     try:
         yield
     finally:
-        came, _later = _later, None
+        came, _later = _later, outer
         if came:
             signal.raise_signal(came[0])
 

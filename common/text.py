@@ -241,11 +241,11 @@ def tokenizer_fingerprint(tokenizer):
 
 def tokenize(documents, tokenizer, vocabulary):
     """(tokens, offsets) of documents, as `TokenizedDocuments` has them."""
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # settings below stay here
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True  # WikiText's "<unk>" is text, also where a tokenizer has such a token
     with reading("this tokenizer cannot split the texts", "give another --tokenizer"):
+        backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # settings below stay here
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # WikiText's "<unk>" is text, also where a tokenizer has such a token
         encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
     pieces = [np.array([*e.ids, tokenizer.eos_token_id], dtype=_token_type(vocabulary)) for e in encodings]
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)

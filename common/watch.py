@@ -116,6 +116,8 @@ def _killed(rank):
     if machine == _machine():  # on others nobody can know
         try:
             os.kill(int(pid), 0)
+        except PermissionError:  # the number is another user's process by now
+            return None
         except ProcessLookupError:
             why = "perhaps it was killed for its memory: the same command with --resume goes on"
             return Gone(f"{where(rank)}: it is gone, {why}")

@@ -17,7 +17,8 @@ from common.adapter_files import read_adapter, write_adapter
 from common.batches import evaluation_batches
 from common.cli import UsageError, say
 from common.evaluation import amp_context, bits_per_byte, perplexity
-from common.lora import LoraModel, find_targets
+from common.hub import quiet
+from common.lora import LoraModel
 from common.text import tokenizer_fingerprint
 from common.vector import Weights, fingerprint
 from llm_noniid.data import IGNORE, LabelledTexts, TokenizedTexts, encode, encode_labelled
@@ -61,20 +62,11 @@ def load_text_model(args, texts, device, amp):
     if a.train == "full":
         module = base.to(device)
         return TextModel(a.model, tokenizer, tokens, module, Weights(module), device, amp)
-    check_rank(base, a.lora_r, find_targets(base, a.target_modules))
     lora = LoraModel(base, a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules, seed=a.seed)
     module, trained = lora.model.to(device), lora.trainable()
     if a.init_from is not None:
         init_from(lora, a.init_from, a.model, base_facts(module, tokenizer))
     return TextModel(a.model, tokenizer, tokens, module, Weights(module, trained), device, amp, lora)
-
-
-def check_rank(base, r, targets):
-    """Raises UsageError for a rank above the smaller side of an adapted layer, which costs memory and adds nothing."""
-    layers = (part for name, part in base.named_modules() if name.rsplit(".", 1)[-1] in targets)
-    most = min(min(part.weight.shape) for part in layers)
-    if r > most:
-        raise UsageError(f"--lora-r {r} is above {most}, the smaller side of an adapted layer: lower it")
 
 
 def base_facts(module, tokenizer):
@@ -252,7 +244,8 @@ def write(model, folder, thetas, base):
         for g, theta in enumerate(thetas):
             model.weights.load(theta)
             place = folder / (f"group_{g}" if len(thetas) > 1 else "model")
-            model.module.save_pretrained(place)
+            with quiet():
+                model.module.save_pretrained(place)
             model.tokenizer.save_pretrained(place)
         return
     tiny = model.name == "tiny"

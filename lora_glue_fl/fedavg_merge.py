@@ -59,6 +59,7 @@ import torch
 
 from common.adapter_files import write_adapter
 from common.aggregation import WeightedMean
+from common.evaluation import pick_device
 from common.lowrank import AdapterMean
 from common.parallel import Round
 from lora_glue_fl.glue_tasks import find_task
@@ -72,6 +73,7 @@ def main(args):
     rule = "naive" if args.skip_svd else args.aggregate
     task = None if args.task_name == "glue" else find_task(args.task_name).name
     refuse(args.eval and task is None, "--eval needs the task: give --task-name, such as sst2")
+    pick_device(args.device)  # one that is not there is refused without --eval too
     place, weights = check_place(args), client_weights(args, task)
     adapters = [read_served(path) for path in args.adapters]
     check_alike(adapters)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from common.adapter_files import refuse_other_files
-from common.cli import UsageError
+from common.cli import UsageError, say
 from lora_glue_fl.flags import SIZES, refuse
 from lora_glue_fl.shards import check_disjoint, load_manifest
 
@@ -114,6 +114,8 @@ def base_model(args, adapters):
     wrong = [size for size, name in SIZES.items() if size != args.model_size and _normal(own) == name]
     if args.model_size and not args.model and wrong:
         raise UsageError(f"--model-size {args.model_size}, but the adapters are of {own}: give --model-size {wrong[0]}")
+    if args.model and own and not Path(own).is_dir() and Path(own).name != Path(args.model).name:
+        say(f"warning: the adapters were trained on {own}, the result names --model {args.model}")
     return args.model or own or SIZES.get(args.model_size)
 
 

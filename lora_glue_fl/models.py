@@ -13,6 +13,7 @@ from common.cli import UsageError
 from common.corpora import data_folder
 from common.lora import LoraModel
 from common.seeding import seed_torch
+from common.text import vocabulary_size
 from lora_glue_fl.data_prep import load_tokenizer
 from lora_glue_fl.flags import SIZES
 
@@ -71,10 +72,10 @@ def load_encoder(spec, task, tokenizer, seed):
         model, fresh = tiny_encoder(task, tokenizer), set()
     else:
         model, fresh = _pretrained(spec, task)
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+    if model.get_input_embeddings().num_embeddings < vocabulary_size(tokenizer):
         raise UsageError(
             f"model {spec} knows {model.get_input_embeddings().num_embeddings} tokens, the tokenizer has "
-            f"{len(tokenizer)}: give the model's own --tokenizer"
+            f"{vocabulary_size(tokenizer)}: give the model's own --tokenizer"
         )
     inside = model.base_model_prefix
     head = [name for name, part in model.named_children() if name != inside and any(True for _ in part.parameters())]

@@ -16,7 +16,7 @@ from common.allocator import reuse_large_memory
 from common.batches import pass_after_pass
 from common.best import Best
 from common.checkpoint import saving, write_json
-from common.cli import UsageError
+from common.cli import UsageError, say
 from common.client_rows import ClientRows, rows_on_disk
 from common.compiling import checked_compile
 from common.curves import draw_curve
@@ -175,6 +175,8 @@ def start_model(args, data, device):
                 f"--tokenizer {args.tokenizer} ({ids[0][:12]}) is not that of --init-from {args.init_from} "
                 f"({ids[1][:12]}): drop --tokenizer"
             )
+    else:
+        say(f"note: --init-from {args.init_from} has no tokenizer.json: --tokenizer {args.tokenizer} is not compared")
     rows = theirs.padded_vocab_size
     if not 0 <= rows - data.vocab_size < MOST_PADDING:
         raise UsageError(

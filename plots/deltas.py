@@ -7,6 +7,7 @@ import json
 import math
 import re
 import zipfile
+import zlib
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -30,11 +31,14 @@ def stored_in(folder, notes):
         if not (step := re.fullmatch(r"step_(\d+)", path.stem)):
             continue
         try:
+            with zipfile.ZipFile(path) as arrays:
+                if odd := arrays.testzip():  # reads all: no figure may be half drawn when an array turns out damaged
+                    raise zipfile.BadZipFile(odd)
             if layers_in(path):
                 files.append((int(step[1]), path))
             else:
                 notes.append(f"left out {path}: no array layers.<i>.in_proj")
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
             notes.append(f"left out {path}: damaged ({type(error).__name__})")
     return sorted(files)
 

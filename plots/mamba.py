@@ -224,7 +224,7 @@ def draw_curves(title, with_train, setting, curves, args):
     title_of(figure, title, setting, curves)
     # inside the axes while it fits there, else below them
     handles, labels = axis.get_legend_handles_labels()
-    heading = {"title": "final validation perplexity after the colon", "title_fontsize": 8}
+    heading = {"title": "after the colon: at the end, on all validation text", "title_fontsize": 8}
     if len(labels) <= 6 and max(map(len, labels)) <= 44:
         axis.legend(**heading)
     else:

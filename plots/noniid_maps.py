@@ -48,7 +48,15 @@ def read_partition(folder):
             raise ValueError(f"lacks {', '.join(missing)}")
         if np.array(facts["label_histograms"]).shape != (len(facts["counts"]), len(facts["label_names"])):
             raise ValueError("its lists differ in length")
-    except (ValueError, TypeError) as error:
+        for name in NEEDED:
+            if "divergence" in name and np.array(facts[name], np.float64).shape != (len(facts["counts"]),):
+                raise ValueError(f"{name} has not a number for each client")
+        length_tokens, quantiles = np.array(facts["length_tokens"], np.float64), len(facts["quantiles"])
+        if length_tokens.shape != (len(facts["counts"]), quantiles) or len(facts["length_tokens_all"]) != quantiles:
+            raise ValueError("length_tokens has not a number for each client and quantile")
+        if np.array(facts["vocabulary_overlap"], np.float64).shape != (len(facts["counts"]),) * 2:
+            raise ValueError("vocabulary_overlap has not a number for each two clients")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({error}): delete it or run again") from error
     return facts
 

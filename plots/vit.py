@@ -239,7 +239,7 @@ def read_counts(path):
     """int array [clients, classes] of shards.json. Raises UsageError for a damaged one."""
     try:
         counts = np.array(json.loads(path.read_text(encoding="utf-8"))["counts"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({error}): delete it or run again") from error
     if counts.ndim != 2 or counts.dtype.kind not in "iu" or not counts.any():
         raise UsageError(f"{path} is damaged: counts must be whole numbers, clients x classes: delete it or run again")

@@ -11,6 +11,7 @@ import os
 import shutil
 import zipfile
 from fnmatch import fnmatch
+from functools import partial
 
 import harness
 import numpy as np
@@ -30,6 +31,7 @@ TABLES = {"mamba_fl": "mamba", "vit_sparse_fl": "vit", "lora_glue_fl": "glue", "
 READS = [  # (script, flags, what is read)
     ("mamba_fl/fed_avg.py", "--tokenizer {in}/gpt2", "gpt2/tokenizer*"),
     ("mamba_fl/central.py", "--dataset wikitext2 --data-root {in}/data", "data/wikitext-2/*"),
+    ("mamba_fl/fed_avg.py", "--init-from {in}/mamba", "mamba/final/*"),
     ("vit_sparse_fl/train_federated.py", "--init-from {in}/vit", "vit/*"),
     ("vit_sparse_fl/train_centralized.py", "--model {in}/vit", "vit/*"),
     ("vit_sparse_fl/train_federated.py", "--weights {in}/dino.pth", "dino.pth"),
@@ -44,20 +46,24 @@ READS = [  # (script, flags, what is read)
     ("lora_glue_fl/baseline_run.py", "--shard {in}/shards/client_1.json", "shards/client_1.json"),
     ("lora_glue_fl/main_glue_lora.py", "--dataset glue --data-root {in}/data --tokenizer demo", "data/glue/SST-2/*"),
     ("lora_glue_fl/adapters_eval.py", "", "adapters/1/*"),
+    ("lora_glue_fl/adapters_eval.py", "--adapter-path {in}/svd", "svd/final/*"),
+    ("lora_glue_fl/adapters_eval.py", "--adapter-path {in}/stack", "stack/adapter/*"),
     ("lora_glue_fl/fedavg_merge.py", "", "adapters/*/*"),
     ("lora_glue_fl/fedavg_merge.py", "", "shards/client*"),
     ("llm_noniid/train.py", "--model {in}/gpt2 --tokenizer {in}/gpt2", "gpt2/*"),
+    ("llm_noniid/train.py", "--init-from {in}/noniid", "noniid/run.json noniid/final/adapter/*"),
     ("llm_noniid/train.py", "--dataset ag_news --data-root {in}/data", "data/ag_news/*"),
     ("llm_noniid/train.py", "--config {in}/llm.yaml", "llm.yaml"),
     ("llm_noniid/pretrain.py", "--tokenizer {in}/gpt2", "gpt2/tokenizer*"),
     *(
         (
             harness.GOLDEN[name].script,
-            f"{more} --output-dir {{in}}/half --run-name {folder} --resume",
-            f"half/{folder}/*.json* half/{folder}/checkpoint/*",
+            f"{more} --output-dir {{in}}/{kind}_{study} --run-name {part} --resume",
+            f"{kind}_{study}/{part}/*.json*" + f" half_{study}/{part}/checkpoint/*" * (kind == "half"),
         )
         for name, more in HALF.items()
-        for folder in [name.replace("/", "_")]
+        for study, _, part in [name.partition("/")]
+        for kind in ("half", "done")
     ),
     *((f"plots/{TABLES[study]}.py", f"--data-dir {{in}}/runs/{study}", f"runs/{study}/*/*.json*") for study in TABLES),
     *(("plots/tables.py", f"{study} --data-dir {{in}}/runs/{study}", f"runs/{study}/*/*.json*") for study in TABLES),
@@ -123,9 +129,14 @@ def make_input(folder):
         arrays[f"{split}_images"] = arrays[f"{split}_images"].repeat(32, 3)
         arrays[f"{split}_labels"] = np.arange(count) % 100
     np.savez(folder / "data" / "cifar100.npz", **arrays)
-    (folder / "half" / "logs").mkdir(parents=True)
     for name in HALF:
         make_runs(folder, name)
+    copy = partial(shutil.copytree, dirs_exist_ok=True)
+    copy(harness.whole("mamba_fl/fed_avg") / "final", folder / "mamba" / "final")
+    copy(harness.whole("lora_glue_fl/svd") / "final", folder / "svd" / "final")
+    copy(harness.whole("llm_noniid/scaffold") / "final", folder / "noniid" / "final")
+    shutil.copy2(harness.whole("llm_noniid/scaffold") / "run.json", folder / "noniid")
+    copy(harness.whole("lora_glue_fl/stack") / "round_3" / "client_1", folder / "stack")
 
 
 GLUE, AG_NEWS, WIKITEXT, CIFAR = (
@@ -159,9 +170,12 @@ def save_gpt2(folder):
 
 
 def make_runs(folder, name):
-    """The run `name` as it was when it had but the checkpoint before the last, two whole ones, and lines of a log."""
+    """The run `name` finished, as it was when it had but the checkpoint before the last, twice for tables, in a log."""
     source, study = harness.whole(name), name.partition("/")[0]
-    half = shutil.copytree(source, folder / "half" / name.replace("/", "_"))
+    for kind in ("done", "half"):
+        half = folder / f"{kind}_{study}" / name.partition("/")[2]
+        shutil.copytree(source, half, ignore=shutil.ignore_patterns("round_*", "clients", "params", "deltas", "*.png"))
+        (half.parent / "logs").mkdir(exist_ok=True)
     facts = json.loads((half / "run.json").read_text())
     stopped = {"how": "interrupted", "by": None, "round": 4, "clients": None, "reason": ""}
     (half / "run.json").write_text(json.dumps({**facts, "status": "interrupted", "results": None, "ended": stopped}))
@@ -245,8 +259,9 @@ def damages(path):
     several += [("cut", True if whole else None)] * 3 + [("flip", None)] * 2
     if path.suffix == ".json":
         several += [("edit", None)] * 8 + [("space", False), ("more", False)]
-        facts = [n for pattern in FACTS if fnmatch(f"x/{path.name}", pattern) for n in range(len(FACTS[pattern]))]
-        several += [(f"fact {n}", True) for n in facts]
+        here = next((FACTS[pattern] for pattern in FACTS if fnmatch(f"x/{path.name}", pattern)), [])
+        # the run of another command is not a table's, which passes over it
+        several += [(f"fact {n}", None if fact == ("command", "other") else True) for n, fact in enumerate(here)]
     elif path.suffix == ".safetensors":
         several += [(f"tensor {how}", how not in ("half", "bit", "header") or None) for how in TENSORS]
     elif path.name == "cifar100.npz":
@@ -367,7 +382,8 @@ def _tensor(path, content, how, random):
         header = json.dumps(edited(about, random)).encode()
         return len(header).to_bytes(8, "little") + header + content[8 + length :]
     tensors = load(content)
-    name = list(tensors)[random.integers(len(tensors))]
+    used = [name for name in tensors if not name.startswith("cls.")]  # not what BERT guessed masked words with
+    name = used[random.integers(len(used))]
     if not tensors[name].ndim:
         return None
     changed = TENSORS[how](tensors.pop(name))

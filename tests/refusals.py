@@ -13,6 +13,7 @@ import zipfile
 import harness
 import numpy as np
 import torch
+from bad_files import damage, save_gpt2
 from encoders import save_encoder
 from safetensors.torch import load_file, save_file
 
@@ -48,6 +49,16 @@ def huge_npz(tmp):
     with zipfile.ZipFile(tmp / "cifar100.npz", "w") as archive, archive.open("train_images.npy", "w") as member:
         about = {"descr": "|u1", "fortran_order": False, "shape": (10**13,)}
         np.lib.format.write_array_header_1_0(member, about)
+
+
+def odd_tokens(save, kind):
+    """A model in {tmp}/odd whose tokenizer.json is damaged: a `kind` of tests/bad_files.py."""
+
+    def write(tmp):
+        save(tmp / "odd")
+        assert damage(tmp / "odd" / "tokenizer.json", kind, 0)
+
+    return write
 
 
 def no_mask(tmp):
@@ -234,6 +245,7 @@ MAMBA = [
     ("fed_entropy", "--resume", ["is a run of fed_avg"], a_run(lambda _: None)),
     ("fed_avg", "--resume", ["other data"], a_run(manifest(lambda run: run["data"].update(variant="another")))),
     ("fed_avg", "--resume", ["amp bf16 -> "], a_run(manifest(lambda run: run["resolved"].update(amp="bf16")))),
+    ("fed_avg", "--tokenizer {tmp}/odd", ["this tokenizer cannot split"], odd_tokens(save_gpt2, "fact 1")),
     ("fed_avg", "--resume", ["theta.safetensors is damaged", "checkpoint.1, after round 4"],
      a_run(lambda folder: cut(folder / "checkpoint" / "theta.safetensors", 5000))),
     ("fed_avg", "--resume", ["theta.safetensors is damaged"], a_run(damaged_and_of_another_python)),
@@ -300,6 +312,7 @@ VIT = [
     ("federated", "--min-lr 0.2", ["--min-lr 0.2", "--lr (0.01)", "lower"]),
     ("federated", "--init-from {tmp}/run", ["{tmp}/run", "finished", "final/"], text("run/run.json", "{}")),
     ("centralized", "--batch-size 1000", ["1000", "720"]),
+    ("sparse", "--calibration-rounds 99999999", ["--calibration-rounds 99999999", "weights of a mask", "lower"]),
     ("sparse", "--sparsity-ratio 0", ["train_federated.py"]),
     ("sparse", "--sparsity-ratio 1", ["0.99"]),
     ("sparse", "--sparsity-ratio 1.5", ["1.5"]),
@@ -349,6 +362,14 @@ GLUE = [
     ("svd", "--client-ranks 1 2 3 4", ["4 --client-ranks for 3 clients"]),
     ("svd", "--participation 0.1", ["0.1 of 3 clients samples nobody", "raise it to 0.333"]),
     ("svd", "--lora-r 65", ["rank 65", "above 64", "--lora-r"]),
+    ("central_lora", "--lora-r 22241959740", ["rank 22241959740", "above 64", "--lora-r"]),
+    (
+        "svd",
+        "--model {tmp}/odd --tokenizer {tmp}/odd",
+        ["the tokenizer has 1000"],
+        odd_tokens(lambda folder: save_encoder(folder, "bert"), "fact 0"),
+    ),
+    ("merge", "--device no-such", ["--device no-such"]),
     ("svd", "--skip-svd --aggregate svd", ["--skip-svd", "not svd"]),
     ("svd", "--server-optimizer adam", ["adam", "svd", "naive, ffa or rolora"]),
     ("svd", "--server-optimizer momentum --aggregate stack", ["momentum", "stack", "naive, ffa or rolora"]),

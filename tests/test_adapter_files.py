@@ -276,6 +276,7 @@ def test_tensors_that_are_refused(tmp_path):
         (f"{PREFIX}{QUERY}.lora_magnitude_vector", torch.zeros(16), "lora_magnitude_vector"),
         (f"{PREFIX}{QUERY}.lora_embedding_A", torch.zeros(2, 16), "lora_embedding_A"),
         (f"{PREFIX}{QUERY}.bias", torch.zeros(16), "query.bias"),
+        (f"{PREFIX}{QUERY}.base_layer.weight", torch.zeros(16, 16), "base weights, but none of"),
         (f"{QUERY}.lora_A.weight", torch.zeros(2, 16), "neither"),
         (f"{PREFIX}lora_A.weight", torch.zeros(2, 16), "neither"),
     ]:

@@ -209,6 +209,52 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(file, dam
     harness.same_run(folder, whole)
 
 
+def test_a_run_without_the_checkpoints_that_it_had_is_not_begun_anew(half, whole, tmp_path):
+    folder = copied(half, tmp_path)
+    for name in ("checkpoint", "checkpoint.1"):
+        shutil.rmtree(folder / name)
+    assert "has rounds up to 5 in metrics.jsonl but no checkpoint to go on from: put it back" in refusal(
+        tmp_path, folder
+    )
+    finished = shutil.copytree(whole, tmp_path / "s")
+    for name in ("checkpoint", "checkpoint.1"):
+        shutil.rmtree(finished / name)
+    facts = json.loads((finished / "run.json").read_text())
+    (finished / "run.json").write_text(json.dumps(facts | {"status": "running"}))
+    with pytest.raises(UsageError, match="has rounds up to 6 in metrics.jsonl but no checkpoint"):
+        train(arguments(tmp_path, resume=True, run_name="s"), 6)
+
+
+def test_a_log_that_was_edited_is_refused(half, tmp_path):
+    folder = copied(half, tmp_path)
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"val_loss": 1.0', '"val_loss": 0.5'))
+    assert "metrics.jsonl was edited: its lines are not those at the checkpoint of round 4" in refusal(tmp_path, folder)
+
+
+def test_a_run_says_who_worked_at_it_and_warns_of_another_commit(half, tmp_path, capsys, monkeypatch):
+    folder = copied(half, tmp_path)
+    facts = json.loads((folder / "run.json").read_text())
+    assert [one["from_round"] for one in facts["sessions"]] == [0]
+    facts["git_commit"] = facts["sessions"][0]["git_commit"] = "one"
+    (folder / "run.json").write_text(json.dumps(facts))
+    monkeypatch.setattr("common.manifest.git_commit", lambda: "two")
+    resumed(tmp_path)
+    said = "another version of this code than at the start, bits may differ: git commit one -> two"
+    assert said in capsys.readouterr().err
+    sessions = checkpoint.read_json(folder / "run.json")["sessions"]
+    assert [(one["from_round"], one["git_commit"]) for one in sessions] == [(0, "one"), (4, "two")]
+
+
+def test_a_run_in_a_linked_folder_is_overwritten_there(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "r").symlink_to(tmp_path / "real")
+    train(arguments(tmp_path), 2)
+    train(arguments(tmp_path, overwrite=True), 3)
+    assert (tmp_path / "r").is_symlink() and len(read_metrics(tmp_path / "real")) == 4
+    assert sorted(os.listdir(tmp_path)) == ["r", "real"]
+
+
 def test_without_a_whole_checkpoint_the_line_says_overwrite(half, tmp_path):
     folder = copied(half, tmp_path)
     for name in ("checkpoint", "checkpoint.1"):

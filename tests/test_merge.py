@@ -187,6 +187,16 @@ def test_weights_are_numbers_of_examples(tmp_path):
     assert gap(deltas(tmp_path / "first"), deltas(folders[0])) < 1e-6
 
 
+def test_another_base_model_than_the_adapters_name_is_said(tmp_path, capsys):
+    folders = clients(tmp_path, ranks=(2, 2), alphas=(4, 4))
+    for folder in folders:
+        change(folder, base_model_name_or_path="FacebookAI/roberta-base")
+    for model, warned in (("roberta-base", False), ("no-such", True)):
+        assert merge(folders, tmp_path / model, "--svd_rank", 2, "--model", model) == 0
+        said = "warning: the adapters were trained on FacebookAI/roberta-base, the result names --model no-such"
+        assert (said in capsys.readouterr().err) == warned
+
+
 # ---- what is refused
 
 

@@ -104,7 +104,7 @@ def test_what_cannot_be_evaluated_or_adapted_is_refused(tmp_path, capsys):
             f"--dataset ag_news --data-root {tmp_path / 'data'} --tokenizer bpe:257",
             "validation texts have one token each",
         ),
-        ("--lora-r 65", "--lora-r 65 is above 64"),
+        ("--lora-r 65", "rank 65 is above 64"),
         ("--init-from=", "an empty text is no value"),
     ):
         assert call(*words(tmp_path, "a", f"{SHORT} {line}")) == 2

@@ -1,5 +1,6 @@
 """Which runs figures and tables compare, which they leave out and say so, and what they refuse."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from common.lowrank import RULES
 from llm_noniid import flags
 from llm_noniid.detectors import DETECTORS
 from lora_glue_fl.glue_tasks import TASKS
+from plots.noniid_maps import NEEDED
 
 WRITE = {"mamba": write_mamba, "vit": write_vit, "glue": write_glue, "noniid": write_noniid}
 # study -> flags and facts of a run that set it apart from a run without them
@@ -222,6 +224,11 @@ def test_files_say_what_sets_a_further_group_apart(tmp_path):
     (folder / "server" / "deltas" / "step_000009.npz").write_bytes(b"PK damaged")
     text = printed("mamba federated updates", tmp_path)
     assert "step_000009.npz" in text and "damaged" in text
+    path = folder / "server" / "deltas" / "step_000001.npz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1  # in an array; the names of all are at the end
+    path.write_bytes(content)
+    assert f"left out {path}: damaged" in printed("mamba federated updates", tmp_path)
 
 
 @pytest.mark.parametrize("study", STUDIES[1:])
@@ -315,10 +322,17 @@ def test_a_figure_without_its_runs_or_fields_names_what_it_needs(tmp_path):
 
 POINT = '{"points": [{"alpha": 0, "value": 1, "failed": true}]}'
 PARTITION = '{"label_histograms": [[1], [2]], "counts": [1]}'
+SHORT = json.dumps({name: [] for name in NEEDED} | {"label_histograms": [[1]], "counts": [1], "label_names": ["x"]})
+DEEP = "[" * 3000
 DAMAGED = [
-    ("vit shards", write_vit, "shards.json", ["{", '{"counts": [1, 2]}', '{"counts": [["a"]]}', "{}"]),
+    ("vit shards", write_vit, "shards.json", ["{", '{"counts": [1, 2]}', '{"counts": [["a"]]}', "{}", DEEP]),
     ("vit layers", lambda root: write_vit(root, SPARSE), "mask.safetensors", ["damaged"]),
-    ("noniid partition", write_noniid, "partition.json", ["{", "[]", '{"label_histograms": [[1, 2]]}', PARTITION]),
+    (
+        "noniid partition",
+        write_noniid,
+        "partition.json",
+        ["{", "[]", '{"label_histograms": [[1, 2]]}', PARTITION, SHORT, DEEP],
+    ),
     ("noniid failure_map", write_noniid, "failure_map.json", ["{", "[]", '{"points": []}', POINT]),
 ]
 

@@ -357,10 +357,10 @@ def test_a_flag_that_is_newer_than_a_run_counts_only_where_it_is_given(tmp_path)
     args = cli.Flags()
     vars(args).update(vars(arguments(tmp_path)))
     train(args, 2)
-    args.resume, args.server_lr, args.given = True, 1.0, {}
+    args.resume, args.server_lr, args.given = True, 0.5, []
     with pytest.raises(SystemExit) as stop:  # it is finished
         train(args, 2)
     assert stop.value.code == 0
-    args.given = {"server_lr": "--server-lr"}
-    with pytest.raises(cli.UsageError, match="other flags: --server-lr None -> 1.0"):
+    args.given = ["server_lr"]
+    with pytest.raises(cli.UsageError, match="other flags: --server-lr None -> 0.5"):
         train(args, 2)

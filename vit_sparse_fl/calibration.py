@@ -6,7 +6,7 @@ import torch
 from common import parallel
 from common.aggregation import WeightedMean
 from common.checkpoint import read_json
-from common.cli import RunFailed
+from common.cli import RunFailed, UsageError
 from common.seeding import stream
 from vit_sparse_fl.mask_files import load_mask, save_mask
 from vit_sparse_fl.mask_flags import calibrated
@@ -33,6 +33,10 @@ def check_mask(args, shapes, server_images, client_images):
         return
     check_kept(args.sparsity_ratio, [shape.numel() for shape in shapes.values()], args.mask_scope)
     if calibrated(args):
+        weights = sum(shape.numel() for shape in shapes.values())
+        if args.calibration_rounds > weights:  # each takes some more of them away
+            shown = f"--calibration-rounds {args.calibration_rounds} is above the {weights} weights of a mask"
+            raise UsageError(f"{shown}: lower it")
         images = server_images if args.calibrate_on == "server" else client_images
         calibration_rows(images, 1, args.calibration_rounds, args.seed, method=args.calibration)
 

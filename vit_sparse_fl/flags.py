@@ -227,7 +227,7 @@ def parse(parser, argv=None):
 
 def _native_size(args):
     """Pixels: of the run of --init-from, of a folder's own model, of `tiny`, else 224."""
-    for folder in (f"{args.init_from}/final", args.init_from, args.model):
+    for folder in (args.init_from and f"{args.init_from}/final", args.init_from, args.model):
         # what is no model is said where it is loaded
         with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError):
             config = Path(folder or "", "config.json").expanduser()
