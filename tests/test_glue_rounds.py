@@ -421,6 +421,7 @@ def test_pruning_leaves_the_round_that_another_process_may_be_writing(tmp_path):
     folders = RoundFolders(tmp_path, ["last", "best"], "fused_r4", {})
     for number in range(1, 6):
         (tmp_path / f"round_{number}").mkdir()
+    folders.offer(0, math.nan, {})  # a correlation with outputs that are all the same
     folders.offer(1, 0.9, {})
     folders.offer(2, 0.9, {})  # not better: the first stays the best
     folders.prune(3)
