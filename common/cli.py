@@ -306,7 +306,7 @@ def add_run_flags(parser, *other_names):
 
 def add_final_flag(group):
     """Which weights final/ holds."""
-    which = "weights that final/ holds: after the last round, or with the best validation metric"
+    which = "weights that final/ holds: of the last round, or of the best by the validation metric (never of round 0)"
     # no part of the method: what is trained is the same
     group.add_argument("--final", choices=["last", "best"], default="last", when=lambda args: False, help=which)
 

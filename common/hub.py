@@ -18,6 +18,7 @@ from common.early import stop_if_checked
 MODEL_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights; no pickles
 _VARIABLES = ("HF_HOME", "HF_HUB_CACHE")
 ANSWER_SECONDS = 5  # for a server's first answer
+MASKS = ("attn.bias", "attention.bias", "masked_bias")  # of GPT-2 and GPT-NeoX: buffers in their files, no weights
 # In a config.json: what is counted; the most classes and the most numbers of a new head
 _COUNT = re.compile(r"n_layers?|num_(hidden_|decoder_|encoder_)?layers|depth|num_labels")
 _MOST_CLASSES, _NEW_NUMBERS = 100_000, 50_000_000
@@ -158,12 +159,11 @@ def load_pretrained(kind, source, what, advice, **options):
         odd = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
         if odd:
             raise ValueError(f"{odd[0]} is not finite")
-        parameters = {name.removeprefix(f"{model.base_model_prefix}.") for name, _ in model.named_parameters()}
         for key in not_floating(source):  # transformers would make numbers of them
-            if key.removeprefix(f"{model.base_model_prefix}.") in parameters:
+            if key.endswith((".weight", ".bias")) and not key.endswith(MASKS):
                 raise ValueError(f"{key} has no floating numbers")
         for key in info["unexpected_keys"]:  # fewer layers in config.json than in the weights
-            if re.search(r"\b(layers?|h|blocks?)\.\d+\.", key) and not key.endswith(("attn.bias", "masked_bias")):
+            if re.search(r"\b(layers?|h|blocks?)\.\d+\.", key) and not key.endswith(MASKS):
                 raise ValueError(f"{key} has no place in the model of its config.json")
         return model, info
 

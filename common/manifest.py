@@ -237,7 +237,7 @@ def check_finished(args):
     """Raises UsageError where --init-from is the folder of a run that is not finished."""
     for key, path in _paths(args).items():
         if key in ("init_from", "init_adapter") and (path / "run.json").is_file():
-            if (status := read(path / "run.json").get("status")) != "finished":
+            if (status := read(path / "run.json").get("status")) in ("running", "interrupted", "failed"):
                 raise UsageError(
                     f"--init-from {path} is a run that is not finished ({status}): --resume it first, or give a "
                     "folder in it"

@@ -4,7 +4,6 @@ The rounds and the client's steps are in `train.py`, the model and its evaluatio
 more models, thetas [G, n]: one for all clients, one for each group of them, or one for each client.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -13,9 +12,11 @@ import torch
 
 from common import parallel
 from common.allocator import reuse_large_memory
+from common.best import best_line
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
 from common.compiling import checked_compile
+from common.curves import number
 from common.seeding import stream
 from common.sharding import class_counts
 from llm_noniid import clustering, detectors, diagnostics, text_model
@@ -226,28 +227,32 @@ def judge(run, t, row, thetas, best):
 
 
 def finish(run, study, thetas, group, best=None):
-    """final/ (peft adapters), test metrics, results: of the last round, or of the `Best` with the groups of its round.
+    """final/ (peft adapters), test metrics, results: of the last round; with a `Best` final/ and test_..._best are its.
 
-    results: val_..., client losses and test_... are those of what final/ holds, after round `final_round`.
+    Where one model serves all clients, also before there are groups, that one is written.
     """
-    lines = run.metrics() if parallel.is_main() else []
-    served = [line for line in lines if best is None or line["round"] == best.round][-1:]
-    (served,) = parallel.broadcast(served)
-    if best:
-        thetas, group = best.theta, np.array(served.get("group", 0 * group))
-    model, weights = study.model, np.bincount(group, study.examples, len(thetas))
+    model, a = study.model, study.args
+
+    def tested(thetas, group):
+        weights = np.bincount(group, study.examples, len(thetas))
+        return text_model.quality(model, study.texts, thetas, weights, "test", study.tested, "test")
+
     run.note("evaluating on the test texts")
-    quality = text_model.quality(model, study.texts, thetas, weights, "test", study.tested, "test")
-    run.write_final(lambda folder: text_model.write(model, folder, thetas, run.folder / "base"))
+    quality = tested(thetas, group)
+    if best:
+        ungrouped = a.cluster == "updates" and best.round < a.cluster_round
+        thetas, group = best.theta, 0 * group if ungrouped else group
+        quality |= {f"{name}_best": value for name, value in tested(thetas, group).items()}
+    served = thetas if group.any() else thetas[:1]
+    run.write_final(lambda folder: text_model.write(model, folder, served, run.folder / "base"))
     results = {}
     if parallel.is_main():
-        last, lines = lines[-1], [line for line in lines if line["round"]]
+        lines = run.metrics()
+        last, lowest = lines[-1], best_line(lines, "val_loss")
         names = ("val_loss", "val_ppl", "val_bits_per_byte", "mean_client_val_loss", "worst_client_val_loss")
-        results = {name: served[name] for name in names} | quality | {"final_round": served["round"]}
-        results |= {key: last[key] for key in ("bytes_up", "bytes_down", "tokens", "seconds")}
-        reached = [float(line["val_loss"]) for line in lines]  # "nan" and "inf" are text there
-        results["rounds"] = last["round"]
-        results["best_val_loss"] = min((loss for loss in reached if math.isfinite(loss)), default=math.nan)
-        results["alarms"] = [alarm for line in lines for alarm in line.get("alarms", [])]
+        results = {key: last[key] for key in (*names, "bytes_up", "bytes_down", "tokens", "seconds")} | quality
+        results |= {"best_round": lowest["round"], "best_val_loss": number(lowest["val_loss"])}
+        results |= {"rounds": last["round"], "final_round": best.round if best else last["round"]}
+        results["alarms"] = [alarm for line in lines if line["round"] for alarm in line.get("alarms", [])]
         print(f"val_ppl {float(results['val_ppl']):.2f}  test_ppl {results['test_ppl']:.2f}")
     run.finish(results)

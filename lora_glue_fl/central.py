@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from common import parallel
-from common.best import Best
+from common.best import Best, best_line
 from common.cli import RunFailed, UsageError
 from common.local import OptimizerState, local_steps
 from common.seeding import seed_torch
@@ -103,6 +103,7 @@ def results(study):
     last = rows[-1]
     values = print_values(last)
     if values:
-        best = max(rows[1:] or rows, key=lambda row: row[headline])
+        best = best_line(rows, headline, highest=True)
         values |= {"best_round": best["round"], f"best_{headline}": best[headline]}
-    return values | {name: last[name] for name in ("examples", "seconds")} | {"rounds": last["round"]}
+    saved = {"final_round": (best if study.args.final == "best" else last)["round"]} if last["round"] else {}
+    return values | saved | {name: last[name] for name in ("examples", "seconds")} | {"rounds": last["round"]}

@@ -350,4 +350,4 @@ def finish(study, theta):
         line = run.metrics()[-1]
         results = print_values(line) | {"best_round": folders.best + 1, f"best_{model.headline}": folders.value}
         results |= {name: line[name] for name in ("aggregation_error", "bytes_up", "bytes_down", "examples", "seconds")}
-        run.finish(results | {"rounds": line["round"]})
+        run.finish(results | {"rounds": line["round"], "final_round": rounds})

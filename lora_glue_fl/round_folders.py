@@ -11,6 +11,7 @@ import torch
 
 from common import parallel
 from common.adapter_files import CONFIG, read_adapter, read_tensors, write_adapter
+from common.best import lower
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
 from common.participation import per_round
@@ -51,7 +52,7 @@ class RoundFolders:
 
     def offer(self, t, value, theta):
         """A round's headline metric, of equal ones the first is the best, and what is kept of its theta."""
-        if self.value is None or value > self.value:
+        if self.value is None or lower(-value, -self.value):
             self.best, self.value, self.theta = t, value, theta
 
     def prune(self, last):

@@ -189,9 +189,6 @@ class TaskModel:
     def check_fits(self, file):
         """Raises UsageError unless the `AdapterFile` has the adapted model's layers, their sizes and its head."""
         here, under, name = self.adapted.factors(), self.adapted.base_weights(), self.encoder.name
-        base = file.base_model
-        if base and not Path(base).is_dir() and Path(base).name != Path(name).name:
-            say(f"warning: {file.path} was trained on {base}, here it is put on {name}: see --model")
         odd = sorted(file.factors.keys() ^ here.keys())
         if odd:
             raise UsageError(f"{file.path}: its layers are not those of {name} ({odd[0]}): give its --model")

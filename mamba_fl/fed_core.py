@@ -385,6 +385,7 @@ def finish(study, theta):
     if parallel.is_main():
         lines = run.metrics()
         results.update(tokens=lines[-1]["tokens"], seconds=lines[-1]["seconds"])
+        results["final_round"] = best.round if study.args.final == "best" else lines[-1]["round"]
         run.write_final(lambda folder: save_pretrained(study.model, study.data.tokenizer, folder))
         with saving(run.folder):
             write_json(run.folder / "training_history.json", training_history(run.command, lines))

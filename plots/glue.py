@@ -180,6 +180,7 @@ STUDY = Study(
         (lambda a: a.get("server_optimizer") != "momentum", {"server_beta"}),
     ),
     paths=("init_adapter", "tokenizer"),
+    off={"server_lr": (), "participation": ()},
     words={
         "dataset": "{}",
         "model": "{}",

@@ -15,6 +15,7 @@ their minimum to maximum. Perplexity is exp(mean NLL per token), so the axis is 
 """
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -52,6 +53,14 @@ def setting_of(run):
         f"{key} {args[key]}" for key, value in SIZES.items() if args.get(key) not in (None, value)
     )
     return values
+
+
+def prepared(runs, notes):
+    """The runs with one name for each tokenizer: a run that starts from another has that one's folder in its place."""
+    names, shas = {}, {run: text(run.data.get("tokenizer_sha256")) for run in runs}
+    for run in sorted(runs, key=lambda run: run.args.get("init_from") is not None):
+        names.setdefault(shas[run], {"tokenizer": run.args.get("tokenizer")})
+    return [replace(run, args=run.args | names[shas[run]]) if shas[run] else run for run in runs]
 
 
 def config_of(args):
@@ -127,12 +136,15 @@ STUDY = Study(
         "sequence_length": "length {}",
         "sync": "sync every {}",
     },
+    off=dict.fromkeys(("init_from", "lr_scheduler", "warmup_steps", "max_grad_norm"), ())
+    | {"server_lr": ("fed_momentum",)},
     spoken=frozenset({"local_updates"}),
     # the two forms differ by a factor of ten in their steps: never left unsaid
     marked=frozenset({("momentum_form", "ema")}),
     lengths=frozenset({"rounds", "steps", "n_epochs"}),
     budgets=("tokens",),
     first={"sync": "round", "budget": "equal"},
+    prepared=prepared,
 )
 # kind -> its name in file names: the source's
 FILES = {kind: "federated" if kind == "fed_avg" else kind for kind in STUDY.kinds}
@@ -346,7 +358,7 @@ FIGURES = {
 
 
 def to_central(ratio):
-    """A cell: ratio(curve, the central curve that shares most arguments with it), 1 of a central one, `-` without."""
+    """A cell: ratio(curve, the central curve that differs least from it), 1 of a central one, `-` without."""
 
     def cell(curve, curves):
         if curve.central:

@@ -22,7 +22,7 @@ import numpy as np
 from common.cli import positive_float
 from common.curves import failure, number
 from plots.runs import LeftOut, Study, base_name, describe, like_with_like, order_of, shared_setting, text, words_for
-from plots.seeds import curves_of, lines_of
+from plots.seeds import curves_of, distance, lines_of, nearest
 from plots.style import Panel, all_curves
 from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent, spread
 
@@ -175,6 +175,7 @@ STUDY = Study(
         (lambda a: a["kind"] == "central", {"min_samples", "client_weights"}),
     ),
     paths=("tokenizer", "init_from"),
+    off={"init_from": (), "server_lr": ("fedavgm", "fedadam")},
     words={
         "dataset": "{}",
         "texts": "{:,} texts",
@@ -278,20 +279,20 @@ def first_alarms(curve):
 
 
 def usual_fedavg(curves):
-    """The FedAvg curve that shares most arguments with the federated ones, None without any."""
+    """The FedAvg curve that differs least from the federated ones, None without any."""
 
-    def shared(one):
-        return sum(one.args.get(key) == value for c in curves if not c.central for key, value in c.args.items())
+    def apart(one):
+        return sum(distance(one, curve) for curve in curves if not curve.central)
 
-    return max((c for c in curves if c.kind == "fedavg"), key=shared, default=None)
+    return min((c for c in curves if c.kind == "fedavg"), key=apart, default=None)
 
 
 def against_fedavg(curve, curves):
-    """To the FedAvg in the curve's setting that shares most arguments with it; of FedAvg itself to the usual one."""
+    """To the FedAvg in the curve's setting that differs least from it; of FedAvg itself to the usual one."""
     base = usual_fedavg(curves)
     if not (curve.kind == "fedavg" or curve.central):
         there = [c for c in curves if c.kind == "fedavg" and all(c.args.get(k) == curve.args.get(k) for k in FREE)]
-        base = max(there, key=lambda c: sum(curve.args.get(k) == v for k, v in c.args.items()), default=None)
+        base = nearest(curve, there)
     return difference(curve, base, "val_loss", digits=3)
 
 

@@ -50,6 +50,7 @@ class Study:
     yes_no: dict = field(default_factory=dict)  # switch -> (words for on, for off)
     order: Callable = lambda key, value: order_of(value)  # (key, value) -> a sort key
     central: frozenset = frozenset({"central"})  # kinds without a federation: compared among themselves
+    off: dict = field(default_factory=dict)  # flag that no method has at its off-value -> kinds whose methods always do
     spoken: frozenset = frozenset()  # flags that a label says wherever curves differ in them
     marked: frozenset = frozenset()  # (flag, value) that a label always says
     lengths: frozenset = frozenset()  # flags that only say how long a run is: said where the budgets differ

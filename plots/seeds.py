@@ -117,11 +117,12 @@ def lines_of(curves):
 def label(curves):
     """Sets each curve's label: its name, and the arguments in which it differs from most curves of the list.
 
-    A value that more than half of the curves have is not written, unless two methods' labels came out the same.
+    Not written, unless two methods' labels came out the same: a value that more than half of the curves have; an
+    argument that others lack, as another flag switches it off for them. The off-value of a newer flag has no word.
     """
-    for omit_usual in (True, False):
+    for lacking, omit_usual in ((False, True), (False, False), (True, True), (True, False)):
         for curve in curves:
-            curve.unlike = _differences(curve, curves, omit_usual)
+            curve.unlike = _differences(curve, curves, omit_usual, lacking)
             words = [word for name in curve.unlike for word in words_for(curve.study, name, curve.args[name])]
             curve.label = ", ".join([curve.name, *words])
         if len({curve.label for curve in curves}) == len({curve.method for curve in curves}):
@@ -130,13 +131,13 @@ def label(curves):
 
 def usual(curves):
     """What most of the federated curves have of the arguments that tell some apart, in words."""
-    federated = [curve for curve in curves if not curve.central]
     words = []
-    for name in _names(federated):
-        values = [curve.args[name] for curve in federated if name in curve.args]
-        most, study = max(values, key=values.count), federated[0].study
-        if name not in study.spoken and len(set(map(str, values))) > 1 and 2 * values.count(most) > len(values):
-            words += words_for(study, name, most)
+    for name in _names([curve for curve in curves if not curve.central]):
+        having, off = _having(name, curves, central=False)
+        values = [curve.args[name] for curve in having]
+        most, study = max(values, key=values.count), curves[0].study
+        if name not in study.spoken and not _other(name, most, off) and len(set(map(str, values))) > 1:
+            words += words_for(study, name, most) if 2 * values.count(most) > len(values) else []
     return ", ".join(words)
 
 
@@ -145,16 +146,34 @@ def _names(curves):
     return sorted(names, key=lambda name: (_word_order(curves[0], name), name))
 
 
-def _differences(curve, curves, omit_usual):
-    # the same flag means another thing to a central run: a batch, a learning rate, an epoch
-    alike, study = [c for c in curves if c.central == curve.central], curve.study
+def _having(name, curves, central, lacking=False):
+    """The central or the federated curves that have an argument, and those that have it at its off-value: two lists.
+
+    lacking: take every argument that a curve lacks for one at its off-value, also one that another flag switches off.
+    """
+    always = curves[0].study.off.get(name)
+    # the same flag means another thing to a central run: a batch, a learning rate, an epoch; but off is off
+    alike = [curve for curve in curves if curve.central == central or always is not None]
+    having = [curve for curve in alike if name in curve.args]
+    newer = always is not None and any(curve.kind not in always for curve in having)
+    return having, [curve for curve in alike if name not in curve.args and (lacking or newer)]
+
+
+def _other(name, value, off):
+    """Whether one of the curves `off` has another off-value: 1, of an optimiser with the server's rate 1, is none."""
+    return any(str(curve.runs[0].args.get(name)) != str(value) for curve in off)
+
+
+def _differences(curve, curves, omit_usual, lacking):
+    study = curve.study
 
     def differs(name):
-        values = [str(c.args[name]) for c in alike if name in c.args]
-        most = 2 * values.count(str(curve.args[name])) > len(values) and name not in study.spoken
+        having, off = _having(name, curves, curve.central, lacking)
+        values, mine = [str(c.args[name]) for c in having], str(curve.args[name])
+        most = 2 * values.count(mine) > len(values) and name not in study.spoken
         if name in study.lengths and not differing(curves, study.budgets[0]):
             return False
-        return len(set(values)) > 1 and not (omit_usual and most)
+        return _other(name, mine, off) or (len(set(values)) > 1 and not (omit_usual and most))
 
     return [name for name in _names([curve]) if differs(name) or (name, curve.args[name]) in study.marked]
 
@@ -165,20 +184,20 @@ def differing(curves, name):
     return (min(values), max(values)) if values and max(values) > 1.02 * min(values) else None
 
 
-def shared(curve, other):
-    """In how many arguments two curves agree."""
-    return len(curve.args.items() & other.args.items())
+def distance(curve, other):
+    """In how many arguments two curves differ; one that only one of them has is such an argument."""
+    return sum(curve.args.get(name) != other.args.get(name) for name in {*curve.args, *other.args})
 
 
 def nearest(curve, others):
-    """The one of `others` that shares most arguments with the curve; None of none."""
-    return max(others, key=lambda other: shared(curve, other), default=None)
+    """The one of `others` that differs from the curve in fewest arguments; None of none."""
+    return min(others, key=lambda other: distance(curve, other), default=None)
 
 
 def usual_variants(curves, notes):
-    """One curve per kind: of several, the one that shares most arguments with the others of the figure."""
+    """One curve per kind: of several, the one that differs least from the others of the figure."""
     chosen = {}
-    for curve in sorted(curves, key=lambda c: (-len(c.runs), -sum(shared(c, other) for other in curves))):
+    for curve in sorted(curves, key=lambda c: (-len(c.runs), sum(distance(c, other) for other in curves))):
         kept = chosen.setdefault(curve.kind, curve)
         if kept is not curve:
             notes.append(LeftOut(curve.label, "of each method, only the usual variant is drawn"))

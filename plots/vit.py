@@ -138,6 +138,7 @@ STUDY = Study(
         (lambda a: a["kind"] in ("lowest_magnitude", "highest_magnitude", "random"), set(CALIBRATION.split())),
         (lambda a: a.get("calibrate_on") != "clients", {"calibration_clients", "mask_merge"}),
     ),
+    off={"server_lr": ()},
     words={
         "shards": "{}",
         "local_steps": "J {}",
@@ -452,7 +453,7 @@ FIGURES = {
 
 
 def dense_of(curve, curves):
-    """The dense curve in the federation of `curve` that shares most arguments with it, or None."""
+    """The dense curve in the federation of `curve` that differs least from it, or None."""
     if curve.kind in UNMASKED:
         return None
 

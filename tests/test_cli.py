@@ -8,11 +8,13 @@ import harness
 import pytest
 
 from common import cli
-from common.cli import Flags, Parser, RunFailed, UsageError, checked, only, run_main, say, say_waiting, unless
+from common.cli import Flags, Parser, RunFailed, UsageError, When, checked, only, run_main, say, say_waiting, unless
 from common.config_file import apply_config
 from llm_noniid import flags as noniid
 from lora_glue_fl import fedavg_rounds, sharding
-from mamba_fl import fed_momentum
+from mamba_fl import fed_avg, fed_momentum
+from plots import glue, mamba, noniid_runs
+from plots import vit as vit_runs
 from vit_sparse_fl import flags as vit
 from vit_sparse_fl import train_centralized, train_federated, train_federated_sparse
 
@@ -78,6 +80,24 @@ def test_a_key_without_effect_says_so_where_it_differs_from_the_flag_s_default(t
     ):  # fmt: skip
         file.write_text(content)
         assert noniid.parse(noniid.build_parser("train.py"), ["--config", str(file)]).notes == notes
+
+
+@pytest.mark.parametrize(
+    "study, parser, words",
+    [
+        (mamba.STUDY, fed_momentum.build_parser(), ""),
+        (mamba.STUDY, fed_avg.build_parser(), ""),
+        (vit_runs.STUDY, train_centralized.build_parser(), ""),
+        (vit_runs.STUDY, train_federated_sparse.build_parser(), ""),
+        (glue.STUDY, fedavg_rounds.build_parser(), ROUNDS),
+        (noniid_runs.STUDY, TRAIN, ""),
+    ],
+)
+def test_a_flag_that_is_no_part_of_a_method_at_its_off_value_is_declared_to_the_plots(study, parser, words):
+    args = parser.parse_args(words.split())
+    args.server_lr = getattr(args, "server_lr", None) or 1.0
+    newer = {flag for flag, when in args.reads.items() if isinstance(when, When) and flag in when.off(args)}
+    assert newer <= {*study.off, *study.said}
 
 
 def test_conditions_are_joined():

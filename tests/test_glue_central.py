@@ -155,7 +155,8 @@ def test_what_is_saved_is_the_best_epochs_where_asked(script, tmp_path, monkeypa
     assert run(script, tmp_path, *words) == 130 and run(script, tmp_path, *words, "--resume") == 0
     folder = folder_of(script, tmp_path)
     _, best, last = (row["val_loss"] for row in harness.read_lines(folder))
-    assert read_json(folder / "run.json")["results"]["best_round"] == 1
+    results = read_json(folder / "run.json")["results"]
+    assert results["best_round"] == results["final_round"] == 1 < results["rounds"]
     if script == "baseline_run":
         model = AutoModelForSequenceClassification.from_pretrained(folder / "final")
         _, loss = validation(model, AutoTokenizer.from_pretrained(folder / "final"))

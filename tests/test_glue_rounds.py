@@ -421,6 +421,7 @@ def test_pruning_leaves_the_round_that_another_process_may_be_writing(tmp_path):
     folders = RoundFolders(tmp_path, ["last", "best"], "fused_r4", {})
     for number in range(1, 6):
         (tmp_path / f"round_{number}").mkdir()
+    folders.offer(0, math.nan, {})  # a correlation with outputs that are all the same
     folders.offer(1, 0.9, {})
     folders.offer(2, 0.9, {})  # not better: the first stays the best
     folders.prune(3)
@@ -518,7 +519,8 @@ def test_final_holds_the_best_rounds_weights_where_asked(rule, shards, tmp_path,
     folder = tmp_path / "x"
     _, best, _, last = (row["val_loss"] for row in read_metrics(folder))
     results = read_json(folder / "run.json")["results"]
-    assert [path.name for path in folder.glob("round_*")] == ["round_3"] and results["best_round"] == 1
+    assert [path.name for path in folder.glob("round_*")] == ["round_3"]
+    assert results["best_round"] == results["final_round"] == 1 < results["rounds"]
     if rule == "svd":
         _, loss = evaluated(folder / "final", tmp_path / "eval")
     else:
@@ -555,4 +557,5 @@ def test_a_run_begins_with_an_adapter_a_round_or_a_run(shards, tmp_path, capsys)
     about = read_json(elsewhere / "adapter_config.json") | {"base_model_name_or_path": "/none"}
     (elsewhere / "adapter_config.json").write_text(json.dumps(about))
     assert evaluated(elsewhere, tmp_path / "eval")[1] != pytest.approx(last["val_loss"])
-    assert "elsewhere was trained on /none, which cannot be compared with tiny" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "elsewhere was trained on /none, which cannot be compared with tiny" in said and said.count("warning") == 1

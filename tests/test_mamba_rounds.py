@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.best import Best
+from common.best import Best, best_line
 from common.cli import UsageError
 from common.manifest import contents
 from common.runlog import read_metrics
@@ -381,6 +381,7 @@ def test_final_holds_the_best_weights_if_asked(data, tmp_path):
         assert all(torch.equal(final[n].double(), t) for n, t in theta[rounds].items())
         results = json.loads((folder / "run.json").read_text())["results"]
         assert results["best_round"] == 1 and results["test_ppl_best"] != results["test_ppl_last"]
+        assert results["final_round"] == rounds
 
 
 # ---- pieces
@@ -435,12 +436,16 @@ def test_gradient_watch_is_the_mean_of_the_last_ten_cosines():
 
 def test_best_keeps_a_copy_of_the_first_lowest():
     best, theta = Best(), torch.zeros(2)
-    for t, loss in enumerate((math.nan, 3.0, 2.0, 2.0, 2.5)):
+    losses = (1.0, math.nan, 3.0, 2.0, 2.0, 2.5)  # of which the first is before training
+    for t, loss in enumerate(losses):
         theta.fill_(t)
         best.offer(t, loss, theta)
     again = Best()
     again.load_state_dict(best.state_dict())
-    assert (again.round, again.loss) == (best.round, best.loss) == (2, 2.0) and again.theta.tolist() == [2, 2]
+    assert (again.round, again.loss) == (best.round, best.loss) == (3, 2.0) and again.theta.tolist() == [3, 3]
+    lines = [{"round": t, "loss": str(x) if math.isnan(x) else x, "score": -x} for t, x in enumerate(losses)]
+    assert best_line(lines, "loss") == best_line(lines, "score", highest=True) == lines[3]
+    assert best_line(lines[:1], "loss") == lines[0] and best_line(lines[:2], "loss") == lines[1]
 
 
 def test_training_history_has_the_sources_fields():

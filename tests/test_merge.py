@@ -174,7 +174,8 @@ def shard(path, n, **fields):
 
 def test_weights_are_numbers_of_examples(tmp_path):
     folders = clients(tmp_path, ranks=(2, 2), alphas=(4, 4))
-    shards = [shard(tmp_path / f"client_{i}.json", n) for i, n in enumerate((30, 10))]
+    dealings = [{"mode": "iid", "seed": seed} for seed in (1, 2)]  # which may have examples in common
+    shards = [shard(tmp_path / f"client_{i}.json", n, **dealings[i]) for i, n in enumerate((30, 10))]
     assert merge(folders, tmp_path / "a", "--task_name", "SST2", "--shard_manifests", *shards) == 0
     assert merge(folders, tmp_path / "b", "--weights", 3, 1) == 0
     assert merge(folders, tmp_path / "equal") == 0

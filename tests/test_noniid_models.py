@@ -169,6 +169,18 @@ def test_folders_that_do_not_serve_are_refused(bases, tokenizer, tmp_path):
     refuse("/mine has no config.json with model.safetensors: give a folder", mine, tokenizer, 96, 0)
 
 
+def test_masks_of_truth_values_are_no_weights_of_truth_values(bases, tokenizer, tmp_path):
+    folder = shutil.copytree(bases / "gpt2", tmp_path / "gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    models.load_base(str(folder), tokenizer, 32, seed=0)
+    tensors["transformer.h.0.ln_1.bias"] = tensors["transformer.h.0.ln_1.bias"].bool()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="transformer.h.0.ln_1.bias has no floating numbers"):
+        models.load_base(str(folder), tokenizer, 32, seed=0)
+
+
 def test_a_folder_that_names_code_runs_none(bases, tokenizer, tmp_path, monkeypatch):
     folder = tmp_path / "mine"
     shutil.copytree(bases / "gpt2", folder)

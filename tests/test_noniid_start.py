@@ -144,11 +144,15 @@ def test_final_best_is_what_the_best_round_left_over_a_resume_too(more, tmp_path
         assert call(*words(tmp_path, "a", line)) == 130
     assert call(*words(tmp_path, "a", line), "--resume") == 0
     results, expected = (read_json(folder / "run.json")["results"] for folder in (tmp_path / "a", short))
-    assert results["rounds"] == 2 and results["final_round"] == best == expected["final_round"]
-    for name in ("val_loss", "mean_client_val_loss", "test_loss"):
-        assert results[name] == expected[name], name
+    assert results["rounds"] == 2 and results["final_round"] == best == results["best_round"] == expected["final_round"]
+    assert results["best_val_loss"] == expected["val_loss"] and results["test_loss_best"] == expected["test_loss"]
+    last = read_metrics(tmp_path / "a")[-1]  # --final says which weights are written, not what the old names mean
+    for name in ("val_loss", "val_ppl", "mean_client_val_loss"):
+        assert results[name] == last[name], name
+    assert results["test_loss"] != results["test_loss_best"]
     finals = [sorted((folder / "final").rglob("*.safetensors")) for folder in (tmp_path / "a", short)]
-    assert all(same_bits(load_file(a), load_file(b)) for a, b in zip(*finals, strict=False))
+    for a, b in zip(*finals, strict=True):
+        assert a.parent.name == b.parent.name and same_bits(load_file(a), load_file(b))
     assert (tmp_path / "a" / "checkpoint" / "best.safetensors").exists()
     assert not (short / "checkpoint" / "best.safetensors").exists()
 

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from fixed_runs import CENTRAL, LORA, SPARSE, change, change_rows, vit_study, write_glue, write_mamba, write_vit
 from noniid_folders import write_run as write_noniid
-from plotting import ROOT, figures, lines_of, table, texts_of, ticks
+from plotting import ROOT, figures, lines_of, table, tables, texts_of, ticks
 
 from common import curves
+from plots import vit
+from plots.runs import read_runs
+from plots.seeds import curves_of, usual_variants
 
 
 def spread(values):
@@ -63,6 +66,59 @@ def test_runs_that_start_from_the_run_of_their_seed_are_seeds_of_one_curve(tmp_p
             tmp_path, seed=seed, init_from=start, tokenizer=f"{start}/final", held_out_sequences=seed, final="best"
         )
     assert table("table mamba", tmp_path)["FedAvg"]["seeds"] == "2"
+
+
+def test_a_newer_flag_is_said_where_it_is_on_and_the_reference_is_the_run_without_it(tmp_path):
+    for command, more in (
+        ("central", {}),
+        ("fed_avg", {}),
+        ("fed_avg", {"server_lr": 0.5}),
+        ("fed_avg", {"max_grad_norm": 0.1, "lr_scheduler": "cosine"}),
+        ("fed_fisher", {"server_lr": 0.5}),
+        ("fed_entropy", {"server_lr": 0.5}),
+    ):
+        write_mamba(tmp_path / "mamba", command, **more)
+    names = ["Central", "FedAvg", "FedAvg, server lr 0.5", "FedAvg, cosine rate, clipped to 0.1"]
+    assert list(table("table mamba", tmp_path / "mamba")) == [
+        *names, "FedEntropy, server lr 0.5", "FedFisher, server lr 0.5"
+    ]  # fmt: skip
+    for last, algorithm, method in (
+        (4.0, "fedavg", {"seed": 0}),
+        (3.9, "fedavg", {"seed": 0, "server_lr": 0.5}),
+        (3.8, "scaffold", {"seed": 0}),
+        (3.7, "fedadam", {"seed": 0, "server_lr": 0.01}),
+    ):
+        change(write_noniid(tmp_path / "llm", losses=[last] * 10, algorithm=algorithm), method=method)
+    rows = table("table noniid", tmp_path / "llm")
+    against = {name: row["vs FedAvg"] for name, row in rows.items()}
+    assert against.pop("FedAdam, server lr 0.01") == "-0.300"
+    assert against == {"FedAvg": "-", "FedAvg, server lr 0.5": "-0.100", "SCAFFOLD": "-0.200"}
+    for accuracy, more in ((0.5, {}), (0.6, {"server_lr": 0.5})):
+        write_vit(tmp_path / "vit", accuracy=accuracy, **more)
+    write_vit(tmp_path / "vit", SPARSE, accuracy=0.4)
+    assert table("table vit", tmp_path / "vit")["Random"]["vs dense"] == "-10.00"
+    dense, *_ = usual_variants(curves_of(read_runs(tmp_path / "vit", vit.STUDY)[0]), [])
+    assert "server_lr" not in dense.args
+
+
+def test_what_another_flag_switches_off_is_said_only_where_labels_would_be_the_same(tmp_path):
+    write_mamba(tmp_path, "fed_momentum", server_optimizer="momentum", server_tau=1e-3, server_lr=0.7)
+    write_mamba(tmp_path, "fed_momentum", server_optimizer="adam", server_tau=1e-8, server_lr=0.7)
+    write_mamba(tmp_path)
+    assert list(table("table mamba", tmp_path)) == ["FedAvg", "FedMomentum, adam", "FedMomentum, momentum"]
+    write_mamba(tmp_path, unheard_of=3)
+    assert list(table("table mamba", tmp_path))[:2] == ["FedAvg", "FedAvg, unheard of 3"]
+
+
+def test_a_warm_start_stands_in_the_table_of_its_tokenizer_told_apart_by_its_start(tmp_path):
+    for sha, start in (("abc", "runs/s0"), ("def", "runs/s1")):
+        data = {"variant": "raw", "tokenizer_sha256": sha}
+        change(write_mamba(tmp_path, init_from=start, tokenizer=f"{start}/final"), data=data)
+        change(write_mamba(tmp_path, "central", tokenizer={"abc": "bpe:4096", "def": "gpt2"}[sha]), data=data)
+    write_mamba(tmp_path, tokenizer="bpe:4096")  # of before tokenizers had a fingerprint
+    (first, bpe), (second, gpt2) = tables("table mamba", tmp_path)
+    assert "tokenizer bpe:4096" in first and list(bpe) == ["Central", "FedAvg", "FedAvg, from s0"]
+    assert "tokenizer gpt2" in second and list(gpt2) == ["Central", "FedAvg, from s1"]
 
 
 def test_the_table_of_vit_sparse_fl_has_differences_to_dense_seed_by_seed(tmp_path):

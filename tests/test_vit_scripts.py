@@ -262,7 +262,8 @@ def test_final_holds_the_weights_of_the_round_that_final_asks_for(script, tmp_pa
     model = make_model("tiny", image_size=32, n_classes=10)
     init_from(model, tmp_path / "r")
     assert same(dict(model.named_parameters()), best)
-    assert read_json(tmp_path / "r" / "run.json")["results"]["best_round"] == 1
+    results = read_json(tmp_path / "r" / "run.json")["results"]
+    assert results["best_round"] == results["final_round"] == 1 < results["rounds"]
     last = load_file(tmp_path / "r" / "checkpoint" / "theta.safetensors")
     assert not same({name: best[name] for name in last}, last)
 

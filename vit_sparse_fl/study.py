@@ -282,19 +282,19 @@ def report(study, run, best, t, theta, pull=None, **fields):
 def finish(study, run, best, theta):
     """Test accuracy of the last and of the best weights, final/ (--final says whose), the run's curves."""
     run.note("evaluating the last and the best weights on the test images")
-    kept, test = best.load(study.device), {}
+    args, kept, test = study.args, best.load(study.device), {}
     kept = study.weights.vector({name: kept[name] for name in study.weights.shapes})
     for which, vector in (("last", theta), ("best", kept)):
         study.weights.load(vector)
         test[which] = validate(study, "test", "test")
-        if which == study.args.final:
+        if which == args.final:
             run.write_final(lambda folder: save_pretrained(study.model, folder))
     results = {"test_accuracy_last": test["last"]["test_accuracy"], "test_loss_last": test["last"]["test_loss"]}
     results |= {"best_round": best.round, "val_accuracy_best": best.accuracy}
     results["test_accuracy_best"] = test["best"]["test_accuracy"]
     if parallel.is_main():
         last = run.metrics()[-1]
-        results |= {"rounds": last["round"]}
+        results |= {"rounds": last["round"], "final_round": best.round if args.final == "best" else last["round"]}
         results |= {key: last[key] for key in ("bytes_up", "bytes_down", "images", "seconds")}
         with saving(run.folder):
             draw_accuracy(run.folder, run.folder / f"{run.folder.name}_curves.png")
