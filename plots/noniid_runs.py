@@ -27,7 +27,19 @@ from plots.style import Panel, all_curves
 from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent, spread
 
 # a panel or table holds only runs that agree on these, apart from what it varies
-KEYS = ("dataset", "texts", "evaluated", "model", "lora_r", "lora_alpha", "clients", "partition", "alpha")
+KEYS = (
+    "dataset",
+    "target",
+    "texts",
+    "evaluated",
+    "model",
+    "train",
+    "lora_r",
+    "lora_alpha",
+    "clients",
+    "partition",
+    "alpha",
+)
 KEYS += ("participation", "local", "learning_rate", "rounds")
 PLACE = ("partition", "alpha")  # in what the panels of one figure differ
 FACTORS = {
@@ -51,6 +63,8 @@ def setting_of(run):
     counts = facts.get("counts") or {}
     values = {
         "dataset": facts.get("dataset") or args.get("dataset"),
+        "target": args.get("target", "text"),  # older runs lack these two
+        "train": args.get("train", "lora"),
         "texts": counts.get("train"),
         # what losses are means over: not to be compared between other numbers of texts
         "evaluated": text({name: counts.get(name) for name in ("validation", "test")})
@@ -149,6 +163,7 @@ STUDY = Study(
         "fednova": "FedNova",
         "fedavgm": "FedAvgM",
         "fedadam": "FedAdam",
+        "fedadamw": "FedAdamW",
         "clusters_updates": "Clusters by updates",
         "clusters_labels": "Clusters by topics",
         "local": "Local only",
@@ -165,6 +180,7 @@ STUDY = Study(
         (lambda a: a["algorithm"] != "fedprox", {"mu"}),
         (lambda a: a["algorithm"] != "scaffold", {"scaffold_option"}),
         (lambda a: a["algorithm"] not in ("fedavgm", "fedadam"), {"server_lr"}),
+        (lambda a: a["algorithm"] != "fedadamw", {"alpha_global"}),
         (lambda a: a["algorithm"] != "fedavgm", {"server_momentum"}),
         (lambda a: a.get("cluster", "none") == "none", {"num_clusters"}),
         (lambda a: a.get("cluster") != "updates", {"cluster_round"}),
@@ -175,9 +191,11 @@ STUDY = Study(
         (lambda a: a["kind"] == "central", {"min_samples", "client_weights"}),
     ),
     paths=("tokenizer", "init_from"),
-    off={"init_from": (), "server_lr": ("fedavgm", "fedadam")},
+    off={"init_from": (), "target": (), "train": (), "server_lr": ("fedavgm", "fedadam")},
     words={
         "dataset": "{}",
+        "target": lambda target, setting: "" if target == "text" else f"predicting the {target}",
+        "train": lambda trained, setting: "" if trained == "lora" else "all parameters",
         "texts": "{:,} texts",
         "evaluated": None,
         "model": "{}",
