@@ -60,8 +60,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 class Flags(argparse.Namespace):
     """Parsed flags, and three lists that are no flags.
 
-    reads: {flag: when it is read, a function of the flags, or None: always}; given: {flag: its spelling} of the command
-    line and --config; notes: lines of what has no effect.
+    reads: {flag: when it is read, a function of the flags, or None: always}; given: the flags of the command line
+    with another value than the default, and all of --config; notes: lines of what has no effect.
     """
 
     __slots__ = ("reads", "given", "notes")
@@ -176,8 +176,7 @@ class Parser(_Declares, argparse.ArgumentParser):
         if rest:
             self.error(f"{rest[0]!r} belongs to no flag: drop it")
         if isinstance(flags, Flags):
-            usual = [name for name in given if getattr(flags, name) == self.get_default(name)]
-            flags.given = [name for name in given if name in self.defaulted or name not in usual]
+            flags.given = [n for n in given if n in self.defaulted or getattr(flags, n) != self.get_default(n)]
             flags.notes = list(self._without_effect(flags, given))
         return flags
 

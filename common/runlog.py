@@ -217,11 +217,13 @@ class Run:
             if _kinds(saved, same_shapes) != _kinds(into, same_shapes):
                 raise UsageError(f"{self.folder}/checkpoint is of another model: use --overwrite or another --run-name")
         if self.before is not None:
-            if not state:
+            rows, t = [], 0
+            if state:
+                t = state[0]["round"]
+                rows = metrics_log.lines_to(self.folder, t, self.due, state[0].get("log"))
+            else:
                 self._check_unsaved()
-            meta = state[0] if state else {"round": 0}
-            rows = metrics_log.lines_to(self.folder, meta["round"], self.due, meta.get("log")) if state else []
-            manifest.add_session(self.manifest, self.before, meta["round"])
+            manifest.add_session(self.manifest, self.before, t)
             self._own_folder()
             if parallel.is_main():
                 metrics_log.cut(self.folder, rows)
@@ -238,10 +240,10 @@ class Run:
 
     def _check_unsaved(self):
         """Raises UsageError where the run has rounds of which there was a checkpoint once."""
-        rows = metrics_log.last_round(self.folder)
-        if self.before.get("results") or rows > self.save_every:
+        last = metrics_log.last_round(self.folder)
+        if self.before.get("results") or last > self.save_every:
             raise UsageError(
-                f"{self.folder} has rounds up to {rows} in metrics.jsonl but no checkpoint to go on from: put it back, "
+                f"{self.folder} has rounds up to {last} in metrics.jsonl but no checkpoint to go on from: put it back, "
                 "or start the run anew with --overwrite"
             )
 
