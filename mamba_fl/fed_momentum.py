@@ -39,6 +39,10 @@ def build_parser():
         when=of("adam") & cli.unless(server_bias_correction=False),
         help=text,
     )
+    text = "whose rate --lr-scheduler and --warmup-steps change"
+    add(
+        "--scheduled", choices=["clients", "server"], default="clients", when=cli.unless(scheduled="clients"), help=text
+    )
     add("--server-tau", type=cli.positive_float, default=1e-3, metavar="X", when=of(*ADAPTIVE), help="Adam's tau")
     return parser
 
@@ -67,6 +71,9 @@ def main(args):
             mean = WeightedMean(theta, clients)
             study.moments.open_round(clients)
             lrs, max_norm = study.learning_rates(t), args.max_grad_norm
+            if args.scheduled == "server":
+                server.lr = args.server_lr * (lrs[0] / args.lr if args.lr else 1)
+                lrs = [args.lr] * len(lrs)
             for k in clients:
                 batches = begin_client(study, theta, k, t)
                 done = local_steps(

@@ -122,6 +122,7 @@ STUDY = Study(
         "n_epochs": "{} epochs",
         "num_clients": "{} clients",
         "rounds": "{} rounds",
+        "scheduled": "scheduled {}",
         "server_beta2": "server b2 {}",
         "server_bias_correction": lambda on, _: on and "bias-corrected",
         "server_lr": "server lr {}",
@@ -141,7 +142,7 @@ STUDY = Study(
         "sync": "sync every {}",
     },
     off=dict.fromkeys(("init_from", "lr_scheduler", "warmup_steps", "max_grad_norm", "beta2"), ())
-    | {"server_lr": ("fed_momentum",), "server_bias_correction": ()},
+    | {"server_lr": ("fed_momentum",), "server_bias_correction": (), "scheduled": ()},
     spoken=frozenset({"local_updates"}),
     # the two forms differ by a factor of ten in their steps: never left unsaid
     marked=frozenset({("momentum_form", "ema")}),
