@@ -9,7 +9,7 @@ Each run is one of the scripts beside this file; finished runs are skipped and b
 can be given again at any time. results.jsonl in the output folder is the log behind the table.
 """
 
-from common import grid
+from common import grid, tuning
 from common.cli import run_main
 from common.grid import Preset, Setting
 
@@ -60,7 +60,7 @@ def plan(args):
 
 
 def main(args):
-    return grid.run_study(args, plan(args), SHOW)
+    return tuning.run_study(args, PRESETS[args.preset], plan(args), SHOW)
 
 
 def build_parser():
