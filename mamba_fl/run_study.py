@@ -11,7 +11,7 @@ can be given again at any time. results.jsonl in the output folder is the log be
 
 from dataclasses import replace
 
-from common import grid
+from common import grid, tuning
 from common.cli import run_main
 from common.grid import Preset, Setting
 
@@ -43,7 +43,7 @@ def settings(methods, val_freq):
 
 LUS = (1, 8, 64, 256)
 ADAM_LR = (2e-3, 4e-3, 8e-3)
-GAP = "--lr-scheduler cosine --amp auto --client-val-sequences 0"
+GAP = "--lr-scheduler cosine --amp auto"
 WIKITEXT = "--d-model 64 --tokenizer bpe:2048 --val-sequences 128 --warmup-steps 77 --held-out-sequences 16"
 DEMO = "--dataset demo --d-model 64 --val-sequences 64 --warmup-steps 26 --held-out-sequences 4"
 # Adam at the server on one gradient of each client: --lr is the gradient's factor, which Adam divides out again
@@ -60,7 +60,7 @@ def row(name, line, steps, lu=None, batch=None, seeds=5, **tune):
         steps //= fewer
         words += ["--batch-size", str(batch), "--warmup-steps", str(steps // 10)]
     words += ["--rounds", str(steps // (lu or 1)), "--val-freq", str(max(1, steps // 4 // (lu or 1)))]
-    words += ["--local-updates", str(lu)] if lu else []
+    words += ["--local-updates", str(lu), "--client-val-sequences", "0"] if lu else []
     grids = {flag.replace("_", "-"): values for flag, values in (tune or {"lr": ADAM_LR}).items()}
     return Setting(name, f"mamba_fl/{script}.py", tuple(words), name.partition("_")[0], seeds, grids)
 
@@ -156,7 +156,7 @@ def plan(args):
 
 
 def main(args):
-    return grid.run_study(args, plan(args), SHOW)
+    return tuning.run_study(args, PRESETS[args.preset], plan(args), SHOW)
 
 
 def build_parser():
