@@ -68,7 +68,8 @@ def make_parser(doc, *, federated=True):
     add("--tokenizer", help="gpt2, bpe:N (trained on the training text) or a path (default: gpt2; demo: bpe:1024)")
     add("--sequence-length", type=positive_int, metavar="T", help="tokens (default: 256; demo: 128)")
     add("--data-root", "--cache-dir", metavar="DIR", help="folder of the data (default: $FEDQUARTET_DATA, else data)")
-    add("--sharding", choices=["contiguous", "iid"], default="contiguous", help="documents in corpus order or shuffled")
+    dealt = "documents in corpus order, shuffled, or by topic (few topics a client)"
+    add("--sharding", choices=["contiguous", "iid", "topics"], default="contiguous", help=dealt)
     shards = "clients that the text is dealt to" if federated else "shards that are trained on together"
     add("--num-clients", type=positive_int, default=4, metavar="K", help=shards)
 
