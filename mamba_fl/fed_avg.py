@@ -33,7 +33,7 @@ def main(args):
         run.report(0, theta, lambda: evaluate(study, theta, 0))
 
         for t in run.rounds():
-            up, down = study.weights.bytes, study.bytes_down(t)
+            up, down = study.bytes_up, study.bytes_down(t)
             clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
             lrs, max_norm = study.learning_rates(t), args.max_grad_norm

@@ -47,7 +47,7 @@ def main(args):
         run.report(0, theta, lambda: evaluate(study, theta, 0))
 
         for t in run.rounds():
-            up, down = 2 * study.weights.bytes, study.bytes_down(t)  # up: the weights and their precision
+            up, down = 2 * study.bytes_up, study.bytes_down(t)  # up: the weights and their precision
             clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = PrecisionWeightedMean(theta, clients, args.fisher_damping, args.fisher_normalize)
             lrs, max_norm = study.learning_rates(t), args.max_grad_norm
@@ -65,7 +65,7 @@ def main(args):
 
 
 def fisher(study, k, t):
-    """F_k [n] at the weights in the model, over some training sequences of client k."""
+    """F_k [n] at the weights in the model, over some training sequences of client k; 0 where they are personal."""
     blocks = sampled_blocks(study, "fisher", study.train[k], study.args.fisher_samples, k, t)  # [n, T + 1]
     inputs, labels = inputs_and_labels(blocks)
     if study.args.fisher_labels == "model":  # else the text's: the empirical Fisher
@@ -78,7 +78,7 @@ def fisher(study, k, t):
         with study.autocast():
             return model.nll(*(part[None] for part in sample))
 
-    return diagonal_fisher(study.model, study.weights, nll, (inputs, labels), method="loop")
+    return study.personal.without(diagonal_fisher(study.model, study.weights, nll, (inputs, labels), method="loop"))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,11 @@ def make_parser(doc, *, federated=True):
             when=only(client_optimizer="adamw"),
             help="a client's AdamW moments from round to round",
         )
+        stays, kept = (
+            "what stays with the client (A_log, dt_bias, D; the convolution); off: none",
+            unless(personal="none"),
+        )
+        add("--personal", choices=["none", "ssm", "conv"], default="none", when=kept, help=stays)
         sync = "when clients get the averaged model; epoch: the source's schedule"
         add("--sync", choices=["round", "epoch"], default="round", help=sync)
         budget = "equal: central's tokens; source: its 2.5 epochs with replacement"
@@ -114,6 +119,7 @@ def make_parser(doc, *, federated=True):
         # central training is one client with all of the text, one step a round
         parser.set_defaults(client_weights="examples", client_optimizer="adamw", client_state="keep")
         parser.set_defaults(local_updates=1, participation=1.0, sync="round", budget="equal", client_val_sequences=0)
+        parser.set_defaults(personal="none")
 
     add = parser.add_argument_group("what is measured").add_argument
     if federated:
@@ -171,6 +177,10 @@ def complete_flags(args):
     check_participation(args.participation, args.num_clients)
     if args.sync == "epoch" and args.participation < 1:
         raise UsageError(f"--sync epoch needs every client in every round: --participation {args.participation} -> 1")
+    if args.sync == "epoch" and args.personal != "none":
+        raise UsageError(
+            f"--sync epoch leaves all weights with the client, --personal {args.personal} some: give one of the two"
+        )
     return args
 
 

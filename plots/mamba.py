@@ -36,7 +36,7 @@ KEYS += ("sync",)
 # Mamba-2's sizes and the values that go without saying.
 SIZES = {"d_model": None, "d_state": 128, "headdim": 64, "expand": 2}
 FEDERATED_ONLY = frozenset(
-    "local_updates rounds participation client_weights client_optimizer client_state sync budget".split()
+    "local_updates rounds participation client_weights client_optimizer client_state sync budget personal".split()
 )
 
 
@@ -119,6 +119,7 @@ STUDY = Study(
         "momentum_form": "{}",
         "n_epochs": "{} epochs",
         "num_clients": "{} clients",
+        "personal": "personal {}",
         "rounds": "{} rounds",
         "server_lr": "server lr {}",
         "server_momentum": "momentum {}",
@@ -136,7 +137,7 @@ STUDY = Study(
         "sequence_length": "length {}",
         "sync": "sync every {}",
     },
-    off=dict.fromkeys(("init_from", "lr_scheduler", "warmup_steps", "max_grad_norm"), ())
+    off=dict.fromkeys(("init_from", "lr_scheduler", "max_grad_norm", "personal", "warmup_steps"), ())
     | {"server_lr": ("fed_momentum",)},
     spoken=frozenset({"local_updates"}),
     # the two forms differ by a factor of ten in their steps: never left unsaid

@@ -90,6 +90,7 @@ GOLDEN = {
     ),
     "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", f"{MAMBA_FEDERATED} --temperature 0.001"),
     "mamba_fl/fed_fisher": Golden("mamba_fl/fed_fisher.py", MAMBA_FEDERATED),
+    "mamba_fl/personal": Golden("mamba_fl/fed_avg.py", f"{MAMBA_FEDERATED} --personal conv --server-lr 0.7"),
     "vit_sparse_fl/centralized": Golden(
         "vit_sparse_fl/train_centralized.py",
         f"{VIT} --batch-size 30 --epochs 3 --save-every 1 --warmup-epochs 1",
