@@ -15,8 +15,11 @@ from common.allocator import reuse_large_memory
 from common.best import best_line
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
+from common.client_rows import ClientRows, rows_on_disk
 from common.compiling import checked_compile
 from common.curves import number
+from common.participation import per_round
+from common.personal import Personal
 from common.seeding import stream
 from common.sharding import class_counts
 from llm_noniid import clustering, detectors, diagnostics, text_model
@@ -34,7 +37,7 @@ class Study:
 
     rows, held: each client's training texts and those that it is judged by; examples: numbers of the former; seen:
     validation texts that are evaluated, tested: test texts. All are rows of their split, int64. loss: of a batch,
-    compiled with --compile.
+    compiled with --compile. personal: what --personal keeps with each client.
     """
 
     args: object
@@ -45,10 +48,22 @@ class Study:
     loss: Callable
     seen: np.ndarray
     tested: np.ndarray
+    personal: Personal
 
     @property
     def examples(self):
         return [len(rows) for rows in self.rows]
+
+    @property
+    def client_weights(self):
+        """What each client counts in a mean: its texts, or 1 with --client-weights uniform."""
+        return self.examples if self.args.client_weights == "examples" else [1] * len(self.rows)
+
+    def served(self, thetas):
+        """thetas [G, n] with the mean of the clients' own in the place of what is personal, if anything is."""
+        if not self.personal.names:
+            return thetas
+        return self.personal.served(thetas[0], self.client_weights)[None]
 
     def topic_counts(self):
         """How many training texts of each topic a client has: int64 [K, topics]."""
@@ -89,19 +104,31 @@ def load_study(args, run):
                 f"the {len(chosen)} {split} texts have one token each: give longer ones, or --eval-samples 0"
             )
     loss = checked_compile(model.loss, model.weights.parameters) if a.compile else model.loss
-    study = Study(a, texts, model, rows, held, loss, seen, tested)
+    study = Study(a, texts, model, rows, held, loss, seen, tested, personal_of(a, run, model))
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
     data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
     cut = {split: tokens.cut for split, tokens in model.tokens.items()}
     shards = {"examples": [len(part) for part in parts], "sha256": splits, "cut": cut}
     total = sum(p.numel() for p in model.module.parameters())
     parameters = {"total": total, "trainable": model.weights.size}
+    parameters |= {"personal": study.personal.size} if study.personal.names else {}
     run.begin(data, parameters | text_model.base_facts(model.module, model.tokenizer), clients=shards)
     n = sorted(study.examples)
     sizes = f"{len(n)} clients, training texts a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})"
     for line in [*texts.notes, *notes, sizes]:
         run.note(line)
     return study
+
+
+def personal_of(args, run, model):
+    """What stays with the clients. Every process reads every client's own, so that several have them in files."""
+    names = text_model.last_block([*model.weights.shapes]) if args.personal == "last" else ()
+    if not names:
+        return Personal(model.weights)
+    size = 4 * sum(model.weights.shapes[name].numel() for name in names)
+    on_disk = rows_on_disk(args.num_clients, per_round(args.participation_rate, args.num_clients), size)
+    on_disk = on_disk or parallel.world().size > 1
+    return Personal(model.weights, names, ClientRows(run.folder / "personal", on_disk, device=run.device))
 
 
 def describe_clients(run, study):
@@ -166,7 +193,7 @@ def compare(study, theta, after, seen, weights):
     """How far the clients' updates of a round pull apart, as fields of metrics.jsonl.
 
     Args: theta, after [n]: as the round began and ended; seen: {client: (theta_k, hidden states of the probed texts)};
-        weights: of each client in the mean.
+        weights: of each client in the mean. What is personal counts in the hidden states only.
     """
     if len(seen) < 2:
         return {}
@@ -178,7 +205,7 @@ def compare(study, theta, after, seen, weights):
         "weight_cosine_drift": diagnostics.weight_cosine_drift(after, [of[0] for of in seen.values()]),
     }
     if study.args.probe_samples:
-        study.model.weights.load(after)
+        study.model.weights.load(study.served(after[None])[0])
         figures |= diagnostics.cka_figures(probe(study), [hidden for _, hidden in seen.values()])
     return figures
 
@@ -193,11 +220,18 @@ def probe(study):
 
 
 def evaluate(study, thetas, group):
-    """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts."""
+    """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts.
+
+    Of what is personal the former see the mean, the latter each client's own.
+    """
     weights = np.bincount(group, study.examples, len(thetas))
+    clients, of = thetas, group
+    if study.personal.names:
+        of = np.arange(len(study.rows))
+        clients = (study.personal.own(thetas[0], k) for k in of)
     return {
         **text_model.quality(study.model, study.texts, thetas, weights, "validation", study.seen, "val"),
-        **text_model.clients_quality(study.model, thetas, group, study.held),
+        **text_model.clients_quality(study.model, clients, of, study.held),
         **({"group": group.tolist()} if len(thetas) > 1 else {}),
     }
 
@@ -231,7 +265,7 @@ def finish(run, study, thetas, group, best=None):
 
     Where one model serves all clients, also before there are groups, that one is written.
     """
-    model, a = study.model, study.args
+    model, a, thetas = study.model, study.args, study.served(thetas)
 
     def tested(thetas, group):
         weights = np.bincount(group, study.examples, len(thetas))

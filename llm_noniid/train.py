@@ -12,6 +12,7 @@ fedavgm, fedadam    the server's momentum or Adam on sum_k p_k (theta_k - theta)
 fedadamw  block means of the clients' second moments last, each step adds alpha Delta_G  (Liu et al. 2025)
 local     each client for itself; central: one client with all texts, as many steps (--local-epochs: as many epochs)
 --cluster fedavg within groups of clients with like updates or topics                    (Sattler et al. 2020)
+--personal last    the last block stays with its client, all else is averaged            (Arivazhagan et al. 2019)
 """
 
 from common.early import parsed
@@ -82,8 +83,8 @@ def main(args):
         study = load_study(a, run)
         weights, rows, steps = study.model.weights, study.rows, a.local_steps
         together = per_round(a.participation_rate, a.num_clients)
-        n = [len(mine) if a.client_weights == "examples" else 1 for mine in rows]
-        up = down = weights.bytes
+        n, personal = study.client_weights, study.personal
+        up = down = weights.bytes - personal.bytes
         models, groups = 1, Groups(np.zeros(len(rows)))
         server, variates, moments, optimizer = None, None, None, (a.client_optimizer, a.learning_rate)
         match a.algorithm:
@@ -109,7 +110,7 @@ def main(args):
 
         best = Best() if a.final == "best" else None
         lasting = {"groups": groups, "server": server, "moments": moments, "best": best}
-        lasting |= {"variates": variates, "control": variates and variates.rows}
+        lasting |= {"variates": variates, "control": variates and variates.rows, "personal": personal.rows}
         lasting = {name: thing for name, thing in lasting.items() if thing is not None}
         run.plan(a.num_rounds, a.eval_every, clients=len(n))
         thetas = run.restore(weights.snapshot().repeat(models, 1), study.names, **lasting)  # [models, n]
@@ -133,7 +134,7 @@ def main(args):
                 batches = training_batches(len(rows[k]), a.batch_size, a.local_epochs, a.seed, t, k, steps or None)
                 batches = [rows[k][batch] for batch in batches]
                 clients.work(study.model.tokens["train"].scored(np.concatenate(batches)).sum())
-                update = partial(client_update, study, theta, batches, k, t)
+                update = partial(client_update, study, personal.own(theta, k), batches, k, t)
                 match a.algorithm:
                     case "fedprox":
                         done = update(mu=a.mu)
@@ -158,10 +159,12 @@ def main(args):
                             moments.offer(n[k])
                     case _:
                         done = update()
-                        counts = mean.add(weights.theta, n[k])
+                        personal.keep(k, weights.theta)
+                        counts = mean.add(personal.sent(weights.theta, theta), n[k])
                 clients.note(k, train_loss=done.loss, gradient_norm=done.gradient_norms.double().mean())
                 if counts and k in wanted:
-                    seen[k] = weights.theta.to("cpu", copy=True), probe(study) if compares else None
+                    theta_k = personal.sent(weights.theta, theta)
+                    seen[k] = theta_k.to("cpu", copy=True), probe(study) if compares else None
             for shared in filter(None, (variates, moments)):
                 shared.close_round()
 
@@ -175,11 +178,13 @@ def main(args):
                 groups.of = group_by_updates(run, study, before[0], seen, models)
                 thetas = thetas[:1].repeat(models, 1)  # every group begins with the mean
 
+            served = study.served(thetas) if run.due(t + 1) else thetas
+
             def measure():
                 pull = compare(study, before[0], thetas[0], seen, n) if compares else {}
-                return evaluate(study, thetas, groups.of) | pull
+                return evaluate(study, served, groups.of) | pull
 
-            run.report(t + 1, thetas, measure, lambda row: judge(run, t + 1, row, thetas, best))
+            run.report(t + 1, thetas, measure, lambda row: judge(run, t + 1, row, served, best))
         finish(run, study, thetas, groups.of, best)
 
 

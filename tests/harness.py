@@ -166,6 +166,7 @@ GOLDEN = {
     "llm_noniid/local": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm local"),
     "llm_noniid/central": Golden("llm_noniid/train.py", f"{NONIID} --algorithm central", federated=False),
     "llm_noniid/clusters": Golden("llm_noniid/train.py", f"{NONIID} --cluster updates --num-clusters 2"),
+    "llm_noniid/personal": Golden("llm_noniid/train.py", f"{PARTIAL} --personal last"),
     "llm_noniid/pretrain": Golden(
         "llm_noniid/pretrain.py", PRETRAIN, tensors=".", facts=("pretraining.json",), federated=False, resumes=False
     ),
