@@ -15,8 +15,11 @@ from common.allocator import reuse_large_memory
 from common.best import best_line
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
+from common.client_rows import ClientRows, rows_on_disk
 from common.compiling import checked_compile
 from common.curves import number
+from common.participation import per_round
+from common.personal import Personal
 from common.seeding import stream
 from common.sharding import class_counts
 from llm_noniid import clustering, detectors, diagnostics, text_model
@@ -34,7 +37,8 @@ class Study:
 
     rows, held: each client's training texts and those that it is judged by; examples: numbers of the former; seen:
     validation texts that are evaluated, tested: test texts, learnt: as many of the clients' training texts, of each
-    client. All are rows of their split, int64. loss: of a batch, compiled with --compile.
+    client. All are rows of their split, int64. loss: of a batch, compiled with --compile. personal: what --personal
+    keeps with each client.
     """
 
     args: object
@@ -46,10 +50,22 @@ class Study:
     seen: np.ndarray
     tested: np.ndarray
     learnt: list[np.ndarray]
+    personal: Personal
 
     @property
     def examples(self):
         return [len(rows) for rows in self.rows]
+
+    @property
+    def client_weights(self):
+        """What each client counts in a mean: its texts, or 1 with --client-weights uniform."""
+        return self.examples if self.args.client_weights == "examples" else [1] * len(self.rows)
+
+    def served(self, thetas):
+        """thetas [G, n] with the mean of the clients' own in the place of what is personal, if anything is."""
+        if not self.personal.names:
+            return thetas
+        return self.personal.served(thetas[0], self.client_weights)[None]
 
     def topic_counts(self):
         """How many training texts of each topic a client has: int64 [K, topics]."""
@@ -95,19 +111,31 @@ def load_study(args, run):
     learnt[evaluated(len(every), len(seen), a.seed, "training")] = True
     cuts = np.cumsum(list(map(len, rows)))[:-1]
     learnt = [mine[of] for mine, of in zip(rows, np.split(learnt, cuts), strict=True)]
-    study = Study(a, texts, model, rows, held, loss, seen, tested, learnt)
+    study = Study(a, texts, model, rows, held, loss, seen, tested, learnt, personal_of(a, run, model))
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
     data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
     cut = {split: tokens.cut for split, tokens in model.tokens.items()}
     shards = {"examples": [len(part) for part in parts], "sha256": splits, "cut": cut}
     total = sum(p.numel() for p in model.module.parameters())
     parameters = {"total": total, "trainable": model.weights.size}
+    parameters |= {"personal": study.personal.size} if study.personal.names else {}
     run.begin(data, parameters | text_model.base_facts(model.module, model.tokenizer), clients=shards)
     n = sorted(study.examples)
     sizes = f"{len(n)} clients, training texts a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})"
     for line in [*texts.notes, *notes, sizes]:
         run.note(line)
     return study
+
+
+def personal_of(args, run, model):
+    """What stays with the clients. Every process reads every client's own, so that several have them in files."""
+    names = text_model.last_block([*model.weights.shapes]) if args.personal == "last" else ()
+    if not names:
+        return Personal(model.weights)
+    size = 4 * sum(model.weights.shapes[name].numel() for name in names)
+    on_disk = rows_on_disk(args.num_clients, per_round(args.participation_rate, args.num_clients), size)
+    on_disk = on_disk or parallel.world().size > 1
+    return Personal(model.weights, names, ClientRows(run.folder / "personal", on_disk, device=run.device))
 
 
 def describe_clients(run, study):
@@ -172,7 +200,7 @@ def compare(study, theta, after, seen, weights):
     """How far the clients' updates of a round pull apart, as fields of metrics.jsonl.
 
     Args: theta, after [n]: as the round began and ended; seen: {client: (theta_k, hidden states of the probed texts)};
-        weights: of each client in the mean.
+        weights: of each client in the mean. What is personal counts in the hidden states only.
     """
     if len(seen) < 2:
         return {}
@@ -184,7 +212,7 @@ def compare(study, theta, after, seen, weights):
         "weight_cosine_drift": diagnostics.weight_cosine_drift(after, [of[0] for of in seen.values()]),
     }
     if study.args.probe_samples:
-        study.model.weights.load(after)
+        study.model.weights.load(study.served(after[None])[0])
         clients = [hidden for _, hidden in seen.values()]
         figures |= diagnostics.cka_figures(probe(study), clients, study.args.seed)
     return figures
@@ -203,16 +231,20 @@ def evaluate(study, thetas, group):
     """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts.
 
     train_eval_loss: on as many of the texts that the clients train on, drawn once, in eval mode; generalization_gap:
-    val_loss less that.
+    val_loss less that. Of what is personal these see the mean, the clients' losses each client's own.
     """
     weights = np.bincount(group, study.examples, len(thetas))
     quality = text_model.quality(study.model, study.texts, thetas, weights, "validation", study.seen, "val")
     learnt = text_model.own_loss(study.model, thetas, group, study.learnt)
+    clients, of = thetas, group
+    if study.personal.names:
+        of = np.arange(len(study.rows))
+        clients = (study.personal.own(thetas[0], k) for k in of)
     return {
         **quality,
         "train_eval_loss": learnt,
         "generalization_gap": diagnostics.generalization_gap(learnt, quality["val_loss"]),
-        **text_model.clients_quality(study.model, thetas, group, study.held),
+        **text_model.clients_quality(study.model, clients, of, study.held),
         **({"group": group.tolist()} if len(thetas) > 1 else {}),
     }
 
@@ -245,7 +277,7 @@ def finish(run, study, thetas, group, best=None):
 
     Where one model serves all clients, also before there are groups, that one is written.
     """
-    model, a = study.model, study.args
+    model, a, thetas = study.model, study.args, study.served(thetas)
 
     def tested(thetas, group):
         weights = np.bincount(group, study.examples, len(thetas))

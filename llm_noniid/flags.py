@@ -32,6 +32,7 @@ SIZES = ("dirichlet", "equal")
 SKEW_TYPES = ("frequency", "truncation", "vocabulary")
 TOPICS = {"ag_news": 4, "wikitext": 8, "demo": 4}  # of a data set
 TARGETS = ("text", "label")
+PERSONAL = ("none", "last")
 TRAINED = ("lora", "full")
 STOP_ON = ("never", "divergence", "any")
 ALIKE = {  # section of a yaml file -> keys that are called as their flag
@@ -79,6 +80,8 @@ def build_parser(description):
     number(method, "--num-clusters", positive_int, None, text, "C", when=clusters)
     text = "round whose updates decide the groups; who is absent joins the largest"
     number(method, "--cluster-round", positive_int, 1, text, "T", when=only(cluster="updates"))
+    text = "FedPer: what stays with the client (last: the last block; of all parameters the last norm too)"
+    choice(method, "--personal", PERSONAL, "none", text, when=unless(personal="none"))
     choice(method, "--stop-on", STOP_ON, "never", "end the run at a detector's alarm: of divergence, or of any")
 
     data = parser.add_argument_group("the data")
@@ -184,6 +187,11 @@ def complete(args):
         raise UsageError(f"--cluster {args.cluster} is FedAvg within groups: drop it, or --algorithm {args.algorithm}")
     if args.num_clusters is None:  # without clusters what older runs have, so that they can be gone on with
         args.num_clusters = 2 if args.cluster == "none" else min(TOPICS[args.dataset], args.num_clients)
+    for flag, value, wanted in (("algorithm", args.algorithm, "fedavg"), ("cluster", args.cluster, "none")):
+        if args.personal != "none" and value != wanted:
+            raise UsageError(
+                f"--personal {args.personal} is FedAvg of one model for the rest: drop it, or --{flag} {value}"
+            )
     if args.cluster != "none" and args.num_clusters > args.num_clients:
         raise UsageError(f"--num-clusters {args.num_clusters} is above --num-clients {args.num_clients}: lower it")
     if args.cluster == "updates" and args.cluster_round > args.num_rounds:
@@ -218,6 +226,7 @@ def run_name(args):
         "token_skew": f"token_skew_{args.skew_type}",
     }[args.partition]
     cluster = "" if args.cluster == "none" else f"_{args.num_clusters}_clusters_by_{args.cluster}"
+    cluster += "" if args.personal == "none" else f"_personal_{args.personal}"
     rate = "" if args.participation_rate == 1 else f"_participation_{args.participation_rate:g}"
     return (
         f"{args.algorithm}{cluster}_{partition}_{args.dataset}_{Path(args.model).name}{rate}_lr_{args.learning_rate:g}"

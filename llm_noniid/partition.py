@@ -13,12 +13,12 @@ from collections import Counter
 
 import numpy as np
 import scipy.sparse
-from scipy.spatial.distance import jensenshannon
 from scipy.special import logsumexp
 
 from common import sharding
 from common.cli import UsageError
 from common.seeding import stream
+from common.topics import js_divergence
 from llm_noniid.flags import SKEW_TYPES, STYLE_CRITERIA
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -220,15 +220,6 @@ def statistics(texts, tokens, parts, seed=0):
         "token_divergence": divergence("token", parts),
         "token_divergence_chance": divergence("token", chance),
     }
-
-
-def js_divergence(p, q):
-    """Jensen-Shannon divergence (Lin 1991) in bits, from 0 (equal) to 1 (disjoint), along the last axis.
-
-    (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. Args: p, q: counts or probabilities [..., C], broadcast, of
-    positive sums; each row is divided by its sum.
-    """
-    return np.clip(np.nan_to_num(jensenshannon(p, q, base=2, axis=-1)) ** 2, 0, 1)  # nan: the root of a rounded 0
 
 
 def vocabulary_overlap(of_texts, parts):

@@ -5,6 +5,7 @@ parameters; what is measured is the theta that was loaded last. Losses are in na
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def load_text_model(args, texts, device, amp):
     if a.init_from is not None:
         init_from(lora, a.init_from, a.model, base_facts(module, tokenizer))
     return TextModel(a.model, tokenizer, tokens, module, Weights(module, trained), device, amp, lora)
+
+
+def last_block(names):
+    """The names of the last transformer block's parameters, and of the norm behind the blocks (`--personal last`).
+
+    Args: names: of theta, of the form "A.transformer.h.5.attn.c_attn" or "transformer.ln_f.weight".
+    Raises: UsageError for a model whose blocks are not numbered.
+    """
+    block = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
+    if not block:
+        raise UsageError(f"--personal last: {names[0]} is in no numbered block: take another --model, or none")
+    last = max(block.values())
+    return [name for name in names if block.get(name) == last or re.search(r"(^|\.)(ln_f|model\.norm)\.", name)]
 
 
 def base_facts(module, tokenizer):

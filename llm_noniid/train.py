@@ -12,6 +12,7 @@ fedavgm, fedadam    the server's momentum or Adam on sum_k p_k (theta_k - theta)
 fedadamw  block means of the clients' second moments last, each step adds alpha Delta_G  (Liu et al. 2025)
 local     each client for itself; central: one client with all texts, as many steps (--local-epochs: as many epochs)
 --cluster fedavg within groups of clients with like updates or topics                    (Sattler et al. 2020)
+--personal last    the last block stays with its client, all else is averaged            (Arivazhagan et al. 2019)
 """
 
 from common.early import parsed
@@ -89,8 +90,8 @@ def main(args):
         study = load_study(a, run)
         weights, rows, steps = study.model.weights, study.rows, a.local_steps
         together = per_round(a.participation_rate, a.num_clients)
-        n = [len(mine) if a.client_weights == "examples" else 1 for mine in rows]
-        up = down = weights.bytes
+        n, personal = study.client_weights, study.personal
+        up = down = weights.bytes - personal.bytes
         models, groups = 1, Groups(np.zeros(len(rows)))
         server, variates, moments, optimizer = None, None, None, (a.client_optimizer, a.learning_rate)
         match a.algorithm:
@@ -116,7 +117,7 @@ def main(args):
 
         best = Best() if a.final == "best" else None
         lasting = {"groups": groups, "server": server, "moments": moments, "best": best}
-        lasting |= {"variates": variates, "control": variates and variates.rows}
+        lasting |= {"variates": variates, "control": variates and variates.rows, "personal": personal.rows}
         lasting = {name: thing for name, thing in lasting.items() if thing is not None}
         run.plan(a.num_rounds, a.eval_every, clients=len(n))
         thetas = run.restore(weights.snapshot().repeat(models, 1), study.names, **lasting)  # [models, n]
@@ -141,7 +142,7 @@ def main(args):
                 theta, mean = thetas[groups.of[k]], means[groups.of[k]]
                 batches, correction = batches_of(k), variates and variates.correction(k)
                 clients.work(study.model.tokens["train"].scored(np.concatenate(batches)).sum())
-                update = partial(client_update, study, theta, batches, k, t)
+                update = partial(client_update, study, personal.own(theta, k), batches, k, t)
                 match a.algorithm:
                     case "fedprox":
                         done = update(mu=a.mu)
@@ -165,10 +166,12 @@ def main(args):
                             moments.offer(n[k])
                     case _:
                         done = update()
-                        counts = mean.add(weights.theta, n[k])
+                        personal.keep(k, weights.theta)
+                        counts = mean.add(personal.sent(weights.theta, theta), n[k])
                 clients.note(k, train_loss=done.loss, gradient_norm=done.gradient_norms.double().mean())
                 if counts and k in wanted:
-                    seen[k] = weights.theta.to("cpu", copy=True), probe(study) if compares else None
+                    theta_k = personal.sent(weights.theta, theta)
+                    seen[k] = theta_k.to("cpu", copy=True), probe(study) if compares else None
                     if drawn:
                         pulls[k] = drift.measured(study.model, theta, drawn, k, correction, done.mean_gradient)
             if variates:
@@ -184,12 +187,14 @@ def main(args):
                 groups.of = group_by_updates(run, study, before[0], seen, models)
                 thetas = thetas[:1].repeat(models, 1)  # every group begins with the mean
 
+            served = study.served(thetas) if run.due(t + 1) else thetas
+
             def measure():
                 apart = compare(study, before[0], thetas[0], seen, n) if compares else {}
                 apart |= drift.figures(pulls, n, drawn[-1]) if drawn else {}
-                return evaluate(study, thetas, groups.of) | apart
+                return evaluate(study, served, groups.of) | apart
 
-            run.report(t + 1, thetas, measure, lambda row: judge(run, t + 1, row, thetas, best))
+            run.report(t + 1, thetas, measure, lambda row: judge(run, t + 1, row, served, best))
         finish(run, study, thetas, groups.of, best)
 
 

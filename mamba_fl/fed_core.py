@@ -23,6 +23,7 @@ from common.curves import draw_curve
 from common.evaluation import amp_context, bits_per_byte, perplexity
 from common.local import Moments, client_optimizer
 from common.participation import Turns, per_round
+from common.personal import Personal
 from common.schedules import lr_at
 from common.seeding import stream
 from common.shared_moments import AverageMoments, FedAdamW, FedAdamWMoments, PooledMoments, SharedMoments
@@ -34,6 +35,7 @@ from mamba_fl.mamba2 import Mamba2Config
 from mamba_fl.ssm_config import make_model, read_pretrained, save_pretrained
 
 NOT_DECAYED = ("dt_bias", "A_log", "D")  # Dao & Gu's recipe: no weight decay on the recurrence's own parameters
+PERSONAL = {"none": (), "ssm": NOT_DECAYED, "conv": ("conv1d.weight", "conv1d.bias")}  # of a layer's mixer
 MOST_PADDING = 128  # rows that an embedding has beyond the tokens, at most, in the models that there are
 SHARED = {"average": AverageMoments, "pooled": PooledMoments}  # --client-state
 WATCHED = ("in_proj.weight", "A_log", "D", "dt_bias")  # the state-space parameters of a layer
@@ -46,7 +48,8 @@ class Study:
     train: each client's blocks [n_k, T + 1] on the device (central: one client with all); weights: theta's live vector
     and names; loss: mean NLL (nats a token) of blocks [B, T + 1]; optimizer: the one of all clients; total_steps of a
     client that is always there; epoch: rounds that an epoch of the data takes; moments: the clients' AdamW moments from
-    round to round (--client-state); own_weights: what clients keep with --sync epoch (else None).
+    round to round (--client-state); own_weights: what clients keep with --sync epoch (else None); personal: what
+    --personal keeps with each client.
     """
 
     args: object
@@ -63,6 +66,7 @@ class Study:
     best: Best
     moments: Moments | SharedMoments
     own_weights: ClientRows | None
+    personal: Personal
 
     @property
     def client_weights(self):
@@ -73,7 +77,7 @@ class Study:
     def lasting(self):
         """With theta, all that outlives a round. A script adds its server optimiser."""
         moments = self.moments if isinstance(self.moments, SharedMoments) else self.moments.rows
-        others = {"moments": moments, "own_weights": self.own_weights}
+        others = {"moments": moments, "own_weights": self.own_weights, "personal": self.personal.rows}
         return {"best": self.best} | {name: thing for name, thing in others.items() if thing is not None}
 
     @property
@@ -89,10 +93,15 @@ class Study:
         """Whether the clients get the averaged model at the start of round t."""
         return self.args.sync == "round" or t % self.epoch == 0
 
+    @property
+    def sent(self):
+        """Bytes of a client's weights that are not personal."""
+        return self.weights.bytes - self.personal.bytes
+
     def bytes_of(self, t):
         """(up, down): what a client sends and receives in round t."""
         up, down = self.moments.bytes
-        return self.weights.bytes + up, (self.weights.bytes if self.synced(t) else 0) + down
+        return self.sent + up, (self.sent if self.synced(t) else 0) + down
 
     def learning_rates(self, t):
         """The rate of each step of round t, the same for all its clients.
@@ -124,10 +133,15 @@ def load_study(args, run, federated=True):
         with amp_context(run.amp, run.device):
             return model.nll(inputs, labels) / labels.numel()
 
-    def rows(name, size, in_place=False):
+    def rows(name, size, in_place=False, shared=False):  # shared: every process reads every client's
         on_disk = rows_on_disk(len(train), per_round(args.participation, len(train)), size)
+        on_disk = on_disk or (shared and parallel.world().size > 1)
         return ClientRows(run.folder / "clients" / name, on_disk, in_place, run.device)
 
+    endings = tuple(f".mixer.{name}" for name in PERSONAL[args.personal])
+    names = [name for name in weights.shapes if name.endswith(endings)]
+    size = 4 * sum(weights.shapes[name].numel() for name in names)
+    personal = Personal(weights, names, rows("personal", size, shared=True) if names else None)
     moments = client_moments(args, weights, rows, federated)
     study = Study(
         args=args,
@@ -144,9 +158,15 @@ def load_study(args, run, federated=True):
         best=Best(),
         moments=moments,
         own_weights=rows("own_weights", weights.bytes) if args.sync == "epoch" else None,
+        personal=personal,
     )
     resolved = run.resolved() | {"kernel": type(model).__name__}
-    run.begin(data.fingerprint, {"total": weights.size}, resolved, data.shards)
+    run.begin(
+        data.fingerprint,
+        {"total": weights.size} | ({"personal": personal.size} if names else {}),
+        resolved,
+        data.shards,
+    )
     run.plan(rounds, args.val_freq, args.save_freq, len(train))
     return study
 
@@ -242,7 +262,7 @@ def plan_rounds(args, examples, before=None):
 def begin_client(study, theta, k, t):
     """Puts client k's start into the model and its moments into the optimiser. Returns its batches of round t.
 
-    It starts from theta, or with --sync epoch from its own weights of before.
+    It starts from theta with its own of what is personal, or with --sync epoch from its own weights of before.
     """
     study.weights.load(_start(study, theta, k, t))
     study.moments.load(k)
@@ -251,16 +271,18 @@ def begin_client(study, theta, k, t):
 
 def _start(study, theta, k, t):
     own = None if study.own_weights is None or study.synced(t) else study.own_weights.get(k)
-    return theta if own is None else own["theta"]
+    return study.personal.own(theta, k) if own is None else own["theta"]
 
 
 def end_client(study, theta, k, t, clients, done):
-    """Keeps what of client k outlives the round, notes what is logged of it. Returns theta_k [n].
+    """Keeps what of client k outlives the round, notes what is logged of it. Returns theta_k [n] as it is sent.
 
-    theta_k is the model's own vector: valid until the next client. Args: done: of `common.local.local_steps`.
+    theta_k is the model's own vector, valid until the next client; with --personal a copy with theta's entries in the
+    place of what stays with the client. Args: done: of `common.local.local_steps`.
     """
     args, theta_k = study.args, study.weights.theta
     study.moments.store(k)
+    study.personal.keep(k, theta_k)
     if study.own_weights is not None:
         study.own_weights.put(k, {"theta": theta_k.clone()})
     clients.work(done.steps * args.batch_size * args.sequence_length)
@@ -273,7 +295,7 @@ def end_client(study, theta, k, t, clients, done):
             clients.note(k, held_out_ppl=held_out_ppl(study, k))
         if args.save_deltas:
             save_deltas(study, f"client_{k}", _start(study, theta, k, t), theta_k, t)
-    return theta_k
+    return study.personal.sent(theta_k, theta)
 
 
 def client_batches(study, k, t):
@@ -302,7 +324,11 @@ def sampled_blocks(study, purpose, blocks, n, k, t):
 
 
 def evaluate(study, theta, t):
-    """{field: value} of theta [n] after t rounds on the validation text; offers it as the best."""
+    """{field: value} of theta [n] after t rounds on the validation text; offers it as the best.
+
+    What is personal is there the mean of the clients', and each client's own on its own held-out text.
+    """
+    theta = study.personal.served(theta, study.client_weights)
     study.weights.load(theta)
     metrics = {
         "steps": min(study.total_steps, t * study.args.local_updates),
@@ -311,7 +337,11 @@ def evaluate(study, theta, t):
     }
     if study.args.held_out_sequences:
         clients = range(len(study.data.held_out))
-        shares = parallel.all_gather({k: held_out_ppl(study, k) for k in parallel.my_share(clients)})
+        mine = {}
+        for k in parallel.my_share(clients):
+            study.weights.load(study.personal.own(theta, k))
+            mine[k] = held_out_ppl(study, k)
+        shares = parallel.all_gather(mine)
         metrics["held_out_ppl"] = [next(share[k] for share in shares if k in share) for k in clients]
     study.best.offer(t, metrics["val_loss"], theta)
     return metrics
@@ -387,6 +417,7 @@ def finish(study, theta):
     """Test and validation perplexity on all text, of the last and the best weights; final/, the history, curve.png."""
     run, best = study.run, study.best
     run.note("evaluating on all test and validation text")
+    theta = study.personal.served(theta, study.client_weights)
     study.weights.load(theta)
     test_ppl = validate(study, study.data.test, "test")["test_ppl"]
     results = {"best_round": best.round, "best_val_ppl": perplexity(best.loss, 1)}

@@ -48,7 +48,7 @@ def main(args):
 
         for t in run.rounds():
             up, down = study.bytes_of(t)
-            up += study.weights.bytes  # the precision
+            up += study.sent  # the precision
             clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = PrecisionWeightedMean(theta, clients, args.fisher_damping, args.fisher_normalize)
             study.moments.open_round(clients)
@@ -70,7 +70,7 @@ def main(args):
 
 
 def fisher(study, k, t):
-    """F_k [n] at the weights in the model, over some training sequences of client k."""
+    """F_k [n] at the weights in the model, over some training sequences of client k; 0 where they are personal."""
     blocks = sampled_blocks(study, "fisher", study.train[k], study.args.fisher_samples, k, t)  # [n, T + 1]
     inputs, labels = inputs_and_labels(blocks)
     if study.args.fisher_labels == "model":  # else the text's: the empirical Fisher
@@ -83,7 +83,7 @@ def fisher(study, k, t):
         with study.autocast():
             return model.nll(*(part[None] for part in sample))
 
-    return diagonal_fisher(study.model, study.weights, nll, (inputs, labels), method="loop")
+    return study.personal.without(diagonal_fisher(study.model, study.weights, nll, (inputs, labels), method="loop"))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ SIZES = {  # flag -> its default, its names in a config.json: mamba-ssm's and tr
     "headdim": (64, "headdim", "head_dim"),
     "expand": (2, "expand", "expand"),
 }
-CLIENT_STATES = ("keep", "reset", "average", "pooled", "fedadamw")
+SENT_STATES = ("average", "pooled", "fedadamw")
+CLIENT_STATES = ("keep", "reset", *SENT_STATES)
 SERVER_LR = {
     "type": positive_float,
     "default": 1.0,
@@ -70,7 +71,8 @@ def make_parser(doc, *, federated=True):
     add("--tokenizer", help="gpt2, bpe:N (trained on the training text) or a path (default: gpt2; demo: bpe:1024)")
     add("--sequence-length", type=positive_int, metavar="T", help="tokens (default: 256; demo: 128)")
     add("--data-root", "--cache-dir", metavar="DIR", help="folder of the data (default: $FEDQUARTET_DATA, else data)")
-    add("--sharding", choices=["contiguous", "iid"], default="contiguous", help="documents in corpus order or shuffled")
+    dealt = "documents in corpus order, shuffled, or by topic (few topics a client)"
+    add("--sharding", choices=["contiguous", "iid", "topics"], default="contiguous", help=dealt)
     shards = "clients that the text is dealt to" if federated else "shards that are trained on together"
     add("--num-clients", type=positive_int, default=4, metavar="K", help=shards)
 
@@ -116,6 +118,11 @@ def make_parser(doc, *, federated=True):
             when=only(client_state="fedadamw"),
             help=text,
         )
+        stays, kept = (
+            "what stays with the client (A_log, dt_bias, D; the convolution); off: none",
+            unless(personal="none"),
+        )
+        add("--personal", choices=["none", "ssm", "conv"], default="none", when=kept, help=stays)
         sync = "when clients get the averaged model; epoch: the source's schedule"
         add("--sync", choices=["round", "epoch"], default="round", help=sync)
         budget = "equal: central's tokens; source: its 2.5 epochs with replacement"
@@ -126,6 +133,7 @@ def make_parser(doc, *, federated=True):
         # central training is one client with all of the text, one step a round
         parser.set_defaults(client_weights="examples", client_optimizer="adamw", client_state="keep")
         parser.set_defaults(local_updates=1, participation=1.0, sync="round", budget="equal", client_val_sequences=0)
+        parser.set_defaults(personal="none")
 
     add = parser.add_argument_group("what is measured").add_argument
     if federated:
@@ -181,10 +189,16 @@ def complete_flags(args):
     if args.lr_scheduler != "constant" and args.min_lr > args.lr:
         raise UsageError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: lower it")
     check_participation(args.participation, args.num_clients)
-    if args.sync == "epoch" and args.client_state in CLIENT_STATES[2:]:
+    if getattr(args, "personal", "none") != "none" and args.client_state in SENT_STATES:
+        raise UsageError(f"--client-state {args.client_state} would send the moments of --personal: take keep or reset")
+    if args.sync == "epoch" and args.client_state in SENT_STATES:
         raise UsageError(f"--client-state {args.client_state} is of an averaged model: --sync epoch -> round")
     if args.sync == "epoch" and args.participation < 1:
         raise UsageError(f"--sync epoch needs every client in every round: --participation {args.participation} -> 1")
+    if args.sync == "epoch" and args.personal != "none":
+        raise UsageError(
+            f"--sync epoch leaves all weights with the client, --personal {args.personal} some: give one of the two"
+        )
     return args
 
 

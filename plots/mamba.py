@@ -36,7 +36,8 @@ KEYS += ("sync",)
 # Mamba-2's sizes and the values that go without saying.
 SIZES = {"d_model": None, "d_state": 128, "headdim": 64, "expand": 2}
 FEDERATED_ONLY = frozenset(
-    "local_updates rounds participation client_weights client_optimizer client_state alpha_global sync budget".split()
+    "local_updates rounds participation client_weights client_optimizer client_state alpha_global sync budget"
+    " personal".split()
 )
 
 
@@ -121,6 +122,7 @@ STUDY = Study(
         "momentum_form": "{}",
         "n_epochs": "{} epochs",
         "num_clients": "{} clients",
+        "personal": "personal {}",
         "rounds": "{} rounds",
         "scheduled": "scheduled {}",
         "server_beta2": "server b2 {}",
@@ -141,7 +143,7 @@ STUDY = Study(
         "sequence_length": "length {}",
         "sync": "sync every {}",
     },
-    off=dict.fromkeys(("init_from", "lr_scheduler", "warmup_steps", "max_grad_norm", "beta2"), ())
+    off=dict.fromkeys(("init_from", "lr_scheduler", "warmup_steps", "max_grad_norm", "beta2", "personal"), ())
     | {"server_lr": ("fed_momentum",), "server_bias_correction": (), "scheduled": ()},
     spoken=frozenset({"local_updates"}),
     # the two forms differ by a factor of ten in their steps: never left unsaid

@@ -199,7 +199,7 @@ STUDY = Study(
         (lambda a: a["kind"] == "central", {"min_samples", "client_weights"}),
     ),
     paths=("tokenizer", "init_from"),
-    off={"init_from": (), "target": (), "train": (), "server_lr": ("fedavgm", "fedadam")},
+    off={"init_from": (), "personal": (), "target": (), "train": (), "server_lr": ("fedavgm", "fedadam")},
     words={
         "dataset": "{}",
         "target": lambda target, setting: "" if target == "text" else f"predicting the {target}",
@@ -219,6 +219,7 @@ STUDY = Study(
         "mu": "mu {:g}",
         "init_from": "from {}",
         "num_clusters": "{} clusters",
+        "personal": "personal {}",
         "cluster_round": "grouped after round {}",
         "client_optimizer": "client {}",
         "scaffold_option": "option {}",

@@ -90,6 +90,7 @@ GOLDEN = {
     ),
     "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", f"{MAMBA_FEDERATED} --temperature 0.001"),
     "mamba_fl/fed_fisher": Golden("mamba_fl/fed_fisher.py", MAMBA_FEDERATED),
+    "mamba_fl/personal": Golden("mamba_fl/fed_avg.py", f"{MAMBA_FEDERATED} --personal conv --server-lr 0.7"),
     "vit_sparse_fl/centralized": Golden(
         "vit_sparse_fl/train_centralized.py",
         f"{VIT} --batch-size 30 --epochs 3 --save-every 1 --warmup-epochs 1",
@@ -165,6 +166,7 @@ GOLDEN = {
     "llm_noniid/local": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm local"),
     "llm_noniid/central": Golden("llm_noniid/train.py", f"{NONIID} --algorithm central", federated=False),
     "llm_noniid/clusters": Golden("llm_noniid/train.py", f"{NONIID} --cluster updates --num-clusters 2"),
+    "llm_noniid/personal": Golden("llm_noniid/train.py", f"{PARTIAL} --personal last"),
     "llm_noniid/pretrain": Golden(
         "llm_noniid/pretrain.py", PRETRAIN, tensors=".", facts=("pretraining.json",), federated=False, resumes=False
     ),

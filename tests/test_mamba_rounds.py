@@ -294,6 +294,97 @@ def test_fed_fisher(data, tmp_path, monkeypatch):
     assert rows[1]["bytes_up"] == 2 * rows[1]["bytes_down"]  # the weights and their precision
 
 
+class WithOwn(Plain):
+    """Of whose parameters some stay with the client: `own` has them, by client."""
+
+    def __init__(self, train, kind):
+        super().__init__(train)
+        endings = {"ssm": ("dt_bias", "A_log", "D"), "conv": ("conv1d.weight", "conv1d.bias")}[kind]
+        self.names, self.own = [n for n in self.start if n.endswith(endings)], {}
+
+    def with_own(self, k):
+        return self.theta | self.own.get(k, {n: self.start[n] for n in self.names})
+
+    def local(self, k, t=0):
+        shared, self.theta = self.theta, self.with_own(k)
+        theta_k = super().local(k, t)
+        self.theta = shared
+        return theta_k
+
+    def keep(self, k, theta_k, *_):
+        """Of a client that counts. Returns its weight."""
+        self.own[k] = {n: theta_k[n] for n in self.names}
+        return len(self.train[k])
+
+    def without(self, step):
+        return lambda theta, delta: step(theta, {n: 0 * d if n in self.names else d for n, d in delta.items()})
+
+
+@pytest.mark.parametrize("kind, module", [("conv", fed_avg), ("ssm", fed_fisher), ("ssm", fed_momentum)])
+def test_personal_parameters_stay_with_their_client(kind, module, data, tmp_path, monkeypatch):
+    plain, v = WithOwn(data.train, kind), {}
+    more = f"{SGD} --personal {kind} --server-lr 0.7 --held-out-sequences 3"
+    weigh, step, sent = plain.keep, plain.without(slower), 1
+    if module is fed_momentum:
+
+        def step(theta, delta):
+            for n in theta:
+                v[n] = 0.9 * v.get(n, 0.0) + (0.0 if n in plain.names else delta[n])
+            return {n: theta[n] + 0.7 * v[n] for n in theta}
+
+    elif module is fed_fisher:
+        more += " --fisher-samples 3 --fisher-labels data --fisher-damping 0.2"
+        sent = 2  # with the precision
+
+        def weigh(k, theta_k, t):
+            plain.keep(k, theta_k)
+            blocks = data.train[k]
+            rows = np.sort(stream(SEED, "fisher", t, k).choice(len(blocks), 3, replace=False))
+            fisher = {n: torch.zeros_like(p) for n, p in theta_k.items()}
+            for row in rows:
+                plain.model.zero_grad()
+                plain.nll(blocks[row : row + 1]).backward()
+                for n, p in plain.model.named_parameters():
+                    fisher[n] += 0 if n in plain.names else p.grad**2 / 3
+            mean = sum(f.sum() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
+            return {n: len(blocks) * (f + 0.2 * mean) for n, f in fisher.items()}
+
+    spoil(monkeypatch, module, BAD)
+    theta, rows = run(module, tmp_path, FEDERATED + more)
+    plain.rounds(weigh, BAD, step)
+    plain.agrees(theta, 1e-3)
+
+    assert len(plain.names) > 1 and len(plain.own) == K
+    for n in plain.names:
+        assert torch.equal(theta[n], plain.start[n].float().double())
+        moved = max((own[n] - plain.start[n]).norm() for own in plain.own.values())
+        for k, own in plain.own.items():
+            saved = load_file(tmp_path / "r" / "checkpoint" / f"personal_{k:06d}.safetensors")
+            assert saved.keys() == {*plain.names} and (saved[n].double() - own[n]).norm() < 1e-2 * moved
+    n_k = [len(blocks) for blocks in data.train]
+    served = plain.theta | {n: sum(w * plain.with_own(k)[n] for k, w in enumerate(n_k)) / sum(n_k) for n in plain.names}
+    final = load_pretrained(tmp_path / "r" / "final").state_dict()
+    for n in plain.names:
+        torch.testing.assert_close(final[n].double(), served[n], rtol=1e-5, atol=1e-7)
+    own = []
+    for k in range(K):
+        plain.model.load_state_dict(plain.with_own(k), strict=False)
+        own.append(plain.perplexity(data.held_out[k][:3]))
+    assert rows[1]["held_out_ppl"] == pytest.approx(own, rel=1e-4)
+    plain.model.load_state_dict(served, strict=False)
+    assert rows[1]["val_ppl"] == pytest.approx(plain.perplexity(data.validation[:2]), rel=1e-4)
+
+    size = sum(t.numel() for n, t in theta.items() if n not in plain.names)
+    assert (rows[1]["bytes_up"], rows[1]["bytes_down"]) == (9 * 4 * size * sent, 9 * 4 * size)
+    said = json.loads((tmp_path / "r" / "run.json").read_text())["parameters"]
+    assert said["total"] - said["personal"] == size
+
+
+def test_personal_weights_and_rounds_that_send_nothing_contradict():
+    with pytest.raises(UsageError, match="--sync epoch leaves all .*, --personal ssm some: give one of the two"):
+        flags(fed_avg, f"{TINY} --sync epoch --personal ssm")
+
+
 def test_central_trains_on_the_clients_text_in_one_order(data, tmp_path):
     """Five steps of central training are torch's AdamW on the union of the shards; what is saved and logged of them."""
     theta, rows = run(central, tmp_path, f"{TINY} --rounds 5 --val-freq 5 --lr 0.001 --save-deltas")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import common.hub
-from common import corpora
+from common import corpora, topics
 from common.cli import UsageError
 from llm_noniid import ag_news, data
 
@@ -241,15 +241,15 @@ def test_article_topics_find_three_vocabularies_and_degenerate_cases():
     vocabularies = [[f"{c}{d}{e}" for d in "abcde" for e in "abcde"] for c in "xyz"]
     kinds = rng.integers(0, 3, 60)
     articles = [" ".join([*rng.choice(vocabularies[k], 20), "the", "and", "common"]) for k in kinds]
-    (labels, other), names = data.article_topics(articles, [articles[:5]], 3)
+    (labels, other), names = topics.article_topics(articles, [articles[:5]], 3)
     first = list(dict.fromkeys(kinds.tolist()))
     assert labels.tolist() == [first.index(k) for k in kinds] and other.tolist() == labels[:5].tolist()
     assert all(name.split()[0][0] == "xyz"[k] for name, k in zip(names, first, strict=True))
-    assert data.article_topics(articles, k=3)[0][0].tolist() == labels.tolist()
-    assert data.article_topics(["alone here"], k=8)[0][0].tolist() == [0]
-    assert data.article_topics(articles, [["12 ."]], k=3)[0][1].shape == (1,)  # no known word: the nearest centre
+    assert topics.article_topics(articles, k=3)[0][0].tolist() == labels.tolist()
+    assert topics.article_topics(["alone here"], k=8)[0][0].tolist() == [0]
+    assert topics.article_topics(articles, [["12 ."]], k=3)[0][1].shape == (1,)  # no known word: the nearest centre
     with pytest.raises(UsageError, match="the words of 4 training articles tell no topics"):
-        data.article_topics(["same text"] * 4, k=2)
+        topics.article_topics(["same text"] * 4, k=2)
 
 
 def test_the_demo_is_the_prose_of_mamba_with_four_topics():

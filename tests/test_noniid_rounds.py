@@ -6,16 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from noniid_script import done, failing, no_dropout, padded, parsed, token_rows, words
+from noniid_script import done, failing, losses, no_dropout, padded, parsed, served, token_rows, words
 from safetensors.torch import load_file
 
 from common.checkpoint import read_json
+from common.cli import UsageError
 from common.runlog import read_metrics
 from common.seeding import stream
 from llm_noniid.clustering import cluster_updates
 from llm_noniid.data import load_texts
 from llm_noniid.partition import partition
-from llm_noniid.text_model import load_text_model
+from llm_noniid.text_model import last_block, load_text_model
 
 pytestmark = pytest.mark.slow
 SEED = 7  # of which each of three rounds draws other clients
@@ -34,6 +35,7 @@ WAYS = {
     "local": f"--algorithm local {SGD}",
     "central": f"--algorithm central {SGD}",
     "clusters": f"--cluster updates --num-clusters 2 --server-lr 0.8 {SGD}",
+    "personal": "--personal last --server-lr 0.8 --client-optimizer sgd --learning-rate 2",
 }
 
 
@@ -47,10 +49,11 @@ class Plain:
         self.a = a = args
         texts = load_texts("demo", max_samples=160, seed=SEED)
         parts, _ = partition(texts, "topic_skew", 4, SEED, alpha=0.5, min_samples=6)
-        self.rows = []
+        self.rows, self.held = [], []
         for k, part in enumerate(parts):
             order = stream(SEED, "held out", 0, k).permutation(len(part))
             self.rows.append(np.sort(part[order[max(1, len(part) // 10) :]]))
+            self.held.append(part[order[: max(1, len(part) // 10)]])
         if a.algorithm == "central":
             self.rows = [np.sort(np.concatenate(self.rows))]
         made = load_text_model(a, texts, torch.device("cpu"), None)
@@ -68,6 +71,8 @@ class Plain:
         self.n = [len(r) if a.client_weights == "examples" else 1 for r in self.rows]
         self.c, self.c_k = self.zeros, [self.zeros] * count
         self.v, self.m = None, self.zeros
+        last = [name for name in start if ".h.1." in name and a.personal == "last"]
+        self.own = [{name: start[name] for name in last} for _ in range(count)]
         self.lines = [self.round(t) for t in range(a.num_rounds)]
 
     def batches(self, k, t):
@@ -115,8 +120,12 @@ class Plain:
         else:
             chosen = sorted(stream(SEED, "participation", t).choice(4, 3, replace=False).tolist())
         out = chosen[:1] if t == 1 and a.algorithm != "central" else []
-        work = {k: self.local(self.thetas[self.of[k]], k, t) for k in chosen}
+        work = {k: self.local(self.thetas[self.of[k]] | self.own[k], k, t) for k in chosen}
         kept = [k for k in chosen if k not in out]
+        for k in chosen if a.personal == "last" else ():
+            theta_k, *rest = work[k]
+            work[k] = theta_k | {name: self.start[name] for name in self.own[k]}, *rest
+            self.own[k] = {name: theta_k[name] for name in self.own[k]} if k in kept else self.own[k]
         line = {"clients": chosen, "client_train_loss": [None if k in out else work[k][2] for k in chosen]}
         line["train_loss"] = sum(self.n[k] * work[k][2] for k in kept) / sum(self.n[k] for k in kept)
         line["tokens"], line["left_out"] = self.worked, [[t + 1, k] for k in out] or None
@@ -209,7 +218,7 @@ def test_rounds_are_those_of_a_plain_loop(way, tmp_path, monkeypatch):
                 wanted = pytest.approx(value, rel=1e-5 if name == "train_loss" else 1e-3)
             assert line.get(name) == wanted, name
     sent = {"local": 0, "central": 0, "scaffold": 8}.get(args.algorithm, 4)
-    size = sum(t.numel() for t in plain.start.values())
+    size = sum(t.numel() for name, t in plain.start.items() if name not in plain.own[0])
     assert lines[-1]["bytes_up"] == lines[-1]["bytes_down"] == sent * size * sum(len(x["clients"]) for x in plain.lines)
     assert read_json(folder / "run.json")["clients"]["examples"] == [58, 25, 35, 42]
 
@@ -223,3 +232,47 @@ def test_rounds_are_those_of_a_plain_loop(way, tmp_path, monkeypatch):
         # AdamW makes a step of nearly full size out of the rounding of a gradient that is nearly 0
         assert apart <= (1e-2 if args.client_optimizer == "adamw" else 1e-4) * moved
         assert moved > 1e-3 or args.algorithm == "local"
+    if args.personal == "last":
+        check_personal(plain, folder, lines[-1])
+
+
+def check_personal(plain, folder, line):
+    """Each client's own block, its loss on its held-out texts with it, and the mean of all in what is served."""
+    n, shared, names = np.array(plain.n), plain.thetas[0], [*plain.own[0]]
+    assert len(names) == 6 and read_json(folder / "run.json")["parameters"]["personal"] > 0  # A, B of three layers
+    for k in {k for each in plain.lines for k in each["clients"]}:
+        saved = load_file(folder / "checkpoint" / f"personal_{k:06d}.safetensors")
+        for name in names:
+            moved = (plain.own[k][name] - plain.start[name]).norm()
+            assert (saved[name] - plain.own[k][name]).norm() <= 1e-3 * moved
+    own = []
+    for k, rows in enumerate(plain.held):
+        for name, p in plain.parameters.items():
+            p.data.copy_((shared | plain.own[k])[name])
+        nll, tokens = losses(plain.module, [plain.tokens[i] for i in rows])
+        own.append(nll.sum() / tokens.sum())
+    assert line["client_val_loss"] == pytest.approx(own, rel=1e-5)
+    final = served(folder)
+    for name in names:
+        mean = sum(w * own[name] for w, own in zip(n / n.sum(), plain.own, strict=True))
+        key = f"base_model.model.{name[2:]}.lora_{name[0]}.weight"
+        torch.testing.assert_close(final[key].double(), mean, rtol=1e-4, atol=1e-7)
+
+
+def test_the_last_block_of_other_models():
+    lora = [f"{x}.model.layers.{i}.self_attn.q_proj" for i in (0, 9, 10) for x in "AB"]
+    assert last_block(lora) == lora[-2:]
+    full = (
+        "transformer.wte.weight transformer.h.0.ln_1.weight transformer.h.1.ln_2.bias transformer.ln_f.weight".split()
+    )
+    assert last_block(full) == full[2:]
+    other = "model.embed_tokens.weight model.layers.0.a.weight model.layers.1.a.weight model.norm.weight lm_head.weight"
+    assert last_block(other.split()) == ["model.layers.1.a.weight", "model.norm.weight"]
+    with pytest.raises(UsageError, match="--personal last: A.c_attn is in no numbered block: take another --model"):
+        last_block(["A.c_attn"])
+
+
+def test_personal_is_of_fedavg_of_one_model():
+    for more, flag in (("--algorithm fedprox", "--algorithm fedprox"), ("--cluster labels", "--cluster labels")):
+        with pytest.raises(UsageError, match=f"--personal last is FedAvg of one model .*: drop it, or {flag}"):
+            parsed(*f"--personal last {more}".split())
