@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.curves import GREY, number, set_title
-from plots.noniid_runs import DIFFER, STUDY, TUNED, WIDE, baseline, not_finite, order, tuned_rank
+from plots.noniid_runs import STUDY, TUNED, WIDE, baseline, not_finite, order, tuned_rank
 from plots.runs import LeftOut, describe, like_with_like, shared_setting, words_for
 from plots.seeds import curves_of
 from plots.style import Figure, heat_map, panel_axes, seeds_range
 
 MARGIN = 2.0  # standard deviations of the IID runs
-IN_MAP = {"local", "rounds"} | TUNED | DIFFER["iid"]  # what may differ within a panel
+IN_MAP = {"alpha", "local", "rounds", "min_samples"} | TUNED  # what may differ within a panel
 OUTCOMES = {  # field: (which way is worse, factor, name with unit, digits)
     "val_loss": (1, 1, "validation loss (nats a token)", 3),
     "val_accuracy": (-1, 100, "validation accuracy (points)", 1),
