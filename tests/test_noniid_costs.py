@@ -134,3 +134,16 @@ def test_the_map_has_the_numbers_the_boundary_and_the_diverged(tmp_path):
     assert not scaffold.lines and not scaffold.patches and len(texts_of(scaffold)) == 8
     accuracy = drawn["noniid_cost_map_accuracy.png"].axes[0]
     assert "+0.8" in texts_of(accuracy) and "2 standard deviations" in figure.get_suptitle()
+
+
+def test_equal_sizes_have_panels_of_their_own_and_the_same_control(tmp_path):
+    log = write_regimes(tmp_path / "log.jsonl", lambda *place: 0.01)
+    equal = [line for line in log.read_text().splitlines() if '"topic_skew"' in line]
+    with log.open("a") as file:
+        file.writelines(line.replace('"sizes": "dirichlet"', '"sizes": "equal"') + "\n" for line in equal)
+    *panels, _ = figures("noniid cost_map", log, out=tmp_path / "plots")["noniid_cost_map.png"].axes
+    assert {axis.get_title() for axis in panels} == {
+        "FedAvg, topic skew, 128 steps a client",
+        "FedAvg, topic skew (equal sizes), 128 steps a client",
+    }
+    assert all(texts_of(axis).count("+0.010") == 6 for axis in panels)
