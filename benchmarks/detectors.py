@@ -1,13 +1,17 @@
-"""How often each detector of llm_noniid is right: alarms on synthetic curves of a known kind.
+"""How often each detector of llm_noniid is right: on synthetic curves, and on real runs.
 
-    python benchmarks/detectors.py
     python benchmarks/detectors.py --eval-every 5 --curves 5000
+    python benchmarks/detectors.py --log llm_noniid/results/regimes.jsonl --field val_loss
 
-A row is a kind of curve, a column a detector: the share of curves with an alarm, and behind it the median number of
-rounds from the onset to the alarm where the detector should fire ("+"). Where it should not, the share is its rate of
-false alarms. Losses fall as 3.2 + exp(-t/12) nats, as a small language model's, unless the kind says otherwise; 10
-clients; drift is that of updates g + n_k with |n_k|^2 = v |g|^2, exact for high dimensions, with a jitter of 10 %.
-Signs alone: what an oscillation detector does without the noise floor, a sign-change rate above 3/4 in some window.
+Without --log a row is a kind of curve, a column a detector: the share of curves with an alarm, and behind it the median
+number of rounds from the onset to the alarm where the detector should fire ("+"). Where it should not, the share is its
+rate of false alarms. Losses fall as 3.2 + exp(-t/12) nats, as a small language model's, unless the kind says otherwise.
+
+With it the runs are healthy or broken by what they cost (`plots.noniid_costs`: each run's own difference to its IID
+control, which is healthy, against the margin). A row is a detector, a column the area under the ROC curve of its score
+after a third of the run, or all of it, and the 95 % interval over bootstrap draws of settings (all seeds of one
+together). `train_loss`: the last training loss alone. A detector beats it where the interval of the difference of the
+two areas, in the same draws, is above 0. nan, where a detector saw nothing to judge, is the lowest score.
 """
 
 import argparse
@@ -18,10 +22,10 @@ import time
 import numpy as np
 
 from common.seeding import stream
-from llm_noniid.detectors import run_detectors, sign_change_rate
+from llm_noniid.detectors import DETECTORS, curves_of, run_detectors, scores
 
-ROUNDS, CLIENTS = 50, 10
-COLUMNS = ("diverged", "oscillating", "drifting", "slow", "left_out")
+ROUNDS = 50
+BASE = "train_loss"
 
 
 def falling(draw, n, noise=0.01, over=12):
@@ -73,17 +77,17 @@ def random_walk(draw, n):
     return steady(draw, n, per_20=0.1) + np.cumsum(0.02 * draw.standard_normal((n, ROUNDS + 1)), axis=1)
 
 
-def drift(draw, n, v):
-    """Relative drift [n, ROUNDS + 1]; v: |n_k|^2 / |g|^2 of each round."""
-    v = np.broadcast_to(v, (n, ROUNDS + 1))
-    values = np.sqrt(v * (1 - 1 / CLIENTS) / (1 + v / CLIENTS))
-    return values * np.exp(0.1 * draw.standard_normal(values.shape))
+def drift(draw, n, ratio):
+    """(drift ratios, their chance level), each [n, ROUNDS + 1] with a jitter of 5 %; ratio: of the two, by round."""
+    ratio = np.broadcast_to(ratio, (n, ROUNDS + 1))
+    jitter = np.exp(0.05 * draw.standard_normal((2, *ratio.shape)))
+    return 2 * ratio * jitter[0], 2 * jitter[1]
 
 
 def kinds(draw, n):
-    """Yields (name, detectors that should fire, losses, drift or None, onsets or None)."""
+    """Yields (name, detectors that should fire, losses, `drift` or None, onsets or None)."""
     since = np.arange(ROUNDS + 1)
-    yield "falling, noise 0.003", (), steady(draw, n, 0.003), drift(draw, n, 0.5), None
+    yield "falling, noise 0.003", (), steady(draw, n, 0.003), drift(draw, n, 1.0), None
     for noise in (0.01, 0.02, 0.03):
         yield f"falling, noise {noise}", (), steady(draw, n, noise), drift(draw, n, 1.0), None
     yield "falling, one spike of 0.5", (), spike(draw, n), None, None
@@ -102,75 +106,155 @@ def kinds(draw, n):
     yield "jumps by 0.8 and stays", ("diverged",), *after(draw, n, lambda t: 0.8 * (t > 0))
     yield "jumps by 1.2 and stays", ("diverged",), *after(draw, n, lambda t: 1.2 * (t > 0))
     for size in (0.02, 0.05, 0.2):
-        yield f"+-{size} every round", ("oscillating",), swings(draw, n, size, 2), None, np.zeros(n)
-    for period in (3, 4, 6):
+        fires = ("oscillating",) if size > 0.02 else ()  # above the floor
+        yield f"+-{size} every round", fires, swings(draw, n, size, 2), None, np.zeros(n)
+    for period in (3, 4, 6, 8):
         yield f"sine 0.2, period {period}", ("oscillating",), swings(draw, n, 0.2, period), None, np.zeros(n)
     for noise in (0.05, 0.1, 0.2):
         yield f"few clients: noise {noise}", ("oscillating",), steady(draw, n, noise), None, np.zeros(n)
-    late = drift(draw, n, 1 + 1e3 * (since > 25))
-    yield "no shared part after round 25", ("drifting",), steady(draw, n), late, np.full(n, 25)
-    yield "own parts of thrice the shared", ("drifting",), steady(draw, n), drift(draw, n, 9.0), np.zeros(n)
-    yield "own parts of twice the shared", (), steady(draw, n), drift(draw, n, 4.0), None
-    fading = drift(draw, n, 20 ** (since / ROUNDS))
-    yield "alike clients, converging", (), falling(draw, n), fading, None
+    for ratio in (1.1, 2.0):
+        fires = ("drifting",) if ratio > 1.25 else ()
+        yield f"drift of {ratio} times chance", fires, steady(draw, n), drift(draw, n, ratio), np.zeros(n)
+    late = drift(draw, n, 1 + 1.0 * (since > 25))
+    yield "drift of 2 times chance, late", ("drifting",), steady(draw, n), late, np.full(n, 25)
     yield "two clients left out", ("left_out",), steady(draw, n), None, np.full(n, 25)
 
 
 def rates(n, eval_every=1, seed=0):
-    """{kind: ({detector: share of alarms}, {detector: median delay in rounds or None}, expected, signs alone)}."""
+    """{kind: ({detector: share of alarms}, {detector: median delay in rounds or None}, expected)}."""
     rounds, result = np.arange(0, ROUNDS + 1, eval_every), {}
     for name, expected, losses, drifts, onsets in kinds(stream(seed, "detectors"), n):
-        found = {column: [] for column in COLUMNS}
+        found = {detector: [] for detector in DETECTORS}
         for i in range(n):
-            curves = {"round": rounds.tolist(), "val_loss": losses[i, rounds].tolist()}
-            if drifts is not None:
-                curves |= {"relative_drift": drifts[i, rounds].tolist(), "effective_clients": [CLIENTS] * len(rounds)}
-            if "left_out" in expected:
-                curves["left_out"] = [[[26, 3], [27, 5]] if t == 30 else None for t in rounds.tolist()]
             first = {}
-            for alarm in run_detectors(curves):
+            for alarm in run_detectors(curves(i, rounds, losses, drifts, "left_out" in expected)):
                 first.setdefault(alarm.detector, alarm.round)
-            for column, at in first.items():
-                found[column].append(at - (0 if onsets is None else onsets[i]))
+            for detector, at in first.items():
+                found[detector].append(at - (0 if onsets is None else onsets[i]))
         result[name] = (
-            {column: len(at) / n for column, at in found.items()},
-            {column: statistics.median(at) if at and onsets is not None else None for column, at in found.items()},
+            {detector: len(at) / n for detector, at in found.items()},
+            {detector: statistics.median(at) if at and onsets is not None else None for detector, at in found.items()},
             expected,
-            signs_alone(losses[:, rounds]),
         )
     return result
 
 
-def signs_alone(losses, window=10, above=0.75):
-    """The share of curves with a window whose sign-change rate is above 3/4, and the share of windows."""
-    if losses.shape[1] < window or not np.isfinite(losses).all():
-        return None
-    windows = np.lib.stride_tricks.sliding_window_view(losses, window, axis=1)  # [n, windows, window]
-    hits = sign_change_rate(windows.reshape(-1, window)).reshape(windows.shape[:2]) > above
-    return float(hits.any(axis=1).mean()), float(hits.mean())
+def curves(i, rounds, losses, drifts, left_out=False):
+    """Curve `i` of a kind at these rounds, as `run_detectors` takes it."""
+    made = {"round": rounds.tolist(), "val_loss": losses[i, rounds].tolist()}
+    if drifts is not None:
+        made |= {"drift_ratio": drifts[0][i, rounds].tolist(), "drift_ratio_chance": drifts[1][i, rounds].tolist()}
+    if left_out:
+        made["left_out"] = [[[26, 3], [27, 5]] if t == 30 else None for t in made["round"]]
+    return made
+
+
+def print_rates(n, eval_every):
+    started = time.process_time()
+    table = rates(n, eval_every)
+    seconds = time.process_time() - started
+    print(f"{n} curves of each kind, {ROUNDS} rounds, evaluated every {eval_every}; + should fire")
+    print(f"{'':33}" + "".join(f"{detector:>16}" for detector in DETECTORS))
+    for name, (shares, delays, expected) in table.items():
+        cells = []
+        for detector in DETECTORS:
+            late = delays[detector] if detector in expected else None
+            cells.append(f"{shares[detector]:7.1%}{'+' if detector in expected else ' '}")
+            cells[-1] += f" {late:4.0f} r" if late is not None else ""
+        print(f"{name:33}  " + "".join(f"{cell:>9}".ljust(16) for cell in cells).rstrip())
+    print(f"{seconds:.1f} CPU seconds, {1e3 * seconds / (n * len(table)):.2f} ms a curve for all detectors")
+
+
+# ---- real runs
+
+
+def judged(path, field):
+    """[(setting, run, whether it is broken)] of a log's runs with an IID control, and of those controls, healthy."""
+    from plots.noniid_costs import cells_of, has_diverged
+    from plots.noniid_runs import STUDY
+    from plots.runs import read_runs
+
+    runs, notes = read_runs([path], STUDY)
+    known, controls = [], {}
+    for _, _, cells in cells_of(runs, notes, field):
+        for cell in cells:
+            known += [(cell.curve, run, broken) for run, broken in cell.broken_runs()]
+            controls[cell.control] = [(cell.control, run, has_diverged(run)) for run in cell.control.runs]
+    return known + [one for some in controls.values() for one in some]
+
+
+def seen(run, share=1.0):
+    """{detector: score, train_loss: the last one} of a run's evaluations in this share of its rounds."""
+    rows = [row for row in run.rows if row["round"] <= share * run.args["num_rounds"]]
+    planned = 1 - -run.args["num_rounds"] // run.args["eval_every"]
+    last = next((row[BASE] for row in reversed(rows) if row.get(BASE) is not None), None)
+    loss = math.nan if last is None else float(np.nan_to_num(float(last), nan=math.inf))
+    return scores(curves_of(rows), planned) | {BASE: loss}
+
+
+def area(broken, values):
+    """The area under the ROC curve: the share of pairs (broken, healthy) in order, ties count a half."""
+    from scipy.stats import rankdata  # only here: --help must not wait for it
+
+    n = broken.sum()
+    return float((rankdata(values)[broken].sum() - n * (n + 1) / 2) / (n * (len(values) - n)))
+
+
+def areas(broken, groups, values, draws=1000, seed=0):
+    """{score: (area, low, high, low and high of its difference to train_loss's)}; areas of no score at all: nan.
+
+    Args: broken: bool [n]; groups: the setting of each run, [n]; values: {score: [n]}, nan the lowest.
+    """
+    broken = np.array(broken)
+    values = {name: np.where(np.isnan(v), -math.inf, v) for name, v in values.items()}
+    members = [np.flatnonzero(np.array([g is one for g in groups])) for one in dict.fromkeys(groups)]
+    draw, drawn = stream(seed, "areas"), []
+    while len(drawn) < draws:
+        rows = np.concatenate([members[i] for i in draw.integers(0, len(members), len(members))])
+        if 0 < broken[rows].sum() < len(rows):
+            drawn.append({name: area(broken[rows], v[rows]) for name, v in values.items()})
+    found = {}
+    for name, v in values.items():
+        there = np.array([one[name] for one in drawn])
+        ends = [*np.quantile(there, (0.025, 0.975)), *np.quantile(there - [d[BASE] for d in drawn], (0.025, 0.975))]
+        found[name] = (math.nan,) * 5 if (v == -math.inf).all() else (area(broken, v), *map(float, ends))
+    return found
+
+
+def print_areas(path, field, draws):
+    known = judged(path, field)
+    broken = [one for *_, one in known]
+    if not 0 < sum(broken) < len(known):
+        raise SystemExit(f"{path}: {sum(broken)} of {len(known)} runs with an IID control are broken: nothing to tell")
+    settings = {id(curve): curve for curve, *_ in known}
+    print(f"{len(known)} runs of {len(settings)} settings, {sum(broken)} broken by {field}; area under the ROC curve")
+    print(f"{'':12}" + "".join(f"{head:>46}" for head in ("after a third of the rounds", "at the end")))
+    table = []
+    for share in (1 / 3, 1.0):
+        figures = [seen(run, share) for _, run, _ in known]
+        values = {name: np.array([one[name] for one in figures]) for name in (*DETECTORS, BASE)}
+        table.append(areas(broken, [curve for curve, *_ in known], values, draws))
+    for name in (*DETECTORS, BASE):
+        cells = []
+        for column in table:
+            value, low, high, less, more = column[name]
+            beats = "" if name == BASE else f"{less:+.2f} {more:+.2f} {'beats it' if less > 0 else 'does not'}"
+            cells.append("no score" if math.isnan(value) else f"{value:.2f} [{low:.2f}, {high:.2f}] {beats:>22}")
+        print(f"{name:12}" + "".join(f"{cell:>46}" for cell in cells).rstrip())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--curves", type=int, default=1000, help="curves of each kind")
-    parser.add_argument("--eval-every", type=int, default=1, help="rounds between two evaluations")
+    parser.add_argument("--curves", type=int, default=1000, help="synthetic curves of each kind")
+    parser.add_argument("--eval-every", type=int, default=1, help="rounds between two evaluations of those")
+    parser.add_argument("--log", help="runs of llm_noniid instead: their folder or committed log")
+    parser.add_argument("--field", choices=["val_loss", "val_accuracy"], default="val_loss", help="what breaks")
+    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
     options = parser.parse_args()
-    started = time.process_time()
-    table = rates(options.curves, options.eval_every)
-    seconds = time.process_time() - started
-    print(f"{options.curves} curves of each kind, {ROUNDS} rounds, evaluated every {options.eval_every}; + should fire")
-    print(f"{'':33}" + "".join(f"{column:>16}" for column in COLUMNS) + f"{'signs alone':>14}{'(windows)':>10}")
-    for name, (shares, delays, expected, signs) in table.items():
-        cells = []
-        for column in COLUMNS:
-            late = delays[column] if column in expected else None
-            cells.append(f"{shares[column]:7.1%}{'+' if column in expected else ' '}")
-            cells[-1] += f" {late:4.0f} r" if late is not None else ""
-        text = "".join(f"{cell:>9}".ljust(16) for cell in cells)
-        print(f"{name:33}  {text}" + (f"{signs[0]:9.1%}{signs[1]:11.1%}" if signs else f"{'-':>9}{'-':>11}"))
-    print(
-        f"{seconds:.1f} CPU seconds, {1e3 * seconds / (options.curves * len(table)):.2f} ms a curve for all detectors"
-    )
+    if options.log:
+        print_areas(options.log, options.field, options.draws)
+    else:
+        print_rates(options.curves, options.eval_every)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """Detectors of failing training: pure functions of logged curves, alike after each round and at the end.
 
-    alarms = run_detectors(curves_of(run.metrics()))
+    alarms = run_detectors(curves_of(run.metrics()), evaluations)
+    figures = scores(curves_of(run.metrics()), evaluations)         # of runs without an alarm too
 
-    diverged      the loss is nan or inf, rose by more than 1 nat in 10 rounds (FedProx, Li et al. 2020, appendix), or
-                  stays 30 % above its best
-    oscillating   the loss turns at half of its points or more, by more than 2 % of itself
-    drifting      the clients' own parts of their updates stay longer than twice what they share
-    slow          the best loss improved by less than 1 % in 20 rounds
+    diverged      the loss is nan or inf, rose by more than 1 nat in 10 evaluations (FedProx, Li et al. 2020, appendix,
+                  in rounds), or stays 30 % above its best
+    oscillating   the loss rises, falls and rises again, each time by more than 3 % of itself
+    drifting      the clients' gradients lie further apart than those of random clients of their sizes would
+    slow          the best loss improved by less than 1 % in 20 evaluations
     left_out      updates that were not finite: a mean without them can look healthy while training breaks
 
-Each looks only back: run on a curve's first t points it gives exactly those alarms of the whole curve whose round is
-among them. Each but left_out reports its first alarm only. benchmarks/detectors.py measures how often each is right.
+Windows are in evaluations, that before training (round 0) among them, and fit the run: 10 and 20 are a third of the
+planned `evaluations` (of a curve alone: of those it has) where that is less, but at least 3. Each detector looks only
+back: run on a curve's first t points it gives exactly those alarms of the whole curve whose round is among them. Each
+but left_out reports its first alarm only. A score is the largest value / limit so far: an alarm's is above 1.
+benchmarks/detectors.py measures both, on synthetic curves and on logs.
 
 Curves: {"round": [...], name: [...]}, of equal length, rounds rising; None is a missing value (skipped), nan and inf
 (also as text, as metrics.jsonl has them) are values.
@@ -21,10 +25,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DETECTORS = ("diverged", "oscillating", "drifting", "slow", "left_out")
-
-# The median of |x| of a standard normal x; second differences of white noise have 6 times its variance.
-_NORMAL_MEDIAN = 0.6745
+HELPS = {
+    "diverged": "lower --learning-rate or --local-steps, or clip gradients",
+    "oscillating": "raise --participation-rate, lower --learning-rate or --local-steps",
+    "drifting": "lower --local-steps, raise --mu (fedprox), take scaffold, or --cluster updates",
+    "slow": "it has converged, or raise --learning-rate, --local-steps, --participation-rate",
+    "left_out": "lower --learning-rate, clip gradients, or --amp off",
+}
+DETECTORS = tuple(HELPS)
 
 
 @dataclass(frozen=True)
@@ -41,163 +49,152 @@ class Alarm:
     message: str
 
 
-def diverged(rounds, losses, jump=1.0, window=10, ratio=1.3, hold=3):
-    """The first round at which the loss left: an `Alarm`, or None.
+# ---- the detectors: each yields (round, value, limit, words), an alarm where value > limit
 
-    not finite, or f_t - f_s > jump, s the latest evaluation with s <= t - window, or the last `hold` losses all above
-    ratio times the best loss until then.
 
-    Args: jump: in nats; window: in rounds; hold: in evaluations (one bad evaluation is no divergence).
+def diverged(rounds, losses, evaluations=None, jump=1.0, window=10, ratio=1.3, hold=3):
+    """Not finite, or f_t - f_{t - window} in nats, or the lowest of the last `hold` losses / the best until then - 1.
+
+    hold: one bad evaluation is no divergence.
     """
     times, values = _points(rounds, losses)
-    best = np.minimum.accumulate(values) if len(values) else values
-    helps = "lower --learning-rate or --local-steps, or clip gradients"
+    window = _fit(window, evaluations or len(rounds))
+    best = np.minimum.accumulate(values)
     for i, (t, f) in enumerate(zip(times.tolist(), values.tolist(), strict=True)):
         if not math.isfinite(f):
-            return Alarm("diverged", t, None, None, f"round {t}: the loss is {f} (limit: any finite value): {helps}")
-        before = np.searchsorted(times, t - window, side="right") - 1
-        rise = f - float(values[before]) if before >= 0 else 0.0
-        if rise > jump:
-            text = f"the loss rose by {rise:.3g} nats in {t - times[before]} rounds (limit {jump:g})"
-            return Alarm("diverged", t, rise, jump, f"round {t}: {text}: {helps}")
-        times_best = float(values[i - hold + 1 : i + 1].min() / best[i]) if i + 1 >= hold and best[i] > 0 else 0.0
-        if times_best > ratio:
-            text = f"{hold} losses in a row are {times_best:.3g} times the best (limit {ratio:g})"
-            return Alarm("diverged", t, times_best, ratio, f"round {t}: {text}: {helps}")
-    return None
+            yield t, math.inf, None, f"the loss is {f} (limit: any finite value)"
+            return
+        if i >= window:
+            rise = f - float(values[i - window])
+            words = f"the loss rose by {rise:.3g} nats in {t - times[i - window]} rounds (limit {jump:g})"
+            yield t, rise, jump, words
+        if i + 1 >= hold and best[i] > 0:
+            above = float(values[i - hold + 1 : i + 1].min() / best[i]) - 1
+            words = f"{hold} losses in a row are {above:.1%} or more above the best (limit {ratio - 1:.0%})"
+            yield t, above, ratio - 1, words
 
 
-def sign_change_rate(losses):
-    """The share of neighbouring differences of opposite sign, [windows] for losses [windows, n].
+def swing(losses):
+    """The largest d by which a curve rises, then falls, then rises again: [windows] for losses [windows, n].
 
-    The differences are freed of a straight line in time first (a falling curve's own differences are all negative).
-    White noise has 2/3. On its own it tells nothing: one in six windows of 10 points of pure noise has more than 3/4.
+        max over i < j < k < l of min(f_j - f_i, f_j - f_k, f_l - f_k), at least 0
+
+    A curve that falls has 0, and so have one spike, one bump and one jump, whatever their size; f_t = +-a has 2 a.
     """
-    from scipy.signal import detrend  # only here: it takes a while to import
-
-    d = detrend(np.diff(np.atleast_2d(losses), axis=1))  # [windows, n - 1]
-    return (d[:, 1:] * d[:, :-1] < 0).mean(axis=1)  # [windows]
-
-
-def amplitude(losses):
-    """How much a curve swings, as the standard deviation of white noise that swings as much; [windows].
-
-        median |f_{t+1} - 2 f_t + f_{t-1}| / (0.6745 sqrt 6),   losses [windows, n]
-
-    The median, so that one spike does not count; second differences, so that neither a trend does. f_t = +-a has 2.4 a.
-    """
-    second = np.diff(np.atleast_2d(losses), n=2, axis=1)  # [windows, n - 2]
-    return np.median(np.abs(second), axis=1) / (_NORMAL_MEDIAN * math.sqrt(6))  # [windows]
+    f = np.atleast_2d(losses)
+    drop = f[:, :, None] - f[:, None, :]  # [windows, j, k] f_j - f_k
+    later = np.triu(np.ones(drop.shape[1:], dtype=bool), 1)  # j < k
+    rise = f - np.minimum.accumulate(f, axis=1)  # [windows, j]
+    fall = np.where(later, np.minimum(rise[:, :, None], drop), 0).max(axis=1)  # [windows, k] a rise and then a fall
+    return np.where(later, np.minimum(fall[:, :, None], -drop), 0).max(axis=(1, 2))  # [windows]
 
 
-def oscillating(rounds, losses, window=10, rate=0.5, floor=0.02):
-    """The first window that turns often and swings above the noise floor: an `Alarm`, or None.
+def oscillating(rounds, losses, evaluations=None, window=16, floor=0.03):
+    """`swing` of the last 4 to 16 evaluations against floor * the best loss until then: 0.1 nats at a best of 3.2.
 
-    sign_change_rate >= rate and amplitude > floor * median loss, over `window` evaluations: 0.02 is 0.06 nats at a loss
-    of 3. Swings of a period above 4 evaluations turn too rarely to be seen.
+    16 evaluations hold two rises of a period of 2 to 8; an older curve is not looked at.
     """
     times, values = _points(rounds, losses)
     times, values = times[np.isfinite(values)], values[np.isfinite(values)]
-    if len(values) < window:
-        return None
-    windows = np.lib.stride_tricks.sliding_window_view(values, window)  # [windows, window]
-    limits = floor * np.median(windows, axis=1)
-    rates, swings = sign_change_rate(windows), amplitude(windows)
-    hits = np.flatnonzero((rates >= rate) & (swings > limits))
-    if not len(hits):
-        return None
-    i = hits[0]
-    t, value, limit = int(times[i + window - 1]), float(swings[i]), float(limits[i])
-    text = (
-        f"round {t}: the loss swings by {value:.3g} nats, turning at {rates[i]:.0%} of the last {window} evaluations "
-        f"(limits {limit:.3g} and {rate:.0%}): raise --participation-rate, lower --learning-rate or --local-steps"
-    )
-    return Alarm("oscillating", t, value, limit, text)
+    if len(values) < 4:
+        return
+    before = np.pad(values, (window - 1, 0), "edge")  # a start that stays where it is adds no swing
+    swings = swing(np.lib.stride_tricks.sliding_window_view(before, window))  # [E]
+    limits = floor * np.minimum.accumulate(values)
+    for t, value, limit in list(zip(times.tolist(), swings.tolist(), limits.tolist(), strict=True))[3:]:
+        words = f"in {window} evaluations the loss rose, fell and rose by {value:.3g} nats (limit {limit:.3g})"
+        yield t, value, limit, words
 
 
-def drifting(rounds, drifts, clients, threshold=2.0, orthogonal=0.9, hold=3):
-    """The relative drift is above a threshold in `hold` evaluations in a row: an `Alarm`, or None.
+def drifting(rounds, ratios, chances, factor=1.25, hold=3):
+    """The lowest of `hold` evaluations' drift ratios, each over its chance level, against `factor`.
 
-    The limit is min(threshold, orthogonal * sqrt(m - 1)), m = 1 / sum_k p_k^2 clients in the round (m of equal weight):
-    updates that share nothing have sqrt(m - 1), so that few clients, or one that outweighs the others, cannot reach a
-    fixed threshold (see `diagnostics.relative_drift`). Near an optimum the shared part fades and noise stays: even
-    clients that are alike drift then.
-
-    Args: drifts, clients: "relative_drift" and "effective_clients" (m) of `diagnostics.update_figures`, None in rounds
-        without a comparison; those and rounds of one client are skipped.
+    Args: ratios, chances: "drift_ratio" and "drift_ratio_chance", the same of a random repartition of the clients'
+        texts into parts of their sizes; evaluations without both are skipped, so that old logs have no drift.
     """
-    above = 0
-    for t, value, m in zip(rounds, drifts, clients, strict=True):
-        if value is None or math.isnan(float(value)) or m <= 1:
+    last = []
+    for t, value, chance in zip(rounds, ratios, chances, strict=True):
+        if value is None or chance is None or math.isnan(float(value)) or not 0 < float(chance) < math.inf:
             continue
-        value, limit = float(value), min(threshold, orthogonal * math.sqrt(m - 1))
-        above = above + 1 if value > limit else 0
-        if above == hold:
-            text = (
-                f"round {t}: the relative drift is {value:.3g}, above {limit:.3g} in {hold} evaluations in a row: "
-                "lower --local-steps, raise --mu (fedprox), take scaffold, or --cluster updates"
-            )
-            return Alarm("drifting", t, value if math.isfinite(value) else None, limit, text)
-    return None
+        last = [*last, float(value) / float(chance)][-hold:]
+        if len(last) == hold:
+            words = f"gradients are {min(last):.3g} times as far apart as chance alone has them (limit {factor:g}) in "
+            yield t, min(last), factor, f"{words}{hold} evaluations in a row"
 
 
-def slow(rounds, losses, window=20, improvement=0.01):
-    """The best loss improved by less than 1 % in 20 rounds: an `Alarm`, or None.
-
-    1 - min_{s <= t} f_s / min_{s <= t - window} f_s < improvement. A run that has converged looks the same.
-    """
+def slow(rounds, losses, evaluations=None, window=20, improvement=0.01):
+    """The best loss until now / that of `window` evaluations before, at most 1 - improvement (of a shorter window in
+    proportion less). A run that has converged looks the same."""
     times, values = _points(rounds, losses)
-    best = np.minimum.accumulate(np.where(np.isfinite(values), values, np.inf)) if len(values) else values
-    for t, now in zip(times.tolist(), best.tolist(), strict=True):
-        earlier = np.searchsorted(times, t - window, side="right") - 1
-        before = float(best[earlier]) if earlier >= 0 else 0.0
-        if not 0 < before < math.inf:
-            continue
-        value = 1 - now / before
-        if value < improvement:
-            text = (
-                f"round {t}: the best loss improved by {value:.2%} in {t - times[earlier]} rounds (limit "
-                f"{improvement:.2%}): it has converged, or raise --learning-rate, --local-steps, --participation-rate"
-            )
-            return Alarm("slow", t, value, improvement, text)
-    return None
+    whole, window = window, _fit(window, evaluations or len(rounds))
+    improvement *= window / whole
+    best = np.minimum.accumulate(np.where(np.isfinite(values), values, np.inf)).tolist()
+    for i in range(window, len(best)):
+        if 0 < best[i - window] < math.inf:
+            share = best[i] / best[i - window]
+            words = f"the best loss improved by {1 - share:.2%} in {times[i] - times[i - window]} rounds"
+            yield int(times[i]), share, 1 - improvement, f"{words} (limit {improvement:.2%})"
 
 
 def left_out(rounds, events):
-    """Clients whose updates were not finite and so left out of the mean: a list of `Alarm`s.
-
-    One alarm for each round in which a client is left out for the first time, naming those clients.
+    """Clients whose updates were not finite, and so no part of the mean: by round, those of which it is the first.
 
     Args: events: for each evaluation, the pairs [round, client] since the evaluation before (None: no such round).
     """
     first = {}  # client: round
     for t, k in (pair for pairs in events for pair in pairs or ()):
         first.setdefault(k, t)
-    alarms = []
     for t in sorted(set(first.values())):
         ids = sorted(k for k in first if first[k] == t)
-        text = (
-            f"{len(ids)} update{'s' * (len(ids) > 1)} not finite (limit 0), left out: client {', '.join(map(str, ids))}"
-        )
-        helps = "lower --learning-rate, clip gradients, or --amp off"
-        alarms.append(Alarm("left_out", t, len(ids), 0, f"round {t}: {text}: {helps}"))
-    return alarms
+        words = f"{len(ids)} update{'s' * (len(ids) > 1)} not finite (limit 0), left out: client "
+        yield t, len(ids), 0, words + ", ".join(map(str, ids))
 
 
-def run_detectors(curves):
+# ---- all of them
+
+
+def _looks(curves, evaluations):
+    """{detector: what it yields} of the detectors that have their curves."""
+    rounds, have = curves["round"], curves.keys()
+    looks = {}
+    if "val_loss" in have:
+        every = (diverged, oscillating, slow)
+        looks = {of.__name__: of(rounds, curves["val_loss"], evaluations) for of in every}
+    if {"drift_ratio", "drift_ratio_chance"} <= have:
+        looks["drifting"] = drifting(rounds, curves["drift_ratio"], curves["drift_ratio_chance"])
+    if "left_out" in have:
+        looks["left_out"] = left_out(rounds, curves["left_out"])
+    return looks
+
+
+def run_detectors(curves, evaluations=None):
     """Every detector that has its curve: a list of `Alarm`s, by round.
 
-    Args: curves: see this module's docstring: "val_loss", "relative_drift" with "effective_clients", "left_out" (events
-        of `left_out`); one that is not there is not looked at.
+    Args: curves: see this module's docstring: "val_loss", "drift_ratio" with "drift_ratio_chance", "left_out" (events
+        of `left_out`); one that is not there is not looked at. evaluations: how many the whole run has.
     """
-    rounds, alarms = curves["round"], []
-    if "val_loss" in curves:
-        alarms += [detector(rounds, curves["val_loss"]) for detector in (diverged, oscillating, slow)]
-    if "relative_drift" in curves:
-        alarms.append(drifting(rounds, curves["relative_drift"], curves["effective_clients"]))
-    if "left_out" in curves:
-        alarms += left_out(rounds, curves["left_out"])
-    return sorted((a for a in alarms if a is not None), key=lambda a: (a.round, DETECTORS.index(a.detector)))
+    alarms = []
+    for name, looks in _looks(curves, evaluations).items():
+        over = [look for look in looks if look[2] is None or look[1] > look[2]]
+        for t, value, limit, words in over if name == "left_out" else over[:1]:
+            seen = value if math.isfinite(value) else None
+            alarms.append(Alarm(name, t, seen, limit, f"round {t}: {words}: {HELPS[name]}"))
+    return sorted(alarms, key=lambda a: (a.round, DETECTORS.index(a.detector)))
+
+
+def scores(curves, evaluations=None):
+    """{detector: its largest value / limit, of left_out how many clients}; nan where it saw nothing it could judge.
+
+    Args: as of `run_detectors`. inf is a loss that was not finite.
+    """
+    found = dict.fromkeys(DETECTORS, math.nan)
+    for name, looks in _looks(curves, evaluations).items():
+        values = [value if not limit else value / limit for _, value, limit, _ in looks]
+        if name == "left_out":
+            found[name] = float(sum(values))
+        elif values:
+            found[name] = max(values)
+    return found
 
 
 def curves_of(rows):
@@ -210,6 +207,11 @@ def stops(alarms, stop_on):
     """The first alarm that ends a run under --stop-on, one of `flags.STOP_ON`; None when none does."""
     ending = {"never": (), "divergence": ("diverged",), "any": DETECTORS}[stop_on]
     return next((alarm for alarm in alarms if alarm.detector in ending), None)
+
+
+def _fit(window, evaluations):
+    """A window of a run with so many evaluations: a third of them at most, 3 at least."""
+    return max(3, min(window, evaluations // 3))
 
 
 def _points(rounds, values):

@@ -14,7 +14,7 @@ the command can be given again, also with a larger --budget. Other flags are tra
 from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_float, positive_int, run_main
 from common.early import parsed
 from llm_noniid import flags
-from llm_noniid.outcomes import ALPHAS, MAP_FILE, from_start, number
+from llm_noniid.flags import ALPHAS, MAP_FILE
 
 RANGES = {"learning_rate": (1e-4, 1.0), "local_steps": (1, 256)}
 
@@ -62,7 +62,7 @@ from pathlib import Path
 
 from common import grid
 from common.checkpoint import read_json, saving, write_json
-from common.curves import failure, read_metrics
+from common.curves import failure, number, read_metrics
 from common.manifest import NOT_COMPARED, check_place
 
 SET_HERE = {"alpha", "run_name", "output_dir", "seed", "algorithm", "partition"}
@@ -215,13 +215,14 @@ class Map:
         run = self.run(alpha, value)
         if grid.run_all([run], self.folder, jobs=1, say=lambda text: None):
             raise RunFailed(f"{run.name} did not finish: see {self.folder}/output/{run.name}.txt")
-        start, rows = from_start(read_metrics(self.folder / run.name))
-        self.start = start if self.start is None else self.start
+        rows = read_metrics(self.folder / run.name)
+        if self.start is None:
+            self.start = next((row["val_loss"] for row in rows if row["round"] == 0), None)
         broke_down = grid.broke_down(read_json(self.folder / run.name / "run.json"))
         reason = "no update was finite" if broke_down else failure(rows, self.start)
-        loss = None if broke_down else number(rows[-1]["val_loss"])
+        loss = math.nan if broke_down else number(rows[-1]["val_loss"])
         point = {"alpha": alpha, "value": value, "failed": bool(reason), "reason": reason}
-        point["val_loss"] = loss if loss is not None and math.isfinite(loss) else None
+        point["val_loss"] = loss if math.isfinite(loss) else None
         self.points.append(point | {"run": run.name})
         self.save()
         print(f"alpha {alpha:g}, {self.args.axis} {value:g}: {reason or 'works'}", flush=True)

@@ -262,7 +262,8 @@ def judge(run, t, row, thetas, best):
         figures["gradient_norm_variance"] = diagnostics.gradient_norm_variance(norms)
     if parallel.is_main():
         rows = run.metrics() if t else []
-        every = detectors.run_detectors(detectors.curves_of([*rows, {"round": t, **row, **figures}]))
+        curves, planned = detectors.curves_of([*rows, {"round": t, **row, **figures}]), 1 - -run.total // run.every
+        every = detectors.run_detectors(curves, planned)
         alarms = [alarm for alarm in every if not rows or alarm.round > rows[-1]["round"]]
     alarms = parallel.broadcast(alarms)
     for alarm in alarms:

@@ -1,9 +1,8 @@
-"""The page of this study's runs: its questions and verdicts on top of plots/report.py's tables, endings and figures.
+"""The page of this study's runs: paired differences and failure maps on top of plots/report.py's tables and figures.
 
     python llm_noniid/report.py --results-dir results --out results/report.html
 
-The verdicts (`llm_noniid.verdicts`) are about the group of like runs with most of them. A script may read with plots/
-what the study's modules must not know, so the two are put together here.
+A script may read with plots/ what the study's modules must not know, so the two are put together here.
 """
 
 from pathlib import Path
@@ -23,78 +22,46 @@ def build_parser():
 if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
     args = parsed(build_parser().parse_args)
 
-from llm_noniid import comparing
-from llm_noniid.outcomes import Context, maps_of, outcome_of
-from llm_noniid.verdicts import QUESTIONS, verdicts
 from plots import report, tables
 from plots.noniid import STUDY, TABLE
 from plots.noniid_maps import read_maps
-from plots.report import details, escape, paragraph, prose, table_html
-from plots.runs import describe, like_with_like, read_runs, shared_setting
-from plots.seeds import curves_of
+from plots.report import details, escape, from_markdown, paragraph, table_html
+from plots.runs import read_runs
 
 TITLE = "When federated fine-tuning of language models breaks"
-SIGNS = {"confirmed": "✓", "refuted": "✗", "not decided": "?", "not measured": "–"}
+FIELDS = ("val_loss", "val_accuracy", "mean_client_val_loss", "worst_client_val_loss")
+AGAINST = {"iid": "Differences to IID", "fedavg": "Differences to FedAvg"}
 
 
-def judged(folder):
-    """(title of the largest group of like runs, its `Verdict`s, all failure maps, notes on damaged ones).
+def differences(folder):
+    """{heading: the table of paired differences as list[str]} of the runs in `folder`, of the FIELDS that they have.
 
-    Raises UsageError without a run.
+    Raises UsageError without that folder.
     """
     if not Path(folder).is_dir():
         raise UsageError(f"--results-dir {folder} is not a folder: run an experiment first, or name where they are")
     runs, _ = read_runs([folder], STUDY)
-    notes, context, title = [], None, "-"
-    maps = read_maps([Path(folder)], notes, strict=False)
-    if runs:
-        setting, members = like_with_like(runs, TABLE.free)[0]
-        title = describe(STUDY, shared_setting(setting, curves_of(members, TABLE.free)))
-        context = Context([outcome_of(run) for run in members])
-    return title, verdicts(context, maps_of(context, maps)), maps, list(map(str, notes))
+    fields = [name for name in FIELDS if any(name in row for run in runs for row in run.rows)]
+    words = ["llm_noniid", "--fields", *fields, "--against"]
+    parse = tables.build_parser().parse_args
+    return {head: tables.parts_of(TABLE, runs, [], parse([*words, to])) for to, head in AGAINST.items() if fields}
 
 
 def text(folder):
-    """The table of the runs as Markdown, and the verdicts of the largest group."""
-    title, answers, _, notes = judged(folder)
-    args = tables.build_parser().parse_args([STUDY.name])
-    rows = [["question", "claim", "verdict"], *([v.question, v.claim, v.status] for v in answers)]
-    parts = [tables.report(TABLE, [folder], args), f"### Verdicts: {title}", tables.layout(rows), *notes]
-    return "\n\n".join(parts)
+    """The tables of the runs as Markdown: what they reached, then the paired differences."""
+    pairs = [part for head, parts in differences(folder).items() for part in (f"## {head}", *parts)]
+    return "\n\n".join([tables.report(TABLE, [folder], tables.build_parser().parse_args([STUDY.name])), *pairs])
 
 
 def write(folder, out, figures=True):
     """Writes the page of the runs in `folder` to `out`; its figures also into `folder`/figures. Returns its path."""
-    title, answers, maps, notes = judged(folder)
-    rows = [["question", "claim", "verdict"]]
-    rows += [[v.question, v.claim, f"{SIGNS[v.status]} {v.status}"] for v in answers]
-    n = len(QUESTIONS)
-    lead = [
-        "<h2>Verdicts</h2>",
-        paragraph(f"They are about the largest group: {title}."),
-        details("how settings are compared", prose(comparing.__doc__.split("\n\n", 1)[1])),
-        table_html(rows),
-        "<h2>Research questions</h2>",
-        *map(verdict_part, answers[:n]),
-        "<h2>What the source expects</h2>",
-        *map(verdict_part, answers[n:]),
-        "<h2>Failure maps</h2>" if maps else "",
-        *map(map_part, maps),
-        *map(paragraph, notes),
-    ]
+    lead, notes = [], []
+    for head, parts in differences(folder).items():
+        lead += [f"<h2>{head}</h2>", *from_markdown(parts)]
+    maps = read_maps([Path(folder)], notes, strict=False)
+    lead += ["<h2>Failure maps</h2>" if maps else "", *map(map_part, maps), *map(paragraph, notes)]
     keep = Path(folder) / "figures" if figures else None
     return report.write([folder], out, TITLE, "\n".join(lead), figures, keep=keep)
-
-
-def verdict_part(verdict):
-    """A verdict with the numbers that it rests on; what is said beside is grey."""
-    lines = "".join(
-        f"<tr{' class=beside' if p.beside else ''}><td>{escape(p.claim)}{' (beside)' if p.beside else ''}</td>"
-        f"<td class=status>{SIGNS[p.status]} {p.status}</td><td>{escape(p.numbers)}</td></tr>"
-        for p in verdict.parts
-    )
-    head = f"<h3>{escape(verdict.question)}</h3><p>{escape(verdict.claim)}: <strong>{verdict.status}</strong>.</p>"
-    return f"{head}<table><tbody>{lines}</tbody></table>" if lines else head
 
 
 def map_part(one):

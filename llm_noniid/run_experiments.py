@@ -26,8 +26,7 @@ from common import grid, tuning
 from common.cli import Parser, UsageError, non_negative_int, positive_float, positive_int, run_main
 from common.grid import Preset, Setting
 from llm_noniid import flags
-from llm_noniid.flags import PARTITIONS
-from llm_noniid.outcomes import ALPHAS, MAP_FILE
+from llm_noniid.flags import ALPHAS, MAP_FILE, PARTITIONS
 
 SHOW = tuple(
     ("llm_noniid/run_experiments.py", "--mode", mode, "--results-dir", "{output}") for mode in ("compare", "analyze")

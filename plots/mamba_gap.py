@@ -13,7 +13,6 @@ The runs of --tune are those of a seed that has several rates of one row; they a
 from collections import Counter, defaultdict
 
 import numpy as np
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from common.cli import run_main
 from common.curves import log_axis, new_figure, number, set_title
@@ -106,6 +105,8 @@ def own(form):
 
 
 def lu_axis(axis, places, label="Local updates a round (LU)"):
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
     lus = sorted({lu for form, lu in places if form in FORMS})
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(lus))

@@ -20,6 +20,7 @@
     clients       after the last round: every client of every seed as a dot, mean and worst client beside
                   (noniid_clients.png); the same minus FedAvg's of the same client and seed (_against); each topic's
                   validation loss (_topics). A central run stands in the partition that its own flags name
+    cost_map      plots/noniid_costs.py
     similarity, partition, failure_map     plots/noniid_maps.py
 
 Lines are means over seeds, bands and bars one standard deviation each way; losses are in nats per token. Central
@@ -34,7 +35,7 @@ import numpy as np
 
 from common.cli import run_main
 from common.curves import GREY, MARKERS, log_axis, new_figure, number
-from plots import noniid_maps
+from plots import noniid_costs, noniid_maps
 from plots.noniid_runs import FACTORS, KEYS, STUDY, TABLE, central_of, factor_figures, figures_of, first_alarms, order
 from plots.style import (
     Figure,
@@ -389,6 +390,7 @@ FIGURES = {
         Figure("noniid_clients_against", with_single, draw_against, BESIDE),
         Figure("noniid_clients_topics", with_last(TOPICS), draw_topics, LAST.replace(CLIENTS, TOPICS)),
     ],
+    "cost_map": noniid_costs.COST_MAP,
     "similarity": noniid_maps.SIMILARITY,
     "partition": noniid_maps.PARTITION,
     "failure_map": noniid_maps.FAILURES,

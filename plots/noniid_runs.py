@@ -1,6 +1,7 @@
 """Runs of llm_noniid as tables and figures see them, and its table.
 
     python plots/tables.py llm_noniid --data-dir results --target 5
+    python plots/tables.py llm_noniid --against iid --fields val_loss val_accuracy
 
 One table per group of runs on the same texts and model with as many clients and rounds. A row is one algorithm with the
 settings and arguments that set it apart. Losses are in nats per token, after the last round. `vs FedAvg` is the
@@ -12,6 +13,11 @@ them, `gradient drift`, `chance drift`, `correction` and its cosine (llm_noniid/
 of each seed, with the loss that this FedAvg of the same seed has at the middle of its evaluations; --target: with that
 loss. `failed`: the alarm `diverged`, no finite update, or a last loss that is not finite, above the first evaluation's
 or above that before training. `alarms`: the detectors that spoke, with the number of seeds where not all had one.
+
+--against iid, fedavg: instead the paired differences of any fields, `mean [95 % interval of a paired t test], pairs`,
+to the same algorithm under IID, or to FedAvg on the same partition, at the same local work, rounds and other flags.
+Learning rates may differ, as each row's is tuned: of several baselines that with most seeds in common counts, of those
+the one with the lowest validation loss.
 """
 
 import math
@@ -24,7 +30,20 @@ from common.curves import failure, number
 from plots.runs import LeftOut, Study, base_name, describe, like_with_like, order_of, shared_setting, text, words_for
 from plots.seeds import curves_of, distance, lines_of, nearest
 from plots.style import Panel, all_curves
-from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent, spread
+from plots.tables import (
+    MINUTES,
+    ROUNDS,
+    SEEDS,
+    Column,
+    Table,
+    difference,
+    over_rounds,
+    paired_cell,
+    parts_of,
+    result,
+    sent,
+    spread,
+)
 
 # a panel or table holds only runs that agree on these, apart from what it varies
 KEYS = (
@@ -49,6 +68,9 @@ FACTORS = {
     "local": "local work",
 }
 FREE = ("partition", *FACTORS)  # what the rows of one table may differ in
+WIDE = (*FREE, "rounds")  # of paired differences and costs: the same budget in fewer rounds of more steps too
+TUNED = {"learning_rate", "server_lr"}  # of each row
+DIFFER = {"iid": {*PLACE, "min_samples"}, "fedavg": set()}  # in what a row and its baseline differ
 NO_TRAINING = 1e-20  # old runs with a lower learning rate only say what the loss is before training
 MAP_FILE = "failure_map.json"
 TRUE_DRIFT = {  # columns of runs with --drift-samples
@@ -323,6 +345,60 @@ def against_fedavg(curve, curves):
     return difference(curve, base, "val_loss", digits=3)
 
 
+def baseline(curve, curves, against):
+    """The curve that `curve` is compared with (see this module's docstring), None without one or for itself.
+
+    against: "iid" or "fedavg".
+    """
+    seeds = {run.seed for run in curve.runs}
+
+    def fits(other):
+        if against == "iid" and (other.kind != curve.kind or other.args.get("partition") != "IID"):
+            return False
+        if against == "fedavg" and other.kind != "fedavg":
+            return False
+        names = other.args.keys() & curve.args.keys() if against == "fedavg" else other.args.keys() | curve.args.keys()
+        return all(other.args.get(n) == curve.args.get(n) for n in names - TUNED - DIFFER[against])
+
+    best = max(filter(fits, curves), key=lambda other: tuned_rank(other, seeds), default=None)
+    return None if curve.central or best in (None, curve) or not tuned_rank(best, seeds)[0] else best
+
+
+def tuned_rank(curve, seeds=None):
+    """Highest for the learning rate that counts: (how many seeds, of those in `seeds`; minus the mean loss)."""
+    n = sum(seeds is None or run.seed in seeds for run in curve.runs)
+    return n, -np.nan_to_num(curve.results("val_loss").mean(), nan=math.inf)
+
+
+def text_of(runs, notes, args):
+    """The table, or with --against that of paired differences."""
+    table = replace(TABLE, text=None)
+    if args.against:
+        table = replace(table, free=WIDE, columns=differences_columns)
+    return parts_of(table, runs, notes, args)
+
+
+def differences_columns(curves, args):
+    def pair(name):
+        return lambda curve, _: paired_cell(curve, baseline(curve, curves, args.against), name)
+
+    words = {"iid": "vs IID", "fedavg": "vs FedAvg"}[args.against]
+    columns = []
+    for name in args.fields:
+        head = name.replace("_", " ")
+        columns += [result(head, name, digits=3), Column(f"{head} {words}", pair(name))]
+    return *columns, SEEDS
+
+
+def add_flags(parser):
+    text = "say how many rounds a run took to it"
+    parser.add_argument("--target", type=positive_float, metavar="LOSS", help=text)
+    text = "paired differences with 95 %% intervals, to IID or to FedAvg (default: the table of results)"
+    parser.add_argument("--against", choices=DIFFER, help=text)
+    text = "results or fields of metrics.jsonl that --against compares (default: val_loss)"
+    parser.add_argument("--fields", nargs="+", default=["val_loss"], metavar="FIELD", help=text)
+
+
 def losses(run):
     """[(round, validation loss)] of its evaluations after a round, nan where it is not finite."""
     return [(row["round"], number(row["val_loss"])) for row in run.rows if "val_loss" in row and row["round"]]
@@ -417,8 +493,7 @@ TABLE = Table(
     words=__doc__.split("\n\n", 2)[2],
     columns=columns,
     free=FREE,
-    flags=lambda parser: parser.add_argument(
-        "--target", type=positive_float, metavar="LOSS", help="say how many rounds a run took to it"
-    ),
+    flags=add_flags,
+    text=text_of,
     about=lambda study, setting, curves: describe(study, shared_setting(setting, curves)),
 )

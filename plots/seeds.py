@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-from scipy.stats import t as student
 
 from common.curves import number
 from plots.runs import LeftOut, words_for
@@ -218,6 +217,8 @@ def interval(differences, level=0.95):
 
     mean +- t_{S-1, (1 + level) / 2} s / sqrt(S),   s: the sample standard deviation
     """
+    from scipy.stats import t as student  # only here: it takes a while to import
+
     n = len(differences)
     if n < 2:
         return math.nan, math.nan

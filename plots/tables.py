@@ -21,7 +21,7 @@ import numpy as np
 
 from common.cli import Parser, UsageError, run_main
 from plots.runs import Study, describe, like_with_like, read_runs
-from plots.seeds import curves_of, paired, usual
+from plots.seeds import curves_of, interval, paired, usual
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,6 +116,18 @@ def difference(curve, base, name, factor=1.0, digits=2):
         return "-"
     text = spread(factor * paired(curve, base, name), digits)
     return text if text.startswith("-") else "+" + text
+
+
+def paired_cell(curve, base, name, factor=1.0, digits=3):
+    """`+0.119 [+0.052, +0.186], 3`: a result's mean difference to the curve `base`, seed by seed, the 95 % interval of
+    a paired t test (`?` of one pair), how many pairs, `2 of 3` where one is not finite; `-` without any."""
+    every = factor * paired(curve, base, name) if base not in (None, curve) else np.array([])
+    pairs = every[np.isfinite(every)]
+    if not len(pairs):
+        return "-" if not len(every) else f"none of {len(every)} finite"
+    ends = ", ".join(f"{end:+,.{digits}f}" for end in interval(pairs)) if len(pairs) > 1 else "?"
+    count = f"{len(pairs)} of {len(every)}" if len(pairs) < len(every) else len(pairs)
+    return f"{pairs.mean():+,.{digits}f} [{ends}], {count}"
 
 
 def whole(name):

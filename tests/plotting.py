@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FIGURES = {
     "vit": "curves heterogeneity local_steps strategies sparsity layers interference shards",
     "glue": "metric error bytes clients",
-    "noniid": "curves drift clients similarity partition failure_map",
+    "noniid": "curves drift clients cost_map similarity partition failure_map",
 }
 # name -> command line; `vit` draws every figure of that study, `vit curves` one of them, `table vit` prints its table
 COMMANDS = {
@@ -31,7 +31,7 @@ COMMANDS = {
     "table noniid": "plots/tables.py llm_noniid",
     "page": "plots/report.py --no-figures",
     "page noniid": "llm_noniid/report.py --no-figures",
-    "verdicts noniid": "llm_noniid/run_experiments.py --mode compare",
+    "compare noniid": "llm_noniid/run_experiments.py --mode compare",
 }
 STUDIES = ("mamba", "vit", "glue", "noniid")
 

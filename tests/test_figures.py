@@ -58,8 +58,8 @@ TABLES = {
     "page vit": ("vit", "page", ""),
     "page glue": ("glue", "page", "--title Rules"),
     "page noniid": ("report", "page noniid", ""),
-    "page noniid log": ("noniid log", "verdicts noniid", ""),
-    "page noniid tables": ("report", "verdicts noniid", ""),
+    "page noniid log": ("noniid log", "compare noniid", ""),
+    "page noniid tables": ("report", "compare noniid", ""),
 }
 EVERY = FIGURES | PARTS | TABLES
 
