@@ -297,7 +297,10 @@ class LabelledTexts(TokenizedTexts):
         return np.array([len(answer) for answer in self.answers])[self.labels[rows]]
 
     def batch(self, rows, label=None):
-        """As `TokenizedTexts.batch`, labels -100 on all but the answers. label: all texts get this one's instead."""
+        """As `TokenizedTexts.batch`, labels -100 on all but the answers. label: all texts get this one's instead.
+
+        Besides "before_scored" int64 [N]: the places of [B L] whose logits predict a scored token.
+        """
         own = self.labels[rows] if label is None else np.full(len(rows), label)
         answers = [self.answers[c] for c in own]
         asked = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in rows]
@@ -310,6 +313,7 @@ class LabelledTexts(TokenizedTexts):
             "input_ids": inputs,
             "attention_mask": mask.astype(np.int64),
             "labels": np.where(scored, inputs, IGNORE),
+            "before_scored": np.flatnonzero(scored) - 1,
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 

@@ -125,11 +125,29 @@ def check_base(file, place, name, facts):
         )
 
 
+def head_at(module, places):
+    """A context in which a model's head is given the hidden states of these places [N] of [B L] alone: logits [N, V].
+
+    By a hook: what a model does to logits after its head (gemma's soft cap, granite's scale) is still its own.
+    """
+    return module.get_output_embeddings().register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1)[places],))
+
+
 def negative_log_likelihood(module, batch, amp):
-    """Of each token after the first [B, L - 1], 0 where no label is scored."""
-    with amp_context(amp, batch["input_ids"].device):
-        logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    logits, labels = logits[:, :-1].float(), batch["labels"][:, 1:]  # [B, L - 1, V], [B, L - 1]
+    """Of each token after the first [B, L - 1], 0 where no label is scored.
+
+    Where few are (--target label), the head computes logits of theirs alone, and padding, which comes after all that
+    is scored, needs no mask in a causal model.
+    """
+    inputs, labels, places = batch["input_ids"], batch["labels"], batch.get("before_scored")
+    if places is not None and not torch.compiler.is_compiling():  # a hook of its own for each step compiles anew
+        with amp_context(amp, inputs.device), head_at(module, places):
+            logits = module(input_ids=inputs).logits.float()  # [N, V]
+        nll = F.cross_entropy(logits, labels.flatten()[places + 1], reduction="none")  # [N]
+        return nll.new_zeros(labels.numel()).index_copy(0, places, nll).view(labels.shape)[:, :-1]  # [B, L - 1]
+    with amp_context(amp, inputs.device):
+        logits = module(input_ids=inputs, attention_mask=batch["attention_mask"]).logits
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]  # [B, L - 1, V], [B, L - 1]
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
     return nll.view(labels.shape)  # [B, L - 1]
 
