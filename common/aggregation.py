@@ -158,14 +158,14 @@ class PrecisionWeightedMean(_Mean):
         super().__init__(theta, clients, sums=3)
         self.damping, self.normalize = float(damping), normalize
 
-    def add(self, theta_k, weight, precision):
+    def add(self, theta_k, weight, precision, finite=()):
         """As `WeightedMean.add`. Args: precision: F_k [n], every element at least 0.
 
         Raises: ValueError for a negative precision or one of another length, beside what `WeightedMean.add` does.
         """
         if precision.shape != self.theta.shape:
             raise ValueError(f"a precision of {tuple(precision.shape)} for weights of {tuple(self.theta.shape)}")
-        if not self._counts(theta_k, weight, precision):
+        if not self._counts(theta_k, weight, precision, *finite):
             return False
         if (lowest := precision.amin().item()) < 0:
             raise ValueError(f"the precision has elements below 0 ({lowest})")
@@ -273,20 +273,31 @@ class ServerAdam(_ServerOptimizer):
         yogi:     v <- v - (1 - b2) Delta^2 sign(v - Delta^2)
         adagrad:  v <- v + Delta^2
 
-    v starts at tau^2, m at 0; no bias correction, as published. State: m, v [n], fp64.
+    v starts at tau^2, m at 0; no bias correction, as published. With bias_correction (adam only) v starts at 0 too and
+    m / (1 - b1^t), v / (1 - b2^t) take their places: on one SGD step of the clients that is Adam on the pooled gradient
+    (Kingma & Ba 2015, with tau as its epsilon). State: m, v [n], fp64, and with bias_correction t.
     """
 
-    def __init__(self, kind="adam", lr=1e-2, b1=0.9, b2=0.99, tau=1e-3):
+    def __init__(self, kind="adam", lr=1e-2, b1=0.9, b2=0.99, tau=1e-3, bias_correction=False):
         if kind not in ("adam", "yogi", "adagrad"):
             raise ValueError(f"kind {kind!r} is not 'adam', 'yogi' or 'adagrad'")
+        if bias_correction and kind != "adam":
+            raise ValueError(f"bias correction is adam's, not {kind}'s")
         if not (lr > 0 and tau > 0 and 0 <= b1 < 1 and 0 <= b2 < 1):
             raise ValueError(f"lr {lr} and tau {tau} must be above 0, b1 {b1} and b2 {b2} in [0, 1)")
         super().__init__()
-        self.kind, self.lr, self.b1, self.b2, self.tau = kind, lr, b1, b2, tau
+        self.kind, self.lr, self.b1, self.b2, self.tau, self.bias_correction = kind, lr, b1, b2, tau, bias_correction
 
     def step(self, theta, delta):
         """The new theta [n]. Args: delta [n], fp64: a mean's `delta()`."""
-        self.state = self.state or {"m": torch.zeros_like(delta), "v": torch.full_like(delta, self.tau**2)}
+        if not self.state:
+            start = 0.0 if self.bias_correction else self.tau**2
+            self.state = {"m": torch.zeros_like(delta), "v": torch.full_like(delta, start)}
+            self.state |= {"t": torch.zeros((), dtype=torch.float64)} if self.bias_correction else {}
+        of_m = of_v = 1.0
+        if self.bias_correction:
+            self.state["t"] += 1
+            of_m, of_v = (1 - b ** self.state["t"].item() for b in (self.b1, self.b2))
         change = torch.empty_like(delta)
         for c, d, m, v in chunks(change, delta, self.state["m"], self.state["v"]):
             m.mul_(self.b1).add_(d * (1 - self.b1))
@@ -297,5 +308,5 @@ class ServerAdam(_ServerOptimizer):
                 v.sub_(squared * torch.sign(v - squared) * (1 - self.b2))
             else:
                 v.add_(squared)
-            c.copy_(m * self.lr / (v.sqrt() + self.tau))
+            c.copy_(m * (self.lr / of_m) / ((v / of_v).sqrt() + self.tau))
         return apply_delta(theta, change)

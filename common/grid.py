@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from common.stopping import undisturbed
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results.jsonl"
+TUNING = "tuning"  # the folder of the runs of --tune, see common/tuning.py
 WHOLE = ("command", "args", "data")  # of a run.json, without which it says too little
 GOES_ON = "the same command goes on"
 SAY = partial(print, flush=True)
@@ -44,33 +45,41 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a
 @dataclass(frozen=True)
 class Setting:
     """What a preset runs with its seeds. words: the script's flags, "{seed}" in them is the seed; group: for --only;
-    seeds: how many of the seeds it takes (None: all)."""
+    seeds: how many of the seeds it takes (None: all); tune: {flag: values} that --tune tries where it has none."""
 
     name: str
     script: str
     words: tuple = ()
     group: str = ""
     seeds: int | None = None
+    tune: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """shared: flags of every run; settings: a tuple of `Setting`s, or what a study makes them of; seeds: by default."""
+    """shared: flags of every run; settings: a tuple of `Setting`s, or what a study makes them of; seeds: by default;
+    objective: what --tune compares, a field of metrics.jsonl; higher: whether more of it is better; tuned: a file of
+    tuned values in the repository."""
 
     shared: tuple
     settings: object
     seeds: tuple = (0, 1, 2)
+    objective: str = "val_loss"
+    higher: bool = False
+    tuned: str = ""
 
 
 @dataclass(frozen=True)
 class Run:
     """name: also its folder below the output folder; command: a script's path in the repository, then its flags;
-    needs: the run that must be finished first; record: the file that says how it ended (without "status": finished)."""
+    needs: the run that must be finished first; record: the file that says how it ended (without "status": finished);
+    setting: the one that `expand` made it of, with the shared flags among its words."""
 
     name: str
     command: tuple
     needs: str = ""
     record: str = "run.json"
+    setting: Setting | None = field(default=None, compare=False)
 
 
 def build_parser(description, presets, default, output, preset_names=(), output_names=()):
@@ -90,6 +99,13 @@ def build_parser(description, presets, default, output, preset_names=(), output_
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these settings or groups (default: all)")
     plan = "check the runs, print their commands and how long each took, and run nothing"
     parser.add_argument("--plan", action="store_true", help=plan)
+    tune = "find each setting's best value of a flag on validation, and run no more; of two flags (--tune twice) the "
+    tune += "first at the setting's own value of the second, the second at the first's best; alone: the settings' grids"
+    parser.add_argument("--tune", nargs="*", action="append", metavar=("FLAG", "X"), help=tune)
+    tune = "seed of these runs, none of --seeds"
+    parser.add_argument("--tune-seed", type=non_negative_int, default=100, metavar="N", help=tune)
+    tune = "tuned values that the runs take; off: none (default: DIR/tuned.json and the preset's)"
+    parser.add_argument("--tuned", metavar="FILE", help=tune)
     folder = output.format(preset="PRESET")
     parser.add_argument(
         "--output-dir", *output_names, metavar="DIR", help=f"run folders, results.jsonl (default: {folder})"
@@ -98,10 +114,16 @@ def build_parser(description, presets, default, output, preset_names=(), output_
 
 
 def complete(args, presets):
-    """Fills in the flags whose defaults depend on the preset: seeds, output_dir."""
+    """Fills in the flags whose defaults depend on the preset: seeds (with --tune its seed alone), output_dir."""
     args.seeds = args.seeds or list(presets[args.preset].seeds if args.preset in presets else ())
     if len(set(args.seeds)) < len(args.seeds):
         raise UsageError(f"--seeds {' '.join(map(str, args.seeds))}: one is there twice: drop it")
+    if args.tune is not None:
+        if args.tune_seed in args.seeds:
+            raise UsageError(f"--tune-seed {args.tune_seed} is one of the table's --seeds: take another")
+        if args.preset not in presets:
+            raise UsageError(f"--preset {args.preset} runs nothing: drop --tune")
+        args.seeds = [args.tune_seed]
     args.output_dir = args.output_dir or args.output_pattern.format(preset=args.preset.replace("-", "_"))
     return args
 
@@ -143,7 +165,8 @@ def expand(settings, shared, seeds, output, name="{setting}_seed_{seed}", needs=
             called = name.format(setting=s.name, seed=seed)
             words = [str(word).replace("{seed}", str(seed)) for word in (*shared, *s.words, "--seed", seed)]
             place = ["--output-dir", str(output), "--run-name", Path(called).name, "--resume"]
-            runs.append(Run(called, (s.script, *words, *place), needs))
+            whole = replace(s, words=tuple(map(str, (*shared, *s.words))))
+            runs.append(Run(called, (s.script, *words, *place), needs, setting=whole))
     return runs
 
 
@@ -212,7 +235,7 @@ def _first_of_each(runs, output):
     first = {}
     for run in runs:
         flags = dict(zip(run.command, run.command[1:], strict=False))
-        places = [path for path in map(Path, run.command) if output in path.parents]
+        places = [path for path in map(Path, run.command) if output in path.parents and path != output / TUNING]
         if run.record == "run.json" and all(path.exists() for path in places):
             first.setdefault(tuple(map(flags.get, ("--dataset", "--model", "--model-size"))), run)
     return first.values()

@@ -139,29 +139,37 @@ def _accumulated(loss, parts, leaves, amp, size):
     return total
 
 
-def client_optimizer(kind, parameters, lr, momentum=0.9, weight_decay=0.0, not_decayed=()):
-    """A new optimiser over {name: parameter}: "sgd", "sgdm" (momentum as torch's: u <- rho u + g), or "adamw".
-
-    New in every round: FedNova's and SCAFFOLD's formulas hold for momentum that starts at zero.
-    Args: not_decayed: endings of the names that weight decay leaves alone.
-    """
-    if kind not in CLIENT_OPTIMIZERS:
-        raise ValueError(f"kind {kind!r} is none of {', '.join(CLIENT_OPTIMIZERS)}")
+def parameter_groups(parameters, weight_decay, not_decayed=()):
+    """{name: parameter} as a torch optimiser's groups. not_decayed: endings of names that weight decay leaves alone."""
     decayed = [p for name, p in parameters.items() if not name.endswith(tuple(not_decayed))]
     rest = [p for name, p in parameters.items() if name.endswith(tuple(not_decayed))]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    return [group for group in groups if group["params"]]
+
+
+def client_optimizer(kind, parameters, lr, momentum=0.9, weight_decay=0.0, not_decayed=(), betas=(0.9, 0.999)):
+    """A new optimiser over {name: parameter}: "sgd", "sgdm" (momentum as torch's: u <- rho u + g), or "adamw".
+
+    New in every round: FedNova's and SCAFFOLD's formulas hold for momentum that starts at zero.
+    Args: not_decayed: as for `parameter_groups`; betas: AdamW's.
+    """
+    if kind not in CLIENT_OPTIMIZERS:
+        raise ValueError(f"kind {kind!r} is none of {', '.join(CLIENT_OPTIMIZERS)}")
+    groups = parameter_groups(parameters, weight_decay, not_decayed)
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr, fused=True)  # one pass over memory a step
+        return torch.optim.AdamW(groups, lr, betas, fused=True)  # one pass over memory a step
     return torch.optim.SGD(groups, lr, momentum=momentum if kind == "sgdm" else 0.0, fused=True)
 
 
 class Moments:
     """AdamW's moments of clients from round to round, one optimiser for all: a client's turn puts its own into it.
 
-    A row is {"m" [n], "v" [n], "step" []}, as vectors. Without rows every client starts anew in every round.
+    A row is {"m" [n], "v" [n], "step" []}, as vectors. Without rows every client starts anew in every round. Nothing of
+    it is sent; moments that clients share have the same functions (`common.shared_moments`).
     Args: optimizer: over the parameters of `weights`; weights: `common.vector.Weights`; rows: `ClientRows` (in_place).
     """
+
+    bytes = (0, 0)
 
     def __init__(self, optimizer, weights, rows=None):
         self.optimizer, self.weights, self.rows = optimizer, weights, rows
@@ -186,6 +194,18 @@ class Moments:
         if self.rows is not None:
             first = next(iter(self.weights.parameters.values()))
             self.rows.put(k, {**self._row, "step": self.optimizer.state[first]["step"].cpu()})
+
+    def open_round(self, clients):
+        """Nothing, as the three below: no client sees another's moments."""
+
+    def of_client(self):
+        return ()
+
+    def offer(self, weight):
+        pass
+
+    def close_round(self, delta, lr):
+        pass
 
 
 class OptimizerState:

@@ -9,7 +9,7 @@
             if mean.add(theta_k, weight, finite=moments.of_client()):
                 moments.offer(weight)
         theta = mean.result()
-        moments.close_round()
+        moments.close_round(mean.delta(), lr)
 
 A client's second moment is that of its own gradient, whose noise is larger than that of the pooled batch: with moments
 of their own (`common.local.Moments`) clients take steps that are too short.
@@ -19,6 +19,7 @@ from collections import defaultdict
 
 import torch
 
+from common.local import parameter_groups
 from common.parallel import OrderedSum
 
 
@@ -68,14 +69,21 @@ class SharedMoments:
         state = self.optimizer.state[next(iter(self.weights.parameters.values()))]
         self._sum.add((weight, state["step"].item() - self.step), *self.of_client())
 
-    def close_round(self):
-        """What the next round begins with. Every process calls it, after the loop."""
+    def close_round(self, delta, lr):
+        """What the next round begins with. Every process calls it, after the loop.
+
+        Args: delta [n], fp64: the `delta()` of the mean of theta; lr: mean rate of the round's steps.
+        """
         (m, v), numbers = self._sum.result()
         total = sum(weight for weight, _ in numbers)
         # H: clients that pass over texts of their own may differ in their steps
         self.H = round(sum(weight * steps for weight, steps in numbers) / total)
         self._update(m.div_(total), v.div_(total), self.H, sum((weight / total) ** 2 for weight, _ in numbers))
         self.step += self.H
+        self._turn(delta, lr)
+
+    def _turn(self, delta, lr):
+        pass
 
     def _update(self, m, v, H, q):
         raise NotImplementedError
@@ -147,10 +155,8 @@ class FedAdamWMoments(SharedMoments):
         super().load(k)
         self.optimizer.begin(self.step)
 
-    def turn(self, delta):
-        """Takes the round's direction, after `close_round`. Args: delta [n], fp64: a mean's `delta()`."""
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.direction.copy_(delta / (-self.H * lr))
+    def _turn(self, delta, lr):
+        self.optimizer.direction.copy_(delta / (-self.H * lr) if lr else delta * 0)
 
     def _update(self, m, v, H, q):
         for tensor in self.weights.named(v).values():
@@ -173,11 +179,12 @@ class FedAdamW(torch.optim.AdamW):
         x <- x - lr (m / (1 - b1^k) / (sqrt(v / (1 - b2^t)) + eps) + alpha Delta_G + wd x)
 
     The decay shrinks x; the paper's formula has the sign of wd x reversed.
-    Args: weights: `common.vector.Weights` of what is trained; lr; weight_decay: wd; alpha.
+    Args: weights: `common.vector.Weights` of what is trained; lr; weight_decay: wd; alpha; not_decayed: as for
+        `common.local.parameter_groups`; betas: b1, b2.
     """
 
-    def __init__(self, weights, lr, weight_decay=0.01, alpha=0.5):
-        super().__init__(weights.parameters.values(), lr, weight_decay=weight_decay, fused=True)
+    def __init__(self, weights, lr, weight_decay=0.01, alpha=0.5, not_decayed=(), betas=(0.9, 0.999)):
+        super().__init__(parameter_groups(weights.parameters, weight_decay, not_decayed), lr, betas, fused=True)
         self.alpha, self.direction = alpha, torch.zeros_like(weights.theta)
         self._theta = weights.theta
         self._first = self._k = 0

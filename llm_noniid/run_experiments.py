@@ -22,7 +22,7 @@ Finished runs are skipped and broken ones go on, so that the command can be give
 from dataclasses import replace
 from pathlib import Path
 
-from common import grid
+from common import grid, tuning
 from common.cli import Parser, UsageError, non_negative_int, positive_float, positive_int, run_main
 from common.grid import Preset, Setting
 from llm_noniid import flags
@@ -174,7 +174,7 @@ def failure_map(algorithm, base, shared, args, of):
 def main(args, words):
     if args.preset in PRESETS:
         runs = plan(args, words)
-        return grid.run_study(args, runs, SHOW, also=with_untrained_model(runs))
+        return tuning.run_study(args, PRESETS[args.preset], runs, SHOW, also=with_untrained_model(runs))
     if words:
         raise UsageError(f"{words[0]}: --mode {args.preset} runs nothing, so it takes no flag of train.py: drop it")
     from llm_noniid import report  # scipy and all of plots/, which --help must not wait for

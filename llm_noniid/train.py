@@ -162,14 +162,14 @@ def main(args):
                 clients.note(k, train_loss=done.loss, gradient_norm=done.gradient_norms.double().mean())
                 if counts and k in wanted:
                     seen[k] = weights.theta.to("cpu", copy=True), probe(study) if compares else None
-            for shared in filter(None, (variates, moments)):
-                shared.close_round()
+            if variates:
+                variates.close_round()
+            if moments:
+                moments.close_round(means[0].delta(), a.learning_rate)
 
             before, thetas = thetas, thetas.clone()
             for g in sorted({groups.of[k] for k in clients.clients if k not in clients.left_out}):
                 thetas[g] = server.step(before[g], means[g].delta()) if server else means[g].result(a.server_lr)
-            if moments:
-                moments.turn(means[0].delta())
             seen = clients.gather(seen)
             if regroups:
                 groups.of = group_by_updates(run, study, before[0], seen, models)

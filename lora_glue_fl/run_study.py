@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common import grid
+from common import grid, tuning
 from common.choices import RULES
 from common.cli import UsageError, run_main
 from common.grid import Preset, Setting
@@ -158,7 +158,7 @@ def without_shards(args):
 
 def main(args):
     shards = partial(make_shards, args)
-    return grid.run_study(args, plan(args), SHOW, prepare=shards, also=without_shards(args))
+    return tuning.run_study(args, PRESETS[args.preset], plan(args), SHOW, prepare=shards, also=without_shards(args))
 
 
 def build_parser():

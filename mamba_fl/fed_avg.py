@@ -33,9 +33,10 @@ def main(args):
         run.report(0, theta, lambda: evaluate(study, theta, 0))
 
         for t in run.rounds():
-            up, down = study.weights.bytes, study.bytes_down(t)
+            up, down = study.bytes_of(t)
             clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
+            study.moments.open_round(clients)
             lrs, max_norm = study.learning_rates(t), args.max_grad_norm
             for k in clients:
                 batches = begin_client(study, theta, k, t)
@@ -43,8 +44,11 @@ def main(args):
                     study.loss, batches, study.weights, study.optimizer, amp=run.amp, lrs=lrs, max_norm=max_norm
                 )
                 theta_k = end_client(study, theta, k, t, clients, done)
-                mean.add(theta_k, weight=study.client_weights[k])
+                n_k, moments_k = study.client_weights[k], study.moments.of_client()
+                if mean.add(theta_k, weight=n_k, finite=moments_k):
+                    study.moments.offer(n_k)
             theta = mean.result(args.server_lr)
+            study.moments.close_round(mean.delta(), sum(lrs) / len(lrs))
             run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 
         finish(study, theta)

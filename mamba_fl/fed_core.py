@@ -25,6 +25,7 @@ from common.local import Moments, client_optimizer
 from common.participation import Turns, per_round
 from common.schedules import lr_at
 from common.seeding import stream
+from common.shared_moments import AverageMoments, FedAdamW, FedAdamWMoments, PooledMoments, SharedMoments
 from common.text import load_tokenizer, tokenizer_fingerprint
 from common.vector import Weights
 from mamba_fl.data import FederatedText, build_data, inputs_and_labels
@@ -34,6 +35,7 @@ from mamba_fl.ssm_config import make_model, read_pretrained, save_pretrained
 
 NOT_DECAYED = ("dt_bias", "A_log", "D")  # Dao & Gu's recipe: no weight decay on the recurrence's own parameters
 MOST_PADDING = 128  # rows that an embedding has beyond the tokens, at most, in the models that there are
+SHARED = {"average": AverageMoments, "pooled": PooledMoments}  # --client-state
 WATCHED = ("in_proj.weight", "A_log", "D", "dt_bias")  # the state-space parameters of a layer
 
 
@@ -43,8 +45,8 @@ class Study:
 
     train: each client's blocks [n_k, T + 1] on the device (central: one client with all); weights: theta's live vector
     and names; loss: mean NLL (nats a token) of blocks [B, T + 1]; optimizer: the one of all clients; total_steps of a
-    client that is always there; epoch: rounds that an epoch of the data takes; moments, own_weights: what clients keep
-    with --client-state keep, and with --sync epoch (else None).
+    client that is always there; epoch: rounds that an epoch of the data takes; moments: the clients' AdamW moments from
+    round to round (--client-state); own_weights: what clients keep with --sync epoch (else None).
     """
 
     args: object
@@ -59,7 +61,7 @@ class Study:
     total_steps: int
     epoch: int
     best: Best
-    moments: Moments
+    moments: Moments | SharedMoments
     own_weights: ClientRows | None
 
     @property
@@ -70,8 +72,9 @@ class Study:
     @property
     def lasting(self):
         """With theta, all that outlives a round. A script adds its server optimiser."""
-        rows = {"moments": self.moments.rows, "own_weights": self.own_weights}
-        return {"best": self.best} | {name: thing for name, thing in rows.items() if thing is not None}
+        moments = self.moments if isinstance(self.moments, SharedMoments) else self.moments.rows
+        others = {"moments": moments, "own_weights": self.own_weights}
+        return {"best": self.best} | {name: thing for name, thing in others.items() if thing is not None}
 
     @property
     def eval_batch(self):
@@ -86,9 +89,10 @@ class Study:
         """Whether the clients get the averaged model at the start of round t."""
         return self.args.sync == "round" or t % self.epoch == 0
 
-    def bytes_down(self, t):
-        """What a client receives in round t."""
-        return self.weights.bytes if self.synced(t) else 0
+    def bytes_of(self, t):
+        """(up, down): what a client sends and receives in round t."""
+        up, down = self.moments.bytes
+        return self.weights.bytes + up, (self.weights.bytes if self.synced(t) else 0) + down
 
     def learning_rates(self, t):
         """The rate of each step of round t, the same for all its clients.
@@ -124,10 +128,7 @@ def load_study(args, run, federated=True):
         on_disk = rows_on_disk(len(train), per_round(args.participation, len(train)), size)
         return ClientRows(run.folder / "clients" / name, on_disk, in_place, run.device)
 
-    optimizer = client_optimizer(
-        args.client_optimizer, weights.parameters, args.lr, 0.0, args.weight_decay, NOT_DECAYED
-    )
-    keeps = federated and args.client_optimizer == "adamw" and args.client_state == "keep"
+    moments = client_moments(args, weights, rows, federated)
     study = Study(
         args=args,
         run=run,
@@ -136,18 +137,32 @@ def load_study(args, run, federated=True):
         model=model,
         weights=weights,
         loss=checked_compile(loss, weights.parameters) if args.compile else loss,
-        optimizer=optimizer,
+        optimizer=moments.optimizer,
         turns=Turns(args.seed, len(train), args.participation),
         total_steps=total_steps,
         epoch=epoch,
         best=Best(),
-        moments=Moments(optimizer, weights, rows("moments", 2 * weights.bytes, in_place=True) if keeps else None),
+        moments=moments,
         own_weights=rows("own_weights", weights.bytes) if args.sync == "epoch" else None,
     )
     resolved = run.resolved() | {"kernel": type(model).__name__}
     run.begin(data.fingerprint, {"total": weights.size}, resolved, data.shards)
     run.plan(rounds, args.val_freq, args.save_freq, len(train))
     return study
+
+
+def client_moments(args, weights, rows, federated):
+    """The clients' optimiser, and what becomes of its moments from round to round: --client-state."""
+    betas, state = (0.9, args.beta2), args.client_state
+    if args.client_optimizer == "adamw" and state == "fedadamw":
+        optimizer = FedAdamW(weights, args.lr, args.weight_decay, args.alpha_global, NOT_DECAYED, betas)
+        return FedAdamWMoments(optimizer, weights)
+    decay = {"weight_decay": args.weight_decay, "not_decayed": NOT_DECAYED}
+    optimizer = client_optimizer(args.client_optimizer, weights.parameters, args.lr, 0.0, **decay, betas=betas)
+    if args.client_optimizer == "adamw" and state in SHARED:
+        return SHARED[state](optimizer, weights)
+    keeps = federated and args.client_optimizer == "adamw" and state == "keep"
+    return Moments(optimizer, weights, rows("moments", 2 * weights.bytes, in_place=True) if keeps else None)
 
 
 def start_model(args, data, device):

@@ -48,9 +48,10 @@ def main(args):
         run.report(0, theta, lambda: evaluate(study, theta, 0))
 
         for t in run.rounds():
-            up, down = study.weights.bytes, study.bytes_down(t)
+            up, down = study.bytes_of(t)
             clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
+            study.moments.open_round(clients)
             lrs, max_norm = study.learning_rates(t), args.max_grad_norm
             for k in clients:
                 batches = begin_client(study, theta, k, t)
@@ -60,8 +61,11 @@ def main(args):
                 theta_k = end_client(study, theta, k, t, clients, done)
                 entropy_k = entropy(study, k, t)
                 clients.note(k, entropy=entropy_k)
-                mean.add(theta_k, study.client_weights[k], log_weight=-entropy_k / args.temperature)
+                n_k, moments_k = study.client_weights[k], study.moments.of_client()
+                if mean.add(theta_k, n_k, log_weight=-entropy_k / args.temperature, finite=moments_k):
+                    study.moments.offer(n_k)
             theta = mean.result(args.server_lr)
+            study.moments.close_round(mean.delta(), sum(lrs) / len(lrs))
             run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 
         finish(study, theta)

@@ -47,9 +47,11 @@ def main(args):
         run.report(0, theta, lambda: evaluate(study, theta, 0))
 
         for t in run.rounds():
-            up, down = 2 * study.weights.bytes, study.bytes_down(t)  # up: the weights and their precision
+            up, down = study.bytes_of(t)
+            up += study.weights.bytes  # the precision
             clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = PrecisionWeightedMean(theta, clients, args.fisher_damping, args.fisher_normalize)
+            study.moments.open_round(clients)
             lrs, max_norm = study.learning_rates(t), args.max_grad_norm
             for k in clients:
                 batches = begin_client(study, theta, k, t)
@@ -57,8 +59,11 @@ def main(args):
                     study.loss, batches, study.weights, study.optimizer, amp=run.amp, lrs=lrs, max_norm=max_norm
                 )
                 theta_k = end_client(study, theta, k, t, clients, done)
-                mean.add(theta_k, weight=study.client_weights[k], precision=fisher(study, k, t))
+                n_k, precision, moments_k = study.client_weights[k], fisher(study, k, t), study.moments.of_client()
+                if mean.add(theta_k, weight=n_k, precision=precision, finite=moments_k):
+                    study.moments.offer(n_k)
             theta = mean.result(args.server_lr)
+            study.moments.close_round(mean.delta(), sum(lrs) / len(lrs))
             run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 
         finish(study, theta)

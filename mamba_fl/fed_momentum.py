@@ -32,6 +32,17 @@ def build_parser():
     forms = ["heavy_ball", "ema"]
     add("--momentum-form", choices=forms, default="heavy_ball", when=of(*MOMENTUM), help="ema: the source's average")
     add("--server-beta2", type=cli.half_open_fraction, default=0.99, metavar="X", when=of("adam", "yogi"), help="b2")
+    text = "Adam's m and v over 1 - b^t, as in Adam; Reddi's has none"
+    add(
+        "--server-bias-correction",
+        action="store_true",
+        when=of("adam") & cli.unless(server_bias_correction=False),
+        help=text,
+    )
+    text = "whose rate --lr-scheduler and --warmup-steps change"
+    add(
+        "--scheduled", choices=["clients", "server"], default="clients", when=cli.unless(scheduled="clients"), help=text
+    )
     add("--server-tau", type=cli.positive_float, default=1e-3, metavar="X", when=of(*ADAPTIVE), help="Adam's tau")
     return parser
 
@@ -55,18 +66,25 @@ def main(args):
         run.report(0, theta, lambda: evaluate(study, theta, 0))
 
         for t in run.rounds():
-            up, down = study.weights.bytes, study.bytes_down(t)
+            up, down = study.bytes_of(t)
             clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
+            study.moments.open_round(clients)
             lrs, max_norm = study.learning_rates(t), args.max_grad_norm
+            if args.scheduled == "server":
+                server.lr = args.server_lr * (lrs[0] / args.lr if args.lr else 1)
+                lrs = [args.lr] * len(lrs)
             for k in clients:
                 batches = begin_client(study, theta, k, t)
                 done = local_steps(
                     study.loss, batches, study.weights, study.optimizer, amp=run.amp, lrs=lrs, max_norm=max_norm
                 )
                 theta_k = end_client(study, theta, k, t, clients, done)
-                mean.add(theta_k, weight=study.client_weights[k])
+                n_k, moments_k = study.client_weights[k], study.moments.of_client()
+                if mean.add(theta_k, weight=n_k, finite=moments_k):
+                    study.moments.offer(n_k)
             theta = server.step(theta, mean.delta())
+            study.moments.close_round(mean.delta(), sum(lrs) / len(lrs))
             run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
 
         finish(study, theta)
@@ -77,7 +95,8 @@ def server_optimizer(args):
     kind, lr, b1 = args.server_optimizer, args.server_lr, args.server_momentum
     if kind in MOMENTUM:
         return ServerMomentum(lr, b1, nesterov=kind == "nesterov", form=args.momentum_form)
-    return ServerAdam(kind, lr, b1=b1, b2=args.server_beta2, tau=args.server_tau)
+    corrected = args.server_bias_correction and kind == "adam"
+    return ServerAdam(kind, lr, b1=b1, b2=args.server_beta2, tau=args.server_tau, bias_correction=corrected)
 
 
 if __name__ == "__main__":

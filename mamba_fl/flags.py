@@ -10,6 +10,7 @@ from common.cli import (
     add_machine_flags,
     add_run_flags,
     fraction,
+    half_open_fraction,
     layer_count,
     non_negative_float,
     non_negative_int,
@@ -33,6 +34,7 @@ SIZES = {  # flag -> its default, its names in a config.json: mamba-ssm's and tr
     "headdim": (64, "headdim", "head_dim"),
     "expand": (2, "expand", "expand"),
 }
+CLIENT_STATES = ("keep", "reset", "average", "pooled", "fedadamw")
 SERVER_LR = {
     "type": positive_float,
     "default": 1.0,
@@ -82,6 +84,8 @@ def make_parser(doc, *, federated=True):
     add("--warmup-steps", type=non_negative_int, default=0, metavar="N", when=rises, help=rise)
     lowest, falls = "the rate that cosine and linear end at", only(lr_scheduler=("cosine", "linear"))
     add("--min-lr", type=non_negative_float, default=0.0, metavar="X", when=falls, help=lowest)
+    adamw = only(client_optimizer="adamw") & unless(beta2=0.999)
+    add("--beta2", type=half_open_fraction, default=0.999, metavar="X", when=adamw, help="b2 of AdamW")
     clip, clips = "norm that a step's gradient is clipped to; off: 0", unless(max_grad_norm=0)
     add("--max-grad-norm", type=non_negative_float, default=0.0, metavar="X", when=clips, help=clip)
     if federated:
@@ -98,10 +102,19 @@ def make_parser(doc, *, federated=True):
         add("--client-optimizer", choices=["adamw", "sgd"], default="adamw", help="local optimiser")
         add(
             "--client-state",
-            choices=["keep", "reset"],
+            choices=CLIENT_STATES,
             default="keep",
             when=only(client_optimizer="adamw"),
-            help="a client's AdamW moments from round to round",
+            help="AdamW's moments from round to round: a client's own, none, or sent: averaged, as of the pooled batch",
+        )
+        text = "of fedadamw: how much of the last round's direction each step adds; off: 0"
+        add(
+            "--alpha-global",
+            type=non_negative_float,
+            default=0.5,
+            metavar="X",
+            when=only(client_state="fedadamw"),
+            help=text,
         )
         sync = "when clients get the averaged model; epoch: the source's schedule"
         add("--sync", choices=["round", "epoch"], default="round", help=sync)
@@ -168,6 +181,8 @@ def complete_flags(args):
     if args.lr_scheduler != "constant" and args.min_lr > args.lr:
         raise UsageError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: lower it")
     check_participation(args.participation, args.num_clients)
+    if args.sync == "epoch" and args.client_state in CLIENT_STATES[2:]:
+        raise UsageError(f"--client-state {args.client_state} is of an averaged model: --sync epoch -> round")
     if args.sync == "epoch" and args.participation < 1:
         raise UsageError(f"--sync epoch needs every client in every round: --participation {args.participation} -> 1")
     return args

@@ -9,7 +9,9 @@ Each run is one of the scripts beside this file; finished runs are skipped and b
 can be given again at any time. results.jsonl in the output folder is the log behind the table.
 """
 
-from common import grid
+from dataclasses import replace
+
+from common import grid, tuning
 from common.cli import run_main
 from common.grid import Preset, Setting
 
@@ -37,6 +39,98 @@ def settings(methods, val_freq):
     return tuple(Setting(name, f"mamba_fl/{script}.py", words) for name, (script, *words) in lines.items())
 
 
+# ---- gap: is the federated gap an optimiser gap? Every row has a rate of its own (--tune) and as many steps
+
+LUS = (1, 8, 64, 256)
+ADAM_LR = (2e-3, 4e-3, 8e-3)
+GAP = "--lr-scheduler cosine --amp auto"
+WIKITEXT = "--d-model 64 --tokenizer bpe:2048 --val-sequences 128 --warmup-steps 77 --held-out-sequences 16"
+DEMO = "--dataset demo --d-model 64 --val-sequences 64 --warmup-steps 26 --held-out-sequences 4"
+# Adam at the server on one gradient of each client: --lr is the gradient's factor, which Adam divides out again
+POOLED_GRADIENT = "--client-optimizer sgd --lr 1 --weight-decay 0 --scheduled server --server-optimizer adam"
+POOLED_GRADIENT += " --server-tau 1e-8"
+
+
+def row(name, line, steps, lu=None, batch=None, seeds=5, **tune):
+    """A row of the gap's table. line: script and flags; steps: of a client; lu: local updates, None for central
+    training; batch: size, where it is another than the script's: as many tokens then, in fewer steps."""
+    script, *words = line.split()
+    if batch:
+        fewer = batch // (4 if lu else 16)
+        steps //= fewer
+        words += ["--batch-size", str(batch), "--warmup-steps", str(steps // 10)]
+    words += ["--rounds", str(steps // (lu or 1)), "--val-freq", str(max(1, steps // 4 // (lu or 1)))]
+    words += ["--local-updates", str(lu), "--client-val-sequences", "0"] if lu else []
+    grids = {flag.replace("_", "-"): values for flag, values in (tune or {"lr": ADAM_LR}).items()}
+    return Setting(name, f"mamba_fl/{script}.py", tuple(words), name.partition("_")[0], seeds, grids)
+
+
+def forms(steps, states, lus, seeds=5):
+    """FedAvg with the forms of --client-state."""
+    return [
+        row(f"{state}_lu{lu}", f"fed_avg --client-state {state}", steps, lu, seeds=seeds)
+        for state in states
+        for lu in lus
+    ]
+
+
+def gap(steps=768):
+    """WikiText-2, an epoch: the claims."""
+    yield row("central", "central", steps)
+    yield from forms(steps, ("keep", "pooled"), LUS)
+    yield from forms(steps, ("average",), (1, 64))
+    yield from forms(steps, ("reset", "fedadamw"), (64,))
+    server_lr = {"server_lr": ADAM_LR}
+    corrected = f"fed_momentum {POOLED_GRADIENT} --server-bias-correction --server-beta2 0.999"
+    yield row("server_adam_lu1", corrected, steps, 1, **server_lr)
+    diloco = "fed_momentum --server-optimizer nesterov --server-lr 0.3"
+    yield row("diloco_lu64", diloco, steps, 64, lr=ADAM_LR, server_lr=(0.1, 0.3, 0.7))
+    for name in ("entropy", "fisher"):
+        yield row(f"{name}_lu64", f"fed_{name}{' --fisher-samples 16' if name == 'fisher' else ''}", steps, 64)
+
+
+def topics(steps=768):
+    """Clients that differ: articles by topic, 64 local steps."""
+    by_topic, one = "--sharding topics", {"lr": ADAM_LR}
+    for state in ("keep", "pooled"):
+        yield row(f"topics_{state}", f"fed_avg {by_topic} --client-state {state}", steps, 64, **one)
+    yield row("topics_entropy", f"fed_entropy {by_topic}", steps, 64, **one)
+    yield row("topics_fisher", f"fed_fisher {by_topic} --fisher-samples 16", steps, 64, **one)
+    for part in ("ssm", "conv"):
+        yield row(f"topics_personal_{part}", f"fed_avg {by_topic} --personal {part}", steps, 64, **one)
+
+
+def longer(steps=3 * 768):
+    """Three epochs."""
+    for one in (row("central", "central", steps, seeds=3), *forms(steps, ("keep", "pooled"), (1, 64), seeds=3)):
+        words = (*one.words, "--warmup-steps", str(steps // 10))
+        yield replace(one, name=f"three_{one.name}", words=words, group="three")
+
+
+def gap_demo(steps=256):
+    """The demo: more methods, on fewer texts."""
+    yield row("central", "central", steps, seeds=3)
+    yield from forms(steps, ("keep", "reset", "average", "pooled", "fedadamw"), (1, 8, 64), seeds=3)
+    for correction in ("", " --server-bias-correction"):
+        for b2 in ("0.99", "0.999"):
+            name = f"server_adam_{'corrected' if correction else 'plain'}_b2_{b2}"
+            line = f"fed_momentum {POOLED_GRADIENT} --server-beta2 {b2}{correction}"
+            yield row(name, line, steps, 1, seeds=3, server_lr=ADAM_LR)
+    yield row("central_b2_0.99", "central --beta2 0.99", steps, seeds=3)
+    yield row("keep_lu1_b2_0.99", "fed_avg --beta2 0.99", steps, 1, seeds=3)
+    for batch in (8, 16):
+        yield row(f"central_batch_{4 * batch}", "central", steps, batch=4 * batch, seeds=3)
+        yield row(f"keep_lu1_batch_{batch}", "fed_avg", steps, 1, batch, seeds=3)
+    yield row("ema_lu1", "fed_momentum --momentum-form ema", steps, 1, seeds=3)
+    for lu in (1, 64):
+        both = {"lr": ADAM_LR, "server_lr": (0.1, 0.3, 1.0)}
+        yield row(f"heavy_ball_lu{lu}", "fed_momentum --server-lr 0.3", steps, lu, seeds=3, **both)
+        yield row(f"entropy_lu{lu}", "fed_entropy", steps, lu, seeds=3)
+        yield row(f"fisher_lu{lu}", "fed_fisher --fisher-samples 4", steps, lu, seeds=3)
+    diloco = "fed_momentum --server-optimizer nesterov --server-lr 0.3"
+    yield row("diloco_lu64", diloco, steps, 64, seeds=3, lr=ADAM_LR, server_lr=(0.1, 0.3, 0.7))
+
+
 # small: d_model 128 and a vocabulary of 4,096: two to five minutes a run on one core
 SMALL = "--d-model 128 --tokenizer bpe:4096 --n-epochs 0.5 --lr 5e-3 --amp auto --val-freq 80 --val-sequences 256"
 SOURCE = "--layers 1 --amp auto --val-freq 60 --val-sequences 256 --threads 1"
@@ -46,6 +140,8 @@ QUICK = "--dataset demo --n-epochs 1 --lr 5e-3 --val-freq 5 --val-sequences 32"
 NO_SAMPLES = ["--threads", "1", "--prompt", ""]
 
 PRESETS = {
+    "gap": Preset((*f"{WIKITEXT} {GAP}".split(), *NO_SAMPLES), (*gap(), *topics(), *longer()), seeds=(0, 1, 2, 3, 4)),
+    "gap-demo": Preset((*f"{DEMO} {GAP}".split(), *NO_SAMPLES), tuple(gap_demo())),
     "small": Preset((*SMALL.split(), *NO_SAMPLES), settings(METHODS, val_freq=10)),
     "source": Preset(SOURCE.split(), settings(SOURCE_METHODS, val_freq=10)),
     "quick": Preset((*QUICK.split(), *NO_SAMPLES), settings(METHODS, val_freq=1), seeds=(0,)),
@@ -60,7 +156,7 @@ def plan(args):
 
 
 def main(args):
-    return grid.run_study(args, plan(args), SHOW)
+    return tuning.run_study(args, PRESETS[args.preset], plan(args), SHOW)
 
 
 def build_parser():

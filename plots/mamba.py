@@ -36,7 +36,7 @@ KEYS += ("sync",)
 # Mamba-2's sizes and the values that go without saying.
 SIZES = {"d_model": None, "d_state": 128, "headdim": 64, "expand": 2}
 FEDERATED_ONLY = frozenset(
-    "local_updates rounds participation client_weights client_optimizer client_state sync budget".split()
+    "local_updates rounds participation client_weights client_optimizer client_state alpha_global sync budget".split()
 )
 
 
@@ -108,8 +108,10 @@ STUDY = Study(
     paths=("init_from",),
     words={
         "local_updates": "LU {}",  # says most, so it comes first
+        "alpha_global": "alpha {}",
         "amp": "amp {}",
         "batch_size": "batch {}",
+        "beta2": "b2 {}",
         "client_optimizer": "client {}",
         "client_state": "{} client state",
         "init_from": "from {}",
@@ -120,6 +122,9 @@ STUDY = Study(
         "n_epochs": "{} epochs",
         "num_clients": "{} clients",
         "rounds": "{} rounds",
+        "scheduled": "scheduled {}",
+        "server_beta2": "server b2 {}",
+        "server_bias_correction": lambda on, _: on and "bias-corrected",
         "server_lr": "server lr {}",
         "server_momentum": "momentum {}",
         "server_optimizer": "{}",
@@ -136,8 +141,8 @@ STUDY = Study(
         "sequence_length": "length {}",
         "sync": "sync every {}",
     },
-    off=dict.fromkeys(("init_from", "lr_scheduler", "warmup_steps", "max_grad_norm"), ())
-    | {"server_lr": ("fed_momentum",)},
+    off=dict.fromkeys(("init_from", "lr_scheduler", "warmup_steps", "max_grad_norm", "beta2"), ())
+    | {"server_lr": ("fed_momentum",), "server_bias_correction": (), "scheduled": ()},
     spoken=frozenset({"local_updates"}),
     # the two forms differ by a factor of ten in their steps: never left unsaid
     marked=frozenset({("momentum_form", "ema")}),

@@ -18,6 +18,7 @@ from pathlib import Path
 from common.cache import one_line
 from common.cli import UsageError
 from common.curves import number, read_metrics
+from common.grid import TUNING
 
 # Flags that say where and how a run was computed, not what: never part of a method.
 WHERE = frozenset(
@@ -189,7 +190,8 @@ def files_named(path, name):
 def _places(path):
     """[(name, where, function of studies)] of a folder's manifests or a log's lines: the Run, None if not theirs."""
     if path.is_dir():
-        folders = sorted({file.parent for name in ("run.json", "metrics.jsonl") for file in path.rglob(name)})
+        files = (file for name in ("run.json", "metrics.jsonl") for file in path.rglob(name))
+        folders = sorted({file.parent for file in files if TUNING not in file.relative_to(path).parts})
         return [(folder.name, folder, partial(_of_folder, folder)) for folder in folders]
     if not path.is_file():
         raise UsageError(f"--data-dir {path} is not a folder (or a log): give the --output-dir of the runs")

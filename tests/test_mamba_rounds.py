@@ -6,6 +6,7 @@ The loops use torch, the model, the data and the keys of the random streams, not
 import json
 import math
 from collections import defaultdict
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -182,6 +183,59 @@ def test_uniform_weights_and_moments_that_clients_keep(data, tmp_path, monkeypat
     theta, _ = run(fed_avg, tmp_path, FEDERATED + "--lr 1e-3 --client-weights uniform")
     plain.rounds(lambda *_: 1.0, bad)
     plain.agrees(theta, 1e-2)  # where a gradient is near 0, AdamW's first steps have the sign of its rounding
+
+
+@pytest.mark.parametrize("state", ["average", "pooled"])
+def test_moments_that_clients_share(state, data, tmp_path, monkeypatch):
+    """Every client of a round begins with the server's m, v and step; a client that is left out is not in them."""
+    plain = Plain(data.train, 1e-3, "adamw")
+    spoil(monkeypatch, fed_avg, BAD)
+    theta, rows = run(fed_avg, tmp_path, f"{FEDERATED} --lr 1e-3 --client-state {state}")
+    ends, places = iter([{*plain.sampled(t)} - ({plain.sampled(1)[1]} if t == 1 else set()) for t in range(3)]), []
+
+    def step(theta, delta):
+        clients, old = next(ends), places[-1] if places else None
+        p = {k: len(data.train[k]) / sum(len(data.train[j]) for j in clients) for k in clients}
+        q, new = sum(w * w for w in p.values()), {}
+        for i, one in plain.states[min(clients)]["state"].items():
+            m, v = (sum(w * plain.states[k]["state"][i][f] for k, w in p.items()) for f in ("exp_avg", "exp_avg_sq"))
+            if state == "pooled":
+                m0, v0 = (old[i]["exp_avg"], old[i]["exp_avg_sq"]) if old else (0.0, 0.0)
+                B = ((m - 0.9**H * m0) / (1 - 0.9**H)) ** 2
+                A = (v - 0.999**H * v0) / (1 - 0.999**H)
+                C = (A - (A - B) * (1 - q) / (1 - q / H)).clamp_min(0)
+                v = 0.999**H * v0 + (1 - 0.999**H) * C
+            new[i] = {"step": one["step"].clone(), "exp_avg": m, "exp_avg_sq": v}
+        places.append(new)
+        groups = next(iter(plain.states.values()))["param_groups"]
+        plain.states = {k: {"state": deepcopy(new), "param_groups": groups} for k in range(K)}
+        return {n: theta[n] + delta[n] for n in theta}
+
+    plain.rounds(lambda k, *_: len(data.train[k]), BAD, step)
+    plain.agrees(theta, 1e-2)
+    assert rows[1]["bytes_up"] == 3 * 9 * 4 * sum(t.numel() for t in theta.values()) == rows[1]["bytes_down"]
+
+
+@pytest.mark.parametrize("state", ["average", "pooled", "fedadamw"])
+def test_a_run_goes_on_with_the_moments_that_clients_share(state, tmp_path, monkeypatch):
+    words, steps, seen = (
+        f"{FEDERATED} --save-freq 1 --client-state {state} --lr-scheduler cosine ",
+        fed_avg.local_steps,
+        [],
+    )
+    whole, _ = run(fed_avg, tmp_path / "whole", words)
+
+    def breaks(*things, **options):
+        seen.append(0)
+        if len(seen) == 5:  # in the second round
+            raise KeyboardInterrupt
+        return steps(*things, **options)
+
+    monkeypatch.setattr(fed_avg, "local_steps", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run(fed_avg, tmp_path / "half", words)
+    theta, _ = run(fed_avg, tmp_path / "half", f"{words} --resume")
+    assert all(torch.equal(theta[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("form", ["heavy_ball", "ema"])

@@ -84,6 +84,13 @@ def test_how_a_run_ended_is_read_or_for_old_runs_said_by_its_status(tmp_path):
     assert runs[0].ended == ended and runs[2].ended["reason"] == reason
 
 
+def test_runs_of_tune_are_in_no_table_but_their_own(tmp_path):
+    for place in (tmp_path, tmp_path / "tuning"):
+        write_vit(place, name=f"of_{place.name}")
+    assert [run.folder.name for run in read_runs(tmp_path, vit.STUDY)[0]] == [f"of_{tmp_path.name}"]
+    assert [run.folder.name for run in read_runs(tmp_path / "tuning", vit.STUDY)[0]] == ["of_tuning"]
+
+
 def test_facts_of_the_shards_are_the_same_from_data_or_from_clients(tmp_path):
     old, new = write_vit(tmp_path / "old", name="a"), write_vit(tmp_path / "new", name="a")
     change(new, data={"sha256": {"train": "abc"}}, clients={"classes": [50, 100]})

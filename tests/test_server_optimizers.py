@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -121,6 +122,11 @@ def test_server_adam_is_torch_adam_on_the_pooled_batch():
     assert near(*pooled_and_federated(server, long_run_adam), 1e-11)
 
 
+def test_server_adam_with_bias_correction_is_torch_adam_from_its_start():
+    server = ServerAdam("adam", 0.05, 0.9, 0.99, 1e-3, bias_correction=True)
+    assert near(*pooled_and_federated(server, lambda p: torch.optim.Adam(p, 0.05, (0.9, 0.99), eps=1e-3 / 0.3)), 1e-11)
+
+
 def test_server_adagrad_without_momentum_is_torch_adagrad():
     server, tau = ServerAdam("adagrad", 0.05, b1=0.0, tau=1e-2), 1e-2 / 0.3
     options = {"initial_accumulator_value": tau**2, "eps": tau}
@@ -130,7 +136,7 @@ def test_server_adagrad_without_momentum_is_torch_adagrad():
 # ---- state and settings
 
 
-@pytest.mark.parametrize("make", [ServerMomentum, ServerAdam])
+@pytest.mark.parametrize("make", [ServerMomentum, ServerAdam, partial(ServerAdam, bias_correction=True)])
 def test_a_restored_server_goes_on_with_the_same_bits(make):
     deltas = [mean_of(vector(0), seed).delta() for seed in (1, 2, 3)]
     server, resumed, thetas = make(), make(), [vector(0)]
@@ -147,6 +153,13 @@ def test_bad_settings_are_refused():
     for options in ({"lr": 0.0}, {"beta": 1.0}, {"beta": -0.1}, {"form": "other"}):
         with pytest.raises(ValueError):
             ServerMomentum(**options)
-    for options in ({"lr": -1.0}, {"tau": 0.0}, {"b1": 1.0}, {"b2": 1.5}, {"kind": "adamw"}):
+    for options in (
+        {"lr": -1.0},
+        {"tau": 0.0},
+        {"b1": 1.0},
+        {"b2": 1.5},
+        {"kind": "adamw"},
+        {"kind": "yogi", "bias_correction": True},
+    ):
         with pytest.raises(ValueError):
             ServerAdam(**options)

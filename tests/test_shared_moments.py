@@ -37,9 +37,7 @@ def federated(quadratics, kind, noise, weights, optimizer=None, start=None):
             if mean.add(everything.theta, weights[k], finite=moments.of_client()):
                 moments.offer(weights[k])
         theta = mean.result()
-        moments.close_round()
-        if kind is FedAdamWMoments:
-            moments.turn(mean.delta())
+        moments.close_round(mean.delta(), LR)
     return theta, moments
 
 
@@ -158,5 +156,5 @@ def test_blocks_are_rows_of_matrices():
             state["step"] += 1
         moments.of_client()[1].copy_(torch.tensor([1.0, 2, 3, 4, 5, 9, 7, 8]))
         moments.offer(1.0)
-    moments.close_round()
+    moments.close_round(torch.zeros(8), LR)
     assert moments.v.tolist() == [2, 2, 2, 6, 6, 6, 7.5, 7.5] and moments.bytes == (3 * 4, 3 * 4 + 8 * 4)

@@ -10,7 +10,7 @@ Finished runs are skipped and broken ones go on, so that the command can be give
 
 from dataclasses import dataclass, replace
 
-from common import grid
+from common import grid, tuning
 from common.cli import UsageError, non_negative_int, positive_int, run_main
 from common.grid import Preset, Setting
 from vit_sparse_fl.mask_flags import STRATEGIES
@@ -145,7 +145,7 @@ def plan(args):
 
 
 def main(args):
-    return grid.run_study(args, plan(args), SHOW)
+    return tuning.run_study(args, PRESETS[args.preset], plan(args), SHOW)
 
 
 def build_parser():
