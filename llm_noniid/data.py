@@ -296,13 +296,16 @@ class LabelledTexts(TokenizedTexts):
     def scored(self, rows):
         return np.array([len(answer) for answer in self.answers])[self.labels[rows]]
 
-    def batch(self, rows, label=None):
-        """As `TokenizedTexts.batch`, labels -100 on all but the answers. label: all texts get this one's instead.
+    def questions(self, rows):
+        """The texts `rows` up to " Topic:": int64 [B, L] padded on the right, bool [B, L] where text is."""
+        return padded(self.tokens, self.offsets, rows, self.eos)
+
+    def batch(self, rows):
+        """As `TokenizedTexts.batch`, labels -100 on all but the answers.
 
         Besides "before_scored" int64 [N]: the places of [B L] whose logits predict a scored token.
         """
-        own = self.labels[rows] if label is None else np.full(len(rows), label)
-        answers = [self.answers[c] for c in own]
+        answers = [self.answers[c] for c in self.labels[rows]]
         asked = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in rows]
         whole = [np.concatenate(pair) for pair in zip(asked, answers, strict=True)]
         ends = np.cumsum([0, *map(len, whole)])

@@ -22,7 +22,7 @@ from common.lora import LoraModel
 from common.text import tokenizer_fingerprint
 from common.vector import Weights, fingerprint
 from llm_noniid.data import IGNORE, LabelledTexts, TokenizedTexts, encode, encode_labelled
-from llm_noniid.models import MODELS, find_model, find_tokenizer, load_base
+from llm_noniid.models import MODELS, find_model, find_tokenizer, load_base, with_one_gelu
 
 EVAL_BATCH = 16  # fixed: sums over other batches would round differently
 
@@ -40,9 +40,9 @@ class TextModel:
     amp: torch.dtype | None
     lora: LoraModel | None = None
 
-    def batch(self, split, rows, **label):
+    def batch(self, split, rows):
         """The texts `rows` of a split, padded, on the device: {input_ids, attention_mask, labels} [B, L]."""
-        batch = self.tokens[split].batch(rows, **label)
+        batch = self.tokens[split].batch(rows)
         return {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
 
     def loss(self, batch):
@@ -58,7 +58,11 @@ def load_text_model(args, texts, device, amp):
     a = args
     tokenizer = find_tokenizer(a.model, texts, a.tokenizer, a.data_root, a.cache_dir)
     tokens = (encode_labelled if a.target == "label" else encode)(texts, tokenizer, a.max_length, a.cache_dir)
-    base = load_base(a.model, tokenizer, a.max_length, a.seed)
+    base = load_base(a.model, tokenizer, a.max_length, a.seed, a.dropout)
+    if a.target == "label":
+        with_one_gelu(base)
+    if a.dropout == 0 and amp == torch.bfloat16 and device.type == "cpu":
+        base.set_attn_implementation("eager")  # torch's bf16 flash attention takes 5 ms a layer where this takes 1
     if a.train == "full":
         module = base.to(device)
         return TextModel(a.model, tokenizer, tokens, module, Weights(module), device, amp)
@@ -156,20 +160,65 @@ def negative_log_likelihood(module, batch, amp):
 
 
 @torch.no_grad()
-def text_losses(model, split, rows, **label):
-    """Summed NLL of each text, fp64 [n]; the processes share the batches, and each gets all. label: as of `batch`."""
+def text_losses(model, split, rows):
+    """Summed NLL of each text's scored tokens, fp64 [n]."""
+
+    def losses(rows):
+        return negative_log_likelihood(model.module, model.batch(split, rows), model.amp).double().sum(1)
+
+    return over_batches(model, split, rows, losses)
+
+
+@torch.no_grad()
+def answer_losses(model, split, rows):
+    """Summed NLL of each label's words after each text, fp64 [n, C]: the text is read once, its keys and values serve
+    the words of every label.
+
+    Raises: UsageError for a model that keeps none.
+    """
+    answers = [torch.from_numpy(answer.astype(np.int64)).to(model.device) for answer in model.tokens[split].answers]
+
+    def losses(rows):
+        inputs, mask = (torch.from_numpy(array).to(model.device) for array in model.tokens[split].questions(rows))
+        length, n = inputs.shape[1], mask.sum(1)  # n [B]
+        last = torch.arange(len(rows), device=model.device) * length + n - 1
+        with amp_context(model.amp, model.device), head_at(model.module, last):
+            read = model.module(input_ids=inputs, attention_mask=mask.long(), use_cache=True)
+        kept = getattr(read, "past_key_values", None)
+        if not hasattr(kept, "crop"):
+            raise UsageError(f"--target label needs a model with keys and values of its texts, {model.name} has none")
+        first = -read.logits.float().log_softmax(-1)  # [B, V]
+        nll = torch.stack([first[:, answer[0]] for answer in answers], 1).double()  # [B, C]
+        for c, answer in enumerate(answers):
+            if len(answer) == 1:
+                continue
+            said = answer[:-1].expand(len(rows), -1)  # [B, m]
+            with amp_context(model.amp, model.device):
+                logits = model.module(
+                    input_ids=said,
+                    attention_mask=torch.cat([mask, torch.ones_like(said, dtype=torch.bool)], 1).long(),
+                    position_ids=n[:, None] + torch.arange(said.shape[1], device=model.device),
+                    past_key_values=kept,
+                    use_cache=True,
+                ).logits
+            kept.crop(-said.shape[1])
+            wanted = answer[1:].expand(len(rows), -1)
+            nll[:, c] += F.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none").double().sum(1)
+        return nll
+
+    return over_batches(model, split, rows, losses)
+
+
+def over_batches(model, split, rows, losses):
+    """losses(rows of a batch), a tensor [B, ...], for all rows [n]: an array [n, ...]; the processes share the
+    batches, and each gets all."""
     model.module.eval()
     rows = np.asarray(rows)
     cut = evaluation_batches(model.tokens[split].lengths()[rows], EVAL_BATCH)
-    mine = {}
-    for i in parallel.my_share(range(len(cut))):
-        batch = model.batch(split, rows[cut[i]], **label)
-        mine[i] = negative_log_likelihood(model.module, batch, model.amp).double().sum(1).cpu().numpy()
-    nll = np.zeros(len(rows))
-    for part in parallel.all_gather(mine):
-        for i, sums in part.items():
-            nll[cut[i]] = sums
-    return nll
+    mine = {i: losses(rows[cut[i]]).cpu().numpy() for i in parallel.my_share(range(len(cut)))}
+    parts = {i: one for part in parallel.all_gather(mine) for i, one in part.items()}
+    ordered = [parts[i] for i in range(len(cut))]
+    return np.concatenate(ordered)[np.argsort(np.concatenate(cut))]
 
 
 def judged(model, split, rows):
@@ -177,8 +226,7 @@ def judged(model, split, rows):
     tokens = model.tokens[split]
     if not isinstance(tokens, LabelledTexts):
         return text_losses(model, split, rows), None
-    each = [text_losses(model, split, rows, label=c) for c in range(len(tokens.answers))]
-    own, nll = tokens.labels[rows], np.stack(each, axis=1)  # [n], [n, C]
+    own, nll = tokens.labels[rows], answer_losses(model, split, rows)  # [n], [n, C]
     return nll[np.arange(len(rows)), own], (nll.argmin(1) == own).astype(float)
 
 

@@ -191,7 +191,7 @@ STUDY = Study(
         (lambda a: a["kind"] == "central", {"min_samples", "client_weights"}),
     ),
     paths=("tokenizer", "init_from"),
-    off={"init_from": (), "target": (), "train": (), "server_lr": ("fedavgm", "fedadam")},
+    off={"init_from": (), "dropout": (), "target": (), "train": (), "server_lr": ("fedavgm", "fedadam")},
     words={
         "dataset": "{}",
         "target": lambda target, setting: "" if target == "text" else f"predicting the {target}",
@@ -210,6 +210,7 @@ STUDY = Study(
         "rounds": "{} rounds",
         "mu": "mu {:g}",
         "init_from": "from {}",
+        "dropout": "dropout {}",
         "num_clusters": "{} clusters",
         "cluster_round": "grouped after round {}",
         "client_optimizer": "client {}",

@@ -49,18 +49,18 @@ def test_texts_end_in_their_label_which_alone_is_scored(texts, tokenizer):
     answers = [tokenizer(f" {name}")["input_ids"] for name in texts.label_names]
     room = 40 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, answers))
     rows = np.array([3, 0, 7])
-    for label in (None, 2):
-        batch = split.batch(rows) if label is None else split.batch(rows, label)
-        for i, row in enumerate(rows):
-            c = texts.labels["validation"][row] if label is None else label
-            prompt, answer = asked(tokenizer, texts.splits["validation"][row], texts.label_names[c], room)
-            n = int(batch["attention_mask"][i].sum())
-            assert batch["input_ids"][i, :n].tolist() == prompt + answer and n <= 40
-            wanted = [IGNORE] * len(prompt) + answer + [IGNORE] * (batch["labels"].shape[1] - n)
-            assert batch["labels"][i].tolist() == wanted
-            if label is None:
-                assert (split.lengths()[row], split.scored(rows)[i]) == (n, len(answer))
-                assert split.byte_lengths[row] == token_byte_lengths(tokenizer)[answer].sum()
+    batch = split.batch(rows)
+    for i, row in enumerate(rows):
+        label = texts.label_names[texts.labels["validation"][row]]
+        prompt, answer = asked(tokenizer, texts.splits["validation"][row], label, room)
+        n = int(batch["attention_mask"][i].sum())
+        assert batch["input_ids"][i, :n].tolist() == prompt + answer and n <= 40
+        wanted = [IGNORE] * len(prompt) + answer + [IGNORE] * (batch["labels"].shape[1] - n)
+        assert batch["labels"][i].tolist() == wanted
+        assert (split.lengths()[row], split.scored(rows)[i]) == (n, len(answer))
+        assert split.byte_lengths[row] == token_byte_lengths(tokenizer)[answer].sum()
+        question = split.questions(rows)[0][i]
+        assert question[: len(prompt)].tolist() == prompt
     whole = [len(tokenizer(text)["input_ids"]) for text in texts.splits["validation"]]
     assert split.cut == sum(n > room for n in whole) > 0
 
@@ -137,7 +137,7 @@ def test_the_head_at_scored_tokens_gives_transformers_loss_and_gradients(texts, 
     torch.manual_seed(0)
     model = small(family, len(tokenizer))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    batch = data.encode_labelled(texts, tokenizer, 40)["train"].batch(np.array([5, 1, 8]), 2)
+    batch = data.encode_labelled(texts, tokenizer, 40)["train"].batch(np.array([5, 1, 8]))
     heads = []  # rows that the head was given
     model.get_output_embeddings().register_forward_hook(lambda _, x, y: heads.append(y.shape[:-1].numel()))
     nll = text_model.negative_log_likelihood(model, batch, None)
@@ -149,6 +149,28 @@ def test_the_head_at_scored_tokens_gives_transformers_loss_and_gradients(texts, 
     torch.testing.assert_close(nll.sum() / scored.sum(), loss, rtol=1e-6, atol=1e-6)
     for name, a, b in zip(parameters, ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "lora"])
+def test_every_labels_words_are_scored_after_a_text_that_is_read_once(texts, tokenizer, family):
+    torch.manual_seed(0)
+    module = small(family, len(tokenizer)).eval()
+    tokens = data.encode_labelled(texts, tokenizer, 40)
+    model = text_model.TextModel("small", tokenizer, tokens, module, None, torch.device("cpu"), None)
+    rows = np.arange(20)
+    nll = text_model.answer_losses(model, "train", rows)
+    assert nll.shape == (20, 4) and len({len(answer) for answer in tokens["train"].answers}) > 1
+    own = nll[rows, texts.labels["train"][:20]]
+    np.testing.assert_allclose(own, text_model.text_losses(model, "train", rows), rtol=1e-5)
+    room = 40 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, tokens["train"].answers))
+    for row in (0, 7):
+        for c, name in enumerate(texts.label_names):
+            prompt, answer = asked(tokenizer, texts.splits["train"][row], name, room)
+            ids, scored = torch.tensor([prompt + answer]), torch.tensor([[IGNORE] * len(prompt) + answer])
+            with torch.no_grad():
+                assert module(input_ids=ids, labels=scored).loss.item() * len(answer) == pytest.approx(
+                    nll[row, c], 1e-5
+                )
 
 
 def small(family, words):
