@@ -69,7 +69,7 @@ def tune(args, preset, runs, prepare=None, also=()):
     grid.collect(output / grid.TUNING)  # from now on a grid of its own
     found, made = search_all(rows, needed, output, preset, grid.jobs_of(args))
     for run, row in found.items():
-        about = {"objective": preset.objective, "seed": args.tune_seed, "words": told(run)}
+        about = {"objective": run.setting.objective or preset.objective, "seed": args.tune_seed, "words": told(run)}
         found[run] = {flag: one | about for flag, one in row.items()}
     kept = read(output / TUNED) if (output / TUNED).exists() else {}
     kept |= {run.setting.name: row for run, row in found.items()}
@@ -98,7 +98,10 @@ def search_all(rows, needed, output, preset, jobs):
         for run, ones in batch.items():
             made[run] += [one for one in ones if one in good]
             try:
-                ends = [outcome(one, output, preset.objective) if one in good else "refused" for one in ones]
+                ends = [
+                    outcome(one, output, run.setting.objective or preset.objective) if one in good else "refused"
+                    for one in ones
+                ]
                 wanted[run] = searches[run].send(ends)
             except StopIteration as stop:
                 found[run] = stop.value

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from common.products import one_thread
+from common.seeding import stream
 
 # Squared distances below this part of the squared norms are rounding of G: updates that differ by less than 1e-7 of
 # their norm count as the same.
@@ -160,36 +161,43 @@ def gradient_norm_variance(norms):
 
 
 def linear_cka(X, Y):
-    """Linear centred kernel alignment of two models' hidden states of the same n texts (Kornblith et al. 2019).
+    """Linear centred kernel alignment of two models' hidden states of the same n tokens (Kornblith et al. 2019).
 
         ||Y_c^T X_c||_F^2 / (||X_c^T X_c||_F ||Y_c^T Y_c||_F),   columns centred; between 0 and 1
 
-    1 where one is a rotation and a scaling of the other. Take n well above the widths p and q: with n below them any
-    two representations look alike. fp64 on the CPU, by the n x n matrices X_c X_c^T: O(n^2 (p + q)).
+    1 where one is a rotation and a scaling of the other. Take n well above the widths p and q: representations that
+    have nothing in common have about p/n. fp64 on the CPU, O(n p q), or for n below p or q the same by the n x n
+    matrices: ||Y_c^T X_c||_F^2 = sum of (X_c X_c^T) (Y_c Y_c^T), element by element.
 
     Args: X [n, p], Y [n, q]: floating-point tensors, any device.
-    Returns: a float, None where either is constant over the texts.
+    Returns: a float, None where either is constant over the tokens.
     """
     X, Y = _exact(X), _exact(Y)
     if any(bool((M == M[:1]).all()) for M in (X, Y)):
         return None
     X, Y = (F.normalize(M - M.mean(0), dim=(0, 1), eps=0) for M in (X, Y))
+    if len(X) >= max(X.shape[1], Y.shape[1]):
+        both, *each = (torch.linalg.vector_norm(a.T @ b) for a, b in ((Y, X), (X, X), (Y, Y)))
+        return float(both**2 / (each[0] * each[1]))
     K, L = X @ X.T, Y @ Y.T  # [n, n]
     return float((K * L).sum() / (torch.linalg.vector_norm(K) * torch.linalg.vector_norm(L)))
 
 
-def cka_figures(served, clients):
+def cka_figures(served, clients, seed):
     """{client_cka: the clients' `linear_cka` with the served model, mean_cka: of those that have one, else None}.
 
-    Args: served: hidden states [n, p] under the served model; clients: of each client's, of the same texts.
+    cka_chance: of the served model's states with themselves in another order of rows, which `seed` draws.
+
+    Args: served: hidden states [n, p] under the served model; clients: of each client's, of the same tokens.
     """
     every = [linear_cka(served, states) for states in clients]
     known = [value for value in every if value is not None]
-    return {"client_cka": every, "mean_cka": sum(known) / len(known) if known else None}
+    chance = linear_cka(served, served[torch.from_numpy(stream(seed, "cka chance").permutation(len(served)))])
+    return {"client_cka": every, "mean_cka": sum(known) / len(known) if known else None, "cka_chance": chance}
 
 
 def generalization_gap(train_loss, val_loss):
-    """Validation loss - training loss, in nats; None where either is missing or not finite."""
+    """Validation loss - loss on training texts, in nats, of one model; None where either is missing or not finite."""
     if train_loss is None or val_loss is None or not (math.isfinite(train_loss) and math.isfinite(val_loss)):
         return None
     return val_loss - train_loss

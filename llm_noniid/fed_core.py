@@ -33,8 +33,8 @@ class Study:
     """Data and model of a run.
 
     rows, held: each client's training texts and those that it is judged by; examples: numbers of the former; seen:
-    validation texts that are evaluated, tested: test texts. All are rows of their split, int64. loss: of a batch,
-    compiled with --compile.
+    validation texts that are evaluated, tested: test texts, learnt: as many of the clients' training texts, of each
+    client. All are rows of their split, int64. loss: of a batch, compiled with --compile.
     """
 
     args: object
@@ -45,6 +45,7 @@ class Study:
     loss: Callable
     seen: np.ndarray
     tested: np.ndarray
+    learnt: list[np.ndarray]
 
     @property
     def examples(self):
@@ -78,7 +79,7 @@ def load_study(args, run):
     a = args
     reuse_large_memory()
     texts = load_texts(a.dataset, a.data_root, a.cache_dir, a.max_samples, a.seed)
-    skew = {"alpha": a.alpha, "style_criterion": a.style_criterion, "skew_type": a.skew_type}
+    skew = {"alpha": a.alpha, "style_criterion": a.style_criterion, "skew_type": a.skew_type, "sizes": a.sizes}
     parts, notes = partition(texts, a.partition, a.num_clients, a.seed, min_samples=max(2, a.min_samples), **skew)
     model = text_model.load_text_model(a, texts, run.device, run.amp)
     rows, held = deal(parts, a.seed)
@@ -89,7 +90,12 @@ def load_study(args, run):
                 f"the {len(chosen)} {split} texts have one token each: give longer ones, or --eval-samples 0"
             )
     loss = checked_compile(model.loss, model.weights.parameters) if a.compile else model.loss
-    study = Study(a, texts, model, rows, held, loss, seen, tested)
+    every = np.concatenate(rows)
+    learnt = np.zeros(len(every), dtype=bool)
+    learnt[evaluated(len(every), len(seen), a.seed, "training")] = True
+    cuts = np.cumsum(list(map(len, rows)))[:-1]
+    learnt = [mine[of] for mine, of in zip(rows, np.split(learnt, cuts), strict=True)]
+    study = Study(a, texts, model, rows, held, loss, seen, tested, learnt)
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
     data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
     cut = {split: tokens.cut for split, tokens in model.tokens.items()}
@@ -179,24 +185,33 @@ def compare(study, theta, after, seen, weights):
     }
     if study.args.probe_samples:
         study.model.weights.load(after)
-        figures |= diagnostics.cka_figures(probe(study), [hidden for _, hidden in seen.values()])
+        clients = [hidden for _, hidden in seen.values()]
+        figures |= diagnostics.cka_figures(probe(study), clients, study.args.seed)
     return figures
 
 
 def probe(study):
-    """Hidden states of the --probe-samples validation texts under what the model has loaded; None of no texts."""
+    """Hidden states of --probe-samples validation texts' tokens under what the model has loaded; None of no texts."""
     rows = study.seen[: study.args.probe_samples]
-    return text_model.hidden_states(study.model, "validation", rows) if len(rows) else None
+    return text_model.hidden_states(study.model, "validation", rows, study.args.seed) if len(rows) else None
 
 
 # ---- what is reported
 
 
 def evaluate(study, thetas, group):
-    """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts."""
+    """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts.
+
+    train_eval_loss: on as many of the texts that the clients train on, drawn once, in eval mode; generalization_gap:
+    val_loss less that.
+    """
     weights = np.bincount(group, study.examples, len(thetas))
+    quality = text_model.quality(study.model, study.texts, thetas, weights, "validation", study.seen, "val")
+    learnt = text_model.own_loss(study.model, thetas, group, study.learnt)
     return {
-        **text_model.quality(study.model, study.texts, thetas, weights, "validation", study.seen, "val"),
+        **quality,
+        "train_eval_loss": learnt,
+        "generalization_gap": diagnostics.generalization_gap(learnt, quality["val_loss"]),
         **text_model.clients_quality(study.model, thetas, group, study.held),
         **({"group": group.tolist()} if len(thetas) > 1 else {}),
     }
@@ -213,7 +228,6 @@ def judge(run, t, row, thetas, best):
     if t:
         norms = [norm for norm in row["client_gradient_norm"] if norm is not None]
         figures["gradient_norm_variance"] = diagnostics.gradient_norm_variance(norms)
-        figures["generalization_gap"] = diagnostics.generalization_gap(row["train_loss"], row["val_loss"])
     if parallel.is_main():
         rows = run.metrics() if t else []
         every = detectors.run_detectors(detectors.curves_of([*rows, {"round": t, **row, **figures}]))

@@ -28,7 +28,9 @@ CLUSTERS = ("none", "updates", "labels")
 DATASETS = ("ag_news", "wikitext", "demo")
 PARTITIONS = ("iid", "topic_skew", "style_skew", "token_skew")
 STYLE_CRITERIA = ("length", "formality", "complexity")
+SIZES = ("dirichlet", "equal")
 SKEW_TYPES = ("frequency", "truncation", "vocabulary")
+TOPICS = {"ag_news": 4, "wikitext": 8, "demo": 4}  # of a data set
 TARGETS = ("text", "label")
 TRAINED = ("lora", "full")
 STOP_ON = ("never", "divergence", "any")
@@ -73,7 +75,8 @@ def build_parser(description):
     text = "FedAvg within groups of clients with like updates or topics"
     choice(method, "--cluster", CLUSTERS, "none", text, when=only(algorithm="fedavg"))
     clusters = unless(cluster="none")
-    number(method, "--num-clusters", positive_int, 2, "groups, for --cluster", "C", when=clusters)
+    text = "groups, for --cluster (default: as many as the data set has topics)"
+    number(method, "--num-clusters", positive_int, None, text, "C", when=clusters)
     text = "round whose updates decide the groups; who is absent joins the largest"
     number(method, "--cluster-round", positive_int, 1, text, "T", when=only(cluster="updates"))
     choice(method, "--stop-on", STOP_ON, "never", "end the run at a detector's alarm: of divergence, or of any")
@@ -90,6 +93,8 @@ def build_parser(description):
     choice(data, "--partition", PARTITIONS, "topic_skew", "how texts are dealt to clients")
     topic, style, token = (only(partition=f"{name}_skew") for name in ("topic", "style", "token"))
     number(data, "--alpha", positive_float, 0.1, "topic_skew: Dirichlet's concentration", when=topic)
+    text = "topic_skew: all clients have as many texts (equal), or what alpha draws"
+    choice(data, "--sizes", SIZES, "dirichlet", text, when=topic & unless(sizes="dirichlet"))
     text = "style_skew: what the texts are sorted by"
     choice(data, "--style-criterion", STYLE_CRITERIA, "length", text, when=style)
     choice(data, "--skew-type", SKEW_TYPES, "frequency", "token_skew: what the texts are sorted by", when=token)
@@ -128,6 +133,9 @@ def build_parser(description):
     choice(train, "--client-weights", ["examples", "uniform"], "examples", text, when=together)
     number(train, "--eval-every", positive_int, 5, "evaluate every N rounds", "N")
     number(train, "--probe-samples", non_negative_int, 32, "texts for CKA; off: 0", "N", when=is_compared)
+    text = "texts a client for the drift of gradients and its chance level; off: 0"
+    reads = is_compared & unless(drift_samples=0)
+    number(train, "--drift-samples", non_negative_int, 0, text, "N", when=reads)
     add_final_flag(train)
 
     run = add_run_flags(parser, "--name")
@@ -176,6 +184,8 @@ def complete(args):
         raise UsageError(f"--algorithm fedadamw has its own AdamW: drop --client-optimizer {args.client_optimizer}")
     if args.cluster != "none" and args.algorithm != "fedavg":
         raise UsageError(f"--cluster {args.cluster} is FedAvg within groups: drop it, or --algorithm {args.algorithm}")
+    if args.num_clusters is None:  # without clusters what older runs have, so that they can be gone on with
+        args.num_clusters = 2 if args.cluster == "none" else min(TOPICS[args.dataset], args.num_clients)
     if args.cluster != "none" and args.num_clusters > args.num_clients:
         raise UsageError(f"--num-clusters {args.num_clusters} is above --num-clients {args.num_clients}: lower it")
     if args.cluster == "updates" and args.cluster_round > args.num_rounds:
@@ -205,7 +215,7 @@ def run_name(args):
     """The run's folder where --run-name does not say: what distinguishes it."""
     partition = {
         "iid": "iid",
-        "topic_skew": f"topic_skew_alpha_{args.alpha:g}",
+        "topic_skew": f"topic_skew_alpha_{args.alpha:g}" + "_equal_sizes" * (args.sizes == "equal"),
         "style_skew": f"style_skew_{args.style_criterion}",
         "token_skew": f"token_skew_{args.skew_type}",
     }[args.partition]

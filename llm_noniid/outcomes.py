@@ -130,7 +130,7 @@ class Context:
 
     @staticmethod
     def _most(runs, name, default):
-        counts = Counter(_value(run, name) for run in runs if name in run.method)
+        counts = Counter(_value(run, name) for run in runs if name in run.method or _value(run, name) is not None)
         tied = [value for value, n in counts.items() if n == max(counts.values())]
         return default.get(name) if default.get(name) in tied or not tied else max(tied, key=str)
 
@@ -149,6 +149,8 @@ def _value(run, name):
     """The value of a flag that a run reads: of a folder its name; None for what it does not read, and for its
     algorithm's server learning rate where none is given, which older runs do not name."""
     value = run.method.get(name)
+    if name == "sizes" and run.method.get("partition") == "topic_skew":
+        return value or "dirichlet"  # no part of the method then
     if name == "server_lr" and value == flags.SERVER_LR.get(run.method.get("algorithm"), 1):
         return None
     if name in ("model", "tokenizer", "init_from") and value is not None:

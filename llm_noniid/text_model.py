@@ -19,12 +19,15 @@ from common.cli import UsageError, say
 from common.evaluation import amp_context, bits_per_byte, perplexity
 from common.hub import quiet
 from common.lora import LoraModel
+from common.seeding import stream
 from common.text import tokenizer_fingerprint
 from common.vector import Weights, fingerprint
 from llm_noniid.data import IGNORE, LabelledTexts, TokenizedTexts, encode, encode_labelled
 from llm_noniid.models import MODELS, find_model, find_tokenizer, load_base, with_one_gelu
 
 EVAL_BATCH = 16  # fixed: sums over other batches would round differently
+STATES = 4096  # tokens whose states are compared, at most
+WORST_OF = 30  # held-out texts that the worst client has at least: of fewer, the worst is the noisiest
 
 
 @dataclass(frozen=True)
@@ -231,17 +234,23 @@ def judged(model, split, rows):
 
 
 @torch.no_grad()
-def hidden_states(model, split, rows):
-    """Of the last layer, the mean over each text's tokens: fp32 [n, D] on the CPU."""
+def hidden_states(model, split, rows, seed):
+    """Of the last layer, of the texts' tokens without padding: fp32 [m, D] on the CPU; m at most `STATES`, drawn."""
     model.module.eval()
+    ends = np.cumsum(model.tokens[split].lengths()[rows])
+    kept = np.ones(ends[-1], dtype=bool)
+    if ends[-1] > STATES:
+        kept[:] = False
+        kept[stream(seed, "compared tokens").choice(ends[-1], STATES, replace=False)] = True
     states = []
     for start in range(0, len(rows), EVAL_BATCH):
         batch = model.batch(split, rows[start : start + EVAL_BATCH])
         mask = batch["attention_mask"]
         with amp_context(model.amp, model.device):
             out = model.module(input_ids=batch["input_ids"], attention_mask=mask, output_hidden_states=True)
-        last = out.hidden_states[-1].float() * mask[..., None]  # [B, L, D]
-        states.append((last.sum(1) / mask.sum(1, keepdim=True)).cpu())  # [B, D]
+        last = out.hidden_states[-1][mask.bool()].float().cpu()  # [tokens of the B texts, D]
+        states.append(last[torch.from_numpy(kept[: len(last)])])
+        kept = kept[len(last) :]
     return torch.cat(states)
 
 
@@ -275,6 +284,8 @@ def quality(model, texts, thetas, weights, split, rows, name):
 def clients_quality(model, thetas, group, held):
     """{client_val_loss [K], worst_client_val_loss, mean_client_val_loss}; of labels mean_client_val_accuracy too.
 
+    The worst client is one of those with `WORST_OF` held-out texts or more; None where there is none.
+
     Args: group [K]: which theta serves client k; held: its own held-out texts, rows of the training split.
     """
     losses, accuracies = [None] * len(held), []
@@ -288,12 +299,25 @@ def clients_quality(model, thetas, group, held):
         accuracies += [] if right is None else [part.mean() for part in np.split(right, ends)]
         for k, sums, counts in zip(served, np.split(nll, ends), np.split(tokens, ends), strict=True):
             losses[k] = math.fsum(sums) / int(counts.sum())
+    large = [loss for loss, rows in zip(losses, held, strict=True) if len(rows) >= WORST_OF]
     return {
         "client_val_loss": losses,
-        "worst_client_val_loss": float(np.max(losses)),  # nan where one is
+        "worst_client_val_loss": float(np.max(large)) if large else None,  # nan where one is
         "mean_client_val_loss": sum(losses) / len(losses),
         **({"mean_client_val_accuracy": float(np.mean(accuracies))} if accuracies else {}),
     }
+
+
+def own_loss(model, thetas, group, rows):
+    """Mean NLL a token of training texts, each under the theta of its client. Args: rows: of each client, or none."""
+    nll, tokens = [], 0
+    for g, theta in enumerate(thetas):
+        mine = np.concatenate([np.empty(0, dtype=np.int64), *(rows[k] for k in np.flatnonzero(group == g))])
+        if len(mine):
+            model.weights.load(theta)
+            nll += text_losses(model, "train", mine).tolist()
+            tokens += int(model.tokens["train"].scored(mine).sum())
+    return math.fsum(nll) / tokens
 
 
 # ---- files

@@ -39,6 +39,7 @@ from common.runlog import start_run
 from common.scaffold import ControlVariates, option_two
 from common.seeding import seed_torch
 from common.shared_moments import FedAdamW, FedAdamWMoments
+from llm_noniid import drift
 from llm_noniid.clustering import cluster_labels
 from llm_noniid.data import training_batches
 from llm_noniid.fed_core import (
@@ -74,6 +75,12 @@ def client_update(study, theta, batches, k, t, moments=None, **method):
     steps = ((model.batch("train", rows),) for rows in batches)
     options = {"amp": model.amp, "max_norm": a.max_grad_norm, "norms": True}
     return local_steps(study.loss, steps, model.weights, optimizer, **options, **method)
+
+
+def batches_in(a, rows, steps, t, k):
+    """The rows of client k's batches in round t, each int64."""
+    batches = training_batches(len(rows[k]), a.batch_size, a.local_epochs, a.seed, t, k, steps or None)
+    return [rows[k][batch] for batch in batches]
 
 
 def main(args):
@@ -127,11 +134,12 @@ def main(args):
             # Several models pull apart by intention, and one client has nobody to pull apart from.
             compares = run.due(t + 1) and flags.is_compared(a)
             wanted = clients.clients if regroups else watched(a.seed, clients, t) if compares else ()
-            seen = {}  # client: (theta_k, hidden states of the probed texts)
+            batches_of = partial(batches_in, a, rows, steps, t)
+            drawn = drift.draw(study, wanted, batches_of, t) if compares and a.drift_samples else None
+            seen, pulls = {}, {}  # client: (theta_k, hidden states of the probed texts), of `drift.measured`
             for k in clients:
                 theta, mean = thetas[groups.of[k]], means[groups.of[k]]
-                batches = training_batches(len(rows[k]), a.batch_size, a.local_epochs, a.seed, t, k, steps or None)
-                batches = [rows[k][batch] for batch in batches]
+                batches, correction = batches_of(k), variates and variates.correction(k)
                 clients.work(study.model.tokens["train"].scored(np.concatenate(batches)).sum())
                 update = partial(client_update, study, theta, batches, k, t)
                 match a.algorithm:
@@ -139,7 +147,6 @@ def main(args):
                         done = update(mu=a.mu)
                         counts = mean.add(weights.theta, n[k])
                     case "scaffold":
-                        correction = variates.correction(k)
                         done = update(correction=correction, record=True)
                         c_k = done.mean_gradient
                         if a.scaffold_option == "II":
@@ -162,6 +169,8 @@ def main(args):
                 clients.note(k, train_loss=done.loss, gradient_norm=done.gradient_norms.double().mean())
                 if counts and k in wanted:
                     seen[k] = weights.theta.to("cpu", copy=True), probe(study) if compares else None
+                    if drawn:
+                        pulls[k] = drift.measured(study.model, theta, drawn, k, correction, done.mean_gradient)
             if variates:
                 variates.close_round()
             if moments:
@@ -170,14 +179,15 @@ def main(args):
             before, thetas = thetas, thetas.clone()
             for g in sorted({groups.of[k] for k in clients.clients if k not in clients.left_out}):
                 thetas[g] = server.step(before[g], means[g].delta()) if server else means[g].result(a.server_lr)
-            seen = clients.gather(seen)
+            seen, pulls = clients.gather(seen), clients.gather(pulls) if drawn else {}
             if regroups:
                 groups.of = group_by_updates(run, study, before[0], seen, models)
                 thetas = thetas[:1].repeat(models, 1)  # every group begins with the mean
 
             def measure():
-                pull = compare(study, before[0], thetas[0], seen, n) if compares else {}
-                return evaluate(study, thetas, groups.of) | pull
+                apart = compare(study, before[0], thetas[0], seen, n) if compares else {}
+                apart |= drift.figures(pulls, n, drawn[-1]) if drawn else {}
+                return evaluate(study, thetas, groups.of) | apart
 
             run.report(t + 1, thetas, measure, lambda row: judge(run, t + 1, row, thetas, best))
         finish(run, study, thetas, groups.of, best)

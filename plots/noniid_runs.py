@@ -7,11 +7,11 @@ settings and arguments that set it apart. Losses are in nats per token, after th
 difference in validation loss to FedAvg in the same setting; of FedAvg and central training, to FedAvg in the setting
 that most runs share. `mean client`, `worst client`: losses on the clients' own held-out texts; `gap`: generalisation
 gap. drift, cosine (mean over pairs of updates, which does not depend on how many clients there are, as drift does; `-`
-where one client is alone), gradient variance and 1 - CKA are means over the evaluated rounds. `to half`: the first
-round, of each seed, with the loss that this FedAvg of the same seed has at the middle of its evaluations; --target:
-with that loss. `failed`: the alarm `diverged`, no finite update, or a last loss that is not finite, above the first
-evaluation's or above that before training. `alarms`: the detectors that spoke, with the number of seeds where not all
-had one.
+where one client is alone), gradient variance and 1 - CKA are means over the evaluated rounds, as are, of runs that log
+them, `gradient drift`, `chance drift`, `correction` and its cosine (llm_noniid/drift.py). `to half`: the first round,
+of each seed, with the loss that this FedAvg of the same seed has at the middle of its evaluations; --target: with that
+loss. `failed`: the alarm `diverged`, no finite update, or a last loss that is not finite, above the first evaluation's
+or above that before training. `alarms`: the detectors that spoke, with the number of seeds where not all had one.
 """
 
 import math
@@ -51,6 +51,12 @@ FACTORS = {
 FREE = ("partition", *FACTORS)  # what the rows of one table may differ in
 NO_TRAINING = 1e-20  # old runs with a lower learning rate only say what the loss is before training
 MAP_FILE = "failure_map.json"
+TRUE_DRIFT = {  # columns of runs with --drift-samples
+    "gradient drift": "drift_ratio",
+    "chance drift": "drift_ratio_chance",
+    "correction": "correction_ratio",
+    "correction cosine": "correction_cosine",
+}
 
 
 def kind_of(command, args):
@@ -94,9 +100,11 @@ def local_work(args):
 
 
 def partition_name(args):
-    """`IID`, `topic skew`, `style skew (length)`, `token skew (frequency)`; alpha is a setting of its own."""
-    name = str(args.get("partition"))
+    """`IID`, `topic skew`, `topic skew (equal sizes)`, `style skew (length)`, `token skew (frequency)`; alpha is a
+    setting of its own."""
+    name, sizes = str(args.get("partition")), args.get("sizes", "dirichlet")
     more = {"style_skew": args.get("style_criterion"), "token_skew": args.get("skew_type")}.get(name)
+    more = f"{sizes} sizes" if name == "topic_skew" and sizes != "dirichlet" else more
     return "IID" if name == "iid" else name.replace("_", " ") + (f" ({more})" if more else "")
 
 
@@ -174,7 +182,7 @@ STUDY = Study(
     said=frozenset(KEYS)
     | frozenset(
         "algorithm cluster style_criterion skew_type max_samples num_clients participation_rate local_epochs"
-        " local_steps num_rounds eval_samples probe_samples stop_on".split()
+        " local_steps num_rounds eval_samples probe_samples drift_samples sizes stop_on".split()
     ),
     unread=(
         (lambda a: a["algorithm"] != "fedprox", {"mu"}),
@@ -373,6 +381,10 @@ def alarms(curve, _):
     return ", ".join(name + (f" {count}/{n}" if count < n else "") for name, count in spoke.items()) or "-"
 
 
+def logged(curves, name):
+    return any(row.get(name) is not None for curve in curves for run in curve.runs for row in run.rows)
+
+
 def columns(curves, args):
     return (
         result("val loss", "val_loss", digits=3),
@@ -385,6 +397,7 @@ def columns(curves, args):
         result("worst client", "worst_client_val_loss", digits=3),
         result("gap", "generalization_gap", digits=3),
         over_rounds("drift", "relative_drift", digits=2),
+        *(over_rounds(head, name, digits=2) for head, name in TRUE_DRIFT.items() if logged(curves, name)),
         over_rounds("cosine", "update_cosine", digits=3),
         Column("gradient variance", variance),
         Column("1 - CKA", away),

@@ -155,7 +155,7 @@ GOLDEN = {
     "llm_noniid/fedprox": Golden(
         "llm_noniid/train.py", f"{PARTIAL} --algorithm fedprox --mu 5 --partition style_skew --client-weights uniform"
     ),
-    "llm_noniid/scaffold": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm scaffold"),
+    "llm_noniid/scaffold": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm scaffold --drift-samples 6"),
     "llm_noniid/fednova": Golden(
         "llm_noniid/train.py",
         f"{PARTIAL} --algorithm fednova --client-optimizer sgdm --local-steps 0 --local-epochs 0.5",

@@ -61,6 +61,27 @@ def test_numbers_as_the_document_writes_them_are_read(tmp_path):
     assert flags.parse(train.build_parser(), ["--config", str(tmp_path / "mine.yaml")]).learning_rate == 5e-5
 
 
+@pytest.mark.parametrize(
+    "line, groups",
+    [
+        ("--cluster updates", 4),
+        ("--cluster labels --dataset wikitext", 8),
+        ("--cluster labels --dataset demo --num-clients 3", 3),
+        ("--cluster labels --num-clusters 2", 2),
+        ("", 2),  # as older runs have it, which can be gone on with
+    ],
+)
+def test_there_are_as_many_clusters_as_topics(line, groups):
+    assert flags.parse(train.build_parser(), line.split()).num_clusters == groups
+
+
+def test_the_data_sets_have_as_many_topics_as_the_flags_say():
+    from llm_noniid import ag_news, data
+
+    sizes = {"ag_news": len(ag_news.TOPICS), "wikitext": data.ARTICLE_TOPICS, "demo": len(data.DEMO_TOPICS)}
+    assert sizes == flags.TOPICS
+
+
 def test_flags_that_contradict_each_other_are_found_without_a_model():
     with pytest.raises(UsageError, match="samples nobody"):
         flags.parse(train.build_parser(), ["--participation-rate", "0.04"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llm_noniid.diagnostics import (
+    cka_figures,
     cosine_matrix,
     cosines_with_mean,
     generalization_gap,
@@ -230,6 +231,23 @@ def test_linear_cka_sees_no_rotation_scale_or_shift():
     assert linear_cka(X, stretched) < 0.6
     apart = torch.tensor([[1.0], [1], [0], [0]]), torch.tensor([[0.0], [1], [0], [1]])
     assert linear_cka(*apart) == pytest.approx(0, abs=1e-15)
+
+
+def test_linear_cka_of_many_rows_equals_its_form_in_rows_and_of_permuted_rows_is_small():
+    draw = np.random.default_rng(0)
+    X, Y = draw.standard_normal((300, 12)) * np.arange(1, 13), draw.standard_normal((300, 7)) + 2
+    Y[:, :5] += X[:, :5]
+    x, y = X - X.mean(0), Y - Y.mean(0)
+    K, L = x @ x.T, y @ y.T
+    expected = (K * L).sum() / np.linalg.norm(K) / np.linalg.norm(L)
+    assert linear_cka(torch.tensor(X), torch.tensor(Y)) == pytest.approx(expected, rel=1e-10)
+    states = torch.randn(2000, 40, generator=torch.Generator().manual_seed(0))
+    Q = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(1))).Q
+    row = cka_figures(states, [states, states @ Q, states[:, :1].expand(-1, 3) * 0], 5)
+    assert row["client_cka"] == [pytest.approx(1), pytest.approx(1, rel=1e-5), None] and 0.9 < row["mean_cka"] <= 1.01
+    assert row["cka_chance"] == pytest.approx(40 / 2000, rel=0.2)
+    assert cka_figures(states, [states], 5)["cka_chance"] == row["cka_chance"]
+    assert cka_figures(states, [states], 6)["cka_chance"] != row["cka_chance"]
 
 
 def test_linear_cka_of_what_is_constant_is_undefined():

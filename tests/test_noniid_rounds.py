@@ -33,7 +33,7 @@ WAYS = {
     "fedadam": f"--algorithm fedadam --server-lr 0.003 {SGD}",
     "local": f"--algorithm local {SGD}",
     "central": f"--algorithm central {SGD}",
-    "clusters": f"--cluster updates --server-lr 0.8 {SGD}",
+    "clusters": f"--cluster updates --num-clusters 2 --server-lr 0.8 {SGD}",
 }
 
 

@@ -68,7 +68,7 @@ def test_a_run_whose_loss_is_not_finite_has_failed_and_is_a_result_all_the_same(
     """The weights are finite, the loss under them is not."""
     assert call(*words(tmp_path, "a", "--learning-rate 1e20 --local-steps 1 --num-rounds 1")) == 1
     line, manifest = read_metrics(tmp_path / "a")[-1], read_json(tmp_path / "a" / "run.json")
-    assert not math.isfinite(float(line["val_loss"])) and not math.isfinite(float(line["worst_client_val_loss"]))
+    assert not math.isfinite(float(line["val_loss"])) and not math.isfinite(float(line["mean_client_val_loss"]))
     assert (manifest["status"], manifest["ended"]["by"], manifest["results"]) == ("failed", "not_finite", None)
     assert [alarm["detector"] for alarm in line["alarms"]] == ["diverged"]
     assert not (tmp_path / "a" / "final").exists()
