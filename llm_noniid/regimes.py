@@ -1,4 +1,4 @@
-"""The rows of `run_experiments.py --mode regimes`, fixed before they were run: when federated training on labels breaks.
+"""The rows of `run_experiments.py --mode regimes`, fixed before they were run: when training on labels breaks.
 
 The base is where FedAvg was seen to break: AG News' labels, all parameters, 10 clients of as many texts, topic skew of
 alpha 0.03, 50 local AdamW steps a round. One factor at a time from there. In every row a client that takes part in each
@@ -19,7 +19,8 @@ from common.grid import Setting
 STEPS = 600  # of a client in a run
 SHARED = (
     "--threads 1 --dataset ag_news --target label --train full --dropout 0 --max-samples 4000 --max-length 40 "
-    "--eval-samples 300 --probe-samples 32 --num-clients 10 --batch-size 8 --learning-rate 1e-3"
+    "--eval-samples 300 --probe-samples 32 --num-clients 10 --batch-size 8 --learning-rate 1e-3 "
+    "--amp auto"
 )
 EVERY = {10: 5, 50: 1, 200: 1}  # rounds between evaluations
 ADAMW, ADAPTER, SGD = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (0.03, 0.1, 0.3)
@@ -35,7 +36,7 @@ MEAN_CLIENT = "mean_client_val_loss"
 
 
 def row(group, name, algorithm="fedavg", alpha=0.03, h=50, words="", seeds=3, rates=ADAMW, objective="", **tune):
-    """One row. alpha: of topic skew, None for IID; words: more flags of train.py; rates: the clients' that are tried."""
+    """One row. alpha: of topic skew, None for IID; words: more flags; rates: of the clients, that are tried."""
     line = f"--algorithm {algorithm} --local-steps {h} --num-rounds {STEPS // h} --eval-every {EVERY[h]} "
     line += "--partition iid" if alpha is None else f"--partition topic_skew --alpha {alpha:g}"
     line += "" if alpha is None or "--sizes" in words else " --sizes equal"
@@ -95,7 +96,7 @@ def personal(name, words):
 
 def central(name, h, batch):
     """One model on all texts. h: its steps a round are ten times as many (train.py's)."""
-    words = f"--partition iid --local-steps {h} --batch-size {batch}"
+    words = f"--local-steps {h} --batch-size {batch}"
     return row("ends", name, "central", alpha=None, words=words)
 
 
