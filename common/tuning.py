@@ -55,6 +55,7 @@ def tune(args, preset, runs, prepare=None, also=()):
             rows[run] = values
     if not rows:
         raise UsageError("--tune: none of these settings has values of its own: give --tune FLAG X1 X2")
+    kept = read(output / TUNED) if (output / TUNED).exists() else {}
     needed = [run for run in runs if run.name in {row.needs for row in rows}]
     points = [(run, flag, x) for run, grids in rows.items() for flag, xs in grids.items() for x in xs]
     grid.check([*needed, *(at(run, {flag: x}) for run, flag, x in points), *also], output)
@@ -71,7 +72,6 @@ def tune(args, preset, runs, prepare=None, also=()):
     for run, row in found.items():
         about = {"objective": run.setting.objective or preset.objective, "seed": args.tune_seed, "words": told(run)}
         found[run] = {flag: one | about for flag, one in row.items()}
-    kept = read(output / TUNED) if (output / TUNED).exists() else {}
     kept |= {run.setting.name: row for run, row in found.items()}
     broken = [name for name, row in kept.items() if any(one["best"] is None for one in row.values())]
     write(output / TUNED, {name: row for name, row in kept.items() if name not in broken})

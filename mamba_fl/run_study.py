@@ -78,6 +78,7 @@ def gap(steps=768):
     """WikiText-2, an epoch: the claims."""
     yield row("central", "central", steps)
     yield from forms(steps, ("keep", "pooled"), LUS)
+    yield from forms(steps, ("keep",), (steps,))  # averaged once: the source's schedule
     yield from forms(steps, ("average",), (1, 64))
     yield from forms(steps, ("reset", "fedadamw"), (64,))
     server_lr = {"server_lr": ADAM_LR}

@@ -24,9 +24,9 @@ from common.cli import UsageError, run_main
 from common.curves import break_lines, log_axis, new_figure, token_unit, tokens_label
 from plots import style
 from plots.runs import LeftOut, Study, base_name, text
-from plots.seeds import curves_of, label, lines_of, nearest, paired
+from plots.seeds import curves_of, interval, label, lines_of, nearest, paired
 from plots.style import Figure, band, caption, each_group, look, looks_of, markers_at, seeds_text
-from plots.tables import SEEDS, Column, Table, result, spread, whole
+from plots.tables import SEEDS, Column, Table, result, whole
 
 # ---- the study
 
@@ -362,20 +362,19 @@ FIGURES = {
 }
 
 
-def to_central(ratio):
-    """A cell: ratio(curve, the central curve that differs least from it), 1 of a central one, `-` without."""
-
-    def cell(curve, curves):
-        if curve.central:
-            return "1"
-        central = nearest(curve, [other for other in curves if other.central])
-        return spread(ratio(curve, central), digits=3) if central else "-"
-
-    return cell
-
-
-def final_ratio(curve, central):
-    return curve.results("final_val_ppl") / central.results("final_val_ppl").mean()
+def to_central(curve, curves):
+    """`1.033 [1.021, 1.045]`: the test perplexity over that of the central curve that differs least from it and has as
+    many tokens: geometric mean over seeds, 95 % interval of a paired t test of its logarithm; `-` without one."""
+    if curve.central:
+        return "1"
+    tokens = curve.results("tokens").mean()
+    alike = [c for c in curves if c.central and abs(c.results("tokens").mean() / tokens - 1) < 0.02]
+    central = nearest(curve, alike)
+    logs = np.log(paired(curve, central, "test_ppl_last", np.divide)) if central else np.array([])
+    if not len(logs) or not np.isfinite(logs).all():
+        return "-"
+    ends = "" if len(logs) == 1 else " [{:.3f}, {:.3f}]".format(*np.exp(interval(logs)))
+    return f"{np.exp(logs.mean()):.3f}{ends}"
 
 
 def add_config(parser):
@@ -389,8 +388,7 @@ TABLE = Table(
         result("best val ppl", "best_val_ppl"),
         result("test ppl (best)", "test_ppl_best"),
         result("test ppl (last)", "test_ppl_last"),
-        Column("ratio to central", to_central(final_ratio)),
-        Column("test ratio", to_central(lambda curve, central: paired(curve, central, "test_ppl_last", np.divide))),
+        Column("test ratio to central", to_central),
         Column("tokens", whole("tokens")),
         result("minutes", "seconds", 1 / 60),
         SEEDS,

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from scipy.stats import t as student
 
 from common.curves import number
 from plots.runs import LeftOut, words_for
@@ -210,3 +211,15 @@ def paired(curve, base, name, how=np.subtract):
     """[S] how(curve's result, base's), seed by seed, over the seeds that both have: their differences, or ratios."""
     mine, other = (dict(zip([run.seed for run in c.runs], c.results(name), strict=True)) for c in (curve, base))
     return np.array([how(mine[seed], other[seed]) for seed in mine if seed in other])
+
+
+def interval(differences, level=0.95):
+    """(low, high) of the paired t test's interval of the mean of differences [S]: nan of fewer than two.
+
+    mean +- t_{S-1, (1 + level) / 2} s / sqrt(S),   s: the sample standard deviation
+    """
+    n = len(differences)
+    if n < 2:
+        return math.nan, math.nan
+    half = student.ppf((1 + level) / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n)
+    return float(differences.mean() - half), float(differences.mean() + half)

@@ -20,6 +20,7 @@ FIGURES = {
 # name -> command line; `vit` draws every figure of that study, `vit curves` one of them, `table vit` prints its table
 COMMANDS = {
     "mamba": "plots/plot_perplexities.py",
+    "mamba gap": "plots/mamba_gap.py",
     "mamba central updates": "plots/visualize_deltas.py",
     "mamba federated updates": "plots/visualize_federated_deltas.py",
     **{study: f"plots/{study}.py" for study in FIGURES},

@@ -106,6 +106,16 @@ def test_settings_ignore_what_a_run_does_not_read(tmp_path):
     assert sorted(context.find()) == sorted(context.find(partition="iid")) == [0, 1]
 
 
+def test_runs_of_equal_sizes_are_another_setting_than_those_whose_sizes_are_drawn():
+    drawn = {"algorithm": "fedavg", "partition": "topic_skew", "alpha": 0.1, "seed": 0}
+    made = {"a": drawn, "b": drawn | {"sizes": "equal"}, "c": drawn | {"seed": 1}, "iid": {**drawn, "partition": "iid"}}
+    runs = [outcomes.Outcome(name, method, [], {}, "finished") for name, method in made.items()]
+    context = outcomes.Context(runs)
+    assert {run.name for run in context.find().values()} == {"a", "c"}
+    assert {run.name for run in context.find(sizes="equal").values()} == {"b"}
+    assert {run.name for run in context.find(partition="iid").values()} == {"iid"}
+
+
 def test_the_base_is_what_most_runs_share_and_the_default_among_ties(tmp_path):
     for lr in (1e-3, 1e-2):
         for seed in (0, 1) if lr == 1e-3 else (0,):

@@ -1,5 +1,6 @@
 """The numbers in figures and tables, computed by hand from runs with known values."""
 
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from fixed_runs import CENTRAL, LORA, SPARSE, change, change_rows, vit_study, write_glue, write_mamba, write_vit
 from noniid_folders import write_run as write_noniid
 from plotting import ROOT, figures, lines_of, table, tables, texts_of, ticks
+from scipy.stats import ttest_1samp
 
 from common import curves
 from plots import vit
@@ -41,22 +43,28 @@ def band_at(axes, x):
 
 def test_the_table_of_mamba_fl_has_mean_spread_and_the_ratio_to_central(tmp_path):
     for seed, (central, federated) in enumerate([(100.0, 130.0), (110.0, 140.0), (120.0, 150.0)]):
-        write_mamba(tmp_path, "central", seed=seed, ppl=(300.0, central))
-        write_mamba(tmp_path, seed=seed, ppl=(100.0, federated))
+        for command, ppl in (("central", (300.0, central)), ("fed_avg", (100.0, federated))):
+            folder = write_mamba(tmp_path, command, seed=seed, ppl=ppl)
+            results = json.loads((folder / "run.json").read_text())["results"]
+            change(folder, results=results | {"test_ppl_last": ppl[1] - 5})
     rows = table("table mamba", tmp_path)
     assert rows["Central"]["final val ppl"] == "110.0 ± 10.0"
     row = rows["FedAvg"]
     assert row["final val ppl"] == "140.0 ± 10.0" and row["best val ppl"] == "100.0 ± 0.0"
-    assert row["ratio to central"] == "1.273 ± 0.091"
-    assert row["test ppl (best)"] == "90.00 ± 0.00" and row["test ppl (last)"] == "95.00 ± 0.00"
+    logs = np.log(np.array([125, 135, 145]) / [95, 105, 115])
+    ends = np.exp(ttest_1samp(logs, 0).confidence_interval())
+    assert row["test ratio to central"] == f"{np.exp(logs.mean()):.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
+    assert row["test ppl (best)"] == "90.00 ± 0.00" and row["test ppl (last)"] == "135.0 ± 10.0"
     assert (row["tokens"], row["minutes"], row["seeds"]) == ("2,000", "2.00 ± 0.00", "3")
 
 
 def test_the_ratio_is_to_the_central_run_with_the_same_arguments(tmp_path):
-    for lr, ppl in ((1e-3, 100.0), (5e-4, 50.0)):
-        write_mamba(tmp_path, "central", ppl=(ppl,), lr=lr)
+    """And as many tokens."""
+    for lr, ppl, tokens in ((1e-3, 100.0, 1000), (5e-4, 47.5, 1000), (5e-4, 10.0, 3000)):
+        folder = write_mamba(tmp_path, "central", lr=lr, n_epochs=tokens // 1000)
+        change(folder, results={"test_ppl_last": ppl, "tokens": tokens})
     write_mamba(tmp_path, ppl=(100.0,), lr=5e-4)
-    assert table("table mamba", tmp_path)["FedAvg"]["ratio to central"] == "2.000"
+    assert table("table mamba", tmp_path)["FedAvg"]["test ratio to central"] == "2.000"
 
 
 def test_runs_that_start_from_the_run_of_their_seed_are_seeds_of_one_curve(tmp_path):
