@@ -2,8 +2,8 @@
 
 The base is where FedAvg was seen to break: AG News' labels, all parameters, 10 clients of as many texts, topic skew of
 alpha 0.03, 50 local AdamW steps a round. One factor at a time from there. In every row a client that takes part in each
-round makes `STEPS` steps of 8 texts, whatever H is, and has rates of its own (--tune). `regimes` answers the first
-questions at a price that one can afford, `regimes-more` has the rest, with the same base.
+round makes `STEPS` steps of 8 texts, whatever H is, and has rates of its own (--tune). `regimes` has map and two
+repairs, about 5 core-hours with the tuning; `regimes-more` has the rest, with the same base: `--only` a group of it.
 
 group      question
 map        when does it break? H x alpha
@@ -101,28 +101,24 @@ def central(name, h, batch):
 
 
 def regimes():
-    """The first questions."""
+    """The first two questions: when, and what repairs it."""
     yield from cells((None, 0.1, 0.03))
     yield from repairs(("scaffold", "fedadamw"), (0.03, None))
-    yield from repairs(("fedprox",), (0.03,))
-    yield from adapters(("fedavg",))
-    yield from shares(("fedavg", "scaffold"), (0.03,))
-    yield personal("clusters_labels", "--cluster labels --num-clusters 4")
-    yield central("central_steps", 5, 80)
 
 
 def more():
-    """The rest."""
-    yield from cells((100,))
-    yield from repairs(("fedadam", "fedavgm"), (0.03,))
-    yield from repairs(("fedprox", "fedadam", "fedavgm"), (None,))
+    """The rest, the questions of more weight first."""
+    yield from adapters(("fedavg", "scaffold"))
+    yield from repairs(("fedprox", "fedadam", "fedavgm"), (0.03,))
+    yield from shares(("fedavg", "scaffold", "fedadamw"), (0.03, None))
+    yield personal("clusters_labels", "--cluster labels --num-clusters 4")
+    yield central("central_steps", 5, 80)
+    yield from sizes((0.03, 0.1))
+    yield from plain_sgd(("fedavg", "scaffold"), (0.03, None))
     for h in (10, 200):
         yield from repairs(("scaffold", "fedadamw"), (0.03,), h)
-    yield from adapters(("scaffold",))
-    yield from sizes((0.03, 0.1))
-    yield from shares(("fedadamw",), (0.03,))
-    yield from shares(("fedavg", "scaffold", "fedadamw"), (None,))
-    yield from plain_sgd(("fedavg", "scaffold"), (0.03, None))
+    yield from repairs(("fedprox", "fedadam", "fedavgm"), (None,))
+    yield from cells((100,))
     yield personal("clusters_updates", "--cluster updates --num-clusters 4")
     yield row("ends", "local", "local", objective=MEAN_CLIENT)
     yield central("central_examples", 50, 8)
