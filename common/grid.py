@@ -45,7 +45,8 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a
 @dataclass(frozen=True)
 class Setting:
     """What a preset runs with its seeds. words: the script's flags, "{seed}" in them is the seed; group: for --only;
-    seeds: how many of the seeds it takes (None: all); tune: {flag: values} that --tune tries where it has none."""
+    seeds: how many of the seeds it takes (None: all); tune: {flag: values} that --tune tries where it has none;
+    objective: what --tune compares, where it is another than the preset's."""
 
     name: str
     script: str
@@ -53,6 +54,7 @@ class Setting:
     group: str = ""
     seeds: int | None = None
     tune: dict = field(default_factory=dict)
+    objective: str = ""
 
 
 @dataclass(frozen=True)

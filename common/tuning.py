@@ -70,7 +70,7 @@ def tune(args, preset, runs, prepare=None, also=()):
     grid.collect(output / grid.TUNING)  # from now on a grid of its own
     found, made = search_all(rows, needed, output, preset, grid.jobs_of(args))
     for run, row in found.items():
-        about = {"objective": preset.objective, "seed": args.tune_seed, "words": told(run)}
+        about = {"objective": run.setting.objective or preset.objective, "seed": args.tune_seed, "words": told(run)}
         found[run] = {flag: one | about for flag, one in row.items()}
     kept |= {run.setting.name: row for run, row in found.items()}
     broken = [name for name, row in kept.items() if any(one["best"] is None for one in row.values())]
@@ -96,9 +96,10 @@ def search_all(rows, needed, output, preset, jobs):
             raise RunFailed(f"{len(failed)} runs did not finish ({', '.join(failed)}): see {output}/output")
         wanted = {}
         for run, ones in batch.items():
+            objective = run.setting.objective or preset.objective
             made[run] += [one for one in ones if one in good]
             try:
-                ends = [outcome(one, output, preset.objective) if one in good else "refused" for one in ones]
+                ends = [outcome(one, output, objective) if one in good else "refused" for one in ones]
                 wanted[run] = searches[run].send(ends)
             except StopIteration as stop:
                 found[run] = stop.value
@@ -191,7 +192,8 @@ def table(found, made, output, objective):
             best = "none" if one["best"] is None else f"{one['best']:g}"
             best += f" (at the edge after {EXTENSIONS} more)" if one["edge"] else ""
             budget = f"{len(spent[run])} | {sum(spent[run]):.1f}" if i == 0 else "|"
-            yield f"| {run.setting.name} | {flag} | {', '.join(ends)} | {best} | {budget} |"
+            name = f"{run.setting.name} ({own})" if (own := run.setting.objective) else run.setting.name
+            yield f"| {name} | {flag} | {', '.join(ends)} | {best} | {budget} |"
     yield f"{sum(map(len, spent.values()))} runs, {sum(map(sum, spent.values())):.1f} minutes"
 
 

@@ -241,10 +241,16 @@ class LabelledTexts(TokenizedTexts):
     def scored(self, rows):
         return np.array([len(answer) for answer in self.answers])[self.labels[rows]]
 
-    def batch(self, rows, label=None):
-        """As `TokenizedTexts.batch`, labels -100 on all but the answers. label: all texts get this one's instead."""
-        own = self.labels[rows] if label is None else np.full(len(rows), label)
-        answers = [self.answers[c] for c in own]
+    def questions(self, rows):
+        """The texts `rows` up to " Topic:": int64 [B, L] padded on the right, bool [B, L] where text is."""
+        return padded(self.tokens, self.offsets, rows, self.eos)
+
+    def batch(self, rows):
+        """As `TokenizedTexts.batch`, labels -100 on all but the answers.
+
+        Besides "before_scored" int64 [N]: the places of [B L] whose logits predict a scored token.
+        """
+        answers = [self.answers[c] for c in self.labels[rows]]
         asked = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in rows]
         whole = [np.concatenate(pair) for pair in zip(asked, answers, strict=True)]
         ends = np.cumsum([0, *map(len, whole)])
@@ -255,6 +261,7 @@ class LabelledTexts(TokenizedTexts):
             "input_ids": inputs,
             "attention_mask": mask.astype(np.int64),
             "labels": np.where(scored, inputs, IGNORE),
+            "before_scored": np.flatnonzero(scored) - 1,
         }
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 

@@ -112,6 +112,8 @@ def build_parser(description):
     model.add_argument("--tokenizer", metavar="NAME", help="bpe:N, a folder (default: the model's; tiny: bpe:2048)")
     text = "what is trained and sent: an adapter, or all parameters"
     choice(model, "--train", TRAINED, "lora", text, when=unless(train="lora"))
+    text = "of the model's own layers; off: 0 (default: as its config says)"
+    number(model, "--dropout", half_open_fraction, None, text, when=unless(dropout=None))
     adapter, text = only(train="lora"), "layers to adapt (default: attention's)"
     number(model, "--lora-r", positive_int, 8, "rank of the adapter", "R", when=adapter)
     number(model, "--lora-alpha", positive_float, 16, "its scale is alpha / r", when=adapter)

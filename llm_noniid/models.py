@@ -5,6 +5,8 @@ base = load_base("distilgpt2", tokenizer, max_length=128, seed=42)
 lora = LoraModel(base, r=8, alpha=16, dropout=0.05)                    # common.lora
 """
 
+import torch
+
 from common import hub
 from common.cli import UsageError
 from common.seeding import seed_torch
@@ -59,10 +61,11 @@ def tiny_config(tokenizer, max_length, d_model=64, layers=2, heads=2):
     )
 
 
-def load_base(name, tokenizer, max_length, seed):
+def load_base(name, tokenizer, max_length, seed, dropout=None):
     """A transformers causal language model on the CPU, in fp32.
 
-    name: "tiny" (random weights that follow from seed), a key of `MODELS`, a folder, or a name on the hub.
+    name: "tiny" (random weights that follow from seed), a key of `MODELS`, a folder, or a name on the hub; dropout: of
+    its layers, by default what its config says.
     Raises UsageError for a model that is not there or cannot be read, has fewer embeddings than the tokenizer tokens,
     or fewer positions than max_length.
     """
@@ -70,7 +73,7 @@ def load_base(name, tokenizer, max_length, seed):
 
     seed_torch(seed, "weights")
     if name == "tiny":
-        return GPT2LMHeadModel(tiny_config(tokenizer, max_length))
+        return with_dropout(GPT2LMHeadModel(tiny_config(tokenizer, max_length)), dropout)
     folder = find_model(name)
     what = f"--model {name} cannot be read as a causal language model"
     model, info = hub.load_pretrained(AutoModelForCausalLM, folder, what, "give another", trust_remote_code=False)
@@ -85,6 +88,28 @@ def load_base(name, tokenizer, max_length, seed):
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise UsageError(f"--max-length {max_length} is above the model's {positions} positions: lower it")
+    return with_dropout(model, dropout)
+
+
+def with_dropout(model, p):
+    """The model with this dropout in all of its layers; None: as it is."""
+    for part in model.modules() if p is not None else ():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = p
+        for name in ("attention_dropout", "dropout"):  # what llama and its kin hand to their attention
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, p)
+    return model
+
+
+def with_one_gelu(model):
+    """The model with GPT-2's GELU, five operations in transformers, as torch's single one: the same formula."""
+    from transformers.activations import NewGELUActivation
+
+    for part in model.modules():
+        for name, child in part.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(part, name, torch.nn.GELU(approximate="tanh"))
     return model
 
 

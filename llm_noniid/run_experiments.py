@@ -4,6 +4,7 @@
     python llm_noniid/run_experiments.py --mode main                                 # the source's grid: a GPU
     python llm_noniid/run_experiments.py --mode failure                              # the source's failure settings
     python llm_noniid/run_experiments.py --mode study --model models/small --jobs 2  # the README's study: 2 hours
+    python llm_noniid/run_experiments.py --mode regimes --model models/small --tune # then without --tune
     python llm_noniid/run_experiments.py --mode compare                              # tables of what is there
     python llm_noniid/run_experiments.py --mode analyze                              # report.html
 
@@ -14,6 +15,8 @@ failure  3 algorithms x (alpha 0.01; participation 0.1; learning rate 1e-3; 5 lo
 study    one factor at a time from FedAvg, topic skew, alpha 0.1: the partitions with 3 algorithms, alpha 100, 1, 0.01,
          participation 0.3, 0.1, higher learning rates (IID too), 5 times the local steps, clusters, local and central
          training, WikiText-2 beside AG News; and maps of the failures of FedAvg and SCAFFOLD
+regimes  when label skew breaks it, and what repairs it: the rows of regimes.py, each with rates of its own (first
+         --tune, then without); regimes-more has those of less weight
 
 --preset is another spelling of --mode. Flags that are not listed are train.py's and go to every run; a grid's own win.
 Finished runs are skipped and broken ones go on, so that the command can be given again at any time.
@@ -25,7 +28,7 @@ from pathlib import Path
 from common import grid, tuning
 from common.cli import Parser, UsageError, non_negative_int, positive_float, positive_int, run_main
 from common.grid import Preset, Setting
-from llm_noniid import flags
+from llm_noniid import flags, regimes
 from llm_noniid.flags import ALPHAS, MAP_FILE, PARTITIONS
 
 SHOW = tuple(
@@ -113,6 +116,8 @@ PRESETS = {
         "--max-length 64 --learning-rate 3e-3".split(),
         study,
     ),
+    "regimes": Preset(tuple(regimes.SHARED.split()), lambda base, rates: regimes.regimes(), seeds=(0, 1, 2, 3, 4)),
+    "regimes-more": Preset(tuple(regimes.SHARED.split()), lambda base, rates: regimes.more(), seeds=(0, 1, 2)),
 }
 
 # ---- the runs

@@ -24,7 +24,7 @@ from common.seeding import stream
 from common.text import tokenizer_fingerprint
 from common.vector import Weights, fingerprint
 from llm_noniid.data import IGNORE, LabelledTexts, TokenizedTexts, encode, encode_labelled
-from llm_noniid.models import MODELS, find_model, find_tokenizer, load_base
+from llm_noniid.models import MODELS, find_model, find_tokenizer, load_base, with_one_gelu
 
 EVAL_BATCH = 16  # fixed: sums over other batches would round differently
 STATES = 4096  # tokens whose states are compared, at most
@@ -44,9 +44,9 @@ class TextModel:
     amp: torch.dtype | None
     lora: LoraModel | None = None
 
-    def batch(self, split, rows, **label):
+    def batch(self, split, rows):
         """The texts `rows` of a split, padded, on the device: {input_ids, attention_mask, labels} [B, L]."""
-        batch = self.tokens[split].batch(rows, **label)
+        batch = self.tokens[split].batch(rows)
         return {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
 
     def loss(self, batch):
@@ -62,7 +62,11 @@ def load_text_model(args, texts, device, amp):
     a = args
     tokenizer = find_tokenizer(a.model, texts, a.tokenizer, a.data_root, a.cache_dir)
     tokens = (encode_labelled if a.target == "label" else encode)(texts, tokenizer, a.max_length, a.cache_dir)
-    base = load_base(a.model, tokenizer, a.max_length, a.seed)
+    base = load_base(a.model, tokenizer, a.max_length, a.seed, a.dropout)
+    if a.target == "label":
+        with_one_gelu(base)
+    if a.dropout == 0 and amp == torch.bfloat16 and device.type == "cpu":
+        base.set_attn_implementation("eager")  # torch's bf16 flash attention takes 5 ms a layer where this takes 1
     if a.train == "full":
         module = base.to(device)
         return TextModel(a.model, tokenizer, tokens, module, Weights(module), device, amp)
@@ -142,11 +146,29 @@ def check_base(file, place, name, facts):
         )
 
 
+def head_at(module, places):
+    """A context in which a model's head is given the hidden states of these places [N] of [B L] alone: logits [N, V].
+
+    By a hook: what a model does to logits after its head (gemma's soft cap, granite's scale) is still its own.
+    """
+    return module.get_output_embeddings().register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1)[places],))
+
+
 def negative_log_likelihood(module, batch, amp):
-    """Of each token after the first [B, L - 1], 0 where no label is scored."""
-    with amp_context(amp, batch["input_ids"].device):
-        logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    logits, labels = logits[:, :-1].float(), batch["labels"][:, 1:]  # [B, L - 1, V], [B, L - 1]
+    """Of each token after the first [B, L - 1], 0 where no label is scored.
+
+    Where few are (--target label), the head computes logits of theirs alone, and padding, which comes after all that
+    is scored, needs no mask in a causal model.
+    """
+    inputs, labels, places = batch["input_ids"], batch["labels"], batch.get("before_scored")
+    if places is not None and not torch.compiler.is_compiling():  # a hook of its own for each step compiles anew
+        with amp_context(amp, inputs.device), head_at(module, places):
+            logits = module(input_ids=inputs).logits.float()  # [N, V]
+        nll = F.cross_entropy(logits, labels.flatten()[places + 1], reduction="none")  # [N]
+        return nll.new_zeros(labels.numel()).index_copy(0, places, nll).view(labels.shape)[:, :-1]  # [B, L - 1]
+    with amp_context(amp, inputs.device):
+        logits = module(input_ids=inputs, attention_mask=batch["attention_mask"]).logits
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]  # [B, L - 1, V], [B, L - 1]
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
     return nll.view(labels.shape)  # [B, L - 1]
 
@@ -155,20 +177,65 @@ def negative_log_likelihood(module, batch, amp):
 
 
 @torch.no_grad()
-def text_losses(model, split, rows, **label):
-    """Summed NLL of each text, fp64 [n]; the processes share the batches, and each gets all. label: as of `batch`."""
+def text_losses(model, split, rows):
+    """Summed NLL of each text's scored tokens, fp64 [n]."""
+
+    def losses(rows):
+        return negative_log_likelihood(model.module, model.batch(split, rows), model.amp).double().sum(1)
+
+    return over_batches(model, split, rows, losses)
+
+
+@torch.no_grad()
+def answer_losses(model, split, rows):
+    """Summed NLL of each label's words after each text, fp64 [n, C]: the text is read once, its keys and values serve
+    the words of every label.
+
+    Raises: UsageError for a model that keeps none.
+    """
+    answers = [torch.from_numpy(answer.astype(np.int64)).to(model.device) for answer in model.tokens[split].answers]
+
+    def losses(rows):
+        inputs, mask = (torch.from_numpy(array).to(model.device) for array in model.tokens[split].questions(rows))
+        length, n = inputs.shape[1], mask.sum(1)  # n [B]
+        last = torch.arange(len(rows), device=model.device) * length + n - 1
+        with amp_context(model.amp, model.device), head_at(model.module, last):
+            read = model.module(input_ids=inputs, attention_mask=mask.long(), use_cache=True)
+        kept = getattr(read, "past_key_values", None)
+        if not hasattr(kept, "crop"):
+            raise UsageError(f"--target label needs a model with keys and values of its texts, {model.name} has none")
+        first = -read.logits.float().log_softmax(-1)  # [B, V]
+        nll = torch.stack([first[:, answer[0]] for answer in answers], 1).double()  # [B, C]
+        for c, answer in enumerate(answers):
+            if len(answer) == 1:
+                continue
+            said = answer[:-1].expand(len(rows), -1)  # [B, m]
+            with amp_context(model.amp, model.device):
+                logits = model.module(
+                    input_ids=said,
+                    attention_mask=torch.cat([mask, torch.ones_like(said, dtype=torch.bool)], 1).long(),
+                    position_ids=n[:, None] + torch.arange(said.shape[1], device=model.device),
+                    past_key_values=kept,
+                    use_cache=True,
+                ).logits
+            kept.crop(-said.shape[1])
+            wanted = answer[1:].expand(len(rows), -1)
+            nll[:, c] += F.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none").double().sum(1)
+        return nll
+
+    return over_batches(model, split, rows, losses)
+
+
+def over_batches(model, split, rows, losses):
+    """losses(rows of a batch), a tensor [B, ...], for all rows [n]: an array [n, ...]; the processes share the
+    batches, and each gets all."""
     model.module.eval()
     rows = np.asarray(rows)
     cut = evaluation_batches(model.tokens[split].lengths()[rows], EVAL_BATCH)
-    mine = {}
-    for i in parallel.my_share(range(len(cut))):
-        batch = model.batch(split, rows[cut[i]], **label)
-        mine[i] = negative_log_likelihood(model.module, batch, model.amp).double().sum(1).cpu().numpy()
-    nll = np.zeros(len(rows))
-    for part in parallel.all_gather(mine):
-        for i, sums in part.items():
-            nll[cut[i]] = sums
-    return nll
+    mine = {i: losses(rows[cut[i]]).cpu().numpy() for i in parallel.my_share(range(len(cut)))}
+    parts = {i: one for part in parallel.all_gather(mine) for i, one in part.items()}
+    ordered = [parts[i] for i in range(len(cut))]
+    return np.concatenate(ordered)[np.argsort(np.concatenate(cut))]
 
 
 def judged(model, split, rows):
@@ -176,8 +243,7 @@ def judged(model, split, rows):
     tokens = model.tokens[split]
     if not isinstance(tokens, LabelledTexts):
         return text_losses(model, split, rows), None
-    each = [text_losses(model, split, rows, label=c) for c in range(len(tokens.answers))]
-    own, nll = tokens.labels[rows], np.stack(each, axis=1)  # [n], [n, C]
+    own, nll = tokens.labels[rows], answer_losses(model, split, rows)  # [n], [n, C]
     return nll[np.arange(len(rows)), own], (nll.argmin(1) == own).astype(float)
 
 

@@ -221,7 +221,8 @@ STUDY = Study(
         (lambda a: a["kind"] == "central", {"min_samples", "client_weights"}),
     ),
     paths=("tokenizer", "init_from"),
-    off={"init_from": (), "personal": (), "target": (), "train": (), "server_lr": ("fedavgm", "fedadam")},
+    off={"dropout": (), "init_from": (), "personal": (), "target": (), "train": ()}
+    | {"server_lr": ("fedavgm", "fedadam")},
     words={
         "dataset": "{}",
         "target": lambda target, setting: "" if target == "text" else f"predicting the {target}",
@@ -240,6 +241,7 @@ STUDY = Study(
         "rounds": "{} rounds",
         "mu": "mu {:g}",
         "init_from": "from {}",
+        "dropout": "dropout {}",
         "num_clusters": "{} clusters",
         "personal": "personal {}",
         "cluster_round": "grouped after round {}",

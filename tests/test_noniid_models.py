@@ -192,3 +192,27 @@ def test_a_folder_that_names_code_runs_none(bases, tokenizer, tmp_path, monkeypa
 def test_the_name_of_a_model_stands_for_one_of_the_hub():
     with pytest.raises(UsageError, match="no model distilgpt2: .*download distilbert/distilgpt2 where "):
         models.find_model("distilgpt2")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_dropout_of_zero_leaves_nothing_to_chance(bases, tokenizer, tmp_path, name):
+    folder = tmp_path / "dropping"
+    shutil.copytree(bases / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5, "attn_pdrop": 0.5}))
+    ids = torch.arange(40)[None]
+    differ = []
+    for dropout in (None, 0.0):
+        model = models.load_base(str(folder), tokenizer, 64, 0, dropout).train()
+        with torch.no_grad():
+            differ.append(bool((model(ids).logits != model(ids).logits).any()))
+    assert differ == [True, False]
+
+
+def test_one_gelu_is_transformers_five_operations(bases, tokenizer):
+    model = models.load_base(str(bases / "gpt2"), tokenizer, 64, 0, 0.0)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        before, after = model(ids).logits, models.with_one_gelu(model)(ids).logits
+    assert any(isinstance(part, torch.nn.GELU) for part in model.modules())
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)

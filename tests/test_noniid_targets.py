@@ -6,12 +6,22 @@ import numpy as np
 import pytest
 import torch
 from noniid_script import done, no_dropout, parsed, words
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from common.cli import UsageError
+from common.lora import LoraModel
 from common.runlog import read_metrics
 from common.text import load_tokenizer, token_byte_lengths
-from llm_noniid import data, diagnostics
+from llm_noniid import data, diagnostics, text_model
 from llm_noniid.data import IGNORE
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -39,18 +49,18 @@ def test_texts_end_in_their_label_which_alone_is_scored(texts, tokenizer):
     answers = [tokenizer(f" {name}")["input_ids"] for name in texts.label_names]
     room = 40 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, answers))
     rows = np.array([3, 0, 7])
-    for label in (None, 2):
-        batch = split.batch(rows) if label is None else split.batch(rows, label)
-        for i, row in enumerate(rows):
-            c = texts.labels["validation"][row] if label is None else label
-            prompt, answer = asked(tokenizer, texts.splits["validation"][row], texts.label_names[c], room)
-            n = int(batch["attention_mask"][i].sum())
-            assert batch["input_ids"][i, :n].tolist() == prompt + answer and n <= 40
-            wanted = [IGNORE] * len(prompt) + answer + [IGNORE] * (batch["labels"].shape[1] - n)
-            assert batch["labels"][i].tolist() == wanted
-            if label is None:
-                assert (split.lengths()[row], split.scored(rows)[i]) == (n, len(answer))
-                assert split.byte_lengths[row] == token_byte_lengths(tokenizer)[answer].sum()
+    batch = split.batch(rows)
+    for i, row in enumerate(rows):
+        label = texts.label_names[texts.labels["validation"][row]]
+        prompt, answer = asked(tokenizer, texts.splits["validation"][row], label, room)
+        n = int(batch["attention_mask"][i].sum())
+        assert batch["input_ids"][i, :n].tolist() == prompt + answer and n <= 40
+        wanted = [IGNORE] * len(prompt) + answer + [IGNORE] * (batch["labels"].shape[1] - n)
+        assert batch["labels"][i].tolist() == wanted
+        assert (split.lengths()[row], split.scored(rows)[i]) == (n, len(answer))
+        assert split.byte_lengths[row] == token_byte_lengths(tokenizer)[answer].sum()
+        question = split.questions(rows)[0][i]
+        assert question[: len(prompt)].tolist() == prompt
     whole = [len(tokenizer(text)["input_ids"]) for text in texts.splits["validation"]]
     assert split.cut == sum(n > room for n in whole) > 0
 
@@ -120,3 +130,62 @@ def test_fedadamw_resumes_and_counts_its_bytes(tmp_path, monkeypatch):
     half = done(tmp_path, "half", f"{more} --num-rounds 2")
     done(tmp_path, "half", f"{more} --num-rounds 3 --resume")
     harness.same_run(half, whole)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "lora"])
+def test_the_head_at_scored_tokens_gives_transformers_loss_and_gradients(texts, tokenizer, family):
+    torch.manual_seed(0)
+    model = small(family, len(tokenizer))
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    batch = data.encode_labelled(texts, tokenizer, 40)["train"].batch(np.array([5, 1, 8]))
+    heads = []  # rows that the head was given
+    model.get_output_embeddings().register_forward_hook(lambda _, x, y: heads.append(y.shape[:-1].numel()))
+    nll = text_model.negative_log_likelihood(model, batch, None)
+    scored = batch["labels"][:, 1:] != IGNORE
+    assert heads == [int(scored.sum())] and nll.shape == scored.shape and (nll[~scored] == 0).all()
+    ours = torch.autograd.grad(nll.sum() / scored.sum(), parameters.values())
+    loss = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
+    theirs = torch.autograd.grad(loss, parameters.values())
+    torch.testing.assert_close(nll.sum() / scored.sum(), loss, rtol=1e-6, atol=1e-6)
+    for name, a, b in zip(parameters, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "lora"])
+def test_every_labels_words_are_scored_after_a_text_that_is_read_once(texts, tokenizer, family):
+    torch.manual_seed(0)
+    module = small(family, len(tokenizer)).eval()
+    tokens = data.encode_labelled(texts, tokenizer, 40)
+    model = text_model.TextModel("small", tokenizer, tokens, module, None, torch.device("cpu"), None)
+    rows = np.arange(20)
+    nll = text_model.answer_losses(model, "train", rows)
+    assert nll.shape == (20, 4) and len({len(answer) for answer in tokens["train"].answers}) > 1
+    own = nll[rows, texts.labels["train"][:20]]
+    np.testing.assert_allclose(own, text_model.text_losses(model, "train", rows), rtol=1e-5)
+    room = 40 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, tokens["train"].answers))
+    for row in (0, 7):
+        for c, name in enumerate(texts.label_names):
+            prompt, answer = asked(tokenizer, texts.splits["train"][row], name, room)
+            ids, scored = torch.tensor([prompt + answer]), torch.tensor([[IGNORE] * len(prompt) + answer])
+            with torch.no_grad():
+                assert module(input_ids=ids, labels=scored).loss.item() * len(answer) == pytest.approx(
+                    nll[row, c], 1e-5
+                )
+
+
+def small(family, words):
+    """A model without dropout; lora: GPT-2 with an adapter whose B is not zero."""
+    sizes = {"vocab_size": words, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"intermediate_size": 48, "num_key_value_heads": 1}
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes, **more))
+    if family == "gemma2":
+        capped = {"head_dim": 16, "final_logit_softcapping": 0.5, "attn_implementation": "eager"}
+        return Gemma2ForCausalLM(Gemma2Config(**sizes, **more, **capped))
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    if family == "gpt2":
+        return model
+    lora = LoraModel(model, 4, 8)
+    for _, B in lora.factors().values():
+        torch.nn.init.normal_(B, std=0.1)
+    return lora.model

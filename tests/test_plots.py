@@ -84,7 +84,7 @@ def test_every_flag_of_llm_noniid_sets_runs_apart_or_does_not_by_decision(tmp_pa
     setting = "alpha amp dataset eval_samples learning_rate local_steps lora_alpha lora_r max_samples model".split()
     setting += "num_clients num_rounds participation_rate sizes target train".split()
     method = "batch_size client_optimizer client_weights lora_dropout max_grad_norm max_length min_samples".split()
-    method += "target_modules tokenizer weight_decay init_from personal".split()
+    method += "target_modules tokenizer weight_decay init_from personal dropout".split()
     assert apart == {*setting, *method}, "decide for a new flag: does it make another method, or none?"
 
 

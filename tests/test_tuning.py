@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -100,7 +101,7 @@ lr, best, share = (float(flags[name]) for name in ("--lr", "--best", "--share"))
 kind = flags["--kind"]
 made = {"command": "fake", "argv": sys.argv, "args": {"lr": lr}, "data": {}, "results": None}
 loss = abs(math.log2(lr / best)) + (1 - share)
-rows = [{"round": 1, "val_loss": -5.0, "seconds": 30}, {"round": 2, "val_loss": loss, "seconds": 60}]
+rows = [{"round": 1, "val_loss": -5.0, "seconds": 30}, {"round": 2, "val_loss": loss, "mine": lr, "seconds": 60}]
 end = {"status": "finished"}
 if kind == "fragile" and lr > best:
     reason = "round 1: the updates of all clients are not finite: lower --lr"
@@ -218,6 +219,15 @@ def test_settings_have_grids_of_their_own(study, tmp_path, capsys):
     assert study((mine, other), "--tune lr 4 8 --only fragile --jobs 2") == 0
     tuned = json.loads((tmp_path / "out" / "tuned.json").read_text())
     assert {name: row["lr"]["best"] for name, row in tuned.items()} == {"sure": 2, "fragile": 4}
+
+
+def test_a_setting_has_an_objective_of_its_own(study, tmp_path, capsys):
+    one, other = settings(sure=2, fragile=2)
+    assert study((replace(one, objective="mine"), other), "--tune lr 1 2 4 --jobs 3") == 0
+    tuned = json.loads((tmp_path / "out" / "tuned.json").read_text())
+    assert [tuned[name]["lr"]["objective"] for name in ("sure", "fragile")] == ["mine", "val_loss"]
+    assert (tuned["sure"]["lr"]["best"], tuned["fragile"]["lr"]["best"]) == (0.125, 2)
+    assert "| sure (mine) | lr | 0.125: 0.1250" in capsys.readouterr().out
 
 
 def test_a_run_that_failed_is_no_run_that_diverged(study, tmp_path, capsys):
