@@ -42,7 +42,7 @@ def settings(methods, val_freq):
 # ---- gap: is the federated gap an optimiser gap? Every row has a rate of its own (--tune) and as many steps
 
 LUS = (1, 8, 64, 256)
-ADAM_LR = (2e-3, 4e-3, 8e-3)
+ADAM_LR = (8e-3, 1.6e-2, 3.2e-2)
 GAP = "--lr-scheduler cosine --amp auto"
 WIKITEXT = "--d-model 64 --tokenizer bpe:2048 --val-sequences 128 --warmup-steps 77 --held-out-sequences 16"
 DEMO = "--dataset demo --d-model 64 --val-sequences 64 --warmup-steps 26 --held-out-sequences 4"

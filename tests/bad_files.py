@@ -25,7 +25,7 @@ HALF = {  # golden runs that --resume goes on with, and what more their command 
     "mamba_fl/central": "",
     "vit_sparse_fl/sparse": "",
     "lora_glue_fl/svd": "",
-    "llm_noniid/scaffold": "--participation-rate 0.5 --algorithm scaffold",
+    "llm_noniid/scaffold": "--participation-rate 0.5 --algorithm scaffold --drift-samples 6",
 }
 TABLES = {"mamba_fl": "mamba", "vit_sparse_fl": "vit", "lora_glue_fl": "glue", "llm_noniid": "noniid"}
 READS = [  # (script, flags, what is read)
