@@ -203,7 +203,8 @@ def test_moments_that_clients_share(state, data, tmp_path, monkeypatch):
                 m0, v0 = (old[i]["exp_avg"], old[i]["exp_avg_sq"]) if old else (0.0, 0.0)
                 B = ((m - 0.9**H * m0) / (1 - 0.9**H)) ** 2
                 A = (v - 0.999**H * v0) / (1 - 0.999**H)
-                C = (A - (A - B) * (1 - q) / (1 - q / H)).clamp_min(0)
+                w = 0.1 * (1 + 0.9**H) / (1.9 * (1 - 0.9**H))
+                C = (A - (A - B) * (1 - q) / (1 - q * w)).clamp_min(0)
                 v = 0.999**H * v0 + (1 - 0.999**H) * C
             new[i] = {"step": one["step"].clone(), "exp_avg": m, "exp_avg_sq": v}
         places.append(new)
