@@ -224,6 +224,10 @@ def with_tuned(args, preset, runs):
     files = files if args.tuned is None else [] if args.tuned == "none" else [Path(args.tuned)]
     for path in files:
         rows |= {name: (path, row) for name, row in read(path).items()}
+    for run in runs if args.tuned != "none" else ():
+        row = rows.get(run.setting.name, (None, {}))[1] if run.setting else {}
+        if missing := [flag for flag in (run.setting.tune if run.setting else ()) if flag not in row]:
+            raise UsageError(f"{run.setting.name} has no tuned --{missing[0]}: give --tune first, or --tuned none")
     return [_tuned(run, args, *rows.get(run.setting.name, (None, {}))) if run.setting else run for run in runs]
 
 

@@ -214,6 +214,8 @@ def test_settings_have_grids_of_their_own(study, tmp_path, capsys):
     mine = Setting(one.name, one.script, one.words, tune={"lr": (1.0, 2, 4e0)})
     with pytest.raises(UsageError, match="none of these settings has values of its own: give --tune FLAG X1 X2"):
         study((one, other), "--tune")
+    with pytest.raises(UsageError, match="sure has no tuned --lr: give --tune first, or --tuned none"):
+        study((mine, other))
     assert study((mine, other), "--tune --jobs 3") == 0
     assert list(json.loads((tmp_path / "out" / "tuned.json").read_text())) == ["sure"]
     assert study((mine, other), "--tune lr 4 8 --only fragile --jobs 2") == 0
