@@ -1,6 +1,6 @@
 """Rates for each row of a study: --tune runs every setting at some values of a flag and keeps the best on validation.
 
-    python mamba_fl/run_study.py --preset small --tune lr 1e-3 2e-3 4e-3 --tune server-lr 0.3 1
+    python mamba_fl/run_study.py --preset quick --tune lr 1e-3 2e-3 4e-3 --tune server-lr 0.3 1
 
 best = argmin over the values of `Preset.objective` at a run's last evaluation, never of the test split; a run that
 diverged is worse than any other. A best at the edge of the values extends them there by the ratio of the last two, at
