@@ -51,8 +51,8 @@ def test_the_gap_is_the_geometric_mean_of_the_ratios_with_the_interval_of_a_pair
             assert y == pytest.approx(np.exp(logs.mean()))
             assert segment[:, 1] == pytest.approx(np.exp([interval.low, interval.high]))
     (line, _) = left.get_lines()  # and the line at 1
-    assert line.get_xydata().tolist() == [[1, 1.3]]  # keep at 0.004, the best of the finite ones
-    assert "0.004" in left.get_title() and "3 seeds" in right.get_title()
+    assert line.get_xydata().tolist() == [[1, 130 / 108]]  # keep at 0.002
+    assert "0.002" in left.get_title() and "3 seeds" in right.get_title()
 
 
 def test_bytes_and_rates(runs, tmp_path):
