@@ -1,7 +1,7 @@
 """Figures and table of mamba_fl.
 
     python plots/mamba.py --data-dir results --out-dir results/plots        # all; also plots/plot_perplexities.py
-    python plots/mamba.py lu_comparison --data-dir mamba_fl/results/small.jsonl --config pure_ssm_1_layer
+    python plots/mamba.py lu_comparison --data-dir mamba_fl/results/gap.jsonl --config pure_ssm_1_layer
     python plots/tables.py mamba_fl
 
     central_vs_fed           1_central_vs_fed_{config}.png: central and FedAvg at the fewest local updates (LU)
@@ -25,7 +25,7 @@ from common.curves import break_lines, log_axis, new_figure, token_unit, tokens_
 from common.participation import per_round
 from plots import style
 from plots.runs import LeftOut, Study, base_name, text
-from plots.seeds import curves_of, interval, label, lines_of, paired
+from plots.seeds import curves_of, interval, label, lines_of, nearest, paired
 from plots.style import Figure, band, caption, each_group, look, looks_of, markers_at, seeds_text
 from plots.tables import SEEDS, Column, Table, result, whole
 
@@ -385,17 +385,29 @@ def central_of(curve, curves):
     return min(alike, key=apart, default=None)
 
 
-def to_central(curve, curves):
-    """`1.033 [1.021, 1.045]`: the test perplexity over that of its `central_of`: geometric mean over the seeds, 95 %
-    interval of a paired t test of its logarithm; `-` without one."""
-    if curve.central:
-        return "1"
-    central = central_of(curve, curves)
-    logs = np.log(paired(curve, central, "test_ppl_last", np.divide)) if central else np.array([])
-    if not len(logs) or not np.isfinite(logs).all():
-        return "-"
-    ends = "" if len(logs) == 1 else " [{:.3f}, {:.3f}]".format(*np.exp(interval(logs)))
-    return f"{np.exp(logs.mean()):.3f}{ends}"
+def plain_of(curve, curves):
+    """FedAvg with each client's own moments at as many local updates and tokens, the least different; None without."""
+    tokens, lu = curve.results("tokens").mean(), curve.runs[0].args.get("local_updates")
+    alike = [c for c in curves if c.kind == "fed_avg" and c.runs[0].args.get("client_state", "keep") == "keep"]
+    alike = [c for c in alike if abs(c.results("tokens").mean() / tokens - 1) < 0.02]
+    return nearest(curve, [c for c in alike if c.runs[0].args["local_updates"] == lu])
+
+
+def ratio_to(base_of):
+    """A cell, `1.033 [1.021, 1.045]`: the test perplexity over that of base_of(curve, curves), geometric mean over the
+    seeds that both have and the 95 % interval of a paired t test of its logarithm; `-` without one."""
+
+    def cell(curve, curves):
+        base = base_of(curve, curves)
+        if curve.central or base in (None, curve):
+            return "-" if base is None and not curve.central else "1"
+        logs = np.log(paired(curve, base, "test_ppl_last", np.divide))
+        if not len(logs) or not np.isfinite(logs).all():
+            return "-"
+        ends = "" if len(logs) == 1 else " [{:.3f}, {:.3f}]".format(*np.exp(interval(logs)))
+        return f"{np.exp(logs.mean()):.3f}{ends}"
+
+    return cell
 
 
 def add_config(parser):
@@ -409,7 +421,8 @@ TABLE = Table(
         result("best val ppl", "best_val_ppl"),
         result("test ppl (best)", "test_ppl_best"),
         result("test ppl (last)", "test_ppl_last"),
-        Column("test ratio to central", to_central),
+        Column("test ratio to central", ratio_to(central_of)),
+        Column("to FedAvg at its LU", ratio_to(plain_of)),
         Column("tokens", whole("tokens")),
         result("minutes", "seconds", 1 / 60),
         SEEDS,

@@ -58,6 +58,15 @@ def test_the_table_of_mamba_fl_has_mean_spread_and_the_ratio_to_central(tmp_path
     assert (row["tokens"], row["minutes"], row["seeds"]) == ("2,000", "2.00 ± 0.00", "3")
 
 
+def test_the_ratio_to_fedavg_is_at_the_same_local_updates(tmp_path):
+    for lu, plain, pooled in ((1, 100.0, 90.0), (8, 200.0, 150.0)):
+        for state, ppl in (("keep", plain), ("pooled", pooled)):
+            folder = write_mamba(tmp_path, local_updates=lu, client_state=state)
+            change(folder, results={"test_ppl_last": ppl, "tokens": 1000})
+    rows = table("table mamba", tmp_path).values()
+    assert sorted(row["to FedAvg at its LU"] for row in rows) == ["0.750", "0.900", "1", "1"]
+
+
 def test_the_ratio_is_to_the_best_central_run_on_as_many_tokens_and_as_large_a_batch(tmp_path):
     """And as much else alike; of two rates the better one."""
     for lr, ppl, tokens, batch, more in (
