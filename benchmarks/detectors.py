@@ -1,17 +1,21 @@
 """How often each detector of llm_noniid is right: on synthetic curves, and on real runs.
 
     python benchmarks/detectors.py --eval-every 5 --curves 5000
-    python benchmarks/detectors.py --log llm_noniid/results/regimes.jsonl --field val_loss
+    python benchmarks/detectors.py --log llm_noniid/results/regimes.jsonl
 
 Without --log a row is a kind of curve, a column a detector: the share of curves with an alarm, and behind it the median
 number of rounds from the onset to the alarm where the detector should fire ("+"). Where it should not, the share is its
 rate of false alarms. Losses fall as 3.2 + exp(-t/12) nats, as a small language model's, unless the kind says otherwise.
 
-With it the runs are healthy or broken by what they cost (`plots.noniid_costs`: each run's own difference to its IID
-control, which is healthy, against the margin). A row is a detector, a column the area under the ROC curve of its score
-after a third of the run, or all of it, and the 95 % interval over bootstrap draws of settings (all seeds of one
-together). `train_loss`: the last training loss alone. A detector beats it where the interval of the difference of the
-two areas, in the same draws, is above 0. nan, where a detector saw nothing to judge, is the lowest score.
+With it the runs are healthy or broken by what they cost (`plots.noniid_costs`: each run's own difference to the IID
+control of its seed, which is healthy, against the threshold). A row is a score, a column the area under the ROC curve
+after a third, and two thirds, of the rounds, over pairs of a broken and a healthy run with one IID control: of one
+algorithm and number of local steps. Behind it the 95 % interval over bootstrap draws of settings (all seeds of one
+together, those of a control among themselves). The scores to beat are the last validation loss at that point, and the
+last training loss in its better direction (under skew each client predicts its own labels: a broken run has the lower
+one, as it happens): a detector beats one where the interval of the difference of the two areas, over the pairs that
+both can judge, in the same draws, is above 0. Pairs in which a run has no score count for none; `no score`: no pair is
+left, or none in which two scores differ.
 """
 
 import argparse
@@ -25,7 +29,7 @@ from common.seeding import stream
 from llm_noniid.detectors import DETECTORS, curves_of, run_detectors, scores
 
 ROUNDS = 50
-BASE = "train_loss"
+BASES = ("val_loss", "train_loss")  # the scores to beat
 
 
 def falling(draw, n, noise=0.01, over=12):
@@ -168,79 +172,100 @@ def print_rates(n, eval_every):
 # ---- real runs
 
 
-def judged(path, field):
-    """[(setting, run, whether it is broken)] of a log's runs with an IID control, and of those controls, healthy."""
+def judged(path):
+    """[(IID control, setting, run, whether it is broken)] of a log's runs with a control, and of those controls."""
     from plots.noniid_costs import cells_of, has_diverged
     from plots.noniid_runs import STUDY
     from plots.runs import read_runs
 
-    runs, notes = read_runs([path], STUDY)
-    known, controls = [], {}
-    for _, _, cells in cells_of(runs, notes, field):
-        for cell in cells:
-            known += [(cell.curve, run, broken) for run, broken in cell.broken_runs()]
-            controls[cell.control] = [(cell.control, run, has_diverged(run)) for run in cell.control.runs]
-    return known + [one for some in controls.values() for one in some]
+    cells = [cell for *_, some in cells_of(*read_runs([path], STUDY)) for cell in some]
+    known = [(cell.control, cell.curve, *of) for cell in cells for of in cell.broken_runs()]
+    controls = dict.fromkeys(cell.control for cell in cells)
+    return known + [(one, one, run, has_diverged(run)) for one in controls for run in one.runs]
 
 
-def seen(run, share=1.0):
-    """{detector: score, train_loss: the last one} of a run's evaluations in this share of its rounds."""
+def seen(run, share):
+    """{detector, or one of BASES: score} of a run's evaluations in this share of its rounds; nan for none."""
     rows = [row for row in run.rows if row["round"] <= share * run.args["num_rounds"]]
     planned = 1 - -run.args["num_rounds"] // run.args["eval_every"]
-    last = next((row[BASE] for row in reversed(rows) if row.get(BASE) is not None), None)
-    loss = math.nan if last is None else float(np.nan_to_num(float(last), nan=math.inf))
-    return scores(curves_of(rows), planned) | {BASE: loss}
+    last = {name: [row[name] for row in rows if row["round"] and row.get(name) is not None] for name in BASES}
+    losses = {name: np.nan_to_num(float(of[-1]), nan=math.inf) if of else math.nan for name, of in last.items()}
+    return scores(curves_of(rows), planned) | losses
 
 
-def area(broken, values):
-    """The area under the ROC curve: the share of pairs (broken, healthy) in order, ties count a half."""
-    from scipy.stats import rankdata  # only here: --help must not wait for it
+def areas(broken, strata, settings, values, draws=1000, seed=0):
+    """{score: None, or (pairs, area, (low, high), {base: (low, high) of the difference to that base's area})}.
 
-    n = broken.sum()
-    return float((rankdata(values)[broken].sum() - n * (n + 1) / 2) / (n * (len(values) - n)))
+    The area is the share of pairs, broken and healthy, of one stratum in order; ties count a half. `train_loss` is
+    `-train_loss` where it is lower in broken runs.
 
-
-def areas(broken, groups, values, draws=1000, seed=0):
-    """{score: (area, low, high, low and high of its difference to train_loss's)}; areas of no score at all: nan.
-
-    Args: broken: bool [n]; groups: the setting of each run, [n]; values: {score: [n]}, nan the lowest.
+    Args: broken: bool [n]; strata, settings: of each run, [n]; values: {score: [n]}, nan for none, with BASES.
     """
-    broken = np.array(broken)
-    values = {name: np.where(np.isnan(v), -math.inf, v) for name, v in values.items()}
-    members = [np.flatnonzero(np.array([g is one for g in groups])) for one in dict.fromkeys(groups)]
-    draw, drawn = stream(seed, "areas"), []
-    while len(drawn) < draws:
-        rows = np.concatenate([members[i] for i in draw.integers(0, len(members), len(members))])
-        if 0 < broken[rows].sum() < len(rows):
-            drawn.append({name: area(broken[rows], v[rows]) for name, v in values.items()})
-    found = {}
+    broken, draw = np.array(broken), stream(seed, "areas")
+    strata, settings = (np.unique(of, return_inverse=True)[1] for of in (strata, settings))
+    weights = np.ones((1 + draws, len(broken)))  # how often each run is drawn; first as it is
+    for stratum in range(strata.max() + 1):
+        members = np.unique(settings[strata == stratum])
+        times = draw.multinomial(len(members), np.full(len(members), 1 / len(members)), draws)
+        for member, count in zip(members, times.T, strict=True):
+            weights[1:, settings == member] = count[:, None]
+    pairs = broken[:, None] & ~broken & (strata[:, None] == strata)
+
+    def known(v):
+        return ~np.isnan(v)[:, None] & ~np.isnan(v)
+
+    def drawn(v, there):
+        """[1 + draws] areas over the pairs that are there; nan of none."""
+        order = there * ((v[:, None] > v) + 0.5 * (v[:, None] == v))
+        with np.errstate(invalid="ignore"):
+            return (weights @ order * weights).sum(axis=1) / (weights @ there * weights).sum(axis=1)
+
+    def ends(of):
+        return tuple(float(end) for end in np.nanquantile(of[1:], (0.025, 0.975)))
+
+    found, values = {}, dict(values)
+    if drawn(values["train_loss"], pairs & known(values["train_loss"]))[0] < 0.5:
+        values["train_loss"] = -values["train_loss"]
+        values = {"-train_loss" if name == "train_loss" else name: v for name, v in values.items()}
+    bases = {name: v for name, v in values.items() if name.lstrip("-") in BASES}
     for name, v in values.items():
-        there = np.array([one[name] for one in drawn])
-        ends = [*np.quantile(there, (0.025, 0.975)), *np.quantile(there - [d[BASE] for d in drawn], (0.025, 0.975))]
-        found[name] = (math.nan,) * 5 if (v == -math.inf).all() else (area(broken, v), *map(float, ends))
+        there = pairs & known(v)
+        if not (there & (v[:, None] != v)).any():
+            found[name] = None
+            continue
+        of, beside = drawn(v, there), {}
+        for base, other in bases.items():
+            both = there & known(other)
+            if base != name and both.any():
+                beside[base] = ends(drawn(v, both) - drawn(other, both))
+        found[name] = int(there.sum()), float(of[0]), ends(of), beside
     return found
 
 
-def print_areas(path, field, draws):
-    known = judged(path, field)
-    broken = [one for *_, one in known]
-    if not 0 < sum(broken) < len(known):
-        raise SystemExit(f"{path}: {sum(broken)} of {len(known)} runs with an IID control are broken: nothing to tell")
-    settings = {id(curve): curve for curve, *_ in known}
-    print(f"{len(known)} runs of {len(settings)} settings, {sum(broken)} broken by {field}; area under the ROC curve")
-    print(f"{'':12}" + "".join(f"{head:>46}" for head in ("after a third of the rounds", "at the end")))
-    table = []
-    for share in (1 / 3, 1.0):
-        figures = [seen(run, share) for _, run, _ in known]
-        values = {name: np.array([one[name] for one in figures]) for name in (*DETECTORS, BASE)}
-        table.append(areas(broken, [curve for curve, *_ in known], values, draws))
-    for name in (*DETECTORS, BASE):
-        cells = []
-        for column in table:
-            value, low, high, less, more = column[name]
-            beats = "" if name == BASE else f"{less:+.2f} {more:+.2f} {'beats it' if less > 0 else 'does not'}"
-            cells.append("no score" if math.isnan(value) else f"{value:.2f} [{low:.2f}, {high:.2f}] {beats:>22}")
-        print(f"{name:12}" + "".join(f"{cell:>46}" for cell in cells).rstrip())
+def print_areas(path, draws):
+    known = judged(path)
+    controls, settings, runs, broken = zip(*known, strict=True) if known else ((), (), (), ())
+    if not any(broken[i] and not broken[j] and controls[i] is controls[j] for i, j in np.ndindex(len(runs), len(runs))):
+        words = f"{sum(broken)} of {len(known)} runs with an IID control are broken"
+        raise SystemExit(f"{path}: {words}: no broken and healthy run of one algorithm and number of local steps")
+    print(f"{len(runs)} runs of {len(set(settings))} settings, {sum(broken)} broken; areas under the ROC curve")
+    for share, words in ((1 / 3, "a third"), (2 / 3, "two thirds")):
+        figures = [seen(run, share) for run in runs]
+        values = {name: np.array([one[name] for one in figures]) for name in (*BASES, *DETECTORS)}
+        table = areas(broken, list(map(id, controls)), list(map(id, settings)), values, draws)
+        heads = [f"less {name}'s" for name in table if name.lstrip("-") in BASES]
+        print(f"\n{f'after {words}':16}{'pairs':>6}{'area':>20}" + "".join(f"{head:>28}" for head in heads))
+        for name, of in table.items():
+            if of is None:
+                print(f"{name:16}{'no score':>26}")
+                continue
+            pairs, value, (low, high), beside = of
+            cells = [""] * len(heads)
+            for base, (less, more) in beside.items() if name in DETECTORS else ():
+                at = heads.index(f"less {base}'s")
+                cells[at] = f"{less:+.2f} {more:+.2f} {'beats it' if less > 0 else 'does not'}"
+            area = f"{value:.2f} [{low:.2f}, {high:.2f}]"
+            print(f"{name:16}{pairs:6}{area:>20}{''.join(f'{cell:>28}' for cell in cells)}".rstrip())
 
 
 def main():
@@ -248,11 +273,10 @@ def main():
     parser.add_argument("--curves", type=int, default=1000, help="synthetic curves of each kind")
     parser.add_argument("--eval-every", type=int, default=1, help="rounds between two evaluations of those")
     parser.add_argument("--log", help="runs of llm_noniid instead: their folder or committed log")
-    parser.add_argument("--field", choices=["val_loss", "val_accuracy"], default="val_loss", help="what breaks")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
     options = parser.parse_args()
     if options.log:
-        print_areas(options.log, options.field, options.draws)
+        print_areas(options.log, options.draws)
     else:
         print_rates(options.curves, options.eval_every)
 

@@ -4,9 +4,10 @@
     python plots/noniid.py curves failure_map --data-dir llm_noniid/results/study.jsonl
     python plots/tables.py llm_noniid
 
-    curves        validation loss against rounds, a panel per partition (noniid_curves.png), and the worst client's on
-                  its own held-out texts (_worst); a panel per method, a line per value (_alpha, _participation,
-                  _learning_rate, _local); after the last round against the value (_last_alpha, ...)
+    curves        validation loss against rounds, a panel per partition (noniid_curves.png), of labels the accuracy
+                  (_accuracy), and the worst client's loss on its own held-out texts (_worst); a panel per method, a
+                  line per value (_alpha, _participation, _learning_rate, _local); after the last round against the
+                  value (_last_alpha, ...). Dashed: what knowing the labels' shares alone has
     drift         how far the clients' updates and models pull apart, by partition and by value (_alpha, ...):
 
                       relative drift      sqrt(sum p_k ||d_k - d||^2) / ||d||
@@ -17,15 +18,20 @@
                   d_k is what client k's round did to the layers' weights, s (B_k A_k - B A), never to the factors. A
                   dotted line is what orthogonal updates of equal length have: sqrt(m - 1), 1 and 1 / sqrt(m),
                   m = 1 / sum p_k^2 (drawn where that is the same for all runs of a panel)
+    corrections   does SCAFFOLD correct the drift, under this client optimiser: how large c - c_k is, in mean gradients,
+                  its cosine with the drift of the gradients, and that drift (dotted: its chance level, of texts dealt
+                  at random), of SCAFFOLD and FedAvg, each at its own rate. As a table: plots/tables.py llm_noniid
+                  --columns "gradient drift" "chance drift" correction "correction cosine"
     clients       after the last round: every client of every seed as a dot, mean and worst client beside
                   (noniid_clients.png); the same minus FedAvg's of the same client and seed (_against); each topic's
                   validation loss (_topics). A central run stands in the partition that its own flags name
     cost_map      plots/noniid_costs.py
     similarity, partition, failure_map     plots/noniid_maps.py
 
-Lines are means over seeds, bands and bars one standard deviation each way; losses are in nats per token. Central
-training is a horizontal line at its last loss. A curve that leaves the axis ends in an arrow. Letters stand where a
-detector spoke first (`llm_noniid.detectors`): Dv diverged, Os oscillating, Dr drifting, Sl slow, Lo updates left out.
+Lines are means over seeds, bands and bars one standard deviation each way; losses are in nats per token, of labels per
+text. Central training is a horizontal line at its last loss. A curve that leaves the axis ends in an arrow. Letters
+stand where a detector spoke first (`llm_noniid.detectors`): Dv diverged, Os oscillating, Dr drifting, Sl slow, Lo
+updates left out.
 """
 
 import math
@@ -36,7 +42,19 @@ import numpy as np
 from common.cli import run_main
 from common.curves import GREY, MARKERS, log_axis, new_figure, number
 from plots import noniid_costs, noniid_maps
-from plots.noniid_runs import FACTORS, KEYS, STUDY, TABLE, central_of, factor_figures, figures_of, first_alarms, order
+from plots.noniid_runs import (
+    FACTORS,
+    KEYS,
+    STUDY,
+    TABLE,
+    central_of,
+    corrected,
+    factor_figures,
+    figures_of,
+    first_alarms,
+    order,
+    prior,
+)
 from plots.style import (
     Figure,
     all_curves,
@@ -101,6 +119,7 @@ def over_rounds(name, y_label, title):
             central = central_of(panel) if name == WORST else panel.references
             reference_lines(axis, central, name, words="{}, last round")
             draw_rounds(axis, panel.curves, looks, name)
+            draw_prior(axis, panel.curves, name)
             axis.set_ylabel(y_label)
         leaving = keep_on_scale(axes, panels, name)
         size = 72 * figure.get_figwidth() / axes[0].get_gridspec().ncols - 60, 130
@@ -111,6 +130,13 @@ def over_rounds(name, y_label, title):
         return finish(figure, axes, title, setting, KEYS, panels, lines=lines)
 
     return draw
+
+
+def draw_prior(axis, curves, name):
+    """A dashed line at what knowing the labels' shares alone has, of runs that predict labels."""
+    level = next((prior(curve.runs[0]).get(name) for curve in curves), None)
+    if level is not None:
+        axis.axhline(level, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=1, label="label prior")
 
 
 def keep_on_scale(axes, panels, name):
@@ -199,6 +225,7 @@ def against(factor):
             before = all(curve.series("val_loss")[0][0] == 0 for curve in finite)
             name = f"{'before training' if before else 'first evaluation'}, lowest"
             axis.axhline(start, color="#999999", linestyle=(0, (1, 2)), zorder=1, label=name)
+        draw_prior(axis, curves, "val_loss")
         for i, curve in enumerate(curve for curve in curves if curve not in finite):
             words = f"{curve.label}:\nnot finite" if len(panels) > 1 else "not\nfinite"
             at = values.index(curve.place[factor]), 0.98 - 0.1 * (i % 3)
@@ -214,12 +241,17 @@ def against(factor):
 
 # ---- drift
 
-# field, y label, logarithmic, of m orthogonal updates of equal length
+# field, y label, logarithmic, of m orthogonal updates of equal length (or the field of its chance level)
 MEASURES = (
     ("relative_drift", "Relative drift", True, lambda m: math.sqrt(m - 1)),
     ("gradient_diversity", "Gradient diversity", True, lambda m: 1.0),
     ("mean_cosine", "Cosine with the mean", False, lambda m: 1 / math.sqrt(m)),
     ("mean_cka", "CKA with the global model", False, None),
+)
+CORRECTIONS = (
+    ("correction_ratio", "||c - c_k|| / ||g_k||", True, None),
+    ("correction_cosine", "Cosine of c - c_k\nwith the drift", False, None),
+    ("drift_ratio", "Drift of the gradients", True, "drift_ratio_chance"),
 )
 
 
@@ -230,10 +262,10 @@ def clients_of(panel):
     return counts.pop() or None if len(counts) == 1 else None
 
 
-def draw_drift(title):
+def draw_drift(title, declared=MEASURES):
     def draw(setting, panels, args):
         curves = all_curves(panels)
-        measures = [m for m in MEASURES if any(np.isfinite(curve.series(m[0])[1]).any() for curve in curves)]
+        measures = [m for m in declared if any(np.isfinite(curve.series(m[0])[1]).any() for curve in curves)]
         if len(panels) == 1:
             figure, axes = panel_axes(len(measures), 2, width=8.4, height=5.6 / 2, extra=0)
             axes = np.array(axes).reshape(-1, 1)
@@ -242,14 +274,17 @@ def draw_drift(title):
             figure, axes = new_figure(len(measures), len(panels), sharey="row", sharex=True, **size)
             title_panels(axes[0], panels)
         looks = looks_in(panels)
-        for row, (name, y_label, logarithmic, orthogonal) in zip(axes, measures, strict=True):
+        for row, (name, y_label, logarithmic, chance) in zip(axes, measures, strict=True):
             for axis, panel in zip(row, panels, strict=True):
                 draw_rounds(axis, panel.curves, looks, name)
                 axis.set_xlabel("")
-                m = clients_of(panel)
-                if orthogonal and m and m > 1:
-                    line = {"color": "black", "linewidth": 1, "linestyle": (0, (1, 2)), "zorder": 1}
-                    axis.axhline(orthogonal(m), label="orthogonal updates", **line)
+                m, line = clients_of(panel), {"linewidth": 1, "linestyle": (0, (1, 2)), "zorder": 1}
+                if isinstance(chance, str):
+                    for curve in panel.curves:
+                        color = looks[curve.label]["color"]
+                        axis.plot(*curve.series(chance), color=color, label="chance level", **line)
+                elif chance and m and m > 1:
+                    axis.axhline(chance(m), color="black", label="orthogonal updates", **line)
             means = np.concatenate([curve.series(name)[1] for curve in curves])
             means = means[np.isfinite(means)]
             if logarithmic and (means > 0).all() and means.max() > 3 * means.min():
@@ -258,7 +293,7 @@ def draw_drift(title):
         for axis in axes.flat if len(panels) == 1 else axes[-1]:
             axis.set_xlabel("Round")
         where = f"{panels[0].title}, " if len(panels) == 1 else ""
-        return finish(figure, axes.flat, f"Drift of the clients' updates{title}", setting, KEYS, panels, where=where)
+        return finish(figure, axes.flat, title, setting, KEYS, panels, where=where)
 
     return draw
 
@@ -377,14 +412,19 @@ DRIFT = "runs with one global model, whose metrics.jsonl has relative_drift"
 LAST = f"{TRAIN} {CLIENTS} in the last line of metrics.jsonl"
 BESIDE = f"{LAST}, of FedAvg and another with the same seed"
 LOSSES = partial(over_rounds, "val_loss", "Validation loss (nats)")
+ACCURACY = over_rounds("val_accuracy", "Validation accuracy", "Validation accuracy")
 WORST_LOSSES = over_rounds(WORST, "Worst client's loss (nats)", "Worst client's loss")
+UPDATES, CORRECTED = "Drift of the clients' updates", "SCAFFOLD's corrections and the drift that they are for"
+DRIFTED = f"{TRAIN} --algorithm scaffold --drift-samples"
 drifting = partial(having, *(name for name, *_ in MEASURES))
 FIGURES = {
     "curves": [
         Figure("noniid_curves", having("val_loss"), LOSSES("Validation loss"), f"{TRAIN} val_loss"),
+        Figure("noniid_curves_accuracy", having("val_accuracy"), ACCURACY, f"{TRAIN} val_accuracy"),
         Figure("noniid_curves_worst", having(WORST), WORST_LOSSES, f"{TRAIN} {WORST}"),
     ],
-    "drift": [Figure("noniid_drift", drifting(), draw_drift(""), DRIFT)],
+    "drift": [Figure("noniid_drift", drifting(), draw_drift(UPDATES), DRIFT)],
+    "corrections": [Figure("noniid_corrections", corrected, draw_drift(CORRECTED, CORRECTIONS), DRIFTED)],
     "clients": [
         Figure("noniid_clients", with_last(CLIENTS), draw_clients, LAST),
         Figure("noniid_clients_against", with_single, draw_against, BESIDE),
@@ -401,7 +441,7 @@ for factor, name in FACTORS.items():
         Figure(f"noniid_curves_{factor}", select, LOSSES(f"Validation loss by {name}"), needs),
         Figure(f"noniid_curves_last_{factor}", select, against(factor), needs),
     ]
-    title, needs = f" by {name}", f"{DRIFT}, with two values of {name}"
+    title, needs = f"{UPDATES} by {name}", f"{DRIFT}, with two values of {name}"
     FIGURES["drift"].append(Figure(f"noniid_drift_{factor}", drifting(select=select), draw_drift(title), needs))
 
 

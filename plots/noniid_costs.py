@@ -2,74 +2,106 @@
 
     python plots/noniid.py cost_map --data-dir llm_noniid/results/regimes.jsonl
 
-cost_map     noniid_cost_map.png, of validation loss (nats a token), and noniid_cost_map_accuracy.png (points): a panel
-             per algorithm and budget, a row per number of local steps H, a column per alpha. A cell is the mean of
+cost_map     noniid_cost_map.png: a panel per algorithm and budget, a row per number of local steps H, a column per
+             alpha. A cell is the mean over seeds of
 
                  cost = outcome(alpha, H) - outcome(IID, H)     of one seed, algorithm and number of rounds,
-                                                                each at its own learning rate; of accuracy the opposite
+                                                                each at its own learning rate and mu
 
-             It is broken where that is above the margin, two standard deviations of the outcome under IID over seeds,
-             or where a run diverged: hatched, with their number; they are no part of the mean. The column IID has that
-             outcome and, behind ±, the margin (of one seed there is none). A line lies between broken cells and others
+             in validation accuracy (--target label: the opposite, in points; noniid_cost_map_loss.png has the loss, in
+             nats a text, beside) or validation loss (of texts, nats a token). A cell is broken if its mean cost is
+             above 5 points of accuracy, of texts 0.05 nats, and the paired 95 % interval excludes 0, or if a run
+             diverged: hatched, with their number, no part of the mean. Of fewer than 3 pairs nothing is decided.
+             `chance`: an accuracy at most a standard error, of the texts evaluated, above 1 / topics; `prior`: a loss
+             of at least ln(topics). The column IID has its outcome. A line lies between broken cells and others
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from common.curves import GREY, number, set_title
-from plots.noniid_runs import STUDY, TUNED, WIDE, baseline, not_finite, order, tuned_rank
+from plots.noniid_runs import STUDY, TUNED, WIDE, baseline, not_finite, order, prior, tuned_rank
 from plots.runs import LeftOut, describe, like_with_like, shared_setting, words_for
-from plots.seeds import curves_of
+from plots.seeds import curves_of, interval
 from plots.style import Figure, heat_map, panel_axes, seeds_range
 
-MARGIN = 2.0  # standard deviations of the IID runs
+THRESHOLD = 0.05  # of accuracy (--target label), nats a token (text): a mean cost above it is broken
+PAIRS = 3  # that decide
+DECIDES = {"label": "val_accuracy", "text": "val_loss"}  # --target: the outcome that a verdict is of
 IN_MAP = {"alpha", "local", "rounds", "min_samples"} | TUNED  # what may differ within a panel
-OUTCOMES = {  # field: (which way is worse, factor, name with unit, digits)
-    "val_loss": (1, 1, "validation loss (nats a token)", 3),
-    "val_accuracy": (-1, 100, "validation accuracy (points)", 1),
+OUTCOMES = {  # field: (which way is worse, factor, name, unit of each target, digits)
+    "val_loss": (1, 1, "validation loss", {"text": "nats a token", "label": "nats a text"}, 3),
+    "val_accuracy": (-1, 100, "validation accuracy", {"label": "points"}, 1),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A setting and its IID control: {seed: cost} of the runs that did not diverge, the mean outcome under IID, the
-    margin, the runs that diverged."""
+    """A setting and its IID control, both a `Curve`."""
 
     curve: object
     control: object
-    costs: dict
-    level: float
-    margin: float
-    diverged: list = field(default_factory=list)
 
     @property
-    def mean(self):
-        return float(np.mean(list(self.costs.values()))) if self.costs else np.nan
+    def target(self):
+        return self.curve.runs[0].setting["target"]
+
+    @property
+    def diverged(self):
+        return [run for run in self.curve.runs if has_diverged(run)]
+
+    def costs(self, name=None):
+        """{seed: cost} in an outcome, by default the one that decides, of the pairs without a run that diverged."""
+        name = name or DECIDES[self.target]
+        there = [[run for run in c.runs if not has_diverged(run)] for c in (self.control, self.curve)]
+        base, mine = ({run.seed: run.result(name) for run in runs} for runs in there)
+        pairs = {seed: OUTCOMES[name][0] * (mine[seed] - base[seed]) for seed in mine if seed in base}
+        return {seed: cost for seed, cost in pairs.items() if np.isfinite(cost)}
 
     @property
     def broken(self):
-        """Whether a run diverged or the mean cost is above the margin; None where that is not known."""
+        """See this module's docstring; None where it is not decided."""
+        costs = np.array(list(self.costs().values()))
         if self.diverged:
             return True
-        return None if np.isnan(self.margin) or not self.costs else self.mean > self.margin
+        if len(costs) < PAIRS:
+            return None
+        return bool(costs.mean() > THRESHOLD and interval(costs)[0] > 0)
 
     def broken_runs(self):
-        """[(run, whether it is broken)] of the runs of which that is known."""
-        known = not np.isnan(self.margin)
-        of = [(run, self.costs[run.seed] > self.margin) for run in self.curve.runs if run.seed in self.costs and known]
-        return of + [(run, True) for run in self.diverged]
+        """[(run, whether its own cost is above the threshold, or it diverged)] of the runs of which that is known."""
+        costs, diverged = self.costs(), self.diverged
+        known = [(run, costs[run.seed] > THRESHOLD) for run in self.curve.runs if run.seed in costs]
+        return [one for one in known if one[0] not in diverged] + [(run, True) for run in diverged]
 
 
 def has_diverged(run):
-    """Whether it ended by its updates, loss or the alarm of divergence, or with a loss above that before training.
+    """Whether its updates or last loss were not finite or, of --target text, that loss is above that before training.
 
-    No detector is asked of a run that went on to its end: by this they are judged.
+    Of labels a model knows less than nothing before training: that loss says nothing, and accuracy decides. No detector
+    is asked, as by this they are judged.
     """
-    if not_finite(run) or run.ended["by"] == "diverged":
-        return True
     last, start = run.result("val_loss"), next((row.get("val_loss") for row in run.rows if row["round"] == 0), None)
-    return bool(np.isnan(last) or last > number(start))
+    above = run.setting["target"] == "text" and last > number(start)
+    return bool(not_finite(run) or np.isnan(last) or above)
+
+
+def no_better(curve, name):
+    """Whether the mean outcome is what knowing nothing but the labels has: see `chance` and `prior` above."""
+    run = curve.runs[0]
+    level, n = prior(run).get(name, math.nan), (run.facts.get("counts") or {}).get("validation") or math.inf
+    n = min(run.args.get("eval_samples") or math.inf, n)
+    mean = np.mean([one.result(name) for one in curve.runs if not has_diverged(one)] or [math.nan])
+    return bool(mean >= level if name == "val_loss" else mean <= level + math.sqrt(level * (1 - level) / n))
+
+
+def noise(cells, name):
+    """The pooled standard deviation of a cell's paired costs over seeds; nan of one seed."""
+    every = [np.array(list(cell.costs(name).values())) for cell in cells]
+    freedom = sum(max(0, len(costs) - 1) for costs in every)
+    return math.sqrt(sum(len(c) * c.var() for c in every if len(c)) / freedom) if freedom else math.nan
 
 
 def budget(curve):
@@ -78,55 +110,48 @@ def budget(curve):
     return (args.get("local_steps") or args.get("local_epochs")) * args["num_rounds"]
 
 
-def cells_of(runs, notes, name="val_loss"):
+def cells_of(runs, notes):
     """list[(setting, curves, list[Cell])] of the groups of like runs in which a setting has its control.
 
-    Of several learning rates of a cell that with most seeds counts, of those the one with the lowest loss.
+    Of several learning rates (or mu) of a cell that with most seeds counts, of those the one with the lowest loss. Runs
+    that an alarm may have ended are left out.
     """
-    sign, found = OUTCOMES[name][0], []
-    for setting, members in like_with_like([run for run in runs if not run.central], WIDE):
+    whole = [run for run in runs if run.args.get("stop_on", "never") == "never"]
+    notes += [LeftOut(run.name, "an alarm may end it (--stop-on)") for run in runs if run not in whole]
+    found = []
+    for setting, members in like_with_like([run for run in whole if not run.central], WIDE):
         curves, alike, cells = curves_of(members, WIDE, notes=notes), {}, []
         for curve in curves:
             place = {key: value for key, value in curve.args.items() if key not in TUNED}
             alike.setdefault((curve.kind, str(sorted(place.items()))), []).append(curve)
         for same in alike.values():
             curve = max(same, key=tuned_rank)
-            notes += [LeftOut(c.label, "another learning rate of its cell counts") for c in same if c is not curve]
+            why = "another learning rate or mu of its cell counts"
+            notes += [LeftOut(c.label, why) for c in same if c is not curve]
             control = baseline(curve, curves, "iid")
             if curve.args["partition"] == "IID":
                 continue
             if control is None:
                 notes.append(LeftOut(curve.label, "no run under IID with as many rounds and local steps"))
                 continue
-            cells.append(cell_of(curve, control, name, sign))
+            cells.append(Cell(curve, control))
         if cells:
             found.append((setting, curves, cells))
     return found
 
 
-def cell_of(curve, control, name, sign=1):
-    """The `Cell` of a curve and its control."""
-    base = {run.seed: run.result(name) for run in control.runs if not has_diverged(run)}
-    diverged = [run for run in curve.runs if has_diverged(run)]
-    pairs = {run.seed: sign * (run.result(name) - base.get(run.seed, np.nan)) for run in curve.runs}
-    costs = {s: cost for s, cost in pairs.items() if np.isfinite(cost) and s not in {run.seed for run in diverged}}
-    outcomes = np.array(list(base.values()) or [np.nan])
-    margin = MARGIN * outcomes.std(ddof=1) if len(base) > 1 else np.nan
-    return Cell(curve, control, costs, float(outcomes.mean()), float(margin), diverged)
-
-
 # ---- the map
 
 
-def maps_of(name):
-    """A select: [(setting, [(panel's title, its cells)])] of an outcome."""
+def maps_of(names):
+    """A select: [(setting, [(panel's title, its cells)])] of the outcome that `names` has for a run's target."""
 
     def select(runs, notes):
         figures = []
-        for setting, curves, cells in cells_of([run for run in runs if having(run, name)], notes, name):
+        for setting, curves, cells in cells_of([run for run in runs if having(run, names)], notes):
             panels = {}
             for cell in cells:
-                if "alpha" in cell.curve.args and (cell.costs or cell.diverged):
+                if "alpha" in cell.curve.args and (cell.costs(names[cell.target]) or cell.diverged):
                     same = {key: value for key, value in cell.curve.args.items() if key not in IN_MAP}
                     panels.setdefault((cell.curve.name, budget(cell.curve), tuple(same.items())), []).append(cell)
             if panels:
@@ -136,8 +161,9 @@ def maps_of(name):
     return select
 
 
-def having(run, name):
-    return has_diverged(run) or np.isfinite(run.result(name))
+def having(run, names):
+    name = names.get(run.setting["target"])
+    return bool(name and (has_diverged(run) or np.isfinite(run.result(name))))
 
 
 def named(panels):
@@ -152,54 +178,70 @@ def named(panels):
     return titles
 
 
-def draw_map(name):
+def draw_map(names):
     def draw(setting, panels, args):
-        _, factor, words, digits = OUTCOMES[name]
-        means = np.array([factor * cell.mean for _, cells in panels for cell in cells])
-        scale = np.nanmin([0, *means]), np.nanmax([1e-9, *means])
-        alphas, steps = ({cell.curve.args[k] for _, cells in panels for cell in cells} for k in ("alpha", "local"))
+        target, every = setting["target"], [cell for _, cells in panels for cell in cells]
+        name = names[target]
+        _, factor, words, units, digits = OUTCOMES[name]
+        means = np.array([factor * mean_of(cell, name) for cell in every])
+        scale = np.nanmin([0, *means]), np.nanmax([factor * THRESHOLD, *means])
+        alphas, steps = ({cell.curve.args[k] for cell in every} for k in ("alpha", "local"))
         wide = min(3, len(panels))
         size = {"width": max(5.4, wide * (0.75 * len(alphas) + 1.9) + 1), "height": 0.5 * len(steps) + 1.3}
-        figure, axes = panel_axes(len(panels), wide, extra=1.1, **size)
+        figure, axes = panel_axes(len(panels), wide, extra=2.0, **size)
         for axis, (title, cells) in zip(axes, panels, strict=True):
-            draw_cells(axis, cells, scale, factor, digits)
+            draw_cells(axis, cells, scale, name)
             axis.set_title(title, fontsize=9.5)
-        figure.colorbar(axes[0].images[0], ax=axes, pad=0.02, fraction=0.04).set_label(
-            f"Cost in\n{words}", fontsize=8.5
+        bar = figure.colorbar(axes[0].images[0], ax=axes, pad=0.02, fraction=0.04)
+        bar.set_label(f"Cost in\n{words} ({units[target]})", fontsize=8.5)
+        decides = OUTCOMES[DECIDES[target]]
+        least, spread = (
+            f"{decides[1] * THRESHOLD:g} {decides[3][target]}",
+            f"{factor * noise(every, name):.{digits + 1}f}",
         )
-        seeds = seeds_range([cell.curve for _, cells in panels for cell in cells])
+        seeds = seeds_range([cell.curve for cell in every])
+        level = prior(every[0].curve.runs[0])
         lines = [
             f"What skew costs against IID, mean of {seeds} seed{'s' * (seeds != '1')}",
             describe(STUDY, setting),
-            f"line: beyond it broken, a cost above {MARGIN:g} standard deviations over IID's seeds (±), or diverged",
+            f"line: beyond it broken, {decides[2].split()[1]} worse by over {least}, paired 95 % interval without 0,"
+            f" or diverged ({len(every)} cells)",
+            f"standard deviation of a seed's cost, pooled over cells: {spread} {units[target]}" * (spread != "nan"),
+            f"label prior: {level['val_loss']:.2f} nats a text, {100 * level['val_accuracy']:.0f} %" if level else "",
         ]
-        set_title(figure, "\n".join(lines))
+        set_title(figure, "\n".join(filter(None, lines)))
         return figure
 
     return draw
 
 
-def draw_cells(axis, cells, scale, factor, digits):
+def mean_of(cell, name):
+    costs = list(cell.costs(name).values())
+    return np.mean(costs) if costs else math.nan
+
+
+def draw_cells(axis, cells, scale, name):
     """A panel: rows of local work, most on top; columns IID and alpha, least skew on the left."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Rectangle
 
+    _, factor, *_, digits = OUTCOMES[name]
+    mark = "prior" if name == "val_loss" else "chance"
     alphas = sorted({cell.curve.args["alpha"] for cell in cells}, reverse=True)
     steps = sorted({cell.curve.args["local"] for cell in cells}, key=lambda value: order("local", value), reverse=True)
     at = {(steps.index(c.curve.args["local"]), 1 + alphas.index(c.curve.args["alpha"])): c for c in cells}
     values = np.full((len(steps), len(alphas) + 1), np.nan)
-    broken = np.full(values.shape, np.nan)  # 1, 0, nan: not known
+    broken = np.full(values.shape, np.nan)  # 1, 0, nan: not decided
     texts = {}
     for (i, j), cell in at.items():
-        values[i, j], n = round(factor * cell.mean, digits) + 0.0, len(cell.diverged)
-        broken[i, j] = np.nan if cell.broken is None else cell.broken
-        said = [f"{values[i, j]:+.{digits}f}"] * bool(cell.costs) + [f"{n}/{len(cell.curve.runs)} div."] * bool(n)
+        values[i, j], n = round(factor * mean_of(cell, name), digits) + 0.0, len(cell.diverged)
+        broken[i, 0], broken[i, j] = 0, np.nan if cell.broken is None else cell.broken
+        said = [f"{values[i, j]:+.{digits}f}"] * bool(cell.costs(name)) + [f"{n}/{len(cell.curve.runs)} div."] * bool(n)
+        said += [mark] * no_better(cell.curve, name) + ["not decided"] * (cell.broken is None)
         texts[i, j] = "\n".join(said)
-        known = not np.isnan(cell.margin)
-        broken[i, 0] = 0 if known else np.nan
-        margin = f"± {factor * cell.margin:.{digits}f}" if known else "one seed"
-        texts[i, 0] = f"{factor * cell.level:.{digits}f}\n{margin}"
+        level = f"{factor * np.nanmean(cell.control.results(name)):.{digits}f}"
+        texts[i, 0] = "\n".join([level, *[mark] * no_better(cell.control, name)])
     colors = ListedColormap(colormaps["cividis_r"](np.linspace(0.08, 1, 256)))
     heat_map(axis, np.ma.masked_invalid(values), *scale, None, colors)
     for (i, j), words in texts.items():
@@ -219,11 +261,12 @@ def draw_cells(axis, cells, scale, factor, digits):
     axis.set_xticks(range(len(alphas) + 1), ["IID", *(f"{alpha:g}" for alpha in alphas)])
     axis.set_yticks(range(len(steps)), [value.split()[0] for value in steps])
     axis.tick_params(length=0)
-    axis.set_xlabel("Dirichlet's alpha (right: one topic a client)", fontsize=9)
+    axis.set_xlabel("Dirichlet's alpha (right: more skew)", fontsize=9)
     axis.set_ylabel(f"Local {steps[0].split()[2].rstrip('s')}s a round, H")
 
 
+LABELS_LOSS = {"label": "val_loss"}
 COST_MAP = [
-    Figure(f"noniid_cost_map{end}", maps_of(name), draw_map(name), f"runs with {name} under topic skew and under IID")
-    for name, end in (("val_loss", ""), ("val_accuracy", "_accuracy"))
+    Figure(f"noniid_cost_map{end}", maps_of(names), draw_map(names), f"runs{which} under topic skew and under IID")
+    for names, end, which in ((DECIDES, "", ""), (LABELS_LOSS, "_loss", " of --target label"))
 ]

@@ -343,7 +343,7 @@ def draw_maps(_, maps, args):
         axis.minorticks_off()
         axis.set_title(f"{title} ({len(one['points'])} runs)", fontsize=9.5)
         axis.tick_params(labelbottom=True, labelleft=True)
-        axis.set_xlabel("Dirichlet's alpha (left: one topic a client, right: alike)", fontsize=9)
+        axis.set_xlabel("Dirichlet's alpha (left: more skew, right: alike)", fontsize=9)
         axis.set_ylabel(AXES[name])
     plain_ticks(axes[0].yaxis, low, high)
     legend_below(figure, axes)

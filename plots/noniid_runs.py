@@ -4,20 +4,21 @@
     python plots/tables.py llm_noniid --against iid --fields val_loss val_accuracy
 
 One table per group of runs on the same texts and model with as many clients and rounds. A row is one algorithm with the
-settings and arguments that set it apart. Losses are in nats per token, after the last round. `vs FedAvg` is the
-difference in validation loss to FedAvg in the same setting; of FedAvg and central training, to FedAvg in the setting
-that most runs share. `mean client`, `worst client`: losses on the clients' own held-out texts; `gap`: generalisation
-gap. drift, cosine (mean over pairs of updates, which does not depend on how many clients there are, as drift does; `-`
-where one client is alone), gradient variance and 1 - CKA are means over the evaluated rounds, as are, of runs that log
-them, `gradient drift`, `chance drift`, `correction` and its cosine (llm_noniid/drift.py). `to half`: the first round,
-of each seed, with the loss that this FedAvg of the same seed has at the middle of its evaluations; --target: with that
-loss. `failed`: the alarm `diverged`, no finite update, or a last loss that is not finite, above the first evaluation's
-or above that before training. `alarms`: the detectors that spoke, with the number of seeds where not all had one.
+settings and arguments that set it apart. Losses are in nats per token (of labels: per text), after the last round;
+`accuracy` of labels in %. `vs FedAvg` is the difference in validation loss to FedAvg in the same setting; of FedAvg and
+central training, to FedAvg in the setting that most runs share. `mean client`, `worst client`: losses on the clients'
+own held-out texts; `gap`: generalisation gap. drift, cosine (mean over pairs of updates, which does not depend on how
+many clients there are, as drift does; `-` where one client is alone), gradient variance and 1 - CKA are means over the
+evaluated rounds, as are, of runs that log them, `gradient drift`, `chance drift`, `correction` and its cosine
+(llm_noniid/drift.py). `to half`: the first round, of each seed, with the loss that this FedAvg of the same seed has at
+the middle of its evaluations; --target: with that loss. `failed`: the alarm `diverged`, no finite update, or a last
+loss that is not finite, above the first evaluation's or above that before training. `alarms`: the detectors that spoke,
+with the number of seeds where not all had one.
 
 --against iid, fedavg: instead the paired differences of any fields, `mean [95 % interval of a paired t test], pairs`,
 to the same algorithm under IID, or to FedAvg on the same partition, at the same local work, rounds and other flags.
-Learning rates may differ, as each row's is tuned: of several baselines that with most seeds in common counts, of those
-the one with the lowest validation loss.
+Learning rates and mu may differ, as each row's are tuned: of several baselines that with most seeds in common counts,
+of those the one with the lowest validation loss.
 """
 
 import math
@@ -69,11 +70,11 @@ FACTORS = {
 }
 FREE = ("partition", *FACTORS)  # what the rows of one table may differ in
 WIDE = (*FREE, "rounds")  # of paired differences and costs: the same budget in fewer rounds of more steps too
-TUNED = {"learning_rate", "server_lr"}  # of each row
+TUNED = {"learning_rate", "server_lr", "mu"}  # of each row
 DIFFER = {"iid": {*PLACE, "min_samples"}, "fedavg": set()}  # in what a row and its baseline differ
 NO_TRAINING = 1e-20  # old runs with a lower learning rate only say what the loss is before training
 MAP_FILE = "failure_map.json"
-TRUE_DRIFT = {  # columns of runs with --drift-samples
+TRUE_DRIFT = {  # of runs with --drift-samples
     "gradient drift": "drift_ratio",
     "chance drift": "drift_ratio_chance",
     "correction": "correction_ratio",
@@ -140,6 +141,17 @@ def order(key, value):
     if key in ("alpha", "participation") and isinstance(value, (int, float)):
         return 0, -value, 0, ""
     return order_of(value)
+
+
+def prior(run):
+    """{field: what knowing how often each label occurs has}: ln C nats a text, an accuracy of 1 / C, of C like shares.
+
+    {} of --target text, and where the log does not say C.
+    """
+    topics = run.facts.get("label_names") or (run.rows[-1].get("val_topic_loss") if run.rows else None)
+    if run.setting["target"] != "label" or not topics:
+        return {}
+    return {"val_loss": math.log(len(topics)), "val_accuracy": 1 / len(topics)}
 
 
 def not_finite(run):
@@ -304,6 +316,21 @@ def factor_figures(runs, notes, factor):
     return sorted(figures, key=lambda figure: -len(all_curves(figure[1])))
 
 
+def corrected(runs, notes):
+    """As `figures_of`, of SCAFFOLD whose corrections were measured, and FedAvg; at whatever rates."""
+    figures = []
+    pair = [run for run in runs if run.kind in ("fedavg", "scaffold")]
+    for shared, members in like_with_like(pair, (*PLACE, "learning_rate")):
+        panels = []
+        for setting, same in like_with_like(members, ("learning_rate",)):
+            curves = curves_of(same, ("learning_rate",), notes=notes)
+            if logged(curves, "correction_ratio"):
+                panels.append(Panel(setting, curves, title=describe(STUDY, setting, PLACE)))
+        if panels:
+            figures.append((shared, sorted(panels, key=lambda panel: place_order(panel.setting))))
+    return figures
+
+
 def central_of(panel):
     """The central curves of the panel's own partition: those whose args name it.
 
@@ -464,8 +491,12 @@ def logged(curves, name):
 
 
 def columns(curves, args):
+    def there(name, head):
+        return head in (args.columns or ()) or logged(curves, name)
+
     return (
         result("val loss", "val_loss", digits=3),
+        *([result("accuracy", "val_accuracy", 100, 1)] if there("val_accuracy", "accuracy") else ()),
         Column("best", best),
         Column("vs FedAvg", against_fedavg),
         result("val ppl", "val_ppl"),
@@ -475,7 +506,7 @@ def columns(curves, args):
         result("worst client", "worst_client_val_loss", digits=3),
         result("gap", "generalization_gap", digits=3),
         over_rounds("drift", "relative_drift", digits=2),
-        *(over_rounds(head, name, digits=2) for head, name in TRUE_DRIFT.items() if logged(curves, name)),
+        *(over_rounds(head, name, digits=2) for head, name in TRUE_DRIFT.items() if there(name, head)),
         over_rounds("cosine", "update_cosine", digits=3),
         Column("gradient variance", variance),
         Column("1 - CKA", away),

@@ -25,6 +25,7 @@ COMMANDS = {
     "mamba federated updates": "plots/visualize_federated_deltas.py",
     **{study: f"plots/{study}.py" for study in FIGURES},
     **{f"{study} {name}": f"plots/{study}.py {name}" for study, names in FIGURES.items() for name in names.split()},
+    "noniid corrections": "plots/noniid.py corrections",  # of runs with --drift-samples alone
     "table mamba": "plots/tables.py mamba_fl",
     "table vit": "plots/tables.py vit_sparse_fl",
     "table glue": "plots/tables.py lora_glue_fl",

@@ -253,34 +253,61 @@ def test_rates():
 # ---- on real runs
 
 
-def test_areas_are_those_of_scikit_learn_with_the_intervals_of_settings_drawn_together():
-    """One score orders by chance, one is the label, one is silent; a setting of many seeds has a wide interval."""
-    draw, groups = np.random.default_rng(0), [i // 5 for i in range(60)]
-    broken = [g % 3 == 0 for g in groups]
-    values = {"train_loss": draw.standard_normal(60), "diverged": np.array(broken) * 1.0}
-    values |= {"slow": np.full(60, math.nan), "drifting": np.where(broken, math.inf, math.nan)}
-    found = benchmark().areas(broken, groups, values, draws=200)
-    area, low, high, *_ = found["train_loss"]
-    assert area == roc_auc_score(broken, values["train_loss"]) and low < area < high
-    assert found["diverged"][:3] == found["drifting"][:3] == (1, 1, 1) and found["diverged"][3] > 0
-    assert all(map(math.isnan, found["slow"]))
-    alike = {name: np.array([v[5 * g] for g in groups]) for name, v in values.items()}
-    wide = benchmark().areas(broken, groups, alike, draws=200)["train_loss"]
-    apart = benchmark().areas(broken, list(range(60)), alike, draws=200)["train_loss"]
-    assert wide[2] - wide[1] > 1.5 * (apart[2] - apart[1])
+def test_areas_are_those_of_scikit_learn_over_the_pairs_of_a_stratum_with_settings_drawn_together():
+    """One score orders by chance, one is the label, one the stratum, two are silent, one in a stratum; train_loss is
+    the label the wrong way round."""
+    draw, settings = np.random.default_rng(0), np.arange(60) // 5
+    strata, broken = settings % 2, settings % 3 == 0
+    values = {"val_loss": draw.standard_normal(60) + strata, "train_loss": 1.0 - broken, "diverged": broken * 1.0}
+    values |= {"oscillating": strata * 1.0, "slow": np.full(60, math.nan), "left_out": np.zeros(60)}
+    values |= {"drifting": np.where(strata, math.nan, broken + values["val_loss"])}
+    found = benchmark().areas(broken, strata, settings, values, draws=200)
+    each = [(broken[strata == one], values["val_loss"][strata == one]) for one in (0, 1)]
+    pairs = [of.sum() * (~of).sum() for of, _ in each]
+    n, area, (low, high), beside = found["val_loss"]
+    assert n == sum(pairs) and area == pytest.approx(np.average([roc_auc_score(*one) for one in each], weights=pairs))
+    assert low < area < high and beside.keys() == {"-train_loss"} and beside["-train_loss"][1] < 0
+    assert found["diverged"][1:3] == found["-train_loss"][1:3] == (1, (1, 1)) and "train_loss" not in found
+    assert found["diverged"][3]["val_loss"][0] > 0 and found["diverged"][3]["-train_loss"] == (0, 0)
+    assert found["slow"] is found["left_out"] is found["oscillating"] is None  # what only orders strata is no score
+    n, area, _, beside = found["drifting"]
+    assert n == pairs[0] and area == pytest.approx(roc_auc_score(broken[strata == 0], values["drifting"][strata == 0]))
+    assert beside["val_loss"][0] > 0, "beside the base's area over the same pairs"
 
 
-def test_the_table_of_a_log_says_which_detectors_beat_the_training_loss(tmp_path, capsys):
-    """Skew costs at alpha 0.1 and 32 steps, where the drift ratio says so from the start and the loss does not."""
+def test_settings_are_drawn_as_wholes():
+    draw, settings = np.random.default_rng(1), np.arange(60) // 5
+    broken = settings % 3 == 0
+    values = {"val_loss": draw.standard_normal(12)[settings], "train_loss": draw.standard_normal(60)}
+    ends = [
+        benchmark().areas(broken, np.zeros(60), of, values, draws=200)["val_loss"][2] for of in (settings, range(60))
+    ]
+    assert np.ptp(ends[0]) > 1.5 * np.ptp(ends[1])
 
-    def cost(algorithm, steps, alpha, seed):
-        return 0.1 if (steps, alpha) == (32, 0.1) else 0.001 * seed
 
+def cost(algorithm, steps, alpha, seed):
+    return 0.1 if (steps, alpha) in ((32, 0.1), (4, 0.1)) else 0.001 * seed
+
+
+def test_the_table_of_a_log_says_which_detectors_beat_the_validation_loss_at_that_point(tmp_path, capsys):
+    """Skew costs at alpha 0.1, where the drift ratio says so from the start and, among seeds that learn at another
+    pace, the validation loss does not; that of training, lower in broken runs, orders the runs as well."""
     log = write_regimes(tmp_path / "llm_noniid" / "log.jsonl", cost, algorithms=("fedavg", "fedprox"), eval_every=1)
-    known = benchmark().judged(log, "val_loss")
-    assert len(known) == 2 * 2 * 4 * 3 and sum(broken for *_, broken in known) == 2 * 3
-    benchmark().print_areas(log, "val_loss", 200)
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert lines["48"].startswith("48 runs of 16 settings, 6 broken by val_loss")
-    assert "1.00 [1.00, 1.00]" in lines["drifting"] and lines["drifting"].endswith("beats it")
-    assert "no score" in lines["left_out"] and lines["oscillating"].endswith("does not")
+    known = benchmark().judged(log)
+    assert len(known) == 2 * 2 * 4 * 3 and sum(broken for *_, broken in known) == 2 * 2 * 3
+    benchmark().print_areas(log, 200)
+    parts = capsys.readouterr().out.split("after")[1:]
+    third, later = ({line.split()[0]: line for line in part.splitlines() if line} for part in parts)
+    for part in (third, later):
+        assert "-train_loss" in part and "1.00 [1.00, 1.00]" in part["-train_loss"]
+        assert "1.00 [1.00, 1.00]" in part["drifting"] and part["drifting"].endswith("+0.00 +0.00 does not")
+        assert "no score" in part["left_out"] and "no score" in part["oscillating"] and "beats" not in part["val_loss"]
+    assert "beats it" in third["drifting"] and "beats it" not in later["drifting"]
+    assert later["val_loss"].split()[1] == "108"
+    assert third["drifting"].split()[1] == "54" and later["drifting"].split()[1] == "108"  # two evaluations are too few
+
+
+def test_a_log_without_a_broken_and_a_healthy_run_of_one_algorithm_and_h_has_no_areas(tmp_path):
+    log = write_regimes(tmp_path / "llm_noniid" / "log.jsonl", lambda *place: 0.0)
+    with pytest.raises(SystemExit, match="0 of 24 runs"):
+        benchmark().print_areas(log, 10)

@@ -6,6 +6,7 @@ import shlex
 import numpy as np
 import pytest
 from fixed_runs import DENSE, SPARSE, STUDIES, change, change_rows, unpack, vit_study, write_mamba, write_vit
+from noniid_made import write_regimes
 from plotting import call, figures
 
 from common.cli import UsageError
@@ -170,22 +171,45 @@ def test_an_unknown_figure_is_refused_with_the_names(tmp_path):
 
 
 COLUMNS = '--columns "val loss" "vs FedAvg" "mean client" "worst client" cosine "1 - CKA" failed seeds'
-SHOWN = {"mamba_fl": "", "vit_sparse_fl": "", "lora_glue_fl": "--wide", "llm_noniid": COLUMNS}
+AGAINST = "--against iid --fields val_accuracy val_loss"
+# study -> {log: flags of the table that its README has of it}; a log that is not there yet has no table
+SHOWN = {
+    "mamba_fl": {"small": "", "source": ""},
+    "vit_sparse_fl": {"stand_in": ""},
+    "lora_glue_fl": {"small": "--wide"},
+}
+SHOWN |= {"llm_noniid": {"study": COLUMNS, "regimes": AGAINST}}
+
+
+def table_lines(study, *words):
+    code, text, error = call(["plots/tables.py", study, *map(str, words)])
+    assert code == 0, error
+    return [line for line in text.splitlines() if line.startswith(("|", "###"))]
 
 
 @pytest.mark.parametrize("study", SHOWN)
-def test_the_readmes_table_is_that_of_the_log_and_of_the_folders_that_it_was_made_from(study, tmp_path):
-    for log in sorted((ROOT / study / "results").glob("*.jsonl")):
-        unpack(log.relative_to(ROOT), tmp_path / log.stem)
-    shown = []
-    for where in ([], ["--data-dir", str(tmp_path)]):
-        code, text, error = call(["plots/tables.py", study, *shlex.split(SHOWN[study]), *where])
-        assert code == 0, error
-        shown.append([line for line in text.splitlines() if line.startswith(("|", "###"))])
-    assert shown[0] == shown[1]
+def test_the_readmes_tables_are_those_of_the_logs_and_of_the_folders_that_they_were_made_from(study, tmp_path):
     readme = (ROOT / study / "README.md").read_text(encoding="utf-8").splitlines()
-    missing = [line for line in shown[0] if line.startswith("|") and line not in readme]
-    assert not missing, f"run python plots/tables.py {study} and put into its README:\n" + "\n".join(missing[:5])
+    logs = sorted((ROOT / study / "results").glob("*.jsonl"))
+    assert {log.stem for log in logs} <= SHOWN[study].keys()
+    every = table_lines(study)
+    for log in logs:
+        unpack(log.relative_to(ROOT), tmp_path / log.stem)
+        flags = shlex.split(SHOWN[study][log.stem])
+        shown, other = (table_lines(study, *flags, "--data-dir", place) for place in (log, tmp_path / log.stem))
+        assert shown == other
+        missing = [line for line in shown if line.startswith("|") and line not in readme]
+        assert not missing, f"print the table of {log} into its README:\n" + "\n".join(missing[:5])
+        assert set(table_lines(study, "--data-dir", log)) <= set(every), "each log's tables stand apart"
+
+
+def test_a_log_of_labels_beside_that_of_texts_has_tables_of_its_own(tmp_path):
+    study = ROOT / "llm_noniid" / "results" / "study.jsonl"
+    log = write_regimes(tmp_path / "regimes.jsonl", lambda *cell: 0.1, algorithms=("fedavg", "scaffold"))
+    for flags in ("", COLUMNS, AGAINST, "--columns accuracy correction"):
+        alone = [table_lines("llm_noniid", *shlex.split(flags), "--data-dir", place) for place in (study, log)]
+        both = table_lines("llm_noniid", *shlex.split(flags), "--data-dir", study, log)
+        assert len(both) == sum(map(len, alone)) and set(both) == {line for lines in alone for line in lines}, flags
 
 
 def test_what_is_damaged_is_named_and_not_left_away(tmp_path):
