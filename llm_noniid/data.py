@@ -182,6 +182,10 @@ class TokenizedTexts(text.TokenizedDocuments):
         """How many tokens of each of the texts `rows` are scored, all but its first: int64 [n]."""
         return self.lengths()[rows] - 1
 
+    def units(self, rows):
+        """What a mean loss divides by, of each of the texts `rows`: its scored tokens, of labels 1 (int64 [n])."""
+        return self.scored(rows)
+
     def batch(self, rows):
         """The texts `rows` as int64 tensors {"input_ids", "attention_mask", "labels"} [B, L], padded on the right.
 
@@ -240,6 +244,9 @@ class LabelledTexts(TokenizedTexts):
 
     def scored(self, rows):
         return np.array([len(answer) for answer in self.answers])[self.labels[rows]]
+
+    def units(self, rows):
+        return np.ones(len(rows), dtype=np.int64)
 
     def questions(self, rows):
         """The texts `rows` up to " Topic:": int64 [B, L] padded on the right, bool [B, L] where text is."""

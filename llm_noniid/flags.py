@@ -88,7 +88,9 @@ def build_parser(description):
 
     data = parser.add_argument_group("the data")
     choice(data, "--dataset", DATASETS, "ag_news", "demo is built in and needs no network")
-    text = "what is predicted: all of a text, or after it ' Topic:' and its label"
+    text = (
+        "what is predicted: all of a text (losses in nats a token), or after it ' Topic:' and its label (nats a text)"
+    )
     choice(data, "--target", TARGETS, "text", text, when=unless(target="text"))
     number(data, "--max-samples", non_negative_int, 0, "training texts; 0: all", "N")
     number(data, "--max-length", positive_int, 128, "tokens of a text, at most", "N")
