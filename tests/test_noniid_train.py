@@ -29,7 +29,7 @@ def test_fedprox_of_mu_zero_and_momentum_of_zero_are_fedavg(tmp_path):
 
 
 def test_one_client_is_central_training_and_local_training(tmp_path):
-    alone = "--num-clients 1 --num-rounds 2"
+    alone = "--num-clients 1 --num-rounds 2 --client-optimizer sgd --learning-rate 0.1"  # nothing to keep
     folders = [done(tmp_path, a, f"{alone} --algorithm {a}") for a in ("fedavg", "central", "local")]
     lines = [read_metrics(folder)[1:] for folder in folders]
     for folder, other in zip(folders[1:], lines[1:], strict=True):
