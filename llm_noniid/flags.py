@@ -198,6 +198,11 @@ def complete(args):
             raise UsageError(
                 f"--personal {args.personal} is FedAvg of one model for the rest: drop it, or --{flag} {value}"
             )
+    if args.personal != "none" and args.drift_samples:
+        raise UsageError(
+            f"--drift-samples {args.drift_samples} with --personal {args.personal}: its gradients are of one model, "
+            "which no client has then: give --drift-samples 0"
+        )
     if args.cluster != "none" and args.num_clusters > args.num_clients:
         raise UsageError(f"--num-clusters {args.num_clusters} is above --num-clients {args.num_clients}: lower it")
     if args.cluster == "updates" and args.cluster_round > args.num_rounds:

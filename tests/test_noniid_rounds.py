@@ -281,3 +281,5 @@ def test_personal_is_of_fedavg_of_one_model():
     for more, flag in (("--algorithm fedprox", "--algorithm fedprox"), ("--cluster labels", "--cluster labels")):
         with pytest.raises(UsageError, match=f"--personal last is FedAvg of one model .*: drop it, or {flag}"):
             parsed(*f"--personal last {more}".split())
+    with pytest.raises(UsageError, match="--drift-samples 4 with --personal last: .* give --drift-samples 0"):
+        parsed(*"--personal last --drift-samples 4".split())
