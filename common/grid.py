@@ -461,6 +461,7 @@ def collect(output):
             continue
         rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
         line = {"name": name, "command": record["command"], "args": told(record["args"]), "status": record["status"]}
+        line |= {"tuning": True} if output.name == TUNING else {}
         line |= {"ended": ending(record)} | {key: record.get(key) for key in FACTS}
         line["method"] = told(record.get("method") or {})
         line["data"] = {key: value for key, value in record["data"].items() if key != "source"}

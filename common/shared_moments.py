@@ -108,16 +108,18 @@ class AverageMoments(SharedMoments):
 class PooledMoments(SharedMoments):
     """m <- m', v <- the second moment that the pooled batch of all clients would have.
 
-        g = (m' - b1^H m) / (1 - b1^H)      the mean gradient of the round
+        g = (m' - b1^H m) / (1 - b1^H)      a mean gradient of the round, the later steps weighing more
         A = (v' - b2^H v) / (1 - b2^H)      mean square of the clients' batch gradients
-        B = g^2                             of which the noise of H batches a client, pooled, is still in it
-        C = max(0, A - (A - B) (1 - q) / (1 - q / H)),  q = sum_k p_k^2
+        B = g^2                             of which the noise of the steps that g is a mean of is still in it
+        C = max(0, A - (A - B) (1 - q) / (1 - q w)),  q = sum_k p_k^2,  w = (1 - b1)(1 + b1^H) / ((1 + b1)(1 - b1^H))
         v <- b2^H v + (1 - b2^H) C
 
-    A client batch's gradient has variance s^2 about the common mean mu: E A = mu^2 + s^2, E B = mu^2 + s^2 q / H, hence
-    s^2 = (A - B) / (1 - q / H), and the batch of all clients has mu^2 + q s^2 = C. At H = 1 that is B: the pooled
-    gradient squared, and the mean of the clients' steps is central AdamW's up to (1 - b2) g_k^2 in each v_k. Where
-    clients differ, the differences of their mean gradients count as noise: v is too small by up to their spread.
+    A client batch's gradient has variance s^2 about the common mean mu. g is a mean with weights (1 - b1) b1^(H - i) /
+    (1 - b1^H) over the steps i, whose squares add up to w (1 at H = 1, 1/19 of many steps at b1 0.9): E A = mu^2 + s^2,
+    E B = mu^2 + s^2 q w, hence s^2 = (A - B) / (1 - q w), and the batch of all clients has mu^2 + q s^2 = C. At H = 1
+    that is B: the pooled gradient squared, and the mean of the clients' steps is central AdamW's up to (1 - b2) g_k^2
+    in each v_k. Where clients differ, the differences of their mean gradients count as noise: v is too small by up to
+    their spread.
     Ours, with no source.
     """
 
@@ -125,7 +127,9 @@ class PooledMoments(SharedMoments):
         b1, b2 = (b**H for b in self.optimizer.param_groups[0]["betas"])
         B = (m - b1 * self.m).div_(1 - b1).square_()
         A = v.sub_(b2 * self.v.double()).div_(1 - b2)
-        noise = (1 - q) / (1 - q / H) if q < 1 else 0.0  # one client: its batch is the pooled one
+        beta = self.optimizer.param_groups[0]["betas"][0]
+        w = (1 - beta) * (1 + b1) / ((1 + beta) * (1 - b1))
+        noise = (1 - q) / (1 - q * w) if q < 1 else 0.0  # one client: its batch is the pooled one
         C = A.sub_((A - B).mul_(noise)).clamp_min_(0)
         self.v.copy_(C.mul_(1 - b2).add_(self.v.double(), alpha=b2))
         self.m.copy_(m)

@@ -1,6 +1,6 @@
 """Rates for each row of a study: --tune runs every setting at some values of a flag and keeps the best on validation.
 
-    python mamba_fl/run_study.py --preset small --tune lr 1e-3 2e-3 4e-3 --tune server-lr 0.3 1
+    python mamba_fl/run_study.py --preset quick --tune lr 1e-3 2e-3 4e-3 --tune server-lr 0.3 1
 
 best = argmin over the values of `Preset.objective` at a run's last evaluation, never of the test split; a run that
 diverged is worse than any other. A best at the edge of the values extends them there by the ratio of the last two, at
@@ -56,6 +56,9 @@ def tune(args, preset, runs, prepare=None, also=()):
     if not rows:
         raise UsageError("--tune: none of these settings has values of its own: give --tune FLAG X1 X2")
     kept = read(output / TUNED) if (output / TUNED).exists() else {}
+    tuned = {*kept, *(run.setting.name for run in rows)}
+    if lacking := [run.setting for run in rows if run.setting.tuned_as not in ("", *tuned)]:
+        raise UsageError(f"{lacking[0].name} takes what {lacking[0].tuned_as} is tuned to: --tune that first, or too")
     needed = [run for run in runs if run.name in {row.needs for row in rows}]
     points = [(run, flag, x) for run, grids in rows.items() for flag, xs in grids.items() for x in xs]
     grid.check([*needed, *(at(run, {flag: x}) for run, flag, x in points), *also], output)
@@ -235,7 +238,13 @@ def with_tuned(args, preset, runs):
         rows |= {name: (path, row) for name, row in read(path).items()}
 
     def with_both(run):
-        other, own = (rows.get(name, (None, {})) for name in (run.setting.tuned_as, run.setting.name))
+        of = run.setting
+        other, own = (rows.get(name, (None, {})) for name in (of.tuned_as, of.name))
+        if args.tuned != "none":
+            if missing := [flag for flag in of.tune if flag not in own[1]]:
+                raise UsageError(f"{of.name} has no tuned --{missing[0]}: give --tune first, or --tuned none")
+            if of.tuned_as and not other[1]:
+                raise UsageError(f"{of.name} takes what {of.tuned_as} is tuned to: --tune that first, or --tuned none")
         return _tuned(_tuned(run, args, *other, another=True), args, *own)
 
     return [with_both(run) if run.setting else run for run in runs]

@@ -57,7 +57,9 @@ def main(args):
                 run.report(t + 1, theta, None)
                 continue
             if not loss.isfinite():
-                raise RunFailed(f"step {t + 1}: the loss is {loss.item()}: lower --lr ({args.lr}) or --amp off")
+                raise RunFailed(
+                    f"step {t + 1}: the loss is {loss.item()}, not finite: lower --lr ({args.lr}) or --amp off"
+                )
             changes = state_space(study, theta - before)
             update = {"train_loss": loss.item(), "grad_cosine": watch.mean_cosine()}
             update["delta_norms"] = {name: change.norm().item() for name, change in changes.items()}

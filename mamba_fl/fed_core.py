@@ -343,6 +343,7 @@ def evaluate(study, theta, t):
             mine[k] = held_out_ppl(study, k)
         shares = parallel.all_gather(mine)
         metrics["held_out_ppl"] = [next(share[k] for share in shares if k in share) for k in clients]
+        metrics["held_out_loss"] = math.fsum(map(math.log, metrics["held_out_ppl"])) / len(clients)
     study.best.offer(t, metrics["val_loss"], theta)
     return metrics
 

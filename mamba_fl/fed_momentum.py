@@ -39,9 +39,13 @@ def build_parser():
         when=of("adam") & cli.unless(server_bias_correction=False),
         help=text,
     )
-    text = "whose rate --lr-scheduler and --warmup-steps change"
+    text = "whose rate --lr-scheduler and --warmup-steps change, as --lr's share"
     add(
-        "--scheduled", choices=["clients", "server"], default="clients", when=cli.unless(scheduled="clients"), help=text
+        "--scheduled",
+        choices=["clients", "server"],
+        default="clients",
+        when=cli.unless(scheduled="clients") & cli.unless(lr_scheduler="constant", warmup_steps=0),
+        help=text,
     )
     add("--server-tau", type=cli.positive_float, default=1e-3, metavar="X", when=of(*ADAPTIVE), help="Adam's tau")
     return parser

@@ -1,9 +1,9 @@
 """Runs the study of this folder's README: every method, schedule and seed, one process a run.
 
-    python mamba_fl/run_study.py --preset small --jobs 2        # a laptop
+    python mamba_fl/run_study.py --preset gap --jobs 2          # a laptop; --tune before it finds the rates anew
     python mamba_fl/run_study.py --preset source --jobs 1       # the source's 1-layer configuration
     python mamba_fl/run_study.py --preset quick                 # all of it, small, offline: minutes
-    python mamba_fl/run_study.py --preset small --plan          # only checks and shows the commands
+    python mamba_fl/run_study.py --preset gap --plan            # only checks and shows the commands
 
 Each run is one of the scripts beside this file; finished runs are skipped and broken ones go on, so that the command
 can be given again at any time. results.jsonl in the output folder is the log behind the table.
@@ -42,6 +42,8 @@ def settings(methods, val_freq):
 # ---- gap: is the federated gap an optimiser gap? Every row has a rate of its own (--tune) and as many steps
 
 LUS = (1, 8, 64, 256)
+SEEDS = (0, 1, 2, 3, 4)
+TUNED = "mamba_fl/results/tuning/gap.json"  # the rates that --tune found, on seed 100
 ADAM_LR = (8e-3, 1.6e-2, 3.2e-2)
 GAP = "--lr-scheduler cosine --amp auto"
 WIKITEXT = "--d-model 64 --tokenizer bpe:2048 --val-sequences 128 --warmup-steps 77 --held-out-sequences 16"
@@ -78,27 +80,32 @@ def gap(steps=768):
     """WikiText-2, an epoch: the claims."""
     yield row("central", "central", steps)
     yield from forms(steps, ("keep", "pooled"), LUS)
-    yield from forms(steps, ("keep",), (steps,))  # averaged once: the source's schedule
-    yield from forms(steps, ("average",), (1, 64))
+
+
+def more(steps=768):
+    """Other forms and methods on the same text and steps."""
+    yield from forms(steps, ("average",), (1, 8, 64))
     yield from forms(steps, ("reset", "fedadamw"), (64,))
-    server_lr = {"server_lr": ADAM_LR}
-    corrected = f"fed_momentum {POOLED_GRADIENT} --server-bias-correction --server-beta2 0.999"
-    yield row("server_adam_lu1", corrected, steps, 1, **server_lr)
+    yield from forms(steps, ("keep",), (steps,))  # averaged once, as often as the source's --sync epoch
     diloco = "fed_momentum --server-optimizer nesterov --server-lr 0.3"
     yield row("diloco_lu64", diloco, steps, 64, lr=ADAM_LR, server_lr=(0.1, 0.3, 0.7))
+    corrected = f"fed_momentum {POOLED_GRADIENT} --server-bias-correction --server-beta2 0.999"
+    yield row("server_adam_lu1", corrected, steps, 1, server_lr=ADAM_LR)
     for name in ("entropy", "fisher"):
         yield row(f"{name}_lu64", f"fed_{name}{' --fisher-samples 16' if name == 'fisher' else ''}", steps, 64)
 
 
 def topics(steps=768):
     """Clients that differ: articles by topic, 64 local steps."""
-    by_topic, one = "--sharding topics", {"lr": ADAM_LR}
-    for state in ("keep", "pooled"):
-        yield row(f"topics_{state}", f"fed_avg {by_topic} --client-state {state}", steps, 64, **one)
-    yield row("topics_entropy", f"fed_entropy {by_topic}", steps, 64, **one)
-    yield row("topics_fisher", f"fed_fisher {by_topic} --fisher-samples 16", steps, 64, **one)
+    by_topic = "--sharding topics"
+    yield row("topics_central", f"central {by_topic}", steps)
+    for state in ("keep", "average", "pooled"):
+        yield row(f"topics_{state}", f"fed_avg {by_topic} --client-state {state}", steps, 64)
+    yield row("topics_entropy", f"fed_entropy {by_topic}", steps, 64)
+    yield row("topics_fisher", f"fed_fisher {by_topic} --fisher-samples 16", steps, 64)
     for part in ("ssm", "conv"):
-        yield row(f"topics_personal_{part}", f"fed_avg {by_topic} --personal {part}", steps, 64, **one)
+        one = row(f"topics_personal_{part}", f"fed_avg {by_topic} --personal {part}", steps, 64)
+        yield replace(one, objective="held_out_loss")  # each client's own text is what they are for
 
 
 def longer(steps=3 * 768):
@@ -109,7 +116,7 @@ def longer(steps=3 * 768):
 
 
 def gap_demo(steps=256):
-    """The demo: more methods, on fewer texts."""
+    """The demo: more methods, on so few texts that 256 steps are nine epochs."""
     yield row("central", "central", steps, seeds=3)
     yield from forms(steps, ("keep", "reset", "average", "pooled", "fedadamw"), (1, 8, 64), seeds=3)
     for correction in ("", " --server-bias-correction"):
@@ -132,8 +139,6 @@ def gap_demo(steps=256):
     yield row("diloco_lu64", diloco, steps, 64, seeds=3, lr=ADAM_LR, server_lr=(0.1, 0.3, 0.7))
 
 
-# small: d_model 128 and a vocabulary of 4,096: two to five minutes a run on one core
-SMALL = "--d-model 128 --tokenizer bpe:4096 --n-epochs 0.5 --lr 5e-3 --amp auto --val-freq 80 --val-sequences 256"
 SOURCE = "--layers 1 --amp auto --val-freq 60 --val-sequences 256 --threads 1"
 SOURCE_METHODS = {name: METHODS[name] for name in ("central", "fed_avg_lu1", "fed_avg_lu8")}
 SOURCE_METHODS |= {"fed_fisher": "fed_fisher --fisher-samples 2"}
@@ -141,9 +146,9 @@ QUICK = "--dataset demo --n-epochs 1 --lr 5e-3 --val-freq 5 --val-sequences 32"
 NO_SAMPLES = ["--threads", "1", "--prompt", ""]
 
 PRESETS = {
-    "gap": Preset((*f"{WIKITEXT} {GAP}".split(), *NO_SAMPLES), (*gap(), *topics(), *longer()), seeds=(0, 1, 2, 3, 4)),
+    "gap": Preset((*f"{WIKITEXT} {GAP}".split(), *NO_SAMPLES), tuple(gap()), SEEDS, tuned=TUNED),
+    "gap-more": Preset((*f"{WIKITEXT} {GAP}".split(), *NO_SAMPLES), (*more(), *topics(), *longer()), SEEDS),
     "gap-demo": Preset((*f"{DEMO} {GAP}".split(), *NO_SAMPLES), tuple(gap_demo())),
-    "small": Preset((*SMALL.split(), *NO_SAMPLES), settings(METHODS, val_freq=10)),
     "source": Preset(SOURCE.split(), settings(SOURCE_METHODS, val_freq=10)),
     "quick": Preset((*QUICK.split(), *NO_SAMPLES), settings(METHODS, val_freq=1), seeds=(0,)),
 }
@@ -161,9 +166,7 @@ def main(args):
 
 
 def build_parser():
-    parser = grid.build_parser(
-        __doc__.split("\n")[0], PRESETS, "small", "results/{preset}", output_names=["--data-dir"]
-    )
+    parser = grid.build_parser(__doc__.split("\n")[0], PRESETS, "gap", "results/{preset}", output_names=["--data-dir"])
     parser.add_argument("--data-root", "--cache-dir", metavar="DIR", help="where the data sets are")
     return parser
 

@@ -22,9 +22,10 @@ import numpy as np
 
 from common.cli import UsageError, run_main
 from common.curves import break_lines, log_axis, new_figure, token_unit, tokens_label
+from common.participation import per_round
 from plots import style
 from plots.runs import LeftOut, Study, base_name, text
-from plots.seeds import curves_of, interval, label, lines_of, nearest, paired
+from plots.seeds import curves_of, interval, label, lines_of, paired
 from plots.style import Figure, band, caption, each_group, look, looks_of, markers_at, seeds_text
 from plots.tables import SEEDS, Column, Table, result, whole
 
@@ -364,14 +365,32 @@ FIGURES = {
 }
 
 
-def to_central(curve, curves):
-    """`1.033 [1.021, 1.045]`: the test perplexity over that of the central curve that differs least from it and has as
-    many tokens: geometric mean over seeds, 95 % interval of a paired t test of its logarithm; `-` without one."""
-    if curve.central:
-        return "1"
+def central_of(curve, curves):
+    """The central curve that a federated one is measured by, None without one: with as many tokens, as large a batch
+    (of all clients together) where there is one, and least different in what else both have; of several rates the
+    best on validation, for each has its own best rate."""
+
+    def batch(c):
+        a = c.runs[0].args
+        return a["batch_size"] * (1 if c.central else per_round(a.get("participation", 1.0), a["num_clients"]))
+
+    def apart(c):
+        names = {*curve.args, *c.args} - FEDERATED_ONLY - {"lr", "batch_size", "n_epochs"}
+        values = ([run.args.get(name) for name in sorted(names)] for run in (curve.runs[0], c.runs[0]))
+        unlike = sum(a != b for a, b in zip(*values, strict=True))
+        return batch(c) != batch(curve), unlike, c.results("final_val_ppl").mean()
+
     tokens = curve.results("tokens").mean()
     alike = [c for c in curves if c.central and abs(c.results("tokens").mean() / tokens - 1) < 0.02]
-    central = nearest(curve, alike)
+    return min(alike, key=apart, default=None)
+
+
+def to_central(curve, curves):
+    """`1.033 [1.021, 1.045]`: the test perplexity over that of its `central_of`: geometric mean over the seeds, 95 %
+    interval of a paired t test of its logarithm; `-` without one."""
+    if curve.central:
+        return "1"
+    central = central_of(curve, curves)
     logs = np.log(paired(curve, central, "test_ppl_last", np.divide)) if central else np.array([])
     if not len(logs) or not np.isfinite(logs).all():
         return "-"

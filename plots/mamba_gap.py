@@ -1,25 +1,26 @@
 """Figures of mamba_fl's question: what is left of the federated gap when every row has its own rate.
 
-    python plots/mamba_gap.py --data-dir mamba_fl/results/gap.jsonl mamba_fl/results/gap_tuning.jsonl
+    python plots/mamba_gap.py --data-dir mamba_fl/results/gap.jsonl mamba_fl/results/tuning/gap.jsonl
 
     gap         5_gap.png: FedAvg's test perplexity over central training's against the local updates (LU), a line for
                 each form of --client-state: left at the rate that is best for central training, right each at its own
     frontier    6_frontier.png: test perplexity against the bytes that a client sends and receives
     rates       7_rates.png: validation perplexity against the rate, on the seed of --tune
 
-The runs of --tune are those of a seed that has several rates of one row; they are in no mean and no interval.
+The runs of --tune are in no mean and no interval; x: not finite.
 """
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 
 from common.cli import run_main
 from common.curves import log_axis, new_figure, number, set_title
 from plots import style
-from plots.mamba import STUDY
+from plots.mamba import STUDY, central_of
 from plots.runs import describe
-from plots.seeds import interval
+from plots.seeds import curves_of, interval, paired
 from plots.style import CENTRAL, Figure, each_group, look
 
 FORMS = {  # --client-state: how its line is called
@@ -30,63 +31,58 @@ FORMS = {  # --client-state: how its line is called
     "fedadamw": "FedAdamW",
 }
 CENTRALLY = ("central", 0)
-VARIED = {"client_state", "local_updates", "lr", "rounds", "alpha_global", "val_freq"}
+VARIED = {"client_state", "local_updates", "lr", "rounds"}
 
 
-def cells(runs):
-    """{(form, LU): {rate: {seed: run}}} of FedAvg, CENTRALLY of central training: what else differs, most have alike.
+def cells(runs, notes=None):
+    """{(form, LU): {rate: its Curve}} of FedAvg, CENTRALLY of central training: of those alike in all else, most.
 
-    As many tokens as most of FedAvg's runs have.
+    Of two curves at one rate the one of more seeds.
     """
-    plain = [run for run in runs if run.central or run.kind == "fed_avg"]
+    curves = curves_of(runs, notes=notes)
 
-    def rest(run):
-        return run.central, frozenset((k, str(v)) for k, v in run.variant if k not in VARIED), run.result("tokens")
+    def rest(curve):
+        return frozenset((k, v) for k, v in curve.args.items() if k not in VARIED), curve.results("tokens").mean()
 
-    federated = Counter(rest(run) for run in plain if not run.central)
+    federated = [curve for curve in curves if curve.kind == "fed_avg"]
     if not federated:
         return {}
-    most = federated.most_common(1)[0][0]
-    central = Counter(rest(run) for run in plain if run.central and run.result("tokens") == most[2])
-    chosen = {most, *(rest for rest, _ in central.most_common(1))}
-    found = defaultdict(lambda: defaultdict(dict))
-    for run in plain:
-        if rest(run) in chosen:
-            place = CENTRALLY if run.central else (run.args["client_state"], run.args["local_updates"])
-            found[place][run.args["lr"]][run.seed] = run
-    return found if CENTRALLY in found else {}
+    most = Counter(map(rest, federated)).most_common(1)[0][0]
+    federated = [curve for curve in federated if rest(curve) == most]
+    if (central := central_of(federated[0], curves)) is None:
+        return {}
+    found = defaultdict(dict)
+    for curve in federated + [curve for curve in curves if curve.central and rest(curve) == rest(central)]:
+        args = curve.runs[0].args
+        rates = found[CENTRALLY if curve.central else (args["client_state"], args["local_updates"])]
+        if len(curve.runs) > len(getattr(rates.get(args["lr"]), "runs", ())):
+            rates[args["lr"]] = curve
+    return found
 
 
-def tuning_seeds(found):
-    """The seeds that have several rates of one row."""
-    counts = Counter((place, seed) for place, rates in found.items() for seeds in rates.values() for seed in seeds)
-    return {seed for (_, seed), n in counts.items() if n > 1}
+def measured(runs, notes=None):
+    """{(form, LU): Curve}: each at the rate that has most seeds, of these the best on validation."""
+
+    def order(curve):
+        return -len(curve.runs), curve.results("final_val_ppl").mean()
+
+    found = cells([run for run in runs if not run.tuning], notes)
+    return {place: min(rates.values(), key=order) for place, rates in found.items()}
 
 
-def measured(found):
-    """{(form, LU): {seed: run}} of the seeds that no rate was tuned on."""
-    tuned, kept = tuning_seeds(found), {}
-    for place, rates in found.items():
-        if seeds := {s: run for runs in rates.values() for s, run in runs.items() if s not in tuned}:
-            kept[place] = seeds
-    return kept
-
-
-def tried(found):
-    """{(form, LU): {rate: validation perplexity}} of the seed that rates were tuned on."""
-    tuned = tuning_seeds(found)
-    seed = min(tuned) if tuned else None
-    every = {
-        place: {lr: number(runs[seed].rows[-1]["val_ppl"]) for lr, runs in sorted(rates.items()) if seed in runs}
+def tried(runs, notes=None):
+    """{(form, LU): {rate: validation perplexity, nan: not finite}} of the runs of --tune."""
+    found = cells([run for run in runs if run.tuning], notes)
+    return {
+        place: {lr: number(curve.runs[0].rows[-1]["val_ppl"]) for lr, curve in sorted(rates.items())}
         for place, rates in found.items()
     }
-    return {place: rates for place, rates in every.items() if rates}
 
 
-def ratio(runs, central, name="test_ppl_last"):
+def ratio(curve, central, name="test_ppl_last"):
     """(mean, low, high) of a result's ratio to central training's: the geometric mean over the seeds that both have,
     and the 95 % interval of a paired t test of its logarithm."""
-    logs = np.array([np.log(run.result(name) / central[s].result(name)) for s, run in runs.items() if s in central])
+    logs = np.log(paired(curve, central, name, np.divide))
     return tuple(np.exp([logs.mean(), *interval(logs)]))
 
 
@@ -117,10 +113,10 @@ def lu_axis(axis, places, label="Local updates a round (LU)"):
 
 
 def draw_gap(setting, found, args):
-    kept, rates = measured(found), tried(found)
+    kept, rates = found
     figure, axes = new_figure(columns=2, width=8.4, height=3.9, sharey=True)
     left, right = axes[0]
-    if central := {lr: ppl for lr, ppl in rates[CENTRALLY].items() if np.isfinite(ppl)}:
+    if central := {lr: ppl for lr, ppl in rates.get(CENTRALLY, {}).items() if np.isfinite(ppl)}:
         best = min(central, key=central.get)
         for form, lus in lines(rates):
             at = [lu for lu in lus if best in rates[form, lu]]
@@ -130,7 +126,7 @@ def draw_gap(setting, found, args):
         points = np.array([ratio(kept[form, lu], kept[CENTRALLY]) for lu in lus])  # [LU, 3]
         bars = np.abs(points[:, 1:] - points[:, :1]).T
         right.errorbar(lus, points[:, 0], bars, capsize=3, label=FORMS[form], **own(form))
-    counts = sorted({len(seeds) for seeds in kept.values()})
+    counts = sorted({len(curve.runs) for curve in kept.values()})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     right.set_title(f"Each at its own best rate ({seeds} seeds, bars: 95 % interval)", fontsize=9.5)
     for axis in (left, right):
@@ -144,18 +140,17 @@ def draw_gap(setting, found, args):
 
 
 def draw_frontier(setting, found, args):
-    kept = measured(found)
+    kept, _ = found
     figure, axes = new_figure(width=5.6, height=4.2)
     axis, everything = axes[0, 0], []
     for form, lus in lines(kept):
         points = []
         for lu in lus:
-            ppl = [run.result("test_ppl_last") for run in kept[form, lu].values()]
-            points.append((sent(next(iter(kept[form, lu].values()))), np.mean(ppl)))
+            points.append((sent(kept[form, lu].runs[0]), kept[form, lu].results("test_ppl_last").mean()))
             axis.annotate(f"{lu}", points[-1], (3, 4), textcoords="offset points", fontsize=7.5)
         everything += points
         axis.plot(*zip(*points, strict=True), label=FORMS[form], **own(form))
-    central = np.mean([run.result("test_ppl_last") for run in kept[CENTRALLY].values()])
+    central = kept[CENTRALLY].results("test_ppl_last").mean()
     axis.axhline(central, label="central training", color=CENTRAL["color"], linestyle=(0, (6, 2)))
     axis.set_xscale("log")
     log_axis(axis, min(central, *(y for _, y in everything)), max(y for _, y in everything))
@@ -173,7 +168,7 @@ def sent(run):
 
 
 def draw_rates(setting, found, args):
-    rates = tried(found)
+    _, rates = found
     lus = sorted({lu for form, lu in rates if form in FORMS})
     figure, axes = new_figure(columns=len(lus), width=2.6 * len(lus) + 1, height=3.6, sharey=True)
     for axis, lu in zip(axes[0], lus, strict=True):
@@ -182,6 +177,10 @@ def draw_rates(setting, found, args):
             finite = {lr: ppl for lr, ppl in points.items() if np.isfinite(ppl)}
             look_of = CENTRAL | {"linestyle": "-"} if form == "central" else own(form)
             axis.plot(list(finite), list(finite.values()), label=FORMS.get(form, "central training"), **look_of)
+            diverged = [lr for lr in points if lr not in finite]
+            axis.plot(
+                diverged, [0.97] * len(diverged), "x", color=look_of["color"], transform=axis.get_xaxis_transform()
+            )
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda x, _: f"{1e3 * x:g}")
         axis.set_yscale("log")
@@ -202,14 +201,12 @@ NEEDS = "runs of fed_avg.py and central.py with as many tokens, each with a seed
 
 
 def drawn(needs_tuning, needs_seeds):
-    """What `each_group` chooses: the cells of a group, where they have what the figure needs."""
+    """What `each_group` chooses: (curves, rates tried) of a group, where both have what the figure needs."""
 
     def choose(runs, notes):
-        found = cells(runs)
-        seeds = measured(found) if found else {}
-        if not found or (needs_tuning and not tuning_seeds(found)):
-            return None
-        return found if not needs_seeds or (CENTRALLY in seeds and len(seeds) > 2) else None
+        kept, rates = measured(runs, notes), tried(runs)
+        lacks = (needs_seeds and len(kept) < 3) or (needs_tuning and CENTRALLY not in rates)
+        return None if lacks else (kept, rates)
 
     return each_group(choose)
 
@@ -217,7 +214,7 @@ def drawn(needs_tuning, needs_seeds):
 FIGURES = {
     "gap": [Figure("5_gap", drawn(True, True), draw_gap, f"{NEEDS}, and runs of --tune")],
     "frontier": [Figure("6_frontier", drawn(False, True), draw_frontier, NEEDS)],
-    "rates": [Figure("7_rates", drawn(True, False), draw_rates, "runs of run_study.py --tune")],
+    "rates": [Figure("7_rates", drawn(True, False), draw_rates, "runs of run_study.py --tune, also of central.py")],
 }
 
 
@@ -226,7 +223,7 @@ def build_parser():
 
 
 def main(args):
-    style.draw_figures(STUDY, FIGURES, args)
+    style.draw_figures(replace(STUDY, tunes=True), FIGURES, args)
 
 
 if __name__ == "__main__":

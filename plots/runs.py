@@ -59,6 +59,7 @@ class Study:
     first: dict = field(default_factory=dict)  # key -> value: groups that have it come first
     keeps: Callable = lambda run: False  # runs that did not finish and are results all the same
     prepared: Callable = lambda runs, notes: runs  # (runs, notes) -> those that tables and figures see
+    tunes: bool = False  # runs of --tune are read beside others, else only where there are no others
     beside: str = ""  # the name of files that figures read too: where there is one, a folder may be without a run
 
 
@@ -82,6 +83,7 @@ class Run:
     versions: dict
     resolved: dict  # what flags such as --device auto came to
     written: float  # when its last line was written: of two equal runs the later counts
+    tuning: bool = False  # whether it is one of --tune
 
     @property
     def seed(self):
@@ -173,6 +175,9 @@ def read_runs(paths, *studies, unfinished=False):
                 runs.append(run)
     for study in studies:
         others = [run for run in runs if run.study is not study]
+        mine = [run for run in runs if run.study is study]
+        if not study.tunes and not all(run.tuning for run in mine):
+            runs = others + [run for run in mine if not run.tuning]
         runs = others + study.prepared([run for run in runs if run.study is study], notes)
     if not runs and not any(files_named(path, s.beside) for path in paths for s in studies if s.beside):
         where = ", ".join(map(str, paths))
@@ -209,6 +214,7 @@ def _of_folder(folder, studies):
     metrics = folder / "metrics.jsonl"
     rows = read_metrics(folder) if metrics.exists() else []
     written = (metrics if metrics.exists() else folder / "run.json").stat().st_mtime
+    manifest["tuning"] = TUNING in folder.resolve().parts
     return _make(study, manifest, folder.name, folder, rows, written)
 
 
@@ -241,7 +247,13 @@ def _make(study, manifest, name, folder, rows, written):
         method = _method_of_old(study, manifest["command"], parts["args"])
     if not isinstance(ended, dict):
         ended = _end_of_old(manifest, parts["results"].get("stopped"), rows[-1].get("round") if rows else 0)
-    facts = {"status": manifest.get("status"), "commit": manifest.get("git_commit"), "method": method, "ended": ended}
+    facts = {
+        "tuning": bool(manifest.get("tuning")),
+        "status": manifest.get("status"),
+        "commit": manifest.get("git_commit"),
+        "method": method,
+        "ended": ended,
+    }
     return Run(study, name, folder, manifest["command"], rows=rows, written=written, **facts, **parts)
 
 

@@ -287,10 +287,12 @@ def test_flags_of_the_runner(capsys):
 # (runner, its flags) -> number of runs, the start of the SHA-256 of the sorted command lines. A plan that changes on
 # purpose changes here too: `RUNNER FLAGS --plan` of both versions shows what.
 PLANS = {
-    ("mamba_fl/run_study", "--preset small"): (39, "8fbd99d2af55"),
+    ("mamba_fl/run_study", "--preset gap"): (45, "8e823dd81693"),
+    ("mamba_fl/run_study", "--preset gap-more"): (105, "27a383a52d85"),
+    ("mamba_fl/run_study", "--preset gap-demo"): (102, "d19942345f8f"),
     ("mamba_fl/run_study", "--preset source"): (12, "6c4d7643e591"),
     ("mamba_fl/run_study", "--preset quick"): (13, "f2620417502b"),
-    ("mamba_fl/run_study", "--preset small --only central fed_fisher --seeds 5"): (2, "be98b471edc3"),
+    ("mamba_fl/run_study", "--preset quick --only central fed_fisher --seeds 5"): (2, "cec496ec505c"),
     ("vit_sparse_fl/run_all_experiments", ""): (96, "d6f9a29f6379"),
     ("vit_sparse_fl/run_all_experiments", "--num-runs 1 --only-sparse --only-federated --seed 3"): (
         23,
@@ -350,6 +352,15 @@ def test_the_plan_of_a_preset_is_what_it_was_and_its_commands_are_good(runner, l
             assert args.resume and args.run_name == run.name.split("/")[-1]
     text = "\n".join(sorted(shlex.join(run.command) for run in runs))
     assert (len(runs), hashlib.sha256(text.encode()).hexdigest()[:12]) == PLANS[runner, line]
+
+
+def test_every_row_of_the_gap_sees_as_many_tokens_as_central_training():
+    for preset, steps in (("gap", 768), ("gap-more", 768), ("gap-demo", 256)):
+        for run in planned("mamba_fl/run_study", f"--preset {preset} --seeds 0"):
+            args = flags_of(run.command)
+            sequences = args.rounds * args.local_updates * args.batch_size * (1 if "central" in run.name else 4)
+            assert sequences == steps * 16 * (3 if "three" in run.name else 1), run.name
+            assert 10 * args.warmup_steps == pytest.approx(args.rounds * args.local_updates, abs=10)
 
 
 def test_the_study_of_llm_noniid_varies_one_factor_at_a_time_in_at_most_100_runs():

@@ -20,22 +20,28 @@ def write(root, command, seed, ppl, tuned=None, **more):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Three seeds of each cell at its own rate; the seed 100 has three rates of central training and of keep, LU 1."""
+    """Three seeds of each cell at its own rate; in tuning/ three rates of central training and of keep, LU 1."""
     root = tmp_path / "runs"
     for seed in range(3):
         write(root, "central", seed, CENTRAL[seed], lr=0.004)
         for form, values in (("keep", KEEP), ("pooled", POOLED)):
             for lu, ppl in values.items():
                 write(root, "fed_avg", seed, ppl[seed], lr=0.008, local_updates=lu, client_state=form)
-        write(root, "fed_avg", seed, 50.0, lr=0.008, client_state="keep", batch_size=8)  # another method
+        write(root, "fed_avg", seed, 50.0, lr=0.008, client_state="keep", batch_size=8)  # other methods, other
+        write(root, "central", seed, 60.0, lr=0.008, batch_size=32)  # central training: not what keep is measured by
+        write(root, "central", seed, 70.0, lr=0.008, beta2=0.99)
     for lr, ppl in ((0.002, 108.0), (0.004, 100.0), (0.008, "inf")):
-        write(root, "central", 100, 1.0, ppl, lr=lr)
-        write(root, "fed_avg", 100, 1.0, 130.0, lr=lr, client_state="keep")
+        write(root / "tuning", "central", 100, 1.0, ppl, lr=lr)
+        write(root / "tuning", "fed_avg", 100, 1.0, 130.0, lr=lr, client_state="keep")
     return root
 
 
+def both(runs):
+    return f"--data-dir {runs} {runs}/tuning"
+
+
 def test_the_gap_is_the_geometric_mean_of_the_ratios_with_the_interval_of_a_paired_t_test(runs, tmp_path):
-    left, right = figures("mamba gap", runs, "gap", tmp_path / "out")["5_gap.png"].axes
+    left, right = figures("mamba gap", runs, f"gap {both(runs)}", tmp_path / "out")["5_gap.png"].axes
     own, pooled = right.containers
     for container, values in ((own, KEEP), (pooled, POOLED)):
         line, _, (bar,) = container.lines
@@ -50,10 +56,12 @@ def test_the_gap_is_the_geometric_mean_of_the_ratios_with_the_interval_of_a_pair
 
 
 def test_bytes_and_rates(runs, tmp_path):
-    drawn = figures("mamba gap", runs, "frontier rates", tmp_path / "out")
+    drawn = figures("mamba gap", runs, f"frontier rates {both(runs)}", tmp_path / "out")
     keep, pooled, central = drawn["6_frontier.png"].axes[0].get_lines()
     assert keep.get_xydata().tolist() == [[9.0, np.mean(KEEP[1])], [9.0, 120.0]]  # 3 rounds x 12 MB over 4 clients
     assert pooled.get_xydata()[0, 1] == pytest.approx(np.mean(POOLED[1])) and central.get_ydata()[0] == 100.0
     axes = drawn["7_rates.png"].axes
     assert [axis.get_title() for axis in axes] == ["LU 1"]
-    assert axes[0].get_lines()[0].get_xydata().tolist() == [[0.002, 108.0], [0.004, 100.0]]
+    central, diverged, *_ = axes[0].get_lines()
+    assert central.get_xydata().tolist() == [[0.002, 108.0], [0.004, 100.0]]
+    assert diverged.get_xdata().tolist() == [0.008]

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from common.best import Best, best_line
-from common.cli import UsageError
+from common.cli import RunFailed, UsageError
+from common.grid import broke_down, read_record
 from common.manifest import contents
 from common.runlog import read_metrics
 from common.seeding import stream
@@ -203,7 +204,8 @@ def test_moments_that_clients_share(state, data, tmp_path, monkeypatch):
                 m0, v0 = (old[i]["exp_avg"], old[i]["exp_avg_sq"]) if old else (0.0, 0.0)
                 B = ((m - 0.9**H * m0) / (1 - 0.9**H)) ** 2
                 A = (v - 0.999**H * v0) / (1 - 0.999**H)
-                C = (A - (A - B) * (1 - q) / (1 - q / H)).clamp_min(0)
+                w = 0.1 * (1 + 0.9**H) / (1.9 * (1 - 0.9**H))
+                C = (A - (A - B) * (1 - q) / (1 - q * w)).clamp_min(0)
                 v = 0.999**H * v0 + (1 - 0.999**H) * C
             new[i] = {"step": one["step"].clone(), "exp_avg": m, "exp_avg_sq": v}
         places.append(new)
@@ -444,6 +446,34 @@ def test_schedule_and_clipping_are_torchs(module, kind, data, tmp_path):
     else:
         plain.rounds(lambda k, *_: len(data.train[k]), step=slower)
     plain.agrees(theta, 1e-2 if module is central else 2e-4)
+
+
+def test_the_servers_rate_follows_the_schedule(data, tmp_path, monkeypatch):
+    """One SGD step of each client at rate 1, bias-corrected Adam at the server: torch's Adam on the pooled gradient."""
+    rates = torch_rates("cosine", 3, base=0.01, lowest=0.0)
+    plain, moments = Plain(data.train, 1.0, steps=1), {}
+
+    def step(theta, delta):
+        rate, new = rates.pop(0), {}
+        for n, w in theta.items():
+            p = moments.setdefault(n, [torch.nn.Parameter(w.clone()), None])
+            p[1] = p[1] or torch.optim.Adam([p[0]], eps=1e-8)
+            p[0].grad, p[1].param_groups[0]["lr"] = -delta[n], rate
+            p[1].step()
+            new[n] = p[0].detach().clone()
+        return new
+
+    words = "--local-updates 1 --client-optimizer sgd --lr 1 --lr-scheduler cosine --warmup-steps 2 --scheduled server "
+    words += "--server-optimizer adam --server-bias-correction --server-lr 0.01 --server-beta2 0.999 --server-tau 1e-8"
+    theta, _ = run(fed_momentum, tmp_path, f"{FEDERATED} {words}")
+    plain.rounds(lambda k, *_: len(data.train[k]), step=step)
+    plain.agrees(theta, 1e-2)
+
+
+def test_central_training_that_diverges_is_told_from_one_that_failed(tmp_path):
+    with pytest.raises(RunFailed, match="not finite: lower --lr"):
+        run(central, tmp_path, f"{TINY} --rounds 9 --val-freq 1 --lr 1e9")
+    assert broke_down(read_record(tmp_path / "r" / "run.json"))
 
 
 def test_rates_that_cannot_be(tmp_path):

@@ -104,9 +104,34 @@ def plain(quadratics, noise, weights, server, alpha=0.0, reset=False):
 def pooled(m, v, m_, v_, H, q):
     B = ((m_ - B1**H * m) / (1 - B1**H)) ** 2
     A = (v_ - B2**H * v) / (1 - B2**H)
-    variance = (A - B) / (1 - q / H)
+    weights = torch.tensor([B1 ** (H - i) for i in range(1, H + 1)]).double()
+    variance = (A - B) / (1 - q * ((weights / weights.sum()) ** 2).sum())
     C = (A - variance + q * variance).clamp_min(0)  # the squared mean and the pooled batch's share of the variance
     return m_, B2**H * v + (1 - B2**H) * C
+
+
+@pytest.mark.parametrize("H", [1, 8, 64])
+def test_pooled_has_the_second_moment_of_the_pooled_batch(H):
+    """Gradients of mean 0.1 and variance 1: a mean over clients of mean square 0.1^2 + q, whatever H is."""
+    from common.vector import Weights
+
+    n, p = 40_000, torch.tensor(WEIGHTS).double() / sum(WEIGHTS)
+    draw, holder = torch.Generator().manual_seed(H), torch.nn.Module()
+    holder.w = torch.nn.Parameter(torch.zeros(n, dtype=torch.float64))
+    moments = PooledMoments(torch.optim.AdamW(holder.parameters(), LR, fused=True), Weights(holder))
+    moments.open_round(clients := Round(range(3)))
+    for k in clients:
+        moments.load(k)
+        m, v = (vector.zero_() for vector in moments.of_client())
+        for _ in range(H):
+            g = 0.1 + torch.randn(n, generator=draw, dtype=torch.float64)
+            m.lerp_(g, 1 - B1)
+            v.lerp_(g * g, 1 - B2)
+        moments.optimizer.state[holder.w]["step"].add_(H)
+        moments.offer(WEIGHTS[k])
+    moments.close_round(torch.zeros(n), LR)
+    pooled = moments.v / (1 - B2**H)
+    assert pooled.mean().item() == pytest.approx(0.01 + (p * p).sum().item(), rel=0.01)
 
 
 @pytest.mark.parametrize("H", [1, 4])

@@ -214,6 +214,8 @@ def test_settings_have_grids_of_their_own(study, tmp_path, capsys):
     mine = Setting(one.name, one.script, one.words, tune={"lr": (1.0, 2, 4e0)})
     with pytest.raises(UsageError, match="none of these settings has values of its own: give --tune FLAG X1 X2"):
         study((one, other), "--tune")
+    with pytest.raises(UsageError, match="sure has no tuned --lr: give --tune first, or --tuned none"):
+        study((mine, other))
     assert study((mine, other), "--tune --jobs 3") == 0
     assert list(json.loads((tmp_path / "out" / "tuned.json").read_text())) == ["sure"]
     assert study((mine, other), "--tune lr 4 8 --only fragile --jobs 2") == 0
@@ -235,6 +237,10 @@ def test_a_setting_takes_what_another_was_tuned_to(study, tmp_path, capsys):
     sure = replace(sure, tune={"lr": (1, 2, 4)})
     both = replace(fragile, tuned_as="sure", tune={"share": (0.25, 0.5)})
     all_of_it = replace(fragile, name="same", tuned_as="sure")
+    with pytest.raises(UsageError, match="fragile takes what sure is tuned to: --tune that first, or too"):
+        study((both,), "--tune")
+    with pytest.raises(UsageError, match="same takes what sure is tuned to: --tune that first, or --tuned none"):
+        study((all_of_it,))
     assert study((both, all_of_it, sure), "--tune --jobs 3") == 0
     shares = {name: line for name, line in rates(tmp_path / "out").items() if "fragile" in name}
     assert {line[0] for line in shares.values()} == {"2"} and len(
