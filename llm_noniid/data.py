@@ -13,6 +13,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -276,7 +277,8 @@ class LabelledTexts(TokenizedTexts):
 def encode_labelled(texts, tokenizer, max_length=128, cache_dir=None):
     """{split: `LabelledTexts`} of `Texts`; a text is cut so that " Topic:" and the longest label fit into max_length.
 
-    Raises UsageError for a max_length that leaves no token of a text, and for two labels of the same words.
+    Raises UsageError for a max_length that leaves no token of a text, and for a label whose tokens another begins
+    with: that one would never be the likelier.
     """
     asks, *answers = (
         np.array(tokenizer.encode(words, add_special_tokens=False))
@@ -287,8 +289,12 @@ def encode_labelled(texts, tokenizer, max_length=128, cache_dir=None):
         raise UsageError(
             f"--max-length {max_length} leaves no token of a text beside its label: raise it by {1 - room}"
         )
-    if len({tuple(answer) for answer in answers}) < len(answers):
-        raise UsageError(f"the labels of {texts.name} have the same words, {', '.join(texts.label_names)}")
+    for a, b in permutations(range(len(answers)), 2):
+        if answers[a].tolist() == answers[b][: len(answers[a])].tolist():
+            a, b = (repr(texts.label_names[i]) for i in (a, b))
+            raise UsageError(
+                f"the labels of {texts.name}: {b} begins with all of {a} and is never likelier: rename one"
+            )
     token_bytes = text.token_byte_lengths(tokenizer)
     answer_bytes = np.array([token_bytes[answer].sum() for answer in answers])
     splits = {}

@@ -106,7 +106,8 @@ def build_parser(description):
     choice(data, "--style-criterion", STYLE_CRITERIA, "length", text, when=style)
     choice(data, "--skew-type", SKEW_TYPES, "frequency", "token_skew: what the texts are sorted by", when=token)
     number(data, "--num-clients", positive_int, 10, "clients", "K")
-    number(data, "--min-samples", positive_int, 10, "texts of each client, at least", "N", when=topic)
+    drawn = topic & only(sizes="dirichlet")
+    number(data, "--min-samples", positive_int, 10, "texts of each client, at least", "N", when=drawn)
 
     model = parser.add_argument_group("the model")
     text = "distilgpt2, gpt2, tinyllama, qwen-0.5b, tiny, a folder"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,9 +71,13 @@ def test_texts_end_in_their_label_which_alone_is_scored(texts, tokenizer):
 def test_labels_need_room_and_words_of_their_own(texts, tokenizer):
     with pytest.raises(UsageError, match=r"--max-length 5 leaves no token of a text beside its label: raise it by 8"):
         data.encode_labelled(texts, tokenizer, 5)
-    alike = data.Texts(texts.name, texts.splits, texts.labels, ("a", "b", "a", "c"), [], {})
-    with pytest.raises(UsageError, match="have the same words, a, b, a, c"):
-        data.encode_labelled(alike, tokenizer, 40)
+    for names, found in (
+        (("a", "b", "a", "c"), "'a' begins with all of 'a'"),
+        (("a", "b", "c", "b c"), "'b c' .* of 'b'"),
+    ):
+        alike = data.Texts(texts.name, texts.splits, texts.labels, names, [], {})
+        with pytest.raises(UsageError, match=f"the labels of demo: {found} and is never likelier: rename one"):
+            data.encode_labelled(alike, tokenizer, 40)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +220,21 @@ def test_every_labels_words_are_scored_after_a_text_that_is_read_once(texts, tok
                 assert module(input_ids=ids, labels=scored).loss.item() * len(answer) == pytest.approx(
                     nll[row, c], 1e-5
                 )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_attention_precision_and_kept_keys_change_a_label_by_rounding_only(texts, tokenizer, family, amp):
+    plain, rows = model_of(texts, tokenizer, family)
+    plain.module.eval().set_attn_implementation("sdpa")
+    many = np.concatenate([rows, np.arange(30)])
+    labels, wanted = texts.labels["train"][many], text_model.text_losses(plain, "train", many)
+    for attention in ("eager", "sdpa"):
+        plain.module.set_attn_implementation(attention)
+        model = replace(plain, amp=amp)
+        nll = text_model.answer_losses(model, "train", many)[np.arange(len(many)), labels]
+        for found in (nll, text_model.text_losses(model, "train", many)):
+            np.testing.assert_allclose(found, wanted, rtol=2e-5 if amp is None else 2e-2)
 
 
 def small(family, words):
