@@ -46,7 +46,8 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a
 class Setting:
     """What a preset runs with its seeds. words: the script's flags, "{seed}" in them is the seed; group: for --only;
     seeds: how many of the seeds it takes (None: all); tune: {flag: values} that --tune tries where it has none;
-    objective: what --tune compares, where it is another than the preset's."""
+    objective: what --tune compares, where it is another than the preset's; tuned_as: the setting whose tuned values it
+    takes, beside those of its own `tune`, which are found at them."""
 
     name: str
     script: str
@@ -55,6 +56,7 @@ class Setting:
     seeds: int | None = None
     tune: dict = field(default_factory=dict)
     objective: str = ""
+    tuned_as: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 best = argmin over the values of `Preset.objective` at a run's last evaluation, never of the test split; a run that
 diverged is worse than any other. A best at the edge of the values extends them there by the ratio of the last two, at
 most EXTENSIONS times a side. Of two flags the first is tuned at the setting's own value of the second, then the second
-at the first's best.
+at the first's best. A setting with `tuned_as` takes that one's values; its own flags are tuned after and at them.
 
 The runs are ordinary ones below OUTPUT/tuning/ (a log of their own: results.jsonl), with a seed that the table does not
 use. OUTPUT/tuned.json gets {setting: {flag: {best, edge, tried: {value: objective or "diverged"}, objective, seed,
@@ -49,13 +49,16 @@ def tune(args, preset, runs, prepare=None, also=()):
     Raises UsageError where a script refuses a run, before anything is written; RunFailed where a run failed for
     another reason than that it diverged, or every value of a setting diverged.
     """
-    output, given, rows = Path(args.output_dir), _values(args.tune), {}
+    output, given, rows, found, made = Path(args.output_dir), _values(args.tune), {}, {}, {}
     for run in runs:
         if run.setting and (values := given or _values([(flag, *xs) for flag, xs in run.setting.tune.items()])):
             rows[run] = values
     if not rows:
         raise UsageError("--tune: none of these settings has values of its own: give --tune FLAG X1 X2")
     kept = read(output / TUNED) if (output / TUNED).exists() else {}
+    tuned = {*kept, *(run.setting.name for run in rows)}
+    if lacking := [run.setting for run in rows if run.setting.tuned_as not in ("", *tuned)]:
+        raise UsageError(f"{lacking[0].name} takes what {lacking[0].tuned_as} is tuned to: --tune that first, or too")
     needed = [run for run in runs if run.name in {row.needs for row in rows}]
     points = [(run, flag, x) for run, grids in rows.items() for flag, xs in grids.items() for x in xs]
     grid.check([*needed, *(at(run, {flag: x}) for run, flag, x in points), *also], output)
@@ -68,11 +71,14 @@ def tune(args, preset, runs, prepare=None, also=()):
     if prepare:
         prepare()
     grid.collect(output / grid.TUNING)  # from now on a grid of its own
-    found, made = search_all(rows, needed, output, preset, grid.jobs_of(args))
-    for run, row in found.items():
-        about = {"objective": run.setting.objective or preset.objective, "seed": args.tune_seed, "words": told(run)}
-        found[run] = {flag: one | about for flag, one in row.items()}
-    kept |= {run.setting.name: row for run, row in found.items()}
+    for later in (False, True):  # whose values others take, and who takes them
+        some = {_taking(run, kept): grids for run, grids in rows.items() if bool(run.setting.tuned_as) == later}
+        results, of = search_all(some, needed, output, preset, grid.jobs_of(args))
+        for run, row in results.items():
+            about = {"objective": run.setting.objective or preset.objective, "seed": args.tune_seed, "words": told(run)}
+            found[run] = {flag: one | about for flag, one in row.items()}
+            kept[run.setting.name] = found[run]
+        made |= of
     broken = [name for name, row in kept.items() if any(one["best"] is None for one in row.values())]
     write(output / TUNED, {name: row for name, row in kept.items() if name not in broken})
     grid.put(table(found, made, output, preset.objective))
@@ -80,6 +86,12 @@ def tune(args, preset, runs, prepare=None, also=()):
         raise RunFailed(f"diverged at every value: {', '.join(broken)}: give lower ones")
     print(output / TUNED)
     return 0
+
+
+def _taking(run, kept):
+    """The run with the values that its setting takes from another. Args: kept: what was found of each."""
+    taken = kept.get(run.setting.tuned_as, {})
+    return with_flags(run, {flag: one["best"] for flag, one in taken.items() if one["best"] is not None})
 
 
 def search_all(rows, needed, output, preset, jobs):
@@ -224,17 +236,24 @@ def with_tuned(args, preset, runs):
     files = files if args.tuned is None else [] if args.tuned == "none" else [Path(args.tuned)]
     for path in files:
         rows |= {name: (path, row) for name, row in read(path).items()}
-    for run in runs if args.tuned != "none" else ():
-        row = rows.get(run.setting.name, (None, {}))[1] if run.setting else {}
-        if missing := [flag for flag in (run.setting.tune if run.setting else ()) if flag not in row]:
-            raise UsageError(f"{run.setting.name} has no tuned --{missing[0]}: give --tune first, or --tuned none")
-    return [_tuned(run, args, *rows.get(run.setting.name, (None, {}))) if run.setting else run for run in runs]
+
+    def with_both(run):
+        of = run.setting
+        other, own = (rows.get(name, (None, {})) for name in (of.tuned_as, of.name))
+        if args.tuned != "none":
+            if missing := [flag for flag in of.tune if flag not in own[1]]:
+                raise UsageError(f"{of.name} has no tuned --{missing[0]}: give --tune first, or --tuned none")
+            if of.tuned_as and not other[1]:
+                raise UsageError(f"{of.name} takes what {of.tuned_as} is tuned to: --tune that first, or --tuned none")
+        return _tuned(_tuned(run, args, *other, another=True), args, *own)
+
+    return [with_both(run) if run.setting else run for run in runs]
 
 
-def _tuned(run, args, path, row):
+def _tuned(run, args, path, row, another=False):
     for flag, one in row.items():
         old, new = shlex.split(one["words"]), shlex.split(told(run))
-        if old != new:
+        if old != new and not another:
             i = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
             then, now = (" ".join(words[max(0, i - 1) : i + 1]) for words in (old, new))
             text = f"{path}: {run.setting.name} was tuned with other flags ({then}; now {now})"

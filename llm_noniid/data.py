@@ -13,6 +13,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -182,6 +183,10 @@ class TokenizedTexts(text.TokenizedDocuments):
         """How many tokens of each of the texts `rows` are scored, all but its first: int64 [n]."""
         return self.lengths()[rows] - 1
 
+    def units(self, rows):
+        """What a mean loss divides by, of each of the texts `rows`: its scored tokens, of labels 1 (int64 [n])."""
+        return self.scored(rows)
+
     def batch(self, rows):
         """The texts `rows` as int64 tensors {"input_ids", "attention_mask", "labels"} [B, L], padded on the right.
 
@@ -241,6 +246,9 @@ class LabelledTexts(TokenizedTexts):
     def scored(self, rows):
         return np.array([len(answer) for answer in self.answers])[self.labels[rows]]
 
+    def units(self, rows):
+        return np.ones(len(rows), dtype=np.int64)
+
     def questions(self, rows):
         """The texts `rows` up to " Topic:": int64 [B, L] padded on the right, bool [B, L] where text is."""
         return padded(self.tokens, self.offsets, rows, self.eos)
@@ -269,7 +277,8 @@ class LabelledTexts(TokenizedTexts):
 def encode_labelled(texts, tokenizer, max_length=128, cache_dir=None):
     """{split: `LabelledTexts`} of `Texts`; a text is cut so that " Topic:" and the longest label fit into max_length.
 
-    Raises UsageError for a max_length that leaves no token of a text, and for two labels of the same words.
+    Raises UsageError for a max_length that leaves no token of a text, and for a label whose tokens another begins
+    with: that one would never be the likelier.
     """
     asks, *answers = (
         np.array(tokenizer.encode(words, add_special_tokens=False))
@@ -280,8 +289,12 @@ def encode_labelled(texts, tokenizer, max_length=128, cache_dir=None):
         raise UsageError(
             f"--max-length {max_length} leaves no token of a text beside its label: raise it by {1 - room}"
         )
-    if len({tuple(answer) for answer in answers}) < len(answers):
-        raise UsageError(f"the labels of {texts.name} have the same words, {', '.join(texts.label_names)}")
+    for a, b in permutations(range(len(answers)), 2):
+        if answers[a].tolist() == answers[b][: len(answers[a])].tolist():
+            a, b = (repr(texts.label_names[i]) for i in (a, b))
+            raise UsageError(
+                f"the labels of {texts.name}: {b} begins with all of {a} and is never likelier: rename one"
+            )
     token_bytes = text.token_byte_lengths(tokenizer)
     answer_bytes = np.array([token_bytes[answer].sum() for answer in answers])
     splits = {}

@@ -1,9 +1,10 @@
 """How far the clients' gradients pull apart at a round's start, against chance, and whether SCAFFOLD corrects for it.
 
-grad f_k(theta): of the mean NLL a scored token of up to --drift-samples N texts of client k, in eval mode, at the theta
-[n] that the round begins with; grad f = sum_k p_k grad f_k over the round's clients (at most `fed_core.WATCHED`), p_k
-their weights in the round's mean. The texts are drawn by the seed for this round: held-out ones where each of these
-clients holds out N, else ones that it trains on, though not in this round's batches where it has N such.
+grad f_k(theta): of the mean NLL a scored token (of labels: a text) of up to --drift-samples N texts of client k, in
+eval mode, at the theta [n] that the round begins with; grad f = sum_k p_k grad f_k over the round's clients (at most
+`fed_core.WATCHED`), p_k their weights in the round's mean. The texts are drawn by the seed for this round: held-out
+ones where each of these clients holds out N, else ones that it trains on, though not in this round's batches where it
+has N such.
 
     drift_ratio         sqrt(sum_k p_k ||grad f_k - grad f||^2) / ||grad f||
     drift_ratio_chance  the same with the texts of all these clients pooled and dealt at random to groups of their sizes
@@ -15,7 +16,8 @@ clients holds out N, else ones that it trains on, though not in this round's bat
 Clients that are alike have a drift_ratio about drift_ratio_chance: with few texts both are far above 0, and near an
 optimum both grow. `relative_drift`, of updates of many steps, has no such level that a round could afford (clients that
 are alike would have to be trained beside the others): the alarm `drifting` should read these two. Gradients are of the
-factors A and B, all at one theta, as SCAFFOLD's corrections are.
+factors A and B, all at one theta, as SCAFFOLD's corrections are; hence none with --personal, where texts dealt anew
+would meet another client's own tensors.
 """
 
 import numpy as np
@@ -62,14 +64,14 @@ def gradient(model, theta, rows):
     before, training = weights.snapshot(), module.training
     weights.load(theta)
     module.eval()
-    whole, tokens = torch.zeros_like(theta, dtype=torch.float64), model.tokens["train"].scored(rows)
+    whole, units = torch.zeros_like(theta, dtype=torch.float64), model.tokens["train"].units(rows)
     sums = weights.named(whole)
     for i in range(0, len(rows), EVAL_BATCH):
         part = slice(i, i + EVAL_BATCH)
         gradients(model.loss, (model.batch("train", rows[part]),), list(weights.parameters.values()), model.amp)
         for name, p in weights.parameters.items():
             if p.grad is not None:
-                sums[name].add_(p.grad, alpha=float(tokens[part].sum() / tokens.sum()))
+                sums[name].add_(p.grad, alpha=float(units[part].sum() / units.sum()))
             p.grad = None
     weights.load(before)
     module.train(training)

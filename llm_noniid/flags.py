@@ -88,7 +88,9 @@ def build_parser(description):
 
     data = parser.add_argument_group("the data")
     choice(data, "--dataset", DATASETS, "ag_news", "demo is built in and needs no network")
-    text = "what is predicted: all of a text, or after it ' Topic:' and its label"
+    text = (
+        "what is predicted: all of a text (losses in nats a token), or after it ' Topic:' and its label (nats a text)"
+    )
     choice(data, "--target", TARGETS, "text", text, when=unless(target="text"))
     number(data, "--max-samples", non_negative_int, 0, "training texts; 0: all", "N")
     number(data, "--max-length", positive_int, 128, "tokens of a text, at most", "N")
@@ -104,7 +106,8 @@ def build_parser(description):
     choice(data, "--style-criterion", STYLE_CRITERIA, "length", text, when=style)
     choice(data, "--skew-type", SKEW_TYPES, "frequency", "token_skew: what the texts are sorted by", when=token)
     number(data, "--num-clients", positive_int, 10, "clients", "K")
-    number(data, "--min-samples", positive_int, 10, "texts of each client, at least", "N", when=topic)
+    drawn = topic & only(sizes="dirichlet")
+    number(data, "--min-samples", positive_int, 10, "texts of each client, at least", "N", when=drawn)
 
     model = parser.add_argument_group("the model")
     text = "distilgpt2, gpt2, tinyllama, qwen-0.5b, tiny, a folder"
@@ -196,6 +199,11 @@ def complete(args):
             raise UsageError(
                 f"--personal {args.personal} is FedAvg of one model for the rest: drop it, or --{flag} {value}"
             )
+    if args.personal != "none" and args.drift_samples:
+        raise UsageError(
+            f"--drift-samples {args.drift_samples} with --personal {args.personal}: its gradients are of one model, "
+            "which no client has then: give --drift-samples 0"
+        )
     if args.cluster != "none" and args.num_clusters > args.num_clients:
         raise UsageError(f"--num-clusters {args.num_clusters} is above --num-clients {args.num_clients}: lower it")
     if args.cluster == "updates" and args.cluster_round > args.num_rounds:

@@ -5,6 +5,8 @@ base = load_base("distilgpt2", tokenizer, max_length=128, seed=42)
 lora = LoraModel(base, r=8, alpha=16, dropout=0.05)                    # common.lora
 """
 
+import re
+
 import torch
 
 from common import hub
@@ -92,8 +94,13 @@ def load_base(name, tokenizer, max_length, seed, dropout=None):
 
 
 def with_dropout(model, p):
-    """The model with this dropout in all of its layers; None: as it is."""
-    for part in model.modules() if p is not None else ():
+    """The model with this dropout in all of its layers, and in its config, which is saved; None: as it is."""
+    if p is None:
+        return model
+    for name, value in model.config.to_dict().items():
+        if re.search(r"dropout$|_pdrop$", name) and isinstance(value, float | int):
+            setattr(model.config, name, p)
+    for part in model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = p
         for name in ("attention_dropout", "dropout"):  # what llama and its kin hand to their attention

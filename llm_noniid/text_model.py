@@ -1,7 +1,8 @@
 """A language model and the texts as its tokens: loss, evaluation, files.
 
 theta [n] are the factors of a LoRA adapter, by name "A.<layer>" [r, k] and "B.<layer>" [d, r], or with --train full all
-parameters; what is measured is the theta that was loaded last. Losses are in nats.
+parameters; what is measured is the theta that was loaded last. Losses are in nats: a mean loss is a mean over scored
+tokens, with --target label over texts, of the summed NLL of the label's words (`TokenizedTexts.units`).
 """
 
 import math
@@ -50,8 +51,10 @@ class TextModel:
         return {name: t.to(self.device, non_blocking=True) for name, t in batch.items()}
 
     def loss(self, batch):
-        """Mean negative log-likelihood of the scored tokens of a batch."""
-        return negative_log_likelihood(self.module, batch, self.amp).sum() / (batch["labels"][:, 1:] != IGNORE).sum()
+        """Negative log-likelihood of a batch, a mean over its scored tokens, of labels over its texts."""
+        labels = batch["labels"]
+        units = len(labels) if "before_scored" in batch else (labels[:, 1:] != IGNORE).sum()
+        return negative_log_likelihood(self.module, batch, self.amp).sum() / units
 
 
 def load_text_model(args, texts, device, amp):
@@ -274,7 +277,8 @@ def hidden_states(model, split, rows, seed):
 def quality(model, texts, thetas, weights, split, rows, name):
     """{name_loss, name_ppl, name_bits_per_byte, name_topic_loss [topics]} of texts of a split; of labels name_accuracy.
 
-    Each text's NLL is the weighted mean of those under the thetas; a theta of weight 0 is not looked at.
+    Losses in nats a token, of labels a text; name_ppl is exp(name_loss). Each text's NLL is the weighted mean of those
+    under the thetas; a theta of weight 0 is not looked at.
     """
     nll, right = np.zeros(len(rows)), None
     for theta, weight in zip(thetas, weights, strict=True):
@@ -283,15 +287,15 @@ def quality(model, texts, thetas, weights, split, rows, name):
             losses, hits = judged(model, split, rows)
             nll += weight / sum(weights) * losses
             right = hits if hits is None else (0 if right is None else right) + weight / sum(weights) * hits
-    tokens, total = model.tokens[split].scored(rows), math.fsum(nll)
+    units, total = model.tokens[split].units(rows), math.fsum(nll)
     labels = texts.labels[split][rows]
     topics = [labels == c for c in range(len(texts.label_names))]
     return {
-        f"{name}_loss": total / int(tokens.sum()),
-        f"{name}_ppl": perplexity(total, int(tokens.sum())),
+        f"{name}_loss": total / int(units.sum()),
+        f"{name}_ppl": perplexity(total, int(units.sum())),
         f"{name}_bits_per_byte": bits_per_byte(total, int(model.tokens[split].byte_lengths[rows].sum())),
         **({} if right is None else {f"{name}_accuracy": float(right.mean())}),
-        f"{name}_topic_loss": [math.fsum(nll[t]) / int(tokens[t].sum()) if t.any() else None for t in topics],
+        f"{name}_topic_loss": [math.fsum(nll[t]) / int(units[t].sum()) if t.any() else None for t in topics],
     }
 
 
@@ -309,9 +313,9 @@ def clients_quality(model, thetas, group, held):
             continue
         model.weights.load(theta)
         rows, ends = np.concatenate([held[k] for k in served]), np.cumsum([len(held[k]) for k in served])[:-1]
-        (nll, right), tokens = judged(model, "train", rows), model.tokens["train"].scored(rows)
+        (nll, right), units = judged(model, "train", rows), model.tokens["train"].units(rows)
         accuracies += [] if right is None else [part.mean() for part in np.split(right, ends)]
-        for k, sums, counts in zip(served, np.split(nll, ends), np.split(tokens, ends), strict=True):
+        for k, sums, counts in zip(served, np.split(nll, ends), np.split(units, ends), strict=True):
             losses[k] = math.fsum(sums) / int(counts.sum())
     large = [loss for loss, rows in zip(losses, held, strict=True) if len(rows) >= WORST_OF]
     return {
@@ -323,15 +327,18 @@ def clients_quality(model, thetas, group, held):
 
 
 def own_loss(model, thetas, group, rows):
-    """Mean NLL a token of training texts, each under the theta of its client. Args: rows: of each client, or none."""
-    nll, tokens = [], 0
+    """Mean NLL a token, of labels a text, of training texts, each under the theta of its client.
+
+    Args: rows: of each client, or none.
+    """
+    nll, units = [], 0
     for g, theta in enumerate(thetas):
         mine = np.concatenate([np.empty(0, dtype=np.int64), *(rows[k] for k in np.flatnonzero(group == g))])
         if len(mine):
             model.weights.load(theta)
             nll += text_losses(model, "train", mine).tolist()
-            tokens += int(model.tokens["train"].scored(mine).sum())
-    return math.fsum(nll) / tokens
+            units += int(model.tokens["train"].units(mine).sum())
+    return math.fsum(nll) / units
 
 
 # ---- files

@@ -11,6 +11,7 @@ fednova   theta - eta_g (sum p_k a_k) sum p_k (theta - theta_k) / a_k           
 fedavgm, fedadam    the server's momentum or Adam on sum_k p_k (theta_k - theta)         (Hsu et al. 2019; Reddi 2021)
 fedadamw  block means of the clients' second moments last, each step adds alpha Delta_G  (Liu et al. 2025)
 local     each client for itself; central: one client with all texts, as many steps (--local-epochs: as many epochs)
+          with one optimiser from the first round to the last, where clients begin each round with a new one
 --cluster fedavg within groups of clients with like updates or topics                    (Sattler et al. 2020)
 --personal last    the last block stays with its client, all else is averaged            (Arivazhagan et al. 2019)
 """
@@ -33,7 +34,7 @@ import numpy as np
 from common.aggregation import NormalizedMean, ServerAdam, ServerMomentum, WeightedMean, effective_steps
 from common.best import Best
 from common.client_rows import rows_on_disk
-from common.local import client_optimizer, local_steps
+from common.local import OptimizerState, client_optimizer, local_steps
 from common.participation import per_round
 from common.processes import run_federated
 from common.runlog import start_run
@@ -58,10 +59,16 @@ from llm_noniid.fed_core import (
 from llm_noniid.models import memory
 
 
-def client_update(study, theta, batches, k, t, moments=None, **method):
+def new_optimizer(study):
+    """A client's optimiser, without state."""
+    a, parameters = study.args, study.model.weights.parameters
+    return client_optimizer(a.client_optimizer, parameters, a.learning_rate, weight_decay=a.weight_decay)
+
+
+def client_update(study, theta, batches, k, t, moments=None, kept=None, **method):
     """Client k's steps from theta [n]; theta_k is then in the model. Returns `common.local.LocalResult`.
 
-    moments: `common.shared_moments` that it begins with, by default a new optimiser's.
+    moments: `common.shared_moments` that it begins with; kept: its optimiser; by default a new one.
     """
     a, model = study.args, study.model
     model.weights.load(theta)
@@ -71,8 +78,7 @@ def client_update(study, theta, batches, k, t, moments=None, **method):
         moments.load(k)
         optimizer = moments.optimizer
     else:
-        parameters = model.weights.parameters
-        optimizer = client_optimizer(a.client_optimizer, parameters, a.learning_rate, weight_decay=a.weight_decay)
+        optimizer = kept or new_optimizer(study)
     steps = ((model.batch("train", rows),) for rows in batches)
     options = {"amp": model.amp, "max_norm": a.max_grad_norm, "norms": True}
     return local_steps(study.loss, steps, model.weights, optimizer, **options, **method)
@@ -93,7 +99,7 @@ def main(args):
         n, personal = study.client_weights, study.personal
         up = down = weights.bytes - personal.bytes
         models, groups = 1, Groups(np.zeros(len(rows)))
-        server, variates, moments, optimizer = None, None, None, (a.client_optimizer, a.learning_rate)
+        server, variates, moments, kept, optimizer = None, None, None, None, (a.client_optimizer, a.learning_rate)
         match a.algorithm:
             case "scaffold":
                 on_disk = rows_on_disk(len(n), together, weights.bytes)
@@ -110,6 +116,7 @@ def main(args):
                 up, down, models, groups = 0, 0, len(rows), Groups(np.arange(len(rows)))
             case "central":
                 up, down, n, rows, steps = 0, 0, [1], [np.sort(np.concatenate(rows))], steps * together
+                kept = new_optimizer(study)
         if a.cluster != "none":
             models = a.num_clusters
         if a.cluster == "labels":
@@ -117,6 +124,7 @@ def main(args):
 
         best = Best() if a.final == "best" else None
         lasting = {"groups": groups, "server": server, "moments": moments, "best": best}
+        lasting |= {"optimizer": kept and OptimizerState(kept, weights.parameters)}
         lasting |= {"variates": variates, "control": variates and variates.rows, "personal": personal.rows}
         lasting = {name: thing for name, thing in lasting.items() if thing is not None}
         run.plan(a.num_rounds, a.eval_every, clients=len(n))
@@ -165,7 +173,7 @@ def main(args):
                         if counts:
                             moments.offer(n[k])
                     case _:
-                        done = update()
+                        done = update(kept=kept)
                         personal.keep(k, weights.theta)
                         counts = mean.add(personal.sent(weights.theta, theta), n[k])
                 clients.note(k, train_loss=done.loss, gradient_norm=done.gradient_norms.double().mean())

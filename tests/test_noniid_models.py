@@ -196,17 +196,22 @@ def test_the_name_of_a_model_stands_for_one_of_the_hub():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_dropout_of_zero_leaves_nothing_to_chance(bases, tokenizer, tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
     folder = tmp_path / "dropping"
     shutil.copytree(bases / name, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5, "attn_pdrop": 0.5}))
     ids = torch.arange(40)[None]
     differ = []
-    for dropout in (None, 0.0):
-        model = models.load_base(str(folder), tokenizer, 64, 0, dropout).train()
-        with torch.no_grad():
-            differ.append(bool((model(ids).logits != model(ids).logits).any()))
-    assert differ == [True, False]
+    for i, dropout in enumerate((None, 0.0)):
+        model = models.load_base(str(folder), tokenizer, 64, 0, dropout)
+        model.save_pretrained(tmp_path / f"saved_{i}")
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"saved_{i}")
+        for one in (model.train(), saved.train()):
+            with torch.no_grad():
+                differ.append(bool((one(ids).logits != one(ids).logits).any()))
+    assert differ == [True, True, False, False]
 
 
 def test_one_gelu_is_transformers_five_operations(bases, tokenizer):

@@ -20,16 +20,24 @@ def test_every_row_is_there_once(runs):
     assert list(runs) == [row.name for row in ROWS] and len(runs) == len(ROWS)
 
 
+def test_as_many_runs_as_is_said():
+    for rows, said in ((regimes.regimes(), 159), (regimes.more(), 54)):
+        rows = list(rows)
+        assert sum(row.seeds + sum(map(len, row.tune.values())) for row in rows) == said
+        assert str(said) in regimes.__doc__
+
+
 def test_every_client_makes_as_many_steps_of_as_many_texts(runs):
     for name, (_, args) in runs.items():
+        steps = args.num_rounds * args.local_steps
         if args.algorithm == "central":
-            steps = args.num_rounds * args.local_steps * args.num_clients
-            assert steps * args.batch_size == 10 * regimes.STEPS * 8, name
-            assert steps == (regimes.STEPS if name == "central_steps" else 10 * regimes.STEPS)
+            assert 10 * steps * args.batch_size == 10 * regimes.STEPS * 8, name
+            assert 10 * steps == (regimes.STEPS if name == "central_steps" else 10 * regimes.STEPS)
         else:
-            assert (args.num_rounds * args.local_steps, args.batch_size) == (regimes.STEPS, 8), name
-        assert args.num_rounds / args.eval_every == min(12, args.num_rounds), name
-        assert args.num_clients == 10 and args.participation_rate == (0.3 if "participation" in name else 1), name
+            assert args.batch_size == 8, name
+            share = 0.3 if "participation" in name else 1
+            assert args.participation_rate == share and steps == (3 if share < 1 else 1) * regimes.STEPS, name
+        assert args.num_rounds == 4 * args.eval_every and args.num_clients == 10, name
 
 
 def test_rows_are_the_base_but_for_what_they_are_about(runs):
@@ -40,22 +48,27 @@ def test_rows_are_the_base_but_for_what_they_are_about(runs):
         away -= {"seed", "run_name", "num_rounds", "eval_every", "notes", "given", "argv"}
         iid = {"partition", "alpha", "sizes"} if args.partition == "iid" else set()
         sgd = {"learning_rate"} if "sgd" in name or "lora" in name else set()
+        lora = {"lora_dropout"} if "lora" in name else set()
         ends = {"local_steps", "batch_size", "threads"} if args.algorithm == "central" else {"server_lr"}
-        assert len(away - iid - sgd - ends - {"num_clusters"}) <= 2, (name, away)
+        assert len(away - iid - sgd - lora - ends - {"num_clusters"}) <= 2, (name, away)
 
 
-def test_every_skewed_cell_of_the_map_and_every_repair_has_its_control(runs):
+def test_every_skewed_cell_of_the_map_and_every_comparison_has_its_control(runs):
+    for name, (row, _) in runs.items():
+        if row.group in ("map", "lora") or name.startswith(("participation", "sgd")):
+            assert f"{name.split('_alpha')[0].removesuffix('_iid')}_iid" in runs
+
+
+def test_rates_are_three_by_factors_of_three_around_the_rows_own_or_anothers(runs):
     for name, (row, args) in runs.items():
-        if row.group in ("map", "lora") and args.partition == "topic_skew":
-            assert f"{name.split('_alpha')[0]}_iid" in runs
-    assert {f"{name}_h50_iid" for name in regimes.REPAIRS} <= runs.keys()
-
-
-def test_rates_are_three_by_factors_of_three_around_the_rows_own(runs):
-    for name, (row, args) in runs.items():
-        grid = {flag.replace("-", "_"): values for flag, values in row.tune.items()}
-        low, middle, high = grid.pop("learning_rate")
-        assert middle == args.learning_rate and 2.9 < middle / low < 3.4 and 2.9 < high / middle < 3.4, name
-        assert grid.keys() == {flag.replace("-", "_") for flag in regimes.REPAIRS.get(args.algorithm, ())}, name
-        of_clients = args.cluster != "none" or args.algorithm == "local"
+        grid = dict(row.tune)
+        if row.tuned_as:
+            other, taken = runs[row.tuned_as]
+            assert not other.tuned_as and "learning-rate" in other.tune and taken.local_steps == args.local_steps
+            assert grid == regimes.SECOND.get(args.algorithm, {}), name
+        else:
+            low, middle, high = grid.pop("learning-rate")
+            assert middle == args.learning_rate and 2.9 < middle / low < 3.4 and 2.9 < high / middle < 3.4, name
+            assert not grid and args.algorithm not in regimes.SECOND, name
+        of_clients = args.cluster != "none" or args.algorithm == "local" or args.personal != "none"
         assert row.objective == (regimes.MEAN_CLIENT if of_clients else ""), name

@@ -34,6 +34,8 @@ WAYS = {
     "fedadam": f"--algorithm fedadam --server-lr 0.003 {SGD}",
     "local": f"--algorithm local {SGD}",
     "central": f"--algorithm central {SGD}",
+    "central sgdm": f"--algorithm central {SGDM}",
+    "central adamw": "--algorithm central --weight-decay 0.1",
     "clusters": f"--cluster updates --num-clusters 2 --server-lr 0.8 {SGD}",
     "personal": "--personal last --server-lr 0.8 --client-optimizer sgd --learning-rate 2",
 }
@@ -70,7 +72,7 @@ class Plain:
         self.thetas = [start] * (2 if a.cluster == "updates" else 1 if a.algorithm != "local" else count)
         self.n = [len(r) if a.client_weights == "examples" else 1 for r in self.rows]
         self.c, self.c_k = self.zeros, [self.zeros] * count
-        self.v, self.m = None, self.zeros
+        self.v, self.m, self.optimizer = None, self.zeros, None
         last = [name for name in start if ".h.1." in name and a.personal == "last"]
         self.own = [{name: start[name] for name in last} for _ in range(count)]
         self.lines = [self.round(t) for t in range(a.num_rounds)]
@@ -90,11 +92,14 @@ class Plain:
         a, w = self.a, self.parameters
         for name, p in w.items():
             p.data.copy_(theta[name])
-        if a.client_optimizer == "adamw":
+        if a.algorithm == "central" and self.optimizer:
+            optimizer = self.optimizer
+        elif a.client_optimizer == "adamw":
             optimizer = torch.optim.AdamW(w.values(), lr=a.learning_rate, weight_decay=a.weight_decay)
         else:
             momentum = 0.9 if a.client_optimizer == "sgdm" else 0.0
             optimizer = torch.optim.SGD(w.values(), lr=a.learning_rate, momentum=momentum)
+        self.optimizer = optimizer
         raw, losses, batches = dict(self.zeros), [], self.batches(k, t)
         for rows in batches:
             optimizer.zero_grad()
@@ -276,3 +281,5 @@ def test_personal_is_of_fedavg_of_one_model():
     for more, flag in (("--algorithm fedprox", "--algorithm fedprox"), ("--cluster labels", "--cluster labels")):
         with pytest.raises(UsageError, match=f"--personal last is FedAvg of one model .*: drop it, or {flag}"):
             parsed(*f"--personal last {more}".split())
+    with pytest.raises(UsageError, match="--drift-samples 4 with --personal last: .* give --drift-samples 0"):
+        parsed(*"--personal last --drift-samples 4".split())

@@ -1,6 +1,8 @@
 """llm_noniid's --target label, --train full and --algorithm fedadamw against transformers and plain loops."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +23,8 @@ from common.cli import UsageError
 from common.lora import LoraModel
 from common.runlog import read_metrics
 from common.text import load_tokenizer, token_byte_lengths
-from llm_noniid import data, diagnostics, text_model
+from common.vector import Weights
+from llm_noniid import data, diagnostics, drift, text_model
 from llm_noniid.data import IGNORE
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -68,9 +71,13 @@ def test_texts_end_in_their_label_which_alone_is_scored(texts, tokenizer):
 def test_labels_need_room_and_words_of_their_own(texts, tokenizer):
     with pytest.raises(UsageError, match=r"--max-length 5 leaves no token of a text beside its label: raise it by 8"):
         data.encode_labelled(texts, tokenizer, 5)
-    alike = data.Texts(texts.name, texts.splits, texts.labels, ("a", "b", "a", "c"), [], {})
-    with pytest.raises(UsageError, match="have the same words, a, b, a, c"):
-        data.encode_labelled(alike, tokenizer, 40)
+    for names, found in (
+        (("a", "b", "a", "c"), "'a' begins with all of 'a'"),
+        (("a", "b", "c", "b c"), "'b c' .* of 'b'"),
+    ):
+        alike = data.Texts(texts.name, texts.splits, texts.labels, names, [], {})
+        with pytest.raises(UsageError, match=f"the labels of demo: {found} and is never likelier: rename one"):
+            data.encode_labelled(alike, tokenizer, 40)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +95,7 @@ def test_what_is_served_gives_the_logged_loss_and_accuracy_in_transformers(full,
     room = 96 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, answers))
     manifest = json.loads((full / "run.json").read_text())
     rows = data.stream(42, "evaluated test").choice(len(texts.splits["test"]), 24, replace=False)
-    losses, tokens, right = [], 0, 0
+    losses, right = [], 0
     for row in sorted(rows):
         label, nll = texts.labels["test"][row], []
         for name in texts.label_names:
@@ -97,13 +104,55 @@ def test_what_is_served_gives_the_logged_loss_and_accuracy_in_transformers(full,
             with torch.no_grad():
                 nll.append(model(input_ids=ids, labels=scored).loss.item() * len(answer))
         losses.append(nll[label])
-        tokens += len(answers[label])
         right += int(np.argmin(nll) == label)
-    assert manifest["results"]["test_loss"] == pytest.approx(sum(losses) / tokens, rel=1e-4)
+    assert manifest["results"]["test_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     assert manifest["results"]["test_accuracy"] == pytest.approx(right / len(rows))
     assert manifest["parameters"]["total"] == manifest["parameters"]["trainable"] == model.num_parameters()
     last = read_metrics(full)[-1]
     assert 0 <= last["mean_client_val_accuracy"] <= 1 and last["bytes_up"] == 3 * 4 * 4 * model.num_parameters()
+
+
+def model_of(texts, tokenizer, family="gpt2"):
+    """(a small `TextModel` for labels, rows of training texts whose labels have words of different lengths)."""
+    torch.manual_seed(0)
+    module, tokens = small(family, len(tokenizer)), data.encode_labelled(texts, tokenizer, 40)
+    rows = np.concatenate([np.flatnonzero(texts.labels["train"] == c)[: c + 1] for c in range(4)])
+    assert len({*tokens["train"].scored(rows).tolist()}) > 1
+    return text_model.TextModel("small", tokenizer, tokens, module, Weights(module), torch.device("cpu"), None), rows
+
+
+def test_a_batch_of_labels_has_the_mean_gradient_of_its_texts(texts, tokenizer):
+    model, rows = model_of(texts, tokenizer)
+
+    def gradient(rows):
+        grads = torch.autograd.grad(model.loss(model.batch("train", rows)), [*model.weights.parameters.values()])
+        return torch.cat([g.flatten() for g in grads])
+
+    mean = sum(gradient([row]) for row in rows) / len(rows)
+    torch.testing.assert_close(gradient(rows), mean, rtol=1e-4, atol=1e-7)
+    many = np.concatenate([rows, np.arange(20)])  # two batches of `drift.gradient`
+    mean = sum(gradient([row]) for row in many) / len(many)
+    torch.testing.assert_close(drift.gradient(model, model.weights.snapshot(), many), mean, rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_that_knows_nothing_loses_ln_v_at_each_word_of_a_label(texts, tokenizer):
+    model, rows = model_of(texts, tokenizer)
+    theta, nat = model.weights.snapshot() * 0, math.log(len(tokenizer))
+    of_label = np.array([len(answer) for answer in model.tokens["train"].answers])
+    of_text = of_label[texts.labels["train"][rows]]
+    model.weights.load(theta)
+    assert model.loss(model.batch("train", rows)).item() == pytest.approx(of_text.mean() * nat)
+    one = text_model.quality(model, texts, theta[None], [1], "train", rows, "x")
+    assert one["x_loss"] == pytest.approx(of_text.mean() * nat) and one["x_ppl"] == pytest.approx(
+        math.exp(one["x_loss"])
+    )
+    assert one["x_topic_loss"] == pytest.approx(of_label * nat)
+    held = [rows[:1], rows[1:3], rows[1:]]
+    clients = text_model.clients_quality(model, theta[None], np.zeros(3, dtype=int), held)
+    own = [part.mean() * nat for part in (of_text[:1], of_text[1:3], of_text[1:])]
+    assert clients["client_val_loss"] == pytest.approx(own)
+    learnt = text_model.own_loss(model, theta[None], np.zeros(3, dtype=int), held)
+    assert learnt == pytest.approx(of_label[texts.labels["train"][np.concatenate(held)]].mean() * nat)
 
 
 def test_plain_gram_is_that_of_the_differences():
@@ -171,6 +220,21 @@ def test_every_labels_words_are_scored_after_a_text_that_is_read_once(texts, tok
                 assert module(input_ids=ids, labels=scored).loss.item() * len(answer) == pytest.approx(
                     nll[row, c], 1e-5
                 )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_attention_precision_and_kept_keys_change_a_label_by_rounding_only(texts, tokenizer, family, amp):
+    plain, rows = model_of(texts, tokenizer, family)
+    plain.module.eval().set_attn_implementation("sdpa")
+    many = np.concatenate([rows, np.arange(30)])
+    labels, wanted = texts.labels["train"][many], text_model.text_losses(plain, "train", many)
+    for attention in ("eager", "sdpa"):
+        plain.module.set_attn_implementation(attention)
+        model = replace(plain, amp=amp)
+        nll = text_model.answer_losses(model, "train", many)[np.arange(len(many)), labels]
+        for found in (nll, text_model.text_losses(model, "train", many)):
+            np.testing.assert_allclose(found, wanted, rtol=2e-5 if amp is None else 2e-2)
 
 
 def small(family, words):

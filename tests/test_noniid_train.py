@@ -11,6 +11,7 @@ from noniid_script import call, done, failing, served, spied, words
 
 from common import grid
 from common.checkpoint import read_json
+from common.cli import method_of
 from common.runlog import Run, read_metrics
 from llm_noniid import detectors, fed_core, flags, train
 from plots import noniid_runs
@@ -29,7 +30,7 @@ def test_fedprox_of_mu_zero_and_momentum_of_zero_are_fedavg(tmp_path):
 
 
 def test_one_client_is_central_training_and_local_training(tmp_path):
-    alone = "--num-clients 1 --num-rounds 2"
+    alone = "--num-clients 1 --num-rounds 2 --client-optimizer sgd --learning-rate 0.1"  # nothing to keep
     folders = [done(tmp_path, a, f"{alone} --algorithm {a}") for a in ("fedavg", "central", "local")]
     lines = [read_metrics(folder)[1:] for folder in folders]
     for folder, other in zip(folders[1:], lines[1:], strict=True):
@@ -134,6 +135,11 @@ def test_a_flag_that_another_one_switches_off_is_no_part_of_the_method(tmp_path)
     data = [read_json(whole(f"llm_noniid/{way}") / "run.json")["data"] for way in ("fedprox", "fedavg")]
     other = read_json(done(tmp_path, "a", "--seed 1 --num-rounds 1 --local-steps 1") / "run.json")
     assert data[0] == data[1] == other["data"]  # whatever the seed
+
+
+def test_the_least_texts_of_a_client_are_read_only_where_sizes_are_drawn():
+    for line, read in (("", True), ("--sizes equal", False), ("--partition iid", False)):
+        assert ("min_samples" in method_of(flags.parse(train.build_parser(), line.split()))) is read
 
 
 def test_central_takes_all_cores_unless_told():

@@ -232,6 +232,27 @@ def test_a_setting_has_an_objective_of_its_own(study, tmp_path, capsys):
     assert "| sure (mine) | lr | 0.125: 0.1250" in capsys.readouterr().out
 
 
+def test_a_setting_takes_what_another_was_tuned_to(study, tmp_path, capsys):
+    sure, fragile = settings(sure=2, fragile=4)
+    sure = replace(sure, tune={"lr": (1, 2, 4)})
+    both = replace(fragile, tuned_as="sure", tune={"share": (0.25, 0.5)})
+    all_of_it = replace(fragile, name="same", tuned_as="sure")
+    with pytest.raises(UsageError, match="fragile takes what sure is tuned to: --tune that first, or too"):
+        study((both,), "--tune")
+    with pytest.raises(UsageError, match="same takes what sure is tuned to: --tune that first, or --tuned none"):
+        study((all_of_it,))
+    assert study((both, all_of_it, sure), "--tune --jobs 3") == 0
+    shares = {name: line for name, line in rates(tmp_path / "out").items() if "fragile" in name}
+    assert {line[0] for line in shares.values()} == {"2"} and len(
+        shares
+    ) == 3  # 1 at the edge, then 2, which is refused
+    assert study((both, all_of_it, sure), "--jobs 3") == 0
+    runs = {name.split("_")[0]: line for name, line in rates(tmp_path / "out").items() if "tuning" not in name}
+    assert runs == {"sure": ("2", "0.5"), "same": ("2", "0.5"), "fragile": ("2", "1")}
+    with pytest.raises(UsageError, match="--seeds 100: .*tuned.json tuned --lr of same on it"):
+        study((all_of_it,), "--seeds 100")
+
+
 def test_a_run_that_failed_is_no_run_that_diverged(study, tmp_path, capsys):
     with pytest.raises(RunFailed, match=r"1 runs did not finish \(tuning/full_seed_100_lr_4\): see"):
         study(settings(full=2), "--tune lr 1 2 4 --jobs 3")

@@ -20,7 +20,6 @@ ALIKE = (
     "lora_glue_fl/stack",
     "llm_noniid/fedprox",
     "llm_noniid/fedavgm",
-    "llm_noniid/central",
 )
 OF_EACH_SCRIPT = list({harness.GOLDEN[name].script: name for name in RESUMED if name not in ALIKE}.values())
 OTHERS = [name for name in RESUMED if name not in (*OF_EACH_SCRIPT, *ALIKE)]
