@@ -3,7 +3,7 @@
     python plots/mamba_gap.py --data-dir mamba_fl/results/gap.jsonl mamba_fl/results/tuning/gap.jsonl
 
     gap         5_gap.png: FedAvg's test perplexity over central training's against the local updates (LU), a line for
-                each form of --client-state: left all at the lowest rate that was tried, right each at its best
+                each form of --client-state: left all at central training's lowest rate, right each at its best
     frontier    6_frontier.png: test perplexity against the bytes that a client sends and receives
     rates       7_rates.png: validation perplexity against the rate, on the seed of --tune
 
@@ -110,13 +110,13 @@ def lu_axis(axis, places):
 
 def draw_gap(setting, found, args):
     kept, rates = found
-    figure, axes = new_figure(columns=2, width=7.2, height=3.6, sharey=True)
+    figure, axes = new_figure(columns=2, width=6.9, height=3.5, sharey=True)
     left, right = axes[0]
-    # the lowest rate that every row was tried at: a common, careful choice
-    common = min(set.intersection(*map(set, rates.values())), default=None)
-    for form, lus in lines(rates) if common else ():
-        left.plot(lus, [rates[form, lu][common] / rates[CENTRALLY][common] for lu in lus], **own(form))
-    left.set_title(f"All at one rate, {common:g} (validation)" if common else "no rate that all have", fontsize=9)
+    common = min(rates[CENTRALLY])
+    for form, lus in lines(rates):
+        at = [lu for lu in lus if common in rates[form, lu]]
+        left.plot(at, [rates[form, lu][common] / rates[CENTRALLY][common] for lu in at], **own(form))
+    left.set_title(f"All at one rate, {common:g} (validation)", fontsize=9)
     for form, lus in lines(kept):
         points = np.array([ratio(kept[form, lu], kept[CENTRALLY]) for lu in lus])  # [LU, 3]
         bars = np.abs(points[:, 1:] - points[:, :1]).T

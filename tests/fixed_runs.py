@@ -249,7 +249,8 @@ def unpack(log, root):
             manifest["results"] = (row["results"] or {}) | {"failed": row["failed"]}
         manifest["data"] = data if isinstance(data, dict) else {"sha256": data}
         manifest |= {"status": "failed" if row.get("reason") else "finished", "reason": row.get("reason")}
-        manifest |= {key: row[key] for key in ("git_commit", "versions", "resolved") if key in row}
+        kept = ("git_commit", "versions", "resolved", "method", "clients", "ended")
+        manifest |= {key: row[key] for key in kept if row.get(key) is not None}
         save(root / row["name"], row["curve"], **manifest)
     for path in sorted((ROOT / log).parent.glob("failure_map_*.json")):
         (root / path.stem).mkdir()
@@ -262,7 +263,7 @@ STUDIES = {
     "glue": glue_study,
     "noniid": noniid_folders.write_study,
     "report": report_study,
-    "mamba log": lambda root: [unpack(f"mamba_fl/results/{name}.jsonl", root / name) for name in ("small", "source")],
+    "mamba log": lambda root: [unpack(f"mamba_fl/results/{name}.jsonl", root / name) for name in ("gap", "source")],
     "vit log": lambda root: unpack("vit_sparse_fl/results/stand_in.jsonl", root),
     "glue log": lambda root: unpack("lora_glue_fl/results/small.jsonl", root),
     "noniid log": lambda root: unpack("llm_noniid/results/study.jsonl", root),

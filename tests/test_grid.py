@@ -379,7 +379,11 @@ def test_the_study_of_llm_noniid_varies_one_factor_at_a_time_in_at_most_100_runs
 @pytest.mark.parametrize(
     ("runner", "line", "error"),
     [
-        ("mamba_fl/run_study", "--only nosuch", "--only nosuch: not in this preset; choose from central, fed_avg_lu1"),
+        (
+            "mamba_fl/run_study",
+            "--only nosuch",
+            "--only nosuch: not in this preset; choose from central, keep, keep_lu1",
+        ),
         ("vit_sparse_fl/run_all_experiments", "--stand-in --model tiny", "--stand-in decides --model itself"),
         ("lora_glue_fl/run_study", "--tasks mrpc wnli", "--tasks wnli: not in the preset; choose from sst2, mrpc"),
         ("llm_noniid/run_experiments", "--mode quick --algorithm fedavg", "--algorithm is set for each run by this"),
@@ -500,7 +504,7 @@ def test_a_small_grid_of_real_runs(runner, line, names, table, tmp_path, capfd, 
 @pytest.mark.parametrize(
     ("runner", "line", "error"),
     [
-        ("mamba_fl/run_study", "--only fed_fisher --data-root {tmp}", "fed_fisher_seed_0: no WikiText-2 under {tmp}"),
+        ("mamba_fl/run_study", "--only keep_lu8 --data-root {tmp}", "keep_lu8_seed_0: no WikiText-2 under {tmp}"),
         ("vit_sparse_fl/run_all_experiments", "--stand-in --data-root {tmp}", "pretrain: no CIFAR-100 under {tmp}"),
         ("vit_sparse_fl/run_all_experiments", "--quick --classes 5:5", "centralized_seed_0: argument --classes: '5:5'"),
         (

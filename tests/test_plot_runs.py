@@ -174,7 +174,7 @@ COLUMNS = '--columns "val loss" "vs FedAvg" "mean client" "worst client" cosine 
 AGAINST = "--against iid --fields val_accuracy val_loss"
 # study -> {log: flags of the table that its README has of it}; a log that is not there yet has no table
 SHOWN = {
-    "mamba_fl": {"small": "", "source": ""},
+    "mamba_fl": {"gap": "", "source": ""},
     "vit_sparse_fl": {"stand_in": ""},
     "lora_glue_fl": {"small": "--wide"},
 }
