@@ -116,8 +116,16 @@ PRESETS = {
         "--max-length 64 --learning-rate 3e-3".split(),
         study,
     ),
-    "regimes": Preset(tuple(regimes.SHARED.split()), lambda base, rates: regimes.regimes(), seeds=(0, 1, 2, 3, 4)),
-    "regimes-more": Preset(tuple(regimes.SHARED.split()), lambda base, rates: regimes.more(), seeds=(0, 1, 2)),
+    "regimes": Preset(
+        tuple(regimes.SHARED.split()),
+        lambda base, rates: regimes.regimes(),
+        tuple(range(5)),
+        "val_accuracy",
+        higher=True,
+    ),
+    "regimes-more": Preset(
+        tuple(regimes.SHARED.split()), lambda base, rates: regimes.more(), tuple(range(3)), "val_accuracy", higher=True
+    ),
 }
 
 # ---- the runs
