@@ -19,6 +19,8 @@ the validation accuracy: by the loss, rates would win at which a model of skewed
 Rows that take another's rate: alpha 1 that of IID at its H; IID under SCAFFOLD and FedAdamW, and what `personal` has,
 FedAvg's under IID; a share of the clients, unequal sizes and three times the rounds that of the row they vary; FedProx
 and the server's optimisers FedAvg's, at which their second flag is tuned.
+
+`regimes` has 159 runs with the tuning, `regimes-more` 54, with the same base, for what says less: `--only` a group.
 """
 
 from common.grid import Setting

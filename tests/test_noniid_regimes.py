@@ -21,10 +21,10 @@ def test_every_row_is_there_once(runs):
 
 
 def test_as_many_runs_as_is_said():
-    for rows, said in ((regimes.regimes(), 159), (regimes.more(), 54)):
+    for rows, said in ((regimes.regimes(), "159 runs"), (regimes.more(), "54")):
         rows = list(rows)
-        assert sum(row.seeds + sum(map(len, row.tune.values())) for row in rows) == said
-        assert str(said) in regimes.__doc__
+        count = sum(row.seeds + sum(map(len, row.tune.values())) for row in rows)
+        assert said.split()[0] == str(count) and f" {said}" in regimes.__doc__
 
 
 def test_every_client_makes_as_many_steps_of_as_many_texts(runs):
@@ -35,9 +35,13 @@ def test_every_client_makes_as_many_steps_of_as_many_texts(runs):
             assert 10 * steps == (regimes.STEPS if name == "central_steps" else 10 * regimes.STEPS)
         else:
             assert args.batch_size == 8, name
-            share = 0.3 if "participation" in name else 1
-            assert args.participation_rate == share and steps == (3 if share < 1 else 1) * regimes.STEPS, name
-        assert args.num_rounds == 4 * args.eval_every and args.num_clients == 10, name
+            share, times = (
+                0.3 if "participation" in name else 1,
+                3 if "rounds_12" in name or "participation" in name else 1,
+            )
+            assert args.participation_rate == share and steps == times * regimes.STEPS, name
+        evaluations = args.num_rounds // args.eval_every
+        assert evaluations == (2 if args.local_steps == 100 else 4) and args.num_clients == 10, name
 
 
 def test_rows_are_the_base_but_for_what_they_are_about(runs):
@@ -64,11 +68,10 @@ def test_rates_are_three_by_factors_of_three_around_the_rows_own_or_anothers(run
         grid = dict(row.tune)
         if row.tuned_as:
             other, taken = runs[row.tuned_as]
-            assert not other.tuned_as and "learning-rate" in other.tune and taken.local_steps == args.local_steps
+            assert taken.local_steps == args.local_steps and ("learning-rate" in other.tune or other.tuned_as)
             assert grid == regimes.SECOND.get(args.algorithm, {}), name
         else:
             low, middle, high = grid.pop("learning-rate")
             assert middle == args.learning_rate and 2.9 < middle / low < 3.4 and 2.9 < high / middle < 3.4, name
             assert not grid and args.algorithm not in regimes.SECOND, name
-        of_clients = args.cluster != "none" or args.algorithm == "local" or args.personal != "none"
-        assert row.objective == (regimes.MEAN_CLIENT if of_clients else ""), name
+        assert not row.objective, name
