@@ -310,8 +310,8 @@ PLANS = {
     ("llm_noniid/run_experiments", "--mode main --seeds 1 2"): (72, "651a66d65ca7"),
     ("llm_noniid/run_experiments", "--mode failure --mu 0.5"): (12, "ba2ebb1445ff"),
     ("llm_noniid/run_experiments", "--mode study --model models/small --amp auto"): (78, "115ea169b000"),
-    ("llm_noniid/run_experiments", "--mode regimes --model models/small"): (102, "ac8f41e5d621"),
-    ("llm_noniid/run_experiments", "--mode regimes-more --model models/small"): (36, "b018836f72d8"),
+    ("llm_noniid/run_experiments", "--mode regimes --model models/small"): (110, "75703be7d69a"),
+    ("llm_noniid/run_experiments", "--mode regimes-more --model models/small"): (36, "5a1cce037b0e"),
     ("llm_noniid/run_experiments", "--mode study --model tiny --dataset demo --rounds 3"): (
         76,
         "06970167c44f",
