@@ -35,8 +35,6 @@ TARGETS = ("text", "label")
 PERSONAL = ("none", "last")
 TRAINED = ("lora", "full")
 STOP_ON = ("never", "divergence", "any")
-MAP_FILE = "failure_map.json"
-ALPHAS = (0.1, 100.0, 1.0, 0.01)  # of a failure map, in the order of the search
 ALIKE = {  # section of a yaml file -> keys that are called as their flag
     "model": "lora_r lora_alpha lora_dropout max_length",
     "data": "dataset num_clients alpha skew_type batch_size max_samples seed",

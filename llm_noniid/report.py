@@ -1,4 +1,4 @@
-"""The page of this study's runs: paired differences and failure maps on top of plots/report.py's tables and figures.
+"""The page of this study's runs: paired differences on top of plots/report.py's tables and figures.
 
     python llm_noniid/report.py --results-dir results --out results/report.html
 
@@ -24,8 +24,7 @@ if __name__ == "__main__":  # above the imports that take seconds: --help and a 
 
 from plots import report, tables
 from plots.noniid import STUDY, TABLE
-from plots.noniid_maps import read_maps
-from plots.report import details, escape, from_markdown, paragraph, table_html
+from plots.report import from_markdown
 from plots.runs import read_runs
 
 TITLE = "When federated fine-tuning of language models breaks"
@@ -55,36 +54,11 @@ def text(folder):
 
 def write(folder, out, figures=True):
     """Writes the page of the runs in `folder` to `out`; its figures also into `folder`/figures. Returns its path."""
-    lead, notes = [], []
+    lead = []
     for head, parts in differences(folder).items():
         lead += [f"<h2>{head}</h2>", *from_markdown(parts)]
-    maps = read_maps([Path(folder)], notes, strict=False)
-    lead += ["<h2>Failure maps</h2>" if maps else "", *map(map_part, maps), *map(paragraph, notes)]
     keep = Path(folder) / "figures" if figures else None
     return report.write([folder], out, TITLE, "\n".join(lead), figures, keep=keep)
-
-
-def map_part(one):
-    """A failure map as tables: the boundary of each alpha, then every point."""
-    axis = one["axis"].replace("_", " ")
-    state = "" if one.get("finished", True) else ", not finished"
-    title = f"{one['algorithm']}, {axis}, seed {one.get('seed', '-')}: {len(one['points'])} runs{state}"
-    ends = [["alpha", f"largest {axis} that works", "smallest that fails"]]
-    for line in sorted(one["boundary"], key=lambda line: -line["alpha"]):
-        ends.append(["-" if line[key] is None else f"{line[key]:g}" for key in ("alpha", "works", "fails")])
-    points = [["alpha", axis, "", "loss (nats)"]]
-    for point in sorted(one["points"], key=lambda point: (-point["alpha"], point["value"])):
-        loss = "-" if point["val_loss"] is None else f"{point['val_loss']:.4f}"
-        state = point.get("reason") or ("failed" if point["failed"] else "works")
-        points.append([f"{point['alpha']:g}", f"{point['value']:g}", state, loss])
-    start = one.get("start_val_loss")
-    odd = [
-        paragraph(f"Not monotone: alpha {v['alpha']:g} fails at {v['failed']:g} but works at {v['worked']:g}.")
-        for v in one.get("violations") or []
-    ]
-    before = "" if start is None else paragraph(f"Loss before training: {start:.4f} nats.")
-    shown = [f"<h3>{escape(title)}</h3>", before, table_html(ends), *odd, details("All points", table_html(points))]
-    return "".join(shown)
 
 
 def main(args):

@@ -14,7 +14,7 @@ main     3 algorithms x 4 partitions x participation 0.3, 0.5, 1.0
 failure  3 algorithms x (alpha 0.01; participation 0.1; learning rate 1e-3; 5 local epochs), topic skew
 study    one factor at a time from FedAvg, topic skew, alpha 0.1: the partitions with 3 algorithms, alpha 100, 1, 0.01,
          participation 0.3, 0.1, higher learning rates (IID too), 5 times the local steps, clusters, local and central
-         training, WikiText-2 beside AG News; and maps of the failures of FedAvg and SCAFFOLD
+         training, WikiText-2 beside AG News
 regimes  when label skew breaks it, and what repairs it: the rows of regimes.py, each with rates of its own (first
          --tune, then without); regimes-more has those of less weight
 
@@ -26,10 +26,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import grid, tuning
-from common.cli import Parser, UsageError, non_negative_int, positive_float, positive_int, run_main
+from common.cli import UsageError, non_negative_int, positive_float, positive_int, run_main
 from common.grid import Preset, Setting
 from llm_noniid import flags, regimes
-from llm_noniid.flags import ALPHAS, MAP_FILE, PARTITIONS
+from llm_noniid.flags import PARTITIONS
 
 SHOW = tuple(
     ("llm_noniid/run_experiments.py", "--mode", mode, "--results-dir", "{output}") for mode in ("compare", "analyze")
@@ -38,8 +38,6 @@ GIVEN = "model dataset data_root cache_dir max_samples local_steps num_rounds de
 SET_HERE = "algorithm partition seed run_name name overwrite resume cluster mu".split()
 ALGORITHMS = ("fedavg", "fedprox", "scaffold")
 MORE_STEPS = 5  # times the local steps: the study's 5 local epochs
-MAP_BUDGET = 10  # runs of each of the study's failure maps
-MAP_RANGE = (1 / 3, 300)  # of the study's maps, times the learning rate
 QUICK_MU = 1.0  # at train.py's 0.01 FedProx is FedAvg in every digit shown
 
 # ---- the grids: each setting is a tuple of flags of train.py
@@ -148,8 +146,7 @@ def plan(args, words):
     ]
     name = f"{args.preset}_{{setting}}_{of}_seed_{{seed}}"
     runs = grid.expand(chosen, shared, args.seeds, output, name, needs=first[0].name if first else "")
-    maps = ("fedavg", "scaffold") if args.preset == "study" and args.map_budget and not args.only else ()
-    return first + runs + [failure_map(algorithm, base, shared, args, f"{algorithm}_{of}") for algorithm in maps]
+    return first + runs
 
 
 def base_model(base):
@@ -167,20 +164,6 @@ def with_untrained_model(runs):
         return []
     words = ("tiny" if word == str(made) else word for word in run.command)
     return [grid.Run(run.name, (*words, "--run-name", "check"))]
-
-
-def failure_map(algorithm, base, shared, args, of):
-    """The run that makes a map of failures over alpha and learning rate."""
-    folder = Path(args.output_dir) / f"failure_map_{of}"
-    low, high = (f"{base.learning_rate * factor:g}" for factor in MAP_RANGE)
-    words = ["--algorithm", algorithm, "--axis", "learning_rate", "--low", low, "--high", high]
-    words += ["--alphas", *(f"{alpha:g}" for alpha in ALPHAS), "--budget", str(args.map_budget)]
-    words += ["--seed", str(args.seeds[0]), "--output-dir", str(folder)]
-    searched = Parser("", add_help=False)
-    searched.add_argument("--learning-rate", "--lr")
-    searched.add_argument("--alpha")
-    words += searched.parse_known_args(shared)[1]
-    return grid.Run(folder.name, ("llm_noniid/failure_map.py", *words), record=MAP_FILE)
 
 
 def main(args, words):
@@ -201,9 +184,6 @@ def build_parser():
     parser = grid.build_parser(text, modes, "quick", "results", preset_names=["--mode"], output_names=["--results-dir"])
     parser.add_argument(
         "--learning-rates", type=positive_float, nargs="+", metavar="X", help="of the study (default: 10, 100 times)"
-    )
-    parser.add_argument(
-        "--map-budget", type=non_negative_int, default=MAP_BUDGET, metavar="N", help="runs of each failure map; off: 0"
     )
     parser.add_argument("--mu", type=positive_float, metavar="X", help="of the fedprox runs (default: train.py's)")
     run = parser.add_argument_group("given to every run (default: the mode's, else train.py's)")

@@ -14,6 +14,7 @@ figure of its own, with what sets it apart in the file's name. A line is the mea
 their minimum to maximum. Perplexity is exp(mean NLL per token), so the axis is logarithmic.
 """
 
+import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,7 @@ from common.curves import break_lines, log_axis, new_figure, token_unit, tokens_
 from common.participation import per_round
 from plots import style
 from plots.runs import LeftOut, Study, base_name, text
-from plots.seeds import curves_of, interval, label, lines_of, nearest, paired
+from plots.seeds import curves_of, label, lines_of, nearest, ratio
 from plots.style import Figure, band, caption, each_group, look, looks_of, markers_at, seeds_text
 from plots.tables import SEEDS, Column, Table, result, whole
 
@@ -380,17 +381,23 @@ def central_of(curve, curves):
         unlike = sum(a != b for a, b in zip(*values, strict=True))
         return batch(c) != batch(curve), unlike, c.results("final_val_ppl").mean()
 
-    tokens = curve.results("tokens").mean()
-    alike = [c for c in curves if c.central and abs(c.results("tokens").mean() / tokens - 1) < 0.02]
-    return min(alike, key=apart, default=None)
+    return min((c for c in of_as_many_tokens(curve, curves) if c.central), key=apart, default=None)
 
 
 def plain_of(curve, curves):
     """FedAvg with each client's own moments at as many local updates and tokens, the least different; None without."""
-    tokens, lu = curve.results("tokens").mean(), curve.runs[0].args.get("local_updates")
-    alike = [c for c in curves if c.kind == "fed_avg" and c.runs[0].args.get("client_state", "keep") == "keep"]
-    alike = [c for c in alike if abs(c.results("tokens").mean() / tokens - 1) < 0.02]
-    return nearest(curve, [c for c in alike if c.runs[0].args["local_updates"] == lu])
+
+    def plain(c):
+        args = c.runs[0].args
+        own = c.kind == "fed_avg" and args.get("client_state", "keep") == "keep"
+        return own and args["local_updates"] == curve.runs[0].args.get("local_updates")
+
+    return nearest(curve, [c for c in of_as_many_tokens(curve, curves) if plain(c)])
+
+
+def of_as_many_tokens(curve, curves):
+    """Those trained on as many tokens as `curve`, within 2 %."""
+    return [c for c in curves if abs(c.results("tokens").mean() / curve.results("tokens").mean() - 1) < 0.02]
 
 
 def ratio_to(base_of):
@@ -401,11 +408,10 @@ def ratio_to(base_of):
         base = base_of(curve, curves)
         if curve.central or base in (None, curve):
             return "-" if base is None and not curve.central else "1"
-        logs = np.log(paired(curve, base, "test_ppl_last", np.divide))
-        if not len(logs) or not np.isfinite(logs).all():
+        mean, low, high = ratio(curve, base, "test_ppl_last")
+        if not math.isfinite(mean):
             return "-"
-        ends = "" if len(logs) == 1 else " [{:.3f}, {:.3f}]".format(*np.exp(interval(logs)))
-        return f"{np.exp(logs.mean()):.3f}{ends}"
+        return f"{mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if math.isfinite(low) else "")
 
     return cell
 

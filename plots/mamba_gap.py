@@ -20,7 +20,7 @@ from common.curves import log_axis, new_figure, number, set_title
 from plots import style
 from plots.mamba import STUDY, central_of
 from plots.runs import describe
-from plots.seeds import curves_of, interval, paired
+from plots.seeds import curves_of, ratio
 from plots.style import CENTRAL, Figure, each_group, look
 
 FORMS = {  # --client-state: how its line is called
@@ -79,13 +79,6 @@ def tried(runs, notes=None):
     }
 
 
-def ratio(curve, central, name="test_ppl_last"):
-    """(mean, low, high) of a result's ratio to central training's: the geometric mean over the seeds that both have,
-    and the 95 % interval of a paired t test of its logarithm."""
-    logs = np.log(paired(curve, central, name, np.divide))
-    return tuple(np.exp([logs.mean(), *interval(logs)]))
-
-
 # ---- drawing
 
 
@@ -118,7 +111,7 @@ def draw_gap(setting, found, args):
         left.plot(at, [rates[form, lu][common] / rates[CENTRALLY][common] for lu in at], **own(form))
     left.set_title(f"All at one rate, {common:g} (validation)", fontsize=9)
     for form, lus in lines(kept):
-        points = np.array([ratio(kept[form, lu], kept[CENTRALLY]) for lu in lus])  # [LU, 3]
+        points = np.array([ratio(kept[form, lu], kept[CENTRALLY], "test_ppl_last") for lu in lus])  # [LU, 3]
         bars = np.abs(points[:, 1:] - points[:, :1]).T
         right.errorbar(lus, points[:, 0], bars, capsize=3, label=FORMS[form], **own(form))
     counts = sorted({len(curve.runs) for curve in kept.values()})

@@ -1,7 +1,7 @@
 """Figures of llm_noniid.
 
     python plots/noniid.py --data-dir results --out-dir results/plots           # all that the runs allow
-    python plots/noniid.py curves failure_map --data-dir llm_noniid/results/study.jsonl
+    python plots/noniid.py curves clients --data-dir llm_noniid/results/study.jsonl
     python plots/tables.py llm_noniid
 
     curves        validation loss against rounds, a panel per partition (noniid_curves.png), of labels the accuracy
@@ -26,7 +26,7 @@
                   (noniid_clients.png); the same minus FedAvg's of the same client and seed (_against); each topic's
                   validation loss (_topics). A central run stands in the partition that its own flags name
     cost_map      plots/noniid_costs.py
-    similarity, partition, failure_map     plots/noniid_maps.py
+    similarity, partition     plots/noniid_maps.py
 
 Lines are means over seeds, bands and bars one standard deviation each way; losses are in nats per token, of labels per
 text. Central training is a horizontal line at its last loss. A curve that leaves the axis ends in an arrow. Letters
@@ -433,7 +433,6 @@ FIGURES = {
     "cost_map": noniid_costs.COST_MAP,
     "similarity": noniid_maps.SIMILARITY,
     "partition": noniid_maps.PARTITION,
-    "failure_map": noniid_maps.FAILURES,
 }
 for factor, name in FACTORS.items():
     select, needs = partial(factor_figures, factor=factor), f"runs of one method with two values of {name}"

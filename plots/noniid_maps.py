@@ -1,6 +1,6 @@
-"""Maps of llm_noniid: what the clients' texts are, how alike their updates, where training fails.
+"""Maps of llm_noniid: what the clients' texts are, how alike their updates.
 
-python plots/noniid.py partition similarity failure_map --data-dir results --out-dir results/plots
+python plots/noniid.py partition similarity --data-dir results --out-dir results/plots
 
 partition    from partition.json, of each partition the lowest seed (rounds, rates and algorithms do not matter):
              noniid_partition_topics.png, texts of each topic at each client; _divergence, Jensen-Shannon divergence
@@ -12,24 +12,18 @@ similarity   cos(d_i, d_j) of every pair of clients, d_k = s (B_k A_k - B A) ove
              after the last (_last); after the first, a column per alpha, a row per method (_alpha). Under topic
              skew clients stand in the order of their most frequent topic, white lines between topics; else by id.
              The diagonal, always 1, is left out of the colours
-failure_map  noniid_failure_map_AXIS.png of failure_map*.json (`llm_noniid/failure_map.py`): the boundary between
-             training that works and training that fails over alpha and AXIS, learning_rate or local_steps, a panel
-             per algorithm. Points are runs: a filled dot worked, a cross failed. The line joins the middles (on a
-             log scale) of the brackets between the largest value that worked and the smallest that failed; a
-             bracket with one end only is an arrow to where the boundary must be. Above, hatched, training fails
 """
 
 import json
 import math
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from common.cli import UsageError
-from common.curves import COLORS, GREY, new_figure, number, plain_ticks, set_title
+from common.curves import GREY, new_figure, set_title
 from plots.noniid_runs import KEYS, PLACE, STUDY, factor_figures, figures_of, place_order
-from plots.runs import LeftOut, describe, files_named, like_with_like
+from plots.runs import describe, like_with_like
 from plots.style import Figure, all_curves, heat_map, legend_below, panel_axes, sideways
 
 NEEDED = ("label_names", "label_histograms", "vocabulary_overlap", "quantiles", "length_tokens", "length_tokens_all")
@@ -265,123 +259,6 @@ def draw_cosines(axis, cosines, ids, blocks, low, high, numbers):
         axis.axvline(first - 0.5, color="white", linewidth=1.6)
 
 
-# ---- failure maps
-
-AXES = {"learning_rate": "Learning rate", "local_steps": "Local steps a round"}
-
-
-def read_map(path):
-    """(what sets a failure map apart from others, the map as a dict, with its `path`). Raises UsageError."""
-    try:
-        one = json.loads(path.read_text(encoding="utf-8")) | {"path": path}
-        for point in one["points"]:
-            if not (number(point["alpha"]) > 0 < number(point["value"]) and isinstance(point["failed"], bool)):
-                raise ValueError(f"the point {point}")
-        for line in one["boundary"]:
-            if not (number(line["alpha"]) > 0 and {"works", "fails"} <= line.keys()):
-                raise ValueError(f"the boundary {line}")
-        return (one["algorithm"], one["axis"], one["seed"], json.dumps(one["setting"], sort_keys=True)), one
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged ({error}): run failure_map.py again") from error
-
-
-def read_maps(paths, notes, strict=True):
-    """The failure maps in `paths`; of two with one algorithm, axis, setting and seed the later counts.
-
-    strict: a damaged one raises UsageError; else `notes` gets a line.
-    """
-    maps = {}
-    files = {file for path in paths for file in files_named(path, STUDY.beside)}
-    for path in sorted(files, key=lambda path: (path.stat().st_mtime, path)):
-        try:
-            key, one = read_map(path)
-        except UsageError as error:
-            if strict:
-                raise
-            notes.append(str(error))
-            continue
-        if not one["points"]:
-            notes.append(LeftOut(path.parent.name, "no run yet", str(path)))
-            continue
-        if key in maps:
-            old = maps[key]["path"]
-            notes.append(LeftOut(old.parent.name, f"the same flags as {path}, which is later", str(old)))
-        maps[key] = one
-    return sorted(maps.values(), key=lambda one: list(STUDY.kinds).index(one["algorithm"]))
-
-
-def maps_along(axis):
-    def select(paths, notes):
-        maps = [one for one in read_maps(paths, notes) if one["axis"] == axis]
-        return [({}, maps)] if maps else []
-
-    return select
-
-
-def draw_maps(_, maps, args):
-    name = maps[0]["axis"]
-    size = {"width": 5.8} if len(maps) == 1 else {}
-    figure, axes = panel_axes(len(maps), 3, height=3.4, extra=1.2, sharex=True, sharey=True, **size)
-    alphas = sorted({point["alpha"] for one in maps for point in one["points"]})
-    values = [point["value"] for one in maps for point in one["points"]]
-    low, high = min(values) / 1.5, max(values) * 1.5
-    titles = [STUDY.kinds[one["algorithm"]] for one in maps]
-    if len(set(titles)) < len(titles):
-        titles = [f"{title}, {one['path'].parent.name}" for title, one in zip(titles, maps, strict=True)]
-    for axis, one, title in zip(axes, maps, titles, strict=True):
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_ylim(low, high)
-        axis.set_xlim(alphas[0] / 2, alphas[-1] * 2)
-        draw_boundary(axis, sorted(one["boundary"], key=lambda line: line["alpha"]), high)
-        for failed, marker, words in ((False, "o", "works"), (True, "X", "fails")):
-            at = [(point["alpha"], point["value"]) for point in one["points"] if point["failed"] == failed]
-            own = {"color": COLORS[1] if failed else "black", "markersize": 7 if failed else 5.5, "zorder": 4}
-            if at:
-                axis.plot(*zip(*at, strict=True), marker, label=words, markeredgecolor="white", **own)
-        axis.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
-        axis.minorticks_off()
-        axis.set_title(f"{title} ({len(one['points'])} runs)", fontsize=9.5)
-        axis.tick_params(labelbottom=True, labelleft=True)
-        axis.set_xlabel("Dirichlet's alpha (left: more skew, right: alike)", fontsize=9)
-        axis.set_ylabel(AXES[name])
-    plain_ticks(axes[0].yaxis, low, high)
-    legend_below(figure, axes)
-    set_title(figure, f"Where training fails: alpha against {AXES[name].lower()}\n{about_maps(maps)}")
-    return figure
-
-
-def draw_boundary(axis, boundary, high):
-    middles = []
-    for line in boundary:
-        alpha, works, fails = line["alpha"], number(line["works"]), number(line["fails"])
-        if works > 0 and fails > 0:
-            middles.append((alpha, math.sqrt(works * fails)))
-            axis.plot([alpha] * 2, [works, fails], "-", color="#555555", linewidth=5, alpha=0.35, zorder=2)
-        elif works > 0 or fails > 0:
-            start, end = (works, works * 1.8) if works > 0 else (fails, fails / 1.8)
-            arrow = {"arrowstyle": "-|>", "linewidth": 1.6, "color": "#555555", "shrinkA": 6, "shrinkB": 0}
-            axis.annotate("", (alpha, end), (alpha, start), arrowprops=arrow, annotation_clip=False)
-    if middles:
-        x, y = zip(*middles, strict=True)
-        axis.plot(x, y, "--", color="black", linewidth=1.6, marker="_", markersize=14, label="boundary", zorder=3)
-        hatch = {"facecolor": "none", "edgecolor": "#bbbbbb", "hatch": "///", "linewidth": 0, "zorder": 1}
-        axis.fill_between(x, y, high, label="training fails", **hatch)
-
-
-def about_maps(maps):
-    """What the maps' settings agree on, in words."""
-    words = {"dataset": "{}", "model": "{}", "num_clients": "{} clients", "local_steps": "{} local steps"}
-    words |= {"learning_rate": "lr {:g}", "num_rounds": "{} rounds", "participation_rate": "participation {:g}"}
-    settings = [one["setting"] | {"seed": one["seed"]} for one in maps]
-    said = []
-    for name, form in (words | {"seed": "seed {}"}).items():
-        value, *others = (setting.get(name) for setting in settings)
-        if value is not None and all(other == value for other in others):
-            said.append(form.format(Path(value).name if name == "model" else value))
-    return ", ".join(said)
-
-
 # ---- all of them
 
 COSINES = "runs with one global model, whose metrics.jsonl has update_cosines"
@@ -399,8 +276,4 @@ PARTITION = [
         ("lengths", draw_lengths),
         ("vocabulary", draw_vocabulary),
     )
-]
-FAILURES = [
-    Figure(f"noniid_failure_map_{axis}", maps_along(axis), draw_maps, "failure_map.py's failure_map.json", paths=True)
-    for axis in AXES
 ]

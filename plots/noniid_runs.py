@@ -28,7 +28,7 @@ import numpy as np
 
 from common.cli import positive_float
 from common.curves import failure, number
-from plots.runs import LeftOut, Study, base_name, describe, like_with_like, order_of, shared_setting, text, words_for
+from plots.runs import Study, base_name, describe, like_with_like, order_of, shared_setting, text, words_for
 from plots.seeds import curves_of, distance, lines_of, nearest
 from plots.style import Panel, all_curves
 from plots.tables import (
@@ -73,7 +73,6 @@ WIDE = (*FREE, "rounds")  # of paired differences and costs: the same budget in 
 TUNED = {"learning_rate", "server_lr", "mu"}  # of each row
 DIFFER = {"iid": {*PLACE, "min_samples"}, "fedavg": set()}  # in what a row and its baseline differ
 NO_TRAINING = 1e-20  # old runs with a lower learning rate only say what the loss is before training
-MAP_FILE = "failure_map.json"
 TRUE_DRIFT = {  # of runs with --drift-samples
     "gradient drift": "drift_ratio",
     "chance drift": "drift_ratio_chance",
@@ -160,17 +159,11 @@ def not_finite(run):
 
 
 def prepared(runs, notes):
-    """The runs without those of failure maps, which have a figure of their own, and of no training.
-
-    What old runs of no training say is round 0 of the others.
-    """
+    """The runs without those of no training: what these, of old, say is round 0 of the others."""
     untrained = [run for run in runs if run.rows and run.args.get("learning_rate", 1) <= NO_TRAINING]
     starts = {start_key(run): {"round": 0, "val_loss": run.rows[-1].get("val_loss")} for run in untrained}
-    mine = [run for run in runs if not (run.folder and (run.folder.parent / MAP_FILE).is_file())]
-    if n := len(runs) - len(mine):
-        notes.append(LeftOut(f"{n} run{'s' * (n > 1)} of failure maps", "see the figure failure_map"))
     chosen = []
-    for run in mine:
+    for run in runs:
         if run.args.get("learning_rate", 1) > NO_TRAINING:
             if run.rows and start_key(run) in starts:
                 run = replace(run, rows=[starts[start_key(run)], *run.rows])
@@ -265,7 +258,6 @@ STUDY = Study(
     order=order,
     keeps=not_finite,
     prepared=prepared,
-    beside="failure_map*.json",
 )
 
 # ---- panels

@@ -13,7 +13,7 @@ no script, no font, no link to elsewhere), so that it can be mailed and read off
     figures         all that the runs allow, as the study's own script draws them
 
 A study's own words go on top: `write(paths, out, title, lead)` takes them as HTML, made with the helpers here
-(llm_noniid/report.py: paired differences and failure maps).
+(llm_noniid/report.py: paired differences).
 """
 
 import base64

@@ -60,7 +60,6 @@ class Study:
     keeps: Callable = lambda run: False  # runs that did not finish and are results all the same
     prepared: Callable = lambda runs, notes: runs  # (runs, notes) -> those that tables and figures see
     tunes: bool = False  # runs of --tune are read beside others, else only where there are no others
-    beside: str = ""  # the name of files that figures read too: where there is one, a folder may be without a run
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,17 +178,12 @@ def read_runs(paths, *studies, unfinished=False):
         if not study.tunes and not all(run.tuning for run in mine):
             runs = others + [run for run in mine if not run.tuning]
         runs = others + study.prepared([run for run in runs if run.study is study], notes)
-    if not runs and not any(files_named(path, s.beside) for path in paths for s in studies if s.beside):
+    if not runs:
         where = ", ".join(map(str, paths))
         more = f" ({'; '.join(str(note) for note in notes[:3])})" if notes else ""
         commands = ", ".join(command for study in studies for command in study.commands)
         raise UsageError(f"no finished run of {commands} in {where}{more}: train first, or see --data-dir")
     return runs, notes
-
-
-def files_named(path, name):
-    """The files of a name (a pattern) in a folder and those below it, or beside a log: sorted list of paths."""
-    return sorted(path.rglob(name) if path.is_dir() else path.parent.glob(name))
 
 
 def _places(path):

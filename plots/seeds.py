@@ -212,6 +212,15 @@ def paired(curve, base, name, how=np.subtract):
     return np.array([how(mine[seed], other[seed]) for seed in mine if seed in other])
 
 
+def ratio(curve, base, name):
+    """(mean, low, high) of a result's ratio to the base's: the geometric mean over the seeds that both have and the
+    95 % interval of a paired t test of its logarithm. nan: without seeds or not finite, the interval also of one."""
+    logs = np.log(paired(curve, base, name, np.divide))
+    if not len(logs) or not np.isfinite(logs).all():
+        return (math.nan,) * 3
+    return tuple(np.exp([logs.mean(), *interval(logs)]))
+
+
 def interval(differences, level=0.95):
     """(low, high) of the paired t test's interval of the mean of differences [S]: nan of fewer than two.
 

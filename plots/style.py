@@ -28,15 +28,13 @@ class Figure:
     """One kind of file that a study draws; a study's FIGURES has, by name, lists of them or functions (runs, args).
 
     select(runs, notes) -> list[(setting, what to draw)], appending LeftOut to `notes` (see `each_group`);
-    draw(setting, what, args) -> matplotlib's Figure, called inside `style()`; needs: the runs that it needs, in words;
-    paths: `select` gets the paths of --data-dir instead of the runs.
+    draw(setting, what, args) -> matplotlib's Figure, called inside `style()`; needs: the runs that it needs, in words.
     """
 
     file: str
     select: Callable
     draw: Callable
     needs: str
-    paths: bool = False
 
 
 # ---- the command line
@@ -89,7 +87,7 @@ def each_figure(declared, runs, notes, missing, args, keys, strict=False):
     for figure in figures:
         more = []
         try:
-            chosen = figure.select([Path(path) for path in args.data_dir] if figure.paths else runs, more)
+            chosen = figure.select(runs, more)
             if not chosen:
                 missing.append(f"{figure.file}.{args.format} needs {figure.needs}")
             for (setting, what), suffix in zip(chosen, suffixes([s for s, _ in chosen], keys), strict=True):

@@ -226,14 +226,13 @@ def glue_study(root, seeds=2):
 
 
 def report_study(root):
-    """Three seeds of IID and topic skew, a run that diverged, one without a finite update, a failure map."""
+    """Three seeds of IID and topic skew, a run that diverged, one without a finite update."""
     for algorithm, last in (("fedavg", 3.0), ("scaffold", 2.8)):
         noniid_made.make_seeds(root, last, algorithm=algorithm)
         noniid_made.make_seeds(root, last - 0.2, algorithm=algorithm, partition="iid")
     noniid_made.make_run(root, [4.0, float("inf"), 9.0], alarms=[("diverged", 2)], learning_rate=0.5)
     reason = "round 1: the updates of all 10 clients are not finite: lower it"
     noniid_made.make_run(root, [], "failed", reason, learning_rate=5.0)
-    noniid_folders.write_map(root / "map")
 
 
 # ------------------------------------------------------------------------------------------------ committed logs
@@ -252,9 +251,6 @@ def unpack(log, root):
         kept = ("git_commit", "versions", "resolved", "method", "clients", "ended")
         manifest |= {key: row[key] for key in kept if row.get(key) is not None}
         save(root / row["name"], row["curve"], **manifest)
-    for path in sorted((ROOT / log).parent.glob("failure_map_*.json")):
-        (root / path.stem).mkdir()
-        (root / path.stem / "failure_map.json").write_bytes(path.read_bytes())
 
 
 STUDIES = {

@@ -136,25 +136,6 @@ def partition(a):
     }
 
 
-def write_map(folder, algorithm="fedavg", axis="learning_rate", run="map_run"):
-    """failure_map.json of three alphas, the last without a bracket."""
-    points, boundary = [], []
-    for alpha, edge in ((100.0, 8e-3), (1.0, 4e-3), (0.1, 1e-3)):
-        for i, step in enumerate((0.25, 0.7, 1.4, 4)):
-            value, failed = edge * step, step > 1
-            points.append({"alpha": alpha, "value": value, "failed": failed, "val_loss": 9.0 if failed else 4.0})
-            points[-1]["run"] = f"{run}_{alpha:g}_{i}"
-        boundary.append({"alpha": alpha, "works": 0.7 * edge, "fails": 1.4 * edge})
-    points.append({"alpha": 0.01, "value": 1e-3, "failed": True, "val_loss": None, "run": f"{run}_low"})
-    boundary.append({"alpha": 0.01, "works": None, "fails": 1e-3})
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "failure_map.json"
-    setting = {"dataset": "ag_news", "model": "models/small", "num_clients": 10, "num_rounds": 20, "local_steps": 5}
-    what = {"algorithm": algorithm, "axis": axis, "seed": 0, "setting": setting, "points": points, "boundary": boundary}
-    path.write_text(json.dumps(what), encoding="utf-8")
-    return path
-
-
 def write_study(root, seeds=2, **common):
     """Four partitions with three algorithms; alpha, participation, rate and local work of FedAvg; the others beside."""
     for seed in range(seeds):
@@ -179,5 +160,3 @@ def write_study(root, seeds=2, **common):
         write_run(root, 4.15 + shift, cluster="labels", **every)
         write_run(root, 4.9 + shift, algorithm="local", **every)
         write_run(root, 3.8 + shift, algorithm="central", **every)
-    write_map(root / "failure" / "fedavg")
-    write_map(root / "failure" / "scaffold", "scaffold")

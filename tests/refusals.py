@@ -544,12 +544,6 @@ NONIID = [
             ("a: [1", ["is not yaml"]),
         ]
     ),
-    ("failure_map.py", "--output-dir {tmp}/out --alphas 1 1", ["one is there twice"]),
-    ("failure_map.py", "--output-dir {tmp}/out --tolerance 1", ["not above 1"]),
-    ("failure_map.py", "--output-dir {tmp}/out --low 1 --high 0.1", ["--low 1 is not below --high 0.1"]),
-    ("failure_map.py", "--output-dir {tmp}/out --learning-rate 0.1", ["--learning-rate is set for each run"]),
-    ("failure_map.py", "--output-dir {tmp}/out --axis local_steps --seed 1 --local_steps 3",
-     ["--local-steps is set for each run"]),
     ("pretrain", "--heads 3", ["--d-model 32", "--heads 3"]),
     ("pretrain", "--out {tmp}/full", ["/full exists", "--overwrite"], folders),
     ("pretrain", "--out {tmp}/file", ["/file", "is a file"], folders),

@@ -51,7 +51,6 @@ PLACES = {  # in the flags of tests/harness.py -> of this module's input
 }
 FLAGS = {golden.script: golden.flags for golden in reversed(harness.GOLDEN.values())} | {
     "llm_noniid/run_experiments.py": "--output-dir {out} --plan",
-    "llm_noniid/failure_map.py": "--output-dir {out} --plan",
     "lora_glue_fl/run_study.py": "--output-dir {out} --plan",
     "mamba_fl/run_study.py": "--output-dir {out} --plan",
     "vit_sparse_fl/run_all_experiments.py": "--output-dir {out} --plan",

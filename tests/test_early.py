@@ -62,7 +62,6 @@ CONTRADICTIONS = [
     ("vit_sparse_fl/train_federated_sparse.py --mask-strategy least_sensitive --head keep", "--init-from RUN"),
     ("lora_glue_fl/main_glue_lora.py --task-name sst2", "nothing to do: give --do-train"),
     ("llm_noniid/train.py --cluster updates --algorithm fedprox", "--cluster updates"),
-    ("llm_noniid/failure_map.py --alphas 1 1", "one is there twice"),
     ("llm_noniid/run_experiments.py --mode main --no-such-flag", "no-such-flag"),
     ("lora_glue_fl/run_study.py --tasks wnli", "--tasks wnli: not in the preset"),
 ]

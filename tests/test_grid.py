@@ -309,12 +309,12 @@ PLANS = {
     ("llm_noniid/run_experiments", "--mode quick --model tiny --dataset demo"): (13, "f7ab8b1bdc2c"),
     ("llm_noniid/run_experiments", "--mode main --seeds 1 2"): (72, "651a66d65ca7"),
     ("llm_noniid/run_experiments", "--mode failure --mu 0.5"): (12, "ba2ebb1445ff"),
-    ("llm_noniid/run_experiments", "--mode study --model models/small --amp auto"): (78, "115ea169b000"),
+    ("llm_noniid/run_experiments", "--mode study --model models/small --amp auto"): (76, "3733cced247e"),
     ("llm_noniid/run_experiments", "--mode regimes --model models/small"): (110, "75703be7d69a"),
     ("llm_noniid/run_experiments", "--mode regimes-more --model models/small"): (36, "5a1cce037b0e"),
     ("llm_noniid/run_experiments", "--mode study --model tiny --dataset demo --rounds 3"): (
-        76,
-        "06970167c44f",
+        74,
+        "23a7881cf8b5",
     ),
 }
 
@@ -337,8 +337,6 @@ def flags_of(command):
         return complete_flags(script.build_parser().parse_args(words))
     if study == "lora_glue_fl" or "pretrain" in command[0]:
         return script.build_parser().parse_args(words)
-    if "failure_map" in command[0]:
-        return script.parse(words)[0]
     return importlib.import_module(f"{study}.flags").parse(script.build_parser(), words)
 
 
@@ -364,12 +362,9 @@ def test_every_row_of_the_gap_sees_as_many_tokens_as_central_training():
 
 
 def test_the_study_of_llm_noniid_varies_one_factor_at_a_time_in_at_most_100_runs():
-    from llm_noniid.run_experiments import MAP_BUDGET
-
     runs = planned("llm_noniid/run_experiments", "--mode study --model models/small")
-    maps = [run for run in runs if "failure_map.py" in run.command[0]]
-    parsed = [vars(flags_of(run.command)) for run in runs if run not in maps]
-    assert len(parsed) + len(maps) * MAP_BUDGET <= 100 and len(maps) == 2
+    parsed = [vars(flags_of(run.command)) for run in runs]
+    assert len(parsed) <= 100
     base = next(p for p in parsed if p["algorithm"] == "fedavg" and p["partition"] == "topic_skew" and p["seed"] == 0)
     for args in parsed:
         away = {k for k, v in args.items() if v != base[k] and k not in ("seed", "run_name", "num_clusters")}
@@ -514,8 +509,6 @@ def test_a_small_grid_of_real_runs(runner, line, names, table, tmp_path, capfd, 
         ),
         ("llm_noniid/run_experiments", "--mode study --dataset demo --model {tmp}/none", "no model {tmp}/none"),
         ("llm_noniid/run_experiments", "--mode quick --max-samples 3", "3 texts cannot give 10 clients"),
-        ("llm_noniid/failure_map", "--dataset demo --model {tmp}/none", "no model {tmp}/none"),
-        ("llm_noniid/failure_map", "--plan --dataset demo --model {tmp}/none", "no model {tmp}/none"),
     ],
 )
 def test_a_grid_of_real_runs_ends_before_anything_is_written(runner, line, error, tmp_path, capfd, monkeypatch):

@@ -8,7 +8,6 @@ import sys
 import fixed_runs
 import pytest
 from fixed_runs import CENTRAL, FULL, LORA, SPARSE, write_glue, write_mamba, write_vit
-from noniid_folders import write_map
 from noniid_folders import write_run as write_noniid
 from plotting import COMMANDS, ROOT, STUDIES, call, command_line, figures, lines_of, printed, refused, table, tables
 
@@ -182,12 +181,10 @@ def test_what_is_left_out_is_named(study, tmp_path):
     assert [row["seeds"] for row in rows.values()] == ["2"]
 
 
-def test_runs_of_failure_maps_and_before_training_are_no_runs_of_the_study(tmp_path):
+def test_runs_before_training_are_no_runs_of_the_study(tmp_path):
     write_noniid(tmp_path, name="mine")
     write_noniid(tmp_path, name="start", learning_rate=1e-30)
-    write_map(tmp_path / "map")
-    write_noniid(tmp_path / "map", name="map_run_1_0", learning_rate=9e-4)
-    assert len(rows_of("noniid", tmp_path)) == 1 and "1 run of failure maps" in printed("table noniid", tmp_path)
+    assert len(rows_of("noniid", tmp_path)) == 1
 
 
 def test_a_run_whose_updates_were_all_not_finite_counts_as_diverged(tmp_path):
@@ -320,7 +317,6 @@ def test_a_figure_without_its_runs_or_fields_names_what_it_needs(tmp_path):
         assert expected in refused(name, tmp_path / str(i), words), name
 
 
-POINT = '{"points": [{"alpha": 0, "value": 1, "failed": true}]}'
 PARTITION = '{"label_histograms": [[1], [2]], "counts": [1]}'
 SHORT = json.dumps({name: [] for name in NEEDED} | {"label_histograms": [[1]], "counts": [1], "label_names": ["x"]})
 DEEP = "[" * 3000
@@ -333,7 +329,6 @@ DAMAGED = [
         "partition.json",
         ["{", "[]", '{"label_histograms": [[1, 2]]}', PARTITION, SHORT, DEEP],
     ),
-    ("noniid failure_map", write_noniid, "failure_map.json", ["{", "[]", '{"points": []}', POINT]),
 ]
 
 
