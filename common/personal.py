@@ -1,6 +1,6 @@
 """Tensors of theta that stay with their client from round to round, while all others are averaged.
 
-    personal = Personal(weights, names, rows)                # rows: a `lasting` object of the run
+    personal = make_personal(weights, names, folder, K)      # personal.rows: a `lasting` object of the run
     for t in ...:
         for k in clients:
             weights.load(personal.own(theta, k))             # theta with client k's own tensors
@@ -16,7 +16,9 @@ whatever its optimiser: theta keeps there what the clients began with. Without n
 
 import torch
 
+from common import parallel
 from common.aggregation import apply_delta
+from common.client_rows import ClientRows, rows_on_disk
 from common.vector import is_finite
 
 
@@ -26,8 +28,7 @@ class Personal:
     A client that never took part has those that the live vector holds now, at the start. One that is left out of a
     round keeps what it had before it.
 
-    Args: weights: `common.vector.Weights`; names: of its parameters; rows: `ClientRows`, read by every process: on disk
-        where there are several.
+    Args: weights: `common.vector.Weights`; names: of its parameters; rows: `ClientRows`, see `make_personal`.
     """
 
     def __init__(self, weights, names=(), rows=None):
@@ -87,3 +88,12 @@ class Personal:
         for name, t in tensors.items():
             named[name].copy_(t)
         return changed
+
+
+def make_personal(weights, names, folder, total_clients, device="cpu"):
+    """The `Personal` of a run, with rows if there are names. Args: folder, device: as for `ClientRows`."""
+    personal = Personal(weights, names)
+    if personal.names:  # every process reads every client's own: several have them in files
+        on_disk = parallel.world().size > 1 or rows_on_disk(total_clients, total_clients, personal.bytes)
+        personal.rows = ClientRows(folder, on_disk, device=device)
+    return personal

@@ -15,11 +15,9 @@ from common.allocator import reuse_large_memory
 from common.best import best_line
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
-from common.client_rows import ClientRows, rows_on_disk
 from common.compiling import checked_compile
 from common.curves import number
-from common.participation import per_round
-from common.personal import Personal
+from common.personal import Personal, make_personal
 from common.seeding import stream
 from common.sharding import class_counts
 from llm_noniid import clustering, detectors, diagnostics, text_model
@@ -111,7 +109,9 @@ def load_study(args, run):
     learnt[evaluated(len(every), len(seen), a.seed, "training")] = True
     cuts = np.cumsum(list(map(len, rows)))[:-1]
     learnt = [mine[of] for mine, of in zip(rows, np.split(learnt, cuts), strict=True)]
-    study = Study(a, texts, model, rows, held, loss, seen, tested, learnt, personal_of(a, run, model))
+    names = text_model.last_block([*model.weights.shapes]) if a.personal == "last" else ()
+    personal = make_personal(model.weights, names, run.folder / "personal", a.num_clients, run.device)
+    study = Study(a, texts, model, rows, held, loss, seen, tested, learnt, personal)
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
     data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
     cut = {split: tokens.cut for split, tokens in model.tokens.items()}
@@ -125,17 +125,6 @@ def load_study(args, run):
     for line in [*texts.notes, *notes, sizes]:
         run.note(line)
     return study
-
-
-def personal_of(args, run, model):
-    """What stays with the clients. Every process reads every client's own, so that several have them in files."""
-    names = text_model.last_block([*model.weights.shapes]) if args.personal == "last" else ()
-    if not names:
-        return Personal(model.weights)
-    size = 4 * sum(model.weights.shapes[name].numel() for name in names)
-    on_disk = rows_on_disk(args.num_clients, per_round(args.participation_rate, args.num_clients), size)
-    on_disk = on_disk or parallel.world().size > 1
-    return Personal(model.weights, names, ClientRows(run.folder / "personal", on_disk, device=run.device))
 
 
 def describe_clients(run, study):

@@ -23,7 +23,7 @@ from common.curves import draw_curve
 from common.evaluation import amp_context, bits_per_byte, perplexity
 from common.local import Moments, client_optimizer
 from common.participation import Turns, per_round
-from common.personal import Personal
+from common.personal import Personal, make_personal
 from common.schedules import lr_at
 from common.seeding import stream
 from common.shared_moments import AverageMoments, FedAdamW, FedAdamWMoments, PooledMoments, SharedMoments
@@ -133,15 +133,13 @@ def load_study(args, run, federated=True):
         with amp_context(run.amp, run.device):
             return model.nll(inputs, labels) / labels.numel()
 
-    def rows(name, size, in_place=False, shared=False):  # shared: every process reads every client's
+    def rows(name, size, in_place=False):
         on_disk = rows_on_disk(len(train), per_round(args.participation, len(train)), size)
-        on_disk = on_disk or (shared and parallel.world().size > 1)
         return ClientRows(run.folder / "clients" / name, on_disk, in_place, run.device)
 
     endings = tuple(f".mixer.{name}" for name in PERSONAL[args.personal])
     names = [name for name in weights.shapes if name.endswith(endings)]
-    size = 4 * sum(weights.shapes[name].numel() for name in names)
-    personal = Personal(weights, names, rows("personal", size, shared=True) if names else None)
+    personal = make_personal(weights, names, run.folder / "clients" / "personal", len(train), run.device)
     moments = client_moments(args, weights, rows, federated)
     study = Study(
         args=args,

@@ -1,14 +1,16 @@
 """common/personal.py: what stays with a client, by hand and against means of whole vectors."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from common import client_rows, parallel
 from common.aggregation import ServerAdam, ServerMomentum, WeightedMean
 from common.client_rows import ClientRows
 from common.parallel import Round
-from common.personal import Personal
+from common.personal import Personal, make_personal
 from common.vector import Weights
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -91,6 +93,16 @@ def test_a_client_that_is_left_out_keeps_what_it_had(tmp_path):
     theta = rounds(personal, start, [0, 1, 2], plain, 2, {(1, 2)})
     assert torch.equal(personal.own(theta, 2)[4:], start[4:] + 3)
     assert theta[0].item() == pytest.approx(1 + (2 * 1 + 2 + 3) / 4 + (2 * 1 + 2) / 3)
+
+
+@pytest.mark.parametrize("processes, memory, on_disk", [(1, 36, False), (1, 35, True), (2, 36, True)])
+def test_where_the_rows_of_a_run_lie(processes, memory, on_disk, tmp_path, monkeypatch):
+    """Three clients of 12 bytes each: in memory where there is room for all, for the one process that reads them."""
+    monkeypatch.setattr(parallel, "world", lambda: SimpleNamespace(size=processes))
+    monkeypatch.setattr(client_rows, "MEMORY", memory)
+    weights, _ = made(tmp_path)
+    assert make_personal(weights, ["b"], tmp_path, 3).rows.on_disk == on_disk
+    assert make_personal(weights, (), tmp_path, 3).rows is None
 
 
 def test_rows_go_on_from_a_checkpoint(tmp_path):
