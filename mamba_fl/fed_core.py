@@ -46,10 +46,10 @@ class Study:
     """Data and model of a run.
 
     train: each client's blocks [n_k, T + 1] on the device (central: one client with all); weights: theta's live vector
-    and names; loss: mean NLL (nats a token) of blocks [B, T + 1]; optimizer: the one of all clients; total_steps of a
-    client that is always there; epoch: rounds that an epoch of the data takes; moments: the clients' AdamW moments from
-    round to round (--client-state); own_weights: what clients keep with --sync epoch (else None); personal: what
-    --personal keeps with each client.
+    and names; loss: mean NLL (nats a token) of blocks [B, T + 1]; total_steps of a client that is always there; epoch:
+    rounds that an epoch of the data takes; moments: the clients' optimiser and its moments from round to round
+    (--client-state); own_weights: what clients keep with --sync epoch (else None); personal: what --personal keeps with
+    each client.
     """
 
     args: object
@@ -59,7 +59,6 @@ class Study:
     model: torch.nn.Module
     weights: Weights
     loss: object
-    optimizer: torch.optim.Optimizer
     turns: Turns
     total_steps: int
     epoch: int
@@ -67,6 +66,11 @@ class Study:
     moments: Moments | SharedMoments
     own_weights: ClientRows | None
     personal: Personal
+
+    @property
+    def optimizer(self):
+        """The one of all clients."""
+        return self.moments.optimizer
 
     @property
     def client_weights(self):
@@ -140,7 +144,6 @@ def load_study(args, run, federated=True):
     endings = tuple(f".mixer.{name}" for name in PERSONAL[args.personal])
     names = [name for name in weights.shapes if name.endswith(endings)]
     personal = make_personal(weights, names, run.folder / "clients" / "personal", len(train), run.device)
-    moments = client_moments(args, weights, rows, federated)
     study = Study(
         args=args,
         run=run,
@@ -149,12 +152,11 @@ def load_study(args, run, federated=True):
         model=model,
         weights=weights,
         loss=checked_compile(loss, weights.parameters) if args.compile else loss,
-        optimizer=moments.optimizer,
         turns=Turns(args.seed, len(train), args.participation),
         total_steps=total_steps,
         epoch=epoch,
         best=Best(),
-        moments=moments,
+        moments=client_moments(args, weights, rows, federated),
         own_weights=rows("own_weights", weights.bytes) if args.sync == "epoch" else None,
         personal=personal,
     )
@@ -171,15 +173,16 @@ def load_study(args, run, federated=True):
 
 def client_moments(args, weights, rows, federated):
     """The clients' optimiser, and what becomes of its moments from round to round: --client-state."""
-    betas, state = (0.9, args.beta2), args.client_state
-    if args.client_optimizer == "adamw" and state == "fedadamw":
+    betas = (0.9, args.beta2)
+    state = args.client_state if args.client_optimizer == "adamw" else "reset"  # SGD has no moments
+    if state == "fedadamw":
         optimizer = FedAdamW(weights, args.lr, args.weight_decay, args.alpha_global, NOT_DECAYED, betas)
         return FedAdamWMoments(optimizer, weights)
     decay = {"weight_decay": args.weight_decay, "not_decayed": NOT_DECAYED}
     optimizer = client_optimizer(args.client_optimizer, weights.parameters, args.lr, 0.0, **decay, betas=betas)
-    if args.client_optimizer == "adamw" and state in SHARED:
+    if state in SHARED:
         return SHARED[state](optimizer, weights)
-    keeps = federated and args.client_optimizer == "adamw" and state == "keep"
+    keeps = federated and state == "keep"
     return Moments(optimizer, weights, rows("moments", 2 * weights.bytes, in_place=True) if keeps else None)
 
 

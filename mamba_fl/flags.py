@@ -118,11 +118,8 @@ def make_parser(doc, *, federated=True):
             when=only(client_state="fedadamw"),
             help=text,
         )
-        stays, kept = (
-            "what stays with the client (A_log, dt_bias, D; the convolution); off: none",
-            unless(personal="none"),
-        )
-        add("--personal", choices=["none", "ssm", "conv"], default="none", when=kept, help=stays)
+        stays = "what stays with the client (A_log, dt_bias, D; the convolution); off: none"
+        add("--personal", choices=["none", "ssm", "conv"], default="none", when=unless(personal="none"), help=stays)
         sync = "when clients get the averaged model; epoch: the source's schedule"
         add("--sync", choices=["round", "epoch"], default="round", help=sync)
         budget = "equal: central's tokens; source: its 2.5 epochs with replacement"
@@ -189,7 +186,7 @@ def complete_flags(args):
     if args.lr_scheduler != "constant" and args.min_lr > args.lr:
         raise UsageError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: lower it")
     check_participation(args.participation, args.num_clients)
-    if getattr(args, "personal", "none") != "none" and args.client_state in SENT_STATES:
+    if args.personal != "none" and args.client_state in SENT_STATES:
         raise UsageError(f"--client-state {args.client_state} would send the moments of --personal: take keep or reset")
     if args.sync == "epoch" and args.client_state in SENT_STATES:
         raise UsageError(f"--client-state {args.client_state} is of an averaged model: --sync epoch -> round")
