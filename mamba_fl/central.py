@@ -24,7 +24,8 @@ import torch
 from common import parallel
 from common.local import OptimizerState, gradients
 from common.runlog import start_run
-from mamba_fl.fed_core import client_batches, evaluate, finish, load_study, save_deltas, state_space, with_perplexity
+from mamba_fl.fed_core import client_batches, load_study
+from mamba_fl.measuring import evaluate, finish, save_deltas, state_space, with_perplexity
 
 WINDOW = 10  # cosines that are averaged, as in the source
 

@@ -23,7 +23,8 @@ from common.aggregation import WeightedMean
 from common.local import local_steps
 from common.processes import run_federated
 from common.runlog import start_run
-from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, with_perplexity
+from mamba_fl.fed_core import begin_client, end_client, load_study
+from mamba_fl.measuring import evaluate, finish, with_perplexity
 
 
 def main(args):

@@ -1,26 +1,22 @@
-"""What the five scripts of this study share: data and model (`Study`), and functions of them.
+"""What the five scripts of this study share: data and model of a run (`Study`), and a client's start and end.
 
-The round loop and the client's steps are in each script; an algorithm differs from FedAvg only there.
+The round loop and the client's steps are in each script; an algorithm differs from FedAvg only there. What is measured
+is in `measuring.py`.
 """
 
-import math
-import os
 from argparse import Namespace
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from common import parallel
 from common.allocator import reuse_large_memory
 from common.batches import pass_after_pass
 from common.best import Best
-from common.checkpoint import saving, write_json
 from common.cli import UsageError, say
 from common.client_rows import ClientRows, rows_on_disk
 from common.compiling import checked_compile
-from common.curves import draw_curve
-from common.evaluation import amp_context, bits_per_byte, perplexity
+from common.evaluation import amp_context, perplexity
 from common.local import Moments, client_optimizer
 from common.participation import Turns, per_round
 from common.personal import Personal, make_personal
@@ -32,13 +28,13 @@ from common.vector import Weights
 from mamba_fl.data import FederatedText, build_data, inputs_and_labels
 from mamba_fl.flags import final_of
 from mamba_fl.mamba2 import Mamba2Config
-from mamba_fl.ssm_config import make_model, read_pretrained, save_pretrained
+from mamba_fl.measuring import held_out_ppl, save_deltas, statistics
+from mamba_fl.ssm_config import make_model, read_pretrained
 
 NOT_DECAYED = ("dt_bias", "A_log", "D")  # Dao & Gu's recipe: no weight decay on the recurrence's own parameters
 PERSONAL = {"none": (), "ssm": NOT_DECAYED, "conv": ("conv1d.weight", "conv1d.bias")}  # of a layer's mixer
 MOST_PADDING = 128  # rows that an embedding has beyond the tokens, at most, in the models that there are
 SHARED = {"average": AverageMoments, "pooled": PooledMoments}  # --client-state
-WATCHED = ("in_proj.weight", "A_log", "D", "dt_bias")  # the state-space parameters of a layer
 
 
 @dataclass(frozen=True)
@@ -319,147 +315,3 @@ def sampled_blocks(study, purpose, blocks, n, k, t):
     """n of client k's blocks, in their order, drawn by the seed and the round; n = 0: all of them."""
     rows = stream(study.args.seed, purpose, t, k).choice(len(blocks), min(n or len(blocks), len(blocks)), replace=False)
     return blocks[torch.from_numpy(np.sort(rows)).to(blocks.device)].to(study.run.device)
-
-
-# ---- evaluation
-
-
-def evaluate(study, theta, t):
-    """{field: value} of theta [n] after t rounds on the validation text; offers it as the best.
-
-    What is personal is there the mean of the clients', and each client's own on its own held-out text.
-    """
-    theta = study.personal.served(theta, study.client_weights)
-    study.weights.load(theta)
-    metrics = {
-        "steps": min(study.total_steps, t * study.args.local_updates),
-        **validate(study, study.data.validation[: study.args.val_sequences or None], "val"),
-        "generated": generate(study),
-    }
-    if study.args.held_out_sequences:
-        clients = range(len(study.data.held_out))
-        mine = {}
-        for k in parallel.my_share(clients):
-            study.weights.load(study.personal.own(theta, k))
-            mine[k] = held_out_ppl(study, k)
-        shares = parallel.all_gather(mine)
-        metrics["held_out_ppl"] = [next(share[k] for share in shares if k in share) for k in clients]
-        metrics["held_out_loss"] = math.fsum(map(math.log, metrics["held_out_ppl"])) / len(clients)
-    study.best.offer(t, metrics["val_loss"], theta)
-    return metrics
-
-
-def with_perplexity(row):
-    """train_ppl of the row's train_loss."""
-    return {"train_ppl": perplexity(row["train_loss"], 1)} if "train_loss" in row else {}
-
-
-def validate(study, blocks, split):
-    """{split_loss, split_ppl, split_bits_per_byte} of the model on blocks [n, T + 1], over all processes."""
-    mine = [statistics(study, batch) for batch in parallel.my_share(blocks.split(study.eval_batch))]
-    sums = [values for part in parallel.all_gather(mine) for values in part]
-    nll, tokens, size = (math.fsum(column) for column in zip(*sums, strict=True))
-    return {
-        f"{split}_loss": nll / tokens,
-        f"{split}_ppl": perplexity(nll, tokens),
-        f"{split}_bits_per_byte": bits_per_byte(nll, size),
-    }
-
-
-def held_out_ppl(study, k):
-    """Perplexity of the model on the first --held-out-sequences blocks of client k's held-out text."""
-    nll, tokens, _ = statistics(study, study.data.held_out[k][: study.args.held_out_sequences])
-    return perplexity(nll, tokens)
-
-
-@torch.no_grad()
-def statistics(study, blocks):
-    """(summed NLL, tokens, bytes) of blocks [n, T + 1], as Python numbers."""
-    nll, tokens, size = [], 0, 0
-    for part in blocks.to(study.run.device).split(study.eval_batch):
-        inputs, labels = inputs_and_labels(part)
-        with study.autocast():
-            nll.append(study.model.nll(inputs, labels).item())
-        scored = labels[labels >= 0]
-        tokens += len(scored)
-        size += study.data.token_bytes[scored.cpu()].sum().item()
-    return math.fsum(nll), tokens, size
-
-
-def generate(study):
-    """The greedy continuation of --prompt by 100 tokens, on the main process; None elsewhere or when off."""
-    if not study.args.prompt or not parallel.is_main():
-        return None
-    ids = study.data.tokenizer.encode(study.args.prompt, add_special_tokens=False)
-    out = study.model.generate(torch.tensor([ids], device=study.run.device), 100)
-    return study.data.tokenizer.decode(out[0].tolist())
-
-
-def state_space(study, vector):
-    """{layers.i.NAME: view of `vector` [n]} of the state-space parameters."""
-    return {
-        name.removeprefix("backbone.").replace(".mixer.", ".").removesuffix(".weight"): tensor
-        for name, tensor in study.weights.named(vector).items()
-        if ".mixer." in name and name.endswith(WATCHED)
-    }
-
-
-def save_deltas(study, who, before, after, t):
-    """Stores the state-space parameters and their change in round t."""
-    for kind, vector in (("params", after), ("deltas", after - before)):
-        path = study.run.folder / who / kind / f"step_{t + 1:06d}.npz"
-        fresh = path.with_suffix(".new.npz")
-        with saving(path, fresh):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(fresh, **{name: tensor.cpu().numpy() for name, tensor in state_space(study, vector).items()})
-            os.replace(fresh, path)
-
-
-def finish(study, theta):
-    """Test and validation perplexity on all text, of the last and the best weights; final/, the history, curve.png."""
-    run, best = study.run, study.best
-    run.note("evaluating on all test and validation text")
-    theta = study.personal.served(theta, study.client_weights)
-    study.weights.load(theta)
-    test_ppl = validate(study, study.data.test, "test")["test_ppl"]
-    results = {"best_round": best.round, "best_val_ppl": perplexity(best.loss, 1)}
-    results.update(test_ppl_best=test_ppl, test_ppl_last=test_ppl)
-    results["final_val_ppl"] = validate(study, study.data.validation, "val")["val_ppl"]
-    if best.round < run.total:
-        study.weights.load(best.theta)
-        results["test_ppl_best"] = validate(study, study.data.test, "test")["test_ppl"]
-        if study.args.final == "last":
-            study.weights.load(theta)
-    if parallel.is_main():
-        lines = run.metrics()
-        results.update(tokens=lines[-1]["tokens"], seconds=lines[-1]["seconds"])
-        results["final_round"] = best.round if study.args.final == "best" else lines[-1]["round"]
-        run.write_final(lambda folder: save_pretrained(study.model, study.data.tokenizer, folder))
-        with saving(run.folder):
-            write_json(run.folder / "training_history.json", training_history(run.command, lines))
-            draw_curve(run.folder)
-        print(
-            f"test perplexity {results['test_ppl_last']:.2f} (weights of the best round, "
-            f"{results['best_round']}: {results['test_ppl_best']:.2f})"
-        )
-    run.finish(results)
-
-
-def training_history(command, lines):
-    """The lines of metrics.jsonl as lists in the source's fields, an entry per evaluation, for tools that read them."""
-
-    def column(field, default=None):
-        return [line.get(field, default) for line in lines]
-
-    if command == "central":
-        fields = ("val_loss", "val_ppl", "train_loss", "generated", "grad_cosine", "delta_norms")
-        return {"step": column("round"), **{field: column(field) for field in fields}}
-    entropies = [[h for h in clients if h is not None] for clients in column("client_entropy", [])]  # None: left out
-    return {
-        "global_step": column("steps"),
-        "train_ppl": column("train_ppl"),
-        "server_val_ppl": column("val_ppl"),
-        "client_val_ppls": column("client_val_ppl", []),
-        "avg_client_entropy": [sum(h) / len(h) if h else None for h in entropies],
-        "generated": column("generated"),
-    }

@@ -38,7 +38,8 @@ from common.processes import run_federated
 from common.runlog import start_run
 from mamba_fl.cross_entropy import entropies
 from mamba_fl.data import inputs_and_labels
-from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, sampled_blocks, with_perplexity
+from mamba_fl.fed_core import begin_client, end_client, load_study, sampled_blocks
+from mamba_fl.measuring import evaluate, finish, with_perplexity
 
 
 def main(args):

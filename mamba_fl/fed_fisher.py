@@ -37,7 +37,8 @@ from common.runlog import start_run
 from common.seeding import torch_stream
 from mamba_fl.cross_entropy import sample_labels
 from mamba_fl.data import inputs_and_labels
-from mamba_fl.fed_core import begin_client, end_client, evaluate, finish, load_study, sampled_blocks, with_perplexity
+from mamba_fl.fed_core import begin_client, end_client, load_study, sampled_blocks
+from mamba_fl.measuring import evaluate, finish, with_perplexity
 
 
 def main(args):

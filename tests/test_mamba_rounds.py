@@ -1,4 +1,4 @@
-"""Rounds as the scripts of mamba_fl assemble them, against plain loops in fp64; the pieces of mamba_fl/fed_core.py.
+"""Rounds as the scripts of mamba_fl assemble them, against plain loops in fp64; the pieces of mamba_fl.
 
 The loops use torch, the model, the data and the keys of the random streams, nothing of the rounds' code.
 """
@@ -24,9 +24,10 @@ from common.seeding import stream
 from common.vector import Weights
 from mamba_fl import central, fed_avg, fed_entropy, fed_fisher, fed_momentum
 from mamba_fl.data import build_data
-from mamba_fl.fed_core import plan_rounds, start_model, training_history
+from mamba_fl.fed_core import plan_rounds, start_model
 from mamba_fl.flags import complete_flags
 from mamba_fl.mamba2 import Mamba2Config
+from mamba_fl.measuring import training_history
 from mamba_fl.ssm_config import load_pretrained, make_model, save_pretrained
 
 V, T, B, H, K, SEED = 400, 32, 2, 2, 5, 3
