@@ -97,6 +97,19 @@ class Plain:
         with torch.no_grad():
             return math.exp(self.nll(blocks) / blocks[:, 1:].numel())
 
+    def precision(self, k, t, without=()):
+        """n_k (F_k + 0.2 mean F_k) of 3 of the client's sequences at the model's weights; F_k is 0 for these names."""
+        blocks = self.train[k]
+        rows = np.sort(stream(SEED, "fisher", t, k).choice(len(blocks), 3, replace=False))
+        fisher = {n: torch.zeros_like(p) for n, p in self.model.named_parameters()}
+        for row in rows:
+            self.model.zero_grad()
+            self.nll(blocks[row : row + 1]).backward()
+            for n, p in self.model.named_parameters():
+                fisher[n] += 0 if n in without else p.grad**2 / 3
+        mean = sum(f.sum() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
+        return {n: len(blocks) * (f + 0.2 * mean) for n, f in fisher.items()}
+
     def local(self, k, t=0):
         """theta_k after the client's steps of round t."""
         blocks = self.train[k]
@@ -276,23 +289,10 @@ def test_fed_entropy(prior, data, tmp_path, monkeypatch):
 
 def test_fed_fisher(data, tmp_path, monkeypatch):
     plain = Plain(data.train)
-
-    def weigh(k, theta_k, t):
-        blocks = data.train[k]
-        rows = np.sort(stream(SEED, "fisher", t, k).choice(len(blocks), 3, replace=False))
-        fisher = {n: torch.zeros_like(p) for n, p in theta_k.items()}
-        for row in rows:
-            plain.model.zero_grad()
-            plain.nll(blocks[row : row + 1]).backward()
-            for n, p in plain.model.named_parameters():
-                fisher[n] += p.grad**2 / 3
-        mean = sum(f.sum() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
-        return {n: len(blocks) * (f + 0.2 * mean) for n, f in fisher.items()}
-
     spoil(monkeypatch, fed_fisher, BAD)
     more = f"{SGD} --fisher-samples 3 --fisher-labels data --fisher-damping 0.2 --server-lr 0.7"
     theta, rows = run(fed_fisher, tmp_path, FEDERATED + more)
-    plain.rounds(weigh, BAD, slower)
+    plain.rounds(lambda k, _, t: plain.precision(k, t), BAD, slower)
     plain.agrees(theta, 1e-3)
     assert rows[1]["bytes_up"] == 2 * rows[1]["bytes_down"]  # the weights and their precision
 
@@ -341,16 +341,7 @@ def test_personal_parameters_stay_with_their_client(kind, module, data, tmp_path
 
         def weigh(k, theta_k, t):
             plain.keep(k, theta_k)
-            blocks = data.train[k]
-            rows = np.sort(stream(SEED, "fisher", t, k).choice(len(blocks), 3, replace=False))
-            fisher = {n: torch.zeros_like(p) for n, p in theta_k.items()}
-            for row in rows:
-                plain.model.zero_grad()
-                plain.nll(blocks[row : row + 1]).backward()
-                for n, p in plain.model.named_parameters():
-                    fisher[n] += 0 if n in plain.names else p.grad**2 / 3
-            mean = sum(f.sum() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
-            return {n: len(blocks) * (f + 0.2 * mean) for n, f in fisher.items()}
+            return plain.precision(k, t, plain.names)
 
     spoil(monkeypatch, module, BAD)
     theta, rows = run(module, tmp_path, FEDERATED + more)
