@@ -14,7 +14,6 @@ words}}}; the same command without --tune runs the settings with these values as
 
 import json
 import math
-import os
 import shlex
 from collections import Counter
 from dataclasses import replace
@@ -80,7 +79,9 @@ def tune(args, preset, runs, prepare=None, also=()):
             kept[run.setting.name] = found[run]
         made |= of
     broken = [name for name, row in kept.items() if any(one["best"] is None for one in row.values())]
-    write(output / TUNED, {name: row for name, row in kept.items() if name not in broken})
+    from common.checkpoint import write_json  # torch, which --plan must not wait for
+
+    write_json(output / TUNED, {name: row for name, row in kept.items() if name not in broken})
     grid.put(table(found, made, output, preset.objective))
     if broken:
         raise RunFailed(f"diverged at every value: {', '.join(broken)}: give lower ones")
@@ -275,9 +276,3 @@ def read(path):
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
         raise UsageError(f"{path} is damaged: delete it and run with --tune again") from None
     return rows
-
-
-def write(path, rows):
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
