@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from common import grid
+from common import grid, records
 from common.cli import RunFailed, UsageError
 from common.curves import number, read_metrics
 
@@ -63,13 +63,13 @@ def tune(args, preset, runs, prepare=None, also=()):
     grid.check([*needed, *(at(run, {flag: x}) for run, flag, x in points), *also], output)
     if args.plan:
         first = [at(run, {flag: x}) for run, flag, x in points if flag == next(iter(rows[run]))]
-        grid.put(f"# {one.name}: {grid.state(one, output)}\npython {shlex.join(one.command)}" for one in needed + first)
+        grid.put(grid.planned(needed + first, output))
         more = sum(2 * EXTENSIONS * len(grids) for grids in rows.values())
         grid.put([f"# {len(points)} runs, and at most {more} more where a best is at an edge"])
         return 0
     if prepare:
         prepare()
-    grid.collect(output / grid.TUNING)  # from now on a grid of its own
+    records.collect(output / records.TUNING)  # from now on a grid of its own
     for later in (False, True):  # whose values others take, and who takes them
         some = {_taking(run, kept): grids for run, grids in rows.items() if bool(run.setting.tuned_as) == later}
         results, of = search_all(some, needed, output, preset, grid.jobs_of(args))
@@ -104,7 +104,7 @@ def search_all(rows, needed, output, preset, jobs):
         batch = {run: [at(run, point) for point in points] for run, points in wanted.items()}
         good = [one for ones in batch.values() for one in ones if grid.read_flags(one.command)[0] != 2]
         failed = grid.run_all([*needed, *good], output, jobs)
-        grid.collect(output / grid.TUNING)
+        records.collect(output / records.TUNING)
         if failed:
             raise RunFailed(f"{len(failed)} runs did not finish ({', '.join(failed)}): see {output}/output")
         wanted = {}
@@ -175,8 +175,8 @@ def at(run, point):
     """The run of a setting at a point {flag: value}, in the tuning folder."""
     *words, seed, n, output, place, name, called, resume = with_flags(run, point).command
     suffix = "".join(f"_{flag.replace('-', '_')}_{x:g}" for flag, x in point.items())
-    line = (*words, seed, n, output, f"{place}/{grid.TUNING}", name, f"{called}{suffix}", resume)
-    return replace(run, name=f"{grid.TUNING}/{run.name}{suffix}", command=line)
+    line = (*words, seed, n, output, f"{place}/{records.TUNING}", name, f"{called}{suffix}", resume)
+    return replace(run, name=f"{records.TUNING}/{run.name}{suffix}", command=line)
 
 
 def with_flags(run, point):
@@ -187,7 +187,7 @@ def with_flags(run, point):
 
 def outcome(run, output, objective):
     """The objective at a finished run's last evaluation, or "diverged"."""
-    if grid.broke_down(grid.read_record(output / run.name / run.record)):
+    if records.broke_down(records.read_record(output / run.name / run.record)):
         return "diverged"
     values = [row[objective] for row in read_metrics(output / run.name) if row.get(objective) is not None]
     if not values:

@@ -12,7 +12,7 @@ from pathlib import Path
 import harness
 import pytest
 
-from common import grid
+from common import grid, records
 from common.cli import RunFailed, UsageError, run_main
 from common.early import CHECK
 from common.grid import Preset, Run, Setting
@@ -164,18 +164,18 @@ def test_a_grid_inside_a_grid_and_older_manifests(scripted, tmp_path):
     grid.run_all(scripted("works"), out, jobs=1)
     inner = tmp_path / "out" / "map"
     grid.run_all(grid.expand([Setting("works", "fake.py", ("--kind", "works"))], (), (7,), inner), inner, jobs=1)
-    grid.collect(inner)
+    records.collect(inner)
     old = {"command": "fake", "args": {"seed": 3}, "status": "failed", "reason": "the updates of all are not finite"}
     (out / "old").mkdir()
     (out / "old" / "run.json").write_text(json.dumps(old | {"results": None, "data": {}}))
-    grid.collect(out)
+    records.collect(out)
     lines = lines_of(out)
     assert list(lines) == ["old", "works_seed_0"] and list(lines_of(inner)) == ["works_seed_7"]
     assert lines["old"]["ended"] == {
         **{"how": "failed", "by": None, "round": None, "clients": None},
         "reason": "the updates of all are not finite",
     }
-    assert grid.broke_down(old) and not grid.broke_down(old | {"reason": "no space left"})
+    assert records.broke_down(old) and not records.broke_down(old | {"reason": "no space left"})
 
 
 @pytest.mark.parametrize("plan", [False, True])

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from common.best import Best, best_line
 from common.cli import RunFailed, UsageError
-from common.grid import broke_down, read_record
 from common.manifest import contents
+from common.records import broke_down, read_record
 from common.runlog import read_metrics
 from common.seeding import stream
 from common.vector import Weights

@@ -9,7 +9,7 @@ from comparing import same_bits
 from harness import read_lines, whole
 from noniid_script import call, done, failing, served, spied, words
 
-from common import grid
+from common import records
 from common.checkpoint import read_json
 from common.cli import method_of
 from common.runlog import Run, read_metrics
@@ -74,7 +74,7 @@ def test_a_run_whose_loss_is_not_finite_has_failed_and_is_a_result_all_the_same(
     assert [alarm["detector"] for alarm in line["alarms"]] == ["diverged"]
     assert not (tmp_path / "a" / "final").exists()
     ((run,), _) = read_runs(tmp_path, noniid_runs.STUDY)
-    assert run.rows == read_metrics(tmp_path / "a") and grid.broke_down(manifest)
+    assert run.rows == read_metrics(tmp_path / "a") and records.broke_down(manifest)
 
 
 def rising(monkeypatch):
