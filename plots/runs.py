@@ -18,7 +18,7 @@ from pathlib import Path
 from common.cache import one_line
 from common.cli import UsageError
 from common.curves import number, read_metrics
-from common.grid import TUNING
+from common.records import TUNING
 
 # Flags that say where and how a run was computed, not what: never part of a method.
 WHERE = frozenset(
