@@ -14,8 +14,9 @@ algorithm and number of local steps. Behind it the 95 % interval over bootstrap 
 together, those of a control among themselves). The scores to beat are the last validation loss at that point, and the
 last training loss in its better direction (under skew each client predicts its own labels: a broken run has the lower
 one, as it happens): a detector beats one where the interval of the difference of the two areas, over the pairs that
-both can judge, in the same draws, is above 0. Pairs in which a run has no score count for none; `no score`: no pair is
-left, or none in which two scores differ.
+both can judge, in the same draws, is above 0. `drift / chance` is the last drift of the gradients over its chance
+level, which the detector `drifting` wants three times in a row. Pairs in which a run has no score count for none; `no
+score`: no pair is left, or none in which two scores differ.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from llm_noniid.detectors import DETECTORS, curves_of, run_detectors, scores
 
 ROUNDS = 50
 BASES = ("val_loss", "train_loss")  # the scores to beat
+DRIFT = "drift / chance"
+JUDGED = (*DETECTORS, DRIFT)
 
 
 def falling(draw, n, noise=0.01, over=12):
@@ -185,12 +188,13 @@ def judged(path):
 
 
 def seen(run, share):
-    """{detector, or one of BASES: score} of a run's evaluations in this share of its rounds; nan for none."""
+    """{one of JUDGED or BASES: score} of a run's evaluations in this share of its rounds; nan for none."""
     rows = [row for row in run.rows if row["round"] <= share * run.args["num_rounds"]]
     planned = 1 - -run.args["num_rounds"] // run.args["eval_every"]
     last = {name: [row[name] for row in rows if row["round"] and row.get(name) is not None] for name in BASES}
     losses = {name: np.nan_to_num(float(of[-1]), nan=math.inf) if of else math.nan for name, of in last.items()}
-    return scores(curves_of(rows), planned) | losses
+    drifts = [row["drift_ratio"] / row["drift_ratio_chance"] for row in rows if row.get("drift_ratio_chance")]
+    return scores(curves_of(rows), planned) | losses | {DRIFT: drifts[-1] if drifts else math.nan}
 
 
 def areas(broken, strata, settings, values, draws=1000, seed=0):
@@ -251,7 +255,7 @@ def print_areas(path, draws):
     print(f"{len(runs)} runs of {len(set(settings))} settings, {sum(broken)} broken; areas under the ROC curve")
     for share, words in ((1 / 3, "a third"), (2 / 3, "two thirds")):
         figures = [seen(run, share) for run in runs]
-        values = {name: np.array([one[name] for one in figures]) for name in (*BASES, *DETECTORS)}
+        values = {name: np.array([one[name] for one in figures]) for name in (*BASES, *JUDGED)}
         table = areas(broken, list(map(id, controls)), list(map(id, settings)), values, draws)
         heads = [f"less {name}'s" for name in table if name.lstrip("-") in BASES]
         print(f"\n{f'after {words}':16}{'pairs':>6}{'area':>20}" + "".join(f"{head:>28}" for head in heads))
@@ -261,7 +265,7 @@ def print_areas(path, draws):
                 continue
             pairs, value, (low, high), beside = of
             cells = [""] * len(heads)
-            for base, (less, more) in beside.items() if name in DETECTORS else ():
+            for base, (less, more) in beside.items() if name in JUDGED else ():
                 at = heads.index(f"less {base}'s")
                 cells[at] = f"{less:+.2f} {more:+.2f} {'beats it' if less > 0 else 'does not'}"
             area = f"{value:.2f} [{low:.2f}, {high:.2f}]"
