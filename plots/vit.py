@@ -51,7 +51,8 @@ from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over
 FEDERATION = ("num_clients", "participation_rate", "shards", "local_steps", "num_rounds")
 KEYS = ("dataset", "classes", "data", "val_split", "model", "weights", "image_size", "init_from")
 KEYS += (*FEDERATION, "sparsity")
-CALIBRATION = "calibration calibration_rounds calibrate_on calibration_clients fisher_samples mask_merge"
+SCOPES = {"kind": "a threshold a kind", "unit": "whole heads and neurons", "block": "whole blocks"}
+CALIBRATION = "calibration fisher_form calibration_rounds calibrate_on calibration_clients fisher_samples mask_merge"
 
 
 def kind_of(command, args):
@@ -138,7 +139,7 @@ STUDY = Study(
         (lambda a: a["kind"] in ("lowest_magnitude", "highest_magnitude", "random"), set(CALIBRATION.split())),
         (lambda a: a.get("calibrate_on") != "clients", {"calibration_clients", "mask_merge"}),
     ),
-    off={"server_lr": ()},
+    off={"server_lr": (), "mask_omit": (), "fisher_form": ()},
     words={
         "shards": "{}",
         "local_steps": "J {}",
@@ -148,7 +149,9 @@ STUDY = Study(
         "calibration_rounds": "{} calibration rounds",
         "calibrate_on": "calibrated on {}",
         "fisher_samples": "{} Fisher samples",
-        "mask_scope": "{} threshold",
+        "mask_scope": lambda scope, _: SCOPES.get(scope, f"{scope} threshold"),
+        "mask_omit": "without {}",
+        "fisher_form": "{} form",
         "mask_merge": "{} of clients' masks",
         "batch_size": "batch {}",
         "num_clients": "{} clients",

@@ -72,9 +72,11 @@ def sparse_name(args):
     name = f"sparse_{args.mask_strategy}_s{args.sparsity_ratio:g}"
     if calibrated(args):
         name += f"_{args.calibration}{args.calibration_rounds}"
+        name += f"_{args.fisher_form}" if args.fisher_form != "auto" else ""
         name += "_clients" if args.calibrate_on == "clients" else ""
         name += f"_{args.mask_merge}" if args.mask_merge != "none" else ""
-    return name + ("_per_layer" if args.mask_scope == "layer" else "")
+    name += f"_per_{args.mask_scope}" if args.mask_scope != "global" else ""
+    return name + (f"_no_{args.mask_omit}" if args.mask_omit != "none" else "")
 
 
 def repeated(args, settings):

@@ -93,7 +93,8 @@ def load_study(args, run, federated=True, sparse=False):
     freeze(model, backbone=args.freeze_backbone, layers=args.freeze_layers, head=args.freeze_head)
     covered = []
     if sparse:  # a head that is not frozen is under the mask like the rest; what no mask covers is frozen
-        covered = maskable(model, "classifier" if args.freeze_head else "")
+        omit = "none" if args.upload == "topk" else args.mask_omit
+        covered = maskable(model, "classifier" if args.freeze_head else "", omit)
         shapes = {name: p.shape for name, p in model.named_parameters() if name in covered}
         check_mask(args, shapes, len(data.validation), min(examples))
         for name, p in model.named_parameters():
