@@ -139,7 +139,7 @@ STUDY = Study(
         (lambda a: a["kind"] in ("lowest_magnitude", "highest_magnitude", "random"), set(CALIBRATION.split())),
         (lambda a: a.get("calibrate_on") != "clients", {"calibration_clients", "mask_merge"}),
     ),
-    off={"server_lr": (), "mask_omit": (), "fisher_form": ()},
+    off={"server_lr": (), "mask_omit": (), "fisher_form": (), "error_feedback": (), "download": ()},
     words={
         "shards": "{}",
         "local_steps": "J {}",
@@ -151,6 +151,7 @@ STUDY = Study(
         "fisher_samples": "{} Fisher samples",
         "mask_scope": lambda scope, _: SCOPES.get(scope, f"{scope} threshold"),
         "mask_omit": "without {}",
+        "download": "{} down too",
         "fisher_form": "{} form",
         "mask_merge": "{} of clients' masks",
         "batch_size": "batch {}",
@@ -165,7 +166,11 @@ STUDY = Study(
         "data": None,
         "val_split": None,
     },
-    yes_no={"freeze_head": ("head frozen", "head trained"), "pretrained": ("pretrained", "from scratch")},
+    yes_no={
+        "freeze_head": ("head frozen", "head trained"),
+        "freeze_backbone": ("head only", ""),
+        "pretrained": ("pretrained", "from scratch"),
+    },
     order=order,
     budgets=("rounds", "images"),
 )

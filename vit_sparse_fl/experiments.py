@@ -66,7 +66,8 @@ def sparse_settings(args):
 def sparse_name(args):
     """sparse_STRATEGY_s0.9, with what differs from the default marked."""
     if args.upload == "topk":
-        return f"topk_s{args.sparsity_ratio:g}"
+        name = f"topk_s{args.sparsity_ratio:g}" + ("_feedback" if args.error_feedback else "")
+        return name + ("_both_ways" if args.download == "topk" else "")
     if args.mask:
         return f"mask_of_{Path(args.mask).resolve().parent.name}_s{args.sparsity_ratio:g}"
     name = f"sparse_{args.mask_strategy}_s{args.sparsity_ratio:g}"
