@@ -72,6 +72,8 @@ def make_parser(description, *, federated=True, sparse=False):
     number(report, "--save-every", positive_int, every, "N", f"resumable checkpoint every N {unit}", when=NEVER)
     best = "checkpoints with the best validation accuracy"
     number(report, "--keep-best", positive_int, 3, "N", best, when=NEVER)
+    if federated:
+        _interference_flags(report)
     add_final_flag(report)
     report.add_argument("--log-dir", metavar="DIR", help="text logs (default: OUTPUT_DIR/logs)")
     report.add_argument("--use-wandb", action="store_true", help="the same as --track wandb")
@@ -150,6 +152,13 @@ def _federated_flags(train):
     choice(train, "--client-weights", ["examples", "uniform"], "examples", "weight of a client in the mean")
     _schedule_flags(train, "rounds", 0, 100, "learning rate over the rounds")
     number(train, "--eval-every", positive_int, 10, "N", "evaluate every N rounds")
+
+
+def _interference_flags(report):
+    text = "measure every N rounds what a client's update does to the others' losses (cross_losses.py); off: 0"
+    number(report, "--interference-every", non_negative_int, 0, "N", text, when=NEVER)
+    number(report, "--interference-clients", positive_int, 10, "S", "of a round's clients, so many at most", when=NEVER)
+    number(report, "--interference-images", positive_int, 64, "N", "validation images a client", when=NEVER)
 
 
 def add_experiment_flags(group):
@@ -261,6 +270,12 @@ def complete(args):
         args.head = "ridge" if "num_rounds" in args and not fresh else "random"
     if args.head == "keep" and not args.init_from:
         raise UsageError("--head keep keeps the head of --init-from RUN, which is not given: use --head ridge")
+    if every := getattr(args, "interference_every", 0):
+        if every % args.eval_every or every > args.num_rounds:
+            given = f"--interference-every {every} with --eval-every {args.eval_every}, --num-rounds {args.num_rounds}"
+            raise UsageError(
+                f"{given}: it is measured where the run is evaluated: give a multiple, no more than there are"
+            )
     if getattr(args, "calibration_rounds", 1) is None:
         args.calibration_rounds = {"talos": 4, "seed": 5}[args.calibration]
     if args.image_size is None:

@@ -57,9 +57,18 @@ from vit_sparse_fl.calibration import make_mask, overlap_table
 from vit_sparse_fl.experiments import repeated, run_each, sparse_settings
 from vit_sparse_fl.interference import Interference
 from vit_sparse_fl.mask_files import sparsity_of
-from vit_sparse_fl.masks import check_sparsity, index_bytes
+from vit_sparse_fl.masks import check_sparsity, index_bytes, kept_apart
 from vit_sparse_fl.sparse_sgdm import SparseSGDM
-from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
+from vit_sparse_fl.study import (
+    client_batches,
+    cross_losses,
+    finish,
+    fit_first,
+    learning_rate,
+    load_study,
+    other_batches,
+    report,
+)
 from vit_sparse_fl.topk import client_rows, received, remembered, uploaded
 
 
@@ -75,13 +84,14 @@ def train(args):
         theta = run.restore(first, weights.named, best=best, **fitted, **({"topk": rows} if rows else {}))
         if topk:  # as many bytes as the kept values: 8 for a value and its index, in every round
             size, kept = max(1, round((1 - args.sparsity_ratio) * weights.size) // 2), None
-            sent, places = 8 * size, 0
+            sent, places, shares = 8 * size, 0, {}
             changing = sent if args.download == "topk" else weights.bytes
         else:
             mask = make_mask(study, run, first)
             kept = mask.nonzero().view(-1)  # [kept]
             sent = changing = 4 * len(kept)
             places = index_bytes(mask)  # once a client, both ways: which weights are kept
+            shares = {f"kept_{name}": share for name, share in kept_apart(weights.named(mask)).items()}
         frozen = study.frozen_squares()
         report(study, run, best, 0, theta)
 
@@ -91,16 +101,11 @@ def train(args):
             clients = run.sample(study.client_weights, args.participation_rate, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
             pull = Interference(theta, clients, kept, frozen=frozen) if run.due(t + 1) else None
+            cross = cross_losses(study, clients, theta, t, kept)
             for k in clients:
                 row = rows and rows.get(k) or {}
                 start = received(theta, row.get("copy"), size) if topk else theta
-                weights.load(start)
-                if topk:
-                    optimizer = client_optimizer("sgdm", weights.parameters, lr, args.momentum, args.weight_decay)
-                else:
-                    optimizer = SparseSGDM(weights, kept, lr, args.momentum, args.weight_decay)
-                batches = client_batches(study, k, t, before[k] * steps, steps)
-                local = local_steps(study.loss, batches, weights, optimizer, amp=study.amp)
+                local = client_update(study, start, kept, client_batches(study, k, t, before[k] * steps, steps), lr)
                 clients.note(k, train_loss=local.loss)
                 clients.work(steps * args.batch_size)
                 theta_k = weights.theta
@@ -111,10 +116,28 @@ def train(args):
                         rows.put(k, remembered(args, rest, start))
                     if pull:
                         pull.add(theta_k)
+                    if cross and cross.add(theta_k):
+                        client_update(study, start, kept, other_batches(study, k, t, before[k] * steps, steps), lr)
+                        theta_k = weights.theta
+                        if topk:
+                            theta_k, _ = uploaded(theta, start, weights.theta, size, row.get("residual"))
+                        cross.add_other(theta_k)
             theta = mean.result(args.server_lr)
-            report(study, run, best, t + 1, theta, pull, lr=lr)
+            report(study, run, best, t + 1, theta, pull, cross, lr=lr)
 
-        finish(study, run, best, theta)
+        finish(study, run, best, theta, **shares)
+
+
+def client_update(study, start, kept, batches, lr):
+    """A client's local work on the `kept` weights (None: all); the model has its weights afterwards. Returns a
+    `LocalResult`."""
+    args, weights = study.args, study.weights
+    weights.load(start)
+    if kept is None:
+        optimizer = client_optimizer("sgdm", weights.parameters, lr, args.momentum, args.weight_decay)
+    else:
+        optimizer = SparseSGDM(weights, kept, lr, args.momentum, args.weight_decay)
+    return local_steps(study.loss, batches, weights, optimizer, amp=study.amp)
 
 
 def main(args):
