@@ -13,6 +13,7 @@
     layers          mask_layers.png: the fraction of each layer that the masks keep, from mask.safetensors; a strategy
                     that keeps nothing of some layers has collapsed them
     interference    {heterogeneity,local_steps,strategies}_interference.png: between the clients, against rounds
+    cross           cross_losses.png: each client's update against its own and the others' losses (vit_interference.py)
     shards          clients x classes of the lowest seed, from shards.json (a heat map cannot be averaged)
 
 Lines are means over seeds, their bands minimum to maximum; points have bars of one standard deviation and a dot a seed.
@@ -45,6 +46,7 @@ from plots.style import (
     whole_numbers,
 )
 from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent
+from plots.vit_interference import CROSS, more_columns
 
 # ---- the study
 
@@ -456,6 +458,7 @@ FIGURES = {
         Figure(f"{a}_interference", measured(select), between(title), f"{needs}, with update_cosine in metrics.jsonl")
         for a, (select, _, title, needs) in VARIED.items()
     ],
+    "cross": [CROSS],
     "shards": [Figure("shards", with_shards, draw_shards, "federated runs with shards.json in their folder")],
 }
 
@@ -472,25 +475,22 @@ def dense_of(curve, curves):
     return nearest(curve, there)
 
 
-TABLE = Table(
-    study=STUDY,
-    free=FREE,
-    columns=(
-        result("test % (last)", "test_accuracy_last", 100, 2),
-        result("test % (best)", "test_accuracy_best", 100, 2),
-        result("val % (best)", "val_accuracy_best", 100, 2),
-        Column("vs dense", lambda c, all_: difference(c, dense_of(c, all_), "test_accuracy_last", 100)),
-        Column("MB up", lambda curve, _: sent(curve, "bytes_up")),
-        over_rounds("cosine", "update_cosine", 1, 3),
-        over_rounds("diversity", "gradient_diversity", 1, 3),
-        over_rounds("sign conflict %", "sign_conflict", 100, 1),
-        over_rounds("drift %", "drift", 100, 3),
-        over_rounds("drift to mean", "drift_to_mean", 1, 2),
-        ROUNDS,
-        MINUTES,
-        SEEDS,
-    ),
+COLUMNS = (
+    result("test % (last)", "test_accuracy_last", 100, 2),
+    result("test % (best)", "test_accuracy_best", 100, 2),
+    result("val % (best)", "val_accuracy_best", 100, 2),
+    Column("vs dense", lambda c, all_: difference(c, dense_of(c, all_), "test_accuracy_last", 100)),
+    Column("MB up", lambda curve, _: sent(curve, "bytes_up")),
+    over_rounds("cosine", "update_cosine", 1, 3),
+    over_rounds("diversity", "gradient_diversity", 1, 3),
+    over_rounds("sign conflict %", "sign_conflict", 100, 1),
+    over_rounds("drift %", "drift", 100, 3),
+    over_rounds("drift to mean", "drift_to_mean", 1, 2),
+    ROUNDS,
+    MINUTES,
+    SEEDS,
 )
+TABLE = Table(study=STUDY, free=FREE, columns=lambda curves, _: (*COLUMNS[:-3], *more_columns(curves), *COLUMNS[-3:]))
 
 
 def add_at(parser):

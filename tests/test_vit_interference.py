@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import harness
 import numpy as np
+import plotting
 import pytest
 import torch
+from fixed_runs import DENSE, SPARSE, write_vit
 from processes import answers_of, as_rank
 from torch.nn import functional as F
 
@@ -211,3 +213,37 @@ def test_where_it_would_not_be_measured_is_refused():
     for words, every in (("--interference-every 15", 10), ("--interference-every 600", 100)):
         with pytest.raises(UsageError, match="--interference-every .* give a multiple"):
             parse(train_federated.build_parser(), f"{words} --eval-every {every}".split())
+
+
+# ---- the figure and the table
+
+
+def test_the_figure_and_the_table_show_means_with_their_chance_levels(tmp_path):
+    for seed in range(2):
+        for command, shift in ((DENSE, 0.0), (SPARSE, 0.1)):
+            folder = write_vit(tmp_path, command, seed=seed)
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for row in rows[1:]:  # measured in two of three rounds
+                at = row["round"] / 100 + seed + shift
+                row |= {"interference_own": -at, "interference_others": at / 2, "interference_chance": 0.01}
+                row |= {"merge_gap": 2 * at, "cosine_excess": -0.2, "cosine_chance": 0.05}
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ((name, figure),) = plotting.figures("vit", tmp_path, "cross").items()
+    assert name == "cross_losses.png" and "mean of 2 seeds" in figure.get_suptitle()
+    own, others, gap, excess = figure.axes
+    assert plotting.ticks(own.yaxis) == ["Dense FedAvg", "Random"]
+
+    def points(axis):
+        return [float(line.get_xdata()[0]) for container in axis.containers for line in container.lines[:1] if line]
+
+    assert points(own) == pytest.approx([-0.75, -0.85]) and points(others) == pytest.approx([0.375, 0.425])
+    marks = [
+        [float(line.get_xdata()[0]) for line in axis.lines if line.get_markersize() == 13] for axis in (others, gap)
+    ]
+    assert marks[0][:1] + marks[1][:1] == pytest.approx([0.01, 0.75])
+    bands = [(patch.get_x(), patch.get_width()) for patch in excess.patches]
+    assert bands == [pytest.approx((-0.05, 0.1))] * 2
+    row = plotting.table("table vit", tmp_path)["Random"]
+    shown = [row[head] for head in ("own loss", "others' loss", "random signs", "merge gap", "between - within")]
+    assert shown == ["-0.8500 ± 0.7071", "0.4250 ± 0.3536", "0.0100 ± 0.0000", "1.7000 ± 1.4142", "-0.200 ± 0.000"]
+    assert row["others / own"] == "0.500 ± 0.000" and row["at random"] == "0.050 ± 0.000" and "MB down" not in row
