@@ -76,7 +76,7 @@ def setting_of(run):
         if isinstance(args.get(key), str):
             values[key] = base_name(args[key], inner=("final",))
     # `--classes` left out and all of them given are the same
-    if "classes" in run.facts:
+    if "classes" in run.facts and args.get("classes") != "rest":
         values["classes"] = text(run.facts["classes"])
     sums = {key: value for key, value in run.data.items() if key.startswith("sha256")}
     if sums:
@@ -108,6 +108,8 @@ def order(key, value):
 
 def classes_words(value, _):
     """`classes 50 to 99` of the range [50, 100]."""
+    if value == "rest":
+        return "classes of no pretraining"
     ends = re.findall(r"\d+", str(value))
     return f"classes {ends[0]} to {int(ends[1]) - 1}" if len(ends) == 2 else f"classes {value}"
 

@@ -12,7 +12,7 @@ from common import parallel
 from common.checkpoint import read_json
 from common.cli import UsageError
 from common.runlog import start_run
-from vit_sparse_fl.data import check_batch_size, deal, load_images
+from vit_sparse_fl.data import check_batch_size, classes_of, deal, load_images
 from vit_sparse_fl.mask_flags import calibrated
 from vit_sparse_fl.masks import STRATEGIES
 
@@ -37,7 +37,13 @@ def variant(args, **changes):
 def shards_name(args):
     """iid, non_iid_nc5 or dirichlet_a0.1, and the part of the classes if it is one."""
     name = {"iid": "iid", "non_iid": f"non_iid_nc{args.nc}", "dirichlet": f"dirichlet_a{args.alpha:g}"}[args.sharding]
-    return name + (f"_classes_{args.classes[0]}_{args.classes[1]}" if args.classes else "")
+    return name + classes_name(args)
+
+
+def classes_name(args):
+    """_classes_50_100, _classes_rest, or nothing for all classes."""
+    words = ("rest",) if args.classes == "rest" else args.classes or ()
+    return "_".join(["_classes", *map(str, words)]) if words else ""
 
 
 def federated_settings(args, method="fedavg"):
@@ -134,7 +140,7 @@ def check_shards(several):
     """Raises UsageError where one of several runs would end for its clients, so that none of them starts."""
     for flags in several:
         if "sharding" in flags:
-            labels = _training_labels(flags.dataset, flags.seed, flags.val_split, flags.classes, flags.data_root)
+            labels = _training_labels(flags.dataset, flags.seed, flags.val_split, classes_of(flags), flags.data_root)
             check_batch_size([len(rows) for rows in deal(flags, labels)[0]], flags.batch_size)
 
 

@@ -112,7 +112,8 @@ def _data_flags(data):
     text = "where the data set is (default: $FEDQUARTET_DATA, else data)"
     data.add_argument("--data-root", "--data-dir", metavar="DIR", help=text)
     number(data, "--val-split", fraction, 0.1, "X", "share of the training images held out")
-    number(data, "--classes", class_range, None, "A:B", "only the classes A to B-1, numbered from 0 (default: all)")
+    text = "only the classes A to B-1, numbered from 0; rest: those that --init-from was not trained on (default: all)"
+    number(data, "--classes", class_range, None, "A:B", text)
     number(data, "--num-classes", positive_int, None, "N", "checked against the data (default: not)", when=NEVER)
 
 
@@ -183,7 +184,9 @@ def process_memory(args):
 
 
 def class_range(text):
-    """ "A:B" as (A, B), 0 <= A < B."""
+    """ "A:B" as (A, B), 0 <= A < B; "rest" as it is."""
+    if text == "rest":
+        return text
     low, colon, high = text.partition(":")
     if not (colon and low.isdecimal() and high.isdecimal() and int(low) < int(high)):
         raise argparse.ArgumentTypeError(f"{text!r} is not FROM:TO, such as 0:50 for the first 50 classes")
@@ -268,6 +271,10 @@ def complete(args):
     if args.head is None:
         fresh = not args.pretrained or args.model == "tiny" and not args.init_from
         args.head = "ridge" if "num_rounds" in args and not fresh else "random"
+    if args.classes == "rest" and not args.init_from:
+        raise UsageError(
+            "--classes rest leaves out the classes of --init-from RUN, which is not given: give --classes A:B"
+        )
     if args.head == "keep" and not args.init_from:
         raise UsageError("--head keep keeps the head of --init-from RUN, which is not given: use --head ridge")
     if every := getattr(args, "interference_every", 0):

@@ -30,7 +30,7 @@ from common.sharding import class_counts
 from common.vector import Weights, fingerprint
 from vit_sparse_fl.calibration import check_mask
 from vit_sparse_fl.cross_losses import CrossLosses
-from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, deal, load_images, prepare
+from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, classes_of, deal, load_images, prepare
 from vit_sparse_fl.heads import fit_head
 from vit_sparse_fl.masks import maskable
 from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, save_pretrained
@@ -80,7 +80,7 @@ def load_study(args, run, federated=True, sparse=False):
     Raises: UsageError.
     """
     reuse_large_memory()
-    data = load_images(args.dataset, args.seed, args.val_split, args.classes, args.data_root)
+    data = load_images(args.dataset, args.seed, args.val_split, classes_of(args), args.data_root)
     if args.num_classes is not None and args.classes is None and args.num_classes != data.n_classes:
         raise UsageError(
             f"--num-classes {args.num_classes}, but {args.dataset} has {data.n_classes} (--classes A:B takes a part)"
