@@ -91,7 +91,7 @@ def main(options):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)  # lr 0: all repeats see the same weights
 
     def ours(method):
-        sample = Sample(model, weights, None, images, labels, of_labels=True)
+        sample = Sample(model, weights, None, images, labels, form="nll")
         return sensitivity(sample, method, options.chunk_size)
 
     scores = {}

@@ -13,6 +13,7 @@
     layers          mask_layers.png: the fraction of each layer that the masks keep, from mask.safetensors; a strategy
                     that keeps nothing of some layers has collapsed them
     interference    {heterogeneity,local_steps,strategies}_interference.png: between the clients, against rounds
+    cross           cross_losses.png: each client's update against its own and the others' losses (vit_interference.py)
     shards          clients x classes of the lowest seed, from shards.json (a heat map cannot be averaged)
 
 Lines are means over seeds, their bands minimum to maximum; points have bars of one standard deviation and a dot a seed.
@@ -45,13 +46,15 @@ from plots.style import (
     whole_numbers,
 )
 from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent
+from plots.vit_interference import CROSS, more_columns
 
 # ---- the study
 
 FEDERATION = ("num_clients", "participation_rate", "shards", "local_steps", "num_rounds")
 KEYS = ("dataset", "classes", "data", "val_split", "model", "weights", "image_size", "init_from")
 KEYS += (*FEDERATION, "sparsity")
-CALIBRATION = "calibration calibration_rounds calibrate_on calibration_clients fisher_samples mask_merge"
+SCOPES = {"kind": "a threshold a kind", "unit": "whole heads and neurons", "block": "whole blocks"}
+CALIBRATION = "calibration fisher_form calibration_rounds calibrate_on calibration_clients fisher_samples mask_merge"
 
 
 def kind_of(command, args):
@@ -73,7 +76,7 @@ def setting_of(run):
         if isinstance(args.get(key), str):
             values[key] = base_name(args[key], inner=("final",))
     # `--classes` left out and all of them given are the same
-    if "classes" in run.facts:
+    if "classes" in run.facts and args.get("classes") != "rest":
         values["classes"] = text(run.facts["classes"])
     sums = {key: value for key, value in run.data.items() if key.startswith("sha256")}
     if sums:
@@ -105,6 +108,8 @@ def order(key, value):
 
 def classes_words(value, _):
     """`classes 50 to 99` of the range [50, 100]."""
+    if value == "rest":
+        return "classes of no pretraining"
     ends = re.findall(r"\d+", str(value))
     return f"classes {ends[0]} to {int(ends[1]) - 1}" if len(ends) == 2 else f"classes {value}"
 
@@ -138,7 +143,7 @@ STUDY = Study(
         (lambda a: a["kind"] in ("lowest_magnitude", "highest_magnitude", "random"), set(CALIBRATION.split())),
         (lambda a: a.get("calibrate_on") != "clients", {"calibration_clients", "mask_merge"}),
     ),
-    off={"server_lr": ()},
+    off={"server_lr": (), "mask_omit": (), "fisher_form": (), "error_feedback": (), "download": ()},
     words={
         "shards": "{}",
         "local_steps": "J {}",
@@ -148,7 +153,10 @@ STUDY = Study(
         "calibration_rounds": "{} calibration rounds",
         "calibrate_on": "calibrated on {}",
         "fisher_samples": "{} Fisher samples",
-        "mask_scope": "{} threshold",
+        "mask_scope": lambda scope, _: SCOPES.get(scope, f"{scope} threshold"),
+        "mask_omit": "without {}",
+        "download": "{} down too",
+        "fisher_form": "{} form",
         "mask_merge": "{} of clients' masks",
         "batch_size": "batch {}",
         "num_clients": "{} clients",
@@ -162,7 +170,11 @@ STUDY = Study(
         "data": None,
         "val_split": None,
     },
-    yes_no={"freeze_head": ("head frozen", "head trained"), "pretrained": ("pretrained", "from scratch")},
+    yes_no={
+        "freeze_head": ("head frozen", "head trained"),
+        "freeze_backbone": ("head only", ""),
+        "pretrained": ("pretrained", "from scratch"),
+    },
     order=order,
     budgets=("rounds", "images"),
 )
@@ -448,6 +460,7 @@ FIGURES = {
         Figure(f"{a}_interference", measured(select), between(title), f"{needs}, with update_cosine in metrics.jsonl")
         for a, (select, _, title, needs) in VARIED.items()
     ],
+    "cross": [CROSS],
     "shards": [Figure("shards", with_shards, draw_shards, "federated runs with shards.json in their folder")],
 }
 
@@ -464,25 +477,22 @@ def dense_of(curve, curves):
     return nearest(curve, there)
 
 
-TABLE = Table(
-    study=STUDY,
-    free=FREE,
-    columns=(
-        result("test % (last)", "test_accuracy_last", 100, 2),
-        result("test % (best)", "test_accuracy_best", 100, 2),
-        result("val % (best)", "val_accuracy_best", 100, 2),
-        Column("vs dense", lambda c, all_: difference(c, dense_of(c, all_), "test_accuracy_last", 100)),
-        Column("MB up", lambda curve, _: sent(curve, "bytes_up")),
-        over_rounds("cosine", "update_cosine", 1, 3),
-        over_rounds("diversity", "gradient_diversity", 1, 3),
-        over_rounds("sign conflict %", "sign_conflict", 100, 1),
-        over_rounds("drift %", "drift", 100, 3),
-        over_rounds("drift to mean", "drift_to_mean", 1, 2),
-        ROUNDS,
-        MINUTES,
-        SEEDS,
-    ),
+COLUMNS = (
+    result("test % (last)", "test_accuracy_last", 100, 2),
+    result("test % (best)", "test_accuracy_best", 100, 2),
+    result("val % (best)", "val_accuracy_best", 100, 2),
+    Column("vs dense", lambda c, all_: difference(c, dense_of(c, all_), "test_accuracy_last", 100)),
+    Column("MB up", lambda curve, _: sent(curve, "bytes_up")),
+    over_rounds("cosine", "update_cosine", 1, 3),
+    over_rounds("diversity", "gradient_diversity", 1, 3),
+    over_rounds("sign conflict %", "sign_conflict", 100, 1),
+    over_rounds("drift %", "drift", 100, 3),
+    over_rounds("drift to mean", "drift_to_mean", 1, 2),
+    ROUNDS,
+    MINUTES,
+    SEEDS,
 )
+TABLE = Table(study=STUDY, free=FREE, columns=lambda curves, _: (*COLUMNS[:-3], *more_columns(curves), *COLUMNS[-3:]))
 
 
 def add_at(parser):

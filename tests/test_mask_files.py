@@ -19,6 +19,8 @@ def test_merge_jaccard_and_counts():
     assert m.merge([a, b, a], "intersection").tolist() == [True, False, False, False, True, False]
     assert m.jaccard(a, b) == 0.5 and m.jaccard(a, a) == 1.0
     assert m.kept_per_layer({"x.weight": a[:4].view(2, 2), "x.bias": a[4:]}) == {"x": 0.5}
+    assert m.kept_apart({"x.weight": a[:4], "y.weight": a[4:6]}) == {"weights": int(a[:6].sum()) / 6}
+    assert m.kept_apart({"x.weight": a[:4], "x.bias": a[4:]})["biases"] == int(a[4:].sum()) / len(a[4:])
     nothing = torch.zeros_like(a)
     assert m.jaccard(nothing, nothing) == 1.0 and m.jaccard(a, nothing) == 0.0
     assert m.index_bytes(a) == 1 and m.index_bytes(nothing) == 0
@@ -48,7 +50,7 @@ def test_mask_file_comes_back_with_its_provenance(saved):
     assert sparsity_of(path) == round(1 - loaded.double().mean().item(), 4)
     assert {key: found[key] for key in about} == about
     assert found["kept"] == {name: int(mask.sum()) for name, mask in masks.items()}
-    assert found["kept_per_layer"] == m.kept_per_layer(masks)
+    assert found["kept_per_layer"] == m.kept_per_layer(masks) and found["kept_apart"] == m.kept_apart(masks)
     assert sum(bits.numel() for bits in load_file(path).values()) == sum(-(-b.numel() // 8) for b in masks.values())
     assert [f.name for f in path.parent.iterdir()] == ["mask.safetensors"]
 

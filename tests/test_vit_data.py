@@ -15,7 +15,7 @@ from torch.nn import functional
 from common.cli import UsageError
 from common.seeding import stream
 from common.sharding import check, class_counts
-from vit_sparse_fl import data, demo_images, flags
+from vit_sparse_fl import data, demo_images, flags, train_federated
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -114,8 +114,27 @@ def test_a_range_of_classes_is_numbered_from_0_and_shares_the_split():
         labels = getattr(whole, f"{name}_labels")
         assert torch.equal(getattr(half, name), getattr(whole, name)[labels >= 50])
         assert torch.equal(getattr(half, f"{name}_labels"), labels[labels >= 50] - 50)
+    same = data.load_images("demo", 5, classes=frozenset(range(50, 100)))
+    assert torch.equal(same.train, half.train) and torch.equal(same.test_labels, half.test_labels)
+    two = data.load_images("demo", 5, classes=frozenset([7, 2]))
+    assert two.n_classes == 2 and two.fingerprint["classes"] == [2, 7] and set(two.train_labels.tolist()) == {0, 1}
+    assert torch.equal(two.test[two.test_labels == 1], whole.test[whole.test_labels == 7])
     one = data.load_images("demo", 5, classes=(3, 4))
     assert one.n_classes == 1 and not one.train_labels.any()
+
+
+def test_the_rest_are_the_classes_that_the_start_was_not_trained_on(tmp_path):
+    args = SimpleNamespace(classes="rest", init_from=str(tmp_path), dataset="demo")
+    for given, rest in (([25, 75], {*range(25), *range(75, 100)}), ([0, 50], {*range(50, 100)})):
+        (tmp_path / "run.json").write_text(json.dumps({"args": {"classes": given}}))
+        assert data.classes_of(args) == rest
+    assert data.classes_of(SimpleNamespace(classes=(3, 5))) == (3, 5)
+    for given, words in ((None, "is no run on --classes A:B"), ([0, 100], "trained on all 100 classes")):
+        (tmp_path / "run.json").write_text(json.dumps({"args": {"classes": given}}))
+        with pytest.raises(UsageError, match=words):
+            data.classes_of(args)
+    with pytest.raises(UsageError, match="--init-from RUN, which is not given"):
+        flags.parse(train_federated.build_parser(), ["--classes", "rest"])
 
 
 def test_arguments_out_of_range():

@@ -211,6 +211,20 @@ def test_one_client_is_central_training_bitwise(tmp_path):
     assert same(final(tmp_path / "fed"), final(tmp_path / "central"))
 
 
+def test_head_only_trains_and_sends_the_head(tmp_path):
+    words = ("--freeze-head", "--freeze-backbone", "--no-freeze-head", "--head", "ridge", "--num-rounds", 1)
+    assert small("train_federated", *words, "--output-dir", tmp_path, "--run-name", "r") == 0
+    model = make_model("tiny", image_size=32, n_classes=10, seed=0)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    init_from(model, tmp_path / "r")
+    assert {name for name, p in model.state_dict().items() if not torch.equal(before[name], p)} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    first, last = read_metrics(tmp_path / "r")
+    assert last["bytes_up"] - first["bytes_up"] == 3 * 4 * (10 * 96 + 10)
+
+
 def test_early_stopping_ends_a_run_after_an_evaluation(tmp_path):
     words = ["--lr", 0, "--early-stopping-patience", 3, "--num-rounds", 50, "--eval-every", 2]
     assert small("train_federated", *words, "--output-dir", tmp_path, "--run-name", "stopped") == 0

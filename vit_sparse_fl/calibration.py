@@ -12,11 +12,14 @@ from vit_sparse_fl.mask_files import load_mask, save_mask
 from vit_sparse_fl.mask_flags import calibrated
 from vit_sparse_fl.masks import (
     STRATEGIES,
+    WHOLE,
     Sample,
     calibrate,
     calibration_rows,
     check_kept,
+    groups_of,
     jaccard,
+    kept_apart,
     kept_per_layer,
     merge,
 )
@@ -52,7 +55,9 @@ def make_mask(study, run, theta):
         return load_mask(path, weights.shapes)[0].to(study.device)
     if args.mask:
         mask, about = load_mask(args.mask, weights.shapes)
-        about = {key: about[key] for key in about if key not in ("shapes", "kept", "kept_per_layer", "sha256")}
+        about = {
+            key: about[key] for key in about if key not in ("shapes", "kept", "kept_per_layer", "kept_apart", "sha256")
+        }
         study.log.info(f"mask of {args.mask}: {about}")
     else:
         study.model.eval()
@@ -61,7 +66,8 @@ def make_mask(study, run, theta):
     kept, named = int(mask.sum()), weights.named(mask)
     if not kept:
         raise RunFailed(f"the {args.mask_merge} of the clients' masks keeps none of {len(mask)} weights: use another")
-    study.log.info(f"mask: {kept} of {len(mask)} weights are trained, {100 * kept / len(mask):.2f} %")
+    apart = ", ".join(f"{100 * share:.2f} % of the {kind}" for kind, share in kept_apart(named).items())
+    study.log.info(f"mask: {kept} of {len(mask)} weights are trained, {100 * kept / len(mask):.2f} % ({apart})")
     for layer, share in kept_per_layer(named).items():
         study.log.info(f"kept {100 * share:6.2f} % of {layer}", extra={"quiet": True})
     if parallel.is_main():
@@ -76,13 +82,16 @@ def _made(study, run, theta):
     about = {"strategy": args.mask_strategy, "sparsity": args.sparsity_ratio}
     about |= {"scope": args.mask_scope, "seed": args.seed}
     sizes = [shape.numel() for shape in study.weights.shapes.values()]
-    rule = {"sparsity": args.sparsity_ratio, "largest": strategy.largest, "scope": args.mask_scope}
+    groups = groups_of(study.weights.shapes, args.mask_scope, study.model.config.num_attention_heads)
+    rule = {"sparsity": args.sparsity_ratio, "largest": strategy.largest, "scope": args.mask_scope, "groups": groups}
     if not strategy.images:
-        sample = Sample(study.model, study.weights, stream(args.seed, "random mask"))
+        whole = groups if args.mask_scope in WHOLE else None
+        sample = Sample(study.model, study.weights, stream(args.seed, "random mask"), groups=whole)
         study.weights.load(theta)
         return calibrate(theta, lambda *_: strategy.scores(sample), sizes, rounds=1, **rule), about
     rule |= {"method": args.calibration, "rounds": args.calibration_rounds}
     about |= {"calibration": args.calibration, "rounds": args.calibration_rounds, "samples": args.fisher_samples}
+    about |= {"form": form_of(args)} if args.fisher_form != "auto" else {}
     about |= {"calibrated_on": args.calibrate_on, "merge": args.mask_merge, "client_overlap": None}
     if args.calibrate_on == "server":
         scores, about["samples"] = _scores(study, data.validation, data.validation_labels, args.fisher_samples)
@@ -130,7 +139,7 @@ def _scores(study, images, labels, samples, client=0):
     rows = calibration_rows(
         len(images), samples, args.calibration_rounds, args.seed, method=args.calibration, client=client
     )
-    about = {"prepare": study.pixels, "of_labels": args.calibration == "seed"}
+    about = {"prepare": study.pixels, "form": form_of(args)}
 
     def scores(theta, r):
         chosen = rows[r].to(images.device)
@@ -139,6 +148,11 @@ def _scores(study, images, labels, samples, client=0):
         return strategy.scores(Sample(study.model, study.weights, draws, images[chosen], labels[chosen], **about))
 
     return scores, len(rows[0])
+
+
+def form_of(args):
+    """What a weight's sensitivity is the square of: as `masks.sensitivity` calls it."""
+    return {"talos": "logit", "seed": "nll"}[args.calibration] if args.fisher_form == "auto" else args.fisher_form
 
 
 def overlap_table(runs):

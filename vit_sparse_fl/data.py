@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import tempfile
 import zipfile
@@ -56,8 +57,8 @@ def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
     FEDQUARTET_DATA, else ./data): cifar100.npz, there or in cifar100/ or cifar-100/, else torchvision's own folder
     cifar-100-python, else torchvision downloads that folder. demo is generated.
     val_split: the share of the training images that is held out, stratified, by `seed`.
-    classes: (low, high) keeps the classes low..high-1 and numbers them from 0. The split is made before, so that
-    runs on different classes hold out the same images.
+    classes: (low, high) keeps the classes low..high-1 and numbers them from 0, a frozenset those in it. The split is
+    made before, so that runs on different classes hold out the same images.
 
     Raises UsageError for missing data that cannot be downloaded, a file that is not CIFAR-100, and a share or classes
     out of range.
@@ -67,9 +68,11 @@ def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
     else:
         arrays, source = _cifar100(data_folder(data_root))
         n_classes = CIFAR_CLASSES
-    low, high = (0, n_classes) if classes is None else classes
+    several = isinstance(classes, frozenset)
+    low, high = (0, n_classes) if classes is None else (min(classes), max(classes) + 1) if several else classes
     if not 0 <= low < high <= n_classes:
         raise UsageError(f"classes {low}:{high} are not in {dataset}: choose FROM:TO within 0:{n_classes}")
+    chosen = np.array(sorted(classes)) if several else np.arange(low, high)
     images, labels, test, test_labels = arrays
     held_out = round(val_split * len(labels)) if 0 < val_split < 1 else 0
     if not 0 < held_out < len(labels):
@@ -84,23 +87,43 @@ def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
         ("validation", images, labels, validation),
         ("test", test, test_labels, np.arange(len(test_labels))),
     ):
-        rows = rows[(truth[rows] >= low) & (truth[rows] < high)]
+        rows = rows[np.isin(truth[rows], chosen)]
         if len(rows) == 0:
             raise UsageError(f"no image of classes {low}:{high} in the {name} split: raise --val-split ({val_split})")
         splits[name] = torch.from_numpy(pixels[rows])
-        splits[f"{name}_labels"] = torch.from_numpy(truth[rows].astype(np.int64) - low)
+        splits[f"{name}_labels"] = torch.from_numpy(np.searchsorted(chosen, truth[rows]).astype(np.int64))
     return ImageSplits(
         **splits,
-        n_classes=high - low,
+        n_classes=len(chosen),
         fingerprint={
             "dataset": dataset,
             "source": source,
             "sha256": {name: _sha256(array) for name, array in zip(ARRAYS, arrays, strict=True)},
-            "classes": [low, high],
+            "classes": chosen.tolist() if several else [low, high],
             "val_split": val_split,
             "counts": {name: len(splits[name]) for name in ("train", "validation", "test")},
         },
     )
+
+
+def classes_of(args):
+    """What `load_images` keeps: --classes, of "rest" the classes that the run of --init-from was not trained on.
+
+    Raises UsageError where that run does not say, or had all of them.
+    """
+    if args.classes != "rest":
+        return args.classes
+    try:
+        record = json.loads(Path(args.init_from, "run.json").read_text(encoding="utf-8"))
+        low, high = record["args"]["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"--classes rest: --init-from {args.init_from} is no run on --classes A:B: give its folder"
+        ) from None
+    whole = demo_images.CLASSES if args.dataset == "demo" else CIFAR_CLASSES
+    if not (rest := frozenset({*range(whole)} - {*range(low, high)})):
+        raise UsageError(f"--classes rest: {args.init_from} was trained on all {whole} classes: give A:B")
+    return rest
 
 
 def _sha256(array):

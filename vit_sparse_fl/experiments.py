@@ -12,7 +12,7 @@ from common import parallel
 from common.checkpoint import read_json
 from common.cli import UsageError
 from common.runlog import start_run
-from vit_sparse_fl.data import check_batch_size, deal, load_images
+from vit_sparse_fl.data import check_batch_size, classes_of, deal, load_images
 from vit_sparse_fl.mask_flags import calibrated
 from vit_sparse_fl.masks import STRATEGIES
 
@@ -37,7 +37,13 @@ def variant(args, **changes):
 def shards_name(args):
     """iid, non_iid_nc5 or dirichlet_a0.1, and the part of the classes if it is one."""
     name = {"iid": "iid", "non_iid": f"non_iid_nc{args.nc}", "dirichlet": f"dirichlet_a{args.alpha:g}"}[args.sharding]
-    return name + (f"_classes_{args.classes[0]}_{args.classes[1]}" if args.classes else "")
+    return name + classes_name(args)
+
+
+def classes_name(args):
+    """_classes_50_100, _classes_rest, or nothing for all classes."""
+    words = ("rest",) if args.classes == "rest" else args.classes or ()
+    return "_".join(["_classes", *map(str, words)]) if words else ""
 
 
 def federated_settings(args, method="fedavg"):
@@ -66,15 +72,18 @@ def sparse_settings(args):
 def sparse_name(args):
     """sparse_STRATEGY_s0.9, with what differs from the default marked."""
     if args.upload == "topk":
-        return f"topk_s{args.sparsity_ratio:g}"
+        name = f"topk_s{args.sparsity_ratio:g}" + ("_feedback" if args.error_feedback else "")
+        return name + ("_both_ways" if args.download == "topk" else "")
     if args.mask:
         return f"mask_of_{Path(args.mask).resolve().parent.name}_s{args.sparsity_ratio:g}"
     name = f"sparse_{args.mask_strategy}_s{args.sparsity_ratio:g}"
     if calibrated(args):
         name += f"_{args.calibration}{args.calibration_rounds}"
+        name += f"_{args.fisher_form}" if args.fisher_form != "auto" else ""
         name += "_clients" if args.calibrate_on == "clients" else ""
         name += f"_{args.mask_merge}" if args.mask_merge != "none" else ""
-    return name + ("_per_layer" if args.mask_scope == "layer" else "")
+    name += f"_per_{args.mask_scope}" if args.mask_scope != "global" else ""
+    return name + (f"_no_{args.mask_omit}" if args.mask_omit != "none" else "")
 
 
 def repeated(args, settings):
@@ -131,7 +140,7 @@ def check_shards(several):
     """Raises UsageError where one of several runs would end for its clients, so that none of them starts."""
     for flags in several:
         if "sharding" in flags:
-            labels = _training_labels(flags.dataset, flags.seed, flags.val_split, flags.classes, flags.data_root)
+            labels = _training_labels(flags.dataset, flags.seed, flags.val_split, classes_of(flags), flags.data_root)
             check_batch_size([len(rows) for rows in deal(flags, labels)[0]], flags.batch_size)
 
 

@@ -72,6 +72,8 @@ def make_parser(description, *, federated=True, sparse=False):
     number(report, "--save-every", positive_int, every, "N", f"resumable checkpoint every N {unit}", when=NEVER)
     best = "checkpoints with the best validation accuracy"
     number(report, "--keep-best", positive_int, 3, "N", best, when=NEVER)
+    if federated:
+        _interference_flags(report)
     add_final_flag(report)
     report.add_argument("--log-dir", metavar="DIR", help="text logs (default: OUTPUT_DIR/logs)")
     report.add_argument("--use-wandb", action="store_true", help="the same as --track wandb")
@@ -110,7 +112,8 @@ def _data_flags(data):
     text = "where the data set is (default: $FEDQUARTET_DATA, else data)"
     data.add_argument("--data-root", "--data-dir", metavar="DIR", help=text)
     number(data, "--val-split", fraction, 0.1, "X", "share of the training images held out")
-    number(data, "--classes", class_range, None, "A:B", "only the classes A to B-1, numbered from 0 (default: all)")
+    text = "only the classes A to B-1, numbered from 0; rest: those that --init-from was not trained on (default: all)"
+    number(data, "--classes", class_range, None, "A:B", text)
     number(data, "--num-classes", positive_int, None, "N", "checked against the data (default: not)", when=NEVER)
 
 
@@ -152,6 +155,13 @@ def _federated_flags(train):
     number(train, "--eval-every", positive_int, 10, "N", "evaluate every N rounds")
 
 
+def _interference_flags(report):
+    text = "measure every N rounds what a client's update does to the others' losses (cross_losses.py); off: 0"
+    number(report, "--interference-every", non_negative_int, 0, "N", text, when=NEVER)
+    number(report, "--interference-clients", positive_int, 10, "S", "of a round's clients, so many at most", when=NEVER)
+    number(report, "--interference-images", positive_int, 64, "N", "validation images a client", when=NEVER)
+
+
 def add_experiment_flags(group):
     """The sweeps that both federated scripts have."""
     sweep = {"action": "store_true", "when": NEVER}
@@ -174,7 +184,9 @@ def process_memory(args):
 
 
 def class_range(text):
-    """ "A:B" as (A, B), 0 <= A < B."""
+    """ "A:B" as (A, B), 0 <= A < B; "rest" as it is."""
+    if text == "rest":
+        return text
     low, colon, high = text.partition(":")
     if not (colon and low.isdecimal() and high.isdecimal() and int(low) < int(high)):
         raise argparse.ArgumentTypeError(f"{text!r} is not FROM:TO, such as 0:50 for the first 50 classes")
@@ -259,8 +271,18 @@ def complete(args):
     if args.head is None:
         fresh = not args.pretrained or args.model == "tiny" and not args.init_from
         args.head = "ridge" if "num_rounds" in args and not fresh else "random"
+    if args.classes == "rest" and not args.init_from:
+        raise UsageError(
+            "--classes rest leaves out the classes of --init-from RUN, which is not given: give --classes A:B"
+        )
     if args.head == "keep" and not args.init_from:
         raise UsageError("--head keep keeps the head of --init-from RUN, which is not given: use --head ridge")
+    if every := getattr(args, "interference_every", 0):
+        if every % args.eval_every or every > args.num_rounds:
+            given = f"--interference-every {every} with --eval-every {args.eval_every}, --num-rounds {args.num_rounds}"
+            raise UsageError(
+                f"{given}: it is measured where the run is evaluated: give a multiple, no more than there are"
+            )
     if getattr(args, "calibration_rounds", 1) is None:
         args.calibration_rounds = {"talos": 4, "seed": 5}[args.calibration]
     if args.image_size is None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from common.checkpoint import saving
 from common.cli import UsageError
 from common.hub import reading
-from vit_sparse_fl.masks import kept_per_layer
+from vit_sparse_fl.masks import kept_apart, kept_per_layer
 
 
 def save_mask(path, masks, provenance):
@@ -21,8 +21,9 @@ def save_mask(path, masks, provenance):
 
     Args: masks: {name: bool tensor}, the mask by the parameters' names. Metadata `mask`, one JSON object (safetensors
     does not fix the order of several entries): what is in `provenance` (strategy, sparsity, scope, calibration, rounds,
-    samples, seed, ...), `shapes` (in order), `kept` (a count per tensor), `kept_per_layer` (fractions), `sha256` of the
-    bits. The file is replaced atomically, and the same masks give the same bytes. Raises RunFailed if the disk is full.
+    samples, seed, ...), `shapes` (in order), `kept` (a count per tensor), `kept_per_layer` and `kept_apart` (fractions,
+    of modules and of all weights and biases), `sha256` of the bits. The file is replaced atomically, and the same masks
+    give the same bytes. Raises RunFailed if the disk is full.
     """
     packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1))) for name, mask in masks.items()}
     about = {
@@ -30,6 +31,7 @@ def save_mask(path, masks, provenance):
         "shapes": {name: list(mask.shape) for name, mask in masks.items()},
         "kept": {name: int(mask.sum()) for name, mask in masks.items()},
         "kept_per_layer": kept_per_layer(masks),
+        "kept_apart": kept_apart(masks),
         "sha256": _digest(packed),
     }
     path = Path(path)

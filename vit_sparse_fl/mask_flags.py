@@ -6,7 +6,8 @@ from common.cli import UsageError, only, positive_int, unless
 from vit_sparse_fl.flags import choice, number
 
 CALIBRATIONS = ("talos", "seed")
-SCOPES = ("global", "layer")
+SCOPES = ("global", "layer", "kind", "unit", "block")
+FORMS = ("auto", "logit", "true", "nll")
 # those of the table in masks.py, which takes seconds to import: whether they look at images
 STRATEGIES = {
     "least_sensitive": True,
@@ -46,11 +47,20 @@ def add_mask_flags(group):
     text = f"which weights the mask keeps: {', '.join(STRATEGIES)}"
     one = masked & unless(compare_strategies=True)
     number(group, "--mask-strategy", strategy, "least_sensitive", "NAME", text, when=one)
-    choice(group, "--mask-scope", SCOPES, "global", "one threshold, or one for each tensor", when=masked)
+    text = (
+        "one threshold for all; one a tensor; one a kind of tensor (all blocks'); whole heads and neurons; whole blocks"
+    )
+    choice(group, "--mask-scope", SCOPES, "global", text, when=masked)
+    text = "key_bias: not the keys' biases of attention, whose gradient is always zero; off: none"
+    omits = only(upload="masked") & unless(mask_omit="none")
+    choice(group, "--mask-omit", ["none", "key_bias"], "none", text, when=omits)
     text = "talos: rounds exclude step by step; seed: the source's mean over rounds"
     choice(group, "--calibration", CALIBRATIONS, "talos", text, when=_images_read)
     text = "calibration rounds (default: 4; seed: 5)"
     number(group, "--calibration-rounds", positive_int, None, "R", text, when=_images_read)
+    text = "square of the gradient of: a drawn label's logit (TaLoS's code); true: its log-likelihood (the Fisher "
+    text += "information, the paper's); nll: the data's label's; auto: logit, of --calibration seed nll"
+    choice(group, "--fisher-form", FORMS, "auto", text, when=_images_read & unless(fisher_form="auto"))
     number(group, "--fisher-samples", positive_int, 512, "N", "images a calibration round", when=_images_read)
     text = "server: on its validation images; clients: the mean of scores that clients send"
     choice(group, "--calibrate-on", ["server", "clients"], "server", text, when=_images_read)

@@ -9,6 +9,7 @@ References: Iurada et al. 2025 (TaLoS) and its public code, called so below.
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +25,9 @@ from common.seeding import stream
 from common.vector import Weights
 
 CALIBRATIONS = ("talos", "seed")
-SCOPES = ("global", "layer")
+SCOPES = ("global", "layer", "kind", "unit", "block")
+WHOLE = ("unit", "block")  # of these scopes a mask keeps whole groups
+OMITTED = {"none": None, "key_bias": ".k_proj.bias"}  # ends of names that a mask does not cover
 DAMPING = 0.1  # TaLoS: what an excluded weight is multiplied by while the next round's scores are computed
 BATCH = 64  # images that are prepared, and labelled by the model, at once
 SMALL = 2**21  # weights up to which vmap is faster than the loop on a CPU too (tiny: 2.5x; ViT-S at 224: equal)
@@ -39,8 +42,8 @@ class Sample:
 
     Attributes: model: in eval mode, images [B, 3, S, S] -> logits [B, C]; weights: of the model (`common.vector`),
     weights.theta [n] are the values to score; draws: a numpy generator of this seed, round and client; images: uint8
-    [m, 3, H, W] and labels: int64 [m]; prepare: function images -> the model's input; of_labels: whether the data's
-    labels are scored (--calibration seed), not labels that are drawn from the model.
+    [m, 3, H, W] and labels: int64 [m]; prepare: function images -> the model's input; form: what `sensitivity` squares
+    the gradient of; groups: int64 [n] where the mask keeps whole groups of weights (`groups_of`).
     """
 
     model: nn.Module
@@ -49,7 +52,8 @@ class Sample:
     images: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     prepare: Callable = nn.Identity()
-    of_labels: bool = False
+    form: str = "logit"
+    groups: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,9 @@ class Strategy:
 def sensitivity(sample, method="auto", chunk_size=None):
     """S_j = mean over the images of (d f(image) / d theta_j)^2, per image, without label smoothing: fp32 [n].
 
-    With the data's labels ("seed") f is the plain NLL of the label: the empirical Fisher. Otherwise f is the *logit* of
-    a label that is drawn from the model, as TaLoS has it (its sum over images is n S_j: the same ranking).
+        "true"   f = -log p(y), y drawn from the model: the Fisher information's diagonal, which TaLoS's paper means
+        "logit"  f = the *logit* of a label y drawn from the model: TaLoS's code (its sum is n S_j: the same ranking)
+        "nll"    f = -log p(y), y the data's label: the empirical Fisher
     Args: method, chunk_size: as for `diagonal_fisher`, but "auto" is vmap for a small model on a CPU too.
     """
     model, weights = sample.model, sample.weights
@@ -80,9 +85,10 @@ def sensitivity(sample, method="auto", chunk_size=None):
     # The fused attention kernels have no rule for vmap, and their backward passes on CUDA are not deterministic.
     with sdpa_kernel(SDPBackend.MATH):
         for images, labels in zip(sample.images.split(BATCH), sample.labels.split(BATCH), strict=True):
-            inputs, function = sample.prepare(images), _nll  # [b, 3, S, S]
-            if not sample.of_labels:
-                labels, function = _drawn_labels(model, inputs, sample.draws), _logit  # [b]
+            inputs = sample.prepare(images)  # [b, 3, S, S]
+            if sample.form != "nll":
+                labels = _drawn_labels(model, inputs, sample.draws)  # [b]
+            function = _logit if sample.form == "logit" else _nll
             squares = diagonal_fisher(model, weights, function, (inputs, labels), **options)
             total += squares * (len(images) / len(sample.images))
     return total
@@ -112,7 +118,12 @@ def by_magnitude(sample):
 
 
 def at_random(sample):
-    """A uniform draw. fp64: among 21 million fp32 draws many are equal, and equal ones favour the first layers."""
+    """A uniform draw; one a group, where whole groups are kept (the mean of many would favour small groups).
+
+    fp64: among 21 million fp32 draws many are equal, and equal ones favour the first layers.
+    """
+    if sample.groups is not None:
+        return torch.from_numpy(sample.draws.random(sample.groups.max() + 1)[sample.groups])
     return torch.from_numpy(sample.draws.random(sample.weights.size))
 
 
@@ -128,16 +139,46 @@ STRATEGIES = {
 # ------------------------------------------------------------------------------------------------ the choice
 
 
-def maskable(model, head="classifier"):
+def maskable(model, head="classifier", omit="none"):
     """Names of the parameters that a mask covers, in the order of `named_parameters`.
 
     Weights and biases of linear, convolution and layer-norm modules that are trainable; not the head, nor what another
     module holds itself (class token, position embedding). So the patch projection, a convolution, is maskable unless
     the embeddings are frozen, as in TaLoS.
+    omit: "key_bias": nor the keys' biases of attention, whose gradient is zero whatever the loss: they add the same
+    number to all of a query's scores.
     """
     kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm)
     covered = {name for name, module in model.named_modules() if isinstance(module, kinds) and name != head}
-    return [name for name, p in model.named_parameters() if p.requires_grad and name.rpartition(".")[0] in covered]
+    names = [name for name, p in model.named_parameters() if p.requires_grad and name.rpartition(".")[0] in covered]
+    return [name for name in names if not (OMITTED[omit] and name.endswith(OMITTED[omit]))]
+
+
+def groups_of(shapes, scope, heads):
+    """The group of every weight, numbered from 0: int64 [n]; None for a scope without groups.
+
+    "kind": tensors that differ in their block's number only. "block": a block of the transformer. "unit": a head of
+    attention (its rows of queries, keys and values with their biases, its columns of the output) or a neuron of an MLP
+    (its row of fc1 with its bias, its column of fc2). What belongs to no block or unit is a group tensor by tensor.
+
+    Args: shapes: {name: shape} of the maskable parameters; heads: of a block.
+    """
+    if scope not in ("kind", *WHOLE):
+        return None
+    numbers, parts = {}, []
+    for name, shape in shapes.items():
+        block, key, row = re.search(r"\blayers\.\d+\.", name), (name,), np.zeros(1, dtype=np.int64)
+        axis = 1 if name.endswith((".o_proj.weight", ".fc2.weight")) else 0
+        if scope == "kind":
+            key = (re.sub(r"\blayers\.\d+\.", "", name),)
+        elif scope == "block" and block:
+            key = (block[0],)
+        elif scope == "unit" and re.search(r"\.([qkv]_proj|fc1)\.|\.(o_proj|fc2)\.weight$", name):
+            units = shape[axis] if ".fc" in name else heads
+            key, row = (block[0], ".fc" in name), np.arange(shape[axis]) * units // shape[axis]
+        ids = np.array([numbers.setdefault((*key, i), len(numbers)) for i in row.tolist()])
+        parts.append(np.broadcast_to(ids.reshape(-1, *[1] * (len(shape) - 1 - axis)), shape).reshape(-1))
+    return np.concatenate(parts)
 
 
 def check_sparsity(sparsity):
@@ -158,20 +199,21 @@ def check_kept(sparsity, sizes, scope="global"):
     check_sparsity(sparsity)
     if not sizes:
         raise UsageError("every weight is frozen, there is nothing to mask: thaw layers (--freeze-layers)")
-    parts = [sum(sizes)] if scope == "global" else sizes
+    parts = sizes if scope in ("layer", "kind") else [sum(sizes)]
     if not any(round((1 - sparsity) * part) for part in parts):
         raise UsageError(f"sparsity {sparsity} keeps 0 of {max(parts)} weights: use a lower one")
 
 
-def choose(scores, keep, sizes, *, largest=False, scope="global", allowed=None):
+def choose(scores, keep, sizes, *, largest=False, scope="global", groups=None, allowed=None):
     """A mask of exactly k weights, those with the lowest (or `largest`) scores: by rank, never by a threshold.
 
-    k = round(keep * m), m the number of all weights ("global") or of each tensor's ("layer"). Among equal scores the
-    one that comes first wins. (A threshold from a quantile keeps every tied weight: 40 % where 10 % was asked for, if
-    these are zeros.)
+    k = round(keep * m), m the number of all weights, or of each tensor's ("layer") or kind's ("kind"). "unit" and
+    "block" take whole groups, by the mean score of their allowed weights, and of the last one as many as are missing.
+    Among equal scores the one that comes first wins. (A threshold from a quantile keeps every tied weight: 40 % where
+    10 % was asked for, if these are zeros.)
 
-    Args: scores [n]; keep: fraction; sizes: elements of each tensor, they add up to n; allowed: bool [n], only these
-        weights may be kept (m still counts all).
+    Args: scores [n]; keep: fraction; sizes: elements of each tensor, they add up to n; groups: of `groups_of`;
+        allowed: bool [n], only these weights may be kept (m still counts all).
     Returns: bool [n] on the CPU, the same bits for any number of threads.
     Raises: RunFailed for scores that are not finite.
     """
@@ -180,16 +222,30 @@ def choose(scores, keep, sizes, *, largest=False, scope="global", allowed=None):
         odd = values.size - np.count_nonzero(np.isfinite(values))
         raise RunFailed(f"the scores of {odd} weights are not finite: the model's weights or the images are broken")
     values = -values if largest else values
-    kept, start = np.zeros(values.size, dtype=bool), 0
-    for size in [values.size] if scope == "global" else sizes:
-        part = slice(start, start + size)
-        k, start = round(keep * size), start + size
-        if allowed is None:
-            kept[part] = _lowest(values[part], k)
-        else:
-            free = allowed[part].cpu().numpy()
-            kept[part][free] = _lowest(values[part][free], k)
+    free = np.ones(values.size, dtype=bool) if allowed is None else allowed.cpu().numpy()
+    parts = [slice(None)]
+    if scope == "layer":
+        parts = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes).tolist(), strict=True)]
+    elif scope == "kind":
+        parts = [np.flatnonzero(groups == i) for i in range(groups.max() + 1)]
+    elif scope in WHOLE:
+        values = _by_groups(values, groups, free)
+    kept = np.zeros(values.size, dtype=bool)
+    for part in parts:
+        of_part, open_ = values[part], free[part]
+        chosen = np.zeros(of_part.size, dtype=bool)
+        chosen[open_] = _lowest(of_part[open_], round(keep * of_part.size))
+        kept[part] = chosen
     return torch.from_numpy(kept)
+
+
+def _by_groups(values, groups, free):
+    """Ranks [n]: by the mean of a group's free values, then the group, then the value itself."""
+    counts = np.bincount(groups, free)
+    means = np.bincount(groups, np.where(free, values, 0.0)) / np.maximum(counts, 1)
+    ranks = np.empty(values.size, dtype=np.int64)
+    ranks[np.lexsort((values, groups, means[groups]))] = np.arange(values.size)
+    return ranks
 
 
 def _lowest(values, k):
@@ -203,19 +259,19 @@ def _lowest(values, k):
     return kept
 
 
-def calibrate(theta, scores, sizes, *, sparsity, largest=False, method="talos", rounds=4, scope="global"):
-    """A mask of exactly round((1 - sparsity) m) weights, over all tensors or in each.
+def calibrate(theta, scores, sizes, *, sparsity, method="talos", rounds=4, **rule):
+    """A mask of exactly round((1 - sparsity) m) weights, over all tensors or in each part that `choose` makes.
 
         "talos"  multi-round: after round r = 1 .. R a fraction (1 - sparsity)^(r/R) is kept; what a round excludes
                  stays excluded, and its weights are multiplied by `DAMPING` for the next scores.
         "seed"   one threshold on the mean of R scores at theta, which the caller takes from R disjoint batches
                  (`calibration_rows`).
 
-    Args: theta [n], not changed; scores: function (weights [n], r) -> [n] for r = 0 .. rounds - 1; sizes: as for
+    Args: theta [n], not changed; scores: function (weights [n], r) -> [n] for r = 0 .. rounds - 1; sizes, rule: as for
         `choose`. A strategy without images has one round.
     Returns: bool [n] on the CPU.
     """
-    keep, rule = 1.0 - sparsity, {"largest": largest, "scope": scope}
+    keep = 1.0 - sparsity
     if method == "seed":
         mean = sum(scores(theta, r).double().cpu() / rounds for r in range(rounds))
         return choose(mean, keep, sizes, **rule)
@@ -262,6 +318,14 @@ def kept_per_layer(masks):
         kept[layer] = kept.get(layer, 0) + int(mask.sum())
         size[layer] = size.get(layer, 0) + mask.numel()
     return {layer: kept[layer] / size[layer] for layer in kept}
+
+
+def kept_apart(masks):
+    """{"weights", "biases"}: kept fraction of all weights and of all biases of {name: bool tensor}, where there are."""
+    of = {"weights": [], "biases": []}
+    for name, mask in masks.items():
+        of["biases" if name.endswith("bias") else "weights"].append(mask)
+    return {kind: sum(int(m.sum()) for m in some) / sum(m.numel() for m in some) for kind, some in of.items() if some}
 
 
 def index_bytes(mask):

@@ -2,6 +2,7 @@
 
     python vit_sparse_fl/run_all_experiments.py --full --num-runs 3        # the source's configuration: a GPU, days
     python vit_sparse_fl/run_all_experiments.py --stand-in --jobs 2        # the measured study: a laptop, hours
+    python vit_sparse_fl/run_all_experiments.py --preset rates --tune      # rates of every row, see rates.py
     python vit_sparse_fl/run_all_experiments.py --quick                    # all of it, small, offline: minutes
     python vit_sparse_fl/run_all_experiments.py --full --plan              # only checks and shows the commands
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from common import grid, tuning
 from common.cli import UsageError, non_negative_int, positive_int, run_main
 from common.grid import Preset, Setting
+from vit_sparse_fl import rates
 from vit_sparse_fl.mask_flags import STRATEGIES
 
 SHOW = (
@@ -121,7 +123,8 @@ PRESETS = {
     "full": Preset((), tuple(settings(Sizes()))),
     "quick": Preset(SMALL.split(), tuple(settings(QUICK)), seeds=(0,)),
     "stand-in": Preset(TINY.split(), tuple(settings(STAND_IN))),
-    # the same for a GPU: the ViT sees 64 patches instead of 16
+    "rates": Preset(TINY.split(), tuple(rates.settings()), seeds=tuple(range(6))),
+    # the stand-in for a GPU: the ViT sees 64 patches instead of 16
     "stand-in-gpu": Preset((*TINY.split(), "--image-size", "64"), tuple(settings(replace(STAND_IN, rounds=500)))),
 }
 
@@ -134,10 +137,13 @@ def plan(args):
     preset, output = PRESETS[args.preset], args.output_dir
     shared = [*preset.shared, *grid.given(args, GIVEN), "--num-runs", "1"]
     chosen = grid.select(preset.settings, [*(args.only or ()), *(g for g in GROUPS if getattr(args, f"only_{g}"))])
-    if not args.preset.startswith("stand-in"):
+    if args.preset in ("full", "quick"):
         return grid.expand(chosen, shared, args.seeds, output)
     if decided := [name for name in GIVEN[:6] if getattr(args, name)]:
-        raise UsageError(f"--stand-in decides --{decided[0].replace('_', '-')} itself: drop the flag, or use --full")
+        asked = "--preset rates" if args.preset == "rates" else "--stand-in"
+        raise UsageError(f"{asked} decides --{decided[0].replace('_', '-')} itself: drop the flag, or use --full")
+    if args.preset == "rates":
+        return rates.plan(args, chosen, shared)
     place = ["--output-dir", output, "--run-name", "pretrain", "--resume"]
     first = grid.Run("pretrain", ("vit_sparse_fl/train_centralized.py", *shared, *PRETRAIN.split(), *place))
     shared += ["--init-from", f"{output}/pretrain"]

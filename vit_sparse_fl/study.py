@@ -29,7 +29,8 @@ from common.seeding import seed_torch, stream
 from common.sharding import class_counts
 from common.vector import Weights, fingerprint
 from vit_sparse_fl.calibration import check_mask
-from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, deal, load_images, prepare
+from vit_sparse_fl.cross_losses import CrossLosses
+from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, classes_of, deal, load_images, prepare
 from vit_sparse_fl.heads import fit_head
 from vit_sparse_fl.masks import maskable
 from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, save_pretrained
@@ -79,7 +80,7 @@ def load_study(args, run, federated=True, sparse=False):
     Raises: UsageError.
     """
     reuse_large_memory()
-    data = load_images(args.dataset, args.seed, args.val_split, args.classes, args.data_root)
+    data = load_images(args.dataset, args.seed, args.val_split, classes_of(args), args.data_root)
     if args.num_classes is not None and args.classes is None and args.num_classes != data.n_classes:
         raise UsageError(
             f"--num-classes {args.num_classes}, but {args.dataset} has {data.n_classes} (--classes A:B takes a part)"
@@ -93,7 +94,8 @@ def load_study(args, run, federated=True, sparse=False):
     freeze(model, backbone=args.freeze_backbone, layers=args.freeze_layers, head=args.freeze_head)
     covered = []
     if sparse:  # a head that is not frozen is under the mask like the rest; what no mask covers is frozen
-        covered = maskable(model, "classifier" if args.freeze_head else "")
+        omit = "none" if args.upload == "topk" else args.mask_omit
+        covered = maskable(model, "classifier" if args.freeze_head else "", omit)
         shapes = {name: p.shape for name, p in model.named_parameters() if name in covered}
         check_mask(args, shapes, len(data.validation), min(examples))
         for name, p in model.named_parameters():
@@ -191,6 +193,17 @@ def client_batches(study, k, t, first, steps):
         yield augment(data.train[batch], args.image_size, draws), data.train_labels[batch]
 
 
+def other_batches(study, k, t, first, steps):
+    """What client k might have had for batches in round t: its next ones, with draws that no round has."""
+    return client_batches(study, k, t + study.args.num_rounds, first + steps, steps)
+
+
+def cross_losses(study, clients, theta, t, kept=None):
+    """`CrossLosses` of round t (from 0) where it is due, else None."""
+    every = study.args.interference_every
+    return CrossLosses(study, clients, theta, t, kept) if every and (t + 1) % every == 0 else None
+
+
 def learning_rate(args, t):
     """The clients' learning rate in round t (central training's in epoch t), both from 0."""
     if "num_rounds" in args:
@@ -253,11 +266,11 @@ def _batch(study):
     return 125 if study.device.type == "cpu" else 500
 
 
-def report(study, run, best, t, theta, pull=None, **fields):
+def report(study, run, best, t, theta, pull=None, cross=None, **fields):
     """`run.report` of this study: evaluates theta after t rounds where that is due, keeps the best, stops early.
 
-    Args: best: `BestCheckpoints`, of trained weights only; pull: `Interference` of the round; fields: more of the
-    line of metrics.jsonl.
+    Args: best: `BestCheckpoints`, of trained weights only; pull: `Interference` and cross: `CrossLosses` of the round;
+    fields: more of the line of metrics.jsonl.
     """
     args = study.args
     if run.clients is not None and run.clients.left_out:  # the run has told the terminal
@@ -265,8 +278,9 @@ def report(study, run, best, t, theta, pull=None, **fields):
         study.log.warning(f"round {t}: update not finite, left out: client {names}", extra={"quiet": True})
 
     def evaluate():
+        more = cross.result(theta) if cross else {}
         study.weights.load(theta)
-        row = {**fields, **validate(study, "validation", "val"), **(pull.result() if pull else {})}
+        row = {**fields, **validate(study, "validation", "val"), **(pull.result() if pull else {}), **more}
         if t:
             best.offer(t, row["val_accuracy"], dict(study.model.named_parameters()))
             if args.early_stopping_patience and t - best.round >= args.early_stopping_patience and t < run.total:
@@ -279,8 +293,11 @@ def report(study, run, best, t, theta, pull=None, **fields):
         study.log.info(f"round {t}  " + "  ".join(shown), extra={"quiet": True})
 
 
-def finish(study, run, best, theta):
-    """Test accuracy of the last and of the best weights, final/ (--final says whose), the run's curves."""
+def finish(study, run, best, theta, **facts):
+    """Test accuracy of the last and of the best weights, final/ (--final says whose), the run's curves.
+
+    facts: more results.
+    """
     run.note("evaluating the last and the best weights on the test images")
     args, kept, test = study.args, best.load(study.device), {}
     kept = study.weights.vector({name: kept[name] for name in study.weights.shapes})
@@ -289,7 +306,11 @@ def finish(study, run, best, theta):
         test[which] = validate(study, "test", "test")
         if which == args.final:
             run.write_final(lambda folder: save_pretrained(study.model, folder))
-    results = {"test_accuracy_last": test["last"]["test_accuracy"], "test_loss_last": test["last"]["test_loss"]}
+    results = {
+        **facts,
+        "test_accuracy_last": test["last"]["test_accuracy"],
+        "test_loss_last": test["last"]["test_loss"],
+    }
     results |= {"best_round": best.round, "val_accuracy_best": best.accuracy}
     results["test_accuracy_best"] = test["best"]["test_accuracy"]
     if parallel.is_main():

@@ -34,7 +34,7 @@ from common.evaluation import pick_device
 from common.local import OptimizerState, client_optimizer, local_steps
 from common.runlog import start_run
 from vit_sparse_fl.best import BestCheckpoints
-from vit_sparse_fl.experiments import repeated, run_each, variant
+from vit_sparse_fl.experiments import classes_name, repeated, run_each, variant
 from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
 
 
@@ -67,7 +67,7 @@ def train(args):
 
 def settings(args):
     """(name, flags) of every setting that the command line asks for."""
-    name = "centralized" + (f"_classes_{args.classes[0]}_{args.classes[1]}" if args.classes else "")
+    name = "centralized" + classes_name(args)
     if args.freeze_backbone:
         name += "_linear_probe"
     if not args.hp_search:

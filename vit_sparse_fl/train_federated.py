@@ -32,7 +32,16 @@ from common.runlog import start_run
 from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.experiments import federated_settings, repeated, run_each
 from vit_sparse_fl.interference import Interference
-from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
+from vit_sparse_fl.study import (
+    client_batches,
+    cross_losses,
+    finish,
+    fit_first,
+    learning_rate,
+    load_study,
+    other_batches,
+    report,
+)
 
 
 def train(args):
@@ -53,19 +62,29 @@ def train(args):
             clients = run.sample(study.client_weights, args.participation_rate, t, up=weights.bytes, down=down)
             mean = WeightedMean(theta, clients)
             pull = Interference(theta, clients, frozen=frozen) if run.due(t + 1) else None
+            cross = cross_losses(study, clients, theta, t)
             for k in clients:
-                weights.load(theta)
-                optimizer = client_optimizer("sgdm", weights.parameters, lr, args.momentum, args.weight_decay)
-                batches = client_batches(study, k, t, before[k] * steps, steps)
-                local = local_steps(study.loss, batches, weights, optimizer, amp=study.amp)
+                local = client_update(study, theta, client_batches(study, k, t, before[k] * steps, steps), lr)
                 clients.note(k, train_loss=local.loss)
                 clients.work(steps * args.batch_size)
-                if mean.add(weights.theta, weight=study.client_weights[k]) and pull:
-                    pull.add(weights.theta)
+                if mean.add(weights.theta, weight=study.client_weights[k]):
+                    if pull:
+                        pull.add(weights.theta)
+                    if cross and cross.add(weights.theta):
+                        client_update(study, theta, other_batches(study, k, t, before[k] * steps, steps), lr)
+                        cross.add_other(weights.theta)
             theta = mean.result(args.server_lr)
-            report(study, run, best, t + 1, theta, pull, lr=lr)
+            report(study, run, best, t + 1, theta, pull, cross, lr=lr)
 
         finish(study, run, best, theta)
+
+
+def client_update(study, theta, batches, lr):
+    """A client's local work from theta; the model has its weights afterwards. Returns a `LocalResult`."""
+    args, weights = study.args, study.weights
+    weights.load(theta)
+    optimizer = client_optimizer("sgdm", weights.parameters, lr, args.momentum, args.weight_decay)
+    return local_steps(study.loss, batches, weights, optimizer, amp=study.amp)
 
 
 def main(args):

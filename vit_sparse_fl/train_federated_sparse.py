@@ -9,8 +9,8 @@ Iurada et al. 2025), from the weights' magnitude, or at random. Clients then tra
     u <- m * (g + wd theta);  buf <- mu buf + u;  theta <- theta - lr buf     (J steps, buf starts anew each round)
     theta <- theta + eta_s sum_k p_k (theta_k - theta)                        (McMahan et al. 2017, eta_s: --server-lr)
 
-A weight outside of the mask keeps its bits for the whole run. `--upload topk` is the plain alternative at equal bytes:
-train densely, send the largest changes.
+A weight outside of the mask keeps its bits for the whole run. `--upload topk` is the plain alternative at equal bytes
+up: train densely, send the largest changes. With `--download topk` bytes down are equal too.
 """
 
 from common.cli import non_negative_float, only, unless
@@ -26,6 +26,11 @@ def build_parser():
     add_mask_flags(own)
     text = "topk: no mask, each client sends its largest changes, as many bytes a round"
     choice(own, "--upload", ["masked", "topk"], "masked", text)
+    keeps = only(upload="topk") & unless(error_feedback=False)
+    text = "a client adds to its next changes what it did not send"
+    own.add_argument("--error-feedback", action="store_true", when=keeps, help=text)
+    text = "topk: the server too sends the largest differences to what a client has; off: whole"
+    choice(own, "--download", ["whole", "topk"], "whole", text, when=only(upload="topk") & unless(download="whole"))
     sweep = {"action": "store_true", "when": NEVER}
     own.add_argument("--compare-strategies", **sweep, help="a run for each strategy")
     own.add_argument("--sparsity-experiment", **sweep, help="a run for each of --sparsity-values")
@@ -40,7 +45,6 @@ if __name__ == "__main__":  # above the imports that take seconds: --help and a 
     args = parsed(parse, build_parser())
 
 import numpy as np
-import torch
 
 from common import parallel
 from common.aggregation import WeightedMean
@@ -53,9 +57,19 @@ from vit_sparse_fl.calibration import make_mask, overlap_table
 from vit_sparse_fl.experiments import repeated, run_each, sparse_settings
 from vit_sparse_fl.interference import Interference
 from vit_sparse_fl.mask_files import sparsity_of
-from vit_sparse_fl.masks import check_sparsity, index_bytes
+from vit_sparse_fl.masks import check_sparsity, index_bytes, kept_apart
 from vit_sparse_fl.sparse_sgdm import SparseSGDM
-from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
+from vit_sparse_fl.study import (
+    client_batches,
+    cross_losses,
+    finish,
+    fit_first,
+    learning_rate,
+    load_study,
+    other_batches,
+    report,
+)
+from vit_sparse_fl.topk import client_rows, received, remembered, uploaded
 
 
 def train(args):
@@ -66,15 +80,18 @@ def train(args):
         turns = Turns(args.seed, args.num_clients, args.participation_rate)
         run.plan(args.num_rounds, args.eval_every, args.save_every, len(study.examples))
         first, fitted = fit_first(study, run)
-        theta = run.restore(first, weights.named, best=best, **fitted)
+        rows = client_rows(run, args, weights)
+        theta = run.restore(first, weights.named, best=best, **fitted, **({"topk": rows} if rows else {}))
         if topk:  # as many bytes as the kept values: 8 for a value and its index, in every round
             size, kept = max(1, round((1 - args.sparsity_ratio) * weights.size) // 2), None
-            sent, changing, places = 8 * size, weights.bytes, 0
+            sent, places, shares = 8 * size, 0, {}
+            changing = sent if args.download == "topk" else weights.bytes
         else:
             mask = make_mask(study, run, first)
             kept = mask.nonzero().view(-1)  # [kept]
             sent = changing = 4 * len(kept)
             places = index_bytes(mask)  # once a client, both ways: which weights are kept
+            shares = {f"kept_{name}": share for name, share in kept_apart(weights.named(mask)).items()}
         frozen = study.frozen_squares()
         report(study, run, best, 0, theta)
 
@@ -84,34 +101,43 @@ def train(args):
             clients = run.sample(study.client_weights, args.participation_rate, t, up=up, down=down)
             mean = WeightedMean(theta, clients)
             pull = Interference(theta, clients, kept, frozen=frozen) if run.due(t + 1) else None
+            cross = cross_losses(study, clients, theta, t, kept)
             for k in clients:
-                weights.load(theta)
-                if topk:
-                    optimizer = client_optimizer("sgdm", weights.parameters, lr, args.momentum, args.weight_decay)
-                else:
-                    optimizer = SparseSGDM(weights, kept, lr, args.momentum, args.weight_decay)
-                batches = client_batches(study, k, t, before[k] * steps, steps)
-                local = local_steps(study.loss, batches, weights, optimizer, amp=study.amp)
+                row = rows and rows.get(k) or {}
+                start = received(theta, row.get("copy"), size) if topk else theta
+                local = client_update(study, start, kept, client_batches(study, k, t, before[k] * steps, steps), lr)
                 clients.note(k, train_loss=local.loss)
                 clients.work(steps * args.batch_size)
-                theta_k = largest_changes(theta, weights.theta, size) if topk else weights.theta
-                if mean.add(theta_k, weight=study.client_weights[k], finite=(weights.theta,)) and pull:
-                    pull.add(theta_k)
+                theta_k = weights.theta
+                if topk:
+                    theta_k, rest = uploaded(theta, start, weights.theta, size, row.get("residual"))
+                if mean.add(theta_k, weight=study.client_weights[k], finite=(weights.theta,)):
+                    if rows:
+                        rows.put(k, remembered(args, rest, start))
+                    if pull:
+                        pull.add(theta_k)
+                    if cross and cross.add(theta_k):
+                        client_update(study, start, kept, other_batches(study, k, t, before[k] * steps, steps), lr)
+                        theta_k = weights.theta
+                        if topk:
+                            theta_k, _ = uploaded(theta, start, weights.theta, size, row.get("residual"))
+                        cross.add_other(theta_k)
             theta = mean.result(args.server_lr)
-            report(study, run, best, t + 1, theta, pull, lr=lr)
+            report(study, run, best, t + 1, theta, pull, cross, lr=lr)
 
-        finish(study, run, best, theta)
+        finish(study, run, best, theta, **shares)
 
 
-def largest_changes(theta, theta_k, size):
-    """theta with the `size` largest changes of theta_k in absolute value, among equal ones the first; the rest is not
-    sent (no error feedback: clients keep nothing between rounds). A new vector [n]."""
-    change = (theta_k - theta).abs()
-    edge = change.topk(size).values[-1]
-    sent = change > edge
-    ties = (change == edge).nonzero().view(-1)
-    sent[ties[: size - int(sent.sum())]] = True
-    return torch.where(sent, theta_k, theta)
+def client_update(study, start, kept, batches, lr):
+    """A client's local work on the `kept` weights (None: all); the model has its weights afterwards. Returns a
+    `LocalResult`."""
+    args, weights = study.args, study.weights
+    weights.load(start)
+    if kept is None:
+        optimizer = client_optimizer("sgdm", weights.parameters, lr, args.momentum, args.weight_decay)
+    else:
+        optimizer = SparseSGDM(weights, kept, lr, args.momentum, args.weight_decay)
+    return local_steps(study.loss, batches, weights, optimizer, amp=study.amp)
 
 
 def main(args):
