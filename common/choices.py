@@ -2,5 +2,5 @@
 
 CLIENT_OPTIMIZERS = ("sgd", "sgdm", "adamw")
 SCAFFOLD_OPTIONS = ("mean_gradient", "II")
-RULES = ("svd", "naive", "ffa", "stack", "residual", "rolora")  # of `common.lowrank`
+RULES = ("svd", "naive", "ffa", "stack", "residual", "rolora", "rotate", "head")  # of `common.lowrank`
 SPLITS = ("us", "balanced")  # of the singular values, `common.products.truncate`

@@ -18,7 +18,7 @@ from common import parallel
 from common.aggregation import ServerAdam, ServerMomentum
 from common.cli import UsageError
 from common.hub import weight_bytes
-from common.lowrank import MIXED_RANKS, trained_factors
+from common.lowrank import MIXED_RANKS, STEPPED, trained_factors
 from common.participation import check_participation, per_round
 from common.products import scaling
 from common.seeding import seed_torch
@@ -99,6 +99,8 @@ def load_study(args, run):
     scale, least = scaling(a.lora_alpha, a.lora_r), min(a.lora_r, *ranks)
     start = a.init_adapter and model.start(a.init_adapter, a.lora_r, scale, least)
     served_as = {"rank": a.lora_r, "server_lr": a.server_lr if a.server_optimizer == "none" else 1.0}
+    if a.aggregate == "rotate":
+        served_as["rotation"] = a.rotate_lambda
     if a.aggregate == "svd":
         served_as |= {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
     fused = f"fused_r{served_as['rank']}" + "_nosvd" * (a.aggregate == "naive")
@@ -180,10 +182,10 @@ def server_optimizers(args):
     a = args
     if a.server_optimizer == "none":
         return {}
-    if a.aggregate not in ("naive", "ffa", "rolora"):
+    if a.aggregate not in STEPPED:
         raise UsageError(
             f"--server-optimizer {a.server_optimizer} with --aggregate {a.aggregate}: its factors are new in every "
-            "round, moments of them mean nothing: take naive, ffa or rolora"
+            f"round, or never, moments of them mean nothing: take {', '.join(STEPPED[:-1])} or {STEPPED[-1]}"
         )
     parts = {"".join(trained_factors(a.aggregate, t)) for t in (0, 1)} | {"head"}
     if a.server_optimizer == "momentum":

@@ -1,4 +1,4 @@
-"""Federated LoRA on a GLUE task: rounds of local AdamW, the clients' adapters averaged by one of six rules.
+"""Federated LoRA on a GLUE task: rounds of local AdamW, the clients' adapters averaged by one of several rules.
 
     python lora_glue_fl/fedavg_rounds.py --model_size base --task_name sst2 --shard_dir out/sst2_base/shards_iid_k3
     python lora_glue_fl/sharding.py --task_name sst2 --k 3 --out_dir shards --dataset demo        # offline, a CPU:
@@ -34,6 +34,7 @@ def build_parser():
     own.add_argument("--svd-rank", type=positive_int, default=8, metavar="R", help="svd: rank it serves", when=svd)
     own.add_argument("--alpha", type=positive_float, metavar="X", help="svd: alpha it serves (default: R)", when=svd)
     flags.add_split_flag(own, when=svd)
+    flags.add_rotation_flag(own, only(aggregate="rotate"))
     flags.add_lora_flags(own)
     own.add_argument(
         "--client-ranks",
@@ -48,7 +49,7 @@ def build_parser():
         "--server-optimizer",
         choices=["none", "momentum", "adam", "yogi", "adagrad"],
         default="none",
-        help="on the mean factors and head, for naive, ffa and rolora",
+        help="on the mean factors and head, for naive, ffa, rolora and rotate",
     )
     own.add_argument(
         "--server-lr",

@@ -9,6 +9,7 @@ from common.cli import (
     add_final_flag,
     add_machine_flags,
     add_run_flags,
+    fraction,
     half_open_fraction,
     non_negative_float,
     only,
@@ -132,6 +133,12 @@ def add_split_flag(own, when=None):
     """What svd makes of the singular values."""
     text = "svd: B = U S, A = V^T, or (balanced) the root of S in both"
     own.add_argument("--svd-split", choices=SPLITS, default="us", help=text, when=when)
+
+
+def add_rotation_flag(own, when=None):
+    """How far rotate goes."""
+    text = "rotate: lambda of the soft rotation, 1: the best one (off: --aggregate naive)"
+    own.add_argument("--rotate-lambda", type=fraction, default=1.0, metavar="X", help=text, when=when)
 
 
 def refuse(wrong, message):

@@ -1,4 +1,4 @@
-"""Runs the study of this folder's README: central LoRA and the six rules, one factor at a time, several seeds.
+"""Runs the study of this folder's README: central LoRA and six rules, one factor at a time, several seeds.
 
     python lora_glue_fl/run_study.py --model PATH --jobs 2                       # a laptop: subsets, 6 rounds
     python lora_glue_fl/run_study.py --preset full --model_size base             # a GPU: whole tasks, 30 rounds
@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from common import grid, tuning
-from common.choices import RULES
 from common.cli import UsageError, run_main
 from common.grid import Preset, Setting
 from lora_glue_fl.flags import add_data_flags, add_model_flags, size_label
 
 LORA = "--lora-r 4 --svd-rank 4 --lora-alpha 8 --alpha 8".split()
+SIX = ("svd", "naive", "ffa", "stack", "residual", "rolora")
 ALPHA = 0.3  # of the Dirichlet shards
 
 
@@ -30,7 +30,7 @@ class Case:
 
     clients: int = 3
     mode: str = "iid"
-    rules: tuple = tuple(RULES)
+    rules: tuple = SIX
     words: tuple = ()
 
 

@@ -159,6 +159,8 @@ STUDY = Study(
         "stack": "Stack (FLoRA)",
         "residual": "Residual (FedEx-LoRA)",
         "rolora": "RoLoRA",
+        "rotate": "Rotate (FedRot-LoRA)",
+        "head": "Head only",
     },
     kind_of=kind_of,
     setting_of=setting_of,
@@ -171,6 +173,7 @@ STUDY = Study(
     ),
     unread=(
         (lambda a: a["kind"] != "svd", {"svd_split"}),
+        (lambda a: a["kind"] != "rotate", {"rotate_lambda"}),
         (
             lambda a: a["kind"] in ("central", "full"),
             {"server_optimizer", "server_lr", "server_beta", "mu", "client_weights", "init_adapter"},
@@ -196,6 +199,7 @@ STUDY = Study(
         "svd_rank": "served at rank {}",
         "served_scale": "served alpha/r {:g}",
         "svd_split": "{} split",
+        "rotate_lambda": "lambda {:g}",
         "server_optimizer": lambda value, _: None if value == "none" else f"server {value}",
         "server_lr": "server lr {:g}",
         "mu": lambda value, _: f"FedProx {value:g}" if value else None,
