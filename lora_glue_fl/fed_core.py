@@ -121,6 +121,8 @@ def load_study(args, run):
     first, n = shards[0], sorted(study.examples)
     data = model.facts() | {"clients": len(n), "client_examples": sum(n)}
     data |= {key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key")}
+    if first.get("sizes") == "equal":
+        data["sizes"] = "equal"
     clients = {"examples": study.examples, "ranks": ranks, "shard_seed": first.get("seed")}
     if start:
         clients["init_adapter_sha256"] = start[-1]

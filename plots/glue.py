@@ -106,12 +106,13 @@ def setting_of(run):
 
 
 def shards_name(facts):
-    """`IID`, `Dirichlet 0.5`, `overlap 0.2`, `category genre`: how a run's examples were dealt to its clients."""
+    """`IID`, `Dirichlet 0.5, equal sizes`, `overlap 0.2`, `category genre`: how the examples were dealt to clients."""
     mode = str(facts.get("mode"))
     name = {"iid": "IID", "dirichlet": "Dirichlet"}.get(mode, mode.replace("_", " "))
     more = {"dirichlet": "dirichlet_alpha", "category": "category_key", "overlap": "overlap_ratio"}
     values = [facts.get(key) for word, key in more.items() if word in mode]
-    return " ".join([name, *(str(value) for value in values if value is not None)])
+    equal = ", equal sizes" * (facts.get("sizes") == "equal")
+    return " ".join([name, *(str(value) for value in values if value is not None)]) + equal
 
 
 def order(key, value):
@@ -121,7 +122,7 @@ def order(key, value):
     if key == "task":
         return 0, list(TASKS).index(value) if value in TASKS else len(TASKS), 0, value
     if key == "shards":
-        kind, _, alpha = value.partition(" ")
+        kind, _, alpha = value.partition(",")[0].partition(" ")
         return {"IID": 0, "Dirichlet": 1}.get(kind, 2), -float(alpha or 0) if kind == "Dirichlet" else 0, 0, value
     return order_of(value)
 
