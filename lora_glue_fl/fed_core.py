@@ -69,6 +69,10 @@ class Study:
         """With theta, all that outlives a round."""
         return {"folders": self.folders} | {f"server_{part}": server for part, server in self.servers.items()}
 
+    def evaluates(self, t):
+        """Whether what is served after t rounds is evaluated."""
+        return t in (0, self.args.rounds) or self.args.eval_each_round
+
     def served_scale(self, t):
         """s of theta's adapter before round t: the clients', from the second on that of what svd serves."""
         return self.served_as.get("new_scale", self.scale) if t else self.scale
@@ -315,14 +319,17 @@ def _sizes(study):
 
 def evaluate(study, theta, t):
     """{field: value} of what is served after t rounds; {} where it is not asked for."""
-    if t and t < study.args.rounds and not study.args.eval_each_round:
+    if not study.evaluates(t):
         return {}
     load(study, theta, t)
     return study.model.evaluate()
 
 
-def publish(study, theta, served, clients, t):
-    """Evaluates what is served after round t where asked, and writes the server's folder. Returns what is logged."""
+def publish(study, theta, served, clients, t, more):
+    """Evaluates what is served after round t where asked, and writes the server's folder. Returns what is logged.
+
+    more: function without arguments to more of it, after which the model holds anything.
+    """
     metrics = evaluate(study, theta, t + 1)
     if metrics:
         study.folders.offer(t, metrics[study.model.headline], theta if study.args.final == "best" else {})
@@ -331,7 +338,7 @@ def publish(study, theta, served, clients, t):
         fields |= {"discarded_energy": served.discarded, "missing_directions": served.missing}
     adapter = study.adapter(theta, t + 1)
     study.folders.server(t, (*adapter, base_of(theta)), fuse_manifest(study, served, clients, adapter[-1], metrics, t))
-    return metrics | fields
+    return metrics | fields | more()
 
 
 def finish(study, theta):

@@ -169,8 +169,8 @@ STUDY = Study(
     # learning_rate, of the setting of a federation only, tells central runs apart
     said=frozenset(KEYS) - {"learning_rate"}
     | frozenset(
-        "eval_each_round eval_clients do_train do_eval model_size task_name aggregate skip_svd lora_r client_ranks"
-        " shard max_examples alpha".split()
+        "eval_each_round eval_clients replay do_train do_eval model_size task_name aggregate skip_svd lora_r"
+        " client_ranks shard max_examples alpha".split()
     ),
     unread=(
         (lambda a: a["kind"] != "svd", {"svd_split"}),

@@ -373,6 +373,8 @@ GLUE = [
     ("svd", "--skip-svd --aggregate svd", ["--skip-svd", "not svd"]),
     ("svd", "--server-optimizer adam", ["adam", "svd", "naive, ffa, rolora or rotate"]),
     ("svd", "--server-optimizer momentum --aggregate stack", ["momentum", "stack", "naive, ffa, rolora or rotate"]),
+    ("svd", "--replay --aggregate ffa", ["--replay", "ffa", "take svd"]),
+    ("svd", "--replay --client-ranks 2 4", ["--client-ranks 2 4", "rank 4"]),
     ("svd", "--init-adapter {tmp}/none", ["/none does not exist", "give a folder"]),
     ("svd", "--init-adapter {made}/keys", ["its layers are not those of tiny", "self.key", "--model"]),
     ("svd", "--init-adapter {made}/mnli", ["out_proj.weight 3x64", "2x64", "--task-name"]),
