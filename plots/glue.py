@@ -15,6 +15,7 @@
                (bytes_up.png); both ways (bytes_both.png): stack and residual send the base model's update down
     clients    clients.png, after the last round: every client of every seed as a dot, their mean as a bar, the global
                model as a marker; clients_rounds.png: the global model minus the mean of its clients, in points
+    replay     loss against the error of runs with --replay (plots/glue_replay.py)
 
 A panel per task and federation (clients and how the examples were dealt to them), a line per aggregation rule: the mean
 over seeds, its band or bar one standard deviation each way; central training is a horizontal line at its last metric.
@@ -28,6 +29,7 @@ import numpy as np
 
 from common.cli import UsageError, run_main
 from common.curves import GREY, number, plain_ticks
+from plots import glue_replay
 from plots.runs import Study, base_name, describe, like_with_like, order_of, shared_setting, text
 from plots.seeds import curves_of, kind_order, label, lines_of
 from plots.style import (
@@ -542,6 +544,7 @@ FIGURES = {
         Figure("clients", having(GAIN), LAST, f"{LOGGED} --eval-clients"),
         Figure("clients_rounds", having(GAIN, 2, over_rounds=True), GAINS, f"{EACH} and --eval-clients"),
     ],
+    "replay": glue_replay.FIGURES,
 }
 
 
