@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from common.checkpoint import read_json
 from common.runlog import read_metrics
+from lora_glue_fl import run_study
 from lora_glue_fl.demo_glue import demo_task
 
 ROWS = {"svd", "naive", "rotate", "florana", "exact", "residual_0.5", "residual_1", "residual_2"}
@@ -26,7 +27,7 @@ def without_times(folder):
     return [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(folder)]
 
 
-@pytest.mark.parametrize("rule", ["svd --svd-rank 2 --alpha 3", "residual --participation 0.7"])
+@pytest.mark.parametrize("rule", ["svd --svd-rank 2 --alpha 3", "residual --participation 0.7 --amp bf16"])
 def test_a_replay_changes_no_bit_of_its_run(rule, shards, tmp_path):  # noqa: F811
     more = f"--aggregate {rule} --rounds 2 --lora-dropout 0.1 --seed 3".split()
     plain, replayed = run(shards, tmp_path, "a", *more), run(shards, tmp_path, "b", *more, "--replay")
@@ -36,6 +37,9 @@ def test_a_replay_changes_no_bit_of_its_run(rule, shards, tmp_path):  # noqa: F8
     assert all(same_bits(load_file(a), load_file(b)) for a, b in zip(*finals, strict=True)) and finals[0]
     assert [set(row.get("replay", ())) for row in read_metrics(replayed)] == [set(), ROWS, ROWS]
     assert not any("replay" in row for row in read_metrics(plain))
+    for row in read_metrics(replayed)[1:]:  # in fp32, whatever --amp
+        losses = [row["replay"][name]["val_loss"] for name in ("residual_1", "exact")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     methods = [read_json(folder / "run.json")["method"] for folder in (plain, replayed)]
     assert "replay" not in methods[0] and methods[1]["replay"] is True
 
@@ -106,3 +110,19 @@ def test_a_dose_lies_on_the_line_from_naive_to_exact_and_losses_are_of_all_clien
         with torch.no_grad():
             loss = F.cross_entropy(naive.eval()(**batch).logits.double(), labels).item()
         assert replay[row]["train_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_replays_begin_with_one_checkpoint_a_seed_and_trajectories_with_one_head():
+    runs = run_study.plan(run_study.parse("--preset replay --model FOLDER --seeds 0 1".split()))
+    replayed = [run for run in runs if run.needs]
+    assert len(runs) == 32 and len(replayed) == 30
+    for run in replayed:
+        seed = run.name[-1]
+        assert run.needs == f"sst2_checkpoint_naive_seed_{seed}" and f"results/glue_replay/{run.needs}" in run.command
+        assert "--replay" in run.command and "--rounds 1" in " ".join(run.command)
+    line = "--preset trajectories --model FOLDER --settings skew_some --only sst2_skew_some_svd --seeds 3".split()
+    warm, one = run_study.plan(run_study.parse(line))
+    assert (warm.name, one.needs, one.setting.tuned_as) == ("sst2_warm_head_seed_3",) * 2 + ("sst2_skew_svd",)
+    every = run_study.plan(run_study.parse("--preset trajectories --model FOLDER --seeds 0".split()))
+    tuned = {run.setting.name for run in every if run.setting.tune}
+    assert {run.setting.tuned_as for run in every if run.setting.tuned_as} == tuned and len(tuned) == 8
