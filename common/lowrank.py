@@ -1,4 +1,4 @@
-"""Six rules to average the clients' LoRA adapters, each with its error measured.
+"""Rules to average the clients' LoRA adapters, each with its error measured.
 
 Client k's adapter adds Delta_k = s_k B_k A_k to a layer (see `common.products`). `factors` is a dict
 {layer name: (A [r, k], B [d, r])}. The mean of products is not the product of means; what each rule serves:
@@ -9,6 +9,14 @@ Client k's adapter adds Delta_k = s_k B_k A_k to a layer (see `common.products`)
     stack      base += Delta, then a fresh adapter (A random, B zero)     exact (FLoRA, Wang et al. 2024)
     residual   mean A, mean B, base += Delta - s mean B mean A            exact (FedEx-LoRA, Singhal et al. 2024)
     rolora     trains B in one round and A in the next, the other fixed   exact (RoLoRA, Chen et al. 2024)
+    rotate     each client's factors rotated to agree with those that the round began with, then mean A, mean B
+                                                                          inexact (FedRot-LoRA, Zhang et al. 2026)
+    head       A and B stay as they are, only the head trains             exact; a control
+
+FedRot-LoRA's R_k leaves B_k R_k R_k^T A_k as it is (`common.factors.rotated`): the first, third, ... round takes A
+nearest to the round's start, the others B. (Its public code counts rounds from 0 and rotates none in the first. Here a
+first round aligns A, so that a round from a given adapter is the rule's.) Beside the rules, for comparison only, stands
+`florana`, FLoRA-NA's (`common.factors.combined`): mean A, mean B with coefficients that fit the mean product.
 
 With a server learning rate eta each takes theta + eta (mean - theta): of A and B, and of the products too, of which
 svd, stack and residual then serve (1 - eta) s B A + eta Delta in the place of Delta, s B A being what was served.
@@ -25,20 +33,24 @@ import torch
 from common import parallel
 from common.aggregation import WeightedMean
 from common.choices import RULES
+from common.factors import combined, rotated
 from common.products import Product, distance, fresh_A, quotient, truncate
 from common.seeding import torch_stream
 from common.vector import is_finite
 
 MIXED_RANKS = ("svd", "stack")  # the rules that take clients of different ranks and scales
+STEPPED = ("naive", "ffa", "rolora", "rotate")  # the rules whose factors a server optimiser may move
 
 
 def trained_factors(rule, round):
-    """Which factors a round (from 0) trains: "A", "B" or both.
+    """Which factors a round (from 0) trains: "A", "B", both or none.
 
     rolora begins with B: at B = 0 the gradient of A is zero, and a round of A would be lost.
     """
-    if rule not in RULES:
+    if rule not in (*RULES, "florana"):
         raise ValueError(f"rule {rule!r} is not one of {', '.join(RULES)}")
+    if rule == "head":
+        return ()
     if rule == "ffa":
         return ("B",)
     if rule == "rolora":
@@ -71,7 +83,7 @@ class Served:
 
 
 class AdapterMean:
-    """One round's adapters, averaged by one of the six rules (see the top of this module).
+    """One round's adapters, averaged by one of the rules (see the top of this module).
 
         mean = AdapterMean("svd", factors, scale, clients, t, seed)
         for k in clients:
@@ -90,22 +102,35 @@ class AdapterMean:
         round, seed: for what the round trains (`trained_factors`) and for the random rows that it may need.
         rank, new_scale, split: of the adapter that svd serves (rank and new_scale of stack's fresh one too); rank and
             scale default to those of `factors`, and are those for the other rules.
+        rotation: lambda in 0..1 of rotate, how far towards the best rotation.
     """
 
     def __init__(
-        self, rule, factors, scale, clients, round=0, seed=0, rank=None, new_scale=None, split="us", server_lr=1.0
+        self,
+        rule,
+        factors,
+        scale,
+        clients,
+        round=0,
+        seed=0,
+        rank=None,
+        new_scale=None,
+        split="us",
+        server_lr=1.0,
+        rotation=1.0,
     ):
         self.rule, self.factors, self.scale, self.clients = rule, dict(factors), scale, clients
         self.round, self.seed, self.split = round, seed, split
-        self.server_lr = server_lr
+        self.server_lr, self.rotation = server_lr, rotation
         ranks = {A.shape[0] for A, _ in self.factors.values()}
         self.rank = max(ranks) if rank is None else rank
         self.new_scale = scale if new_scale is None else new_scale
         if rule not in MIXED_RANKS and (self.new_scale != scale or ranks != {self.rank}):
             raise ValueError(f"rule {rule} serves the rank and scale of its clients: take {' or '.join(MIXED_RANKS)}")
         self.trained = trained_factors(rule, round)
-        self._mean = None if rule in MIXED_RANKS else WeightedMean(self._vector(self.factors), clients)
-        self._products = _ProductMeans(clients, self.factors)
+        of_factors = self.trained and rule not in (*MIXED_RANKS, "florana")
+        self._mean = WeightedMean(self._vector(self.factors), clients) if of_factors else None
+        self._products = _ProductMeans(clients, self.factors, keep=rule == "florana")
 
     def add(self, factors, weight, scale=None, finite=()):
         """Adds the client that the round is at. Returns False if it is left out: something is not finite.
@@ -123,26 +148,24 @@ class AdapterMean:
         if not is_finite(*(t for pair in factors.values() for t in pair), *finite):
             self.clients.leave_out(self.clients.current)
             return False
+        for name, letter, t in _entries(factors):
+            before = self.factors[name]["AB".index(letter)]
+            if letter not in self.trained and not torch.equal(t.to(before.device), before):
+                raise ValueError(f"{name}.{letter} was changed, but {self.rule} trains {self.trained} in this round")
         if self._mean is not None:
-            for name, letter, t in _entries(factors):
-                before = self.factors[name]["AB".index(letter)]
-                if letter not in self.trained and not torch.equal(t.to(before.device), before):
-                    raise ValueError(
-                        f"{name}.{letter} was changed, but {self.rule} trains {self.trained} in this round"
-                    )
-            self._mean.add(self._vector(factors), weight)
+            self._mean.add(self._vector(self._aligned(factors) if self.rule == "rotate" else factors), weight)
         self._products.add(factors, weight, scale)
         return True
 
     def result(self, step=None):
         """What is served: a `Served`. With several processes every one must call it.
 
-        Args: step: a server optimiser's step(theta, delta) on the mean factors, for naive, ffa and rolora (the others
-            change the base, or define their factors up to a rotation only, and moments would mean nothing).
+        Args: step: a server optimiser's step(theta, delta) on the mean factors, for naive, ffa, rolora and rotate (the
+            others change the base, or define their factors up to a rotation only, and moments would mean nothing).
         Raises: ValueError when no client with a weight above 0 was added, and for a step with another rule.
         """
-        if step is not None and self.rule not in ("naive", "ffa", "rolora"):
-            raise ValueError(f"rule {self.rule} takes no server optimiser: take naive, ffa or rolora")
+        if step is not None and self.rule not in STEPPED:
+            raise ValueError(f"rule {self.rule} takes no server optimiser: take {' or '.join(STEPPED)}")
         mean = None if self._mean is None else self._paired(self._mean.result(self.server_lr))
         mine = {name: self._layer(name, target, mean) for name, target in self._products.result().items()}
         merged = {name: layer for part in parallel.all_gather(mine) for name, layer in part.items()}
@@ -158,6 +181,11 @@ class AdapterMean:
             discarded=sum(one.discarded for one in layers) / energy if energy else 0.0,
             missing=sum(one.missing for one in layers),
         )
+
+    def _aligned(self, factors):
+        """The factors, each layer's rotated to agree with those that the round began with."""
+        letter, starts = "AB"[self.round % 2], self.factors
+        return {name: rotated(*pair, starts[name], letter, self.rotation) for name, pair in factors.items()}
 
     def _vector(self, factors):
         """The factors that the round trains as one vector."""
@@ -185,8 +213,10 @@ class AdapterMean:
         elif self.rule == "stack":
             new_A = fresh_A(self.rank, A.shape[1], self._stream("fresh adapter", name))
             new_B, update = torch.zeros(len(B), self.rank), target
+        elif self.rule == "florana":
+            new_A, new_B = combined(*self._products.kept[name])
         else:
-            new_A, new_B = mean[name]
+            new_A, new_B = (A, B) if mean is None else mean[name]
         pair = tuple(new.to("cpu", old.dtype).contiguous() for new, old in ((new_A, A), (new_B, B)))
         if self.rule == "residual":
             update = Product(*target.shape).add_product(target).add(*pair, -self.new_scale)
@@ -216,12 +246,14 @@ class _Layer:
 class _ProductMeans:
     """{layer: weighted mean of the clients' products}, added in the order of the clients; every layer has one process.
 
-    An accumulator of the round's exchanges, as `common.parallel.OrderedSum`.
+    An accumulator of the round's exchanges, as `common.parallel.OrderedSum`. keep: whether `kept` gets {layer: (the
+    clients' adapters, their weights)}, as long as the clients have one scale.
     """
 
-    def __init__(self, clients, factors):
+    def __init__(self, clients, factors, keep=False):
         layers = parallel.my_share(list(factors.items()))
         self._products = {name: Product(len(B), A.shape[1]) for name, (A, B) in layers}
+        self.kept = {name: ([], []) for name, _ in layers} if keep else {}
         self._clients, self._weight, self._given = clients, 0.0, None
         clients.register(self)
 
@@ -244,6 +276,10 @@ class _ProductMeans:
             for name, product in self._products.items():
                 if weight > 0:
                     product.add(*map(torch.as_tensor, factors[name]), weight * scale)
+            for name, (adapters, weights) in self.kept.items():
+                if weight > 0:
+                    adapters.append([torch.as_tensor(t).detach().clone() for t in factors[name]])
+                    weights.append(weight)
 
     def result(self):
         """This process's layers. Raises: ValueError for no weight."""

@@ -98,6 +98,10 @@ class Product:
             R_B, R_A = (torch.linalg.qr(M, mode="r").R for M in (B, A.T))  # [R, R]
             return torch.linalg.vector_norm(R_B @ R_A.T).item()
 
+    def scaled(self, factor):
+        """factor times the product, a new `Product`."""
+        return Product(*self.shape).add_product(self, factor)
+
     def divide_(self, number):
         """Divides by a number, in place. Returns self."""
         for tensor in self._B if self._dense is None else [self._dense]:

@@ -20,7 +20,7 @@ def contiguous(n, k, sizes=None, what="examples"):
     Returns: list of k int64 arrays.
     Raises: UsageError when there are fewer items than clients, or a client would get items of size zero only.
     """
-    _check_counts(n, k, what)
+    check_counts(n, k, what)
     if sizes is None:
         cuts = [n * i // k for i in range(k + 1)]
     else:
@@ -34,7 +34,7 @@ def iid(n, k, generator, what="examples"):
     Args: generator: a `numpy.random.Generator` (`common.seeding.stream`).
     Raises: UsageError when there are fewer items than clients.
     """
-    _check_counts(n, k, what)
+    check_counts(n, k, what)
     return [np.sort(part) for part in np.array_split(generator.permutation(n), k)]
 
 
@@ -53,7 +53,7 @@ def stratified(labels, k, generator, what="samples"):
     shuffled = generator.permutation(n)
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]  # label after label, each in random order
     if isinstance(k, int | np.integer):
-        _check_counts(n, k, what)
+        check_counts(n, k, what)
         # Dealt round and round: any run of the queue, so each label, meets every part equally often, up to one.
         parts = [by_label[place::k] for place in generator.permutation(k)]
         return [np.sort(part) for part in parts]
@@ -86,7 +86,7 @@ def classes(labels, k, nc, generator, allow_unused=False, what="samples"):
     """
     labels = np.asarray(labels)
     names, counts = np.unique(labels, return_counts=True)
-    _check_counts(len(labels), k, what)
+    check_counts(len(labels), k, what)
     if not 1 <= nc <= len(names):
         raise UsageError(f"--nc {nc} is outside 1 to {len(names)}, the number of classes: choose one in between")
     queue = np.empty(0, dtype=np.int64)  # positions in `names`
@@ -141,7 +141,7 @@ def dirichlet(labels, k, alpha, generator, min_samples=1, what="samples", flag="
     n = len(labels)
     if not (np.isfinite(alpha) and alpha > 0):
         raise UsageError(f"{flag} {alpha} must be a positive number")
-    _check_counts(n, k, what)
+    check_counts(n, k, what)
     if n < k * min_samples:
         raise UsageError(
             f"{n} {what} cannot give {k} clients {min_samples} each: lower --num-clients to at most {n // min_samples}"
@@ -197,7 +197,7 @@ def category(categories, k, generator, what="samples"):
     Raises: UsageError for fewer samples than clients.
     """
     categories = np.asarray(categories)
-    _check_counts(len(categories), k, what)
+    check_counts(len(categories), k, what)
     names, which, counts = np.unique(categories, return_inverse=True, return_counts=True)
     order = generator.permutation(len(names))
     if len(names) >= k:
@@ -243,7 +243,8 @@ def check(parts, n):
         raise ValueError(f"the partition does not hold each of 0..{n - 1} exactly once")
 
 
-def _check_counts(n, k, what):
+def check_counts(n, k, what):
+    """Raises UsageError for fewer than one client, and for fewer of `what` than clients."""
     if k < 1:
         raise UsageError(f"{k} clients: --num-clients must be at least 1")
     if n < k:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.choices import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS
+from common.choices import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, SIZES
 from common.cli import (
     Parser,
     UsageError,
@@ -28,7 +28,6 @@ CLUSTERS = ("none", "updates", "labels")
 DATASETS = ("ag_news", "wikitext", "demo")
 PARTITIONS = ("iid", "topic_skew", "style_skew", "token_skew")
 STYLE_CRITERIA = ("length", "formality", "complexity")
-SIZES = ("dirichlet", "equal")
 SKEW_TYPES = ("frequency", "truncation", "vocabulary")
 TOPICS = {"ag_news": 4, "wikitext": 8, "demo": 4}  # of a data set
 TARGETS = ("text", "label")

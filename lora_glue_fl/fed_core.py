@@ -18,7 +18,7 @@ from common import parallel
 from common.aggregation import ServerAdam, ServerMomentum
 from common.cli import UsageError
 from common.hub import weight_bytes
-from common.lowrank import MIXED_RANKS, trained_factors
+from common.lowrank import MIXED_RANKS, STEPPED, trained_factors
 from common.participation import check_participation, per_round
 from common.products import scaling
 from common.seeding import seed_torch
@@ -69,6 +69,10 @@ class Study:
         """With theta, all that outlives a round."""
         return {"folders": self.folders} | {f"server_{part}": server for part, server in self.servers.items()}
 
+    def evaluates(self, t):
+        """Whether what is served after t rounds is evaluated."""
+        return t in (0, self.args.rounds) or self.args.eval_each_round
+
     def served_scale(self, t):
         """s of theta's adapter before round t: the clients', from the second on that of what svd serves."""
         return self.served_as.get("new_scale", self.scale) if t else self.scale
@@ -99,6 +103,8 @@ def load_study(args, run):
     scale, least = scaling(a.lora_alpha, a.lora_r), min(a.lora_r, *ranks)
     start = a.init_adapter and model.start(a.init_adapter, a.lora_r, scale, least)
     served_as = {"rank": a.lora_r, "server_lr": a.server_lr if a.server_optimizer == "none" else 1.0}
+    if a.aggregate == "rotate":
+        served_as["rotation"] = a.rotate_lambda
     if a.aggregate == "svd":
         served_as |= {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
     fused = f"fused_r{served_as['rank']}" + "_nosvd" * (a.aggregate == "naive")
@@ -119,6 +125,8 @@ def load_study(args, run):
     first, n = shards[0], sorted(study.examples)
     data = model.facts() | {"clients": len(n), "client_examples": sum(n)}
     data |= {key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key")}
+    if first.get("sizes") == "equal":
+        data["sizes"] = "equal"
     clients = {"examples": study.examples, "ranks": ranks, "shard_seed": first.get("seed")}
     if start:
         clients["init_adapter_sha256"] = start[-1]
@@ -180,10 +188,10 @@ def server_optimizers(args):
     a = args
     if a.server_optimizer == "none":
         return {}
-    if a.aggregate not in ("naive", "ffa", "rolora"):
+    if a.aggregate not in STEPPED:
         raise UsageError(
             f"--server-optimizer {a.server_optimizer} with --aggregate {a.aggregate}: its factors are new in every "
-            "round, moments of them mean nothing: take naive, ffa or rolora"
+            f"round, or never, moments of them mean nothing: take {', '.join(STEPPED[:-1])} or {STEPPED[-1]}"
         )
     parts = {"".join(trained_factors(a.aggregate, t)) for t in (0, 1)} | {"head"}
     if a.server_optimizer == "momentum":
@@ -311,14 +319,17 @@ def _sizes(study):
 
 def evaluate(study, theta, t):
     """{field: value} of what is served after t rounds; {} where it is not asked for."""
-    if t and t < study.args.rounds and not study.args.eval_each_round:
+    if not study.evaluates(t):
         return {}
     load(study, theta, t)
     return study.model.evaluate()
 
 
-def publish(study, theta, served, clients, t):
-    """Evaluates what is served after round t where asked, and writes the server's folder. Returns what is logged."""
+def publish(study, theta, served, clients, t, more):
+    """Evaluates what is served after round t where asked, and writes the server's folder. Returns what is logged.
+
+    more: function without arguments to more of it, after which the model holds anything.
+    """
     metrics = evaluate(study, theta, t + 1)
     if metrics:
         study.folders.offer(t, metrics[study.model.headline], theta if study.args.final == "best" else {})
@@ -327,7 +338,7 @@ def publish(study, theta, served, clients, t):
         fields |= {"discarded_energy": served.discarded, "missing_directions": served.missing}
     adapter = study.adapter(theta, t + 1)
     study.folders.server(t, (*adapter, base_of(theta)), fuse_manifest(study, served, clients, adapter[-1], metrics, t))
-    return metrics | fields
+    return metrics | fields | more()
 
 
 def finish(study, theta):

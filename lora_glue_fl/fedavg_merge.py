@@ -6,6 +6,7 @@
 
     svd      Delta = sum_k p_k s_k B_k A_k, truncated to rank --svd_rank     (ranks and alphas may differ)
     naive    A = sum_k p_k A_k,  B = sum_k p_k B_k                            (--skip_svd; not the mean of products)
+    rotate   the same of R_k^T A_k and B_k R_k, R_k a rotation that takes A_k nearest to the first adapter's A
 
 p_k: from --weights, the clients' numbers of examples (--shard_manifests), or equal. The heads are averaged too. Writes
 a peft adapter with fuse_manifest.json beside it; prints each rule's ||served - Delta|| / ||Delta||, then the folder.
@@ -15,9 +16,9 @@ import argparse
 
 from common.cli import Parser, add_machine_flags, only, positive_float, positive_int, run_main
 from common.early import parsed
-from lora_glue_fl.flags import add_evaluation_flags, add_split_flag, add_task_flags, refuse
+from lora_glue_fl.flags import add_evaluation_flags, add_rotation_flag, add_split_flag, add_task_flags, refuse
 
-RULES = ("svd", "naive")
+RULES = ("svd", "naive", "rotate")
 
 
 def build_parser():
@@ -33,6 +34,7 @@ def build_parser():
     own.add_argument("--svd-rank", type=positive_int, required=True, metavar="R", help="rank of the result")
     own.add_argument("--alpha", type=positive_float, metavar="X", help="alpha of the result (default: --svd-rank)")
     add_split_flag(own)
+    add_rotation_flag(own)
     own.add_argument("--save-adapter", required=True, metavar="DIR", help="folder of the result")
     own.add_argument("--overwrite", action="store_true", help="replace an adapter in that folder")
     own.add_argument("--eval", action="store_true", help="the task's metrics of the result on its validation split")
@@ -88,6 +90,7 @@ def main(args):
     served = {"svd": average("svd", adapters, weights, seed=args.seed, **by_svd)}
     if alike:
         served["naive"] = average("naive", adapters, weights, rank=first.r)
+        served["rotate"] = average("rotate", adapters, weights, rank=first.r, rotation=args.rotate_lambda)
     lines = error_lines(adapters, served)
     head = mean_head(adapters, weights)
     about = {"target_modules": first.target_modules, "base_model": base, "fan_in_fan_out": first.fan_in_fan_out}
@@ -107,6 +110,7 @@ def main(args):
         "relative_error": served[rule].error,
         "discarded": served[rule].discarded,
         "svd_split": args.svd_split if rule == "svd" else None,
+        "rotate_lambda": args.rotate_lambda if rule == "rotate" else None,
         "seed": args.seed,
     }
 

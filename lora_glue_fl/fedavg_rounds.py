@@ -1,4 +1,4 @@
-"""Federated LoRA on a GLUE task: rounds of local AdamW, the clients' adapters averaged by one of six rules.
+"""Federated LoRA on a GLUE task: rounds of local AdamW, the clients' adapters averaged by one of several rules.
 
     python lora_glue_fl/fedavg_rounds.py --model_size base --task_name sst2 --shard_dir out/sst2_base/shards_iid_k3
     python lora_glue_fl/sharding.py --task_name sst2 --k 3 --out_dir shards --dataset demo        # offline, a CPU:
@@ -34,6 +34,7 @@ def build_parser():
     own.add_argument("--svd-rank", type=positive_int, default=8, metavar="R", help="svd: rank it serves", when=svd)
     own.add_argument("--alpha", type=positive_float, metavar="X", help="svd: alpha it serves (default: R)", when=svd)
     flags.add_split_flag(own, when=svd)
+    flags.add_rotation_flag(own, only(aggregate="rotate") | only(replay=True))
     flags.add_lora_flags(own)
     own.add_argument(
         "--client-ranks",
@@ -48,7 +49,7 @@ def build_parser():
         "--server-optimizer",
         choices=["none", "momentum", "adam", "yogi", "adagrad"],
         default="none",
-        help="on the mean factors and head, for naive, ffa and rolora",
+        help="on the mean factors and head, for naive, ffa, rolora and rotate",
     )
     own.add_argument(
         "--server-lr",
@@ -86,6 +87,8 @@ def build_parser():
     flags.add_training_flags(parser, 2e-4)
     report = parser.add_argument_group("what is kept")
     report.add_argument("--eval-each-round", action="store_true", help="evaluate every round (else only the last)")
+    text = "evaluate what the other rules would serve of the same clients (off: without)"
+    report.add_argument("--replay", action="store_true", help=text, when=unless(replay=False))
     report.add_argument("--eval-clients", action="store_true", help="evaluate each client's adapter too")
     add_final_flag(report)
     report.add_argument(
@@ -112,7 +115,7 @@ from common.local import local_steps
 from common.lowrank import AdapterMean
 from common.processes import run_federated
 from common.runlog import start_run
-from lora_glue_fl import fed_core
+from lora_glue_fl import fed_core, replay
 from lora_glue_fl.data_prep import adamw
 
 
@@ -132,6 +135,7 @@ def main(args):
             pairs, scale = fed_core.factors(theta), study.served_scale(t)
             mean = AdapterMean(a.aggregate, pairs, scale, clients, t, a.seed, **study.served_as)
             heads = WeightedMean(theta["head"], clients)
+            replayed = replay.begin(study, starts, clients, t)
             for k in clients:
                 weights, steps, lrs = fed_core.begin_client(study, theta, starts, k, t)
                 optimizer = adamw(a, study.model.model, weights.parameters)
@@ -140,11 +144,13 @@ def main(args):
                 factors_k, head_k = fed_core.end_client(study, weights, k, clients, done)
                 if mean.add(factors_k, n[k], study.scale, finite=(head_k,)):
                     heads.add(head_k, n[k])
+                    replay.add(replayed, factors_k, n[k], study.scale)
                     fed_core.keep_client(study, factors_k, head_k, k, t, clients)
             served = mean.result(study.step(mean.trained))
             theta = fed_core.serve(study, theta, served, heads)
             run.count(bytes_down=fed_core.bytes_down(study, clients, t))
-            run.report(t + 1, theta, partial(fed_core.publish, study, theta, served, clients, t))
+            more = partial(replay.rows, study, replayed, theta["head"])
+            run.report(t + 1, theta, partial(fed_core.publish, study, theta, served, clients, t, more))
             study.folders.prune(t)
 
         fed_core.finish(study, theta)

@@ -9,6 +9,7 @@ from common.cli import (
     add_final_flag,
     add_machine_flags,
     add_run_flags,
+    fraction,
     half_open_fraction,
     non_negative_float,
     only,
@@ -134,6 +135,12 @@ def add_split_flag(own, when=None):
     own.add_argument("--svd-split", choices=SPLITS, default="us", help=text, when=when)
 
 
+def add_rotation_flag(own, when=None):
+    """How far rotate goes."""
+    text = "rotate: lambda of the soft rotation, 1: the best one (off: --aggregate naive)"
+    own.add_argument("--rotate-lambda", type=fraction, default=1.0, metavar="X", help=text, when=when)
+
+
 def refuse(wrong, message):
     """Raises UsageError(message) where `wrong` is true."""
     if wrong:
@@ -172,6 +179,14 @@ def complete_rounds(args):
     unknown = args.final == "best" and not args.eval_each_round
     refuse(unknown, "--final best: without --eval-each-round only the last round is evaluated: add it")
     args.aggregate = args.aggregate or "svd"
+    if args.replay:
+        one = args.aggregate in ("ffa", "rolora", "head")
+        both = "a round that trains A and B: take svd, naive, stack, residual or rotate"
+        refuse(one, f"--replay with --aggregate {args.aggregate}: the rules are compared on {both}")
+        mixed = " ".join(map(str, args.client_ranks or ())) if {*(args.client_ranks or ())} - {args.lora_r} else ""
+        refuse(
+            mixed, f"--replay with --client-ranks {mixed}: naive needs rank {args.lora_r} of all: drop one of the two"
+        )
     args.alpha = args.svd_rank if args.alpha is None else args.alpha
     if args.server_lr is None:
         args.server_lr = 1.0 if args.server_optimizer in ("none", "momentum") else 0.01

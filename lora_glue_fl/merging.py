@@ -149,7 +149,7 @@ def error_lines(adapters, served):
         lines[0] += f", {svd.missing} of {directions} directions without a value: B is 0 there, A random"
     if "naive" not in served:
         ranks, scales = (sorted({getattr(a, name) for a in adapters}) for name in ("r", "scale"))
-        lines.append(f"naive: not defined for ranks {_listed(ranks)} at scales {_listed(scales)}")
+        lines.append(f"naive, rotate: not defined for ranks {_listed(ranks)} at scales {_listed(scales)}")
     return lines
 
 

@@ -1,37 +1,53 @@
-"""Runs the study of this folder's README: central LoRA and the six rules, one factor at a time, several seeds.
+"""Runs the study of this folder's README: central LoRA and six rules, one factor at a time, several seeds.
 
     python lora_glue_fl/run_study.py --model PATH --jobs 2                       # a laptop: subsets, 6 rounds
     python lora_glue_fl/run_study.py --preset full --model_size base             # a GPU: whole tasks, 30 rounds
     python lora_glue_fl/run_study.py --preset quick                              # most of it, small, offline: minutes
+    python lora_glue_fl/run_study.py --preset replay --model PATH --jobs 2       # does the averaging error cost loss?
+    python lora_glue_fl/run_study.py --preset trajectories --model PATH --tune   # each rule's rate; then without --tune
     python lora_glue_fl/run_study.py --model PATH --plan                         # only checks and shows the commands
 
-The base: 3 clients, IID, rank 4. Beside it, each alone: 20 clients; Dirichlet shards; higher learning rates; rank 16;
-clients of different ranks; the balanced split. Each run is one of the scripts beside this file, in a process of its
-own; finished runs are skipped and broken ones go on, so that the command can be given again at any time.
+`replay`: from one checkpoint (naive, 3 clients, IID) one round of naive with --replay: local epochs x Dirichlet's alpha
+with 10 clients of equal size at rank 4, and at alpha 0.3 rank 16 and 3 clients. `trajectories`: eight rules from one
+trained head, 10 clients of equal size, alpha 0.3, 4 local epochs, rank 8, each at the rate that --tune found (seed
+100); and with 3 of the 10 clients a round, at the same rates.
+
+The other presets' base: 3 clients, IID, rank 4. Beside it, each alone: 20 clients; Dirichlet shards; higher learning
+rates; rank 16; clients of different ranks; the balanced split. Each run is one of the scripts beside this file, in a
+process of its own; finished runs are skipped and broken ones go on, so that the command can be given again at any time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from common import grid, tuning
-from common.choices import RULES
 from common.cli import UsageError, run_main
 from common.grid import Preset, Setting
 from lora_glue_fl.flags import add_data_flags, add_model_flags, size_label
 
 LORA = "--lora-r 4 --svd-rank 4 --lora-alpha 8 --alpha 8".split()
+SIX = ("svd", "naive", "ffa", "stack", "residual", "rolora")
 ALPHA = 0.3  # of the Dirichlet shards
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is varied: clients, how examples are dealt to them, the rules that run, flags beside LORA."""
+    """What is varied: clients, how examples are dealt to them, the rules that run, flags beside LORA.
+
+    alpha, sizes: of Dirichlet shards; start: the case whose run all begin with; tune: as `Setting`; tuned_as: the case
+    whose rules' rates its own take.
+    """
 
     clients: int = 3
     mode: str = "iid"
-    rules: tuple = tuple(RULES)
+    rules: tuple = SIX
     words: tuple = ()
+    alpha: float = ALPHA
+    sizes: str = "dirichlet"
+    start: str = ""
+    tune: dict = field(default_factory=dict)
+    tuned_as: str = ""
 
 
 CASES = {
@@ -44,6 +60,32 @@ CASES = {
     "rank16": Case(rules=("svd", "naive"), words=tuple("--lora-r 16 --svd-rank 16 --lora-alpha 32 --alpha 32".split())),
     "ranks": Case(rules=("svd", "stack"), words=("--client-ranks", "2", "4", "8")),
 }
+ONE_FACTOR = tuple(CASES)
+
+
+def replay_case(epochs, alpha=ALPHA, clients=10, rank=4):
+    """One round of naive with --replay. alpha: of equal clients, None: IID."""
+    words = f"--replay --local-epochs {epochs} --lora-r {rank} --lora-alpha {2 * rank}".split()
+    dealt = ("iid",) if alpha is None else ("dirichlet",)
+    return Case(clients, *dealt, ("naive",), tuple(words), alpha or ALPHA, "equal", "checkpoint")
+
+
+EPOCHS = (1, 4, 16)
+ALPHAS = {"iid": None, "a0.3": 0.3, "a0.1": 0.1}
+REPLAY = {f"replay_e{e}_{name}": replay_case(e, a) for e in EPOCHS for name, a in ALPHAS.items()}
+REPLAY |= {f"replay_e{e}_r16": replay_case(e, rank=16) for e in EPOCHS}
+REPLAY |= {f"replay_e{e}_k3": replay_case(e, clients=3) for e in EPOCHS}
+CASES["checkpoint"] = Case(rules=("naive",), words=("--rounds", "3"))
+CASES |= REPLAY
+
+EIGHT = (*SIX, "rotate", "head")
+EQUAL = {"clients": 10, "mode": "dirichlet", "sizes": "equal"}
+LONG = tuple("--local-epochs 4 --lora-r 8 --svd-rank 8 --lora-alpha 16 --alpha 16".split())
+RATES = {"learning-rate": (5e-4, 1e-3, 2e-3, 4e-3)}
+CASES["warm"] = Case(**EQUAL, rules=("head",), words=(*LONG, "--rounds", "2", "--learning-rate", "5e-3"))
+CASES["skew"] = Case(**EQUAL, rules=EIGHT, words=LONG, start="warm", tune=RATES)
+SOME = (*LONG, "--participation", "0.3")
+CASES["skew_some"] = Case(**EQUAL, rules=EIGHT, words=SOME, start="warm", tuned_as="skew")
 
 
 @dataclass(frozen=True)
@@ -69,13 +111,18 @@ SMALL = Sizes(
     rounds=6,
     one_seed=("cola", "stsb", "rank16", "ranks", "lr6e-3", "lr2e-2"),
 )
-FULL = Sizes(tuple((task, None, tuple(CASES)) for task in ("rte", "mrpc", "cola", "stsb", "sst2")), 30, falling=False)
+FULL = Sizes(tuple((task, None, ONE_FACTOR) for task in ("rte", "mrpc", "cola", "stsb", "sst2")), 30, falling=False)
 QUICK = Sizes((("sst2", 600, ("base", "clients20", "dirichlet", "balanced", "rank16", "ranks")),), 5)
+
+AGAIN = Sizes((("sst2", 2000, ("checkpoint", *REPLAY)),), 1)
+TRAJECTORIES = Sizes((("sst2", 2000, ("warm", "skew", "skew_some")),), 8)
 
 CONSTANT = "--batch-size 8 --lr-scheduler constant --threads 1"
 PRESETS = {
     "small": Preset(f"--learning-rate 2e-3 --amp auto {CONSTANT}".split(), SMALL),
     "full": Preset("--learning-rate 4e-4 --warmup-ratio 0.06 --amp auto".split(), FULL),
+    "replay": Preset(f"--learning-rate 2e-3 --amp auto {CONSTANT}".split(), AGAIN),
+    "trajectories": Preset(f"--learning-rate 2e-3 --amp auto {CONSTANT}".split(), TRAJECTORIES, seeds=(0, 1, 2, 3, 4)),
     "quick": Preset(f"--model tiny --dataset demo --learning-rate 1e-2 {CONSTANT}".split(), QUICK, seeds=(0,)),
 }
 SHOW = (
@@ -88,7 +135,8 @@ def settings(args, sizes):
     """Task by task, case by case: central LoRA and the rules."""
     for task, examples, cases in sizes.tasks:
         for case in cases:
-            if (args.tasks and task not in args.tasks) or (args.settings and case not in args.settings):
+            wanted = {*(args.settings or cases), *(CASES[one].start for one in args.settings or ())}
+            if (args.tasks and task not in args.tasks) or case not in wanted:
                 continue
             seeds = 1 if task in sizes.one_seed or case in sizes.one_seed else None
             if case == "base":
@@ -99,7 +147,18 @@ def settings(args, sizes):
                 words = ["--task-name", task, "--aggregate", rule, "--rounds", sizes.rounds]
                 words += ["--shard-dir", shard_folder(args, task, case, "{seed}"), "--eval-each-round"]
                 words += ["--keep", "last", "--no-save-clients", *LORA, *CASES[case].words]
-                yield Setting(f"{task}_{case}_{rule}", "lora_glue_fl/fedavg_rounds.py", tuple(words), case, seeds)
+                if start := start_of(task, case):
+                    words += ["--init-from", f"{args.output_dir}/{start}_seed_{{seed}}"]
+                rates = {"tune": CASES[case].tune, "tuned_as": CASES[case].tuned_as}
+                rates["tuned_as"] = rates["tuned_as"] and f"{task}_{rates['tuned_as']}_{rule}"
+                name = f"{task}_{case}_{rule}"
+                yield Setting(name, "lora_glue_fl/fedavg_rounds.py", tuple(words), case, seeds, **rates)
+
+
+def start_of(task, case):
+    """The setting that a case's runs begin with, if any."""
+    start = CASES[case].start
+    return start and f"{task}_{start}_{CASES[start].rules[0]}"
 
 
 def central(args, task, examples, rounds, seeds, scheduler=None):
@@ -117,7 +176,9 @@ def central(args, task, examples, rounds, seeds, scheduler=None):
 
 def shard_folder(args, task, case, seed):
     """Where a case's manifests are."""
-    return Path(args.output_dir) / "shards" / f"{task}_{CASES[case].mode}_k{CASES[case].clients}_seed_{seed}"
+    one = CASES[case]
+    how = f"{one.mode}_{one.alpha:g}_equal" if one.mode == "dirichlet" and one.sizes == "equal" else one.mode
+    return Path(args.output_dir) / "shards" / f"{task}_{how}_k{one.clients}_seed_{seed}"
 
 
 def make_shards(args):
@@ -133,14 +194,23 @@ def make_shards(args):
             for seed in args.seeds:
                 folder = shard_folder(args, task, case, seed)
                 if not (folder / "summary.json").exists():
-                    about = {"dirichlet_alpha": ALPHA, "min_samples": 32, "max_examples": examples, "data": read[task]}
-                    split = make_client_splits(task, CASES[case].clients, CASES[case].mode, seed=seed, **about)
+                    one = CASES[case]
+                    about = {"dirichlet_alpha": one.alpha, "sizes": one.sizes, "max_examples": examples}
+                    about |= {"min_samples": 32, "data": read[task], "seed": seed}
+                    split = make_client_splits(task, one.clients, one.mode, **about)
                     save_shard_manifests(folder, split)
 
 
 def plan(args):
     """The runs that the flags ask for."""
-    return grid.expand(grid.select(settings(args, PRESETS[args.preset].settings), args.only), *given(args))
+    every = {one.name: one for one in settings(args, PRESETS[args.preset].settings)}
+    chosen = grid.select(every.values(), args.only)
+    starts = {one.name: start_of(one.name.split("_")[0], one.group) for one in chosen if one.group in CASES}
+    first = [every[name] for name in dict.fromkeys(filter(None, starts.values())) if every[name] not in chosen]
+    runs = grid.expand([*first, *chosen], *given(args))
+    needs = [starts.get(run.setting.name) for run in runs]
+    of = [f"{start}{run.name.removeprefix(run.setting.name)}" for run, start in zip(runs, needs, strict=True)]
+    return [replace(run, needs=name) if start else run for run, start, name in zip(runs, needs, of, strict=True)]
 
 
 def given(args):

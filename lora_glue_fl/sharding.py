@@ -10,6 +10,7 @@ save_shard_manifests("out/sst2_base/shards_iid_k5", info)
 
 import argparse
 
+from common.choices import SIZES
 from common.cli import Parser, only, positive_float, positive_int, run_main, seed_number
 from common.early import parsed
 from lora_glue_fl.flags import MODES, add_data_flags
@@ -28,7 +29,9 @@ def build_parser():
     by_share, some = only(mode="dirichlet"), {"type": positive_float, "default": 0.5, "metavar": "X"}
     parser.add_argument("--dirichlet-alpha", **some, when=by_share, help="dirichlet: evenness")
     some = {"type": positive_int, "default": 1, "metavar": "N"}
-    parser.add_argument("--min-samples", **some, when=by_share, help="dirichlet: least a client")
+    drawn, text = by_share & only(sizes="dirichlet"), "dirichlet: as many examples for all clients (equal), or as drawn"
+    parser.add_argument("--min-samples", **some, when=drawn, help="dirichlet: least a client")
+    parser.add_argument("--sizes", choices=SIZES, default="dirichlet", when=by_share, help=text)
     parser.add_argument(
         "--bin-stsb", action=argparse.BooleanOptionalAction, default=True, help="stsb: scores in bins of 0.2"
     )

@@ -11,6 +11,7 @@ import numpy as np
 from common import sharding
 from common.checkpoint import read_json, write_json
 from common.cli import UsageError
+from common.equal_parts import equal_parts
 from common.seeding import stream
 from lora_glue_fl.flags import MODES
 from lora_glue_fl.glue_data import load_task
@@ -30,6 +31,7 @@ def make_client_splits(
     *,
     dirichlet_alpha=0.5,
     min_samples=1,
+    sizes="dirichlet",
     max_examples=None,
     dataset="glue",
     data_root=None,
@@ -41,9 +43,10 @@ def make_client_splits(
     mode: "iid" (stratified by label; mnli by label and genre, where the data have it; stsb by bins of 0.2),
     "overlap" (iid, then a fraction `overlap_ratio` of each client's examples is drawn from all), "category" (whole
     categories round-robin), "category_overlap", "dirichlet" (each label in proportions of `dirichlet_alpha`, at
-    least `min_samples` a client). category_key: "label" (the default), or another column such as "genre".
-    bin_stsb: without it every score of stsb is a label of its own. max_examples: deals a stratified subset of so
-    many. dataset, data_root, cache_dir: as `load_task`; data: a `TaskData` that is loaded already.
+    least `min_samples` a client; with sizes "equal" as `common.equal_parts`). category_key: "label" (the default), or
+    another column such as "genre". bin_stsb: without it every score of stsb is a label of its own. max_examples: deals
+    a stratified subset of so many. dataset, data_root, cache_dir: as `load_task`; data: a `TaskData` that is loaded
+    already.
 
     Returns: {"client_indices": k sorted lists of int, "size_per_client", "total_train": size of the train split,
         "task", "mode", "meta": {seed, overlap_ratio, category_key, bin_stsb, ...}, "dataset", "fingerprint" (SHA-256
@@ -69,7 +72,11 @@ def make_client_splits(
     elif mode == "dirichlet":
         labels = whole_labels(task, train, bin_stsb)[rows]
         called = {"what": what, "flag": "--dirichlet-alpha", "first": 1}
-        parts, more = sharding.dirichlet(labels, k, dirichlet_alpha, generator, min_samples, **called)
+        if sizes == "equal":
+            sharding.check_counts(len(labels), k, what)
+            parts = equal_parts(labels, k, dirichlet_alpha, generator, called["flag"])
+        else:
+            parts, more = sharding.dirichlet(labels, k, dirichlet_alpha, generator, min_samples, **called)
     elif mode == "category":
         parts, more = sharding.category(_categories(task, train, key, bin_stsb)[rows], k, generator, what)
     else:
@@ -89,6 +96,7 @@ def make_client_splits(
             "bin_stsb": bool(bin_stsb),
             "dirichlet_alpha": dirichlet_alpha if mode == "dirichlet" else None,
             "min_samples": min_samples if mode == "dirichlet" else None,
+            "sizes": sizes if mode == "dirichlet" else None,
             "max_examples": max_examples,
         },
         "dataset": data.fingerprint["dataset"],
@@ -156,7 +164,7 @@ def save_shard_manifests(out_dir, shard_info):
         "task": shard_info["task"],
         "data": shard_info["dataset"],
         "mode": shard_info["mode"],
-        **{key: shard_info["meta"][key] for key in ("dirichlet_alpha", "overlap_ratio", "category_key")},
+        **{key: shard_info["meta"].get(key) for key in ("dirichlet_alpha", "sizes", "overlap_ratio", "category_key")},
         "seed": shard_info["meta"]["seed"],
         "total_train": shard_info["total_train"],
         "fingerprint": shard_info["fingerprint"],

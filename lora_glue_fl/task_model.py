@@ -4,6 +4,7 @@ import copy
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -75,24 +76,30 @@ class TaskModel:
         return F.cross_entropy(outputs, labels)
 
     @torch.no_grad()
-    def outputs(self, split, share=True):
+    def outputs(self, split, share=True, rows=None):
         """The model's outputs on a split: float32 [n, num_labels] on the CPU.
 
         share: the processes share the batches; without it this process computes all (where the others have other
-        weights in their models).
+        weights in their models). rows: int64 [n], only these of its examples.
         """
         self.model.eval()
         encoded = self.encoded[split]
-        every = evaluation_batches(encoded.lengths(), self.args.eval_batch_size)
+        rows = np.arange(len(encoded)) if rows is None else rows
+        every = evaluation_batches(encoded.lengths()[rows], self.args.eval_batch_size)
         parts = []
-        for rows in parallel.my_share(every) if share else every:
-            batch = {name: t.to(self.device) for name, t in encoded.batch(rows).items()}
-            parts.append((rows, self._outputs(batch).cpu()))
-        outputs = torch.empty(len(encoded), self.task.num_labels)  # [n, num_labels]
+        for places in parallel.my_share(every) if share else every:
+            batch = {name: t.to(self.device) for name, t in encoded.batch(rows[places]).items()}
+            parts.append((places, self._outputs(batch).cpu()))
+        outputs = torch.empty(len(rows), self.task.num_labels)  # [n, num_labels]
         for part in parallel.all_gather(parts) if share else [parts]:
-            for rows, values in part:
-                outputs[rows] = values
+            for places, values in part:
+                outputs[places] = values
         return outputs
+
+    def mean_loss(self, outputs, labels):
+        """The mean loss of outputs [n, num_labels] and numpy's labels [n], in fp64."""
+        kind = torch.float64 if self.task.regression else torch.int64
+        return self._loss(outputs.double(), torch.from_numpy(labels).to(kind)).item()
 
     def evaluate(self, share=True):
         """{val_loss, val_<metric> ...} on the task's validation examples; mnli: on both parts, the loss on the matched.
@@ -103,9 +110,7 @@ class TaskModel:
         for split in self.task.evaluation_splits:
             outputs, labels = self.outputs(split, share), self.encoded[split].labels
             metrics = evaluate(self.task, split, outputs.numpy(), labels)
-            kind = torch.float64 if self.task.regression else torch.int64
-            loss = self._loss(outputs.double(), torch.from_numpy(labels).to(kind)).item()
-            result = {"val_loss": loss} | result | metrics
+            result = {"val_loss": self.mean_loss(outputs, labels)} | result | metrics
         return result
 
     def leaves(self):

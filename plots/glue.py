@@ -15,6 +15,7 @@
                (bytes_up.png); both ways (bytes_both.png): stack and residual send the base model's update down
     clients    clients.png, after the last round: every client of every seed as a dot, their mean as a bar, the global
                model as a marker; clients_rounds.png: the global model minus the mean of its clients, in points
+    replay     loss against the error of runs with --replay (plots/glue_replay.py)
 
 A panel per task and federation (clients and how the examples were dealt to them), a line per aggregation rule: the mean
 over seeds, its band or bar one standard deviation each way; central training is a horizontal line at its last metric.
@@ -28,6 +29,7 @@ import numpy as np
 
 from common.cli import UsageError, run_main
 from common.curves import GREY, number, plain_ticks
+from plots import glue_replay
 from plots.runs import Study, base_name, describe, like_with_like, order_of, shared_setting, text
 from plots.seeds import curves_of, kind_order, label, lines_of
 from plots.style import (
@@ -106,12 +108,13 @@ def setting_of(run):
 
 
 def shards_name(facts):
-    """`IID`, `Dirichlet 0.5`, `overlap 0.2`, `category genre`: how a run's examples were dealt to its clients."""
+    """`IID`, `Dirichlet 0.5, equal sizes`, `overlap 0.2`, `category genre`: how the examples were dealt to clients."""
     mode = str(facts.get("mode"))
     name = {"iid": "IID", "dirichlet": "Dirichlet"}.get(mode, mode.replace("_", " "))
     more = {"dirichlet": "dirichlet_alpha", "category": "category_key", "overlap": "overlap_ratio"}
     values = [facts.get(key) for word, key in more.items() if word in mode]
-    return " ".join([name, *(str(value) for value in values if value is not None)])
+    equal = ", equal sizes" * (facts.get("sizes") == "equal")
+    return " ".join([name, *(str(value) for value in values if value is not None)]) + equal
 
 
 def order(key, value):
@@ -121,7 +124,7 @@ def order(key, value):
     if key == "task":
         return 0, list(TASKS).index(value) if value in TASKS else len(TASKS), 0, value
     if key == "shards":
-        kind, _, alpha = value.partition(" ")
+        kind, _, alpha = value.partition(",")[0].partition(" ")
         return {"IID": 0, "Dirichlet": 1}.get(kind, 2), -float(alpha or 0) if kind == "Dirichlet" else 0, 0, value
     return order_of(value)
 
@@ -159,6 +162,8 @@ STUDY = Study(
         "stack": "Stack (FLoRA)",
         "residual": "Residual (FedEx-LoRA)",
         "rolora": "RoLoRA",
+        "rotate": "Rotate (FedRot-LoRA)",
+        "head": "Head only",
     },
     kind_of=kind_of,
     setting_of=setting_of,
@@ -166,11 +171,12 @@ STUDY = Study(
     # learning_rate, of the setting of a federation only, tells central runs apart
     said=frozenset(KEYS) - {"learning_rate"}
     | frozenset(
-        "eval_each_round eval_clients do_train do_eval model_size task_name aggregate skip_svd lora_r client_ranks"
-        " shard max_examples alpha".split()
+        "eval_each_round eval_clients replay do_train do_eval model_size task_name aggregate skip_svd lora_r"
+        " client_ranks shard max_examples alpha".split()
     ),
     unread=(
         (lambda a: a["kind"] != "svd", {"svd_split"}),
+        (lambda a: a["kind"] != "rotate", {"rotate_lambda"}),
         (
             lambda a: a["kind"] in ("central", "full"),
             {"server_optimizer", "server_lr", "server_beta", "mu", "client_weights", "init_adapter"},
@@ -196,6 +202,7 @@ STUDY = Study(
         "svd_rank": "served at rank {}",
         "served_scale": "served alpha/r {:g}",
         "svd_split": "{} split",
+        "rotate_lambda": "lambda {:g}",
         "server_optimizer": lambda value, _: None if value == "none" else f"server {value}",
         "server_lr": "server lr {:g}",
         "mu": lambda value, _: f"FedProx {value:g}" if value else None,
@@ -537,6 +544,7 @@ FIGURES = {
         Figure("clients", having(GAIN), LAST, f"{LOGGED} --eval-clients"),
         Figure("clients_rounds", having(GAIN, 2, over_rounds=True), GAINS, f"{EACH} and --eval-clients"),
     ],
+    "replay": glue_replay.FIGURES,
 }
 
 

@@ -123,6 +123,8 @@ GOLDEN = {
             "stack": "--client-ranks 2 4 3",
             "residual": "",
             "rolora": "",
+            "rotate": "--rotate-lambda 0.5",
+            "head": "",
         }.items()
     },
     "lora_glue_fl/central_lora": Golden(

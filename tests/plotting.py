@@ -26,6 +26,7 @@ COMMANDS = {
     **{study: f"plots/{study}.py" for study in FIGURES},
     **{f"{study} {name}": f"plots/{study}.py {name}" for study, names in FIGURES.items() for name in names.split()},
     "noniid corrections": "plots/noniid.py corrections",  # of runs with --drift-samples alone
+    "glue replay": "plots/glue.py replay",  # of runs with --replay alone
     "table mamba": "plots/tables.py mamba_fl",
     "table vit": "plots/tables.py vit_sparse_fl",
     "table glue": "plots/tables.py lora_glue_fl",

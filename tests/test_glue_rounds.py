@@ -12,6 +12,7 @@ import pytest
 import torch
 from comparing import same_bits
 from safetensors.torch import load_file, save_file
+from scipy.linalg import orthogonal_procrustes
 from torch.nn import functional as F
 
 from common.adapter_files import write_adapter
@@ -158,12 +159,20 @@ def served(rule, theta, means, deltas, t):
     return new
 
 
+def turn(theta_k, theta, letter):
+    """Rotates a client's factors to agree with theta's."""
+    for A, B in ((f"A.{layer}", f"B.{layer}") for layer in LAYERS):
+        pairs = (theta_k[A].T, theta[A].T) if letter == "A" else (theta_k[B], theta[B])
+        R = torch.from_numpy(orthogonal_procrustes(*(t.numpy() for t in pairs))[0])
+        theta_k[A], theta_k[B] = R.T @ theta_k[A], theta_k[B] @ R
+
+
 def plain(given, rule, weigh, server=None, eta=1.0, **options):
     """(weights that the model computes with after two rounds, and before): the reference."""
     theta, ranks = start_of(given), [3, 2, 4, 3, 2] if rule == "svd" else [4] * K
     start, place = weights_of(theta, S), 0
     for t in range(2):
-        letters = {"ffa": "B", "rolora": "BA"[t]}.get(rule, "AB")
+        letters = {"ffa": "B", "rolora": "BA"[t], "head": ""}.get(rule, "AB")
         ratio = S_SVD / S if rule == "svd" and t else 1.0
         sums, deltas, total = {n: 0.0 for n in theta}, dict.fromkeys(LAYERS, 0.0), 0.0
         for k in sampled(given, t):
@@ -175,6 +184,8 @@ def plain(given, rule, weigh, server=None, eta=1.0, **options):
                 total += w
                 for layer in LAYERS:
                     deltas[layer] = deltas[layer] + w * S * theta_k[f"B.{layer}"] @ theta_k[f"A.{layer}"]
+                if rule == "rotate":
+                    turn(theta_k, theta, "AB"[t])
                 for n in sums:
                     if theta_k[n].shape == theta[n].shape:
                         sums[n] = sums[n] + w * theta_k[n]
@@ -239,6 +250,8 @@ CASES = {
     "residual": ("residual", "--gradient-accumulation-steps 2", {"accumulated": 2}),
     "residual, server lr": ("residual", "--server-lr 1.7", {"eta": 1.7}),
     "rolora": ("rolora", "--server-optimizer momentum --server-lr 0.7", {"server": True}),
+    "rotate": ("rotate", "", {}),
+    "head": ("head", "", {}),
 }
 
 
@@ -251,8 +264,11 @@ def test_rounds_are_the_plain_loop(case, given, tmp_path, monkeypatch):
     assert len({len(rows) for rows in given.rows}) > 2 and sampled(given, 0) != sampled(given, 1)
     found, rows = run_rounds(given, tmp_path, monkeypatch, rule, more)
     expected, start = plain(given, rule, weigh, server, **rest)
-    for part in (lambda n: "query" in n, lambda n: "value" in n, lambda n: "classifier" in n):
-        names = [n for n in start if part(n)]
+    for part in ("query", "value", "classifier"):
+        names = [n for n in start if part in n]
+        if rule == "head" and part != "classifier":
+            assert all(torch.allclose(found[n], start[n], rtol=1e-6, atol=1e-7) for n in names)
+            continue
         moved = sum((expected[n] - start[n]).square().sum() for n in names) ** 0.5
         missed = sum((found[n] - expected[n]).square().sum() for n in names) ** 0.5
         assert moved > 0.02 and missed < 5e-3 * moved, (missed / moved).item()
@@ -267,7 +283,7 @@ def test_rounds_are_the_plain_loop(case, given, tmp_path, monkeypatch):
 
     # what is sampled sends, and all receive what changed: 32 x 32 layers, a client's rank; stacked factors of three
     ranks, side = [3, 2, 4, 3, 2] if rule == "svd" else [4] * K, 32 * len(LAYERS)
-    head, letters = sum(start[n].numel() for n in start if n[0] == "c"), 1 if rule in ("ffa", "rolora") else 2
+    head, letters = sum(start[n].numel() for n in start if n[0] == "c"), {"ffa": 1, "rolora": 1, "head": 0}.get(rule, 2)
     up = sum(ranks[k] * letters * side + head for t in (0, 1) for k in sampled(given, t))
     down = 2 * K * ((12 * 2 if rule in ("stack", "residual") else 4 * letters) * side + head)
     assert rows[2]["bytes_up"] == 4 * up
@@ -453,6 +469,7 @@ def test_bytes_are_those_of_the_factors_that_are_sent():
     stacked = {3 * r: layers * min(3 * r * 2 * d, d * d) for r in (3, 4)}  # stack's clients have ranks 2, 4 and 3
     up = {"svd": both, "naive": both, "ffa": b, "stack": both * 3 / 4, "residual": both, "rolora": b}
     down = {"svd": both, "naive": both, "ffa": b, "stack": stacked[9], "residual": stacked[12], "rolora": b}
+    up, down = (each | {"rotate": both, "head": 0} for each in (up, down))
     for rule in RULES:
         first = (both * 3 / 4 if rule == "stack" else both) + head  # to each client before the first round
         before, *rest = read_metrics(runs(rule))

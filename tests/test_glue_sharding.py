@@ -80,6 +80,21 @@ def test_notes_count_clients_from_1():
     assert not all(info["size_per_client"][c] == 3 for c in clients)
 
 
+def test_equal_sizes_have_unequal_labels():
+    info = demo("sst2", 7, "dirichlet", dirichlet_alpha=0.05, sizes="equal", seed=3, max_examples=600)
+    labels = load_task("sst2", "demo").splits["train"].labels
+    shares = [labels[part].mean() for part in parts_of(info)]
+    assert set(info["size_per_client"]) == {85, 86} and len(set(sum(info["client_indices"], []))) == 600
+    assert sum(0.02 < share < 0.98 for share in shares) <= 2 and 0.4 < np.mean(shares) < 0.6
+    even = demo("sst2", 7, "dirichlet", dirichlet_alpha=1e6, sizes="equal", seed=3)
+    assert max(abs(labels[part].mean() - labels.mean()) for part in parts_of(even)) < 0.01
+    assert [info["meta"]["sizes"], demo("sst2", 3)["meta"]["sizes"]] == ["equal", None]
+    with pytest.raises(UsageError, match="--dirichlet-alpha 0 must"):
+        demo("rte", 2, "dirichlet", dirichlet_alpha=0, sizes="equal")
+    with pytest.raises(UsageError, match="80 examples cannot be dealt to 90 clients"):
+        demo("sst2", 90, "dirichlet", sizes="equal", max_examples=80)
+
+
 def test_categories_by_genre_and_unknown_columns():
     genres = np.array(load_task("mnli", "demo").splits["train"].categories["genre"])
     info = demo("mnli", 5, "category", category_key="genre")

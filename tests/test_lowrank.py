@@ -1,4 +1,4 @@
-"""The six rules to average adapters: what they serve and its error, bits over processes, peft's own layers."""
+"""The rules to average adapters: what they serve and its error, bits over processes, peft's own layers."""
 
 import hashlib
 import math
@@ -63,13 +63,13 @@ def served_delta(served, name):
     return served.scale * B @ A + update
 
 
-# ---- the six rules
+# ---- the rules
 
 N = [5.0, 1.0, 3.0, 2.0]
 
 
 @pytest.mark.parametrize("round", [0, 1])
-@pytest.mark.parametrize("rule", ["ffa", "stack", "residual", "rolora"])
+@pytest.mark.parametrize("rule", ["ffa", "stack", "residual", "rolora", "head"])
 def test_exact_rules_serve_the_mean_of_products(rule, round):
     start = adapter(0)
     clients = [local(start, k, rule, round) for k in range(4)]
@@ -95,6 +95,8 @@ def test_what_each_rule_hands_on():
             elif rule == "ffa":
                 assert torch.equal(A, start[name][0])
                 close(B, mean_B)
+            elif rule == "head":
+                assert torch.equal(A, start[name][0]) and torch.equal(B, start[name][1])
             elif rule == "rolora":
                 assert torch.equal(B, start[name][1])
                 close(A, mean_A)
@@ -149,7 +151,7 @@ def test_one_client_and_equal_clients(rule):
         served = mean_of(rule, start, clients, weights).result()
         for name, mean in dense_mean([client], [1.0]).items():
             close(served_delta(served, name), mean, 3e-7)
-            if rule not in MIXED_RANKS:
+            if rule not in (*MIXED_RANKS, "rotate"):
                 assert all(torch.equal(a, b) for a, b in zip(served.factors[name], client[name], strict=True))
         assert served.error < 3e-7
 
@@ -243,9 +245,10 @@ def test_a_server_learning_rate_goes_part_of_the_way_to_the_mean(rule):
         (A_0, B_0), (A, B), (A_1, B_1) = start[name], served.factors[name], plain.factors[name]
         if rule not in MIXED_RANKS:
             close(A, 0.7 * A_0 + 0.3 * A_1, 1e-14), close(B, 0.7 * B_0 + 0.3 * B_1, 1e-14)
-        if rule != "naive":
+        if rule not in ("naive", "rotate"):
             close(served_delta(served, name), 0.7 * S * (B_0 @ A_0).numpy() + 0.3 * mean, 1e-13)
-    assert (served.error > 1e-3) == (rule == "naive") and served.norm != plain.norm
+    assert (served.error > 1e-3) == (rule in ("naive", "rotate"))
+    assert (served.norm != plain.norm) == (rule != "head")
 
 
 # ---- order, processes, threads, memory
@@ -268,7 +271,7 @@ def scenarios(ids=IDS):
     results = {}
     sizes = {"factors": (50, 41), "at the second": (6, 4), "at the seventh": (20, 26)}
     start = adapter(0, dtype=torch.float32, sizes=sizes)
-    for rule in RULES:
+    for rule in (*RULES, "florana"):
         for dtype in (torch.float32, torch.bfloat16):
             begin = {name: (A.to(dtype), B.to(dtype)) for name, (A, B) in start.items()}
             mean = AdapterMean(rule, begin, S, clients := Round(ids), seed=1)

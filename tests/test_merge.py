@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_adapter_files import PREFIX, adapted, change, logits, roberta, save_by_peft
 
 from common.adapter_files import CONFIG, WEIGHTS, read_adapter
@@ -120,6 +120,21 @@ def test_errors_are_those_of_the_dense_matrices(tmp_path, capsys):
     found = read_json(tmp_path / "naive" / "fuse_manifest.json")
     assert (found["aggregate"], found["alpha"]) == ("naive", 4)
     assert found["relative_error"] == pytest.approx(gap(naive, wanted), rel=1e-6)
+
+
+def test_rotations_of_one_adapter_are_merged_to_it(tmp_path, capsys):
+    folders = clients(tmp_path, ranks=(4, 4), alphas=(4, 4))
+    tensors, X = load_file(folders[0] / WEIGHTS), torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    R = torch.matrix_exp(X - X.T)
+    turned = {name: R.T @ t if "lora_A" in name else t @ R if "lora_B" in name else t for name, t in tensors.items()}
+    save_file({name: t.contiguous() for name, t in turned.items()}, folders[1] / WEIGHTS, {"format": "pt"})
+    assert merge(folders, tmp_path / "out", "--svd_rank", 4, "--aggregate", "rotate", "--weights", 1, 2) == 0
+    assert gap(deltas(tmp_path / "out"), deltas(folders[0])) < 1e-6
+    assert merge(folders, tmp_path / "half", "--svd_rank", 4, "--aggregate", "rotate", "--rotate-lambda", 0.5) == 0
+    assert gap(deltas(tmp_path / "half"), deltas(folders[0])) > 0.05
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rotate: relative error")]
+    assert [float(line.split()[-1]) > 1e-3 for line in said] == [False, True]
+    assert [read_json(tmp_path / name / "fuse_manifest.json")["rotate_lambda"] for name in ("out", "half")] == [1, 0.5]
 
 
 def test_plain_peft_loads_it_with_the_mean_head(tmp_path):
@@ -267,7 +282,7 @@ def test_a_mixed_naive_mean_is_refused(tmp_path, capsys):
         folders = clients(tmp_path / str(ranks), ranks, alphas)
         refused(folders, tmp_path, capsys, "--aggregate svd", "--aggregate", "naive")
         assert merge(folders, tmp_path / str(ranks) / "out") == 0
-        assert "naive: not defined" in capsys.readouterr().out
+        assert "naive, rotate: not defined" in capsys.readouterr().out
 
 
 def refused(folders, tmp_path, capsys, words, *more):

@@ -28,7 +28,7 @@ OTHERS = {
     + [{"lora_alpha": 4.0}, {"rounds": 5}, {"local_epochs": 2.0}, {"data": {"clients": 9}}, {"svd_rank": 2}]
     + [{"data": {"mode": "dirichlet"}}, {"data": {"sha256": {"train": "other"}}}, {"data": {"examples": [20] * 3}}]
     + [{"data": {"dataset": "demo"}}, {"client_ranks": [2, 4], "data": {"ranks": [2, 4, 2]}}, {"mu": 0.01}]
-    + [{"svd_split": "balanced"}, {"aggregate": "naive"}],
+    + [{"svd_split": "balanced"}, {"aggregate": "naive"}, {"data": {"mode": "dirichlet", "sizes": "equal"}}],
     "noniid": [{"partition": "iid"}, {"alpha": 1.0}, {"style_criterion": "formality", "partition": "style_skew"}]
     + [{"num_clients": 5}, {"participation_rate": 0.5}, {"local_steps": 7}, {"learning_rate": 1e-4}]
     + [{"num_rounds": 8}, {"max_samples": 500}, {"eval_samples": 100}, {"model": "models/big"}, {"lora_r": 4}]
@@ -45,7 +45,8 @@ SAME = {
     + [({}, {"num_classes": 50, "mask_scope": "layer"}), ({"command": SPARSE}, {"calibration_rounds": 9})]
     + [({"command": SPARSE, "mask_strategy": "least_sensitive"}, {"calibration_clients": 3})],
     "glue": [({}, {"shard_dir": "elsewhere"}), ({}, {"eval_batch_size": 7}), ({}, {"server_lr": 0.1})]
-    + [({}, {"save_clients": False}), ({}, {"data": {"source": "hub", "shard_seed": 9}}), ({}, {"lora_alpha": 8})]
+    + [({}, {"replay": True}), ({}, {"rotate_lambda": 0.5}), ({}, {"save_clients": False})]
+    + [({}, {"data": {"source": "hub", "shard_seed": 9}}), ({}, {"lora_alpha": 8})]
     + [({"aggregate": "naive"}, {"skip_svd": True, "svd_rank": 2, "svd_split": "balanced"})],
     "noniid": [({}, {"output_dir": "x"}), ({}, {"mu": 0.5}), ({}, {"num_clusters": 9}), ({}, {"server_lr": 3.0})]
     + [({}, {"style_criterion": "formality"}), ({}, {"stop_on": "divergence"}), ({}, {"local_epochs": 3.0})]
@@ -258,7 +259,7 @@ def test_a_method_looks_the_same_in_every_figure_and_unlike_the_others_in_grey(s
                 if "interference" not in file and not label.startswith(("Central", "orthogonal", "all weights")):
                     look = line.get_linestyle(), line.get_marker(), line.get_color()
                     assert looks.setdefault(label, look) == look, (file, label)
-    assert len(looks) == {"vit": 4, "glue": 6, "noniid": 10}[study], looks
+    assert len(looks) == {"vit": 4, "glue": len(RULES), "noniid": 10}[study], looks
     assert len({look[:2] for look in looks.values()}) == len(looks)
     assert not {*RULES, *flags.ALGORITHMS} & set(looks), "names in words"
 

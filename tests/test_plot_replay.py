@@ -1,0 +1,75 @@
+"""Figures of --replay on made rows: loss against error and dose, whose numbers are known."""
+
+import numpy as np
+import pytest
+from fixed_runs import change_rows, write_glue
+from plotting import figures
+
+from plots.seeds import interval
+
+ERROR = {"svd": 0.04, "naive": 0.1, "rotate": 0.09, "florana": 0.07, "exact": 0.0}
+ERROR |= {"residual_0.5": 0.05, "residual_1": 0.0, "residual_2": 0.1}
+
+
+def losses(row, cell, seed):
+    """What a row costs beside exact: 2 error^2 on training data, 3 error on validation data; rounding of 1e-4."""
+    cost = ERROR[row] * (1 + cell)
+    extra = 1e-4 * (row == "residual_1")
+    noise = 0.01 * seed * (row == "svd")
+    return {"train_loss": 0.3 + seed + 2 * cost**2 + extra, "val_loss": 0.4 + seed + 3 * cost + extra + noise}
+
+
+def write(root, cell, seed, **more):
+    folder = write_glue(root, seed=seed, aggregate="naive", data={"clients": 3 + cell}, **more)
+
+    def replayed(row):
+        every = {name: {"error": e * (1 + cell)} | losses(name, cell, seed) for name, e in ERROR.items()}
+        return row | ({"replay": every} if row["round"] == 3 else {})
+
+    change_rows(folder, replayed)
+
+
+def points(axis, label):
+    container = next(c for c in axis.containers if c.get_label() == label)
+    x, y = container.lines[0].get_data()
+    half = [np.ptp(segment[:, 1]) / 2 for segment in container.lines[2][0].get_segments()]
+    return np.array(sorted(zip(x, y, half, strict=True)))
+
+
+def test_loss_stands_against_the_error_and_the_dose(tmp_path):
+    for cell in (0, 1):
+        for seed in (0, 1, 2):
+            write(tmp_path, cell, seed)
+    write_glue(tmp_path, seed=7, aggregate="naive")  # without --replay
+    drawn = figures("glue replay", tmp_path)
+    assert sorted(drawn) == ["replay_dose.png", "replay_error.png"]
+    train, val = drawn["replay_error.png"].axes
+    assert points(train, "Naive (residual x 0)") == pytest.approx(np.array([[10, 0.02, 0], [20, 0.08, 0]]), abs=1e-9)
+    low, high = interval(3 * 0.04 + 0.01 * np.arange(3))
+    assert points(val, "SVD")[0] == pytest.approx([4, 0.13, (high - low) / 2])
+    assert [len(points(axis, "Residual x 2")) for axis in (train, val)] == [2, 2]
+    assert "2 cells, 3 seeds" in drawn["replay_error.png"].get_suptitle()
+    assert val.patches[0].get_height() == pytest.approx(2e-4)
+
+    train, val = drawn["replay_dose.png"].axes
+    mean = next(line for line in val.lines if line.get_label() == "mean of the cells")
+    assert mean.get_xdata() == pytest.approx([0, 0.5, 1, 2])
+    assert mean.get_ydata() == pytest.approx([0.45, 0.225, 1e-4, 0.45])
+    assert sum(line.get_label() == "a cell, mean over seeds" for line in train.lines) == 2
+
+
+def test_a_row_that_is_not_finite_and_one_that_is_missing_are_no_points(tmp_path):
+    write(tmp_path, 0, 0)
+    folder = next(tmp_path.glob("*/run.json")).parent
+
+    def spoiled(row):
+        if "replay" in row:
+            row["replay"]["naive"]["val_loss"] = "NaN"
+            del row["replay"]["florana"]
+        return row
+
+    change_rows(folder, spoiled)
+    train, val = figures("glue replay", tmp_path)["replay_error.png"].axes
+    labels = [{c.get_label() for c in axis.containers} for axis in (train, val)]
+    assert labels[0] - labels[1] == {"Naive (residual x 0)"} and "FLoRA-NA" not in labels[0] and "SVD" in labels[1]
+    assert points(train, "SVD")[0] == pytest.approx([4, 2 * 0.04**2, 0])
