@@ -312,8 +312,8 @@ PLANS = {
     ("llm_noniid/run_experiments", "--mode main --seeds 1 2"): (72, "651a66d65ca7"),
     ("llm_noniid/run_experiments", "--mode failure --mu 0.5"): (12, "ba2ebb1445ff"),
     ("llm_noniid/run_experiments", "--mode study --model models/small --amp auto"): (76, "3733cced247e"),
-    ("llm_noniid/run_experiments", "--mode regimes --model models/small"): (110, "75703be7d69a"),
-    ("llm_noniid/run_experiments", "--mode regimes-more --model models/small"): (36, "5a1cce037b0e"),
+    ("llm_noniid/run_experiments", "--mode regimes --model models/small"): (110, "e843704fc593"),
+    ("llm_noniid/run_experiments", "--mode regimes-more --model models/small"): (42, "819ca8403f34"),
     ("llm_noniid/run_experiments", "--mode study --model tiny --dataset demo --rounds 3"): (
         74,
         "23a7881cf8b5",
