@@ -11,9 +11,11 @@ cost_map     noniid_cost_map.png: a panel per algorithm and budget, a row per nu
              in validation accuracy (--target label: the opposite, in points; noniid_cost_map_loss.png has the loss, in
              nats a text, beside) or validation loss (of texts, nats a token). A cell is broken if its mean cost is
              above 5 points of accuracy, of texts 0.05 nats, and the paired 95 % interval excludes 0, or if a run
-             diverged: hatched, with their number, no part of the mean. Of fewer than 3 pairs nothing is decided.
-             `chance`: an accuracy at most a standard error, of the texts evaluated, above 1 / topics; `prior`: a loss
-             of at least ln(topics). The column IID has its outcome. A line lies between broken cells and others
+             diverged: hatched, with their number, no part of the mean. Of fewer than 3 pairs, or above that with
+             0 in the interval, nothing is decided. Panels of one H are left out where others have several (they
+             are rows of plots/tables.py llm_noniid --against iid). `chance`: an accuracy at most a standard error,
+             of the texts evaluated, above 1 / topics; `prior`: a loss of at least ln(topics). The column IID has
+             its outcome. A line lies between broken cells and others
 """
 
 import math
@@ -66,9 +68,9 @@ class Cell:
         costs = np.array(list(self.costs().values()))
         if self.diverged:
             return True
-        if len(costs) < PAIRS:
+        if len(costs) < PAIRS or costs.mean() > THRESHOLD and interval(costs)[0] <= 0:
             return None
-        return bool(costs.mean() > THRESHOLD and interval(costs)[0] > 0)
+        return bool(costs.mean() > THRESHOLD)
 
     def broken_runs(self):
         """[(run, whether its own cost is above the threshold, or it diverged)] of the runs of which that is known."""
@@ -154,6 +156,10 @@ def maps_of(names):
                 if "alpha" in cell.curve.args and (cell.costs(names[cell.target]) or cell.diverged):
                     same = {key: value for key, value in cell.curve.args.items() if key not in IN_MAP}
                     panels.setdefault((cell.curve.name, budget(cell.curve), tuple(same.items())), []).append(cell)
+            several = {key: cells for key, cells in panels.items() if len({c.curve.args["local"] for c in cells}) > 1}
+            for cell in (cell for key, cells in panels.items() if several and key not in several for cell in cells):
+                notes.append(LeftOut(cell.curve.label, "of one number of local steps, beside maps of several"))
+            panels = several or panels
             if panels:
                 figures.append((shared_setting(setting, curves), named(panels)))
         return sorted(figures, key=lambda figure: -sum(len(cells) for _, cells in figure[1]))
