@@ -171,7 +171,8 @@ def test_an_unknown_figure_is_refused_with_the_names(tmp_path):
 
 
 COLUMNS = '--columns "val loss" "vs FedAvg" "mean client" "worst client" cosine "1 - CKA" failed seeds'
-AGAINST = "--against iid --fields val_accuracy val_loss"
+FIELDS = "--fields val_accuracy test_accuracy val_loss"
+AGAINST = f"--against iid {FIELDS}"
 # study -> {log: flags of the table that its README has of it}; a log that is not there yet has no table
 SHOWN = {
     "mamba_fl": {"gap": "", "source": ""},
@@ -198,6 +199,9 @@ def test_the_readmes_tables_are_those_of_the_logs_and_of_the_folders_that_they_w
         flags = shlex.split(SHOWN[study][log.stem])
         shown, other = (table_lines(study, *flags, "--data-dir", place) for place in (log, tmp_path / log.stem))
         assert shown == other
+        if log.stem == "regimes":  # and what was compared with FedAvg
+            beside = table_lines(study, "--against", "fedavg", *shlex.split(FIELDS), "--data-dir", log)
+            shown = [*shown, *(line for line in beside if "[" in line)]
         missing = [line for line in shown if line.startswith("|") and line not in readme]
         assert not missing, f"print the table of {log} into its README:\n" + "\n".join(missing[:5])
         assert set(table_lines(study, "--data-dir", log)) <= set(every), "each log's tables stand apart"
