@@ -179,12 +179,12 @@ def number(value):
     return math.nan
 
 
-def failure(rows, start_loss=None):
+def failure(rows):
     """Why a run of these lines of metrics.jsonl failed, in words; "" if it did not.
 
     It failed if it raised the alarm `diverged`, or its last validation loss is not finite, above its first
-    evaluation's after a round, or above the model's before training: that of round 0, else start_loss (a run that
-    breaks in its first round can fall from then on).
+    evaluation's after a round, or above the model's before training, of round 0 (a run that breaks in its
+    first round can fall from then on).
     """
     if any(alarm["detector"] == "diverged" for row in rows for alarm in row.get("alarms") or []):
         return "diverged"
@@ -194,8 +194,8 @@ def failure(rows, start_loss=None):
         return "the loss is not finite" if losses else "no evaluation"
     if losses[-1] > losses[0]:
         return "ends above its first evaluation"
-    start_loss = next((loss for t, loss in evaluated if t == 0), start_loss)
-    return "ends above the model before training" if start_loss is not None and losses[-1] > start_loss else ""
+    start_loss = next((loss for t, loss in evaluated if t == 0), math.inf)
+    return "ends above the model before training" if losses[-1] > start_loss else ""
 
 
 def draw_curve(run_folder):
