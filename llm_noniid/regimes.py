@@ -13,6 +13,7 @@ longer     is a break, or what SCAFFOLD does to it, one of the first rounds only
 lora       does an adapter break as all parameters do?
 clients    a share of the clients; unequal sizes; SGD at the clients, SCAFFOLD's own setting
 personal   at alpha 0.03: a model for each topic's clients, a last block of each client, each client alone
+watched    (regimes-more) what do detectors say that need many evaluations? The map at H 10, evaluated each round
 ends       central training: as many steps, of the texts of ten clients (regimes-more: ten times the steps, of 8 texts)
 
 Broken is what `plots/noniid_costs.py` calls so, said before the runs: more than 5 points of accuracy below the control
@@ -22,7 +23,7 @@ Rows that take another's rate: alpha 1 that of IID at its H; IID under SCAFFOLD 
 FedAvg's under IID; a share of the clients, unequal sizes and three times the rounds that of the row they vary; FedProx
 and the server's optimisers FedAvg's, at which their second flag is tuned.
 
-`regimes` has 164 runs with the tuning, `regimes-more` 69, with the same base, for what says less: `--only` a group.
+`regimes` has 164 runs with the tuning, `regimes-more` 81, with the same base, for what says less: `--only` a group.
 """
 
 from common.grid import Setting
@@ -110,6 +111,13 @@ def plain_sgd(name):
         yield row("clients", f"sgd_{name}_{skew(alpha)}", name, alpha, words=words, rates=SGD)
 
 
+def watched(h=10):
+    """Cells of the map evaluated each round: windows of detectors fit into a third of these runs."""
+    for alpha in (None, 1.0, BASE, EXTREME):
+        taken = cell("fedavg", h, alpha if alpha != 1.0 else None)
+        yield row("watched", f"watched_{skew(alpha)}", alpha=alpha, h=h, words="--eval-every 1", tuned_as=taken)
+
+
 def central(name, h, batch):
     """One model on all texts. h: its steps a round are ten times as many (train.py's)."""
     return row("ends", name, "central", alpha=None, words=f"--local-steps {h} --batch-size {batch}")
@@ -145,3 +153,4 @@ def more():
     yield from plain_sgd("fedavg")
     yield from plain_sgd("scaffold")
     yield central("central_examples", 50, 8)
+    yield from watched()

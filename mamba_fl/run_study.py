@@ -53,9 +53,10 @@ POOLED_GRADIENT = "--client-optimizer sgd --lr 1 --weight-decay 0 --scheduled se
 POOLED_GRADIENT += " --server-tau 1e-8"
 
 
-def row(name, line, steps, lu=None, batch=None, seeds=5, **tune):
+def row(name, line, steps, lu=None, batch=None, seeds=5, tuned_as="", **tune):
     """A row of the gap's table. line: script and flags; steps: of a client; lu: local updates, None for central
-    training; batch: size, where it is another than the script's: as many tokens then, in fewer steps."""
+    training; batch: size, where it is another than the script's: as many tokens then, in fewer steps; tuned_as: the
+    row whose rate it takes."""
     script, *words = line.split()
     if batch:
         fewer = batch // (4 if lu else 16)
@@ -63,8 +64,8 @@ def row(name, line, steps, lu=None, batch=None, seeds=5, **tune):
         words += ["--batch-size", str(batch), "--warmup-steps", str(steps // 10)]
     words += ["--rounds", str(steps // (lu or 1)), "--val-freq", str(max(1, steps // 4 // (lu or 1)))]
     words += ["--local-updates", str(lu), "--client-val-sequences", "0"] if lu else []
-    grids = {flag.replace("_", "-"): values for flag, values in (tune or {"lr": ADAM_LR}).items()}
-    return Setting(name, f"mamba_fl/{script}.py", tuple(words), name.partition("_")[0], seeds, grids)
+    grids = {} if tuned_as else {flag.replace("_", "-"): values for flag, values in (tune or {"lr": ADAM_LR}).items()}
+    return Setting(name, f"mamba_fl/{script}.py", tuple(words), name.partition("_")[0], seeds, grids, tuned_as=tuned_as)
 
 
 def forms(steps, states, lus, seeds=5):
@@ -83,36 +84,42 @@ def gap(steps=768):
 
 
 def more(steps=768):
-    """Other forms and methods on the same text and steps."""
-    yield from forms(steps, ("average",), (1, 8, 64))
-    yield from forms(steps, ("reset", "fedadamw"), (64,))
-    yield from forms(steps, ("keep",), (steps,))  # averaged once, as often as the source's --sync epoch
-    diloco = "fed_momentum --server-optimizer nesterov --server-lr 0.3"
-    yield row("diloco_lu64", diloco, steps, 64, lr=ADAM_LR, server_lr=(0.1, 0.3, 0.7))
+    """Other forms and methods on the same text and steps. Entropy's and Fisher's weights change no client's step: they
+    take FedAvg's rate."""
+    yield from forms(steps, ("average",), (8,))
     corrected = f"fed_momentum {POOLED_GRADIENT} --server-bias-correction --server-beta2 0.999"
     yield row("server_adam_lu1", corrected, steps, 1, server_lr=ADAM_LR)
     for name in ("entropy", "fisher"):
-        yield row(f"{name}_lu64", f"fed_{name}{' --fisher-samples 16' if name == 'fisher' else ''}", steps, 64)
+        line = f"fed_{name}{' --fisher-samples 16' if name == 'fisher' else ''}"
+        yield row(f"{name}_lu64", line, steps, 64, seeds=3, tuned_as="keep_lu64")
+    yield from forms(steps, ("average",), (1, 64), seeds=3)
+    yield from forms(steps, ("reset", "fedadamw"), (64,), seeds=3)
+    yield from forms(steps, ("keep",), (steps,), seeds=3)  # averaged once, as often as the source's --sync epoch
+    diloco = "fed_momentum --server-optimizer nesterov --server-lr 0.3"
+    yield row("diloco_lu64", diloco, steps, 64, seeds=3, lr=ADAM_LR, server_lr=(0.1, 0.3, 0.7))
 
 
 def topics(steps=768):
-    """Clients that differ: articles by topic, 64 local steps."""
+    """Clients that differ: articles by topic, 64 local steps. Rows that change no client's step take FedAvg's rate."""
     by_topic = "--sharding topics"
-    yield row("topics_central", f"central {by_topic}", steps)
-    for state in ("keep", "average", "pooled"):
-        yield row(f"topics_{state}", f"fed_avg {by_topic} --client-state {state}", steps, 64)
-    yield row("topics_entropy", f"fed_entropy {by_topic}", steps, 64)
-    yield row("topics_fisher", f"fed_fisher {by_topic} --fisher-samples 16", steps, 64)
-    for part in ("ssm", "conv"):
-        one = row(f"topics_personal_{part}", f"fed_avg {by_topic} --personal {part}", steps, 64)
-        yield replace(one, objective="held_out_loss")  # each client's own text is what they are for
+    yield row("topics_central", f"central {by_topic}", steps, seeds=3, tuned_as="central")
+    for state in ("keep", "pooled"):
+        yield row(f"topics_{state}", f"fed_avg {by_topic} --client-state {state}", steps, 64, seeds=3)
+    for name, line in (
+        ("entropy", "fed_entropy"),
+        ("fisher", "fed_fisher --fisher-samples 16"),
+        ("personal_ssm", "fed_avg --personal ssm"),
+        ("personal_conv", "fed_avg --personal conv"),
+    ):
+        yield row(f"topics_{name}", f"{line} {by_topic}", steps, 64, seeds=3, tuned_as="topics_keep")
 
 
 def longer(steps=3 * 768):
-    """Three epochs."""
-    for one in (row("central", "central", steps, seeds=3), *forms(steps, ("keep", "pooled"), (1, 64), seeds=3)):
+    """Three epochs, at the rates of one."""
+    rows = (row("central", "central", steps), *forms(steps, ("keep",), (1, 64)), *forms(steps, ("pooled",), (64,)))
+    for one in rows:
         words = (*one.words, "--warmup-steps", str(steps // 10))
-        yield replace(one, name=f"three_{one.name}", words=words, group="three")
+        yield replace(one, name=f"three_{one.name}", words=words, group="three", seeds=3, tune={}, tuned_as=one.name)
 
 
 def gap_demo(steps=256):
@@ -147,7 +154,9 @@ NO_SAMPLES = ["--threads", "1", "--prompt", ""]
 
 PRESETS = {
     "gap": Preset((*f"{WIKITEXT} {GAP}".split(), *NO_SAMPLES), tuple(gap()), SEEDS, tuned=TUNED),
-    "gap-more": Preset((*f"{WIKITEXT} {GAP}".split(), *NO_SAMPLES), (*more(), *topics(), *longer()), SEEDS),
+    "gap-more": Preset(
+        (*f"{WIKITEXT} {GAP}".split(), *NO_SAMPLES), (*more(), *topics(), *longer()), SEEDS, tuned=TUNED
+    ),
     "gap-demo": Preset((*f"{DEMO} {GAP}".split(), *NO_SAMPLES), tuple(gap_demo())),
     "source": Preset(SOURCE.split(), settings(SOURCE_METHODS, val_freq=10)),
     "quick": Preset((*QUICK.split(), *NO_SAMPLES), settings(METHODS, val_freq=1), seeds=(0,)),

@@ -288,7 +288,7 @@ def test_flags_of_the_runner(capsys):
 # purpose changes here too: `RUNNER FLAGS --plan` of both versions shows what.
 PLANS = {
     ("mamba_fl/run_study", "--preset gap"): (45, "8e823dd81693"),
-    ("mamba_fl/run_study", "--preset gap-more"): (105, "27a383a52d85"),
+    ("mamba_fl/run_study", "--preset gap-more"): (67, "4e0caba911f5"),
     ("mamba_fl/run_study", "--preset gap-demo"): (102, "d19942345f8f"),
     ("mamba_fl/run_study", "--preset source"): (12, "6c4d7643e591"),
     ("mamba_fl/run_study", "--preset quick"): (13, "f2620417502b"),
@@ -313,7 +313,7 @@ PLANS = {
     ("llm_noniid/run_experiments", "--mode failure --mu 0.5"): (12, "ba2ebb1445ff"),
     ("llm_noniid/run_experiments", "--mode study --model models/small --amp auto"): (76, "3733cced247e"),
     ("llm_noniid/run_experiments", "--mode regimes --model models/small"): (110, "e843704fc593"),
-    ("llm_noniid/run_experiments", "--mode regimes-more --model models/small"): (42, "819ca8403f34"),
+    ("llm_noniid/run_experiments", "--mode regimes-more --model models/small"): (54, "fc5e24d306c0"),
     ("llm_noniid/run_experiments", "--mode study --model tiny --dataset demo --rounds 3"): (
         74,
         "23a7881cf8b5",
