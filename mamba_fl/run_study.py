@@ -123,27 +123,40 @@ def longer(steps=3 * 768):
 
 
 def gap_demo(steps=256):
-    """The demo: more methods, on so few texts that 256 steps are nine epochs."""
+    """The demo, on so few texts that 256 steps are nine epochs: what else there is to vary at one local step, and the
+    server's momentum."""
     yield row("central", "central", steps, seeds=3)
-    yield from forms(steps, ("keep", "reset", "average", "pooled", "fedadamw"), (1, 8, 64), seeds=3)
+    yield row("keep_lu1", "fed_avg", steps, 1, seeds=3)
+    for batch in (8, 16):
+        yield row(f"central_batch_{4 * batch}", "central", steps, batch=4 * batch, seeds=3)
+        yield row(f"keep_lu1_batch_{batch}", "fed_avg", steps, 1, batch, seeds=3)
+    yield row("central_b2_0.99", "central --beta2 0.99", steps, seeds=3)
+    yield row("keep_lu1_b2_0.99", "fed_avg --beta2 0.99", steps, 1, seeds=3)
     for correction in ("", " --server-bias-correction"):
         for b2 in ("0.99", "0.999"):
             name = f"server_adam_{'corrected' if correction else 'plain'}_b2_{b2}"
             line = f"fed_momentum {POOLED_GRADIENT} --server-beta2 {b2}{correction}"
             yield row(name, line, steps, 1, seeds=3, server_lr=ADAM_LR)
-    yield row("central_b2_0.99", "central --beta2 0.99", steps, seeds=3)
-    yield row("keep_lu1_b2_0.99", "fed_avg --beta2 0.99", steps, 1, seeds=3)
-    for batch in (8, 16):
-        yield row(f"central_batch_{4 * batch}", "central", steps, batch=4 * batch, seeds=3)
-        yield row(f"keep_lu1_batch_{batch}", "fed_avg", steps, 1, batch, seeds=3)
     yield row("ema_lu1", "fed_momentum --momentum-form ema", steps, 1, seeds=3)
+    yield row("keep_lu64", "fed_avg", steps, 64, seeds=3)
     for lu in (1, 64):
         both = {"lr": ADAM_LR, "server_lr": (0.1, 0.3, 1.0)}
         yield row(f"heavy_ball_lu{lu}", "fed_momentum --server-lr 0.3", steps, lu, seeds=3, **both)
-        yield row(f"entropy_lu{lu}", "fed_entropy", steps, lu, seeds=3)
-        yield row(f"fisher_lu{lu}", "fed_fisher --fisher-samples 4", steps, lu, seeds=3)
-    diloco = "fed_momentum --server-optimizer nesterov --server-lr 0.3"
-    yield row("diloco_lu64", diloco, steps, 64, seeds=3, lr=ADAM_LR, server_lr=(0.1, 0.3, 0.7))
+    for name in ("fed_entropy", "fed_fisher --fisher-samples 4"):
+        yield row(f"{name[4:].partition(' ')[0]}_lu1", name, steps, 1, seeds=3, tuned_as="keep_lu1")
+
+
+def source_layers(steps=67):
+    """The source's three configurations over an eighth of the epoch: the rates of 1 layer, one seed."""
+    for layers in (1, 2, 4):
+        for name, line, lu in (
+            ("central", "central", None),
+            ("keep", "fed_avg", 1),
+            ("fisher", "fed_fisher --fisher-samples 2", 1),
+        ):
+            of = "" if layers == 1 and name != "fisher" else f"layers_1_{'keep' if name == 'fisher' else name}"
+            about = {"seeds": 1, "tuned_as": of} | ({} if of else {"lr": (2e-3, 4e-3, 8e-3)})
+            yield row(f"layers_{layers}_{name}", f"{line} --layers {layers}", steps, lu, **about)
 
 
 SOURCE = "--layers 1 --amp auto --val-freq 60 --val-sequences 256 --threads 1"
@@ -158,6 +171,10 @@ PRESETS = {
         (*f"{WIKITEXT} {GAP}".split(), *NO_SAMPLES), (*more(), *topics(), *longer()), SEEDS, tuned=TUNED
     ),
     "gap-demo": Preset((*f"{DEMO} {GAP}".split(), *NO_SAMPLES), tuple(gap_demo())),
+    "source-tuned": Preset(
+        f"--val-sequences 256 --warmup-steps 7 --held-out-sequences 0 {GAP}".split() + NO_SAMPLES,
+        tuple(source_layers()),
+    ),
     "source": Preset(SOURCE.split(), settings(SOURCE_METHODS, val_freq=10)),
     "quick": Preset((*QUICK.split(), *NO_SAMPLES), settings(METHODS, val_freq=1), seeds=(0,)),
 }
