@@ -16,9 +16,9 @@ loss that is not finite, above the first evaluation's or above that before train
 with the number of seeds where not all had one.
 
 --against iid, fedavg: instead the paired differences of any fields, `mean [95 % interval of a paired t test], pairs`,
-to the same algorithm under IID, or to FedAvg on the same partition, at the same local work, rounds and other flags.
-Learning rates and mu may differ, as each row's are tuned: of several baselines that with most seeds in common counts,
-of those the one with the lowest validation loss.
+to the same algorithm under IID, or to FedAvg (nothing personal) on the same partition, at the same local work, rounds
+and other flags. Learning rates and mu may differ, as each row's are tuned: of several baselines that with most seeds in
+common counts, of those the one with the lowest validation loss.
 """
 
 import math
@@ -71,7 +71,7 @@ FACTORS = {
 FREE = ("partition", *FACTORS)  # what the rows of one table may differ in
 WIDE = (*FREE, "rounds")  # of paired differences and costs: the same budget in fewer rounds of more steps too
 TUNED = {"learning_rate", "server_lr", "mu"}  # of each row
-DIFFER = {"iid": {*PLACE, "min_samples"}, "fedavg": set()}  # in what a row and its baseline differ
+DIFFER = {"iid": {*PLACE, "min_samples"}, "fedavg": {"personal"}}  # in what a row and its baseline differ
 NO_TRAINING = 1e-20  # old runs with a lower learning rate only say what the loss is before training
 TRUE_DRIFT = {  # of runs with --drift-samples
     "gradient drift": "drift_ratio",
@@ -348,20 +348,25 @@ def first_alarms(curve):
 # ---- the table
 
 
+def plain_fedavg(curve):
+    """Whether it is FedAvg of all parameters."""
+    return curve.kind == "fedavg" and curve.args.get("personal", "none") == "none"
+
+
 def usual_fedavg(curves):
-    """The FedAvg curve that differs least from the federated ones, None without any."""
+    """The plain FedAvg curve that differs least from the federated ones, None without any."""
 
     def apart(one):
         return sum(distance(one, curve) for curve in curves if not curve.central)
 
-    return min((c for c in curves if c.kind == "fedavg"), key=apart, default=None)
+    return min(filter(plain_fedavg, curves), key=apart, default=None)
 
 
 def against_fedavg(curve, curves):
     """To the FedAvg in the curve's setting that differs least from it; of FedAvg itself to the usual one."""
     base = usual_fedavg(curves)
-    if not (curve.kind == "fedavg" or curve.central):
-        there = [c for c in curves if c.kind == "fedavg" and all(c.args.get(k) == curve.args.get(k) for k in FREE)]
+    if not (plain_fedavg(curve) or curve.central):
+        there = [c for c in curves if plain_fedavg(c) and all(c.args.get(k) == curve.args.get(k) for k in FREE)]
         base = nearest(curve, there)
     return difference(curve, base, "val_loss", digits=3)
 
@@ -376,7 +381,7 @@ def baseline(curve, curves, against):
     def fits(other):
         if against == "iid" and (other.kind != curve.kind or other.args.get("partition") != "IID"):
             return False
-        if against == "fedavg" and other.kind != "fedavg":
+        if against == "fedavg" and not plain_fedavg(other):
             return False
         names = other.args.keys() & curve.args.keys() if against == "fedavg" else other.args.keys() | curve.args.keys()
         return all(other.args.get(n) == curve.args.get(n) for n in names - TUNED - DIFFER[against])

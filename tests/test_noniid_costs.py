@@ -137,6 +137,22 @@ def test_the_table_of_differences_counts_pairs_that_are_finite(tmp_path):
     assert {row["val loss vs FedAvg"] for row in rows.values()} == {"-"}
 
 
+def test_personal_layers_are_compared_with_plain_fedavg_and_are_nobodys_baseline(tmp_path):
+    def line(seed, loss, **more):
+        args = made_args(seed=seed, num_rounds=1, partition="topic_skew", alpha=0.1, **more)
+        rows = [{"round": t, "val_loss": value} for t, value in enumerate((9.0, loss))]
+        return json.dumps({"name": f"{loss}_{seed}", "args": args, "curve": rows, "command": "train"})
+
+    lines = []
+    for seed in range(3):
+        lines += [line(seed, 3.0 + seed, learning_rate=0.1), line(seed, 2.0 + seed, learning_rate=0.2, personal="last")]
+        lines += [line(seed, 5.0 + seed, learning_rate=0.2, algorithm="local")]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    ((_, rows),) = printed_tables("table noniid", tmp_path / "log.jsonl", "--against fedavg")
+    cells = {row["val loss"]: row["val loss vs FedAvg"].partition(" ")[0] for row in rows.values()}
+    assert cells == {"4.000 ± 1.000": "-", "3.000 ± 1.000": "-1.000", "6.000 ± 1.000": "+2.000"}
+
+
 def test_the_map_has_the_numbers_the_boundary_the_diverged_and_chance(tmp_path):
     """FedAvg is broken at alpha 0.1, with 32 steps from 1 on, where a seed diverged at 0.1; FedProx is at chance."""
 
