@@ -28,7 +28,7 @@ from plots import style
 from plots.runs import LeftOut, Study, base_name, text
 from plots.seeds import curves_of, label, lines_of, nearest, ratio
 from plots.style import Figure, band, caption, each_group, look, looks_of, markers_at, seeds_text
-from plots.tables import SEEDS, Column, Table, result, whole
+from plots.tables import SEEDS, Column, Table, result, spread, whole
 
 # ---- the study
 
@@ -385,11 +385,13 @@ def central_of(curve, curves):
 
 
 def plain_of(curve, curves):
-    """FedAvg with each client's own moments at as many local updates and tokens, the least different; None without."""
+    """FedAvg of all parameters with each client's own moments at as many local updates and tokens, the least different;
+    None without."""
 
     def plain(c):
         args = c.runs[0].args
         own = c.kind == "fed_avg" and args.get("client_state", "keep") == "keep"
+        own = own and args.get("personal", "none") == "none"
         return own and args["local_updates"] == curve.runs[0].args.get("local_updates")
 
     return nearest(curve, [c for c in of_as_many_tokens(curve, curves) if plain(c)])
@@ -400,15 +402,16 @@ def of_as_many_tokens(curve, curves):
     return [c for c in curves if abs(c.results("tokens").mean() / curve.results("tokens").mean() - 1) < 0.02]
 
 
-def ratio_to(base_of):
-    """A cell, `1.033 [1.021, 1.045]`: the test perplexity over that of base_of(curve, curves), geometric mean over the
-    seeds that both have and the 95 % interval of a paired t test of its logarithm; `-` without one."""
+def ratio_to(base_of, name="test_ppl_last", log=False):
+    """A cell, `1.033 [1.021, 1.045]`: the perplexity over that of base_of(curve, curves), geometric mean over the
+    seeds that both have and the 95 % interval of a paired t test of its logarithm; `-` without one. log: `name` is the
+    perplexity's logarithm."""
 
     def cell(curve, curves):
         base = base_of(curve, curves)
         if curve.central or base in (None, curve):
             return "-" if base is None and not curve.central else "1"
-        mean, low, high = ratio(curve, base, "test_ppl_last")
+        mean, low, high = ratio(curve, base, name, log)
         if not math.isfinite(mean):
             return "-"
         return f"{mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if math.isfinite(low) else "")
@@ -416,24 +419,33 @@ def ratio_to(base_of):
     return cell
 
 
+def columns(curves, args):
+    """Those of the table; with --held-out of the clients' own text."""
+    ppl, name, log = "test", "test_ppl_last", False
+    first = [result("final val ppl", "final_val_ppl"), result("best val ppl", "best_val_ppl")]
+    first += [result("test ppl (best)", "test_ppl_best"), result("test ppl (last)", "test_ppl_last")]
+    if args.held_out:
+        ppl, name, log = "held-out", "held_out_loss", True
+        first = [Column("held-out ppl", lambda curve, _: spread(np.exp(curve.results("held_out_loss"))))]
+    to_central = Column(f"{ppl} ratio to central", ratio_to(central_of, name, log))
+    to_fedavg = Column("to FedAvg at its LU", ratio_to(plain_of, name, log))
+    return *first, to_central, to_fedavg, Column("tokens", whole("tokens")), result("minutes", "seconds", 1 / 60), SEEDS
+
+
 def add_config(parser):
     parser.add_argument("--config", metavar="NAME", help="only this one, such as pure_ssm_1_layer (default: all)")
 
 
+def add_flags(parser):
+    add_config(parser)
+    text = "perplexity on the clients' own held-out text (geometric mean over clients) in place of the test text's"
+    parser.add_argument("--held-out", action="store_true", help=text)
+
+
 TABLE = Table(
     study=STUDY,
-    columns=(
-        result("final val ppl", "final_val_ppl"),
-        result("best val ppl", "best_val_ppl"),
-        result("test ppl (best)", "test_ppl_best"),
-        result("test ppl (last)", "test_ppl_last"),
-        Column("test ratio to central", ratio_to(central_of)),
-        Column("to FedAvg at its LU", ratio_to(plain_of)),
-        Column("tokens", whole("tokens")),
-        result("minutes", "seconds", 1 / 60),
-        SEEDS,
-    ),
-    flags=add_config,
+    columns=columns,
+    flags=add_flags,
     select=lambda runs, args: of_config(runs, args.config),
 )
 

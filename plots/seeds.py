@@ -212,10 +212,11 @@ def paired(curve, base, name, how=np.subtract):
     return np.array([how(mine[seed], other[seed]) for seed in mine if seed in other])
 
 
-def ratio(curve, base, name):
+def ratio(curve, base, name, log=False):
     """(mean, low, high) of a result's ratio to the base's: the geometric mean over the seeds that both have and the
-    95 % interval of a paired t test of its logarithm. nan: without seeds or not finite, the interval also of one."""
-    logs = np.log(paired(curve, base, name, np.divide))
+    95 % interval of a paired t test of its logarithm. nan: without seeds or not finite, the interval also of one.
+    log: whether the result is the logarithm already, such as a loss of which the perplexities are compared."""
+    logs = paired(curve, base, name) if log else np.log(paired(curve, base, name, np.divide))
     if not len(logs) or not np.isfinite(logs).all():
         return (math.nan,) * 3
     return tuple(np.exp([logs.mean(), *interval(logs)]))

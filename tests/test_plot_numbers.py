@@ -67,6 +67,16 @@ def test_the_ratio_to_fedavg_is_at_the_same_local_updates(tmp_path):
     assert sorted(row["to FedAvg at its LU"] for row in rows) == ["0.750", "0.900", "1", "1"]
 
 
+def test_ratios_on_the_clients_own_text_with_personal_parameters_against_fedavg_of_all(tmp_path):
+    for command, loss, more in (("central", 1.0, {}), ("fed_avg", 2.0, {}), ("fed_avg", 1.5, {"personal": "ssm"})):
+        folder = write_mamba(tmp_path, command, **more)
+        change(folder, results={"test_ppl_last": 5.0, "tokens": 1000, "held_out_loss": loss})
+    rows = table("table mamba", tmp_path, "--held-out")
+    assert [row["held-out ppl"] for row in rows.values()] == [f"{np.exp(x):.2f}" for x in (1.0, 2.0, 1.5)]
+    assert [row["held-out ratio to central"] for row in rows.values()] == ["1", f"{np.e:.3f}", f"{np.exp(0.5):.3f}"]
+    assert [row["to FedAvg at its LU"] for row in rows.values()] == ["1", "1", f"{np.exp(-0.5):.3f}"]
+
+
 def test_the_ratio_is_to_the_best_central_run_on_as_many_tokens_and_as_large_a_batch(tmp_path):
     """And as much else alike; of two rates the better one."""
     for lr, ppl, tokens, batch, more in (
