@@ -23,7 +23,7 @@ Rows that take another's rate: alpha 1 that of IID at its H; IID under SCAFFOLD 
 FedAvg's under IID; a share of the clients, unequal sizes and three times the rounds that of the row they vary; FedProx
 and the server's optimisers FedAvg's, at which their second flag is tuned.
 
-`regimes` has 164 runs with the tuning, `regimes-more` 81, with the same base, for what says less: `--only` a group.
+`regimes` has 164 runs with the tuning, `regimes-more` 84, with the same base, for what says less: `--only` a group.
 """
 
 from common.grid import Setting
@@ -46,11 +46,11 @@ BASE, EXTREME = 0.3, 0.03  # alphas
 
 def row(group, name, algorithm="fedavg", alpha=BASE, h=50, words="", seeds=3, rates=ADAMW, objective="", tuned_as=""):
     """One row. alpha: of topic skew, None for IID; words: more flags; rates: of the clients, that are tried, unless
-    they are those of `tuned_as`."""
+    they are those of `tuned_as`; None: the one among `words`."""
     line = f"--algorithm {algorithm} --local-steps {h} --num-rounds {STEPS // h} --eval-every {EVERY[h]} "
     line += "--partition iid" if alpha is None else f"--partition topic_skew --alpha {alpha:g}"
     line += "" if alpha is None or "--sizes" in words else " --sizes equal"
-    tune = SECOND.get(algorithm, {}) if tuned_as else {"learning-rate": rates}
+    tune = {"learning-rate": rates} if rates and not tuned_as else SECOND.get(algorithm, {})
     words = (*line.split(), *words.split())
     return Setting(name, "llm_noniid/train.py", words, group, seeds, tune, objective, tuned_as)
 
@@ -81,13 +81,18 @@ def repairs(names, alphas, h=50, seeds=3):
             yield row("repair", cell(name, h, alpha), name, alpha, h, seeds=seeds, tuned_as=taken)
 
 
-def longer(names, alphas, times=3):
-    """Rows of `map` and `repair` over `times` the rounds."""
+def longer(names, alphas, times=3, lr=None):
+    """Rows of `map` and `repair` over `times` the rounds. lr: another rate than theirs."""
     for name in names:
         for alpha in alphas:
             taken, rounds = cell(name, 50, alpha), times * STEPS // 50
             words = f"--num-rounds {rounds} --eval-every {times * EVERY[50]}"
-            yield row("longer", f"{taken}_rounds_{rounds}", name, alpha, words=words, tuned_as=taken)
+            if lr:
+                words += f" --learning-rate {lr:g}"
+            rate = {"rates": None} if lr else {"tuned_as": taken}
+            yield row(
+                "longer", f"{taken}_rounds_{rounds}{f'_lr_{lr:g}' if lr else ''}", name, alpha, words=words, **rate
+            )
 
 
 def adapters(name):
@@ -147,7 +152,9 @@ def more():
     """The rest."""
     yield from repairs(("scaffold",), (BASE,), h=100)
     yield from repairs(("fedavgm",), (BASE,))
-    yield from longer(("fedavg", "scaffold", "fedadamw"), (EXTREME,))
+    yield from longer(("fedavg", "scaffold"), (EXTREME,))  # at 4 rounds no rate is far from chance, so here both
+    yield from longer(("fedavg",), (EXTREME,), lr=1e-3)
+    yield from longer(("scaffold",), (EXTREME,), lr=3e-4)
     yield from shares("scaffold")
     yield from adapters("scaffold")
     yield from plain_sgd("fedavg")

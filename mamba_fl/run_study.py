@@ -84,14 +84,10 @@ def gap(steps=768):
 
 
 def more(steps=768):
-    """Other forms and methods on the same text and steps. Entropy's and Fisher's weights change no client's step: they
-    take FedAvg's rate."""
+    """Other forms and methods on the same text and steps."""
     yield from forms(steps, ("average",), (8,))
     corrected = f"fed_momentum {POOLED_GRADIENT} --server-bias-correction --server-beta2 0.999"
     yield row("server_adam_lu1", corrected, steps, 1, server_lr=ADAM_LR)
-    for name in ("entropy", "fisher"):
-        line = f"fed_{name}{' --fisher-samples 16' if name == 'fisher' else ''}"
-        yield row(f"{name}_lu64", line, steps, 64, seeds=3, tuned_as="keep_lu64")
     yield from forms(steps, ("average",), (1, 64), seeds=3)
     yield from forms(steps, ("reset", "fedadamw"), (64,), seeds=3)
     yield from forms(steps, ("keep",), (steps,), seeds=3)  # averaged once, as often as the source's --sync epoch
@@ -116,8 +112,7 @@ def topics(steps=768):
 
 def longer(steps=3 * 768):
     """Three epochs, at the rates of one."""
-    rows = (row("central", "central", steps), *forms(steps, ("keep",), (1, 64)), *forms(steps, ("pooled",), (64,)))
-    for one in rows:
+    for one in (row("central", "central", steps), *forms(steps, ("keep",), (1, 64))):
         words = (*one.words, "--warmup-steps", str(steps // 10))
         yield replace(one, name=f"three_{one.name}", words=words, group="three", seeds=3, tune={}, tuned_as=one.name)
 
@@ -146,8 +141,8 @@ def gap_demo(steps=256):
         yield row(f"{name[4:].partition(' ')[0]}_lu1", name, steps, 1, seeds=3, tuned_as="keep_lu1")
 
 
-def source_layers(steps=67):
-    """The source's three configurations over an eighth of the epoch: the rates of 1 layer, one seed."""
+def source_layers(steps=34):
+    """The source's three configurations over a sixteenth of the epoch: the rates of 1 layer, one seed."""
     for layers in (1, 2, 4):
         for name, line, lu in (
             ("central", "central", None),
@@ -172,7 +167,7 @@ PRESETS = {
     ),
     "gap-demo": Preset((*f"{DEMO} {GAP}".split(), *NO_SAMPLES), tuple(gap_demo())),
     "source-tuned": Preset(
-        f"--val-sequences 256 --warmup-steps 7 --held-out-sequences 0 {GAP}".split() + NO_SAMPLES,
+        f"--val-sequences 256 --warmup-steps 3 --held-out-sequences 0 {GAP}".split() + NO_SAMPLES,
         tuple(source_layers()),
     ),
     "source": Preset(SOURCE.split(), settings(SOURCE_METHODS, val_freq=10)),

@@ -21,7 +21,7 @@ def test_every_row_is_there_once(runs):
 
 
 def test_as_many_runs_as_is_said():
-    for rows, said in ((regimes.regimes(), "164 runs"), (regimes.more(), "81")):
+    for rows, said in ((regimes.regimes(), "164 runs"), (regimes.more(), "84")):
         rows = list(rows)
         count = sum(row.seeds + sum(map(len, row.tune.values())) for row in rows)
         assert said.split()[0] == str(count) and f" {said}" in regimes.__doc__
@@ -50,7 +50,7 @@ def test_rows_are_the_base_but_for_what_they_are_about(runs):
         away = {key for key, value in vars(args).items() if value != base[key]}
         away -= {"seed", "run_name", "num_rounds", "eval_every", "notes", "given", "argv"}
         iid = {"partition", "alpha", "sizes"} if args.partition == "iid" else set()
-        sgd = {"learning_rate"} if "sgd" in name or "lora" in name else set()
+        sgd = {"learning_rate"} if any(word in name for word in ("sgd", "lora", "_lr_")) else set()
         lora = {"lora_dropout"} if "lora" in name else set()
         ends = {"local_steps", "batch_size", "threads"} if args.algorithm == "central" else {"server_lr"}
         assert len(away - iid - sgd - lora - ends - {"num_clusters", "drift_samples"}) <= 2, (name, away)
@@ -69,6 +69,8 @@ def test_rates_are_three_by_factors_of_three_around_the_rows_own_or_anothers(run
             other, taken = runs[row.tuned_as]
             assert taken.local_steps == args.local_steps and ("learning-rate" in other.tune or other.tuned_as)
             assert grid == regimes.SECOND.get(args.algorithm, {}), name
+        elif "_lr_" in name:
+            assert not grid and args.learning_rate == float(name.rpartition("_")[2])
         else:
             low, middle, high = grid.pop("learning-rate")
             assert middle == args.learning_rate and 2.9 < middle / low < 3.4 and 2.9 < high / middle < 3.4, name
