@@ -3,17 +3,15 @@
 Arrays are named `layers.{i}.in_proj` [rows, d_model] and `layers.{i}.{A_log,D,dt_bias}` [heads].
 """
 
-import json
 import math
 import re
 import zipfile
 import zlib
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from common.cli import UsageError
-from common.curves import COLORS, DASHES, GREY, MARKERS, log_axis, new_figure, set_title
+from common.curves import COLORS, DASHES, GREY, MARKERS, break_lines, log_axis, new_figure, set_title
 from plots import style
 
 TOP = 80  # rows and columns of a heat map
@@ -264,36 +262,35 @@ OTHER = "Outside the blocks"
 OUTSIDE = {"layernorm": "last norm", "patch_embeddings.projection": "patches"}
 
 
-def kept_per_layer(path):
-    """dict layer name -> fraction kept (0 to 1), of a mask file's metadata. Raises UsageError for a damaged one."""
+def kept_shares(run):
+    """{tensor: share kept, 0 to 1} of what a run says its mask keeps. Raises UsageError where that is damaged."""
     try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-        kept = json.loads(metadata["mask"])["kept_per_layer"]
-        return {str(name): float(value) for name, value in kept.items()}
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is not a mask file with kept_per_layer ({error}): delete it or run again") from error
+        return {name: kept / size for name, (kept, size) in run.results["kept"].items()}
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        raise UsageError(f"{run.folder or run.name}: kept is damaged (no [kept, size] a tensor): run again") from None
 
 
-def place_of(layer):
-    """(title of its panel, block number, or outside the blocks its name) of a layer's name."""
+def place_of(tensor):
+    """(title of its panel, block number, or outside the blocks its name) of a tensor's name; biases are apart."""
+    layer, _, kind = tensor.rpartition(".")
+    more = ", bias" if kind == "bias" else ""
     block = re.search(r"(?:^|\.)(\d+)\.(.+)$", layer)
     if block:
-        return TITLES.get(block[2], block[2]), int(block[1])
+        return TITLES.get(block[2], block[2]) + more, int(block[1])
     name = layer.removeprefix("vit.").removeprefix("embeddings.")
-    return OTHER, OUTSIDE.get(name, name)
+    return OTHER, OUTSIDE.get(name, name) + more
 
 
 def draw_layers(setting, curves, args):
-    """A panel per kind of layer, the blocks along the axis; dotted: the fraction kept of all weights."""
-    files = [[kept_per_layer(run.folder / "mask.safetensors") for run in curve.runs] for curve in curves]
-    kept = [[{place_of(layer): 100 * share for layer, share in one.items()} for one in seeds] for seeds in files]
+    """A panel per kind of tensor, the blocks along the axis; dotted: the fraction kept of all weights."""
+    shares = [[kept_shares(run) for run in curve.runs] for curve in curves]
+    kept = [[{place_of(name): 100 * share for name, share in one.items()} for one in seeds] for seeds in shares]
     every = dict.fromkeys(place for seeds in kept for one in seeds for place in one)
-    order = [*TITLES.values()]
+    order = [title + more for title in TITLES.values() for more in ("", ", bias")]
     order += [title for title, _ in every if title not in (*order, OTHER)] + [OTHER]
     titles = sorted({title for title, _ in every}, key=order.index)
     looks = style.looks_of(curves)
-    figure, axes = style.panel_axes(len(titles), 3, 9.6, 2.1, 1.1, sharey=True)
+    figure, axes = style.panel_axes(len(titles), 4 if len(titles) > 9 else 3, 9.6, 2.1, 1.1, sharey=True)
     for axis, title in zip(axes, titles, strict=True):
         places = [place for panel, place in every if panel == title]
         places.sort(key=lambda place: place if isinstance(place, int) else 0)
@@ -317,7 +314,8 @@ def draw_layers(setting, curves, args):
         axis.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
         axis.minorticks_off()
         if title == OTHER:
-            axis.set_xticks(range(len(places)), [str(place) for place in places], size=7.5)
+            names = [break_lines(str(place), 8) for place in places]
+            axis.set_xticks(range(len(places)), names, size=7.5)
             axis.set_xlim(-0.5, len(places) - 0.5)
         else:
             shown = range(0, len(places), math.ceil(len(places) / 12))

@@ -10,8 +10,8 @@
     local_steps     test accuracy against local steps J, the rounds, which go down as J goes up, under it
     strategies      strategy_comparison.png: test accuracy of each method at one sparsity, every seed, mean and spread
     sparsity        test accuracy against the fraction of weights that is frozen, dense and central beside it
-    layers          mask_layers.png: the fraction of each layer that the masks keep, from mask.safetensors; a strategy
-                    that keeps nothing of some layers has collapsed them
+    layers          mask_layers.png: the fraction of each tensor that the masks keep (`kept` in the results: a log
+                    of runs will do); a strategy that keeps nothing of some has collapsed them
     interference    {heterogeneity,local_steps,strategies}_interference.png: between the clients, against rounds
     cross           cross_losses.png: each client's update against its own and the others' losses (vit_interference.py)
     shards          clients x classes of the lowest seed, from shards.json (a heat map cannot be averaged)
@@ -63,7 +63,7 @@ def kind_of(command, args):
     if args.get("upload") == "topk":
         return "topk"
     if command == "train_federated":
-        return "dense"
+        return "lora" if args.get("lora_r") else "dense"
     return "given" if args.get("mask") else str(args.get("mask_strategy"))
 
 
@@ -127,6 +127,7 @@ STUDY = Study(
         "random": "Random",
         "topk": "Top-k updates",
         "given": "Mask from a file",
+        "lora": "Federated LoRA",
     },
     kind_of=kind_of,
     setting_of=setting_of,
@@ -143,7 +144,15 @@ STUDY = Study(
         (lambda a: a["kind"] in ("lowest_magnitude", "highest_magnitude", "random"), set(CALIBRATION.split())),
         (lambda a: a.get("calibrate_on") != "clients", {"calibration_clients", "mask_merge"}),
     ),
-    off={"server_lr": (), "mask_omit": (), "fisher_form": (), "error_feedback": (), "download": ()},
+    off={
+        "server_lr": (),
+        "mask_omit": (),
+        "fisher_form": (),
+        "error_feedback": (),
+        "download": (),
+        "lora_r": (),
+        "mixup": (),
+    },
     words={
         "shards": "{}",
         "local_steps": "J {}",
@@ -155,6 +164,7 @@ STUDY = Study(
         "fisher_samples": "{} Fisher samples",
         "mask_scope": lambda scope, _: SCOPES.get(scope, f"{scope} threshold"),
         "mask_omit": "without {}",
+        "lora_r": "rank {}",
         "download": "{} down too",
         "fisher_form": "{} form",
         "mask_merge": "{} of clients' masks",
@@ -235,7 +245,7 @@ def two_federated(runs, notes):
 
 
 def has_mask(run):
-    return run.kind != "topk" and run.folder and (run.folder / "mask.safetensors").is_file()
+    return "kept" in run.results
 
 
 def shards_of(runs, notes):
@@ -455,7 +465,7 @@ FIGURES = {
     "local_steps": [Figure("local_steps", along("local_steps", "num_rounds"), BY_STEPS, STEPS)],
     "strategies": [Figure("strategy_comparison", strategies, draw_strategies, STRATEGIES)],
     "sparsity": [Figure("sparsity", along("sparsity", free=("sparsity",), references=UNMASKED), BY_SPARSITY, RATIOS)],
-    "layers": [Figure("mask_layers", with_masks, draw_layers, f"{SPARSE} mask.safetensors in their folder")],
+    "layers": [Figure("mask_layers", with_masks, draw_layers, f"{SPARSE} `kept` in their results")],
     "interference": [
         Figure(f"{a}_interference", measured(select), between(title), f"{needs}, with update_cosine in metrics.jsonl")
         for a, (select, _, title, needs) in VARIED.items()

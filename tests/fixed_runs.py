@@ -10,7 +10,6 @@ from pathlib import Path
 import noniid_folders
 import noniid_made
 import numpy as np
-from safetensors.numpy import save_file
 
 from common.lowrank import RULES
 from lora_glue_fl.glue_tasks import TASKS
@@ -130,14 +129,13 @@ def write_vit(root, command=DENSE, seed=0, accuracy=0.5, name=None, status="fini
             row |= {"drift_to_mean": 2.0}
         rows.append(row)
     results = {"test_accuracy_last": accuracy, "test_accuracy_best": accuracy + 0.01, "bytes_up": 3e7, "rounds": 30}
+    if kept is not None:  # {tensor: share}
+        results["kept"] = {tensor: [1000 * share, 1000] for tensor, share in kept.items()}
     data = {"sha256": {"train": "abc"}, "classes": [50, 100]}
     folder = next_folder(root, command, name)
     save(folder, rows, command=command, args=every | args, data=data, status=status, results=results)
     if counts is not None:
         (folder / "shards.json").write_text(json.dumps({"counts": counts, "notes": []}), encoding="utf-8")
-    if kept is not None:
-        metadata = {"mask": json.dumps({"kept_per_layer": kept})}
-        save_file({"bits": np.zeros(1, "u1")}, folder / "mask.safetensors", metadata=metadata)
     return folder
 
 
@@ -155,8 +153,9 @@ def vit_study(root, seeds=2):
             kept = {"vit.layers.0.attention.q_proj": 0.2, "vit.layers.1.attention.q_proj": 0.0, "vit.layernorm": 1.0}
             kept |= {"vit.layers.10.mlp.fc1": 0.1, "vit.layers.2.mlp.fc1": 0.2 + seed / 10}
             kept |= {"vit.encoder.layer.3.attention.attention.query": 0.4, "vit.embeddings.patch_embeddings.x": 0.05}
+            kept = {f"{layer}.weight": share for layer, share in kept.items()}
             write_vit(root, SPARSE, accuracy=0.45, mask_strategy=strategy, kept=kept, seed=seed)
-        write_vit(root, SPARSE, accuracy=0.4, sparsity_ratio=0.99, kept={"vit.layernorm": 1.0}, seed=seed)
+        write_vit(root, SPARSE, accuracy=0.4, sparsity_ratio=0.99, kept={"vit.layernorm.weight": 1.0}, seed=seed)
         write_vit(root, SPARSE, accuracy=0.42, upload="topk", seed=seed)
 
 

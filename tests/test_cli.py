@@ -91,6 +91,7 @@ def test_a_key_without_effect_says_so_where_it_differs_from_the_flag_s_default(t
         (mamba.STUDY, fed_momentum.build_parser(), ""),
         (mamba.STUDY, fed_avg.build_parser(), ""),
         (vit_runs.STUDY, train_centralized.build_parser(), ""),
+        (vit_runs.STUDY, train_federated.build_parser(), ""),
         (vit_runs.STUDY, train_federated_sparse.build_parser(), ""),
         (glue.STUDY, fedavg_rounds.build_parser(), ROUNDS),
         (noniid_runs.STUDY, TRAIN, ""),

@@ -9,9 +9,23 @@ import fixed_runs
 import pytest
 from fixed_runs import CENTRAL, FULL, LORA, SPARSE, write_glue, write_mamba, write_vit
 from noniid_folders import write_run as write_noniid
-from plotting import COMMANDS, ROOT, STUDIES, call, command_line, figures, lines_of, printed, refused, table, tables
+from plotting import (
+    COMMANDS,
+    ROOT,
+    STUDIES,
+    call,
+    command_line,
+    figures,
+    lines_of,
+    printed,
+    refused,
+    table,
+    tables,
+    ticks,
+)
 
 from common.lowrank import RULES
+from common.records import collect
 from llm_noniid import flags
 from llm_noniid.detectors import DETECTORS
 from lora_glue_fl.glue_tasks import TASKS
@@ -107,9 +121,10 @@ def test_labels_say_what_differs_and_nothing_else(tmp_path):
         write["vit"](local_steps=steps, num_rounds=120 // steps, freeze_head=steps == 4, **more)
     write["vit"](SPARSE, upload="topk", freeze_head=True, lr=0.1)
     write["vit"](SPARSE, mask_strategy="most_sensitive", freeze_head=True, mask_merge="union")
+    write["vit"](lora_r=7, freeze_head=True)
     write["vit"](CENTRAL, lr=0.5)
     dense = ["Dense FedAvg", "Dense FedAvg, Nc 10, J 8, 15 rounds, head trained"]
-    assert labels("vit") == ["Central", *dense, "Most sensitive", "Top-k updates, lr 0.1"]
+    assert labels("vit") == ["Central", *dense, "Most sensitive", "Top-k updates, lr 0.1", "Federated LoRA, rank 7"]
     assert "Unless said otherwise: IID, J 4, 30 rounds, head frozen, lr 0.01." in printed("table vit", tmp_path / "vit")
 
     for rule in ("svd", "naive", "ffa"):
@@ -229,12 +244,25 @@ def test_files_say_what_sets_a_further_group_apart(tmp_path):
     assert f"left out {path}: damaged" in printed("mamba federated updates", tmp_path)
 
 
+KEPT = {"weight": 0.2, "bias": 1.0}
+
+
+def test_masks_are_drawn_from_the_log_weights_and_biases_apart(tmp_path):
+    kept = {f"vit.layers.{i}.attention.k_proj.{kind}": share for i in (0, 1) for kind, share in KEPT.items()}
+    write_vit(tmp_path, SPARSE, kept=kept | {"vit.layernorm.bias": 0.5})
+    collect(tmp_path)
+    drawn = figures("vit layers", tmp_path / "results.jsonl", out=tmp_path / "out")["mask_layers.png"]
+    found = {axes.get_title(): list(lines_of(axes)["Random"].get_ydata()) for axes in drawn.axes[:2]}
+    assert found == {"Key": [20, 20], "Key, bias": [100, 100]}
+    assert ticks(drawn.axes[2].xaxis) == ["last norm, bias"]
+
+
 @pytest.mark.parametrize("study", STUDIES[1:])
 def test_a_method_looks_the_same_in_every_figure_and_unlike_the_others_in_grey(study, tmp_path):
     if study == "vit":
         for sparsity in (0.9, 0.99):
             for strategy in ("least_sensitive", "random", "most_sensitive")[:: 1 if sparsity == 0.9 else 2]:
-                kept = {"vit.layers.0.attention.q_proj": 0.2}
+                kept = {"vit.layers.0.attention.q_proj.weight": 0.2}
                 write_vit(tmp_path, SPARSE, mask_strategy=strategy, sparsity_ratio=sparsity, kept=kept)
         write_vit(tmp_path)
     elif study == "glue":
@@ -299,6 +327,8 @@ REFUSED = [
     ("vit heterogeneity", write_vit, {}, "", "--nc 1 and --nc 5"),
     ("vit interference", write_vit, {}, "", "needs"),
     ("vit shards", write_vit, {}, "", "needs"),
+    ("vit layers", write_vit, {"command": SPARSE}, "", "needs"),
+    ("vit layers", write_vit, {"command": SPARSE, "kept": {"a.weight": "x"}}, "", "kept is damaged"),
     ("glue", write_glue, {}, "--tasks qqp", "there are rte"),
     ("table glue", write_glue, {}, "--tasks qqp", "there are rte"),
     ("glue metric", write_glue, {"drop": ["val_accuracy"]}, "", "--eval-each-round"),
@@ -323,7 +353,6 @@ SHORT = json.dumps({name: [] for name in NEEDED} | {"label_histograms": [[1]], "
 DEEP = "[" * 3000
 DAMAGED = [
     ("vit shards", write_vit, "shards.json", ["{", '{"counts": [1, 2]}', '{"counts": [["a"]]}', "{}", DEEP]),
-    ("vit layers", lambda root: write_vit(root, SPARSE), "mask.safetensors", ["damaged"]),
     (
         "noniid partition",
         write_noniid,
@@ -339,7 +368,7 @@ def test_damaged_files_beside_a_run_are_named(tmp_path):
             folder = write(tmp_path / f"{name}_{i}")
             (folder / file).write_text(text)
             error = refused(name, folder.parent)
-            assert str(folder) in error and ("damaged" in error or "kept_per_layer" in error), (name, text, error)
+            assert str(folder) in error and "damaged" in error, (name, text, error)
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out_and_damage_elsewhere_is_named(tmp_path):

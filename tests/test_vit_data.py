@@ -408,3 +408,20 @@ def test_the_real_data_is_the_published_one():
     assert torch.equal(splits.train_labels.bincount(), torch.full((100,), 450))
     assert torch.equal(splits.validation_labels.bincount(), torch.full((100,), 50))
     assert len(splits.test) == 10_000
+
+
+def test_mixup_mixes_each_image_and_label_with_another_of_the_batch():
+    pixels, labels = torch.rand(6, 3, 4, 4), torch.tensor([0, 1, 2, 3, 4, 4])
+    x, y = data.mixed(pixels, labels, 5, 0.7, stream(3, "mixup"))
+    again = stream(3, "mixup")
+    lam, order = again.beta(0.7, 0.7), again.permutation(6).tolist()
+    for i, j in enumerate(order):
+        assert torch.allclose(x[i], lam * pixels[i] + (1 - lam) * pixels[j])
+        wanted = torch.zeros(5)
+        wanted[labels[i]] += lam
+        wanted[labels[j]] += 1 - lam
+        assert torch.allclose(y[i], wanted)
+    logits = torch.randn(6, 5)
+    parts = [functional.cross_entropy(logits, some, label_smoothing=0.1) for some in (labels, labels[order])]
+    both = functional.cross_entropy(logits, y, label_smoothing=0.1)
+    assert both.item() == pytest.approx((lam * parts[0] + (1 - lam) * parts[1]).item(), rel=1e-5)

@@ -63,6 +63,13 @@ def shapes_of(folder):
     return read_json(folder / "run.json")["parameters"]["maskable"]
 
 
+def masks_of(folder):
+    """{name: bool tensor} of a run's mask."""
+    shapes = {name: torch.Size(shape) for name, shape in shapes_of(folder).items()}
+    mask = load_mask(folder / "mask.safetensors", shapes)[0]
+    return dict(zip(shapes, mask.split([shape.numel() for shape in shapes.values()]), strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_leaves_what_the_readme_says(name):
@@ -199,6 +206,8 @@ def test_a_run_of_a_given_mask_is_the_run_that_made_it_and_says_the_masks_own_sp
     manifest = read_json(folder / "run.json")
     assert manifest["args"]["sparsity_ratio"] == manifest["method"]["sparsity_ratio"] == 0.6
     assert not {"mask_strategy", "calibration"} & manifest["method"].keys()
+    counts = {n: [int(m.sum()), m.numel()] for n, m in masks_of(folder).items()}
+    assert manifest["results"]["kept"] == counts and len(counts) > 40
     assert same(final(folder), final(tmp_path / "first"))
     assert same(*(load_file(run / "mask.safetensors") for run in (folder, tmp_path / "first")))
 
@@ -223,6 +232,29 @@ def test_head_only_trains_and_sends_the_head(tmp_path):
     }
     first, last = read_metrics(tmp_path / "r")
     assert last["bytes_up"] - first["bytes_up"] == 3 * 4 * (10 * 96 + 10)
+
+
+def test_lora_trains_and_sends_factors_and_final_has_their_product(tmp_path, capsys):
+    words = ("--lora-r", 2, "--freeze-head", "--head", "ridge", "--num-rounds", 2, "--output-dir", tmp_path)
+    assert small("train_federated", *words, "--run-name", "r") == 0
+    model = make_model("tiny", image_size=32, n_classes=10, seed=0)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    assert not init_from(model, tmp_path / "r")
+    after, factors = model.state_dict(), load_file(tmp_path / "r" / "checkpoint" / "theta.safetensors")
+    named = [name.removesuffix(".lora_A.default.weight") for name in factors if ".lora_A." in name]
+    assert len(named) == 4 * 6 and len(factors) == 2 * len(named)
+    for name in named:
+        A, B = (factors[f"{name}.lora_{letter}.default.weight"].double() for letter in "AB")
+        assert A.shape[0] == B.shape[1] == 2 and B.abs().max() > 0
+        change = after[f"{name}.weight"].double() - before[f"{name}.weight"].double()
+        assert torch.allclose(change, B @ A, rtol=0, atol=1e-7)
+    others = before.keys() - {f"{name}.weight" for name in named} - {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(before[name], after[name]) for name in others) and len(others) > 40
+    first, last = read_metrics(tmp_path / "r")
+    assert last["bytes_up"] - first["bytes_up"] == 2 * 3 * 4 * sum(f.numel() for f in factors.values())
+    assert read_json(tmp_path / "r" / "run.json")["method"]["lora_r"] == 2
+    for more, error in (("--freeze-backbone", "--freeze-backbone freezes some"), ("--lora-r=97", "97 is above 96")):
+        assert small("train_federated", *words, more, "--run-name", "s") == 2 and error in capsys.readouterr().err
 
 
 def test_early_stopping_ends_a_run_after_an_evaluation(tmp_path):

@@ -268,6 +268,17 @@ def augment(images, image_size, generator):
     return prepare(crops.view(images.shape), image_size)
 
 
+def mixed(pixels, labels, n_classes, alpha, generator):
+    """mixup (Zhang et al. 2018): (pixels [B, 3, S, S], labels as shares of classes [B, C]) of a batch and its like.
+
+    x = lam x_i + (1 - lam) x_j,  y = lam onehot(y_i) + (1 - lam) onehot(y_j),  j a permutation, lam ~ Beta(a, a)
+    """
+    lam = generator.beta(alpha, alpha)
+    order = torch.from_numpy(generator.permutation(len(labels))).to(labels.device)
+    shares = functional.one_hot(labels, n_classes).to(pixels.dtype)  # [B, C]
+    return tuple(lam * t + (1 - lam) * t[order] for t in (pixels, shares))
+
+
 # ------------------------------------------------------------------------------------------------ clients
 
 

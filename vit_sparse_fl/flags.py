@@ -271,6 +271,9 @@ def complete(args):
     if args.head is None:
         fresh = not args.pretrained or args.model == "tiny" and not args.init_from
         args.head = "ridge" if "num_rounds" in args and not fresh else "random"
+    if getattr(args, "lora_r", 0) and (args.freeze_backbone or args.freeze_layers):
+        frozen = "--freeze-backbone" if args.freeze_backbone else f"--freeze-layers {args.freeze_layers}"
+        raise UsageError(f"--lora-r {args.lora_r} adapts all blocks, {frozen} freezes some: drop one")
     if args.classes == "rest" and not args.init_from:
         raise UsageError(
             "--classes rest leaves out the classes of --init-from RUN, which is not given: give --classes A:B"

@@ -123,7 +123,9 @@ PRESETS = {
     "full": Preset((), tuple(settings(Sizes()))),
     "quick": Preset(SMALL.split(), tuple(settings(QUICK)), seeds=(0,)),
     "stand-in": Preset(TINY.split(), tuple(settings(STAND_IN))),
-    "rates": Preset(TINY.split(), tuple(rates.settings()), seeds=tuple(range(6))),
+    "rates": Preset(
+        TINY.split(), tuple(rates.settings()), seeds=tuple(range(6)), objective="val_accuracy", higher=True
+    ),
     # the stand-in for a GPU: the ViT sees 64 patches instead of 16
     "stand-in-gpu": Preset((*TINY.split(), "--image-size", "64"), tuple(settings(replace(STAND_IN, rounds=500)))),
 }

@@ -33,7 +33,7 @@ from vit_sparse_fl.cross_losses import CrossLosses
 from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, classes_of, deal, load_images, prepare
 from vit_sparse_fl.heads import fit_head
 from vit_sparse_fl.masks import maskable
-from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, save_pretrained
+from vit_sparse_fl.vit import add_lora, freeze, init_from, make_model, new_head, save_pretrained
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def load_study(args, run, federated=True, sparse=False):
     check_batch_size(examples, args.batch_size)
     model, more = _make_model(args, data.n_classes)
     freeze(model, backbone=args.freeze_backbone, layers=args.freeze_layers, head=args.freeze_head)
+    if rank := getattr(args, "lora_r", 0):
+        add_lora(model, rank, args.seed)
     covered = []
     if sparse:  # a head that is not frozen is under the mask like the rest; what no mask covers is frozen
         omit = "none" if args.upload == "topk" else args.mask_omit

@@ -8,13 +8,15 @@ u <- g + wd theta;  buf <- mu buf + u;  theta <- theta - lr buf     (SGD with mo
 A round of its metrics is an epoch.
 """
 
-from common.cli import RunFailed, UsageError, only, positive_float, positive_int, run_main
+from common.cli import RunFailed, UsageError, non_negative_float, only, positive_float, positive_int, run_main, unless
 from common.early import parsed
 from vit_sparse_fl.flags import NEVER, make_parser, number, parse
 
 
 def build_parser():
     parser, own = make_parser(__doc__.split("\n")[0], federated=False)
+    text = "mix pairs of images and their labels in shares of Beta(A, A); off: 0"
+    number(own, "--mixup", non_negative_float, 0.0, "A", text, when=unless(mixup=0.0))
     grid = "a run for each of --hp-lrs x --hp-weight-decays"
     own.add_argument("--hp-search", action="store_true", when=NEVER, help=grid)
     number(own, "--hp-epochs", positive_int, 10, "N", "epochs of each of these runs", when=only(hp_search=True))
@@ -33,7 +35,9 @@ from common import parallel
 from common.evaluation import pick_device
 from common.local import OptimizerState, client_optimizer, local_steps
 from common.runlog import start_run
+from common.seeding import stream
 from vit_sparse_fl.best import BestCheckpoints
+from vit_sparse_fl.data import mixed
 from vit_sparse_fl.experiments import classes_name, repeated, run_each, variant
 from vit_sparse_fl.study import client_batches, finish, fit_first, learning_rate, load_study, report
 
@@ -55,6 +59,9 @@ def train(args):
         for epoch in run.rounds():
             lr = learning_rate(args, epoch)
             batches = client_batches(study, 0, epoch, epoch * steps, steps)
+            if args.mixup:
+                draws = stream(args.seed, "mixup", epoch)
+                batches = (mixed(*batch, study.data.n_classes, args.mixup, draws) for batch in batches)
             local = local_steps(study.loss, batches, weights, optimizer, amp=study.amp, lrs=[lr] * steps)
             loss = local.loss.item()
             if not math.isfinite(loss):

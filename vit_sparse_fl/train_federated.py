@@ -6,15 +6,19 @@
 theta <- theta + eta_s sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMahan et al. 2017, algorithm 1)
 
 theta_k: J steps of SGD with momentum on client k's images; K clients, of which C K take part in a round;
-eta_s: --server-lr, 1 in FedAvg (Reddi et al. 2021, algorithm 1).
+eta_s: --server-lr, 1 in FedAvg (Reddi et al. 2021, algorithm 1). With --lora-r theta is LoRA's factors (and the head,
+where it is not frozen): their mean is FedIT's (Zhang et al. 2024).
 """
 
+from common.cli import non_negative_int, unless
 from common.early import parsed
-from vit_sparse_fl.flags import add_experiment_flags, make_parser, parse, process_memory
+from vit_sparse_fl.flags import add_experiment_flags, make_parser, number, parse, process_memory
 
 
 def build_parser():
     parser, own = make_parser(__doc__.split("\n")[0])
+    text = "train and send LoRA's factors of this rank instead of the backbone; off: 0"
+    number(own, "--lora-r", non_negative_int, 0, "R", text, when=unless(lora_r=0))
     add_experiment_flags(own)
     return parser
 
@@ -88,7 +92,8 @@ def client_update(study, theta, batches, lr):
 
 
 def main(args):
-    run_each("train_federated", train, repeated(args, federated_settings(args)))
+    name = f"fedavg_lora{args.lora_r}" if args.lora_r else "fedavg"
+    run_each("train_federated", train, repeated(args, federated_settings(args, name)))
 
 
 if __name__ == "__main__":

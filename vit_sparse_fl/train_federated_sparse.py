@@ -91,7 +91,9 @@ def train(args):
             kept = mask.nonzero().view(-1)  # [kept]
             sent = changing = 4 * len(kept)
             places = index_bytes(mask)  # once a client, both ways: which weights are kept
-            shares = {f"kept_{name}": share for name, share in kept_apart(weights.named(mask)).items()}
+            named = weights.named(mask)
+            shares = {f"kept_{name}": share for name, share in kept_apart(named).items()}
+            shares["kept"] = {name: [int(part.sum()), part.numel()] for name, part in named.items()}
         frozen = study.frozen_squares()
         report(study, run, best, 0, theta)
 

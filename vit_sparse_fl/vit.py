@@ -19,12 +19,14 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from common.cache import one_line
 from common.cli import UsageError
 from common.hub import check_sizes, hub_reachable, load_pretrained, quiet, read_config, reading
-from common.seeding import torch_stream
+from common.lora import check_rank
+from common.seeding import seed_torch, torch_stream
 
 DINO = "facebook/dino-vits16"
 MODELS = {"tiny": "tiny", "dino_vits16": DINO}  # short names; every other name is a folder or one of the hub
 TINY = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, patch_size=8)
 _VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=16)
+LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")  # the layers that --lora-r adapts
 LARGEST = 4096  # pixels a side: the position embedding of more fits into no memory
 _WHERE = "give --model FOLDER or --weights FILE, or take --model tiny"
 
@@ -327,15 +329,41 @@ def _load(module, tensors, what):
         p.copy_(tensors[name])
 
 
+# ---- adapters
+
+
+def add_lora(model, r, seed):
+    """Puts peft's LoRA into every linear layer of the blocks: W + B A, A [r, k] random by `seed`, B [d, r] zero at
+    first, scale 1   (Hu et al. 2022).
+
+    The backbone's own weights are frozen, the head stays as it is. Raises: UsageError for a rank above a layer's.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # only here: it takes seconds to import
+
+    check_rank(model, r, LORA)
+    seed_torch(seed, "adapter")
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=list(LORA)), model.vit)
+
+
+@torch.no_grad()
+def merged(model):
+    """The model's state dict by its names without adapters, their products added to the weights."""
+    tensors = {n.replace(".base_layer", ""): t for n, t in model.state_dict().items() if ".lora_" not in n}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            tensors[f"{name}.weight"] = layer.base_layer.weight + layer.get_delta_weight("default")
+    return tensors
+
+
 # ---- a run's final weights
 
 
 def save_pretrained(model, folder):
-    """Writes `model` as transformers' ViTForImageClassification: config.json and model.safetensors.
+    """Writes `model`, adapters merged, as transformers' ViTForImageClassification: config.json and model.safetensors.
 
     `AutoModelForImageClassification.from_pretrained(folder)` loads it and gives the same logits.
     """
-    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    tensors = {name: value.detach().cpu() for name, value in merged(model).items()}
     with torch.device("meta"):
         shell = ViTForImageClassification(model.config)
     shell.load_state_dict(tensors, assign=True)
