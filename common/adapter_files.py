@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from common.cache import one_line
-from common.checkpoint import saving, swap, write_json
+from common.checkpoint import read_json, saving, swap, write_json
 from common.cli import RunFailed, UsageError
 from common.hub import reading
 from common.products import scaling
@@ -44,6 +44,7 @@ _READ = {
     "lora_alpha": (lambda value: type(value) in (int, float) and 0 < value < 1e300, "a number above 0"),
     "use_rslora": _TRUE_OR_FALSE,
     "fan_in_fan_out": _TRUE_OR_FALSE,
+    "head_pooling": (lambda value: value in (None, "mean"), "mean, or not there"),  # ours, see `write_adapter`
     "base_model_name_or_path": (lambda value: value is None or isinstance(value, str), "a name, a folder or null"),
     "target_modules": (lambda value: isinstance(value, str) or _is_names(value or []), "a list of names"),
     "modules_to_save": (lambda value: _is_names(value or []), "a list of names"),
@@ -83,11 +84,16 @@ class AdapterFile:
     config: dict
     path: Path
 
+    @property
+    def head_pooling(self):
+        """What its head reads: "cls" or "mean"."""
+        return self.config.get("head_pooling") or "cls"
+
 
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def write_adapter(folder, factors, head, *, alpha, base_model, base=None, more=None, **options):
+def write_adapter(folder, factors, head, *, alpha, base_model, base=None, more=None, head_pooling="cls", **options):
     """Writes an adapter folder, whole or not at all; an older adapter in its place is replaced.
 
     Args:
@@ -97,6 +103,8 @@ def write_adapter(folder, factors, head, *, alpha, base_model, base=None, more=N
         base_model: name or folder of the base model, None where there is none.
         base: {layer: weight}, what differs from that model under the adapter.
         more: {file name: value}, further JSON files for the folder.
+        head_pooling: "mean" where the head reads the mean over tokens. It stands in adapter_config.json; peft, whose
+            model would read the first token, says that it does not know it.
         options: of peft.LoraConfig: target_modules, such as ["query", "value"], modules_to_save, such as ["classifier"]
             (of the head), fan_in_fan_out, lora_dropout, task_type ("SEQ_CLS").
     Raises: RunFailed for numbers that are not finite and for a folder that cannot be written; UsageError for a folder
@@ -128,6 +136,8 @@ def write_adapter(folder, factors, head, *, alpha, base_model, base=None, more=N
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         config.save_pretrained(fresh)
+        if head_pooling != "cls":
+            write_json(fresh / CONFIG, read_json(fresh / CONFIG) | {"head_pooling": head_pooling})
         tensors = {_PREFIX + name: tensor for name, tensor in tensors.items()}
         safetensors.torch.save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
         for name, value in (more or {}).items():

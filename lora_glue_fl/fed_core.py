@@ -26,7 +26,7 @@ from common.vector import Weights
 from lora_glue_fl.data_prep import batches, learning_rates, plan_steps
 from lora_glue_fl.models import named_head
 from lora_glue_fl.round_folders import RoundFolders, fuse_manifest, size_on_disk
-from lora_glue_fl.shards import client_files, load_shards
+from lora_glue_fl.shards import client_files, load_held_out, load_shards
 from lora_glue_fl.task_model import TaskModel, print_values, resized
 
 CHANGES_BASE = ("stack", "residual")
@@ -37,15 +37,17 @@ class Study:
     """Data and model of a run.
 
     model: task, tokens and encoder with its adapter; rows: each client's examples, int64 [n_k] of the training split;
-    ranks: each client's; scale: s of every client's adapter; served_as: what the rule serves where it chooses, and the
-    server's learning rate, keywords of `common.lowrank.AdapterMean`; theta: before the first round; loss: mean over the
-    examples of a batch; servers: {part of theta: server optimiser}, empty for plain averaging; folders: of the rounds.
+    held_out: examples of it that no client has, int64 [n], or None; ranks: each client's; scale: s of every client's
+    adapter; served_as: what the rule serves where it chooses, and the server's learning rate, keywords of
+    `common.lowrank.AdapterMean`; theta: before the first round; loss: mean over the examples of a batch; servers: {part
+    of theta: server optimiser}, empty for plain averaging; folders: of the rounds.
     """
 
     args: object
     run: object
     model: TaskModel
     rows: list
+    held_out: object
     ranks: list
     scale: float
     served_as: dict
@@ -108,25 +110,27 @@ def load_study(args, run):
     if a.aggregate == "svd":
         served_as |= {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
     fused = f"fused_r{served_as['rank']}" + "_nosvd" * (a.aggregate == "naive")
-    about = model.adapted.about() | {"base_model": model.base_model(run.folder)}
     study = Study(
         args=a,
         run=run,
         model=model,
         rows=[shard["indices"] for shard in shards],
+        held_out=load_held_out(a.shard_dir, model.data, shards),
         ranks=ranks,
         scale=scale,
         served_as=served_as,
         theta=first_theta(a, model, start),
         loss=model.training_loss(),
         servers=server_optimizers(a),
-        folders=RoundFolders(run.folder, a.keep, fused, about),
+        folders=RoundFolders(run.folder, a.keep, fused, model.about(run.folder)),
     )
     first, n = shards[0], sorted(study.examples)
     data = model.facts() | {"clients": len(n), "client_examples": sum(n)}
     data |= {key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key")}
     if first.get("sizes") == "equal":
         data["sizes"] = "equal"
+    if study.held_out is not None:
+        data["held_out"] = len(study.held_out)
     clients = {"examples": study.examples, "ranks": ranks, "shard_seed": first.get("seed")}
     if start:
         clients["init_adapter_sha256"] = start[-1]
@@ -322,7 +326,7 @@ def evaluate(study, theta, t):
     if not study.evaluates(t):
         return {}
     load(study, theta, t)
-    return study.model.evaluate()
+    return study.model.evaluate() | ({} if study.held_out is None else study.model.held_out(study.held_out))
 
 
 def publish(study, theta, served, clients, t, more):

@@ -94,6 +94,7 @@ def main(args):
     lines = error_lines(adapters, served)
     head = mean_head(adapters, weights)
     about = {"target_modules": first.target_modules, "base_model": base, "fan_in_fan_out": first.fan_in_fan_out}
+    about["head_pooling"] = first.head_pooling
     about["modules_to_save"] = sorted({name for a in adapters for name in a.modules_to_save}) if head else []
     manifest = {
         "dataset": args.dataset,

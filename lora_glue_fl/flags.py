@@ -15,6 +15,7 @@ from common.cli import (
     only,
     positive_float,
     positive_int,
+    unless,
 )
 
 DATASETS = ("glue", "demo")
@@ -41,6 +42,8 @@ def make_parser(description, output_dir, *output_names, federated=False):
     parser = Parser(description)
     own = parser.add_argument_group("the method")
     add_task_flags(parser)
+    text = "what the head reads: the first token, or the mean over all that are no padding (off: cls)"
+    own.add_argument("--pooling", choices=["cls", "mean"], default="cls", help=text, when=unless(pooling="cls"))
     run = add_run_flags(parser)
     run.add_argument("--output-dir", *output_names, default=output_dir, metavar="DIR", help="where run folders go")
     add_machine_flags(run, federated=federated)

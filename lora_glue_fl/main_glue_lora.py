@@ -48,14 +48,8 @@ def main(args):
 def save(study, folder):
     """The adapter in peft's format, with the head; beside the tiny model's adapter the model itself."""
     model, adapted = study.model, study.model.adapted
-    write_adapter(
-        folder,
-        adapted.factors(),
-        adapted.head,
-        alpha=study.args.lora_alpha,
-        base_model=model.base_model(study.run.folder),
-        **adapted.about(),
-    )
+    about = model.about(study.run.folder)
+    write_adapter(folder, adapted.factors(), adapted.head, alpha=study.args.lora_alpha, **about)
     with saving(study.run.folder / "base"):
         model.save_base(study.run.folder)
 

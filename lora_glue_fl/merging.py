@@ -70,6 +70,11 @@ def check_alike(adapters):
                 f"{pair} have different targets ({', '.join(other.target_modules)}; {', '.join(first.target_modules)}; "
                 f"{odd[0]} is in one of them): merge adapters with the same targets"
             )
+        both = f"{other.head_pooling} and {first.head_pooling}"
+        refuse(
+            other.head_pooling != first.head_pooling,
+            f"{pair} were trained with --pooling {both}: merge adapters whose heads read the same",
+        )
         differ = other.fan_in_fan_out != first.fan_in_fan_out
         refuse(differ, f"{pair} differ in fan_in_fan_out: merge adapters of one base model")
         for layer in other.factors:

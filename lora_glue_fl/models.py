@@ -60,12 +60,13 @@ def find_tokenizer(spec, dataset, data_root=None, model="tiny"):
     return load_tokenizer(str(folder) if inside else model, data_root)
 
 
-def load_encoder(spec, task, tokenizer, seed):
+def load_encoder(spec, task, tokenizer, seed, pooling="cls"):
     """The encoder `spec` with a head for `task`, on the CPU, in fp32: an `Encoder`.
 
     spec: a folder, a name on the hub, or "tiny": a small RoBERTa with random weights. Random weights follow from seed.
-    What fits of a head in the file is taken, the rest is new.
-    Raises UsageError for a model that is not there, cannot be read, or has fewer embeddings than the tokenizer tokens.
+    What fits of a head in the file is taken, the rest is new. pooling: "mean" as `read_mean`; its config says so.
+    Raises UsageError for a model that is not there, cannot be read, has fewer embeddings than the tokenizer tokens, or
+    was trained with mean pooling where "cls" is asked for.
     """
     seed_torch(seed, "weights")
     if spec == "tiny":
@@ -77,6 +78,11 @@ def load_encoder(spec, task, tokenizer, seed):
             f"model {spec} knows {model.get_input_embeddings().num_embeddings} tokens, the tokenizer has "
             f"{vocabulary_size(tokenizer)}: give the model's own --tokenizer"
         )
+    if pooling == "cls" and getattr(model.config, "head_pooling", pooling) == "mean":
+        raise UsageError(f"model {spec} was trained with --pooling mean: give it")
+    if pooling == "mean":
+        model.config.head_pooling = pooling
+        read_mean(model)
     inside = model.base_model_prefix
     head = [name for name, part in model.named_children() if name != inside and any(True for _ in part.parameters())]
     # a part of the encoder that the file lacks (BERT's pooler) begins at random too, and must be in the adapter's file
@@ -86,6 +92,23 @@ def load_encoder(spec, task, tokenizer, seed):
     new = sorted({name.rpartition(".")[0] for name in fresh})
     notes = [f"not in {spec}, begins at random: {', '.join(new)}"] if new else []
     return Encoder(model, spec, (*head, *missing), notes)
+
+
+def read_mean(model):
+    """From now on the head reads the mean of the last hidden states over the tokens that are not padding.
+
+    h [B, L, H], mask [B, L]: m = sum_l mask_l h_l / sum_l mask_l. The head, which takes h[:, 0], gets m as h [B, 1, H],
+    and so does the encoder's pooler where it has one.
+    """
+
+    def pool(encoder, _, given, out):
+        h, mask = out["last_hidden_state"], given["attention_mask"][:, :, None]  # [B, L, H], [B, L, 1]
+        out["last_hidden_state"] = (h * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)  # [B, 1, H]
+        if out.get("pooler_output") is not None:
+            out["pooler_output"] = encoder.pooler(out["last_hidden_state"])
+        return out
+
+    model.base_model.register_forward_hook(pool, with_kwargs=True)
 
 
 def _labels(task):

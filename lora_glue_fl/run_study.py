@@ -10,7 +10,8 @@
 `replay`: from one checkpoint (naive, 3 clients, IID) one round of naive with --replay: local epochs x Dirichlet's alpha
 with 10 clients of equal size at rank 4, and at alpha 0.3 rank 16 and 3 clients. `trajectories`: eight rules from one
 trained head, 10 clients of equal size, alpha 0.3, 4 local epochs, rank 8, each at the rate that --tune found (seed
-100); and with 3 of the 10 clients a round, at the same rates.
+100) on examples that no client has; five of them with 3 of the 10 clients a round, at the same rates, 3 seeds. Both
+presets pool by the mean over tokens, as the stand-in encoder was trained.
 
 The other presets' base: 3 clients, IID, rank 4. Beside it, each alone: 20 clients; Dirichlet shards; higher learning
 rates; rank 16; clients of different ranks; the balanced split. Each run is one of the scripts beside this file, in a
@@ -35,8 +36,8 @@ ALPHA = 0.3  # of the Dirichlet shards
 class Case:
     """What is varied: clients, how examples are dealt to them, the rules that run, flags beside LORA.
 
-    alpha, sizes: of Dirichlet shards; start: the case whose run all begin with; tune: as `Setting`; tuned_as: the case
-    whose rules' rates its own take.
+    alpha, sizes: of Dirichlet shards; start: the case whose run all begin with; tune, seeds: as `Setting`; tuned_as:
+    the case whose rules' rates its own take.
     """
 
     clients: int = 3
@@ -48,6 +49,7 @@ class Case:
     start: str = ""
     tune: dict = field(default_factory=dict)
     tuned_as: str = ""
+    seeds: int | None = None
 
 
 CASES = {
@@ -81,22 +83,25 @@ CASES |= REPLAY
 EIGHT = (*SIX, "rotate", "head")
 EQUAL = {"clients": 10, "mode": "dirichlet", "sizes": "equal"}
 LONG = tuple("--local-epochs 4 --lora-r 8 --svd-rank 8 --lora-alpha 16 --alpha 16".split())
-RATES = {"learning-rate": (5e-4, 1e-3, 2e-3, 4e-3)}
+RATES = {"learning-rate": (1e-3, 2e-3, 4e-3)}
 CASES["warm"] = Case(**EQUAL, rules=("head",), words=(*LONG, "--rounds", "2", "--learning-rate", "5e-3"))
 CASES["skew"] = Case(**EQUAL, rules=EIGHT, words=LONG, start="warm", tune=RATES)
 SOME = (*LONG, "--participation", "0.3")
-CASES["skew_some"] = Case(**EQUAL, rules=EIGHT, words=SOME, start="warm", tuned_as="skew")
+FIVE = ("naive", "svd", "residual", "rotate", "head")
+CASES["skew_some"] = Case(**EQUAL, rules=FIVE, words=SOME, start="warm", tuned_as="skew", seeds=3)
 
 
 @dataclass(frozen=True)
 class Sizes:
     """tasks: (task, examples of its training split or None for all, cases), in the order of the runs; one_seed: tasks
-    and cases of which only the first seed runs; falling: central training also at a rate that falls to 0."""
+    and cases of which only the first seed runs; falling: central training also at a rate that falls to 0; held_out:
+    training examples that no client has."""
 
     tasks: tuple
     rounds: int
     one_seed: tuple = ()
     falling: bool = True
+    held_out: int = 0
 
 
 SMALL = Sizes(
@@ -115,14 +120,15 @@ FULL = Sizes(tuple((task, None, ONE_FACTOR) for task in ("rte", "mrpc", "cola", 
 QUICK = Sizes((("sst2", 600, ("base", "clients20", "dirichlet", "balanced", "rank16", "ranks")),), 5)
 
 AGAIN = Sizes((("sst2", 2000, ("checkpoint", *REPLAY)),), 1)
-TRAJECTORIES = Sizes((("sst2", 2000, ("warm", "skew", "skew_some")),), 8)
+TRAJECTORIES = Sizes((("sst2", 4000, ("warm", "skew", "skew_some")),), 8, held_out=1000)
 
 CONSTANT = "--batch-size 8 --lr-scheduler constant --threads 1"
+MEAN = f"--learning-rate 2e-3 --amp auto --pooling mean {CONSTANT}".split()
 PRESETS = {
     "small": Preset(f"--learning-rate 2e-3 --amp auto {CONSTANT}".split(), SMALL),
     "full": Preset("--learning-rate 4e-4 --warmup-ratio 0.06 --amp auto".split(), FULL),
-    "replay": Preset(f"--learning-rate 2e-3 --amp auto {CONSTANT}".split(), AGAIN),
-    "trajectories": Preset(f"--learning-rate 2e-3 --amp auto {CONSTANT}".split(), TRAJECTORIES, seeds=(0, 1, 2, 3, 4)),
+    "replay": Preset(MEAN, AGAIN),
+    "trajectories": Preset(MEAN, TRAJECTORIES, seeds=(0, 1, 2, 3, 4), objective="held_out_loss"),
     "quick": Preset(f"--model tiny --dataset demo --learning-rate 1e-2 {CONSTANT}".split(), QUICK, seeds=(0,)),
 }
 SHOW = (
@@ -138,7 +144,7 @@ def settings(args, sizes):
             wanted = {*(args.settings or cases), *(CASES[one].start for one in args.settings or ())}
             if (args.tasks and task not in args.tasks) or case not in wanted:
                 continue
-            seeds = 1 if task in sizes.one_seed or case in sizes.one_seed else None
+            seeds = 1 if task in sizes.one_seed or case in sizes.one_seed else CASES[case].seeds
             if case == "base":
                 yield central(args, task, examples, sizes.rounds, seeds)
                 if sizes.falling:
@@ -186,7 +192,8 @@ def make_shards(args):
     from lora_glue_fl.glue_data import load_task
     from lora_glue_fl.shards import make_client_splits, save_shard_manifests  # torch, which --help must not wait for
 
-    tasks = [one for one in PRESETS[args.preset].settings.tasks if not args.tasks or one[0] in args.tasks]
+    sizes = PRESETS[args.preset].settings
+    tasks = [one for one in sizes.tasks if not args.tasks or one[0] in args.tasks]
     names = dict.fromkeys(task for task, *_ in tasks)
     read = {task: load_task(task, args.dataset, args.data_root, args.cache_dir, splits=("train",)) for task in names}
     for task, examples, cases in tasks:
@@ -196,7 +203,7 @@ def make_shards(args):
                 if not (folder / "summary.json").exists():
                     one = CASES[case]
                     about = {"dirichlet_alpha": one.alpha, "sizes": one.sizes, "max_examples": examples}
-                    about |= {"min_samples": 32, "data": read[task], "seed": seed}
+                    about |= {"min_samples": 32, "data": read[task], "seed": seed, "held_out_examples": sizes.held_out}
                     split = make_client_splits(task, one.clients, one.mode, **about)
                     save_shard_manifests(folder, split)
 

@@ -11,7 +11,7 @@ save_shard_manifests("out/sst2_base/shards_iid_k5", info)
 import argparse
 
 from common.choices import SIZES
-from common.cli import Parser, only, positive_float, positive_int, run_main, seed_number
+from common.cli import Parser, non_negative_int, only, positive_float, positive_int, run_main, seed_number
 from common.early import parsed
 from lora_glue_fl.flags import MODES, add_data_flags
 
@@ -36,6 +36,8 @@ def build_parser():
         "--bin-stsb", action=argparse.BooleanOptionalAction, default=True, help="stsb: scores in bins of 0.2"
     )
     parser.add_argument("--max-examples", type=positive_int, metavar="N", help="deal a stratified subset of N")
+    some, text = {"type": non_negative_int, "default": 0, "metavar": "N"}, "examples that no client gets; off: 0"
+    parser.add_argument("--held-out-examples", **some, help=text)
     parser.add_argument("--seed", type=seed_number, default=42, metavar="N", help="random seed")
     add_data_flags(parser)
     return parser

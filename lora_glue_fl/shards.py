@@ -17,6 +17,7 @@ from lora_glue_fl.flags import MODES
 from lora_glue_fl.glue_data import load_task
 
 BIN = 0.2  # of stsb's scores
+HELD_OUT = "held_out.json"
 _CLIENT_FILE = re.compile(r"client_([1-9]\d*)\.json")
 
 
@@ -33,6 +34,7 @@ def make_client_splits(
     min_samples=1,
     sizes="dirichlet",
     max_examples=None,
+    held_out_examples=0,
     dataset="glue",
     data_root=None,
     cache_dir=None,
@@ -45,12 +47,12 @@ def make_client_splits(
     categories round-robin), "category_overlap", "dirichlet" (each label in proportions of `dirichlet_alpha`, at
     least `min_samples` a client; with sizes "equal" as `common.equal_parts`). category_key: "label" (the default), or
     another column such as "genre". bin_stsb: without it every score of stsb is a label of its own. max_examples: deals
-    a stratified subset of so many. dataset, data_root, cache_dir: as `load_task`; data: a `TaskData` that is loaded
-    already.
+    a stratified subset of so many. held_out_examples: sets a stratified subset of the others apart. dataset, data_root,
+    cache_dir: as `load_task`; data: a `TaskData` that is loaded already.
 
     Returns: {"client_indices": k sorted lists of int, "size_per_client", "total_train": size of the train split,
         "task", "mode", "meta": {seed, overlap_ratio, category_key, bin_stsb, ...}, "dataset", "fingerprint" (SHA-256
-        of the train split), "notes": lines for the log}.
+        of the train split), "notes": lines for the log, "held_out": list of int, only where asked for}.
     Raises: UsageError for an unknown task, mode or category_key, fewer examples than clients, a ratio out of range.
     """
     if mode not in MODES:
@@ -62,6 +64,7 @@ def make_client_splits(
     rows = subset(data, max_examples, seed, bin_stsb)
     if len(rows) < len(train):
         notes.append(f"{len(rows)} of {len(train)} training examples are dealt")
+    held_out = rest_of(data, rows, held_out_examples, seed, bin_stsb)
 
     generator, what, more = stream(seed, "sharding"), "examples", []
     if mode == "iid":
@@ -102,7 +105,7 @@ def make_client_splits(
         "dataset": data.fingerprint["dataset"],
         "fingerprint": data.fingerprint["sha256"]["train"],
         "notes": notes + more,
-    }
+    } | ({"held_out": held_out.tolist()} if held_out_examples else {})
 
 
 def subset(data, n, seed, bin_stsb=True):
@@ -114,6 +117,21 @@ def subset(data, n, seed, bin_stsb=True):
         return np.arange(len(train))
     sizes = [n, len(train) - n]
     return sharding.stratified(_strata(data.task, train, bin_stsb), sizes, stream(seed, "subset"), "examples")[0]
+
+
+def rest_of(data, dealt, n, seed, bin_stsb=True):
+    """A stratified subset of n of the training examples that are not `dealt`, int64: sorted int64 array."""
+    train = data.splits["train"]
+    rest = np.setdiff1d(np.arange(len(train)), dealt)
+    if n > len(rest):
+        raise UsageError(
+            f"--held-out-examples {n}: {len(rest)} of {len(train)} training examples are in no shard: lower it or "
+            "--max-examples"
+        )
+    if n in (0, len(rest)):
+        return rest[:n]
+    strata = _strata(data.task, train, bin_stsb)[rest]
+    return rest[sharding.stratified(strata, [n, len(rest) - n], stream(seed, "held out"), "examples")[0]]
 
 
 def whole_labels(task, train, bin_stsb):
@@ -150,11 +168,12 @@ def _categories(task, train, key, bin_stsb):
 
 
 def save_shard_manifests(out_dir, shard_info):
-    """Writes out_dir/client_1.json ... client_k.json and summary.json, each whole or not at all.
+    """Writes out_dir/client_1.json ... client_k.json, held_out.json (if there is one) and summary.json, each whole or
+    not at all.
 
     client_i.json: dataset (the task, as in the source), indices, task, data ("glue" or "demo"), seed, total_train,
-    fingerprint; summary.json: all of `shard_info`. Files of further clients, from an earlier call with a larger k,
-    are removed.
+    fingerprint; held_out.json: the same without client; summary.json: all of `shard_info`. Files of an earlier call
+    that this one does not write are removed.
     Raises UsageError where the folder cannot be written.
     """
     folder = Path(out_dir)
@@ -172,11 +191,14 @@ def save_shard_manifests(out_dir, shard_info):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").unlink(missing_ok=True)  # while it is missing, the folder is not complete
+        (folder / HELD_OUT).unlink(missing_ok=True)
         for number, path in client_files(folder):
             if number > k:
                 path.unlink()
         for i, indices in enumerate(shard_info["client_indices"], 1):
             write_json(folder / f"client_{i}.json", {**same, "client": i, "indices": indices})
+        if "held_out" in shard_info:
+            write_json(folder / HELD_OUT, {**same, "indices": shard_info["held_out"]})
         write_json(folder / "summary.json", shard_info)
     except OSError as error:
         raise UsageError(f"cannot write {folder}: {error.strerror}; choose another --out-dir") from error
@@ -279,3 +301,18 @@ def load_shards(shard_dir, data):
         if sizes != [len(mine) for mine in rows] or dealt and dealt != rows:
             raise UsageError(f"{summary} does not fit the {len(files)} client files beside it: make the shards again")
     return manifests
+
+
+def load_held_out(shard_dir, data, shards):
+    """The examples of held_out.json beside the `shards`, sorted int64 array, None where there is none.
+
+    Raises UsageError as `load_manifest`, and for an example that a client has.
+    """
+    path = Path(shard_dir) / HELD_OUT
+    if not path.exists():
+        return None
+    rows = load_manifest(path, data)["indices"]
+    both = np.intersect1d(rows, np.concatenate([shard["indices"] for shard in shards]))
+    if len(both):
+        raise UsageError(f"index {both[0]} is in {path} and in a client's file: make the shards again")
+    return rows

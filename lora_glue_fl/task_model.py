@@ -45,7 +45,7 @@ class TaskModel:
         self.data = load_task(self.task.name, args.dataset, args.data_root, args.cache_dir, splits)
         self.tokenizer = find_tokenizer(args.tokenizer, args.dataset, args.data_root, name)
         self.encoded = encode(self.data, self.tokenizer, args.max_length, args.cache_dir)
-        self.encoder = load_encoder(name, self.task, self.tokenizer, args.seed)
+        self.encoder = load_encoder(name, self.task, self.tokenizer, args.seed, args.pooling)
         longest, most = max(int(e.lengths().max()) for e in self.encoded.values()), most_tokens(self.encoder.model)
         if most is not None and longest > most:
             raise UsageError(
@@ -113,6 +113,12 @@ class TaskModel:
             result = {"val_loss": self.mean_loss(outputs, labels)} | result | metrics
         return result
 
+    def held_out(self, rows):
+        """{held_out_loss, held_out_<metric> ...} on these examples, int64 [n], of the training split."""
+        outputs, labels = self.outputs("train", rows=rows), self.encoded["train"].labels[rows]
+        values = {"val_loss": self.mean_loss(outputs, labels)} | evaluate(self.task, "train", outputs.numpy(), labels)
+        return {name.replace("val", "held_out", 1): value for name, value in values.items()}
+
     def leaves(self):
         """{name: parameter} of what is trained now."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -142,6 +148,11 @@ class TaskModel:
         """What an adapter names as its base: the model as the user gave it, tiny: where `save_base` wrote it."""
         return str(folder / "base") if self.encoder.name == "tiny" else self.encoder.name
 
+    def about(self, folder):
+        """Keyword arguments of `write_adapter` for adapters of the run in `folder`, but alpha."""
+        more = {"base_model": self.base_model(folder), "head_pooling": self.args.pooling}
+        return self.adapted.about() | more
+
     def save_base(self, folder):
         """Writes the tiny model, which can be loaded from nowhere else, with its tokenizer to folder/base, once."""
         base = folder / "base"
@@ -158,6 +169,9 @@ class TaskModel:
         """
         file = read_served(path)
         self.check_fits(file)
+        if file.head_pooling != self.args.pooling:
+            shown = f"was trained with --pooling {file.head_pooling}, not {self.args.pooling}"
+            raise UsageError(f"--init-from {path} {shown}: give --pooling {file.head_pooling}")
         if file.base:
             raise UsageError(
                 f"--init-from {path} belongs to a base that its run has changed: begin with that run's final/ as "
@@ -233,9 +247,10 @@ def evaluate_adapter(path, args):
     """
     started = time.perf_counter()
     prepare_machine(args)
-    file = read_served(path)
+    file, args = read_served(path), copy.copy(args)
+    args.pooling = file.head_pooling
     if model_name(args) == "tiny" and file.base_model and Path(file.base_model).is_dir():
-        args = copy.copy(args)  # its weights follow from a seed: take those that the adapter was trained on
+        # its weights follow from a seed: take those that the adapter was trained on
         args.model, args.tokenizer = file.base_model, args.tokenizer or file.base_model
     model = TaskModel(args, (file.r, file.alpha, 0.0, file.target_modules), train=False)
     model.check_fits(file)

@@ -186,7 +186,7 @@ STUDY = Study(
         (lambda a: a.get("server_optimizer") != "momentum", {"server_beta"}),
     ),
     paths=("init_adapter", "tokenizer"),
-    off={"server_lr": (), "participation": ()},
+    off={"server_lr": (), "participation": (), "pooling": ()},
     words={
         "dataset": "{}",
         "model": "{}",
@@ -210,6 +210,7 @@ STUDY = Study(
         "batch_size": "batch {}",
         "num_train_epochs": "{:g} epochs",
         "init_adapter": "from {}",
+        "pooling": "{} pooling",
     },
     order=order,
     central=frozenset({"central", "full"}),

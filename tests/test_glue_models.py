@@ -49,7 +49,7 @@ def folders(tmp_path_factory):
 def args_of(folder, task="wnli", **more):
     about = {"task_name": task, "model": str(folder), "model_size": None, "tokenizer": None, "dataset": "demo"}
     about |= {"data_root": None, "cache_dir": None, "max_length": 24, "eval_batch_size": 32, "device": "cpu"}
-    return SimpleNamespace(**{**about, "amp": "off", "threads": 0, "seed": 0, **more})
+    return SimpleNamespace(**{**about, "amp": "off", "threads": 0, "seed": 0, "pooling": "cls", **more})
 
 
 def random_adapter(adapted, seed=1):
@@ -130,6 +130,43 @@ def test_the_saved_adapter_in_plain_peft_gives_the_same_outputs_and_metrics(kind
     loss = torch.nn.functional.cross_entropy(torch.stack(rows).double(), labels)
     assert metrics["val_loss"] == pytest.approx(loss.item(), rel=1e-4)
     found.check_fits(read_adapter(tmp_path / "a"))
+
+
+HEADS = {  # what transformers makes of hidden states h [B, L, H], of which it takes the first
+    "bert": lambda model, h: model.classifier(model.bert.pooler(h)),
+    "deberta-v2": lambda model, h: model.classifier(model.pooler(h)),
+    "modernbert": lambda model, h: model.classifier(model.head(h[:, 0])),
+    "distilbert": lambda model, h: model.classifier(model.pre_classifier(h[:, 0]).relu()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_reads_the_first_token_or_the_mean_of_those_that_are_no_padding(kind, folders):
+    found, mean = (TaskModel(args_of(folders(kind), pooling=pooling), None) for pooling in ("cls", "mean"))
+    for name, p in mean.model.named_parameters():
+        if {*name.split(".")} & {*mean.encoder.head}:
+            torch.nn.init.normal_(p, std=0.5)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(folders(kind), num_labels=2).eval()
+    plain.load_state_dict(found.model.state_dict())
+    split = found.encoded["validation"]
+    batch = split.batch(np.arange(20))
+    mask = batch["attention_mask"]
+    del batch["labels"]
+    lengths = [int(n) - i % 7 for i, n in enumerate(mask.sum(dim=1))]
+    for i, n in enumerate(lengths):
+        batch["input_ids"][i, n:], mask[i, n:] = split.pad, 0
+    with torch.no_grad():
+        assert torch.equal(found.model.eval()(**batch).logits, plain(**batch).logits)  # transformers' own, every bit
+        outputs = mean.model.eval()(**batch).logits
+        plain.load_state_dict(mean.model.state_dict())
+        plain.double()
+        expected = []
+        for i, n in enumerate(lengths):  # one after the other: without padding
+            h = plain.base_model(**{name: t[i : i + 1, :n] for name, t in batch.items()}).last_hidden_state
+            head = HEADS.get(kind, lambda model, h: model.classifier(h))
+            expected.append(head(plain, h.mean(dim=1, keepdim=True))[0])
+    torch.testing.assert_close(outputs.double(), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert torch.stack(expected).std(dim=0).min() > 1e-2
 
 
 @pytest.mark.parametrize("lora", [(2, 4, 0.0, None), None], ids=["lora", "all weights"])

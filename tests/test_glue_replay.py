@@ -125,4 +125,4 @@ def test_the_replays_begin_with_one_checkpoint_a_seed_and_trajectories_with_one_
     assert (warm.name, one.needs, one.setting.tuned_as) == ("sst2_warm_head_seed_3",) * 2 + ("sst2_skew_svd",)
     every = run_study.plan(run_study.parse("--preset trajectories --model FOLDER --seeds 0".split()))
     tuned = {run.setting.name for run in every if run.setting.tune}
-    assert {run.setting.tuned_as for run in every if run.setting.tuned_as} == tuned and len(tuned) == 8
+    assert {run.setting.tuned_as for run in every if run.setting.tuned_as} < tuned and len(tuned) == 8

@@ -25,6 +25,7 @@ from lora_glue_fl import fedavg_rounds, flags
 from lora_glue_fl.data_prep import encode, learning_rates, load_tokenizer, training_batches
 from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
 from lora_glue_fl.glue_data import load_task
+from lora_glue_fl.models import read_mean
 from lora_glue_fl.round_folders import RoundFolders
 from lora_glue_fl.shards import make_client_splits, save_shard_manifests
 from lora_glue_fl.task_model import TaskModel
@@ -80,7 +81,8 @@ def given(tmp_path_factory):
     factors = {layer: (torch.randn(2, 32) / 6, torch.randn(32, 2) / 6) for layer in LAYERS}
     head = {name: p.detach() for name, p in model.named_parameters() if name.startswith("classifier.")}
     about = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"], "base_model": None}
-    write_adapter(folder / "adapter", factors, head, alpha=3, **about)
+    for pooling in ("cls", "mean"):
+        write_adapter(folder / f"adapter_{pooling}", factors, head, alpha=3, head_pooling=pooling, **about)
     info = make_client_splits("sst2", K, "dirichlet", seed=1, dirichlet_alpha=2.0, max_examples=120, dataset="demo")
     save_shard_manifests(folder / "shards", info)
     rows = [np.array(part) for part in info["client_indices"]]
@@ -113,7 +115,20 @@ def weights_of(theta, scale):
     return named | {name: t for name, t in theta.items() if name.startswith("classifier.")}
 
 
-def local(given, theta, k, t, letters, mu=0.0, decay=0.0, warmup=0.0, accumulated=1):
+def logits_of(model, weights, batch, pooling):
+    """transformers' own, or its hidden states, averaged example by example, and the head written out."""
+    if pooling == "cls":
+        return torch.func.functional_call(model, weights, kwargs=batch).logits
+    inside = {name.removeprefix("roberta."): w for name, w in weights.items() if name.startswith("roberta.")}
+    h = torch.func.functional_call(model.roberta, inside, kwargs=batch).last_hidden_state  # [B, L, H]
+    h = torch.stack([one[: int(n)].mean(dim=0) for one, n in zip(h, batch["attention_mask"].sum(dim=1), strict=True)])
+    for name in ("dense", "out_proj"):
+        h = h @ weights[f"classifier.{name}.weight"].T + weights[f"classifier.{name}.bias"]
+        h = h.tanh() if name == "dense" else h
+    return h
+
+
+def local(given, theta, k, t, letters, mu=0.0, decay=0.0, warmup=0.0, accumulated=1, pooling="cls"):
     """theta_k after the client's steps of AdamW on A, B as the round trains them, and the head."""
     from transformers import get_scheduler
 
@@ -131,7 +146,7 @@ def local(given, theta, k, t, letters, mu=0.0, decay=0.0, warmup=0.0, accumulate
         for part in step:
             batch = given.encoded.batch(rows[part])
             labels = batch.pop("labels")
-            logits = torch.func.functional_call(given.model, weights_of(mine, S), kwargs=batch).logits
+            logits = logits_of(given.model, weights_of(mine, S), batch, pooling)
             losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         pull = sum((p - theta[name]).square().sum() for name, p in trained.items())
         optimizer.zero_grad()
@@ -219,7 +234,8 @@ def run_rounds(given, folder, monkeypatch, rule, more=""):
     """(weights that the served model computes with, lines of metrics.jsonl): the script, the clients of `BAD` NaN."""
     spoil(monkeypatch, BAD, 7 if rule != "ffa" else -1)  # a factor, or the head's last number
     line = f"{ROUNDS} --aggregate {rule} {more} --model {given.folder}/model --shard-dir {given.folder}/shards "
-    line += f"--init-adapter {given.folder}/adapter --output-root {folder} --run-name r"
+    pooling = "mean" if "mean" in more else "cls"
+    line += f"--init-adapter {given.folder}/adapter_{pooling} --output-root {folder} --run-name r"
     assert call(*line.split()) == 0
     tensors = load_file(folder / "r" / "checkpoint" / "theta.safetensors")
     theta = {f"W.{layer}": given.model.get_parameter(f"{layer}.weight").detach() for layer in LAYERS}
@@ -252,6 +268,7 @@ CASES = {
     "rolora": ("rolora", "--server-optimizer momentum --server-lr 0.7", {"server": True}),
     "rotate": ("rotate", "", {}),
     "head": ("head", "", {}),
+    "mean pooling": ("naive", "--pooling mean", {"pooling": "mean"}),
 }
 
 
@@ -295,9 +312,9 @@ def test_rounds_are_the_plain_loop(case, given, tmp_path, monkeypatch):
 # ---- what a run serves, keeps and logs
 
 
-def validation(model, tokenizer):
+def validation(model, tokenizer, split=None):
     """(accuracy, mean loss) of a transformers model on the demo's validation examples, padded by its tokenizer."""
-    split = demo_task("sst2")["validation"]
+    split = split or demo_task("sst2")["validation"]
     batch = tokenizer(split.texts["sentence"], return_tensors="pt", padding=True, truncation=True, max_length=32)
     with torch.no_grad():
         logits = model.eval()(**batch).logits.double()
@@ -576,3 +593,75 @@ def test_a_run_begins_with_an_adapter_a_round_or_a_run(shards, tmp_path, capsys)
     assert evaluated(elsewhere, tmp_path / "eval")[1] != pytest.approx(last["val_loss"])
     said = capsys.readouterr().err
     assert "elsewhere was trained on /none, which cannot be compared with tiny" in said and said.count("warning") == 1
+
+
+def test_what_is_saved_says_that_its_head_reads_the_mean(tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    save_shard_manifests(tmp_path / "shards", make_client_splits("sst2", 2, max_examples=40, dataset="demo"))
+    line = words(tmp_path / "shards", "--rounds", 1, "--output-root", tmp_path)
+    for rule in ("naive", "residual"):
+        assert call(*line, "--run-name", rule, "--aggregate", rule, "--pooling", "mean") == 0
+    folder = tmp_path / "naive"
+    last, about = read_metrics(folder)[-1], read_json(folder / "run.json")
+    assert about["method"]["pooling"] == "mean"
+    same_metrics(evaluated(folder, tmp_path / "eval"), *(last[n] for n in SHOWN))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    with pytest.warns(UserWarning, match="head_pooling"):  # peft's, whose model reads the first token
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "base")
+        model = PeftModel.from_pretrained(model, folder / "final")
+    assert validation(model, tokenizer)[1] != pytest.approx(last["val_loss"], rel=1e-3)
+    read_mean(model.base_model.model)
+    same_metrics(validation(model, tokenizer), *(last[n] for n in SHOWN))
+
+    central = [*EVAL, "--lora-r", 4, "--do-eval", "--output-dir", tmp_path / "c", "--init-from", folder]
+    assert call(*central, "--pooling", "mean", script="main_glue_lora") == 0
+    row = read_metrics(tmp_path / "c" / "sst2_tiny" / "r4")[0]
+    same_metrics(tuple(row[n] for n in SHOWN), *(last[n] for n in SHOWN))
+    clients = [folder / f"round_1/client_{k}/adapter" for k in (1, 2)]
+    merge = ["--svd-rank", 4, "--save-adapter", tmp_path / "merged", "--adapters"]
+    assert call(*merge, *clients, script="fedavg_merge") == 0
+    assert read_json(tmp_path / "merged" / "adapter_config.json")["head_pooling"] == "mean"
+    plain = shutil.copytree(clients[1], tmp_path / "plain") / "adapter_config.json"
+    plain.write_text(json.dumps(read_json(plain) | {"head_pooling": None}))
+
+    whole = ["--model", tmp_path / "residual" / "final", *EVAL[2:], "--do-eval", "--output-dir", tmp_path / "b"]
+    assert call(*whole, "--pooling", "mean", script="baseline_run") == 0
+    rows = read_metrics(tmp_path / "b" / "sst2_final")[0], read_metrics(tmp_path / "residual")[-1]
+    same_metrics(tuple(rows[0][n] for n in SHOWN), *(rows[1][n] for n in SHOWN))
+    capsys.readouterr()
+    for script, refused, said in (
+        ("main_glue_lora", central, f"{folder} was trained with --pooling mean, not cls: give --pooling mean"),
+        ("baseline_run", whole, "final was trained with --pooling mean: give it"),
+        ("fedavg_merge", [*merge, clients[0], plain.parent], "with --pooling cls and mean: merge"),
+    ):
+        assert call(*refused, "--overwrite", script=script) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_examples_that_no_client_has_are_evaluated_and_change_nothing(tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    info = make_client_splits("sst2", 3, seed=1, max_examples=60, held_out_examples=40, dataset="demo")
+    for name in ("with", "without"):
+        save_shard_manifests(tmp_path / name, info)
+        if name == "without":
+            (tmp_path / name / "held_out.json").unlink()
+        line = ["--rounds", 1, "--aggregate", "naive", "--output-root", tmp_path, "--run-name", f"run_{name}"]
+        assert call(*words(tmp_path / name, *line)) == 0
+    held, plain = ([*read_metrics(tmp_path / f"run_{name}")] for name in ("with", "without"))
+    added = {"held_out_loss", "held_out_accuracy"}
+    for a, b in zip(held, plain, strict=True):
+        assert a.keys() - b.keys() == added and all(a[n] == b[n] for n in (*SHOWN, "round"))
+    assert read_json(tmp_path / "run_with" / "run.json")["data"]["held_out"] == 40
+    folder = tmp_path / "run_with"
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "base")
+    model = PeftModel.from_pretrained(model, folder / "final")
+    train, tokenizer = demo_task("sst2")["train"], AutoTokenizer.from_pretrained(folder / "base")
+    split = SimpleNamespace(
+        texts={"sentence": [train.texts["sentence"][i] for i in info["held_out"]]},
+        labels=train.labels[info["held_out"]],
+    )
+    same_metrics((held[-1]["held_out_accuracy"], held[-1]["held_out_loss"]), *validation(model, tokenizer, split))

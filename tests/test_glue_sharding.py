@@ -15,7 +15,7 @@ from common.sharding import check
 from lora_glue_fl import shards
 from lora_glue_fl.glue_data import load_task
 from lora_glue_fl.glue_tasks import TASKS
-from lora_glue_fl.shards import load_manifest, load_shards, make_client_splits, save_shard_manifests
+from lora_glue_fl.shards import load_held_out, load_manifest, load_shards, make_client_splits, save_shard_manifests
 
 
 def demo(task, k, mode="iid", **more):
@@ -114,6 +114,19 @@ def test_a_stratified_subset():
     assert demo("cola", 4, max_examples=5000)["size_per_client"] == [300] * 4
 
 
+def test_held_out_examples_are_stratified_and_no_clients():
+    plain, info = (demo("cola", 4, max_examples=200, held_out_examples=n) for n in (0, 300))
+    labels = load_task("cola", "demo").splits["train"].labels
+    held = info["held_out"]
+    assert info["client_indices"] == plain["client_indices"] and "held_out" not in plain
+    assert len(held) == len(set(held)) == 300 and held == sorted(held)
+    assert not set(held) & set(sum(info["client_indices"], []))
+    assert labels[held].mean() == pytest.approx(labels.mean(), abs=0.004)
+    assert demo("cola", 4, max_examples=200, held_out_examples=300) == info
+    every = demo("cola", 4, max_examples=200, held_out_examples=1000)
+    assert sorted(every["held_out"] + sum(every["client_indices"], [])) == list(range(1200))
+
+
 @pytest.mark.parametrize(
     "words, task, k, mode, more",
     [
@@ -122,6 +135,7 @@ def test_a_stratified_subset():
         ("--dirichlet-alpha 0 must", "rte", 2, "dirichlet", {"dirichlet_alpha": 0}),
         ("0 clients", "rte", 0, "iid", {}),
         ("--max-examples 0", "rte", 2, "iid", {"max_examples": 0}),
+        ("--held-out-examples 1: 0 of 1200 .* lower it or", "rte", 2, "iid", {"held_out_examples": 1}),
     ],
 )
 def test_what_cannot_be_dealt(words, task, k, mode, more):
@@ -171,6 +185,20 @@ def test_fewer_clients_leave_no_old_ones(saved):
     save_shard_manifests(folder, demo("rte", 2))
     assert sorted(p.name for p in folder.iterdir()) == ["client_1.json", "client_2.json", "notes.txt", "summary.json"]
     assert len(load_shards(folder, data)) == 2
+
+
+def test_held_out_examples_have_a_manifest_of_their_own(saved):
+    folder, data = saved
+    assert load_held_out(folder, data, load_shards(folder, data)) is None
+    info = demo("rte", 3, max_examples=90, held_out_examples=20)
+    save_shard_manifests(folder, info)
+    shards = load_shards(folder, data)
+    assert load_held_out(folder, data, shards).tolist() == info["held_out"] and len(shards) == 3
+    change(folder / "held_out.json", indices=[*info["held_out"], both := info["client_indices"][1][0]])
+    with pytest.raises(UsageError, match=f"index {both} is in .*held_out.json and in a client's file"):
+        load_held_out(folder, data, shards)
+    save_shard_manifests(folder, demo("rte", 3))
+    assert not (folder / "held_out.json").exists()
 
 
 def test_a_manifest_of_the_source_is_read(tmp_path):

@@ -67,6 +67,26 @@ def gap(found, wanted):
 # ---- what is merged
 
 
+def same_as_pefts(out, folders, weights, **how):
+    model = peft.PeftModel.from_pretrained(roberta(), folders[0], adapter_name="c0")
+    for folder in folders[1:]:
+        model.load_adapter(folder, adapter_name=folder.name)
+    model.add_weighted_adapter(["c0", "c1", "c2"], weights, "fused", **how)
+    found = deltas(out)
+    assert len(found) == 6
+    for layer, delta in found.items():
+        wanted = model.get_submodule(PREFIX + layer).get_delta_weight("fused").numpy()
+        assert delta.shape == wanted.shape and np.abs(delta - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+def test_naive_is_pefts_linear_merge_of_squared_weights(tmp_path):
+    folders = clients(tmp_path, task_type=None, modules_to_save=None)
+    for folder in folders:
+        change(folder, auto_mapping=None, base_model_name_or_path="roberta-base")
+    assert merge(folders, tmp_path / "out", "--skip_svd", "--weights", 0.5, 0.3, 0.2) == 0
+    same_as_pefts(tmp_path / "out", folders, [0.25, 0.09, 0.04], combination_type="linear")
+
+
 @pytest.mark.parametrize("split", ["us", "balanced"])
 def test_svd_equals_pefts_own_merge(split, tmp_path):
     weights = [0.5, 0.3, 0.2]
@@ -77,15 +97,7 @@ def test_svd_equals_pefts_own_merge(split, tmp_path):
     assert merge(folders, tmp_path / "out", "--svd_rank", 3, "--svd_split", split, "--weights", *weights) == 0
     file = read_adapter(tmp_path / "out")
     assert (file.head, file.base_model) == ({}, "roberta-base")
-    model = peft.PeftModel.from_pretrained(roberta(), folders[0], adapter_name="c0")
-    for folder in folders[1:]:
-        model.load_adapter(folder, adapter_name=folder.name)
-    model.add_weighted_adapter(["c0", "c1", "c2"], weights, "fused", combination_type="svd", svd_rank=3)
-    found = deltas(tmp_path / "out")
-    assert len(found) == 6
-    for layer, delta in found.items():
-        wanted = model.get_submodule(PREFIX + layer).get_delta_weight("fused").numpy()
-        assert delta.shape == wanted.shape and np.abs(delta - wanted).max() < 1e-5 * np.abs(wanted).max()
+    same_as_pefts(tmp_path / "out", folders, weights, combination_type="svd", svd_rank=3)
     for A, B in file.factors.values():
         lengths = A.norm(dim=1), B.norm(dim=0)  # V^T and U S, or the root of S in both
         torch.testing.assert_close(lengths[0], torch.ones(3) if split == "us" else lengths[1], rtol=1e-5, atol=1e-5)

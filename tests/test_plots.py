@@ -42,7 +42,12 @@ OTHERS = {
     + [{"lora_alpha": 4.0}, {"rounds": 5}, {"local_epochs": 2.0}, {"data": {"clients": 9}}, {"svd_rank": 2}]
     + [{"data": {"mode": "dirichlet"}}, {"data": {"sha256": {"train": "other"}}}, {"data": {"examples": [20] * 3}}]
     + [{"data": {"dataset": "demo"}}, {"client_ranks": [2, 4], "data": {"ranks": [2, 4, 2]}}, {"mu": 0.01}]
-    + [{"svd_split": "balanced"}, {"aggregate": "naive"}, {"data": {"mode": "dirichlet", "sizes": "equal"}}],
+    + [
+        {"svd_split": "balanced"},
+        {"aggregate": "naive"},
+        {"pooling": "mean"},
+        {"data": {"mode": "dirichlet", "sizes": "equal"}},
+    ],
     "noniid": [{"partition": "iid"}, {"alpha": 1.0}, {"style_criterion": "formality", "partition": "style_skew"}]
     + [{"num_clients": 5}, {"participation_rate": 0.5}, {"local_steps": 7}, {"learning_rate": 1e-4}]
     + [{"num_rounds": 8}, {"max_samples": 500}, {"eval_samples": 100}, {"model": "models/big"}, {"lora_r": 4}]
