@@ -88,8 +88,7 @@ def more(steps=768):
     yield from forms(steps, ("average",), (8,))
     corrected = f"fed_momentum {POOLED_GRADIENT} --server-bias-correction --server-beta2 0.999"
     yield row("server_adam_lu1", corrected, steps, 1, server_lr=ADAM_LR)
-    yield from forms(steps, ("average",), (1, 64), seeds=3)
-    yield from forms(steps, ("reset", "fedadamw"), (64,), seeds=3)
+    yield from forms(steps, ("average", "reset", "fedadamw"), (64,), seeds=3)
     yield from forms(steps, ("keep",), (steps,), seeds=3)  # averaged once, as often as the source's --sync epoch
     diloco = "fed_momentum --server-optimizer nesterov --server-lr 0.3"
     yield row("diloco_lu64", diloco, steps, 64, seeds=3, lr=ADAM_LR, server_lr=(0.1, 0.3, 0.7))

@@ -288,7 +288,7 @@ def test_flags_of_the_runner(capsys):
 # purpose changes here too: `RUNNER FLAGS --plan` of both versions shows what.
 PLANS = {
     ("mamba_fl/run_study", "--preset gap"): (45, "8e823dd81693"),
-    ("mamba_fl/run_study", "--preset gap-more"): (58, "2bec281e3ad1"),
+    ("mamba_fl/run_study", "--preset gap-more"): (55, "72b089b9e34e"),
     ("mamba_fl/run_study", "--preset gap-demo"): (54, "8a715211ab5f"),
     ("mamba_fl/run_study", "--preset source-tuned"): (9, "f6998fdfbbe2"),
     ("mamba_fl/run_study", "--preset source"): (12, "6c4d7643e591"),
