@@ -246,6 +246,12 @@ def areas(broken, strata, settings, values, draws=1000, seed=0):
     return found
 
 
+def numbered(things):
+    """Each thing's number, alike for the same thing: in the order of the log, so that draws come again."""
+    numbers = {}
+    return [numbers.setdefault(id(thing), len(numbers)) for thing in things]
+
+
 def print_areas(path, draws):
     known = judged(path)
     controls, settings, runs, broken = zip(*known, strict=True) if known else ((), (), (), ())
@@ -256,7 +262,7 @@ def print_areas(path, draws):
     for share, words in ((1 / 3, "a third"), (2 / 3, "two thirds")):
         figures = [seen(run, share) for run in runs]
         values = {name: np.array([one[name] for one in figures]) for name in (*BASES, *JUDGED)}
-        table = areas(broken, list(map(id, controls)), list(map(id, settings)), values, draws)
+        table = areas(broken, numbered(controls), numbered(settings), values, draws)
         heads = [f"less {name}'s" for name in table if name.lstrip("-") in BASES]
         print(f"\n{f'after {words}':16}{'pairs':>6}{'area':>20}" + "".join(f"{head:>28}" for head in heads))
         for name, of in table.items():
