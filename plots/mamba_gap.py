@@ -31,7 +31,7 @@ FORMS = {  # --client-state: how its line is called
     "fedadamw": "FedAdamW",
 }
 CENTRALLY = ("central", 0)
-VARIED = {"client_state", "local_updates", "lr", "rounds"}
+VARIED = {"client_state", "alpha_global", "local_updates", "lr", "rounds"}
 
 
 def cells(runs, notes=None):
@@ -122,7 +122,8 @@ def draw_gap(setting, found, args):
         lu_axis(axis, kept)
         axis.tick_params(labelleft=True)
     left.set_ylabel("Perplexity over central training's")
-    right.legend(title="AdamW's moments", title_fontsize=8, fontsize=8)
+    handles, labels = right.get_legend_handles_labels()
+    left.legend(handles, labels, loc="upper left", title="AdamW's moments", title_fontsize=8, fontsize=8)
     titled(figure, "FedAvg against central training on as many tokens", setting)
     return figure
 

@@ -304,16 +304,11 @@ def test_a_curve_is_over_the_rounds_that_all_seeds_have_and_a_gap_where_one_is_n
     np.testing.assert_allclose([line.get_xdata(), line.get_ydata()], [[10, 20], [50 / 3, np.nan]])
 
 
-def test_masks_as_they_are_saved_are_drawn_and_equal_ones_of_several_seeds_too(tmp_path):
-    import torch
-
-    from vit_sparse_fl.mask_files import save_mask
-
-    kept = {"vit.layers.0.mlp.fc1.weight": torch.tensor([[True, False]])}
-    kept["vit.layers.0.mlp.fc1.bias"] = torch.ones(2) > 0
-    save_mask(write_vit(tmp_path, SPARSE) / "mask.safetensors", kept, {"strategy": "random"})
+def test_equal_masks_of_several_seeds_are_drawn(tmp_path):
+    name = "vit.layers.0.mlp.fc1.weight"
+    write_vit(tmp_path, SPARSE, kept={name: 0.75})
     for seed in range(3):  # the mean of equal fractions may round past them
-        write_vit(tmp_path, SPARSE, seed=seed, mask_strategy="least_sensitive", kept={"vit.layers.0.mlp.fc1": 0.07})
+        write_vit(tmp_path, SPARSE, seed=seed, mask_strategy="least_sensitive", kept={name: 0.07})
     (figure,) = figures("vit layers", tmp_path).values()
     lines = lines_of(figure.axes[0])
     np.testing.assert_allclose([lines[name].get_ydata() for name in ("Least sensitive", "Random")], [[7], [75]])
