@@ -83,16 +83,14 @@ def repairs(names, alphas, h=50, seeds=3):
 
 def longer(names, alphas, times=3, lr=None):
     """Rows of `map` and `repair` over `times` the rounds. lr: another rate than theirs."""
+    rounds = times * STEPS // 50
+    words = f"--num-rounds {rounds} --eval-every {times * EVERY[50]}" + (f" --learning-rate {lr:g}" if lr else "")
     for name in names:
         for alpha in alphas:
-            taken, rounds = cell(name, 50, alpha), times * STEPS // 50
-            words = f"--num-rounds {rounds} --eval-every {times * EVERY[50]}"
-            if lr:
-                words += f" --learning-rate {lr:g}"
+            taken = cell(name, 50, alpha)
+            called = f"{taken}_rounds_{rounds}" + (f"_lr_{lr:g}" if lr else "")
             rate = {"rates": None} if lr else {"tuned_as": taken}
-            yield row(
-                "longer", f"{taken}_rounds_{rounds}{f'_lr_{lr:g}' if lr else ''}", name, alpha, words=words, **rate
-            )
+            yield row("longer", called, name, alpha, words=words, **rate)
 
 
 def adapters(name):

@@ -142,15 +142,16 @@ def gap_demo(steps=256):
 
 def source_layers(steps=34):
     """The source's three configurations over a sixteenth of the epoch: the rates of 1 layer, one seed."""
+    methods = (
+        ("central", "central", None, "central"),
+        ("keep", "fed_avg", 1, "keep"),
+        ("fisher", "fed_fisher --fisher-samples 2", 1, "keep"),
+    )
     for layers in (1, 2, 4):
-        for name, line, lu in (
-            ("central", "central", None),
-            ("keep", "fed_avg", 1),
-            ("fisher", "fed_fisher --fisher-samples 2", 1),
-        ):
-            of = "" if layers == 1 and name != "fisher" else f"layers_1_{'keep' if name == 'fisher' else name}"
-            about = {"seeds": 1, "tuned_as": of} | ({} if of else {"lr": (2e-3, 4e-3, 8e-3)})
-            yield row(f"layers_{layers}_{name}", f"{line} --layers {layers}", steps, lu, **about)
+        for name, line, lu, rate_of in methods:
+            taken = "" if (layers, name) == (1, rate_of) else f"layers_1_{rate_of}"
+            name, line = f"layers_{layers}_{name}", f"{line} --layers {layers}"
+            yield row(name, line, steps, lu, seeds=1, tuned_as=taken, lr=(2e-3, 4e-3, 8e-3))
 
 
 SOURCE = "--layers 1 --amp auto --val-freq 60 --val-sequences 256 --threads 1"

@@ -390,9 +390,8 @@ def plain_of(curve, curves):
 
     def plain(c):
         args = c.runs[0].args
-        own = c.kind == "fed_avg" and args.get("client_state", "keep") == "keep"
-        own = own and args.get("personal", "none") == "none"
-        return own and args["local_updates"] == curve.runs[0].args.get("local_updates")
+        usual = args.get("client_state", "keep") == "keep" and args.get("personal", "none") == "none"
+        return c.kind == "fed_avg" and usual and args["local_updates"] == curve.runs[0].args.get("local_updates")
 
     return nearest(curve, [c for c in of_as_many_tokens(curve, curves) if plain(c)])
 

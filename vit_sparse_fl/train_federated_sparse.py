@@ -97,6 +97,10 @@ def train(args):
         frozen = study.frozen_squares()
         report(study, run, best, 0, theta)
 
+        def as_sent(start, row):
+            """(the client's weights as the server sees them, what it has not sent)."""
+            return uploaded(theta, start, weights.theta, size, row.get("residual")) if topk else (weights.theta, None)
+
         for t in run.rounds():
             lr, before = learning_rate(args, t), turns.before(t)
             up, down = np.where(before, sent, sent + places), np.where(before, changing, study.model_bytes + places)
@@ -110,9 +114,7 @@ def train(args):
                 local = client_update(study, start, kept, client_batches(study, k, t, before[k] * steps, steps), lr)
                 clients.note(k, train_loss=local.loss)
                 clients.work(steps * args.batch_size)
-                theta_k = weights.theta
-                if topk:
-                    theta_k, rest = uploaded(theta, start, weights.theta, size, row.get("residual"))
+                theta_k, rest = as_sent(start, row)
                 if mean.add(theta_k, weight=study.client_weights[k], finite=(weights.theta,)):
                     if rows:
                         rows.put(k, remembered(args, rest, start))
@@ -120,10 +122,7 @@ def train(args):
                         pull.add(theta_k)
                     if cross and cross.add(theta_k):
                         client_update(study, start, kept, other_batches(study, k, t, before[k] * steps, steps), lr)
-                        theta_k = weights.theta
-                        if topk:
-                            theta_k, _ = uploaded(theta, start, weights.theta, size, row.get("residual"))
-                        cross.add_other(theta_k)
+                        cross.add_other(as_sent(start, row)[0])
             theta = mean.result(args.server_lr)
             report(study, run, best, t + 1, theta, pull, cross, lr=lr)
 
