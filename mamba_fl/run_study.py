@@ -167,7 +167,7 @@ PRESETS = {
     ),
     "gap-demo": Preset((*f"{DEMO} {GAP}".split(), *NO_SAMPLES), tuple(gap_demo())),
     "source-tuned": Preset(
-        f"--val-sequences 256 --warmup-steps 3 --held-out-sequences 0 {GAP}".split() + NO_SAMPLES,
+        f"--val-sequences 64 --warmup-steps 3 --held-out-sequences 0 {GAP}".split() + NO_SAMPLES,
         tuple(source_layers()),
     ),
     "source": Preset(SOURCE.split(), settings(SOURCE_METHODS, val_freq=10)),
