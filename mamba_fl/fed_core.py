@@ -169,7 +169,7 @@ def load_study(args, run, federated=True):
 
 def client_moments(args, weights, rows, federated):
     """The clients' optimiser, and what becomes of its moments from round to round: --client-state."""
-    betas = (0.9, args.beta2)
+    betas = (args.beta1, args.beta2)
     state = args.client_state if args.client_optimizer == "adamw" else "reset"  # SGD has no moments
     if state == "fedadamw":
         optimizer = FedAdamW(weights, args.lr, args.weight_decay, args.alpha_global, NOT_DECAYED, betas)

@@ -86,8 +86,9 @@ def make_parser(doc, *, federated=True):
     add("--warmup-steps", type=non_negative_int, default=0, metavar="N", when=rises, help=rise)
     lowest, falls = "the rate that cosine and linear end at", only(lr_scheduler=("cosine", "linear"))
     add("--min-lr", type=non_negative_float, default=0.0, metavar="X", when=falls, help=lowest)
-    adamw = only(client_optimizer="adamw") & unless(beta2=0.999)
-    add("--beta2", type=half_open_fraction, default=0.999, metavar="X", when=adamw, help="b2 of AdamW")
+    for name, usual, words in (("beta1", 0.9, "b1 of AdamW; off: 0"), ("beta2", 0.999, "b2 of AdamW")):
+        adamw = only(client_optimizer="adamw") & unless(**{name: usual})
+        add(f"--{name}", type=half_open_fraction, default=usual, metavar="X", when=adamw, help=words)
     clip, clips = "norm that a step's gradient is clipped to; off: 0", unless(max_grad_norm=0)
     add("--max-grad-norm", type=non_negative_float, default=0.0, metavar="X", when=clips, help=clip)
     if federated:

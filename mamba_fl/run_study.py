@@ -131,7 +131,8 @@ def gap_demo(steps=256):
             name = f"server_adam_{'corrected' if correction else 'plain'}_b2_{b2}"
             line = f"fed_momentum {POOLED_GRADIENT} --server-beta2 {b2}{correction}"
             yield row(name, line, steps, 1, seeds=3, server_lr=ADAM_LR)
-    yield row("ema_lu1", "fed_momentum --momentum-form ema", steps, 1, seeds=3)
+    for name, words in (("", ""), ("_b1_0", " --beta1 0")):  # momentum at the server besides, or instead
+        yield row(f"ema{name}_lu1", f"fed_momentum --momentum-form ema{words}", steps, 1, seeds=3)
     yield row("keep_lu64", "fed_avg", steps, 64, seeds=3)
     for lu in (1, 64):
         both = {"lr": ADAM_LR, "server_lr": (0.1, 0.3, 1.0)}

@@ -114,6 +114,7 @@ STUDY = Study(
         "alpha_global": "alpha {}",
         "amp": "amp {}",
         "batch_size": "batch {}",
+        "beta1": "b1 {}",
         "beta2": "b2 {}",
         "client_optimizer": "client {}",
         "client_state": "{} client state",
@@ -145,7 +146,7 @@ STUDY = Study(
         "sequence_length": "length {}",
         "sync": "sync every {}",
     },
-    off=dict.fromkeys(("init_from", "lr_scheduler", "warmup_steps", "max_grad_norm", "beta2", "personal"), ())
+    off=dict.fromkeys(("init_from", "lr_scheduler", "warmup_steps", "max_grad_norm", "beta1", "beta2", "personal"), ())
     | {"server_lr": ("fed_momentum",), "server_bias_correction": (), "scheduled": ()},
     spoken=frozenset({"local_updates"}),
     # the two forms differ by a factor of ten in their steps: never left unsaid

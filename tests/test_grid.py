@@ -289,8 +289,8 @@ def test_flags_of_the_runner(capsys):
 PLANS = {
     ("mamba_fl/run_study", "--preset gap"): (45, "8e823dd81693"),
     ("mamba_fl/run_study", "--preset gap-more"): (55, "72b089b9e34e"),
-    ("mamba_fl/run_study", "--preset gap-demo"): (54, "8a715211ab5f"),
-    ("mamba_fl/run_study", "--preset source-tuned"): (9, "f6998fdfbbe2"),
+    ("mamba_fl/run_study", "--preset gap-demo"): (57, "756744e7dbcd"),
+    ("mamba_fl/run_study", "--preset source-tuned"): (9, "882d1eaf7fc0"),
     ("mamba_fl/run_study", "--preset source"): (12, "6c4d7643e591"),
     ("mamba_fl/run_study", "--preset quick"): (13, "f2620417502b"),
     ("mamba_fl/run_study", "--preset quick --only central fed_fisher --seeds 5"): (2, "cec496ec505c"),

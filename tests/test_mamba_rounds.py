@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,6 +77,7 @@ class Plain:
     """
 
     def __init__(self, train, lr=0.5, kind="sgd", steps=H, rates=None, clip=math.inf):
+        self.betas = (0.9, 0.999)
         self.model = make_model(Mamba2Config(vocab_size=V, d_model=32, d_state=16, headdim=16), seed=SEED).double()
         self.start = self.theta = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.train, self.lr, self.kind, self.steps = train, lr, kind, steps
@@ -117,7 +119,8 @@ class Plain:
         groups = [{"params": [], "weight_decay": 0.01}, {"params": [], "weight_decay": 0.0}]
         for name, p in self.model.named_parameters():
             groups[name.endswith(("dt_bias", "A_log", "D"))]["params"].append(p)
-        optimizer = (torch.optim.AdamW if self.kind == "adamw" else torch.optim.SGD)(groups, lr=self.lr, foreach=False)
+        of = partial(torch.optim.AdamW, betas=self.betas) if self.kind == "adamw" else torch.optim.SGD
+        optimizer = of(groups, lr=self.lr, foreach=False)
         if self.kind == "adamw" and k in self.states:
             optimizer.load_state_dict(self.states[k])
         order = [i for e in range(2) for i in stream(SEED, "batches", e, k).permutation(len(blocks))]
@@ -192,10 +195,11 @@ def test_fed_avg(data, tmp_path, monkeypatch):
 def test_uniform_weights_and_moments_that_clients_keep(data, tmp_path, monkeypatch):
     """AdamW: a client's moments go on, those of a client that is left out start anew."""
     plain = Plain(data.train, 1e-3, "adamw")
+    plain.betas = (0.7, 0.99)
     later = {*plain.sampled(1), *plain.sampled(2)}
     bad = {next(place for place, k in enumerate(plain.sampled(0)) if k in later)}  # one that comes again
     spoil(monkeypatch, fed_avg, bad)
-    theta, _ = run(fed_avg, tmp_path, FEDERATED + "--lr 1e-3 --client-weights uniform")
+    theta, _ = run(fed_avg, tmp_path, FEDERATED + "--lr 1e-3 --client-weights uniform --beta1 0.7 --beta2 0.99")
     plain.rounds(lambda *_: 1.0, bad)
     plain.agrees(theta, 1e-2)  # where a gradient is near 0, AdamW's first steps have the sign of its rounding
 

@@ -85,7 +85,7 @@ def test_equal_budget_gives_central_and_clients_the_same_tokens(tmp_path):
         ("fed_momentum", "--server-optimizer adam --server-lr 1e-3"),
         ("fed_momentum", "--server-optimizer adagrad --server-lr 1e-3"),
         ("fed_momentum", "--server-optimizer adam --server-lr 1e-3 --server-bias-correction --client-state fedadamw"),
-        ("fed_entropy", "--client-state average --beta2 0.99"),
+        ("fed_entropy", "--client-state average --beta1 0 --beta2 0.99"),
         ("fed_fisher", "--fisher-normalize --fisher-samples 2 --client-state pooled"),
     ],
 )
