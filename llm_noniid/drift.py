@@ -15,7 +15,7 @@ has N such.
 
 Clients that are alike have a drift_ratio about drift_ratio_chance: with few texts both are far above 0, and near an
 optimum both grow. `relative_drift`, of updates of many steps, has no such level that a round could afford (clients that
-are alike would have to be trained beside the others): the alarm `drifting` should read these two. Gradients are of the
+are alike would have to be trained beside the others): benchmarks/detectors.py reads these two. Gradients are of the
 factors A and B, all at one theta, as SCAFFOLD's corrections are; hence none with --personal, where texts dealt anew
 would meet another client's own tensors.
 """

@@ -81,7 +81,7 @@ def build_parser(description):
     number(method, "--cluster-round", positive_int, 1, text, "T", when=only(cluster="updates"))
     text = "FedPer: what stays with the client (last: the last block; of all parameters the last norm too)"
     choice(method, "--personal", PERSONAL, "none", text, when=unless(personal="none"))
-    choice(method, "--stop-on", STOP_ON, "never", "end the run at a detector's alarm: of divergence, or of any")
+    choice(method, "--stop-on", STOP_ON, "never", "end the run at an alarm: of divergence, or of updates left out too")
 
     data = parser.add_argument_group("the data")
     choice(data, "--dataset", DATASETS, "ag_news", "demo is built in and needs no network")

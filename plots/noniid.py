@@ -30,8 +30,7 @@
 
 Lines are means over seeds, bands and bars one standard deviation each way; losses are in nats per token, of labels per
 text. Central training is a horizontal line at its last loss. A curve that leaves the axis ends in an arrow. Letters
-stand where a detector spoke first (`llm_noniid.detectors`): Dv diverged, Os oscillating, Dr drifting, Sl slow, Lo
-updates left out.
+stand where an alarm came first (`llm_noniid.detectors`; older logs have others): the first two of its name.
 """
 
 import math
@@ -98,14 +97,6 @@ def looks_in(panels):
 
 # ---- losses over rounds, with the alarms
 
-# detector -> the letters on a curve where it first spoke, and its words in the caption
-ALARMS = {
-    "diverged": "Dv diverged",
-    "oscillating": "Os oscillating",
-    "drifting": "Dr drifting",
-    "slow": "Sl slow",
-    "left_out": "Lo updates left out",
-}
 # a curve's marker as a letter, so that an alarm's mark says in grey, too, whose it is
 SYMBOLS = dict(zip(MARKERS, "\u25cf\u25a0\u25b2\u25c6\u25bc\u271a\u2716\u25c0\u25b6", strict=True))
 OFF_SCALE = 2.5  # a curve may take so many times the height of the usual one before it leaves the axis
@@ -124,7 +115,7 @@ def over_rounds(name, y_label, title):
         leaving = keep_on_scale(axes, panels, name)
         size = 72 * figure.get_figwidth() / axes[0].get_gridspec().ncols - 60, 130
         spoke = {one for axis, p in zip(axes, panels, strict=True) for one in mark_alarms(axis, p, looks, name, size)}
-        alarms = ", ".join(words for detector, words in ALARMS.items() if detector in spoke)
+        alarms = ", ".join(f"{one[:2].capitalize()} {one.replace('_', ' ')}" for one in sorted(spoke))
         lines = [f"first alarms: {alarms} (n/m: in n of m seeds)" if spoke else ""]
         lines += ["arrows: the curve leaves the axis" if leaving else ""]
         return finish(figure, axes, title, setting, KEYS, panels, lines=lines)
@@ -184,7 +175,7 @@ def mark_alarms(axis, panel, looks, name, size):
             spoke.add(detector)
             t = float(np.median(times))
             y = np.clip(np.interp(t, rounds[known], mean[known]) if known.any() else y1, y0, y1)
-            words = f"{SYMBOLS[own['marker']]} {ALARMS[detector][:2]}"
+            words = f"{SYMBOLS[own['marker']]} {detector[:2].capitalize()}"
             words += f" {len(times)}/{seeds}" if len(times) < seeds else ""
             at = np.array([(t - x0) / (x1 - x0) * size[0], (y - y0) / (y1 - y0) * size[1]])
             step = np.array([0, 10 if y < (y0 + y1) / 2 else -10])  # towards the middle
