@@ -44,6 +44,7 @@ def settings(methods, val_freq):
 LUS = (1, 8, 64, 256)
 SEEDS = (0, 1, 2, 3, 4)
 TUNED = "mamba_fl/results/tuning/gap.json"  # the rates that --tune found, on seed 100
+TUNED_DEMO = "mamba_fl/results/tuning/gap_demo.json"
 ADAM_LR = (8e-3, 1.6e-2, 3.2e-2)
 GAP = "--lr-scheduler cosine --amp auto"
 WIKITEXT = "--d-model 64 --tokenizer bpe:2048 --val-sequences 128 --warmup-steps 77 --held-out-sequences 16"
@@ -121,24 +122,24 @@ def gap_demo(steps=256):
     server's momentum."""
     for batch in (None, 8, 16):
         wide, own = (f"_batch_{4 * batch}", f"_batch_{batch}") if batch else ("", "")
-        yield row(f"central{wide}", "central", steps, batch=batch and 4 * batch, seeds=3)
-        for state in ("keep", "pooled"):
-            yield row(f"{state}_lu1{own}", f"fed_avg --client-state {state}", steps, 1, batch, seeds=3)
-    yield row("central_b2_0.99", "central --beta2 0.99", steps, seeds=3)
-    yield row("keep_lu1_b2_0.99", "fed_avg --beta2 0.99", steps, 1, seeds=3)
+        yield row(f"central{wide}", "central", steps, batch=batch and 4 * batch)
+        for state, words in (("keep", ""), ("pooled", " --client-state pooled")):
+            yield row(f"{state}_lu1{own}", f"fed_avg{words}", steps, 1, batch)
+    yield row("central_b2_0.99", "central --beta2 0.99", steps)
+    yield row("keep_lu1_b2_0.99", "fed_avg --beta2 0.99", steps, 1)
     for correction in ("", " --server-bias-correction"):
         for b2 in ("0.99", "0.999"):
             name = f"server_adam_{'corrected' if correction else 'plain'}_b2_{b2}"
             line = f"fed_momentum {POOLED_GRADIENT} --server-beta2 {b2}{correction}"
-            yield row(name, line, steps, 1, seeds=3, server_lr=ADAM_LR)
+            yield row(name, line, steps, 1, server_lr=ADAM_LR)
     for name, words in (("", ""), ("_b1_0", " --beta1 0")):  # momentum at the server besides, or instead
-        yield row(f"ema{name}_lu1", f"fed_momentum --momentum-form ema{words}", steps, 1, seeds=3)
-    yield row("keep_lu64", "fed_avg", steps, 64, seeds=3)
+        yield row(f"ema{name}_lu1", f"fed_momentum --momentum-form ema{words}", steps, 1)
+    yield row("keep_lu64", "fed_avg", steps, 64)
     for lu in (1, 64):
         both = {"lr": ADAM_LR, "server_lr": (0.1, 0.3, 1.0)}
-        yield row(f"heavy_ball_lu{lu}", "fed_momentum --server-lr 0.3", steps, lu, seeds=3, **both)
+        yield row(f"heavy_ball_lu{lu}", "fed_momentum --server-lr 0.3", steps, lu, **both)
     for name in ("fed_entropy", "fed_fisher --fisher-samples 4"):
-        yield row(f"{name[4:].partition(' ')[0]}_lu1", name, steps, 1, seeds=3, tuned_as="keep_lu1")
+        yield row(f"{name[4:].partition(' ')[0]}_lu1", name, steps, 1, tuned_as="keep_lu1")
 
 
 def source_layers(steps=34):
@@ -166,7 +167,7 @@ PRESETS = {
     "gap-more": Preset(
         (*f"{WIKITEXT} {GAP}".split(), *NO_SAMPLES), (*more(), *topics(), *longer()), SEEDS, tuned=TUNED
     ),
-    "gap-demo": Preset((*f"{DEMO} {GAP}".split(), *NO_SAMPLES), tuple(gap_demo())),
+    "gap-demo": Preset((*f"{DEMO} {GAP}".split(), *NO_SAMPLES), tuple(gap_demo()), SEEDS, tuned=TUNED_DEMO),
     "source-tuned": Preset(
         f"--val-sequences 64 --warmup-steps 3 --held-out-sequences 0 {GAP}".split() + NO_SAMPLES,
         tuple(source_layers()),

@@ -289,7 +289,7 @@ def test_flags_of_the_runner(capsys):
 PLANS = {
     ("mamba_fl/run_study", "--preset gap"): (45, "8e823dd81693"),
     ("mamba_fl/run_study", "--preset gap-more"): (55, "72b089b9e34e"),
-    ("mamba_fl/run_study", "--preset gap-demo"): (66, "f567486acb65"),
+    ("mamba_fl/run_study", "--preset gap-demo"): (110, "09252450a972"),
     ("mamba_fl/run_study", "--preset source-tuned"): (9, "882d1eaf7fc0"),
     ("mamba_fl/run_study", "--preset source"): (12, "6c4d7643e591"),
     ("mamba_fl/run_study", "--preset quick"): (13, "f2620417502b"),
