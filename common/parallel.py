@@ -176,7 +176,7 @@ class Round:
                 self.current, self._added = self.clients[place], set()
                 watch.at(f"client {self.current} of round {self.number + 1}")
                 yield self.current
-                self.current = None
+                self.current, self._added = None, set()
                 watch.at("")
             if self.world.size > 1 and self._sums:
                 heads = zip(*all_gather([total.head() for total in self._sums]), strict=True)
@@ -230,6 +230,7 @@ class Round:
         self.amount = sum(amount for _, amount in parts)
         for close in self._closers:
             close(self)
+        self._sums.clear()  # each holds the round: a cycle, which would keep its vectors
         out, everyone = self.left_out, len(self.clients)
         if 2 * len(out) > everyone:
             raise LeftOut(
@@ -313,6 +314,7 @@ class OrderedSum:
 
         Every process calls it, after the loop.
         """
+        self._fold = self._prepare = None  # often of who holds this sum: a cycle, which would keep the vectors
         return [self._gathered(s) for s in self._sums], self._numbers
 
     def _add(self, numbers, vectors):
