@@ -251,9 +251,10 @@ def check_same(folder, before, now):
     """
     # where the files lie may change between sessions; what is in them may not
     places = ("source", "model", "tokenizer")  # the last two are compared by `check_folder`
-    data = [{key: value for key, value in of["data"].items() if key not in places} for of in (before, now)]
-    shards, clients = before.get("clients") or {}, now["clients"] or {}  # what run.json lacks is newer than the run
-    if data[0] != data[1] or shards != {key: clients.get(key) for key in shards}:
+    data = {key: value for key, value in before["data"].items() if key not in places}
+    shards, clients = before.get("clients") or {}, now["clients"] or {}
+    # what run.json lacks is newer than the run
+    if data != {key: now["data"].get(key) for key in data} or shards != {key: clients.get(key) for key in shards}:
         raise UsageError(f"{folder} was started on other data (see its run.json): choose another --run-name")
     if changed := _changes(before["resolved"], now["resolved"]):
         raise UsageError(f"{folder} was started with {changed}: name these flags as they were then")

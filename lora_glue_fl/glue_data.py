@@ -5,6 +5,8 @@ data = load_task("rte", data_root=None)                    # official files, els
 
 import dataclasses
 
+import numpy as np
+
 from common.cache import cache_folder, one_line
 from common.cli import UsageError
 from common.corpora import data_folder
@@ -21,7 +23,8 @@ _MOST_SKIPPED = 1e-3  # of a file's rows; QQP's train file has three broken ones
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """A task's splits. notes: lines for the log; fingerprint: for run.json (SHA-256 of each split, counts, source)."""
+    """A task's splits. notes: lines for the log; fingerprint: for run.json (SHA-256 of each split, counts of examples
+    and, but for regression, of each label, source)."""
 
     task: Task
     splits: dict[str, Split]
@@ -55,6 +58,9 @@ def load_task(name, dataset="glue", data_root=None, cache_dir=None, splits=None)
         "sha256": {split: there[split].sha256() for split in splits},
         "counts": {split: len(there[split]) for split in splits},
     }
+    if not task.regression:
+        of_labels = {split: np.bincount(there[split].labels, minlength=task.num_labels) for split in splits}
+        fingerprint["label_counts"] = {split: counts.tolist() for split, counts in of_labels.items()}
     return TaskData(task, there, notes, fingerprint)
 
 

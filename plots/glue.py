@@ -4,13 +4,16 @@
     python plots/glue.py metric error --data-dir lora_glue_fl/results/small.jsonl --tasks rte
     python plots/tables.py lora_glue_fl --data-dir out_fedavg --against svd
 
-    metric     metric.png: each task's headline metric on its validation examples against rounds
+    metric     metric.png: each task's headline metric on its validation examples against rounds, from before training
+               on (round 0, where it is logged); lines at the share of the most frequent label, where the metric is
+               accuracy and run.json says it, and at the last metric of runs that train the head only
     error      aggregation error of what is served against rounds (error_rounds.png), clients (error_clients.png), rank
                (error_rank.png), the latter two means over a run's rounds:
 
                    ||served - mean(BA)|| / ||mean(BA)||, mean(BA) = sum_k p_k s_k B_k A_k, in percent, over all layers
 
-               Rules whose error stays below 0.1 % everywhere (what rounding leaves) share one line.
+               Rules whose error stays below 0.1 % everywhere (what rounding leaves) share one line; a panel of them
+               alone is not drawn.
     bytes      the metric against what has been sent, all clients and rounds so far, in 10^6 bytes: by the clients
                (bytes_up.png); both ways (bytes_both.png): stack and residual send the base model's update down
     clients    clients.png, after the last round: every client of every seed as a dot, their mean as a bar, the global
@@ -30,7 +33,7 @@ import numpy as np
 from common.cli import UsageError, run_main
 from common.curves import GREY, number, plain_ticks
 from plots import glue_replay
-from plots.runs import Study, base_name, describe, like_with_like, order_of, shared_setting, text
+from plots.runs import LeftOut, Study, base_name, describe, like_with_like, order_of, shared_setting, text
 from plots.seeds import curves_of, kind_order, label, lines_of
 from plots.style import (
     Figure,
@@ -64,6 +67,7 @@ METRICS = {
 FIGURE = ("dataset", "model", "rank", "lora_alpha")  # what the panels of one figure have in common
 FEDERATION = ("clients", "shards", "rounds", "local_epochs")
 SERVED = ("svd_rank", "served_scale")  # of svd, where they are not the clients'
+VALIDATION = ("validation", "validation_matched")  # the split of the headline metric
 KEYS = (*FIGURE, "task", *FEDERATION, "examples", "data", "learning_rate", *SERVED)
 ERROR = "aggregation_error"
 EXACT = 1e-3
@@ -275,11 +279,11 @@ def set_titles(panels):
         panel.title = describe(STUDY, panel.setting, keys)
 
 
-def having(field=None, lines=1, over_rounds=False, axis=()):
+def having(field=None, lines=1, over_rounds=False, axis=(), control=False):
     """A select of the runs with a field in so many lines of metrics.jsonl (None: of all) and of the central ones.
 
     over_rounds: of panels in which a curve has the headline metric after two rounds or more; axis: settings on the
-    panels' axis, of the rules at two places of it or more.
+    panels' axis, of the rules at two places of it or more; control: runs that train the head only are references.
     """
 
     def rounds(panel):
@@ -292,6 +296,10 @@ def having(field=None, lines=1, over_rounds=False, axis=()):
         for panel in (panel for _, panels in figures for panel in panels if axis):
             panel.curves = [curve for line in lines_of(panel.curves) if len(line) > 1 for curve in line]
             label(panel.curves)
+        if control:
+            figures = [(setting, list(map(with_control, panels))) for setting, panels in figures]
+        if field == ERROR:
+            figures = [(setting, inexact(setting, panels, notes)) for setting, panels in figures]
         figures = [(s, [p for p in panels if (rounds(p) > 1 if over_rounds else p.curves)]) for s, panels in figures]
         return [(setting, panels) for setting, panels in figures if panels]
 
@@ -315,18 +323,39 @@ def panelled(title, draw_panel, spread="bands", height=2.9, note=lambda panels: 
 # ---- metric against rounds and bytes
 
 
-def central_lines(axis, panel):
-    """A horizontal line at the last metric of each central curve; that of all weights is black."""
-    grey, black = cycle([(6, 2), (2, 2), (9, 2, 2, 2)]), cycle([(1, 3), (1, 1)])
+def with_control(panel):
+    """The panel with its runs that train the head only among its references, where other rules are in it."""
+    rules, heads = ([curve for curve in panel.curves if (curve.kind == "head") == head] for head in (False, True))
+    return replace(panel, curves=rules, references=[*panel.references, *heads]) if rules else panel
+
+
+def last_lines(axis, panel):
+    """A horizontal line at the last metric of each reference; that of all weights is black, the head's dashes short."""
+    dashes = {
+        "central": cycle([(8, 2), (8, 2, 2, 2), (8, 2, 2, 2, 2, 2)]),
+        "full": cycle([(1, 3), (1, 1)]),
+        "head": cycle([(3, 2), (3, 4)]),
+    }
     looks = {}
     for curve in panel.references:
-        color, dashes = ("black", black) if curve.kind == "full" else (GREY, grey)
-        looks[curve.label] = {"color": color, "linestyle": (0, next(dashes))}
+        color = "black" if curve.kind == "full" else GREY
+        looks[curve.label] = {"color": color, "linestyle": (0, next(dashes[curve.kind]))}
     reference_lines(axis, panel.references, headline(panel.setting), 100, looks=looks)
 
 
+def majority_line(axis, panel):
+    """A thin line at the accuracy of the most frequent label, where a run of the panel says how frequent labels are."""
+    facts = [run.facts.get("label_counts") or {} for curve in (*panel.references, *panel.curves) for run in curve.runs]
+    counts = next((some[split] for some in facts for split in VALIDATION if split in some), None)
+    if counts and headline(panel.setting) == "val_accuracy":
+        share, task = 100 * max(counts) / sum(counts), panel.setting["task"]
+        words = f"Majority label, {TASKS.get(task, task)} ({share:.1f} %)"
+        axis.axhline(share, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1, label=words)
+
+
 def draw_metric(axis, panel, looks, _, x="round", x_factor=1.0):
-    central_lines(axis, panel)
+    last_lines(axis, panel)
+    majority_line(axis, panel)
     draw_rounds(axis, panel.curves, looks, headline(panel.setting), 100, x, x_factor)
     axis.set_ylabel(METRICS[headline(panel.setting)])
 
@@ -353,6 +382,14 @@ def exact_rules(panels):
         errors = np.nan_to_num(curve.evaluated(ERROR)[1], nan=np.inf)
         largest[curve.label] = max(largest.get(curve.label, 0.0), errors.max(initial=0.0))
     return {name: error for name, error in largest.items() if error < EXACT}
+
+
+def inexact(setting, panels, notes):
+    """The panels with a rule that is not exact in it; a note names the others."""
+    chosen = [panel for panel in panels if {curve.label for curve in panel.curves} - exact_rules([panel]).keys()]
+    why = f"the error of its rules is below {100 * EXACT:g} %"
+    notes += [LeftOut(panel.title, why, setting=setting) for panel in panels if panel not in chosen and panel.curves]
+    return chosen
 
 
 def exact_note(panels):
@@ -405,7 +442,7 @@ def place_name(place, panels):
 
 def draw_clients(axis, panel, looks, _):
     """At each place the clients of all seeds to the left, the global model to the right."""
-    central_lines(axis, panel)
+    last_lines(axis, panel)
     field = headline(panel.setting)
     for i, curve in enumerate(panel.curves):
         lines = [[row for row in run.rows if GAIN in row][-1] for run in curve.runs]
@@ -521,7 +558,7 @@ the rounds. --wide prints one table of headline metrics, a row per task and fede
 LOGGED = "runs of fedavg_rounds.py with"
 EACH = f"{LOGGED} --eval-each-round"
 SENT = f"{EACH}, with bytes_up and bytes_down in metrics.jsonl"
-WITH_ERROR = f"{LOGGED} {ERROR} in metrics.jsonl"
+WITH_ERROR = f"{LOGGED} {ERROR} above {100 * EXACT:g} % in metrics.jsonl"
 ERRORS, METRICS_SENT = "Error of what is served", "Validation metric against bytes sent, all clients"
 BY_CLIENTS = panelled(ERRORS, draw_error_along, "bars", note=exact_note, x_label="Clients")
 BY_RANK = panelled(ERRORS, draw_error_along, "bars", note=exact_note, x_label="Rank r of the adapters")
@@ -531,15 +568,17 @@ LAST = panelled("Clients' own models and the global one, last round", draw_clien
 GAINS = panelled("Global model minus the mean of its clients", draw_gains)
 NUMBERS, RANKS = having(ERROR, axis=("clients",)), having(ERROR, axis=("rank", "lora_alpha"))
 FIGURES = {
-    "metric": [Figure("metric", having(over_rounds=True), panelled("Validation metric", draw_metric), EACH)],
+    "metric": [
+        Figure("metric", having(over_rounds=True, control=True), panelled("Validation metric", draw_metric), EACH)
+    ],
     "error": [
         Figure("error_rounds", having(ERROR), panelled(ERRORS, draw_error, note=exact_note), WITH_ERROR),
         Figure("error_clients", NUMBERS, BY_CLIENTS, f"{WITH_ERROR} and two numbers of clients"),
         Figure("error_rank", RANKS, BY_RANK, f"{WITH_ERROR} and two values of --lora-r"),
     ],
     "bytes": [
-        Figure("bytes_up", having(SENT_UP, over_rounds=True), UP, SENT),
-        Figure("bytes_both", having(SENT_BOTH, over_rounds=True), BOTH, SENT),
+        Figure("bytes_up", having(SENT_UP, over_rounds=True, control=True), UP, SENT),
+        Figure("bytes_both", having(SENT_BOTH, over_rounds=True, control=True), BOTH, SENT),
     ],
     "clients": [
         Figure("clients", having(GAIN), LAST, f"{LOGGED} --eval-clients"),

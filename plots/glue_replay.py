@@ -3,13 +3,14 @@
     python plots/glue.py replay --data-dir out_fedavg --out-dir results/plots
 
     replay    replay_error.png: loss of what a rule serves minus the loss of the exact mean product, against the rule's
-              aggregation error; replay_dose.png: the same against how often residual's correction is applied (0: naive,
-              1: exact). Left on the clients' training examples, right on the validation examples.
+              aggregation error; replay_dose.png: the same against how often residual's correction is applied (0:
+              naive, 1: exact), a line per setting. Above on the clients' training examples, below on the validation
+              examples; a column per number of local epochs, each panel with its own scales.
 
-Both losses are of the same clients, trained once, so that nothing but the averaging lies between them. A point or thin
-line is a cell (clients, shards, local epochs, rank, rate, round): the mean over its seeds, with the 95 % interval of a
-paired t test. The grey band is the largest difference between two ways to serve the exact mean (in the base's weights,
-and as an adapter beside a corrected base): what rounding does.
+Both losses are of the same clients, trained once, so that nothing but the averaging lies between them. A point or a
+line is of a setting (a cell: clients, shards, local epochs, rank, rate, round): the mean over its seeds, with the 95 %
+interval of a paired t test. The grey band is the largest difference between two ways to serve the exact mean (in the
+base's weights, and as an adapter beside a corrected base): what rounding does.
 """
 
 from collections import defaultdict
@@ -17,34 +18,38 @@ from collections import defaultdict
 import numpy as np
 
 from common.curves import GREY, new_figure, number, set_title
-from plots.runs import describe
+from plots.runs import describe, words_for
 from plots.seeds import interval
 from plots.style import Figure, each_group, legend_below, look
 
 VARIED = ("clients", "shards", "local_epochs", "rank", "lora_alpha", "svd_rank", "served_scale", "learning_rate")
 VARIED += ("rounds", "examples")
-ROWS = {  # but for exact, which all are compared with
-    "naive": "Naive (residual x 0)",
-    "svd": "SVD",
-    "rotate": "Rotate",
-    "florana": "FLoRA-NA",
-    "residual_0.5": "Residual x 0.5",
-    "residual_2": "Residual x 2",
+ROWS = {  # label and look, but for exact, which all are compared with
+    "naive": ("Naive (residual x 0)", look(0)),
+    "svd": ("SVD", look(1)),
+    "rotate": ("Rotate", look(2)),
+    "florana": ("FLoRA-NA", look(3)),
+    "residual_0.5": ("Residual x 0.5", look(4, 1)),
+    "residual_2": ("Residual x 2", look(5, 1)),
 }
 DOSES = {"naive": 0.0, "residual_0.5": 0.5, "residual_1": 1.0, "residual_2": 2.0}
 SPLITS = {"train_loss": "Clients' training examples", "val_loss": "Validation examples"}
-LOSS = "Loss - loss of the exact mean (nats)"
+LOSS = "Loss - that of the exact mean (nats)"
 
 
 def cells(runs, notes=()):
-    """(study, {cell: list of its seeds' `replay`}) of all evaluated rounds."""
-    found = defaultdict(dict)
+    """(study, {cell: list of its seeds' `replay`}) of all evaluated rounds. cell: what sets it apart, (key, value)s."""
+    found, study = defaultdict(dict), runs[0].study
     for run in sorted(runs, key=lambda run: run.written):
-        place = tuple(str(run.setting.get(key)) for key in VARIED)
+        place = {key: run.setting.get(key, "") for key in VARIED} | {"rule": run.kind, **dict(run.variant)}
         for row in run.rows:
             if row.get("replay"):
-                found[*place, run.kind, run.variant, row["round"]][run.seed] = row["replay"]
-    return runs[0].study, {cell: list(seeds.values()) for cell, seeds in found.items()}
+                found[tuple((place | {"round": row["round"]}).items())][run.seed] = row["replay"]
+
+    def order(cell):
+        return [study.order(key, value) for key, value in cell if key in VARIED], str(cell)
+
+    return study, {cell: list(found[cell].values()) for cell in sorted(found, key=order)}
 
 
 def losses(seeds, name, split):
@@ -58,62 +63,88 @@ def errors(seeds, name):
     return np.array([100 * number(one.get(name, {}).get("error")) for one in seeds])
 
 
-def rounding(found, split):
-    """The largest finite |residual x 1 - exact|."""
-    every = np.concatenate([np.abs(losses(seeds, "residual_1", split)) for seeds in found.values()])
-    return np.nanmax(every, initial=0.0)
+def rounding(every, split):
+    """The largest finite |residual x 1 - exact| of cells' seeds."""
+    return np.nanmax(np.abs(np.concatenate([losses(seeds, "residual_1", split) for seeds in every])), initial=0.0)
 
 
-def panels(found):
-    figure, axes = new_figure(columns=2, width=7.6, height=4.1)
-    for axis, (split, title) in zip(axes[0], SPLITS.items(), strict=True):
+def half(values):
+    """Half of the interval of values [S]; 0 for one seed."""
+    return float(np.subtract(*interval(values)) / -2) if len(values) > 1 else 0.0
+
+
+def labels(study, found):
+    """{cell: what sets it apart from the others, but for local epochs}; alpha only where the rest does not say it."""
+    every = [dict(cell) for cell in found]
+    keys = dict.fromkeys(key for cell in every for key in cell if key != "local_epochs")
+    keys = [key for key in keys if len({str(cell.get(key)) for cell in every}) > 1]
+    for chosen in ([key for key in keys if key != "lora_alpha"], keys):
+        words = {cell: [w for key in chosen for w in words_for(study, key, dict(cell).get(key))] for cell in found}
+        names = {cell: ", ".join(words[cell]) or "mean over seeds" for cell in found}
+        if len({(name, dict(cell)["local_epochs"]) for cell, name in names.items()}) == len(found):
+            break
+    return names
+
+
+def panels(study, found, title, setting, x_label):
+    """(figure, [(axis, split, {cell: seeds} of its local epochs)]), to be finished by `legend_below`."""
+    columns = defaultdict(dict)
+    for cell, seeds in found.items():
+        columns[dict(cell)["local_epochs"]][cell] = seeds
+    epochs = sorted(columns, key=str) if "" in columns else sorted(columns)
+    wide = len(epochs)
+    figure, axes = new_figure(2, wide, width=5.6 if wide == 1 else 3.3 * wide + 0.6, height=6.4)
+    every = []
+    for place, axis in np.ndenumerate(axes):
+        here, split = columns[epochs[place[1]]], list(SPLITS)[place[0]]
         axis.axhline(0, color=GREY, linewidth=1, zorder=1)
-        noise = rounding(found, split)
+        noise = rounding(here.values(), split)
         axis.axhspan(-noise, noise, color=GREY, alpha=0.3, linewidth=0, zorder=0, label="rounding")
-        axis.set_title(title, fontsize=9.5)
-    axes[0, 0].set_ylabel(LOSS)
-    return figure, axes[0]
+        every.append((axis, split, here))
+    for axis, one in zip(axes[0], epochs, strict=True):
+        axis.set_title("".join(words_for(study, "local_epochs", one)), fontsize=9.5)
+    for axis in axes[1]:
+        axis.set_xlabel(x_label)
+    for axis, where in zip(axes[:, 0], SPLITS.values(), strict=True):
+        axis.set_ylabel(f"{where}\n{LOSS}", fontsize=9)
+    counts = sorted({len(seeds) for seeds in found.values()})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    many = f"{len(found)} setting{'s' * (len(found) > 1)}, {seeds} seed{'s' * (seeds != '1')}"
+    bars = ", mean and 95 % interval over them (paired t test)" * (counts[-1] > 1)
+    set_title(figure, f"{title}: {many}{bars}\n{describe(study, setting)}")
+    return figure, every
 
 
 def draw_error(setting, what, args):
     study, found = what
-    figure, axes = panels(found)
-    for axis, split in zip(axes, SPLITS, strict=True):
-        for i, (name, label) in enumerate(ROWS.items()):
-            points = [(errors(seeds, name), losses(seeds, name, split)) for seeds in found.values()]
+    figure, every = panels(study, found, "What the averaging error costs", setting, "Aggregation error (%)")
+    for axis, split, here in every:
+        for name, (label, style) in ROWS.items():
+            points = [(errors(seeds, name), losses(seeds, name, split)) for seeds in here.values()]
             points = [(x.mean(), y) for x, y in points if np.isfinite([*x, *y]).all()]
             if points:
-                half = [np.subtract(*interval(y)) / -2 if len(y) > 1 else 0.0 for _, y in points]
-                style = look(i) | {"linestyle": "", "capsize": 2, "markersize": 5}
-                axis.errorbar([x for x, _ in points], [y.mean() for _, y in points], half, label=label, **style)
+                x, y = [x for x, _ in points], [y.mean() for _, y in points]
+                bars = {"linestyle": "", "markersize": 5.5, "elinewidth": 0.8}
+                axis.errorbar(x, y, [half(y) for _, y in points], label=label, **style | bars)
         axis.set_xlim(left=0)
-        axis.set_xlabel("Aggregation error (%)")
-    return titled(figure, axes, "What the averaging error costs", describe(study, setting), found)
+    legend_below(figure, [axis for axis, *_ in every])
+    return figure
 
 
 def draw_dose(setting, what, args):
     study, found = what
-    figure, axes = panels(found)
-    for axis, split in zip(axes, SPLITS, strict=True):
-        every = []
-        for seeds in found.values():
-            line = np.array([losses(seeds, name, split).mean() for name in DOSES])  # [doses]
-            axis.plot(list(DOSES.values()), line, color=GREY, linewidth=0.8, label="a cell, mean over seeds")
-            every.append(line)
-        every = [line for line in every if np.isfinite(line).all()]
-        if every:
-            axis.plot(list(DOSES.values()), np.mean(every, axis=0), **look(0), label="mean of the cells")
-        axis.set_xticks(list(DOSES.values()))
-        axis.set_xlabel("Residual's correction, times")
-    return titled(figure, axes, "Dose and response", describe(study, setting), found)
-
-
-def titled(figure, axes, title, about, found):
-    legend_below(figure, axes)
-    counts = sorted({len(seeds) for seeds in found.values()})
-    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    many = f"{len(found)} cell{'s' * (len(found) > 1)}, {seeds} seed{'s' * (seeds != '1')}"
-    set_title(figure, f"{title}: {many}, bars: 95 % of a paired t test\n{about}")
+    figure, every = panels(study, found, "Dose and response", setting, "Residual's correction, times")
+    names = labels(study, found)
+    places, doses = {name: i for i, name in enumerate(dict.fromkeys(names.values()))}, np.array(list(DOSES.values()))
+    for axis, split, here in every:
+        for cell, seeds in here.items():
+            i, values = places[names[cell]], [losses(seeds, name, split) for name in DOSES]
+            aside = 0.03 * (i - (len(places) - 1) / 2)  # so that no bar hides another
+            style = look(i) | {"markersize": 4.5, "elinewidth": 0.8, "linewidth": 1.2}
+            means, halves = [y.mean() for y in values], [half(y) for y in values]
+            axis.errorbar(doses + aside, means, halves, label=names[cell], **style)
+        axis.set_xticks(doses, ["0\nnaive", "0.5", "1\nexact", "2"])
+    legend_below(figure, [axis for axis, *_ in every])
     return figure
 
 

@@ -94,6 +94,9 @@ def test_official_files(task, end, start, tmp_path):
     genres = {"stsb": ["main-news", "main-forums"], "mnli": ["fiction", "slate"]}.get(task)
     assert data.splits["train"].categories == ({"genre": genres} if genres else {})
     assert data.fingerprint["counts"] == {split: len(rows) for split in TASKS[task].splits}
+    of_labels = [labels.count(label) for label in range(TASKS[task].num_labels)]
+    wanted = {} if task == "stsb" else {"label_counts": dict.fromkeys(TASKS[task].splits, of_labels)}
+    assert {key: data.fingerprint[key] for key in data.fingerprint if key == "label_counts"} == wanted
     official = f"{task} train: {len(rows)} examples, officially {TASKS[task].sizes['train']} ({folder})"
     assert official in data.notes
     assert data.fingerprint == json.loads(json.dumps(data.fingerprint))

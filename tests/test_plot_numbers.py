@@ -343,6 +343,39 @@ def test_a_metric_of_glue_has_standard_deviations_at_evaluated_rounds_and_the_ce
     assert any(np.allclose(span, (71 - central, 2 * central)) for span in spans)
 
 
+def test_a_metric_of_glue_begins_before_training_and_has_the_lines_of_the_majority_and_of_the_head_alone(tmp_path):
+    def begun(folder):
+        lines = folder / "metrics.jsonl"
+        lines.write_text('{"round": 0, "val_accuracy": 0.45}\n' + lines.read_text())
+
+    labels = {"label_counts": {"train": [9, 1], "validation": [3, 5]}}
+    begun(write_glue(tmp_path, value=0.6, data=labels))
+    for seed, value in enumerate((0.52, 0.56)):
+        begun(write_glue(tmp_path, value=value, aggregate="head", data=labels, seed=seed))
+    write_glue(tmp_path, task_name="cola", data=labels)
+    drawn = figures("glue", tmp_path)
+    axes, cola = drawn["metric.png"].axes
+    lines = lines_of(axes)
+    assert [line.tolist() for line in lines["SVD (FlexLoRA)"].get_data()] == [[0, 1, 3], pytest.approx([45, 50, 60])]
+    assert lines["Majority label, RTE (62.5 %)"].get_ydata() == pytest.approx([62.5, 62.5])
+    assert lines["Head only"].get_ydata() == pytest.approx([54, 54]) and lines["Head only"].get_linestyle() == "--"
+    assert list(lines_of(cola)) == ["SVD (FlexLoRA)"], "a correlation has no majority"
+    assert "Head only" in lines_of(drawn["bytes_up.png"].axes[0])
+
+
+def test_a_panel_of_exact_rules_alone_is_not_drawn_and_runs_of_the_head_alone_are_a_curve(tmp_path):
+    for rule in ("svd", "ffa"):
+        write_glue(tmp_path, aggregate=rule)
+    for rule in ("ffa", "stack"):
+        write_glue(tmp_path, aggregate=rule, task_name="mrpc")
+    write_glue(tmp_path, aggregate="head", task_name="cola")
+    drawn = figures("glue", tmp_path)
+    errors = drawn["error_rounds.png"]
+    assert [axes.get_title() for axes in errors.axes] == ["RTE, 3 clients, IID"]
+    assert "left out: MRPC, 3 clients" in errors.get_suptitle()
+    assert lines_of(drawn["metric.png"].axes[2])["Head only"].get_xdata().tolist() == [1, 3]
+
+
 @pytest.mark.parametrize("value", [0.02, "nan"])
 def test_a_rule_that_is_not_exact_once_is_not_called_so(tmp_path, value):
     for seed in range(2):

@@ -5,6 +5,7 @@ import pytest
 from fixed_runs import change_rows, write_glue
 from plotting import figures
 
+from plots.glue_replay import SPLITS
 from plots.seeds import interval
 
 ERROR = {"svd": 0.04, "naive": 0.1, "rotate": 0.09, "florana": 0.07, "exact": 0.0}
@@ -20,7 +21,8 @@ def losses(row, cell, seed):
 
 
 def write(root, cell, seed, **more):
-    folder = write_glue(root, seed=seed, aggregate="naive", data={"clients": 3 + cell}, **more)
+    data = {"clients": 3 + cell, "examples": [30] * 3}
+    folder = write_glue(root, seed=seed, aggregate="naive", data=data, **more)
 
     def replayed(row):
         every = {name: {"error": e * (1 + cell)} | losses(name, cell, seed) for name, e in ERROR.items()}
@@ -48,14 +50,26 @@ def test_loss_stands_against_the_error_and_the_dose(tmp_path):
     low, high = interval(3 * 0.04 + 0.01 * np.arange(3))
     assert points(val, "SVD")[0] == pytest.approx([4, 0.13, (high - low) / 2])
     assert [len(points(axis, "Residual x 2")) for axis in (train, val)] == [2, 2]
-    assert "2 cells, 3 seeds" in drawn["replay_error.png"].get_suptitle()
+    assert "2 settings, 3 seeds" in drawn["replay_error.png"].get_suptitle()
     assert val.patches[0].get_height() == pytest.approx(2e-4)
 
     train, val = drawn["replay_dose.png"].axes
-    mean = next(line for line in val.lines if line.get_label() == "mean of the cells")
-    assert mean.get_xdata() == pytest.approx([0, 0.5, 1, 2])
-    assert mean.get_ydata() == pytest.approx([0.45, 0.225, 1e-4, 0.45])
-    assert sum(line.get_label() == "a cell, mean over seeds" for line in train.lines) == 2
+    assert [axis.get_ylabel().partition("\n")[0] for axis in (train, val)] == list(SPLITS.values())
+    x, loss, half = points(val, "4 clients").T
+    assert x == pytest.approx([0, 0.5, 1, 2], abs=0.05)
+    assert loss == pytest.approx([0.6, 0.3, 1e-4, 0.6]) and half == pytest.approx([0] * 4, abs=1e-9)
+    assert len(points(train, "3 clients")) == 4
+
+
+def test_a_column_per_number_of_local_epochs_and_a_line_per_setting_that_says_what_sets_it_apart(tmp_path):
+    for epochs in (4.0, 1.0):
+        write(tmp_path, 0, 0, local_epochs=epochs)
+        write(tmp_path, 0, 0, local_epochs=epochs, lora_r=8, lora_alpha=16.0)
+        write(tmp_path, 0, 0, local_epochs=epochs, lora_r=8, lora_alpha=16.0, mu=0.1)
+    axes = figures("glue replay", tmp_path)["replay_dose.png"].axes
+    assert [axis.get_title() for axis in axes] == ["1 local epoch", "4 local epochs", "", ""]
+    for axis in axes:
+        assert [c.get_label() for c in axis.containers] == ["r 4", "r 8", "r 8, FedProx 0.1"]
 
 
 def test_a_row_that_is_not_finite_and_one_that_is_missing_are_no_points(tmp_path):

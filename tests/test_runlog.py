@@ -115,7 +115,8 @@ def test_changed_flags_data_and_model_are_named(tmp_path):
             with pytest.raises(UsageError, match="other data"):
                 run.begin(data, {"total": 1}, clients=clients)
     with start_run("train", arguments(tmp_path, resume=True), "r") as run:
-        run.begin({"dataset": "none"}, {}, clients={"examples": [1, 2, 3, 4], "newer than the run": 1})
+        newer = {"newer than the run": 1}
+        run.begin({"dataset": "none"} | newer, {}, clients={"examples": [1, 2, 3, 4]} | newer)
         with pytest.raises(UsageError, match="another model"):
             run.restore(torch.zeros(3), lambda v: {"a": v[:1], "b": v[1:]})
 
