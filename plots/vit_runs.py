@@ -6,10 +6,11 @@
 Accuracies are in %, after the last round or with the weights of the best validated one; `vs dense`: the difference, in
 points, to the row of dense FedAvg in the same federation that differs least, rates apart. `diverged`: how many seeds
 broke down, which count in no mean and no difference: an update or the last loss was not finite, or the last validation
-accuracy is more than 2 points below that before training (round 0; of old logs without it, below half of what the runs
-of the same seed and start have at their first evaluation). Cosine, diversity, sign conflict and drift are means over
-the evaluated rounds, the losses under each other's updates over those of --interference-every: by a cosine schedule the
-last round is one of hardly any step. `drift matched`: the row's rate is the one that gives it random masks' drift.
+accuracy is more than 2 points below that before training (round 0; of old logs without it, below half of the median of
+what the runs of the same seed and start have at their first evaluation). Cosine, diversity, sign conflict and drift are
+means over the evaluated rounds, the losses under each other's updates over those of --interference-every: by a cosine
+schedule the last round is one of hardly any step. `drift matched`: the row's rate is the one that gives it random
+masks' drift.
 
 --against dense, random: the study's question, as paired differences in test accuracy (last), `mean [95 % interval of a
 paired t test], seeds`, to the row of dense FedAvg or of random masks in the same federation that differs least (rates
@@ -148,7 +149,8 @@ def prepared(runs, notes):
             firsts = [accuracy for accuracy in alike[start_of(run)] if not math.isnan(accuracy)]
             least = np.median(firsts) / 2 if firsts else 0
         not_a_number = last.get("val_loss") is not None and math.isnan(number(last["val_loss"]))
-        return not_finite(run) or not_a_number or number(last.get("val_accuracy")) < least
+        below = run.status == "finished" and number(last.get("val_accuracy")) < least
+        return not_finite(run) or not_a_number or below
 
     def method(run):
         return run.method | ({"drift_matched": True} if Path(str(run.name)).name.startswith("matched_") else {})

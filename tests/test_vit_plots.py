@@ -123,6 +123,9 @@ def test_a_run_that_diverged_is_counted_and_in_no_mean(how, tmp_path):
     assert row["diverged"] == ("0 of 3" if good else "1 of 3")
     assert row["test % (last)"] == ("46.67 ± 7.64" if good else "42.50 ± 3.54")
     assert row["vs dense"] == "-5.00 ± 0.00"
+    if how == "below":  # it may yet rise
+        change(folder, status="interrupted")
+        assert table("table vit", tmp_path, "--unfinished")["Random"]["diverged"] == "0 of 3"
 
 
 def test_a_log_without_round_0_has_diverged_runs_too(tmp_path):
