@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.curves import GREY, number, set_title
-from plots.noniid_runs import STUDY, TUNED, WIDE, baseline, not_finite, order, prior, tuned_rank
-from plots.runs import LeftOut, describe, like_with_like, shared_setting, words_for
+from plots.noniid_runs import STUDY, TUNED, WIDE, baseline, order, prior, tuned_rank
+from plots.runs import LeftOut, describe, like_with_like, not_finite, shared_setting, words_for
 from plots.seeds import curves_of, interval
 from plots.style import Figure, heat_map, panel_axes, seeds_range
 

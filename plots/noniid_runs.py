@@ -28,7 +28,17 @@ import numpy as np
 
 from common.cli import positive_float
 from common.curves import failure, number
-from plots.runs import Study, base_name, describe, like_with_like, order_of, shared_setting, text, words_for
+from plots.runs import (
+    Study,
+    base_name,
+    describe,
+    like_with_like,
+    not_finite,
+    order_of,
+    shared_setting,
+    text,
+    words_for,
+)
 from plots.seeds import curves_of, distance, lines_of, nearest
 from plots.style import Panel, all_curves
 from plots.tables import (
@@ -151,11 +161,6 @@ def prior(run):
     if run.setting["target"] != "label" or not topics:
         return {}
     return {"val_loss": math.log(len(topics)), "val_accuracy": 1 / len(topics)}
-
-
-def not_finite(run):
-    """Whether it ended because clients' updates, or the last evaluation, were not finite: it diverged in that round."""
-    return run.ended["how"] == "failed" and run.ended["by"] in ("left_out", "not_finite")
 
 
 def prepared(runs, notes):

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -83,6 +83,8 @@ class Run:
     resolved: dict  # what flags such as --device auto came to
     written: float  # when its last line was written: of two equal runs the later counts
     tuning: bool = False  # whether it is one of --tune
+    log: Path | None = None  # that it is a line of
+    diverged: bool = False  # whether its study says that it broke down: it is counted, and part of no mean
 
     @property
     def seed(self):
@@ -142,6 +144,11 @@ class LeftOut:
 
     def __str__(self):
         return f"left out {self.where or self.name}: {self.why}"
+
+
+def not_finite(run):
+    """Whether it ended because clients' updates, or the last evaluation, were not finite: it diverged in that round."""
+    return run.ended["how"] == "failed" and run.ended["by"] in ("left_out", "not_finite")
 
 
 # ---- reading
@@ -227,7 +234,8 @@ def _of_line(path, i, line, studies):
     if "failed" in record:  # how the study judged the run, with what the line does not tell
         record["results"] = (record.get("results") or {}) | {"failed": record["failed"]}
     record = {"status": "failed" if record.get("reason") else "finished"} | record
-    return _make(study, record, record.get("name"), None, record.get("curve") or [], path.stat().st_mtime + 1e-6 * i)
+    written = path.stat().st_mtime + 1e-6 * i
+    return replace(_make(study, record, record.get("name"), None, record.get("curve") or [], written), log=path)
 
 
 def _make(study, manifest, name, folder, rows, written):

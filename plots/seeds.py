@@ -11,12 +11,14 @@ from plots.runs import LeftOut, words_for
 class Curve:
     """The seeds of one method in one setting: runs that differ in their seed only.
 
+    counted: the runs that all means are over, which are those that did not diverge.
     args: flags and values that set the method apart and the settings that the figure varies, what lies on its axis
     apart. place: the values of what lies on the axis. label: set by `label`.
     """
 
     def __init__(self, runs, free=(), axis=()):
         self.runs, self.study = runs, runs[0].study
+        self.counted = [run for run in runs if not run.diverged]
         self.kind, self.central = runs[0].kind, runs[0].central
         setting = runs[0].setting
         varied = [key for key in self.study.keys if key in free and key not in axis and key in setting]
@@ -37,7 +39,9 @@ class Curve:
 
         x: the round, or another field (`tokens`): its mean over the seeds.
         """
-        tables = [{row["round"]: row for row in run.rows if "round" in row and name in row} for run in self.runs]
+        if not self.counted:
+            return np.empty(0), np.empty((0, 0))
+        tables = [{row["round"]: row for row in run.rows if "round" in row and name in row} for run in self.counted]
         rounds = [t for t in tables[0] if all(t in table for table in tables)]
 
         def numbers(field):
@@ -49,15 +53,15 @@ class Curve:
     def series(self, name, x="round"):
         """(x [E], mean [E] over the seeds); nan, a gap, where a seed's value is not finite."""
         at, values = self.evaluated(name, x)
-        return at, values.mean(axis=0)
+        return at, values.mean(axis=0) if len(values) else at
 
     def results(self, name):
         """[S] one number per seed of run.json's results, from the evaluations where those lack it."""
-        return np.array([run.result(name) for run in self.runs])
+        return np.array([run.result(name) for run in self.counted])
 
     def mean_over_rounds(self, name):
         """[S] the mean of a field over the rounds that have it; nan without any or with one not finite."""
-        given = [[number(row[name]) for row in run.rows if row.get(name) is not None] for run in self.runs]
+        given = [[number(row[name]) for row in run.rows if row.get(name) is not None] for run in self.counted]
         return np.array([np.mean(values) if values else math.nan for values in given])
 
 
@@ -208,7 +212,7 @@ def usual_variants(curves, notes):
 
 def paired(curve, base, name, how=np.subtract):
     """[S] how(curve's result, base's), seed by seed, over the seeds that both have: their differences, or ratios."""
-    mine, other = (dict(zip([run.seed for run in c.runs], c.results(name), strict=True)) for c in (curve, base))
+    mine, other = (dict(zip([run.seed for run in c.counted], c.results(name), strict=True)) for c in (curve, base))
     return np.array([how(mine[seed], other[seed]) for seed in mine if seed in other])
 
 

@@ -335,7 +335,7 @@ def reference_lines(axis, curves, name, factor=1.0, words="{}", vertical=False, 
     """
     for curve in curves:
         values = factor * curve.results(name)
-        if not np.isfinite(values).all():
+        if not len(values) or not np.isfinite(values).all():
             continue
         mean, sd = values.mean(), seed_spread(values)
         line, span = (axis.axvline, axis.axvspan) if vertical else (axis.axhline, axis.axhspan)

@@ -2,7 +2,7 @@
 
     python plots/vit.py --data-dir results --out-dir results/plots                  # all that the runs allow
     python plots/vit.py heterogeneity sparsity --data-dir vit_sparse_fl/results/stand_in.jsonl
-    python plots/tables.py vit_sparse_fl
+    python plots/tables.py vit_sparse_fl                                            # plots/vit_runs.py
 
     curves          validation accuracy and loss against rounds: heterogeneity_curves.png, local_steps_curves.png,
                     strategies_curves.png (dense, each mask strategy, top-k updates), central_curves.png (epochs)
@@ -14,25 +14,31 @@
                     of runs will do); a strategy that keeps nothing of some has collapsed them
     interference    {heterogeneity,local_steps,strategies}_interference.png: between the clients, against rounds
     cross           cross_losses.png: each client's update against its own and the others' losses (vit_interference.py)
-    shards          clients x classes of the lowest seed, from shards.json (a heat map cannot be averaged)
+    shards          clients x classes of the lowest seed, from shards.json in its folder, or of a run of a log from
+                    shards/RUN.json beside the log (a heat map cannot be averaged)
 
 Lines are means over seeds, their bands minimum to maximum; points have bars of one standard deviation and a dot a seed.
-`--at best` takes the test accuracy after the best validated round instead of the last.
+`--at best` takes the test accuracy after the best validated round instead of the last. Runs that diverged (what that
+is: plots/vit_runs.py) are counted where they belong and part of no mean. Accuracies have a line at that before training
+and one at chance (1 / classes), or the caption says it where the axis does not reach it; cosine, diversity and drift to
+the mean one of orthogonal updates, sign conflicts one of random signs of as many clients as take part (not the level of
+top-k updates, of which fewer clients have each weight).
+
+Along an axis, points of a method that has one learning rate at each place are one line, whatever the rates.
 """
 
-import hashlib
 import json
 import math
-import re
 
 import numpy as np
 
 from common.cli import UsageError, run_main
 from common.curves import GREY, break_lines, new_figure, number, set_title
+from common.participation import per_round
 from plots import style
 from plots.deltas import draw_layers
-from plots.runs import LeftOut, Study, base_name, describe, order_of, text
-from plots.seeds import curves_of, label, lines_of, nearest, usual_variants
+from plots.runs import LeftOut, describe
+from plots.seeds import curves_of, label, lines_of, usual_variants
 from plots.style import (
     Figure,
     bars,
@@ -42,156 +48,26 @@ from plots.style import (
     looks_of,
     panel_axes,
     seed_spread,
-    seeds_text,
     whole_numbers,
 )
-from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, over_rounds, result, sent
-from plots.vit_interference import CROSS, more_columns
-
-# ---- the study
-
-FEDERATION = ("num_clients", "participation_rate", "shards", "local_steps", "num_rounds")
-KEYS = ("dataset", "classes", "data", "val_split", "model", "weights", "image_size", "init_from")
-KEYS += (*FEDERATION, "sparsity")
-SCOPES = {"kind": "a threshold a kind", "unit": "whole heads and neurons", "block": "whole blocks"}
-CALIBRATION = "calibration fisher_form calibration_rounds calibrate_on calibration_clients fisher_samples mask_merge"
-
-
-def kind_of(command, args):
-    if command == "train_centralized":
-        return "central"
-    if args.get("upload") == "topk":
-        return "topk"
-    if command == "train_federated":
-        return "lora" if args.get("lora_r") else "dense"
-    return "given" if args.get("mask") else str(args.get("mask_strategy"))
-
-
-def setting_of(run):
-    args = run.args
-    hidden = ("data", "shards", "sparsity") + (FEDERATION if run.kind == "central" else ())
-    # a flag without a value is a value too: pretrained from nothing is not like anything
-    values = {key: "" if args[key] is None else text(args[key]) for key in KEYS if key in args and key not in hidden}
-    for key in ("weights", "init_from", "model"):
-        if isinstance(args.get(key), str):
-            values[key] = base_name(args[key], inner=("final",))
-    # `--classes` left out and all of them given are the same
-    if "classes" in run.facts and args.get("classes") != "rest":
-        values["classes"] = text(run.facts["classes"])
-    sums = {key: value for key, value in run.data.items() if key.startswith("sha256")}
-    if sums:
-        values["data"] = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:8]
-    if "sharding" in args and run.kind != "central":
-        values["shards"] = shards_name(args)
-    if run.kind not in ("central", "dense") and "sparsity_ratio" in args:
-        values["sparsity"] = args["sparsity_ratio"]
-    return values
-
-
-def shards_name(args):
-    """`IID`, `Nc 5`, `Dirichlet 0.1`: how the args of a run deal the images to the clients."""
-    if args.get("sharding") == "iid":
-        return "IID"
-    return f"Dirichlet {args.get('alpha')}" if args.get("sharding") == "dirichlet" else f"Nc {args.get('nc')}"
-
-
-def shards_order(name):
-    """A sort key: Dirichlet with alpha upwards, Nc upwards, IID last."""
-    kind, _, value = str(name).partition(" ")
-    return ("Dirichlet", "Nc", "IID").index(kind), float(value or 0)
-
-
-def order(key, value):
-    # the federation without skew first, then ever more of it
-    return (0, *(-v for v in shards_order(value)), "") if key == "shards" else order_of(value)
-
-
-def classes_words(value, _):
-    """`classes 50 to 99` of the range [50, 100]."""
-    if value == "rest":
-        return "classes of no pretraining"
-    ends = re.findall(r"\d+", str(value))
-    return f"classes {ends[0]} to {int(ends[1]) - 1}" if len(ends) == 2 else f"classes {value}"
-
-
-STUDY = Study(
-    name="vit_sparse_fl",
-    commands=("train_centralized", "train_federated", "train_federated_sparse"),
-    kinds={
-        "central": "Central",
-        "dense": "Dense FedAvg",
-        "least_sensitive": "Least sensitive",
-        "most_sensitive": "Most sensitive",
-        "lowest_magnitude": "Lowest magnitude",
-        "highest_magnitude": "Highest magnitude",
-        "random": "Random",
-        "topk": "Top-k updates",
-        "given": "Mask from a file",
-        "lora": "Federated LoRA",
-    },
-    kind_of=kind_of,
-    setting_of=setting_of,
-    keys=KEYS,
-    said=frozenset(KEYS)
-    | frozenset(
-        "sharding nc alpha allow_unused_classes sparsity_ratio upload mask mask_strategy use_amp num_classes"
-        " hp_search hp_epochs heterogeneity_experiment nc_values local_steps_experiment j_values compare_strategies"
-        " sparsity_experiment sparsity_values".split()
-    ),
-    unread=(
-        (lambda a: a["kind"] == "central", {*FEDERATION, "client_weights", "mask_scope", *CALIBRATION.split()}),
-        (lambda a: a["kind"] in ("dense", "topk", "given"), {"mask_scope", *CALIBRATION.split()}),
-        (lambda a: a["kind"] in ("lowest_magnitude", "highest_magnitude", "random"), set(CALIBRATION.split())),
-        (lambda a: a.get("calibrate_on") != "clients", {"calibration_clients", "mask_merge"}),
-    ),
-    off={
-        "server_lr": (),
-        "mask_omit": (),
-        "fisher_form": (),
-        "error_feedback": (),
-        "download": (),
-        "lora_r": (),
-        "mixup": (),
-    },
-    words={
-        "shards": "{}",
-        "local_steps": "J {}",
-        "num_rounds": "{} rounds",
-        "sparsity": "sparsity {}",
-        "calibration": "{} calibration",
-        "calibration_rounds": "{} calibration rounds",
-        "calibrate_on": "calibrated on {}",
-        "fisher_samples": "{} Fisher samples",
-        "mask_scope": lambda scope, _: SCOPES.get(scope, f"{scope} threshold"),
-        "mask_omit": "without {}",
-        "lora_r": "rank {}",
-        "download": "{} down too",
-        "fisher_form": "{} form",
-        "mask_merge": "{} of clients' masks",
-        "batch_size": "batch {}",
-        "num_clients": "{} clients",
-        "participation_rate": "participation {}",
-        "epochs": "{} epochs",
-        "init_from": "from {}",
-        "image_size": "{} px",
-        "dataset": "{}",
-        "classes": classes_words,
-        "model": "{}",
-        "data": None,
-        "val_split": None,
-    },
-    yes_no={
-        "freeze_head": ("head frozen", "head trained"),
-        "freeze_backbone": ("head only", ""),
-        "pretrained": ("pretrained", "from scratch"),
-    },
-    order=order,
-    budgets=("rounds", "images"),
+from plots.vit_interference import CROSS
+from plots.vit_runs import (
+    FREE,
+    KEYS,
+    STUDY,
+    TABLE,
+    before_training,
+    broken,
+    class_count,
+    say_diverged,
+    seeds_said,
+    shards_order,
 )
+
+__all__ = ["FIGURES", "STUDY", "TABLE"]
 
 # ---- what a figure shows
 
-FREE = ("shards", "local_steps", "num_rounds", "sparsity")
 UNMASKED = ("central", "dense")
 # the shards depend on these only
 DEALT = ("dataset", "classes", "data", "val_split", "num_clients")
@@ -226,7 +102,7 @@ def along(*axis, free=FREE, references=("central",)):
     def choose(runs, notes):
         lying = [run for run in runs if run.kind not in references and axis[0] in run.setting]
         curves = curves_of(lying, free, axis, notes)
-        lines = [line for line in lines_of(curves) if len({str(curve.place[axis[0]]) for curve in line}) > 1]
+        lines = [line for line in lines_at_any_rate(curves) if len({str(curve.place[axis[0]]) for curve in line}) > 1]
         if not lines:
             return None
         label([curve for line in lines for curve in line])
@@ -237,6 +113,20 @@ def along(*axis, free=FREE, references=("central",)):
         return lines, curves_of([run for run in runs if run.kind in references], notes=notes)
 
     return each_group(choose, free)
+
+
+def lines_at_any_rate(curves):
+    """The curves as lines along the axis: of a method with one curve at each place one, whatever their rates."""
+    methods = {}
+    for curve in curves:
+        key = curve.kind, *(pair for pair in curve.args.items() if pair[0] != "lr")
+        methods.setdefault(key, []).append(curve)
+    for same in methods.values():
+        tuned = len({tuple(curve.place.values()) for curve in same}) == len(same)
+        if tuned and len({curve.args.get("lr") for curve in same}) > 1:
+            for curve in same:
+                curve.args.pop("lr", None)
+        yield from [same] if tuned else lines_of(same)
 
 
 def two_federated(runs, notes):
@@ -252,8 +142,9 @@ def shards_of(runs, notes):
     """{sharding: (seed, counts [clients, classes])} of the lowest seed that has them."""
     maps = {}
     for run in sorted(runs, key=lambda run: (str(run.seed).zfill(20), str(run.folder))):
-        path, name = run.folder and run.folder / "shards.json", run.setting.get("shards")
-        if path and path.is_file() and name not in maps:
+        path = run.folder / "shards.json" if run.folder else run.log.parent / "shards" / f"{run.name}.json"
+        name = run.setting.get("shards")
+        if path.is_file() and name not in maps:
             maps[name] = run.seed, read_counts(path)
     return dict(sorted(maps.items(), key=lambda item: shards_order(item[0]), reverse=True))
 
@@ -274,6 +165,52 @@ two_methods = each_group(usual_curves(2), keep=lambda run: not run.central)
 strategies = each_group(two_federated)
 with_masks = each_group(usual_curves(1), keep=has_mask)
 with_shards = each_group(shards_of, [key for key in KEYS if key not in DEALT], lambda run: not run.central)
+
+# ---- what numbers are judged by
+
+CHANCE = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.0}
+BEFORE = {"color": "black", "linestyle": (0, (6, 2, 1, 2)), "linewidth": 0.9}
+ROOM = 0.1  # so much of its length an axis may grow by for chance
+
+
+def accuracy_levels(axis, curves, of="", vertical=False):
+    """Lines at the accuracy (%) before training and, where it fits, at chance: (what the caption must say of these).
+
+    of: said of the first. It is the mean over the runs that log it, where those of one seed agree on it.
+    """
+    line, ends = (axis.axvline, axis.get_xlim) if vertical else (axis.axhline, axis.get_ylim)
+    runs = [run for curve in curves for run in curve.runs]
+    starts = {run.seed: [] for run in runs}
+    for run in runs:
+        starts[run.seed] += [start for start in [100 * before_training(run)] if not math.isnan(start)]
+    known = [values for values in starts.values() if values]
+    if known and all(np.ptp(values) < 0.5 for values in known):
+        start = np.mean([np.mean(values) for values in known])
+        line(start, label=f"before training{of}: {start:.1f} %", zorder=1, **BEFORE)
+    counts = {class_count(run) for run in runs}
+    if len(counts) > 1 or None in counts:
+        return ""
+    (low, high), chance = ends(), 100 / counts.pop()
+    if chance < low - ROOM * (high - low):
+        return f", chance: {chance:.3g} %"
+    line(chance, label=f"chance: {chance:.3g} %", zorder=1, **CHANCE)
+    return ""
+
+
+def interference_level(axis, field, curves):
+    """A line at what a measure of INTERFERENCE is of updates that have nothing to do with each other, if it has one.
+
+    Signs at random: of m clients p move a weight up, p ~ binomial(m, 1/2); the level is 1 - E|2 p - m| / m.
+    """
+    args = curves[0].runs[0].args
+    if field == "drift" or "num_clients" not in args:
+        return
+    m = per_round(args["participation_rate"], args["num_clients"])
+    conflict = 1 - sum(math.comb(m, p) * abs(2 * p - m) for p in range(m + 1)) / (m * 2**m)
+    orthogonal = {"update_cosine": 0, "gradient_diversity": 1, "drift_to_mean": math.sqrt(m - 1)}
+    name = "orthogonal updates" if field in orthogonal else f"random signs of {m} clients"
+    axis.axhline(orthogonal.get(field, 100 * conflict), label=name, zorder=1, **CHANCE)
+
 
 # ---- curves over rounds
 
@@ -302,18 +239,32 @@ def rounds_figure(title, panels, x_label="Round", columns=2):
 
     def draw(setting, curves, args):
         there = [panel for panel in panels if any(np.isfinite(curve.series(panel[0])[1]).any() for curve in curves)]
+        there, unsaid = there or panels[:1], ""
+        say_diverged(curves)
         wide = min(columns, len(there))
         figure, axes = panel_axes(len(there), wide, (4.4 if wide < 3 else 3.5) * wide + 0.4, 2.8, 1.1)
         looks, alpha = looks_of(curves), 0.15 if len(curves) < 5 else 0.08
         for axis, (field, y_label, factor) in zip(axes, there, strict=True):
             style.draw_rounds(axis, curves, looks, field, factor, spread="range", alpha=alpha)
+            for curve in curves:
+                if not curve.counted:  # in the legend
+                    axis.plot([], [], label=curve.label, **looks[curve.label])
+            if field == "val_accuracy":
+                unsaid = accuracy_levels(axis, curves)
+            elif (field, y_label, factor) in INTERFERENCE:
+                interference_level(axis, field, curves)
             axis.set_xlabel(x_label)
             axis.set_ylabel(y_label)
         if len(there) % wide > 0 and max(len(curve.label) for curve in curves) < 45:
-            figure.axes[-1].legend(*axes[0].get_legend_handles_labels(), loc="center")  # in the cell without a panel
+            entries = {}  # in the cell without a panel
+            for handle, name in (
+                entry for axis in axes for entry in zip(*axis.get_legend_handles_labels(), strict=True)
+            ):
+                entries.setdefault(name, handle)
+            figure.axes[-1].legend(entries.values(), entries, loc="center")
         else:
-            legend_below(figure, axes[:1])
-        caption(figure, f"{title}: {seeds_text(curves)}", setting, curves)
+            legend_below(figure, axes)
+        caption(figure, f"{title}: {seeds_said(curves)}{unsaid}", setting, curves)
         return figure
 
     return draw
@@ -332,7 +283,8 @@ def points_figure(title, x_label, tick, order=lambda *place: place):
     """A draw of the test accuracy against a factor: a line per method, dots for the seeds, bars for their deviation.
 
     tick, order: of the values that lie on the axis, the text and the sort key. Lines stand side by side at a tick, so
-    that no bar hides another; none leads to Dirichlet's shards, which are no number of classes.
+    that no bar hides another; none leads to Dirichlet's shards, which are no number of classes. How many seeds diverged
+    stands under their place.
     """
 
     def draw(setting, what, args):
@@ -345,7 +297,14 @@ def points_figure(title, x_label, tick, order=lambda *place: place):
         step = min(0.12, 0.7 / len(lines))
         for i, line in enumerate(lines):
             shift, own = (i - (len(lines) - 1) / 2) * step, looks[line[0].label]
-            values = {there.index(tuple(curve.place.values())): 100 * curve.results(field) for curve in line}
+            values = {}
+            for curve in line:
+                x = there.index(tuple(curve.place.values()))
+                if curve.counted:
+                    values[x] = 100 * curve.results(field)
+                if broken(curve):
+                    at = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "center", "va": "bottom"}
+                    axis.annotate(broken(curve), (x + shift, 0.01), size=7.5, color=own["color"], **at)
             single = [x for x in sorted(values) if str(there[x][0]).startswith("Dirichlet")]
             joined = [x for x in sorted(values) if x not in single]
             for places, more in ((joined, {"label": line[0].label}), (single, {"linestyle": ""})):
@@ -356,12 +315,15 @@ def points_figure(title, x_label, tick, order=lambda *place: place):
                     beside = [x + shift + step / 2.5] * len(seeds)
                     axis.plot(beside, seeds, ".", color=own["color"], markersize=4, zorder=3)
         style.reference_lines(axis, references, field, 100, "{}: {:.1f} %")
+        unsaid = accuracy_levels(axis, [*every, *references], " (validation)")
+        if any(len({curve.runs[0].args.get("lr") for curve in line}) > 1 for line in lines):
+            unsaid += ", each point at its own lr"
         axis.set_xticks(range(len(there)), [tick(*place) for place in there])
         axis.set_xlim(-0.5, len(there) - 0.5)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         legend_below(figure, [axis])
-        caption(figure, f"{title}: {seeds_text(every, POINTS)}", setting, every)
+        caption(figure, f"{title}: {seeds_said(every, POINTS)}{unsaid}", setting, every)
         return figure
 
     return draw
@@ -381,24 +343,26 @@ def draw_strategies(setting, curves, args):
     rows = [curve for curve in curves if not curve.central]
     figure, axes = new_figure(width=7.2, height=1.9 + 0.42 * len(rows))
     axis, looks = axes[0, 0], looks_of(rows)
-    references = [curve for curve in curves if curve.kind in UNMASKED]
-    style.reference_lines(axis, references, field, 100, "{}: {:.1f} %", vertical=True)
+    central, dense = ([curve for curve in curves if curve.kind == kind] for kind in UNMASKED)
+    style.reference_lines(axis, [*central, *dense[:1]], field, 100, "{}: {:.1f} %", vertical=True)
     for i, curve in enumerate(rows):
-        values = 100 * curve.results(field)
-        mean, spread, look = values.mean(), seed_spread(values), looks[curve.label] | {"linestyle": "-"}
-        axis.errorbar([mean], [i], xerr=[spread] if spread else None, capsize=4, markersize=7, **look)
+        values, words = 100 * curve.results(field), [broken(curve)]
+        if curve.counted:
+            mean, spread, look = values.mean(), seed_spread(values), looks[curve.label] | {"linestyle": "-"}
+            axis.errorbar([mean], [i], xerr=[spread] if spread else None, capsize=4, markersize=7, **look)
+            words.insert(0, f"{mean:.1f}" + (f" +- {spread:.1f}" if spread else ""))
         if len(values) > 1:
             axis.plot(values, np.full(len(values), i + 0.22), ".", color=look["color"], markersize=5)
-        words = f"{mean:.1f}" + (f" +- {spread:.1f}" if spread else "")
         place = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
-        axis.annotate(words, (1.01, i), size=8.5, **place)
-    axis.axhline(len([c for c in rows if c.kind == "dense"]) - 0.5, color=GREY, linewidth=0.5)
+        axis.annotate("\n".join(filter(None, words)), (1.01, i), size=8.5, **place)
+    axis.axhline(len(dense) - 0.5, color=GREY, linewidth=0.5)
     axis.set_yticks(range(len(rows)), [break_lines(curve.label, 34) for curve in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(False, axis="y")
     axis.set_xlabel(accuracy_label(args))
+    unsaid = accuracy_levels(axis, curves, " (validation)", vertical=True)
     legend_below(figure, [axis])
-    caption(figure, f"Mask strategies: {seeds_text(rows, POINTS)}", setting, rows)
+    caption(figure, f"Mask strategies: {seeds_said(rows, POINTS)}{unsaid}", setting, rows)
     return figure
 
 
@@ -473,36 +437,6 @@ FIGURES = {
     "cross": [CROSS],
     "shards": [Figure("shards", with_shards, draw_shards, "federated runs with shards.json in their folder")],
 }
-
-
-def dense_of(curve, curves):
-    """The dense curve in the federation of `curve` that differs least from it, or None."""
-    if curve.kind in UNMASKED:
-        return None
-
-    def federation(other):
-        return {key: other.args.get(key) for key in FREE if key in FEDERATION}
-
-    there = [other for other in curves if other.kind == "dense" and federation(other) == federation(curve)]
-    return nearest(curve, there)
-
-
-COLUMNS = (
-    result("test % (last)", "test_accuracy_last", 100, 2),
-    result("test % (best)", "test_accuracy_best", 100, 2),
-    result("val % (best)", "val_accuracy_best", 100, 2),
-    Column("vs dense", lambda c, all_: difference(c, dense_of(c, all_), "test_accuracy_last", 100)),
-    Column("MB up", lambda curve, _: sent(curve, "bytes_up")),
-    over_rounds("cosine", "update_cosine", 1, 3),
-    over_rounds("diversity", "gradient_diversity", 1, 3),
-    over_rounds("sign conflict %", "sign_conflict", 100, 1),
-    over_rounds("drift %", "drift", 100, 3),
-    over_rounds("drift to mean", "drift_to_mean", 1, 2),
-    ROUNDS,
-    MINUTES,
-    SEEDS,
-)
-TABLE = Table(study=STUDY, free=FREE, columns=lambda curves, _: (*COLUMNS[:-3], *more_columns(curves), *COLUMNS[-3:]))
 
 
 def add_at(parser):

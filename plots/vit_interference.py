@@ -15,8 +15,8 @@ import numpy as np
 
 from common.curves import GREY, break_lines, new_figure
 from plots.seeds import curves_of
-from plots.style import Figure, caption, each_group, legend_below, looks_of, seed_spread, seeds_text
-from plots.tables import Column, over_rounds, sent, spread
+from plots.style import Figure, caption, each_group, legend_below, looks_of, seed_spread
+from plots.vit_runs import broken, crossed, seeds_said
 
 FIELD = "interference_own"
 POINTS = "bars: standard deviation, dots: seeds"
@@ -32,11 +32,6 @@ PANELS = {
 }
 
 
-def measured(run):
-    """Whether a run's rows hold cross losses."""
-    return not run.central and any(row.get(FIELD) is not None for row in run.rows)
-
-
 def draw_cross(setting, curves, args):
     figure, axes = new_figure(columns=len(PANELS), width=11.0, height=1.7 + 0.36 * len(curves), sharey=True)
     looks = looks_of(curves)
@@ -44,24 +39,27 @@ def draw_cross(setting, curves, args):
         axis.axvline(0, color="black", linewidth=0.9)
         for i, curve in enumerate(curves):
             draw_row(axis, i, curve.mean_over_rounds(field), looks[curve.label])
-            if chance:
+            if chance and curve.counted:
                 name, level = chance
                 mark = {"color": GREY, "marker": "|", "markersize": 13, "markeredgewidth": 2, "linestyle": ""}
                 axis.plot([level(curve).mean()], [i], label=f"{name} ({label})" if i == 0 else None, zorder=1, **mark)
-            if field == "cosine_excess":
+            if field == "cosine_excess" and curve.counted:
                 half = curve.mean_over_rounds("cosine_chance").mean()
                 axis.barh(i, 2 * half, 0.7, -half, color=GREY, alpha=0.25, label="pairs at random" if i == 0 else None)
         axis.set_xlabel(label + ("" if field == "cosine_excess" else " (nats)"))
         axis.grid(False, axis="y")
-    axes[0, 0].set_yticks(range(len(curves)), [break_lines(curve.label, 34) for curve in curves])
+    names = ["\n".join(filter(None, (break_lines(curve.label, 34), broken(curve)))) for curve in curves]
+    axes[0, 0].set_yticks(range(len(curves)), names)
     axes[0, 0].set_ylim(len(curves) - 0.4, -0.6)
     legend_below(figure, axes[0])
-    caption(figure, f"Interference between clients: {seeds_text(curves, POINTS)}", setting, curves)
+    caption(figure, f"Interference between clients: {seeds_said(curves, POINTS)}", setting, curves)
     return figure
 
 
 def draw_row(axis, i, values, look):
-    """Mean, spread and dots of one number a seed; a row without a point where one is not finite."""
+    """Mean, spread and dots of one number a seed; a row without a point where one is not finite, or there is none."""
+    if not len(values):
+        return
     if np.isfinite(values).all():
         bar = seed_spread(values)
         axis.errorbar([values.mean()], [i], xerr=[bar] if bar else None, capsize=3, **look | {"linestyle": "-"})
@@ -71,31 +69,9 @@ def draw_row(axis, i, values, look):
         axis.text(0.5, i, "not finite", transform=axis.get_yaxis_transform(), ha="center", va="center", fontsize=7.5)
 
 
-COLUMNS = (
-    over_rounds("own loss", FIELD, 1, 4),
-    over_rounds("others' loss", "interference_others", 1, 4),
-    over_rounds("random signs", "interference_chance", 1, 4),
-    Column(
-        "others / own", lambda c, _: spread(-c.mean_over_rounds("interference_others") / c.mean_over_rounds(FIELD), 3)
-    ),
-    over_rounds("merge gap", "merge_gap", 1, 4),
-    over_rounds("between - within", "cosine_excess", 1, 3),
-    over_rounds("at random", "cosine_chance", 1, 3),
-)
-
-
-def more_columns(curves):
-    """Columns of the study's table that only newer runs have: of cross losses, and of what is sent down."""
-    runs = [run for curve in curves for run in curve.runs]
-    if any("download" in run.method for run in runs):
-        yield Column("MB down", lambda curve, _: sent(curve, "bytes_down"))
-    if any(map(measured, runs)):
-        yield from COLUMNS
-
-
 CROSS = Figure(
     "cross_losses",
-    each_group(lambda runs, notes: curves_of(runs, notes=notes), keep=measured),
+    each_group(lambda runs, notes: curves_of(runs, notes=notes), keep=crossed),
     draw_cross,
     "federated runs with --interference-every",
 )

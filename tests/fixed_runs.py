@@ -109,8 +109,22 @@ def mamba_study(root):
 # ----------------------------------------------------------------------------------------------- vit_sparse_fl
 
 
-def write_vit(root, command=DENSE, seed=0, accuracy=0.5, name=None, status="finished", counts=None, kept=None, **args):
-    """One run of vit_sparse_fl with evaluations at rounds 10, 20, 30; `args` go over the defaults."""
+def write_vit(
+    root,
+    command=DENSE,
+    seed=0,
+    accuracy=0.5,
+    name=None,
+    status="finished",
+    counts=None,
+    kept=None,
+    start=None,
+    **args,
+):
+    """One run of vit_sparse_fl with evaluations at rounds 10, 20, 30; `args` go over the defaults.
+
+    start: its validation accuracy before training; None: a log without round 0.
+    """
     every = {"dataset": "cifar100", "model": "tiny", "image_size": 32, "init_from": f"runs/pretrain_seed_{seed}"}
     every |= {"lr": 0.01, "seed": seed, "output_dir": str(root)}
     if command == CENTRAL:
@@ -121,7 +135,7 @@ def write_vit(root, command=DENSE, seed=0, accuracy=0.5, name=None, status="fini
     if command == SPARSE:
         every |= {"sparsity_ratio": 0.9, "mask_strategy": "random", "upload": "masked", "mask": None}
         every |= {"calibration": "talos", "calibration_rounds": 4, "calibrate_on": "server", "calibration_clients": 10}
-    rows = []
+    rows = [] if start is None else [{"round": 0, "val_accuracy": start, "val_loss": 3.7}]
     for r in (10, 20, 30):
         row = {"round": r, "val_accuracy": accuracy * r / 30, "val_loss": 60 / r, "bytes_up": 1e6 * r, "seconds": 2 * r}
         if command != CENTRAL:
