@@ -71,6 +71,7 @@ class ControlVariates:
     def close_round(self):
         """c += sum_{k in S} w_k (c_k+ - c_k) / sum w over all K. Every process calls it, after the loop."""
         (change,), _ = self._change.result()
+        self._change = None
         self.c.add_(change.div_(sum(self.weights)))
 
     def state_dict(self):

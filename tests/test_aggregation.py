@@ -1,13 +1,17 @@
 """Identities and hand-sized numbers of the means over clients: FedAvg, entropy weighting, Fisher weighting."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 from quadratics import near
 
 from common.aggregation import PrecisionWeightedMean, ServerMomentum, WeightedMean, apply_delta
+from common.lowrank import AdapterMean
 from common.parallel import LeftOut, Round
+from common.scaffold import ControlVariates
 from common.vector import Weights, is_finite
 
 N = [5.0, 1.0, 3.0, 2.0]  # example counts
@@ -253,3 +257,37 @@ def test_bad_precisions_are_refused(theta, clients):
     for damping in (-0.1, math.nan, math.inf):
         with pytest.raises(ValueError, match="damping"):
             PrecisionWeightedMean(theta, Round([0]), damping=damping)
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("what", ["mean", "precision", "scaffold", "svd", "residual"])
+def test_what_a_round_held_is_freed_with_it_and_waits_for_no_garbage_collector(what, theta, clients, tmp_path):
+    """A mean that a cycle keeps is six vectors [n] a round until Python looks for cycles: gigabytes, or a GPU's."""
+    pair = {"layer": (vector(1)[:12].view(2, 6), vector(2)[:8].view(4, 2))}
+    control = ControlVariates(theta, 2, tmp_path) if what == "scaffold" else None
+    gc.collect()
+    gc.disable()
+    try:
+        round = Round(range(2))
+        if control:
+            control.open_round(round)
+        rule = AdapterMean(what, pair, 1.0, round, 0, 0) if what in ("svd", "residual") else None
+        mean = PrecisionWeightedMean(theta, round) if what == "precision" else WeightedMean(theta, round)
+        for k in round:
+            if control:
+                control.offer(k, theta)
+            if rule:
+                rule.add(pair, 1.0, 1.0)
+            mean.add(clients[k], 1.0, *([theta.abs()] if what == "precision" else []))
+        mean.result()
+        if control:
+            control.close_round()
+        if rule:
+            rule.result()
+        gone = [weakref.ref(thing) for thing in (round, mean, *([rule] if rule else []))]
+        del round, mean, rule
+        assert [ref() for ref in gone] == [None] * len(gone)
+    finally:
+        gc.enable()

@@ -175,7 +175,7 @@ FIELDS = "--fields val_accuracy test_accuracy val_loss"
 AGAINST = f"--against iid {FIELDS}"
 # study -> {log: flags of the table that its README has of it}; a log that is not there yet has no table
 SHOWN = {
-    "mamba_fl": {"gap": "", "source": ""},
+    "mamba_fl": {"gap": "", "gap_demo": "", "source": "", "source_tuned": ""},
     "vit_sparse_fl": {"stand_in": ""},
     "lora_glue_fl": {"small": "--wide"},
 }
