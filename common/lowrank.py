@@ -269,6 +269,9 @@ class _ProductMeans:
     def head(self):
         return self._given
 
+    def close(self):
+        """Nothing to let go of."""
+
     def exchange(self, every):
         self._given = None
         for factors, weight, scale in filter(None, every):

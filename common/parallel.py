@@ -214,7 +214,7 @@ class Round:
         """Makes an accumulator part of the exchanges between clients.
 
         Between two clients it is asked for head(), a picklable thing or None, and then given every process's by
-        exchange(heads). What one process alone is given it adds at once.
+        exchange(heads). What one process alone is given it adds at once. close() tells it that no client follows.
         """
         self._sums.append(total)
 
@@ -225,12 +225,14 @@ class Round:
         self._added.add(total)
 
     def _close(self):
+        for total in self._sums:
+            total.close()
+        self._sums.clear()  # each holds the round: a cycle, which would keep its vectors
         parts = all_gather((self.left_out, self.amount))
         self.left_out = sorted(k for out, _ in parts for k in out)
         self.amount = sum(amount for _, amount in parts)
         for close in self._closers:
             close(self)
-        self._sums.clear()  # each holds the round: a cycle, which would keep its vectors
         out, everyone = self.left_out, len(self.clients)
         if 2 * len(out) > everyone:
             raise LeftOut(
@@ -309,12 +311,15 @@ class OrderedSum:
         for rank in present:
             self._add(every[rank][0], [parts[rank] for parts in received])
 
+    def close(self):
+        """After the loop: lets go of fold and prepare, often of who holds this sum, a cycle that keeps the vectors."""
+        self._fold = self._prepare = None
+
     def result(self):
         """([sums] fp64 [n], [numbers of each client that was added, in order]), the same bits on every process.
 
         Every process calls it, after the loop.
         """
-        self._fold = self._prepare = None  # often of who holds this sum: a cycle, which would keep the vectors
         return [self._gathered(s) for s in self._sums], self._numbers
 
     def _add(self, numbers, vectors):

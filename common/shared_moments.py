@@ -75,6 +75,7 @@ class SharedMoments:
         Args: delta [n], fp64: the `delta()` of the mean of theta; lr: mean rate of the round's steps.
         """
         (m, v), numbers = self._sum.result()
+        self._sum = None
         total = sum(weight for weight, _ in numbers)
         # H: clients that pass over texts of their own may differ in their steps
         self.H = round(sum(weight * steps for weight, steps in numbers) / total)

@@ -163,7 +163,7 @@ def keep_on_scale(axes, panels, name):
 def mark_alarms(axis, panel, looks, name, size):
     """Each detector's first alarm as its letters on the mean curve, at the median round of the seeds that have it.
 
-    `Dr 2/3`: in two of three seeds. size: the axis in points (width, height), for marks that do not hide each other.
+    `Di 2/3`: in two of three seeds. size: the axis in points (width, height), for marks that do not hide each other.
     Returns the detectors that spoke. Call it once the axis' limits stand.
     """
     (x0, x1), (y0, y1) = axis.get_xlim(), axis.get_ylim()

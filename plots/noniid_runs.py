@@ -482,7 +482,7 @@ def has_failed(run):
 
 
 def alarms(curve, _):
-    """`diverged, slow 2/3`: the detectors that spoke; `-` for none."""
+    """`diverged 2/3`: the detectors that spoke; `-` for none."""
     n = len(curve.runs)
     spoke = {name.replace("_", " "): len(times) for name, times in first_alarms(curve).items()}
     return ", ".join(name + (f" {count}/{n}" if count < n else "") for name, count in spoke.items()) or "-"
