@@ -45,6 +45,7 @@ LUS = (1, 8, 64, 256)
 SEEDS = (0, 1, 2, 3, 4)
 TUNED = "mamba_fl/results/tuning/gap.json"  # the rates that --tune found, on seed 100
 TUNED_DEMO = "mamba_fl/results/tuning/gap_demo.json"
+TUNED_SOURCE = "mamba_fl/results/tuning/source_tuned.json"
 ADAM_LR = (8e-3, 1.6e-2, 3.2e-2)
 GAP = "--lr-scheduler cosine --amp auto"
 WIKITEXT = "--d-model 64 --tokenizer bpe:2048 --val-sequences 128 --warmup-steps 77 --held-out-sequences 16"
@@ -171,6 +172,7 @@ PRESETS = {
     "source-tuned": Preset(
         f"--val-sequences 64 --warmup-steps 3 --held-out-sequences 0 {GAP}".split() + NO_SAMPLES,
         tuple(source_layers()),
+        tuned=TUNED_SOURCE,
     ),
     "source": Preset(SOURCE.split(), settings(SOURCE_METHODS, val_freq=10)),
     "quick": Preset((*QUICK.split(), *NO_SAMPLES), settings(METHODS, val_freq=1), seeds=(0,)),
