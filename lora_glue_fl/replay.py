@@ -2,17 +2,20 @@
 
 The clients are trained once, by the run's own rule and from what it serves, so that between the rows of a round lies
 nothing but the averaging: no other shards, batches or starts. The run itself does not change by a bit. A round's line
-of metrics.jsonl gets `replay`, {row: {error, train_loss, val_loss, val_<metric>}}:
+of metrics.jsonl gets `replay`, {row: {error, moved, train_loss, val_loss, val_<metric>}}:
 
     svd, naive, rotate    as `common.lowrank`, of the rank that the clients train
     florana               mean A, mean B with coefficients that fit the mean product (`common.factors.combined`)
     exact                 the mean product itself in the base's weights, no adapter
     residual_0.5, _1, _2  mean A, mean B and that many times residual's correction of the base: naive is 0 times, exact
                           once, of which residual_1 differs by rounding alone: the noise of a row
+    exact_as_far          start + c (mean(BA) - start), c such that it moves as far as naive: what is left between the
+                          two is direction, and between this row and exact the length of the step alone
 
-error is ||served - mean(BA)|| / ||mean(BA)||; train_loss is over the training examples of all clients, val_loss over
-the task's validation examples, both computed in fp32 whatever --amp: under bf16 exact and residual_1 differed by a
-tenth of what lies between naive and exact. The head is the one that the run serves, in every row.
+error is ||served - mean(BA)|| / ||mean(BA)||; moved is ||served - start|| / ||mean(BA) - start||, start: the product
+s B A that the round began with, norms over all layers; train_loss is over the training examples of all clients,
+val_loss over the task's validation examples, both computed in fp32 whatever --amp: under bf16 exact and residual_1
+differed by a tenth of what lies between naive and exact. The head is the one that the run serves, in every row.
 """
 
 import math
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 
 from common.lowrank import AdapterMean
+from common.products import Product
 
 RULES = ("svd", "rotate", "florana", "residual")
 DOSES = (0.5, 1.0, 2.0)
@@ -36,7 +40,8 @@ def begin(study, starts, clients, t):
         return None
     pairs, options = starts[a.lora_r], {"rotate": {"rotation": a.rotate_lambda}}
     means = {rule: AdapterMean(rule, pairs, study.scale, clients, t, a.seed, **options.get(rule, {})) for rule in RULES}
-    return means, {name: w.detach().clone() for name, w in study.model.adapted.base_weights().items()}
+    began = {name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in pairs.items()}
+    return means, began, {name: w.detach().clone() for name, w in study.model.adapted.base_weights().items()}
 
 
 def add(replayed, factors_k, weight, scale):
@@ -52,32 +57,50 @@ def rows(study, replayed, head):
     """
     if not replayed:
         return {}
-    means, base = replayed
+    means, began, base = replayed
     served = {rule: mean.result() for rule, mean in means.items()}
     residual = served["residual"]
-    missed = math.hypot(*(update.norm() for update in residual.updates.values()))
-    naive = missed / residual.norm if residual.norm else 0.0
+    naive = length(residual.updates) / residual.norm if residual.norm else 0.0
     found, adapted = {}, study.model.adapted
 
-    def row(name, factors, error, weights=base):
+    def change(factors, updates=None, dose=1.0):
+        """{layer: what is served minus what the round began with} of factors and `dose` times an update of the base."""
+        found = {}
+        for name, (A, B) in factors.items():
+            found[name] = Product(len(B), A.shape[1]).add(A, B, study.scale).add(*began[name], -study.scale)
+            if updates:
+                found[name].add_product(updates[name], dose)
+        return found
+
+    exact = change(residual.factors, residual.updates)
+    far = length(exact)
+
+    def row(name, factors, error, moved, weights=base):
         adapted.load_base(weights)
         adapted.load(factors, study.named_head(head), study.scale)
-        found[name] = {"error": error, **losses(study)}
+        found[name] = {"error": error, "moved": moved / far if far else 0.0, **losses(study)}
 
     for rule in ("svd", "rotate", "florana"):
-        row(rule, served[rule].factors, served[rule].error)
-    row("naive", residual.factors, naive)
+        row(rule, served[rule].factors, served[rule].error, length(change(served[rule].factors)))
+    near = length(change(residual.factors))
+    row("naive", residual.factors, naive, near)
     for dose in DOSES:
         updates = {name: update.scaled(dose) for name, update in residual.updates.items()}
         error = residual.error if dose == 1 else abs(1 - dose) * naive
-        row(f"residual_{dose:g}", residual.factors, error, adapted.updated(base, updates))
-    whole = {
-        name: update.scaled(1.0).add(*residual.factors[name], study.scale) for name, update in residual.updates.items()
-    }
+        moved = length(change(residual.factors, residual.updates, dose))
+        row(f"residual_{dose:g}", residual.factors, error, moved, adapted.updated(base, updates))
     none = {name: (A, torch.zeros_like(B)) for name, (A, B) in residual.factors.items()}
-    row("exact", none, 0.0, adapted.updated(base, whole))
+    for name, share in (("exact", 1.0), ("exact_as_far", near / far if far else 1.0)):
+        whole = {layer: delta.scaled(share).add(*began[layer], study.scale) for layer, delta in exact.items()}
+        error = abs(1 - share) * far / residual.norm if residual.norm else 0.0
+        row(name, none, error, share * far, adapted.updated(base, whole))
     adapted.load_base(base)
     return {"replay": found}
+
+
+def length(products):
+    """The Frobenius norm over all layers of {layer: `common.products.Product`}."""
+    return math.hypot(*(product.norm() for product in products.values()))
 
 
 def losses(study):

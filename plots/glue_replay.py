@@ -31,6 +31,7 @@ ROWS = {  # label and look, but for exact, which all are compared with
     "florana": ("FLoRA-NA", look(3)),
     "residual_0.5": ("Residual x 0.5", look(4, 1)),
     "residual_2": ("Residual x 2", look(5, 1)),
+    "exact_as_far": ("Exact, as far as naive", look(6)),
 }
 DOSES = {"naive": 0.0, "residual_0.5": 0.5, "residual_1": 1.0, "residual_2": 2.0}
 SPLITS = {"train_loss": "Clients' training examples", "val_loss": "Validation examples"}

@@ -13,7 +13,7 @@ from common.runlog import read_metrics
 from lora_glue_fl import run_study
 from lora_glue_fl.demo_glue import demo_task
 
-ROWS = {"svd", "naive", "rotate", "florana", "exact", "residual_0.5", "residual_1", "residual_2"}
+ROWS = {"svd", "naive", "rotate", "florana", "exact", "residual_0.5", "residual_1", "residual_2", "exact_as_far"}
 TIMES = {"seconds", "examples_per_second", "peak_memory", "replay"}
 
 
@@ -88,8 +88,8 @@ def merged(first, rule):
     if rule == "naive":
         model = PeftModel.from_pretrained(load(first / rule / "base"), first / rule / "final").merge_and_unload()
     else:
-        model = load(first / rule / "final")
-    return model, AutoTokenizer.from_pretrained(first / rule / "base")
+        model = load(first / "naive" / "base" if rule == "base" else first / rule / "final")
+    return model, AutoTokenizer.from_pretrained(first / "naive" / "base")
 
 
 def test_a_dose_lies_on_the_line_from_naive_to_exact_and_losses_are_of_all_clients_examples(first, shards):  # noqa: F811
@@ -110,6 +110,15 @@ def test_a_dose_lies_on_the_line_from_naive_to_exact_and_losses_are_of_all_clien
         with torch.no_grad():
             loss = F.cross_entropy(naive.eval()(**batch).logits.double(), labels).item()
         assert replay[row]["train_loss"] == pytest.approx(loss, rel=1e-4)
+    start, _ = merged(first, "base")
+    begun, adapted = start.state_dict(), [name for name in ends[0] if "attention.self" in name]
+    moved = [sum((end[name] - begun[name]).double().square().sum() for name in adapted).sqrt() for end in ends]
+    share = (moved[0] / moved[1]).item()
+    assert replay["naive"]["moved"] == replay["exact_as_far"]["moved"] == pytest.approx(share, rel=1e-4) != 1
+    assert replay["exact"]["moved"] == pytest.approx(1) == replay["residual_1"]["moved"]
+    between = {name: begun[name] + share * (ends[1][name] - begun[name]) for name in adapted}
+    naive.load_state_dict(ends[1] | between)
+    assert replay["exact_as_far"]["val_loss"] == pytest.approx(validation(naive, tokenizer)[1], rel=1e-4)
 
 
 def test_the_replays_begin_with_one_checkpoint_a_seed_and_trajectories_with_one_head():
