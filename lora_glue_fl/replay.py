@@ -63,13 +63,13 @@ def rows(study, replayed, head):
     naive = length(residual.updates) / residual.norm if residual.norm else 0.0
     found, adapted = {}, study.model.adapted
 
-    def change(factors, updates=None, dose=1.0):
-        """{layer: what is served minus what the round began with} of factors and `dose` times an update of the base."""
+    def change(factors, updates=None):
+        """{layer: what is served minus what the round began with} of factors and an update of the base."""
         found = {}
         for name, (A, B) in factors.items():
             found[name] = Product(len(B), A.shape[1]).add(A, B, study.scale).add(*began[name], -study.scale)
             if updates:
-                found[name].add_product(updates[name], dose)
+                found[name].add_product(updates[name])
         return found
 
     exact = change(residual.factors, residual.updates)
@@ -87,7 +87,7 @@ def rows(study, replayed, head):
     for dose in DOSES:
         updates = {name: update.scaled(dose) for name, update in residual.updates.items()}
         error = residual.error if dose == 1 else abs(1 - dose) * naive
-        moved = length(change(residual.factors, residual.updates, dose))
+        moved = length(change(residual.factors, updates))
         row(f"residual_{dose:g}", residual.factors, error, moved, adapted.updated(base, updates))
     none = {name: (A, torch.zeros_like(B)) for name, (A, B) in residual.factors.items()}
     for name, share in (("exact", 1.0), ("exact_as_far", near / far if far else 1.0)):

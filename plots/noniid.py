@@ -115,7 +115,7 @@ def over_rounds(name, y_label, title):
         leaving = keep_on_scale(axes, panels, name)
         size = 72 * figure.get_figwidth() / axes[0].get_gridspec().ncols - 60, 130
         spoke = {one for axis, p in zip(axes, panels, strict=True) for one in mark_alarms(axis, p, looks, name, size)}
-        alarms = ", ".join(f"{one[:2].capitalize()} {one.replace('_', ' ')}" for one in sorted(spoke))
+        alarms = ", ".join(f"{letters(one)} {one.replace('_', ' ')}" for one in sorted(spoke))
         lines = [f"first alarms: {alarms} (n/m: in n of m seeds)" if spoke else ""]
         lines += ["arrows: the curve leaves the axis" if leaving else ""]
         return finish(figure, axes, title, setting, KEYS, panels, lines=lines)
@@ -160,6 +160,10 @@ def keep_on_scale(axes, panels, name):
     return sum(top > limit for top in tops)
 
 
+def letters(detector):
+    return detector[:2].capitalize()
+
+
 def mark_alarms(axis, panel, looks, name, size):
     """Each detector's first alarm as its letters on the mean curve, at the median round of the seeds that have it.
 
@@ -175,7 +179,7 @@ def mark_alarms(axis, panel, looks, name, size):
             spoke.add(detector)
             t = float(np.median(times))
             y = np.clip(np.interp(t, rounds[known], mean[known]) if known.any() else y1, y0, y1)
-            words = f"{SYMBOLS[own['marker']]} {detector[:2].capitalize()}"
+            words = f"{SYMBOLS[own['marker']]} {letters(detector)}"
             words += f" {len(times)}/{seeds}" if len(times) < seeds else ""
             at = np.array([(t - x0) / (x1 - x0) * size[0], (y - y0) / (y1 - y0) * size[1]])
             step = np.array([0, 10 if y < (y0 + y1) / 2 else -10])  # towards the middle

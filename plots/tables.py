@@ -143,9 +143,9 @@ def whole(name):
 def sent(curve, name):
     """Bytes in MB: one number where all seeds sent as much; `-` for runs without a federation."""
     values = curve.results(name)
-    return (
-        "-" if curve.central or not len(values) else spread(values[:1] / 1e6 if np.ptp(values) == 0 else values / 1e6)
-    )
+    if curve.central or not len(values):
+        return "-"
+    return spread(values[:1] / 1e6 if np.ptp(values) == 0 else values / 1e6)
 
 
 MINUTES = result("minutes", "seconds", 1 / 60, digits=1)

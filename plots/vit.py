@@ -180,12 +180,12 @@ def accuracy_levels(axis, curves, of="", vertical=False):
     """
     line, ends = (axis.axvline, axis.get_xlim) if vertical else (axis.axhline, axis.get_ylim)
     runs = [run for curve in curves for run in curve.runs]
-    starts = {run.seed: [] for run in runs}
+    starts = {}
     for run in runs:
-        starts[run.seed] += [start for start in [100 * before_training(run)] if not math.isnan(start)]
-    known = [values for values in starts.values() if values]
-    if known and all(np.ptp(values) < 0.5 for values in known):
-        start = np.mean([np.mean(values) for values in known])
+        if not math.isnan(start := 100 * before_training(run)):
+            starts.setdefault(run.seed, []).append(start)
+    if starts and all(np.ptp(values) < 0.5 for values in starts.values()):
+        start = np.mean([np.mean(values) for values in starts.values()])
         line(start, label=f"before training{of}: {start:.1f} %", zorder=1, **BEFORE)
     counts = {class_count(run) for run in runs}
     if len(counts) > 1 or None in counts:
