@@ -135,7 +135,7 @@ def main(args):
             pairs, scale = fed_core.factors(theta), study.served_scale(t)
             mean = AdapterMean(a.aggregate, pairs, scale, clients, t, a.seed, **study.served_as)
             heads = WeightedMean(theta["head"], clients)
-            replayed = replay.begin(study, starts, clients, t)
+            replayed = replay.begin(study, theta, starts, clients, t)
             for k in clients:
                 weights, steps, lrs = fed_core.begin_client(study, theta, starts, k, t)
                 optimizer = adamw(a, study.model.model, weights.parameters)

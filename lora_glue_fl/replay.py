@@ -11,11 +11,14 @@ of metrics.jsonl gets `replay`, {row: {error, moved, train_loss, val_loss, val_<
                           once, of which residual_1 differs by rounding alone: the noise of a row
     exact_as_far          start + c (mean(BA) - start), c such that it moves as far as naive: what is left between the
                           two is direction, and between this row and exact the length of the step alone
+    exact_half, naive_half    start + (exact - start) / 2, and naive's, the head too: the same at a shorter step, for
+                          rounds in which all rules go too far
+    noise                 exact with Gaussian noise, in each layer as long as what naive misses there: chance
 
 error is ||served - mean(BA)|| / ||mean(BA)||; moved is ||served - start|| / ||mean(BA) - start||, start: the product
 s B A that the round began with, norms over all layers; train_loss is over the training examples of all clients,
 val_loss over the task's validation examples, both computed in fp32 whatever --amp: under bf16 exact and residual_1
-differed by a tenth of what lies between naive and exact. The head is the one that the run serves, in every row.
+differed by a tenth of what lies between naive and exact. The head is the one that the run serves, but in the halves.
 """
 
 import math
@@ -24,16 +27,17 @@ import numpy as np
 import torch
 
 from common.lowrank import AdapterMean
-from common.products import Product
+from common.products import Product, distance
+from common.seeding import torch_stream
 
 RULES = ("svd", "rotate", "florana", "residual")
 DOSES = (0.5, 1.0, 2.0)
 
 
-def begin(study, starts, clients, t):
-    """The rules' means of round t and the base's weights in it, for `add` and `rows`; None where nothing is replayed.
+def begin(study, theta, starts, clients, t):
+    """The rules' means of round t and what it begins with, for `add` and `rows`; None where nothing is replayed.
 
-    starts: of `fed_core.begin_round`, with the base in the model.
+    theta: as `Study.theta`; starts: of `fed_core.begin_round`, with the base in the model.
     """
     a = study.args
     if not (a.replay and study.evaluates(t + 1)):
@@ -41,7 +45,8 @@ def begin(study, starts, clients, t):
     pairs, options = starts[a.lora_r], {"rotate": {"rotation": a.rotate_lambda}}
     means = {rule: AdapterMean(rule, pairs, study.scale, clients, t, a.seed, **options.get(rule, {})) for rule in RULES}
     began = {name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in pairs.items()}
-    return means, began, {name: w.detach().clone() for name, w in study.model.adapted.base_weights().items()}
+    base = {name: w.detach().clone() for name, w in study.model.adapted.base_weights().items()}
+    return means, began, base, theta["head"].clone(), t
 
 
 def add(replayed, factors_k, weight, scale):
@@ -57,7 +62,7 @@ def rows(study, replayed, head):
     """
     if not replayed:
         return {}
-    means, began, base = replayed
+    means, began, base, head_before, t = replayed
     served = {rule: mean.result() for rule, mean in means.items()}
     residual = served["residual"]
     naive = length(residual.updates) / residual.norm if residual.norm else 0.0
@@ -72,30 +77,51 @@ def rows(study, replayed, head):
                 found[name].add_product(updates[name])
         return found
 
-    exact = change(residual.factors, residual.updates)
+    exact, near = change(residual.factors, residual.updates), change(residual.factors)
     far = length(exact)
 
-    def row(name, factors, error, moved, weights=base):
+    def row(name, factors, error, moved, weights=base, head=head):
         adapted.load_base(weights)
         adapted.load(factors, study.named_head(head), study.scale)
         found[name] = {"error": error, "moved": moved / far if far else 0.0, **losses(study)}
 
     for rule in ("svd", "rotate", "florana"):
         row(rule, served[rule].factors, served[rule].error, length(change(served[rule].factors)))
-    near = length(change(residual.factors))
-    row("naive", residual.factors, naive, near)
+    row("naive", residual.factors, naive, length(near))
     for dose in DOSES:
         updates = {name: update.scaled(dose) for name, update in residual.updates.items()}
         error = residual.error if dose == 1 else abs(1 - dose) * naive
         moved = length(change(residual.factors, updates))
         row(f"residual_{dose:g}", residual.factors, error, moved, adapted.updated(base, updates))
     none = {name: (A, torch.zeros_like(B)) for name, (A, B) in residual.factors.items()}
-    for name, share in (("exact", 1.0), ("exact_as_far", near / far if far else 1.0)):
-        whole = {layer: delta.scaled(share).add(*began[layer], study.scale) for layer, delta in exact.items()}
-        error = abs(1 - share) * far / residual.norm if residual.norm else 0.0
-        row(name, none, error, share * far, adapted.updated(base, whole))
+
+    def merged(name, delta, head=head):
+        """A row of {layer: what is added to the product that the round began with}, in the base's weights."""
+        whole = {layer: product.scaled(1.0).add(*began[layer], study.scale) for layer, product in delta.items()}
+        miss = math.hypot(*(distance(delta[layer], exact[layer]) for layer in exact))
+        error = miss / residual.norm if residual.norm else 0.0
+        row(name, none, error, length(delta), adapted.updated(base, whole), head)
+
+    merged("exact", exact)
+    merged("exact_as_far", scaled(exact, length(near) / far if far else 1.0))
+    middle = head_before + (head - head_before) / 2
+    merged("exact_half", scaled(exact, 0.5), middle)
+    merged("naive_half", scaled(near, 0.5), middle)
+    generator = torch_stream(study.args.seed, "noise of a replay", t)
+    merged("noise", {layer: noisy(exact[layer], residual.updates[layer].norm(), generator) for layer in exact})
     adapted.load_base(base)
     return {"replay": found}
+
+
+def scaled(products, factor):
+    return {name: product.scaled(factor) for name, product in products.items()}
+
+
+def noisy(product, norm, generator):
+    """A `Product` plus a Gaussian matrix of that Frobenius norm."""
+    d, k = product.shape
+    noise = torch.randn(d, k, generator=generator, dtype=torch.float64)
+    return product.scaled(1.0).add(noise, torch.eye(d), norm / noise.norm().item())
 
 
 def length(products):

@@ -500,6 +500,8 @@ def small(head, name):
 
 def tables(runs, notes, args):
     """The tables, those of central runs whose data no federated run has last."""
+    if args.replay:
+        return glue_replay.tables(runs, notes)
     figures = figures_of(runs, notes)
     for setting, members in like_with_like(runs, SERVED):
         if all(run.central for run in members):
@@ -533,6 +535,7 @@ def wide(panels):
 def add_table_flags(parser):
     add_tasks(parser)
     rules = [kind for kind in STUDY.kinds if kind not in STUDY.central]
+    parser.add_argument("--replay", action="store_true", help="what the averaging error cost in runs with --replay")
     parser.add_argument("--wide", action="store_true", help="headline metrics only, a row per task and federation")
     parser.add_argument("--against", choices=["central", *rules], default="central", help="of the differences")
 
@@ -542,7 +545,8 @@ TABLE = Table(
     words="""One table per task and federation. Metrics are those of the last round on the validation examples, times
 100; `best` is the headline metric's best round, chosen on those same examples. `vs central` is in points; --against
 takes another row. `error %` (plots/glue.py) and `discarded %`, the share of the energy that svd cut off, are means over
-the rounds. --wide prints one table of headline metrics, a row per task and federation.
+the rounds. --wide prints one table of headline metrics, a row per task and federation, --replay that of
+plots/glue_replay.py.
 """,
     columns=columns,
     free=SERVED,

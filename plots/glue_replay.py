@@ -1,6 +1,7 @@
-"""Figures of lora_glue_fl's --replay: does the error of the averaging cost loss?
+"""Figures and table of lora_glue_fl's --replay: does the error of the averaging cost loss?
 
     python plots/glue.py replay --data-dir out_fedavg --out-dir results/plots
+    python plots/tables.py lora_glue_fl --data-dir out_fedavg --replay
 
     replay    replay_error.png: loss of what a rule serves minus the loss of the exact mean product, against the rule's
               aggregation error; replay_dose.png: the same against how often residual's correction is applied (0:
@@ -21,6 +22,7 @@ from common.curves import GREY, new_figure, number, set_title
 from plots.runs import describe, words_for
 from plots.seeds import interval
 from plots.style import Figure, each_group, legend_below, look
+from plots.tables import layout, pairs_cell, spread
 
 VARIED = ("clients", "shards", "local_epochs", "rank", "lora_alpha", "svd_rank", "served_scale", "learning_rate")
 VARIED += ("rounds", "examples")
@@ -32,6 +34,14 @@ ROWS = {  # label and look, but for exact, which all are compared with
     "residual_0.5": ("Residual x 0.5", look(4, 1)),
     "residual_2": ("Residual x 2", look(5, 1)),
     "exact_as_far": ("Exact, as far as naive", look(6)),
+    "noise": ("Noise as long as naive's", look(7)),
+}
+PAIRS = {  # column of the table -> rows whose losses' difference it is
+    "naive - exact": ("naive", "exact"),
+    "svd - exact": ("svd", "exact"),
+    "noise - exact": ("noise", "exact"),
+    "naive - exact as far": ("naive", "exact_as_far"),
+    "naive - exact, half a step": ("naive_half", "exact_half"),
 }
 DOSES = {"naive": 0.0, "residual_0.5": 0.5, "residual_1": 1.0, "residual_2": 2.0}
 SPLITS = {"train_loss": "Clients' training examples", "val_loss": "Validation examples"}
@@ -53,9 +63,9 @@ def cells(runs, notes=()):
     return study, {cell: list(found[cell].values()) for cell in sorted(found, key=order)}
 
 
-def losses(seeds, name, split):
-    """[S] loss of the row `name` minus that of exact, seed by seed; nan for what is not finite or not there."""
-    every = [[number(one.get(row, {}).get(split)) for row in (name, "exact")] for one in seeds]
+def losses(seeds, name, split, base="exact"):
+    """[S] loss of the row `name` minus that of `base`, seed by seed; nan for what is not finite or not there."""
+    every = [[number(one.get(row, {}).get(split)) for row in (name, base)] for one in seeds]
     return np.subtract(*np.array(every).T)
 
 
@@ -152,3 +162,22 @@ def draw_dose(setting, what, args):
 GROUPS = each_group(cells, VARIED, lambda run: any(row.get("replay") for row in run.rows))
 NEEDS = "runs of fedavg_rounds.py with --replay"
 FIGURES = [Figure("replay_error", GROUPS, draw_error, NEEDS), Figure("replay_dose", GROUPS, draw_dose, NEEDS)]
+
+
+# ---- the table
+
+
+def tables(runs, notes):
+    """A table for each group of runs that may be compared: a row a setting and split, differences seed by seed."""
+    parts = []
+    for setting, (study, found) in GROUPS(runs, notes):
+        names, rows = labels(study, found), [["setting", "loss over", "exact", "error % (naive)", *PAIRS]]
+        for cell, seeds in found.items():
+            epochs = "".join(words_for(study, "local_epochs", dict(cell)["local_epochs"]))
+            for split, words in SPLITS.items():
+                exact = np.array([number(one.get("exact", {}).get(split)) for one in seeds])
+                about = [f"{names[cell]}, {epochs}", words.lower(), spread(exact, 3), spread(errors(seeds, "naive"), 1)]
+                rows.append([*about, *(pairs_cell(losses(seeds, a, split, b), 4) for a, b in PAIRS.values())])
+        about = "losses in nats; differences: mean over seeds [95 % interval of a paired t test], seeds"
+        parts += [f"### {describe(study, setting)}; {about}", layout(rows)]
+    return parts

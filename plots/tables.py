@@ -121,7 +121,11 @@ def difference(curve, base, name, factor=1.0, digits=2):
 def paired_cell(curve, base, name, factor=1.0, digits=3):
     """`+0.119 [+0.052, +0.186], 3`: a result's mean difference to the curve `base`, seed by seed, the 95 % interval of
     a paired t test (`?` of one pair), how many pairs, `2 of 3` where one is not finite; `-` without any."""
-    every = factor * paired(curve, base, name) if base not in (None, curve) else np.array([])
+    return pairs_cell(factor * paired(curve, base, name) if base not in (None, curve) else np.array([]), digits)
+
+
+def pairs_cell(every, digits=3):
+    """`paired_cell` of the differences themselves."""
     pairs = every[np.isfinite(every)]
     if not len(pairs):
         return "-" if not len(every) else f"none of {len(every)} finite"

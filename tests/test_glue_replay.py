@@ -14,6 +14,7 @@ from lora_glue_fl import run_study
 from lora_glue_fl.demo_glue import demo_task
 
 ROWS = {"svd", "naive", "rotate", "florana", "exact", "residual_0.5", "residual_1", "residual_2", "exact_as_far"}
+ROWS |= {"exact_half", "naive_half", "noise"}
 TIMES = {"seconds", "examples_per_second", "peak_memory", "replay"}
 
 
@@ -74,7 +75,9 @@ def test_every_row_is_what_a_run_of_that_rule_serves(first):
     assert errors["rotate"] != pytest.approx(errors["naive"], rel=1e-4)
     for dose in (0.5, 2):
         assert errors[f"residual_{dose:g}"] == pytest.approx(abs(1 - dose) * errors["naive"])
+    assert errors["noise"] == pytest.approx(errors["naive"]) and errors["exact_half"] > errors["exact_as_far"] > 0
     losses = {row: values["val_loss"] for row, values in replay.items()}
+    assert losses["noise"] not in (losses["exact"], losses["naive"])
     assert losses["residual_1"] == pytest.approx(losses["exact"], rel=1e-5)
     assert abs(losses["naive"] - losses["exact"]) > 1e-4 * losses["exact"]
 
@@ -119,6 +122,11 @@ def test_a_dose_lies_on_the_line_from_naive_to_exact_and_losses_are_of_all_clien
     between = {name: begun[name] + share * (ends[1][name] - begun[name]) for name in adapted}
     naive.load_state_dict(ends[1] | between)
     assert replay["exact_as_far"]["val_loss"] == pytest.approx(validation(naive, tokenizer)[1], rel=1e-4)
+    for row, end in {"naive_half": ends[0], "exact_half": ends[1]}.items():  # the head too
+        half = {name: (t + end[name]) / 2 if t.is_floating_point() else t for name, t in begun.items()}
+        naive.load_state_dict(half)
+        assert replay[row]["val_loss"] == pytest.approx(validation(naive, tokenizer)[1], rel=1e-4)
+        assert replay[row]["moved"] == pytest.approx(replay[row.removesuffix("_half")]["moved"] / 2)
 
 
 def test_the_replays_begin_with_one_checkpoint_a_seed_and_trajectories_with_one_head():

@@ -1,9 +1,9 @@
-"""Figures of --replay on made rows: loss against error and dose, whose numbers are known."""
+"""Figures and table of --replay on made rows: loss against error and dose, whose numbers are known."""
 
 import numpy as np
 import pytest
 from fixed_runs import change_rows, write_glue
-from plotting import figures
+from plotting import figures, run
 
 from plots.glue_replay import SPLITS
 from plots.seeds import interval
@@ -87,3 +87,14 @@ def test_a_row_that_is_not_finite_and_one_that_is_missing_are_no_points(tmp_path
     labels = [{c.get_label() for c in axis.containers} for axis in (train, val)]
     assert labels[0] - labels[1] == {"Naive (residual x 0)"} and "FLoRA-NA" not in labels[0] and "SVD" in labels[1]
     assert points(train, "SVD")[0] == pytest.approx([4, 2 * 0.04**2, 0])
+
+
+def test_the_table_has_a_row_a_setting_and_loss_with_paired_differences(tmp_path):
+    for seed in (0, 1, 2):
+        write(tmp_path, 0, seed)
+    said = run("table glue", tmp_path, "--replay")[0]
+    low, high = interval(3 * 0.04 + 0.01 * np.arange(3))
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| mean over seeds")]
+    assert [row[1] for row in rows] == ["clients' training examples", "validation examples"]
+    assert rows[0][2:5] == ["1.300 ± 1.000", "10.0 ± 0.0", "+0.0200 [+0.0200, +0.0200], 3"]
+    assert rows[1][5] == f"+0.1300 [{low:+.4f}, {high:+.4f}], 3" and rows[1][6] == "none of 3 finite"
