@@ -189,6 +189,7 @@ def shard_folder(args, task, case, seed):
 
 def make_shards(args):
     """Writes every case's manifests that are not there yet, once all tasks are read."""
+    from common.checkpoint import read_json
     from lora_glue_fl.glue_data import load_task
     from lora_glue_fl.shards import make_client_splits, save_shard_manifests  # torch, which --help must not wait for
 
@@ -199,9 +200,16 @@ def make_shards(args):
     for task, examples, cases in tasks:
         for case in cases:
             for seed in args.seeds:
-                folder = shard_folder(args, task, case, seed)
-                if not (folder / "summary.json").exists():
-                    one = CASES[case]
+                folder, one = shard_folder(args, task, case, seed), CASES[case]
+                if (folder / "summary.json").exists():
+                    there = read_json(folder / "summary.json")
+                    counts = there["meta"].get("max_examples"), len(there.get("held_out", ()))
+                    if counts != (examples, sizes.held_out):
+                        raise UsageError(
+                            f"{folder} has shards of {counts[0] or 'all'} examples, {counts[1]} held out, not of "
+                            f"{examples or 'all'} and {sizes.held_out}: give another --output-dir"
+                        )
+                else:
                     about = {"dirichlet_alpha": one.alpha, "sizes": one.sizes, "max_examples": examples}
                     about |= {"min_samples": 32, "data": read[task], "seed": seed, "held_out_examples": sizes.held_out}
                     split = make_client_splits(task, one.clients, one.mode, **about)

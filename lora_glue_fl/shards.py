@@ -17,6 +17,7 @@ from lora_glue_fl.flags import MODES
 from lora_glue_fl.glue_data import load_task
 
 BIN = 0.2  # of stsb's scores
+RUN = 4  # words: as many in a row are hardly the same by chance
 HELD_OUT = "held_out.json"
 _CLIENT_FILE = re.compile(r"client_([1-9]\d*)\.json")
 
@@ -47,8 +48,8 @@ def make_client_splits(
     categories round-robin), "category_overlap", "dirichlet" (each label in proportions of `dirichlet_alpha`, at
     least `min_samples` a client; with sizes "equal" as `common.equal_parts`). category_key: "label" (the default), or
     another column such as "genre". bin_stsb: without it every score of stsb is a label of its own. max_examples: deals
-    a stratified subset of so many. held_out_examples: sets a stratified subset of the others apart. dataset, data_root,
-    cache_dir: as `load_task`; data: a `TaskData` that is loaded already.
+    a stratified subset of so many. held_out_examples: sets a stratified subset of the others apart, as `rest_of`.
+    dataset, data_root, cache_dir: as `load_task`; data: a `TaskData` that is loaded already.
 
     Returns: {"client_indices": k sorted lists of int, "size_per_client", "total_train": size of the train split,
         "task", "mode", "meta": {seed, overlap_ratio, category_key, bin_stsb, ...}, "dataset", "fingerprint" (SHA-256
@@ -65,6 +66,8 @@ def make_client_splits(
     if len(rows) < len(train):
         notes.append(f"{len(rows)} of {len(train)} training examples are dealt")
     held_out = rest_of(data, rows, held_out_examples, seed, bin_stsb)
+    if known := int((~without(train, held_out, rows)).sum()):
+        notes.append(f"{known} of {held_out_examples} held-out examples have {RUN} words in a row of a client's")
 
     generator, what, more = stream(seed, "sharding"), "examples", []
     if mode == "iid":
@@ -120,7 +123,11 @@ def subset(data, n, seed, bin_stsb=True):
 
 
 def rest_of(data, dealt, n, seed, bin_stsb=True):
-    """A stratified subset of n of the training examples that are not `dealt`, int64: sorted int64 array."""
+    """A stratified subset of n of the training examples that are not `dealt`, int64: sorted int64 array.
+
+    Those that have RUN words and none in a row of a dealt one, where there are enough: SST-2's phrases are parts of one
+    another, and a rate that is chosen on parts of what clients train on rewards learning it by heart.
+    """
     train = data.splits["train"]
     rest = np.setdiff1d(np.arange(len(train)), dealt)
     if n > len(rest):
@@ -128,10 +135,25 @@ def rest_of(data, dealt, n, seed, bin_stsb=True):
             f"--held-out-examples {n}: {len(rest)} of {len(train)} training examples are in no shard: lower it or "
             "--max-examples"
         )
+    apart = rest[without(train, rest, dealt)] if n else rest
+    rest = apart if len(apart) >= n else rest
     if n in (0, len(rest)):
         return rest[:n]
     strata = _strata(data.task, train, bin_stsb)[rest]
     return rest[sharding.stratified(strata, [n, len(rest) - n], stream(seed, "held out"), "examples")[0]]
+
+
+def without(train, rows, dealt):
+    """bool [n]: which examples have RUN words in a row and none such of the dealt ones, case and columns apart."""
+
+    def runs(i):
+        for column in train.texts.values():
+            words = column[i].lower().split()
+            yield from (tuple(words[j : j + RUN]) for j in range(len(words) - RUN + 1))
+
+    known = {run for i in dealt for run in runs(i)} if len(rows) else ()
+    own = [set(runs(i)) for i in rows]
+    return np.array([bool(one) and known.isdisjoint(one) for one in own], dtype=bool)
 
 
 def whole_labels(task, train, bin_stsb):

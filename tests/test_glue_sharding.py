@@ -12,7 +12,7 @@ import pytest
 from common.checkpoint import read_json, write_json
 from common.cli import UsageError
 from common.sharding import check
-from lora_glue_fl import shards
+from lora_glue_fl import run_study, shards
 from lora_glue_fl.glue_data import load_task
 from lora_glue_fl.glue_tasks import TASKS
 from lora_glue_fl.shards import load_held_out, load_manifest, load_shards, make_client_splits, save_shard_manifests
@@ -125,6 +125,37 @@ def test_held_out_examples_are_stratified_and_no_clients():
     assert demo("cola", 4, max_examples=200, held_out_examples=300) == info
     every = demo("cola", 4, max_examples=200, held_out_examples=1000)
     assert sorted(every["held_out"] + sum(every["client_indices"], [])) == list(range(1200))
+    assert any("held-out examples have 4 words in a row of a client's" in note for note in every["notes"])
+
+
+def test_held_out_examples_are_no_parts_of_clients():
+    data = load_task("sst2", "demo", splits=["train"])
+    train = data.splits["train"]
+    dealt = "A film that nobody has to see twice"
+    texts = [
+        dealt,
+        "that nobody has to forget",
+        "THAT nobody has to",
+        "nobody has to sit",
+        "see twice",
+        "one of its kind",
+    ]
+    train.texts["sentence"][:] = [*texts, *["it has no such words"] * (len(train) - 6)]
+    rows = np.arange(1, 7)
+    assert shards.without(train, rows, [0]).tolist() == [False, False, True, False, True, True]
+    assert shards.rest_of(data, np.array([0]), len(train) - 4, 0).tolist() == [3, *range(5, len(train))]
+    assert 4 in shards.rest_of(data, np.array([0]), len(train) - 1, 0)  # too few without
+
+
+def test_a_study_takes_no_shards_of_another_number_of_examples(tmp_path):
+    args = run_study.parse(["--preset", "quick", "--settings", "base", "--output-dir", str(tmp_path)])
+    run_study.make_shards(args)
+    run_study.make_shards(args)  # there already
+    path = run_study.shard_folder(args, "sst2", "base", 0) / "summary.json"
+    summary = read_json(path)
+    write_json(path, summary | {"meta": summary["meta"] | {"max_examples": 7}})
+    with pytest.raises(UsageError, match="has shards of 7 examples, 0 held out, not of 600 and 0: give another"):
+        run_study.make_shards(args)
 
 
 @pytest.mark.parametrize(
