@@ -2,8 +2,9 @@
 
 The clients are trained once, by the run's own rule and from what it serves, so that between the rows of a round lies
 nothing but the averaging: no other shards, batches or starts. The run itself does not change by a bit. A round's line
-of metrics.jsonl gets `replay`, {row: {error, moved, train_loss, val_loss, val_<metric>}}:
+of metrics.jsonl gets `replay`, {row: {error, moved, train_loss, val_loss, val_<metric>, val_loss_refit}}:
 
+    start                 what the round began with, its head too: what a round is worth
     svd, naive, rotate    as `common.lowrank`, of the rank that the clients train
     florana               mean A, mean B with coefficients that fit the mean product (`common.factors.combined`)
     exact                 the mean product itself in the base's weights, no adapter
@@ -18,7 +19,9 @@ of metrics.jsonl gets `replay`, {row: {error, moved, train_loss, val_loss, val_<
 error is ||served - mean(BA)|| / ||mean(BA)||; moved is ||served - start|| / ||mean(BA) - start||, start: the product
 s B A that the round began with, norms over all layers; train_loss is over the training examples of all clients,
 val_loss over the task's validation examples, both computed in fp32 whatever --amp: under bf16 exact and residual_1
-differed by a tenth of what lies between naive and exact. The head is the one that the run serves, but in the halves.
+differed by a tenth of what lies between naive and exact. val_loss_refit (not of regression) is the validation loss
+after a logistic regression on the outputs, fitted to the training examples: what a row loses by being too sure, or by
+preferring a class, is not in it. The head is the one that the run serves, but for start and the halves.
 """
 
 import math
@@ -29,6 +32,7 @@ import torch
 from common.lowrank import AdapterMean
 from common.products import Product, distance
 from common.seeding import torch_stream
+from lora_glue_fl.glue_tasks import evaluate
 
 RULES = ("svd", "rotate", "florana", "residual")
 DOSES = (0.5, 1.0, 2.0)
@@ -102,6 +106,7 @@ def rows(study, replayed, head):
         error = miss / residual.norm if residual.norm else 0.0
         row(name, none, error, length(delta), adapted.updated(base, whole), head)
 
+    merged("start", scaled(exact, 0.0), head_before)
     merged("exact", exact)
     merged("exact_as_far", scaled(exact, length(near) / far if far else 1.0))
     middle = head_before + (head - head_before) / 2
@@ -130,11 +135,29 @@ def length(products):
 
 
 def losses(study):
-    """{train_loss, val_loss, val_<metric>} of what is in the model; train_loss: of all clients' training examples."""
+    """{train_loss, val_loss, val_<metric>, val_loss_refit} of what is in the model; train_loss: of all clients'
+    training examples; mnli: of the matched part."""
     model = study.model
-    pooled = np.unique(np.concatenate(study.rows))
+    pooled, split = np.unique(np.concatenate(study.rows)), model.task.evaluation_splits[0]
     amp, model.amp = model.amp, None
-    values = model.evaluate()
-    train = model.mean_loss(model.outputs("train", rows=pooled), model.encoded["train"].labels[pooled])
+    train, val = model.outputs("train", rows=pooled), model.outputs(split)
     model.amp = amp
-    return {"train_loss": train, "val_loss": values["val_loss"], model.headline: values[model.headline]}
+    known, labels = model.encoded["train"].labels[pooled], model.encoded[split].labels
+    found = {"train_loss": model.mean_loss(train, known), "val_loss": model.mean_loss(val, labels)}
+    found[model.headline] = evaluate(model.task, split, val.numpy(), labels)[model.headline]
+    if not model.task.regression:
+        found["val_loss_refit"] = refit_loss(train.double().numpy(), known, val.double().numpy(), labels)
+    return found
+
+
+def refit_loss(train, known, val, labels):
+    """The loss on outputs `val` [m, C] of a logistic regression on outputs `train` [n, C]; nan where one class is known
+    or an output is not finite."""
+    from sklearn.linear_model import LogisticRegression  # only here: it takes a while to import
+    from sklearn.metrics import log_loss
+
+    if len(np.unique(known)) < 2 or not (np.isfinite(train).all() and np.isfinite(val).all()):
+        return math.nan
+    fitted = LogisticRegression(max_iter=1000).fit(train, known)
+    here = np.isin(labels, fitted.classes_)  # a class that no client has has no probability
+    return float(log_loss(labels[here], fitted.predict_proba(val[here]), labels=fitted.classes_))

@@ -7,11 +7,11 @@
     python lora_glue_fl/run_study.py --preset trajectories --model PATH --tune   # each rule's rate; then without --tune
     python lora_glue_fl/run_study.py --model PATH --plan                         # only checks and shows the commands
 
-`replay`: from one checkpoint (naive, 3 clients, IID) one round of naive with --replay: local epochs x Dirichlet's alpha
-with 10 clients of equal size at rank 4, and at alpha 0.3 rank 16 and 3 clients. `trajectories`: eight rules from one
-trained head, 10 clients of equal size, alpha 0.3, 4 local epochs, rank 8, each at the rate that --tune found (seed
-100) on examples that no client has; five of them with 3 of the 10 clients a round, at the same rates, 3 seeds. Both
-presets pool by the mean over tokens, as the stand-in encoder was trained.
+`replay`: from one checkpoint (a round of naive, 3 clients, IID) one round of naive with --replay at half the rate:
+local epochs x Dirichlet's alpha with 10 clients of equal size at rank 4, and at alpha 0.3 rank 16 and 3 clients.
+`trajectories`: eight rules from one trained head, 10 clients of equal size, alpha 0.3, 4 local epochs, rank 8, each at
+the rate that --tune found (seed 100) on examples that no client has; five of them with 3 of the 10 clients a round, at
+the same rates, 3 seeds. Both presets pool by the mean over tokens, as the stand-in encoder was trained.
 
 The other presets' base: 3 clients, IID, rank 4. Beside it, each alone: 20 clients; Dirichlet shards; higher learning
 rates; rank 16; clients of different ranks; the balanced split. Each run is one of the scripts beside this file, in a
@@ -67,17 +67,19 @@ ONE_FACTOR = tuple(CASES)
 
 def replay_case(epochs, alpha=ALPHA, clients=10, rank=4):
     """One round of naive with --replay. alpha: of equal clients, None: IID."""
-    words = f"--replay --local-epochs {epochs} --lora-r {rank} --lora-alpha {2 * rank}".split()
-    dealt = ("iid",) if alpha is None else ("dirichlet",)
-    return Case(clients, *dealt, ("naive",), tuple(words), alpha or ALPHA, "equal", "checkpoint")
+    words = f"--replay --local-epochs {epochs} --learning-rate 1e-3 --lora-r {rank} --lora-alpha {2 * rank}".split()
+    dealt, start = ("iid",) if alpha is None else ("dirichlet",), "checkpoint" if rank == 4 else f"checkpoint_r{rank}"
+    return Case(clients, *dealt, ("naive",), tuple(words), alpha or ALPHA, "equal", start)
 
 
 EPOCHS = (1, 4, 16)
 ALPHAS = {"iid": None, "a0.3": 0.3, "a0.1": 0.1}
 REPLAY = {f"replay_e{e}_{name}": replay_case(e, a) for e in EPOCHS for name, a in ALPHAS.items()}
-REPLAY |= {f"replay_e{e}_r16": replay_case(e, rank=16) for e in EPOCHS}
-REPLAY |= {f"replay_e{e}_k3": replay_case(e, clients=3) for e in EPOCHS}
-CASES["checkpoint"] = Case(rules=("naive",), words=("--rounds", "3"))
+# beside e4_a0.3, at as many steps a client: 100 of 8 examples; 3 clients have 667 examples each, 10 have 200
+REPLAY |= {"replay_e4_r16": replay_case(4, rank=16), "replay_e1.2_k3": replay_case(1.2, clients=3)}
+# one round, after which a round of the replays still improves on its start: at the end of three it does not
+CASES["checkpoint"] = Case(rules=("naive",))
+CASES["checkpoint_r16"] = Case(rules=("naive",), words=tuple("--lora-r 16 --lora-alpha 32".split()))
 CASES |= REPLAY
 
 EIGHT = (*SIX, "rotate", "head")
@@ -119,7 +121,7 @@ SMALL = Sizes(
 FULL = Sizes(tuple((task, None, ONE_FACTOR) for task in ("rte", "mrpc", "cola", "stsb", "sst2")), 30, falling=False)
 QUICK = Sizes((("sst2", 600, ("base", "clients20", "dirichlet", "balanced", "rank16", "ranks")),), 5)
 
-AGAIN = Sizes((("sst2", 2000, ("checkpoint", *REPLAY)),), 1)
+AGAIN = Sizes((("sst2", 2000, ("checkpoint", "checkpoint_r16", *REPLAY)),), 1)
 TRAJECTORIES = Sizes((("sst2", 4000, ("warm", "skew", "skew_some")),), 8, held_out=1000)
 
 CONSTANT = "--batch-size 8 --lr-scheduler constant --threads 1"

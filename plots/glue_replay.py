@@ -4,9 +4,10 @@
     python plots/tables.py lora_glue_fl --data-dir out_fedavg --replay
 
     replay    replay_error.png: loss of what a rule serves minus the loss of the exact mean product, against the rule's
-              aggregation error; replay_dose.png: the same against how often residual's correction is applied (0:
-              naive, 1: exact), a line per setting. Above on the clients' training examples, below on the validation
-              examples; a column per number of local epochs, each panel with its own scales.
+              aggregation error as a share of the exact mean's step, a grey line through what is of one setting;
+              replay_dose.png: the same against how often residual's correction is applied (0: naive, 1: exact), a
+              line per setting. Above on the clients' training examples, below on the validation examples; a column
+              per number of local epochs, each panel with its own scales.
 
 Both losses are of the same clients, trained once, so that nothing but the averaging lies between them. A point or a
 line is of a setting (a cell: clients, shards, local epochs, rank, rate, round): the mean over its seeds, with the 95 %
@@ -37,6 +38,7 @@ ROWS = {  # label and look, but for exact, which all are compared with
     "noise": ("Noise as long as naive's", look(7)),
 }
 PAIRS = {  # column of the table -> rows whose losses' difference it is
+    "naive - start": ("naive", "start"),
     "naive - exact": ("naive", "exact"),
     "svd - exact": ("svd", "exact"),
     "noise - exact": ("noise", "exact"),
@@ -45,6 +47,8 @@ PAIRS = {  # column of the table -> rows whose losses' difference it is
 }
 DOSES = {"naive": 0.0, "residual_0.5": 0.5, "residual_1": 1.0, "residual_2": 2.0}
 SPLITS = {"train_loss": "Clients' training examples", "val_loss": "Validation examples"}
+REFIT = {"val_loss_refit": "validation examples, refit"}
+THROUGH = {"color": GREY, "linewidth": 0.7, "alpha": 0.7, "zorder": 1}
 LOSS = "Loss - that of the exact mean (nats)"
 
 
@@ -70,8 +74,9 @@ def losses(seeds, name, split, base="exact"):
 
 
 def errors(seeds, name):
-    """[S] aggregation error of the row `name`, in percent."""
-    return np.array([100 * number(one.get(name, {}).get("error")) for one in seeds])
+    """[S] aggregation error of the row `name`, in percent of the exact mean's step: start's is 100 %."""
+    every = [[number(one.get(row, {}).get("error")) for row in (name, "start")] for one in seeds]
+    return 100 * np.divide(*np.array(every).T)
 
 
 def rounding(every, split):
@@ -128,8 +133,11 @@ def panels(study, found, title, setting, x_label):
 
 def draw_error(setting, what, args):
     study, found = what
-    figure, every = panels(study, found, "What the averaging error costs", setting, "Aggregation error (%)")
+    figure, every = panels(study, found, "What the averaging error costs", setting, "Aggregation error (% of the step)")
     for axis, split, here in every:
+        for seeds in here.values():
+            line = [(errors(seeds, name).mean(), losses(seeds, name, split).mean()) for name in (*ROWS, "exact")]
+            axis.plot(*np.array(sorted(one for one in line if np.isfinite(one).all())).reshape(-1, 2).T, **THROUGH)
         for name, (label, style) in ROWS.items():
             points = [(errors(seeds, name), losses(seeds, name, split)) for seeds in here.values()]
             points = [(x.mean(), y) for x, y in points if np.isfinite([*x, *y]).all()]
@@ -174,7 +182,7 @@ def tables(runs, notes):
         names, rows = labels(study, found), [["setting", "loss over", "exact", "error % (naive)", *PAIRS]]
         for cell, seeds in found.items():
             epochs = "".join(words_for(study, "local_epochs", dict(cell)["local_epochs"]))
-            for split, words in SPLITS.items():
+            for split, words in (SPLITS | REFIT).items():
                 exact = np.array([number(one.get("exact", {}).get(split)) for one in seeds])
                 about = [f"{names[cell]}, {epochs}", words.lower(), spread(exact, 3), spread(errors(seeds, "naive"), 1)]
                 rows.append([*about, *(pairs_cell(losses(seeds, a, split, b), 4) for a, b in PAIRS.values())])

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from common.checkpoint import read_json
 from common.runlog import read_metrics
-from lora_glue_fl import run_study
+from lora_glue_fl import replay, run_study
 from lora_glue_fl.demo_glue import demo_task
 
 ROWS = {"svd", "naive", "rotate", "florana", "exact", "residual_0.5", "residual_1", "residual_2", "exact_as_far"}
-ROWS |= {"exact_half", "naive_half", "noise"}
+ROWS |= {"start", "exact_half", "naive_half", "noise"}
 TIMES = {"seconds", "examples_per_second", "peak_memory", "replay"}
 
 
@@ -114,6 +114,10 @@ def test_a_dose_lies_on_the_line_from_naive_to_exact_and_losses_are_of_all_clien
             loss = F.cross_entropy(naive.eval()(**batch).logits.double(), labels).item()
         assert replay[row]["train_loss"] == pytest.approx(loss, rel=1e-4)
     start, _ = merged(first, "base")
+    accuracy, loss = validation(start, tokenizer)
+    assert replay["start"]["val_loss"] == pytest.approx(loss, rel=1e-4) and replay["start"]["moved"] == 0
+    assert replay["start"]["val_accuracy"] == pytest.approx(accuracy)
+    assert replay["exact_half"]["error"] == pytest.approx(replay["start"]["error"] / 2)
     begun, adapted = start.state_dict(), [name for name in ends[0] if "attention.self" in name]
     moved = [sum((end[name] - begun[name]).double().square().sum() for name in adapted).sqrt() for end in ends]
     share = (moved[0] / moved[1]).item()
@@ -129,13 +133,31 @@ def test_a_dose_lies_on_the_line_from_naive_to_exact_and_losses_are_of_all_clien
         assert replay[row]["moved"] == pytest.approx(replay[row.removesuffix("_half")]["moved"] / 2)
 
 
+def test_a_refit_forgives_sureness_and_a_preferred_class_and_nothing_else():
+    """The outputs times 3 and one class preferred: sklearn's own regression, and the loss of the fitted map."""
+    generator = np.random.default_rng(0)
+    z, labels = generator.normal(size=(4000, 3)), generator.integers(0, 3, 4000)
+    z[np.arange(4000), labels] += 2  # the posterior is softmax(2 z)
+    best = F.cross_entropy(torch.tensor(2 * z), torch.tensor(labels)).item()
+    for outputs in (z, 3 * z, 3 * z + [5, 0, -1]):
+        found = replay.refit_loss(outputs[:2000], labels[:2000], outputs[2000:], labels[2000:])
+        assert found == pytest.approx(best, abs=0.02)
+    assert F.cross_entropy(torch.tensor(3 * z + [5, 0, -1.0]), torch.tensor(labels)).item() > best + 0.5
+    mixed = generator.permutation(z)
+    assert replay.refit_loss(mixed[:2000], labels[:2000], mixed[2000:], labels[2000:]) > best + 0.3
+    assert np.isnan(replay.refit_loss(z, np.zeros(4000), z, labels))
+
+
 def test_the_replays_begin_with_one_checkpoint_a_seed_and_trajectories_with_one_head():
     runs = run_study.plan(run_study.parse("--preset replay --model FOLDER --seeds 0 1".split()))
     replayed = [run for run in runs if run.needs]
-    assert len(runs) == 32 and len(replayed) == 30
+    assert len(runs) == 26 and len(replayed) == 22
     for run in replayed:
-        seed = run.name[-1]
-        assert run.needs == f"sst2_checkpoint_naive_seed_{seed}" and f"results/glue_replay/{run.needs}" in run.command
+        seed, rank = run.name[-1], "_r16" if "r16" in run.name else ""
+        assert (
+            run.needs == f"sst2_checkpoint{rank}_naive_seed_{seed}"
+            and f"results/glue_replay/{run.needs}" in run.command
+        )
         assert "--replay" in run.command and "--rounds 1" in " ".join(run.command)
     line = "--preset trajectories --model FOLDER --settings skew_some --only sst2_skew_some_svd --seeds 3".split()
     warm, one = run_study.plan(run_study.parse(line))

@@ -308,7 +308,7 @@ PLANS = {
     ("vit_sparse_fl/run_all_experiments", "--preset stand-in-gpu"): (76, "2227c0aa6cdd"),
     ("lora_glue_fl/run_study", "--model FOLDER"): (143, "4cdbec1c6eb7"),
     ("lora_glue_fl/run_study", "--preset full --model_size base"): (540, "ac2725a531b7"),
-    ("lora_glue_fl/run_study", "--preset replay --model FOLDER"): (48, "a0ea0a115d67"),
+    ("lora_glue_fl/run_study", "--preset replay --model FOLDER"): (39, "cffa25d8e7a5"),
     ("lora_glue_fl/run_study", "--preset trajectories --model FOLDER"): (60, "d5341e33a03a"),
     ("lora_glue_fl/run_study", "--preset quick"): (25, "d4d9e83cc28c"),
     ("lora_glue_fl/run_study", "--model FOLDER --tasks mrpc rte --settings base --seeds 1"): (16, "3b5f00a11a28"),

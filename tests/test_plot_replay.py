@@ -9,7 +9,7 @@ from plots.glue_replay import SPLITS
 from plots.seeds import interval
 
 ERROR = {"svd": 0.04, "naive": 0.1, "rotate": 0.09, "florana": 0.07, "exact": 0.0}
-ERROR |= {"residual_0.5": 0.05, "residual_1": 0.0, "residual_2": 0.1}
+ERROR |= {"residual_0.5": 0.05, "residual_1": 0.0, "residual_2": 0.1, "start": 0.5}
 
 
 def losses(row, cell, seed):
@@ -46,9 +46,9 @@ def test_loss_stands_against_the_error_and_the_dose(tmp_path):
     drawn = figures("glue replay", tmp_path)
     assert sorted(drawn) == ["replay_dose.png", "replay_error.png"]
     train, val = drawn["replay_error.png"].axes
-    assert points(train, "Naive (residual x 0)") == pytest.approx(np.array([[10, 0.02, 0], [20, 0.08, 0]]), abs=1e-9)
+    assert points(train, "Naive (residual x 0)") == pytest.approx(np.array([[20, 0.02, 0], [20, 0.08, 0]]), abs=1e-9)
     low, high = interval(3 * 0.04 + 0.01 * np.arange(3))
-    assert points(val, "SVD")[0] == pytest.approx([4, 0.13, (high - low) / 2])
+    assert points(val, "SVD")[0] == pytest.approx([8, 0.13, (high - low) / 2])
     assert [len(points(axis, "Residual x 2")) for axis in (train, val)] == [2, 2]
     assert "2 settings, 3 seeds" in drawn["replay_error.png"].get_suptitle()
     assert val.patches[0].get_height() == pytest.approx(2e-4)
@@ -86,7 +86,7 @@ def test_a_row_that_is_not_finite_and_one_that_is_missing_are_no_points(tmp_path
     train, val = figures("glue replay", tmp_path)["replay_error.png"].axes
     labels = [{c.get_label() for c in axis.containers} for axis in (train, val)]
     assert labels[0] - labels[1] == {"Naive (residual x 0)"} and "FLoRA-NA" not in labels[0] and "SVD" in labels[1]
-    assert points(train, "SVD")[0] == pytest.approx([4, 2 * 0.04**2, 0])
+    assert points(train, "SVD")[0] == pytest.approx([8, 2 * 0.04**2, 0])
 
 
 def test_the_table_has_a_row_a_setting_and_loss_with_paired_differences(tmp_path):
@@ -95,6 +95,9 @@ def test_the_table_has_a_row_a_setting_and_loss_with_paired_differences(tmp_path
     said = run("table glue", tmp_path, "--replay")[0]
     low, high = interval(3 * 0.04 + 0.01 * np.arange(3))
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| mean over seeds")]
-    assert [row[1] for row in rows] == ["clients' training examples", "validation examples"]
-    assert rows[0][2:5] == ["1.300 ± 1.000", "10.0 ± 0.0", "+0.0200 [+0.0200, +0.0200], 3"]
-    assert rows[1][5] == f"+0.1300 [{low:+.4f}, {high:+.4f}], 3" and rows[1][6] == "none of 3 finite"
+    over = ["clients' training examples", "validation examples", "validation examples, refit"]
+    assert [row[1] for row in rows] == over
+    assert rows[0][2:4] == ["1.300 ± 1.000", "20.0 ± 0.0"]
+    assert rows[0][4:6] == ["-0.4800 [-0.4800, -0.4800], 3", "+0.0200 [+0.0200, +0.0200], 3"]
+    assert rows[1][6] == f"+0.1300 [{low:+.4f}, {high:+.4f}], 3" and rows[1][7] == "none of 3 finite"
+    assert rows[2][2] == "-"
