@@ -186,10 +186,13 @@ def with_flags(run, point):
 
 
 def outcome(run, output, objective):
-    """The objective at a finished run's last evaluation, or "diverged"."""
+    """The objective at a finished run's last evaluation, or "diverged", as is a run that left out an update."""
+    rows = read_metrics(output / run.name)
     if records.broke_down(records.read_record(output / run.name / run.record)):
         return "diverged"
-    values = [row[objective] for row in read_metrics(output / run.name) if row.get(objective) is not None]
+    if any(row.get("left_out_updates") for row in rows):
+        return "diverged"
+    values = [row[objective] for row in rows if row.get(objective) is not None]
     if not values:
         raise RunFailed(f"{run.name}: metrics.jsonl has no {objective}")
     return number(values[-1]) if math.isfinite(number(values[-1])) else "diverged"

@@ -4,8 +4,10 @@
 
     cross       cross_losses.png: a row per method, means over the rounds of --interference-every, a dot a seed:
                 M_ii, the client's own loss after its update; M_ij, the others', and with random signs (chance); the
-                gap between the merged model and the client's own; cosines of updates between clients minus within one,
-                and in grey how far they lie apart where clients are dealt at random (95 % of draws)
+                gap between the merged model and the client's own, and what it were if the others' updates did
+                nothing to it, the own gain but for the client's share, -(1 - 1/m) M_ii of m clients; cosines of
+                updates between clients minus within one, and in grey how far they lie apart where clients are dealt
+                at random (95 % of draws)
 
 Losses are in nats, on held images (vit_sparse_fl/cross_losses.py); below 0 in the first two panels helps. The table
 has them too, and `others / own`, -M_ij / M_ii: what the others lose for what a client gains, however long its step.
@@ -27,9 +29,15 @@ PANELS = {
         "Others' loss, $M_{ij}$",
         ("random signs", lambda c: c.mean_over_rounds("interference_chance")),
     ),
-    "merge_gap": ("Merge gap", ("the round undone", lambda c: -c.mean_over_rounds(FIELD))),
+    "merge_gap": ("Merge gap", ("own gain diluted", lambda c: -(1 - share(c)) * c.mean_over_rounds(FIELD))),
     "cosine_excess": ("Cosines, between - within", None),
 }
+
+
+def share(curve):
+    """1 / m: what a client counts in a round of m of equal size."""
+    args = curve.runs[0].args
+    return 1 / max(1, round(args.get("num_clients", 1) * args.get("participation_rate", 1)))
 
 
 def draw_cross(setting, curves, args):

@@ -5,19 +5,20 @@
 
 Accuracies are in %, after the last round or with the weights of the best validated one; `vs dense`: the difference, in
 points, to the row of dense FedAvg in the same federation that differs least, rates apart. `diverged`: how many seeds
-broke down, which count in no mean and no difference: an update or the last loss was not finite, or the last validation
-accuracy is more than 2 points below that before training (round 0; of old logs without it, below half of the median of
-what the runs of the same seed and start have at their first evaluation). Cosine, diversity, sign conflict and drift are
+broke down, which count in no mean and no difference: an update of any round or the last loss was not finite, or the
+last validation accuracy is below half of that before training (round 0; of old logs without it, of the median of what
+the runs of the same seed and start have at their first evaluation). Cosine, diversity, sign conflict and drift are
 means over the evaluated rounds, the losses under each other's updates over those of --interference-every: by a cosine
 schedule the last round is one of hardly any step. `drift matched`: the row's rate is the one that gives it random
 masks' drift.
 
 --against dense, random: the study's question, as paired differences in test accuracy (last), `mean [95 % interval of a
-paired t test], seeds`, to the row of dense FedAvg or of random masks in the same federation that differs least (rates
+paired t test], pairs`, to the row of dense FedAvg or of random masks in the same federation that differs least (rates
 apart; a drift-matched row to dense at the matched rate; a row of that method itself, such as one whose head alone is
-trained, to the one with more seeds): runs of one seed share split, pretraining and shards. Beside them what the mask
-keeps, and interference with its chance levels: of `others' loss` those of `random signs`, of the `merge gap` a round
-undone, the negative of `own loss`, of `between - within` what 95 % of random pairs stay within (`at random`).
+trained, to the one with more seeds): runs of one seed share split, pretraining and shards. Where seeds begin with
+several pretrainings, a pair is the mean over the seeds of one of them, which are not independent. Beside them what the
+mask keeps, and interference with its chance levels: of `others' loss` those of `random signs`, of the `merge gap` the
+gain diluted by averaging alone, of `between - within` what 95 % of random pairs stay within (`at random`).
 """
 
 import hashlib
@@ -41,7 +42,7 @@ from plots.tables import (
     Table,
     difference,
     over_rounds,
-    paired_cell,
+    pairs_cell,
     result,
     sent,
     spread,
@@ -117,8 +118,7 @@ def classes_words(value, _):
 
 # ---- runs that broke down
 
-DROP = 0.02  # two standard errors of an accuracy of a third or a half on 2,500 images
-DIVERGED = "not finite or over 2 points below the accuracy before training"
+DIVERGED = "an update not finite, or below half of the accuracy before training"
 
 
 def before_training(run):
@@ -133,24 +133,21 @@ def first_evaluation(run):
 
 
 def prepared(runs, notes):
-    """The runs, marked where they diverged, and where run_all_experiments.py gave them the rate of a drift.
-
-    A run without round 0 diverged if it ends at less than half of what the runs of its seed and start have at their
-    first evaluation, in the median.
-    """
+    """The runs, marked where they diverged, and where run_all_experiments.py gave them the rate of a drift."""
     alike = {}
     for run in runs:
         alike.setdefault(start_of(run), []).append(first_evaluation(run))
 
     def broke_down(run):
         last = run.rows[-1] if run.rows else {}
-        least = before_training(run) - DROP
-        if math.isnan(least):
+        start = before_training(run)
+        if math.isnan(start):
             firsts = [accuracy for accuracy in alike[start_of(run)] if not math.isnan(accuracy)]
-            least = np.median(firsts) / 2 if firsts else 0
+            start = np.median(firsts) if firsts else 0
+        left_out = any(row.get("left_out_updates") for row in run.rows)
         not_a_number = last.get("val_loss") is not None and math.isnan(number(last["val_loss"]))
-        below = run.status == "finished" and number(last.get("val_accuracy")) < least
-        return not_finite(run) or not_a_number or below
+        below = run.status == "finished" and number(last.get("val_accuracy")) < start / 2
+        return not_finite(run) or left_out or not_a_number or below
 
     def method(run):
         return run.method | ({"drift_matched": True} if Path(str(run.name)).name.startswith("matched_") else {})
@@ -296,6 +293,17 @@ def crossed(run):
     return not run.central and any(row.get("interference_own") is not None for row in run.rows)
 
 
+def over_starts(curve, base):
+    """Differences in test accuracy in points, seed by seed; means over the seeds of a pretraining where there are
+    several of these."""
+    mine, other = ({run.seed: run for run in c.counted} for c in (curve, base))
+    every = {}
+    for seed in sorted(mine.keys() & other.keys()):
+        apart = mine[seed].result("test_accuracy_last") - other[seed].result("test_accuracy_last")
+        every.setdefault(str(mine[seed].args.get("init_from")), []).append(100 * apart)
+    return np.array([np.mean(values) for values in every.values()] if len(every) > 1 else sum(every.values(), []))
+
+
 DIFFERENCE = Column("vs dense", lambda c, all_: difference(c, base_of(c, all_, "dense"), "test_accuracy_last", 100))
 FAILED = Column("diverged", lambda curve, _: f"{len(curve.runs) - len(curve.counted)} of {len(curve.runs)}")
 LAST = result("test % (last)", "test_accuracy_last", 100, 2)
@@ -340,7 +348,12 @@ def columns(curves, args):
 
 def against(kind):
     """A cell: the paired difference to the curve of `kind`."""
-    return lambda curve, all_: paired_cell(curve, base_of(curve, all_, kind), "test_accuracy_last", 100, 2)
+
+    def cell(curve, curves):
+        base = base_of(curve, curves, kind)
+        return "-" if base in (None, curve) else pairs_cell(over_starts(curve, base), 2)
+
+    return cell
 
 
 def asked(runs, args):

@@ -218,6 +218,10 @@ def test_random_masks_of_groups_are_whole_but_for_one(vit, scope):
     mask = m.calibrate(theta, lambda *_: m.at_random(sample), sizes, sparsity=0.5, rounds=1, scope=scope, groups=groups)
     shares = np.bincount(groups, mask.numpy()) / np.bincount(groups)
     assert int(mask.sum()) == round(0.5 * sum(sizes)) and ((shares > 0) & (shares < 1)).sum() <= 1
+    parts = [mask.numpy()[groups == g] for g in np.flatnonzero((shares > 0) & (shares < 1))]
+    for part in parts:  # kept at random too, neither from the front nor from the back
+        assert not part[: part.sum()].all() and not part[-part.sum() :].all()
+    assert parts or scope == "unit"
     assert groups.max() + 1 == (8 if scope == "block" else 4 * (3 + 384 + 2 + 4) + 4)
 
 

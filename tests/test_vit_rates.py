@@ -61,6 +61,7 @@ def test_all_rows_see_as_many_images_and_have_three_rates_or_those_of_a_row_that
         "controls_nc5_J16": 9,
         "main_nc1_J4": 24,
         "main_iid_J4": 24,
+        "main_iid_J16": 9,
         "scopes_nc5_J16": 12,
         "forms_nc5_J16": 6,
     }

@@ -23,14 +23,16 @@ class CrossLosses:
     itself, M_ij > 0 harms another (inter-task affinity, Fifty et al. 2021, is -M_ij / L_i(theta)). The chance level of
     M: the same with random signs, L_i(theta + s delta_j) - L_i(theta): a step as long, in the same weights.
 
-    Cosines of updates on the weights that are trained: between clients, and within a client, whose second update is
-    made from the same weights on its next batches, and not sent. Chance: the two are dealt to pairs at random.
+    Cosines of updates, as they were trained, not as they are sent (what error feedback adds is of other rounds), on the
+    weights that are trained: between clients, and within a client, whose second update is made from the same weights
+    on its next batches, and not sent. Chance: the two are dealt to pairs at random. A client of few images sees the
+    same ones twice: then excess is below 0 without any skew, and IID shards are what it is compared with.
 
         cross = CrossLosses(study, clients, theta, t, kept)
         for k in clients:
             ...
-            if cross.add(theta_k):                # of the sample; the model's weights are then others
-                cross.add_other(theta_k of other batches)
+            if cross.add(theta_k, moved):         # of the sample; the model's weights are then others
+                cross.add_other(moved by other batches)
         row |= cross.result(theta after the round)
 
     The same bits for any number of processes; nothing of the run changes by it.
@@ -47,21 +49,24 @@ class CrossLosses:
         self._held = [held_rows(study, k) for k in self.sample]
         self._of = {}  # client -> (its column of losses, the same with random signs, its two updates)
 
-    def add(self, theta_k):
-        """Adds the client that the round is at. Returns whether it is in the sample. Args: theta_k [n], finite."""
+    def add(self, theta_k, moved):
+        """Adds the client that the round is at. Returns whether it is in the sample.
+
+        Args: theta_k [n], finite: as the server gets it; moved [n]: what training changed.
+        """
         k = self._clients.current
         if k not in self.sample:
             return False
-        update = theta_k - self._theta  # [n], before the model changes, whose weights theta_k may be
+        update, moved = theta_k - self._theta, self._counted(moved)  # before the model changes, whose theta_k may be
         generator = torch_stream(self._study.args.seed, "interference signs", self._t, k)
         signs = torch.randint(0, 2, update.shape, generator=generator).to(update) * 2 - 1
         columns = [self._losses(theta) for theta in (theta_k.clone(), self._theta + signs * update)]
-        self._of[k] = (*columns, [self._counted(update)])
+        self._of[k] = (*columns, [moved])
         return True
 
-    def add_other(self, theta_k):
-        """Adds the same client's weights after other batches, theta_k [n]."""
-        self._of[self._clients.current][2].append(self._counted(theta_k - self._theta))
+    def add_other(self, moved):
+        """Adds what the same client's training on other batches changed, [n]."""
+        self._of[self._clients.current][2].append(self._counted(moved))
 
     def _counted(self, update):
         return (update if self._kept is None else update[self._kept]).cpu()

@@ -118,13 +118,15 @@ def by_magnitude(sample):
 
 
 def at_random(sample):
-    """A uniform draw; one a group, where whole groups are kept (the mean of many would favour small groups).
+    """A uniform draw; where whole groups are kept one a group (the mean of many would favour small groups), and a
+    millionth of one a weight, so that the group that is kept in part is kept at random too.
 
     fp64: among 21 million fp32 draws many are equal, and equal ones favour the first layers.
     """
+    draws = sample.draws.random(sample.weights.size)
     if sample.groups is not None:
-        return torch.from_numpy(sample.draws.random(sample.groups.max() + 1)[sample.groups])
-    return torch.from_numpy(sample.draws.random(sample.weights.size))
+        draws = sample.draws.random(sample.groups.max() + 1)[sample.groups] + 1e-6 * draws
+    return torch.from_numpy(draws)
 
 
 STRATEGIES = {

@@ -7,7 +7,7 @@
 
 Half of the classes pretrain, the rest is federated; seed S takes split S mod 3 of SPLITS, each pretrained once, so that
 seeds 0 to 5 are two seeds of each split. --tune runs on a fourth split: the best accuracy on its validation images (the
-loss prefers rates at which nothing is learnt). As many images in every row (central too): 153,600.
+loss prefers rates at which nothing is learnt). As many images in every row: 153,600, central 157,472 (7 epochs).
 
 On 2 cores at 1.1 to 1.4 minutes a run and some 3.8 runs of --tune a row (three rates, and what lies beyond an edge), in
 the order of their value; all but the last two groups are 3 hours:
@@ -17,10 +17,11 @@ the order of their value; all but the last two groups are 3 hours:
     bytes_nc5_J16     LoRA, top-k both ways: what else as many bytes buy      2 rows x 6 seeds + --tune      12
     matched_nc5_J16   at the rate that has random's drift (`matching_rate`)   4 rows x 3 seeds                8
     controls_nc5_J16  head only, central, no biases of keys                   3 rows x 3 seeds + --tune      12
+    main_iid_J16      the same without skew, at the rates of nc5_J16          3 rows x 3 seeds                6
     main_nc1_J4       the skew                                                8 rows x 3 seeds + --tune      35
     main_iid_J4       and its control                                         8 rows x 3 seeds + --tune      35
-    scopes_nc5_J16    whole heads and neurons, whole blocks                   4 rows x 3 seeds + --tune      16
-    forms_nc5_J16     what is squared, at the least sensitive row's rate      2 rows x 3 seeds                4
+    scopes_nc5_J16    whole heads and neurons; at 0.75, a block's share: one  4 rows x 3 seeds + --tune      16
+    forms_nc5_J16     what is squared                                         2 rows x 3 seeds + --tune       8
 
 The masks of sparsity 0.9 keep 46,608 values, 186,432 bytes a client and round, and 58,260 bytes of places once a
 client; LoRA of rank 7 sends 48,384 values, 193,536 bytes.
@@ -50,12 +51,13 @@ FEDERATIONS = {  # rounds x 10 clients x steps x 32 = 153,600 images, 6.8 passes
     "nc5_J16": "--num-rounds 30 --local-steps 16 --sharding non_iid --nc 5 --interference-every 10",
     "nc1_J4": "--num-rounds 120 --local-steps 4 --sharding non_iid --nc 1 --interference-every 30",
     "iid_J4": "--num-rounds 120 --local-steps 4 --interference-every 30",
+    "iid_J16": "--num-rounds 30 --local-steps 16 --interference-every 10",
 }
 FIRST = "nc5_J16"  # the federation that has all parts, the others have "main"
 CENTRAL, DENSE, SPARSE = "train_centralized", "train_federated", "train_federated_sparse"
 LEAST = f"{SPARSE} --mask-strategy least_sensitive"
 ALL, KEPT, SLOW = (0.01, 0.03, 0.1), (0.1, 0.3, 1.0), (0.3, 1.0, 3.0)  # rates where all weights move, some, the least
-# part -> (seeds in the first federation, {row: (script and flags, its rates or the row whose rate it takes)})
+# part -> (seeds in the first federation, {row: (script and flags, its rates)})
 PARTS = {
     "main": (
         6,
@@ -84,13 +86,15 @@ PARTS = {
     "scopes": (
         3,
         {
-            f"{name}_per_{scope}": (f"{SPARSE} --mask-strategy {strategy} --mask-scope {scope}", KEPT)
+            f"{name}_per_{scope}": (f"{SPARSE} --mask-strategy {strategy} --mask-scope {scope} {more}", KEPT)
             for name, strategy in (("least", "least_sensitive"), ("random", "random"))
-            for scope in ("unit", "block")
+            for scope, more in (("unit", ""), ("block", "--sparsity-ratio 0.75"))
         },
     ),
-    "forms": (3, {f"least_{form}": (f"{LEAST} --fisher-form {form}", "least_sensitive") for form in ("true", "nll")}),
+    "forms": (3, {f"least_{form}": (f"{LEAST} --fisher-form {form}", SLOW) for form in ("true", "nll")}),
 }
+SKEW = ("dense", "random", "least_sensitive")  # rows of main that are measured without skew too, at the same rates
+NO_SKEW = "iid_J16"
 MATCHED = ("dense", "least_sensitive", "most_sensitive", "topk")
 MODEL, ROUND = "random", 10  # whose drift the matched rows have after so many rounds
 
@@ -105,6 +109,8 @@ def settings():
             if federation != FIRST and part != "main":
                 continue
             for name, (line, rates) in rows.items():
+                if federation == NO_SKEW and name not in SKEW:
+                    continue
                 script, *flags = line.split()
                 one = Setting(
                     f"{name}_{federation}",
@@ -113,8 +119,8 @@ def settings():
                     f"{part}_{federation}",
                     seeds=seeds if federation == FIRST else 3,
                 )
-                own = isinstance(rates, tuple)
-                yield replace(one, tune={"lr": rates}) if own else replace(one, tuned_as=f"{rates}_{federation}")
+                taken = {"tuned_as": f"{name}_{FIRST}"} if federation == NO_SKEW else {"tune": {"lr": rates}}
+                yield replace(one, **taken)
                 if federation == FIRST and part == "main" and name in MATCHED:
                     yield replace(one, name=f"matched_{one.name}", group=f"matched_{federation}", seeds=3)
 

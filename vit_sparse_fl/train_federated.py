@@ -74,9 +74,9 @@ def train(args):
                 if mean.add(weights.theta, weight=study.client_weights[k]):
                     if pull:
                         pull.add(weights.theta)
-                    if cross and cross.add(weights.theta):
+                    if cross and cross.add(weights.theta, weights.theta - theta):
                         client_update(study, theta, other_batches(study, k, t, before[k] * steps, steps), lr)
-                        cross.add_other(weights.theta)
+                        cross.add_other(weights.theta - theta)
             theta = mean.result(args.server_lr)
             report(study, run, best, t + 1, theta, pull, cross, lr=lr)
 

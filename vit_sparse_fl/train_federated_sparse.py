@@ -120,9 +120,9 @@ def train(args):
                         rows.put(k, remembered(args, rest, start))
                     if pull:
                         pull.add(theta_k)
-                    if cross and cross.add(theta_k):
+                    if cross and cross.add(theta_k, weights.theta - start):
                         client_update(study, start, kept, other_batches(study, k, t, before[k] * steps, steps), lr)
-                        cross.add_other(as_sent(start, row)[0])
+                        cross.add_other(weights.theta - start)
             theta = mean.result(args.server_lr)
             report(study, run, best, t + 1, theta, pull, cross, lr=lr)
 
