@@ -52,7 +52,20 @@ from plots.style import (
     seeds_range,
     sideways,
 )
-from plots.tables import MINUTES, ROUNDS, SEEDS, Column, Table, difference, layout, one_table, result, sent, spread
+from plots.tables import (
+    MINUTES,
+    ROUNDS,
+    SEEDS,
+    Column,
+    Table,
+    difference,
+    layout,
+    one_table,
+    paired_cell,
+    result,
+    sent,
+    spread,
+)
 
 TASKS = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP"}
 TASKS |= {"mnli": "MNLI", "wnli": "WNLI"}
@@ -102,7 +115,9 @@ def setting_of(run):
         values["data"] = text({split: str(value)[:8] for split, value in facts["sha256"].items()})
     if not run.central:
         values |= {"clients": facts.get("clients"), "shards": shards_name(facts)}
-        values |= {key: args.get(key) for key in ("rounds", "local_epochs", "learning_rate")}
+        values |= {key: args.get(key) for key in ("rounds", "local_epochs")}
+        if not facts.get("held_out"):  # on which each rule's own rate was chosen
+            values["learning_rate"] = args.get("learning_rate")
     if run.kind == "svd":
         rank = args.get("svd_rank")
         alpha = args.get("alpha") or rank
@@ -477,6 +492,8 @@ def columns(curves, args):
         *(result(METRICS[name], name, 100, 2) for name in there),
         result("best", f"best_{field}", 100, 2),
         Column(f"vs {args.against}", lambda curve, _: difference(curve, base, field, 100)),
+        result("val loss", "val_loss", 1, 4),
+        Column(f"val loss vs {args.against}", lambda curve, _: paired_cell(curve, base, "val_loss", 1, 4)),
         small("error %", ERROR),
         small("discarded %", "discarded_energy"),
         Column("MB up", lambda curve, _: sent(curve, "bytes_up")),
@@ -543,10 +560,11 @@ def add_table_flags(parser):
 TABLE = Table(
     study=STUDY,
     words="""One table per task and federation. Metrics are those of the last round on the validation examples, times
-100; `best` is the headline metric's best round, chosen on those same examples. `vs central` is in points; --against
-takes another row. `error %` (plots/glue.py) and `discarded %`, the share of the energy that svd cut off, are means over
-the rounds. --wide prints one table of headline metrics, a row per task and federation, --replay that of
-plots/glue_replay.py.
+100; `best` is the headline metric's best round, chosen on those same examples. `vs central` is in points, `val loss vs
+central` in nats with the 95 % interval of a paired t test and the number of seeds; --against takes another row. Rules
+whose rate was chosen on held-out examples are compared each at its own. `error %` (plots/glue.py) and `discarded %`,
+the share of the energy that svd cut off, are means over the rounds. --wide prints one table of headline metrics, a row
+per task and federation, --replay that of plots/glue_replay.py.
 """,
     columns=columns,
     free=SERVED,

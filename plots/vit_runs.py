@@ -8,9 +8,9 @@ points, to the row of dense FedAvg in the same federation that differs least, ra
 broke down, which count in no mean and no difference: an update of any round or the last loss was not finite, or the
 last validation accuracy is below half of that before training (round 0; of old logs without it, of the median of what
 the runs of the same seed and start have at their first evaluation). Cosine, diversity, sign conflict and drift are
-means over the evaluated rounds, the losses under each other's updates over those of --interference-every: by a cosine
-schedule the last round is one of hardly any step. `drift matched`: the row's rate is the one that gives it random
-masks' drift.
+means over the evaluated rounds (`-` of LoRA, whose factors are not unique), the losses under each other's updates over
+those of --interference-every: by a cosine schedule the last round is one of hardly any step. `drift matched`: the row's
+rate is the one that gives it random masks' drift.
 
 --against dense, random: the study's question, as paired differences in test accuracy (last), `mean [95 % interval of a
 paired t test], pairs`, to the row of dense FedAvg or of random masks in the same federation that differs least (rates
@@ -305,17 +305,25 @@ def over_starts(curve, base):
 
 
 DIFFERENCE = Column("vs dense", lambda c, all_: difference(c, base_of(c, all_, "dense"), "test_accuracy_last", 100))
+
+
+def of_weights(head, name, factor=1.0, digits=None):
+    """`over_rounds` of a measure of updates of weights: LoRA's are of its factors, which are not unique."""
+    whole = over_rounds(head, name, factor, digits)
+    return Column(head, lambda curve, curves: "-" if curve.kind == "lora" else whole.cell(curve, curves))
+
+
 FAILED = Column("diverged", lambda curve, _: f"{len(curve.runs) - len(curve.counted)} of {len(curve.runs)}")
 LAST = result("test % (last)", "test_accuracy_last", 100, 2)
-DRIFT = over_rounds("drift %", "drift", 100, 3)
+DRIFT = of_weights("drift %", "drift", 100, 3)
 CROSS = (
     over_rounds("own loss", "interference_own", 1, 4),
     over_rounds("others' loss", "interference_others", 1, 4),
-    over_rounds("random signs", "interference_chance", 1, 4),
+    of_weights("random signs", "interference_chance", 1, 4),
     Column("others / own", share_of_own),
     over_rounds("merge gap", "merge_gap", 1, 4),
-    over_rounds("between - within", "cosine_excess", 1, 3),
-    over_rounds("at random", "cosine_chance", 1, 3),
+    of_weights("between - within", "cosine_excess", 1, 3),
+    of_weights("at random", "cosine_chance", 1, 3),
 )
 
 
@@ -334,11 +342,11 @@ def columns(curves, args):
     yield result("val % (best)", "val_accuracy_best", 100, 2)
     yield from (DIFFERENCE, FAILED)
     yield Column("MB up", lambda curve, _: sent(curve, "bytes_up"))
-    yield over_rounds("cosine", "update_cosine", 1, 3)
-    yield over_rounds("diversity", "gradient_diversity", 1, 3)
-    yield over_rounds("sign conflict %", "sign_conflict", 100, 1)
+    yield of_weights("cosine", "update_cosine", 1, 3)
+    yield of_weights("diversity", "gradient_diversity", 1, 3)
+    yield of_weights("sign conflict %", "sign_conflict", 100, 1)
     yield DRIFT
-    yield over_rounds("drift to mean", "drift_to_mean", 1, 2)
+    yield of_weights("drift to mean", "drift_to_mean", 1, 2)
     if any("download" in run.method for run in runs):
         yield Column("MB down", lambda curve, _: sent(curve, "bytes_down"))
     if any(map(crossed, runs)):

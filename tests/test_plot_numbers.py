@@ -195,6 +195,19 @@ def test_the_table_of_lora_glue_fl_has_differences_to_central_or_a_rule_seed_by_
     assert rows["Naive (FedIT)"]["vs svd"] == "-2.00 ± 1.00" and rows["Central LoRA"]["vs svd"] == "+7.00 ± 3.00"
 
 
+def test_rules_at_rates_of_their_own_are_compared_by_paired_losses(tmp_path):
+    losses = {"naive": (0.5, 0.6, 0.7), "residual": (0.52, 0.61, 0.76)}
+    for rule, rate in (("naive", 1e-3), ("residual", 2e-3)):
+        for seed, loss in enumerate(losses[rule]):
+            folder = write_glue(tmp_path, seed=seed, aggregate=rule, learning_rate=rate, data={"held_out": 40})
+            change_rows(folder, lambda row, x=loss: row | ({"val_loss": x} if row["round"] == 3 else {}))
+    rows = table("table glue", tmp_path, "--against naive")
+    low, high = ttest_1samp([0.02, 0.01, 0.06], 0).confidence_interval()
+    assert list(rows) == ["Naive (FedIT), lr 0.001", "Residual (FedEx-LoRA), lr 0.002"]
+    assert rows["Residual (FedEx-LoRA), lr 0.002"]["val loss vs naive"] == f"+0.0300 [{low:+.4f}, {high:+.4f}], 3"
+    assert rows["Naive (FedIT), lr 0.001"]["val loss"] == "0.6000 ± 0.1000"
+
+
 def test_the_table_of_llm_noniid_has_paired_differences_alarms_and_rounds_to_a_loss(tmp_path):
     for seed, last in enumerate((4.0, 4.4)):
         write_noniid(tmp_path, losses=[6.0] * 9 + [last], alarms=[("slow", 20)][seed:], seed=seed)

@@ -88,6 +88,16 @@ def test_the_questions_table_has_paired_differences_over_splits_and_matched_rows
     assert table("table vit", log, "--against dense") == dense, "from the log too"
 
 
+def test_what_is_measured_of_loras_factors_is_no_number_of_weights(tmp_path):
+    write(tmp_path, "dense", 0, DENSE)
+    change_rows(write(tmp_path, "lora", 0, DENSE, lora_r=7), lambda row: row | (CROSS if row["round"] else {}))
+    for more, some in (("", ("cosine", "drift %")), ("--against dense", ("drift %", "random signs", "at random"))):
+        rows = table("table vit", tmp_path, more)
+        (lora,) = [row for label, row in rows.items() if label.startswith("Federated LoRA")]
+        assert {lora[name] for name in some} == {"-"} and rows["Dense FedAvg"]["drift %"] != "-"
+        assert lora["own loss"] == "-0.3000"
+
+
 def test_a_matched_row_is_compared_with_the_dense_row_at_the_matched_rate(tmp_path):
     for seed in (0, 1):
         for name, command, accuracy in (
