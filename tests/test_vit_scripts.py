@@ -143,13 +143,12 @@ def test_sparse_uploads_cost_what_is_sent():
     kept, total = int(mask.sum()), len(mask)
     values = 6 * 3 * 4 * kept  # rounds, clients a round, bytes
     scores = 3 * 4 * 4 * total  # clients that calibrate, rounds, bytes
-    places = -(-total // 8)
-    joined, rest = divmod(last["bytes_up"] - values - scores, places)
+    assert last["bytes_up"] == values + scores
+    # calibration: the weights under the mask to 3 clients in each of 4 rounds; then the model and the mask's places to
+    # those that join, the kept weights to the others
+    model = 4 * parameters["total"] + -(-total // 8)
+    joined, rest = divmod(last["bytes_down"] - scores - 6 * 3 * 4 * kept, model - 4 * kept)
     assert rest == 0 and 6 <= joined <= 12
-    # calibration: the weights under the mask to 3 clients in each of 4 rounds; then the model and the mask to those
-    # that join, the kept weights to the others
-    model, others = 4 * parameters["total"] + places, 6 * 3 - joined
-    assert last["bytes_down"] == scores + joined * model + others * 4 * kept
 
     topk = read_metrics(harness.whole("vit_sparse_fl/topk"))[-1]
     assert topk["bytes_up"] == 6 * 3 * 8 * (kept // 2)

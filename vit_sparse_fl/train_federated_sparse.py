@@ -90,7 +90,7 @@ def train(args):
             mask = make_mask(study, run, first)
             kept = mask.nonzero().view(-1)  # [kept]
             sent = changing = 4 * len(kept)
-            places = index_bytes(mask)  # once a client, both ways: which weights are kept
+            places = index_bytes(mask)  # once a client, down: which weights are kept
             named = weights.named(mask)
             shares = {f"kept_{name}": share for name, share in kept_apart(named).items()}
             shares["kept"] = {name: [int(part.sum()), part.numel()] for name, part in named.items()}
@@ -103,8 +103,8 @@ def train(args):
 
         for t in run.rounds():
             lr, before = learning_rate(args, t), turns.before(t)
-            up, down = np.where(before, sent, sent + places), np.where(before, changing, study.model_bytes + places)
-            clients = run.sample(study.client_weights, args.participation_rate, t, up=up, down=down)
+            down = np.where(before, changing, study.model_bytes + places)
+            clients = run.sample(study.client_weights, args.participation_rate, t, up=sent, down=down)
             mean = WeightedMean(theta, clients)
             pull = Interference(theta, clients, kept, frozen=frozen) if run.due(t + 1) else None
             cross = cross_losses(study, clients, theta, t, kept)
