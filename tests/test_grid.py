@@ -303,7 +303,7 @@ PLANS = {
         23,
         "8fa6093b10d7",
     ),
-    ("vit_sparse_fl/run_all_experiments", "--quick"): (17, "ef8c435affd9"),
+    ("vit_sparse_fl/run_all_experiments", "--quick"): (20, "eb335890ea3b"),
     ("vit_sparse_fl/run_all_experiments", "--stand-in"): (76, "4ac79fe9407a"),
     ("vit_sparse_fl/run_all_experiments", "--preset stand-in-gpu"): (76, "2227c0aa6cdd"),
     ("lora_glue_fl/run_study", "--model FOLDER"): (143, "4cdbec1c6eb7"),
@@ -460,7 +460,7 @@ def run_study(runner, line, out):
         (
             "vit_sparse_fl/run_all_experiments",
             "--quick --only centralized --seed 4 --classes 0:4",
-            ["centralized_seed_4"],
+            ["centralized_seed_4", "pretrain"],
             "| Central |",
         ),
         (
@@ -508,7 +508,7 @@ def test_a_small_grid_of_real_runs(runner, line, names, table, tmp_path, capfd, 
     [
         ("mamba_fl/run_study", "--only keep_lu8 --data-root {tmp}", "keep_lu8_seed_0: no WikiText-2 under {tmp}"),
         ("vit_sparse_fl/run_all_experiments", "--stand-in --data-root {tmp}", "pretrain: no CIFAR-100 under {tmp}"),
-        ("vit_sparse_fl/run_all_experiments", "--quick --classes 5:5", "centralized_seed_0: argument --classes: '5:5'"),
+        ("vit_sparse_fl/run_all_experiments", "--quick --classes 5:5", "pretrain: argument --classes: '5:5'"),
         (
             "lora_glue_fl/run_study",
             "--settings dirichlet --dataset demo --model {tmp}/none",

@@ -46,11 +46,12 @@ class Sizes:
     lower: tuple = ()  # dense FedAvg where the common learning rate is too high: (nc1 or J16, the rate)
 
 
-# from random weights, of which a threshold over all layers takes those that train nothing: one threshold a tensor
+# a few epochs on the same ten classes come first: under a mask a ViT with random weights learns nothing
+QUICK_PRETRAIN = "--epochs 3 --warmup-epochs 1 --lr 0.1 --early-stopping-patience 0 --seed 0"
 QUICK = Sizes(
     central="--epochs 6 --warmup-epochs 1 --lr 0.1",
-    federated="--num-clients 20 --participation-rate 0.25 --lr 0.1 --eval-every 2",
-    sparse="--fisher-samples 64 --no-freeze-head --mask-scope layer --lr 0.5",
+    federated="--num-clients 20 --participation-rate 0.25 --freeze-head --lr 0.1 --eval-every 2",
+    sparse="--fisher-samples 64 --lr 0.5",
     topk="--lr 0.1",
     rounds=8,
     nc=(5, 1),
@@ -135,21 +136,29 @@ PRESETS = {
 
 
 def plan(args):
-    """The runs that the flags ask for; those of a stand-in start from one more run, which comes first."""
+    """The runs that the flags ask for; those of a stand-in and of --quick start from one more, which comes first."""
     preset, output = PRESETS[args.preset], args.output_dir
     shared = [*preset.shared, *grid.given(args, GIVEN), "--num-runs", "1"]
     chosen = grid.select(preset.settings, [*(args.only or ()), *(g for g in GROUPS if getattr(args, f"only_{g}"))])
-    if args.preset in ("full", "quick"):
+    of_its_own = args.init_from or args.weights or args.model not in (None, "tiny")
+    if args.preset == "full" or args.preset == "quick" and of_its_own:
         return grid.expand(chosen, shared, args.seeds, output)
+    if args.preset == "quick":
+        return after(QUICK_PRETRAIN, chosen, shared, args.seeds, output, "--head", "keep")
     if decided := [name for name in GIVEN[:6] if getattr(args, name)]:
         asked = "--preset rates" if args.preset == "rates" else "--stand-in"
         raise UsageError(f"{asked} decides --{decided[0].replace('_', '-')} itself: drop the flag, or use --full")
     if args.preset == "rates":
         return rates.plan(args, chosen, shared)
+    return after(PRETRAIN, chosen, shared, args.seeds, output)
+
+
+def after(words, chosen, shared, seeds, output, *more):
+    """The pretraining with these flags, and the runs that start from it."""
     place = ["--output-dir", output, "--run-name", "pretrain", "--resume"]
-    first = grid.Run("pretrain", ("vit_sparse_fl/train_centralized.py", *shared, *PRETRAIN.split(), *place))
-    shared += ["--init-from", f"{output}/pretrain"]
-    return [first, *grid.expand(chosen, shared, args.seeds, output, needs="pretrain")]
+    first = grid.Run("pretrain", ("vit_sparse_fl/train_centralized.py", *shared, *words.split(), *place))
+    shared = [*shared, "--init-from", f"{output}/pretrain", *more]
+    return [first, *grid.expand(chosen, shared, seeds, output, needs="pretrain")]
 
 
 def main(args):
