@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 
 from common import tuning
 from common.cli import UsageError
 from vit_sparse_fl import rates
 from vit_sparse_fl import run_all_experiments as runner
+from vit_sparse_fl.masks import maskable
+from vit_sparse_fl.vit import make_model
 
 
 def planned(line):
@@ -65,6 +68,20 @@ def test_all_rows_see_as_many_images_and_have_three_rates_or_those_of_a_row_that
         "scopes_nc5_J16": 12,
         "forms_nc5_J16": 6,
     }
+
+
+def test_on_a_gpu_the_same_grid_has_a_larger_model_and_a_lora_of_as_many_bytes():
+    _, small = planned("--preset rates-gpu --only main_nc5_J16 bytes_nc5_J16 --tune --output-dir out")
+    _, tiny = planned("--preset rates --only main_nc5_J16 bytes_nc5_J16 --tune --output-dir out")
+    assert [run.name for run in small] == [run.name for run in tiny]
+    for one, other in zip(small, tiny, strict=True):
+        words = " ".join(one.command).replace("--model small", "--model tiny").replace("--lora-r 26", "--lora-r 7")
+        assert words == " ".join(other.command)
+    model = make_model("small", image_size=64, n_classes=50)
+    size = sum(p.numel() for name, p in model.named_parameters() if name in maskable(model))
+    layers = [m for layer in model.vit.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    sent = 26 * sum(sum(m.weight.shape) for m in layers)
+    assert model.vit.embeddings.position_embeddings.shape == (1, 65, 384) and abs(sent / (0.1 * size) - 1) < 0.02
 
 
 def test_rates_that_match_a_drift():

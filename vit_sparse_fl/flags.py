@@ -27,6 +27,7 @@ DATASETS = ("cifar100", "demo")
 SHARDINGS = ("iid", "non_iid", "dirichlet")
 SWEEPS = ("heterogeneity_experiment", "local_steps_experiment", "compare_strategies", "sparsity_experiment")
 ON_OFF = argparse.BooleanOptionalAction
+NATIVE = {"tiny": 32, "small": 64}  # pixels of the models that have no weights of their own
 HEADS = ("ridge", "train", "random", "keep")
 
 
@@ -90,12 +91,12 @@ def make_parser(description, *, federated=True, sparse=False):
 
 
 def _model_flags(model, sparse):
-    text = "dino_vits16, tiny, a folder or a name on the hub"
+    text = "dino_vits16, tiny, small (ViT-S/8; both random), a folder or a name on the hub"
     model.add_argument("--model", default="dino_vits16", metavar="NAME", help=text)
     model.add_argument("--weights", metavar="FILE", help="DINO's own checkpoint, dino_deitsmall16_pretrain.pth")
     model.add_argument("--pretrained", action=ON_OFF, default=True, help="start from pretrained weights")
     model.add_argument("--init-from", metavar="RUN", help="start from the weights of another run (its folder)")
-    text = "pixels, a multiple of the patch (default: those of --init-from, else of the model; tiny: 32)"
+    text = "pixels, a multiple of the patch (default: those of --init-from, else of the model; tiny: 32, small: 64)"
     number(model, "--image-size", positive_int, None, "S", text)
     text = "ridge, train: fitted on the frozen backbone's features before the first round; keep: that of --init-from "
     text += "(default: ridge; random where the backbone is not pretrained, and in central training)"
@@ -178,7 +179,7 @@ def process_memory(args):
     """Bytes that a process takes, at a guess: what a step of the model keeps for its backward pass, and the data."""
     if args.model == "tiny":
         return 2**30
-    tokens = (args.image_size // 16) ** 2 + 1
+    tokens = (args.image_size // (8 if args.model in NATIVE else 16)) ** 2 + 1
     kept = 12 * args.batch_size * tokens * (18 * 384 + 2 * 6 * tokens) * 4  # ViT-S: 12 blocks, 6 heads, fp32
     return 2**31 + kept
 
@@ -238,14 +239,14 @@ def parse(parser, argv=None):
 
 
 def _native_size(args):
-    """Pixels: of the run of --init-from, of a folder's own model, of `tiny`, else 224."""
+    """Pixels: of the run of --init-from, of a folder's own model, of NATIVE's, else 224."""
     for folder in (args.init_from and f"{args.init_from}/final", args.init_from, args.model):
         # what is no model is said where it is loaded
         with contextlib.suppress(OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError):
             config = Path(folder or "", "config.json").expanduser()
             if folder and config.is_file():
                 return int(json.loads(config.read_text(encoding="utf-8"))["image_size"])
-    return 32 if args.model == "tiny" else 224
+    return NATIVE.get(args.model, 224)
 
 
 def complete(args):
@@ -269,7 +270,7 @@ def complete(args):
     if args.weights and args.init_from:
         raise UsageError("--weights and --init-from are both given: choose where the weights come from")
     if args.head is None:
-        fresh = not args.pretrained or args.model == "tiny" and not args.init_from
+        fresh = not args.pretrained or args.model in NATIVE and not args.init_from
         args.head = "ridge" if "num_rounds" in args and not fresh else "random"
     if getattr(args, "lora_r", 0) and (args.freeze_backbone or args.freeze_layers):
         frozen = "--freeze-backbone" if args.freeze_backbone else f"--freeze-layers {args.freeze_layers}"

@@ -72,7 +72,7 @@ PARTS = {
     "bytes": (
         6,
         {
-            "lora": (f"{DENSE} --lora-r 7", (0.03, 0.1, 0.3)),
+            "lora": (f"{DENSE} --lora-r {{rank}}", (0.03, 0.1, 0.3)),
             "topk_both_ways": (f"{SPARSE} --upload topk --error-feedback --download topk", ALL),
         },
     ),
@@ -99,8 +99,11 @@ MATCHED = ("dense", "least_sensitive", "most_sensitive", "topk")
 MODEL, ROUND = "random", 10  # whose drift the matched rows have after so many rounds
 
 
-def settings():
-    """Every row of every federation; the controls have central training at the federations' number of images."""
+def settings(rank=7):
+    """Every row of every federation; the controls have central training at the federations' number of images.
+
+    rank: of LoRA, whose bytes are the masks' (7 of the tiny model, 26 of ViT-S).
+    """
     shared, script = SHARED.split(), f"vit_sparse_fl/{CENTRAL}.py"
     words = (*shared, "--epochs", "7", "--warmup-epochs", "0")
     yield Setting("central", script, words, f"controls_{FIRST}", seeds=3, tune={"lr": ALL})
@@ -111,7 +114,7 @@ def settings():
             for name, (line, rates) in rows.items():
                 if federation == NO_SKEW and name not in SKEW:
                     continue
-                script, *flags = line.split()
+                script, *flags = line.format(rank=rank).split()
                 one = Setting(
                     f"{name}_{federation}",
                     f"vit_sparse_fl/{script}.py",

@@ -127,6 +127,14 @@ PRESETS = {
     "rates": Preset(
         TINY.split(), tuple(rates.settings()), seeds=tuple(range(6)), objective="val_accuracy", higher=True
     ),
+    # for a GPU: ViT-S/8 at 64 px
+    "rates-gpu": Preset(
+        TINY.replace("tiny", "small").split(),
+        tuple(rates.settings(rank=26)),
+        seeds=tuple(range(6)),
+        objective="val_accuracy",
+        higher=True,
+    ),
     # the stand-in for a GPU: the ViT sees 64 patches instead of 16
     "stand-in-gpu": Preset((*TINY.split(), "--image-size", "64"), tuple(settings(replace(STAND_IN, rounds=500)))),
 }
@@ -146,9 +154,9 @@ def plan(args):
     if args.preset == "quick":
         return after(QUICK_PRETRAIN, chosen, shared, args.seeds, output, "--head", "keep")
     if decided := [name for name in GIVEN[:6] if getattr(args, name)]:
-        asked = "--preset rates" if args.preset == "rates" else "--stand-in"
+        asked = f"--preset {args.preset}" if "rates" in args.preset else "--stand-in"
         raise UsageError(f"{asked} decides --{decided[0].replace('_', '-')} itself: drop the flag, or use --full")
-    if args.preset == "rates":
+    if "rates" in args.preset:
         return rates.plan(args, chosen, shared)
     return after(PRETRAIN, chosen, shared, args.seeds, output)
 

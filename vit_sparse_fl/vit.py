@@ -21,11 +21,13 @@ from common.cli import UsageError
 from common.hub import check_sizes, hub_reachable, load_pretrained, quiet, read_config, reading
 from common.lora import check_rank
 from common.seeding import seed_torch, torch_stream
+from vit_sparse_fl.flags import NATIVE
 
 DINO = "facebook/dino-vits16"
-MODELS = {"tiny": "tiny", "dino_vits16": DINO}  # short names; every other name is a folder or one of the hub
+MODELS = {"tiny": "tiny", "small": "small", "dino_vits16": DINO}  # every other name is a folder or one of the hub
 TINY = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, patch_size=8)
 _VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=16)
+RANDOM = {"tiny": TINY, "small": _VIT_S | {"patch_size": 8}}  # models without weights of their own
 LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")  # the layers that --lora-r adapts
 LARGEST = 4096  # pixels a side: the position embedding of more fits into no memory
 _WHERE = "give --model FOLDER or --weights FILE, or take --model tiny"
@@ -84,17 +86,17 @@ def attention(q, k, v):
 
 
 def make_model(name_or_path=DINO, weights=None, image_size=224, n_classes=100, dropout=0.1, seed=0, pretrained=True):
-    """A Classifier with a pretrained backbone (random for "tiny" without `weights`) and a new head.
+    """A Classifier with a pretrained backbone (random for "tiny" and "small" without `weights`) and a new head.
 
     Args:
-        name_or_path: "tiny", "dino_vits16", a folder with a transformers ViT (e.g. a run's final/; its backbone is
-            taken, `init_from` takes the head too), or a name on the Hugging Face hub.
+        name_or_path: "tiny", "small" (ViT-S/8), "dino_vits16", a folder with a transformers ViT (e.g. a run's
+            final/; its backbone is taken, `init_from` takes the head too), or a name on the Hugging Face hub.
         weights: a file in DINO's own layout (dino_deitsmall16_pretrain.pth, or the full checkpoint, of which the
             teacher is taken; .pth read weights-only, or .safetensors) instead of the model's own weights.
         image_size: side in pixels, a multiple of the patch. The position embedding is interpolated to this grid
             once, here, and is from then on a parameter of this size.
         pretrained: False: the architecture of that name with random weights.
-        n_classes, dropout, seed: of the head; a new head, and a tiny backbone, are drawn by key from `seed`.
+        n_classes, dropout, seed: of the head; a new head, and a random backbone, are drawn by key from `seed`.
     Raises: UsageError for an image size that is no multiple of the patch, weights that are missing or that have
         missing or extra keys or other shapes, and a name that neither the disk nor the hub has.
     """
@@ -125,8 +127,8 @@ def check_image_size(image_size, patch):
 
 def _find(name, weights, pretrained):
     """(config, where the backbone's own weights are: a folder, a hub name, or None)."""
-    if name == "tiny":
-        return ViTConfig(image_size=32, layer_norm_eps=1e-6, **TINY), None
+    if name in RANDOM:
+        return ViTConfig(image_size=NATIVE[name], layer_norm_eps=1e-6, **RANDOM[name]), None
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _read_config(folder, pretrained and weights is None), folder
