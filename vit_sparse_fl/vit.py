@@ -27,7 +27,6 @@ DINO = "facebook/dino-vits16"
 MODELS = {"tiny": "tiny", "small": "small", "dino_vits16": DINO}  # every other name is a folder or one of the hub
 TINY = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, patch_size=8)
 _VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=16)
-RANDOM = {"tiny": TINY, "small": _VIT_S | {"patch_size": 8}}  # models without weights of their own
 LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")  # the layers that --lora-r adapts
 LARGEST = 4096  # pixels a side: the position embedding of more fits into no memory
 _WHERE = "give --model FOLDER or --weights FILE, or take --model tiny"
@@ -127,8 +126,9 @@ def check_image_size(image_size, patch):
 
 def _find(name, weights, pretrained):
     """(config, where the backbone's own weights are: a folder, a hub name, or None)."""
-    if name in RANDOM:
-        return ViTConfig(image_size=NATIVE[name], layer_norm_eps=1e-6, **RANDOM[name]), None
+    if name in NATIVE:
+        shape = TINY if name == "tiny" else _VIT_S | {"patch_size": 8}
+        return ViTConfig(image_size=NATIVE[name], layer_norm_eps=1e-6, **shape), None
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _read_config(folder, pretrained and weights is None), folder
