@@ -187,9 +187,9 @@ def with_flags(run, point):
 
 def outcome(run, output, objective):
     """The objective at a finished run's last evaluation, or "diverged", as is a run that left out an update."""
-    rows = read_metrics(output / run.name)
     if records.broke_down(records.read_record(output / run.name / run.record)):
         return "diverged"
+    rows = read_metrics(output / run.name)
     if any(row.get("left_out_updates") for row in rows):
         return "diverged"
     values = [row[objective] for row in rows if row.get(objective) is not None]

@@ -152,7 +152,7 @@ def losses(study):
 
 def refit_loss(train, known, val, labels):
     """The loss on outputs `val` [m, C] of a logistic regression on outputs `train` [n, C]; nan where one class is known
-    or an output is not finite."""
+    or an output is not finite. Its penalty, sklearn's default, is felt by outputs far below 1 only."""
     from sklearn.linear_model import LogisticRegression  # only here: it takes a while to import
     from sklearn.metrics import log_loss
 

@@ -66,8 +66,8 @@ def make_client_splits(
     if len(rows) < len(train):
         notes.append(f"{len(rows)} of {len(train)} training examples are dealt")
     held_out = rest_of(data, rows, held_out_examples, seed, bin_stsb)
-    if known := int((~without(train, held_out, rows)).sum()):
-        notes.append(f"{known} of {held_out_examples} held-out examples have {RUN} words in a row of a client's")
+    if known := int(shares_words(train, held_out, rows).sum() if held_out_examples else 0):
+        notes.append(f"{known} of {held_out_examples} held-out examples are short or share {RUN} words with a client's")
 
     generator, what, more = stream(seed, "sharding"), "examples", []
     if mode == "iid":
@@ -125,8 +125,9 @@ def subset(data, n, seed, bin_stsb=True):
 def rest_of(data, dealt, n, seed, bin_stsb=True):
     """A stratified subset of n of the training examples that are not `dealt`, int64: sorted int64 array.
 
-    Those that have RUN words and none in a row of a dealt one, where there are enough: SST-2's phrases are parts of one
-    another, and a rate that is chosen on parts of what clients train on rewards learning it by heart.
+    Of each stratum those with RUN words in a row of a dealt one, or with fewer, fill up what the others leave missing:
+    SST-2's phrases are parts of one another, and a rate that is chosen on parts of what clients train on rewards
+    learning by heart.
     """
     train = data.splits["train"]
     rest = np.setdiff1d(np.arange(len(train)), dealt)
@@ -135,25 +136,34 @@ def rest_of(data, dealt, n, seed, bin_stsb=True):
             f"--held-out-examples {n}: {len(rest)} of {len(train)} training examples are in no shard: lower it or "
             "--max-examples"
         )
-    apart = rest[without(train, rest, dealt)] if n else rest
-    rest = apart if len(apart) >= n else rest
     if n in (0, len(rest)):
         return rest[:n]
-    strata = _strata(data.task, train, bin_stsb)[rest]
-    return rest[sharding.stratified(strata, [n, len(rest) - n], stream(seed, "held out"), "examples")[0]]
+    strata, draws = _strata(data.task, train, bin_stsb)[rest], stream(seed, "held out")
+    some = sharding.stratified(strata, [n, len(rest) - n], draws, "examples")[0]
+    order = draws.permutation(len(rest))
+    order = order[np.argsort(shares_words(train, rest, dealt)[order], kind="stable")]
+    chosen = [
+        order[strata[order] == one][:count]
+        for one, count in zip(*np.unique(strata[some], return_counts=True), strict=True)
+    ]
+    return np.sort(rest[np.concatenate(chosen)])
 
 
-def without(train, rows, dealt):
-    """bool [n]: which examples have RUN words in a row and none such of the dealt ones, case and columns apart."""
+def shares_words(train, rows, dealt):
+    """bool [n]: which examples have RUN words in a row that a dealt one has, case and columns apart; or have fewer."""
 
     def runs(i):
         for column in train.texts.values():
             words = column[i].lower().split()
             yield from (tuple(words[j : j + RUN]) for j in range(len(words) - RUN + 1))
 
-    known = {run for i in dealt for run in runs(i)} if len(rows) else ()
-    own = [set(runs(i)) for i in rows]
-    return np.array([bool(one) and known.isdisjoint(one) for one in own], dtype=bool)
+    known = {run for i in dealt for run in runs(i)}
+
+    def shares(i):
+        mine = set(runs(i))
+        return not mine or not known.isdisjoint(mine)
+
+    return np.array([shares(i) for i in rows], dtype=bool)
 
 
 def whole_labels(task, train, bin_stsb):

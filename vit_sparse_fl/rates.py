@@ -1,6 +1,7 @@
 """The preset `rates` of run_all_experiments.py: every row at its own rate, on several splits of the classes.
 
-    for only in "main_nc5_J16 bytes_nc5_J16 controls_nc5_J16" main_nc1_J4 main_iid_J4 scopes_nc5_J16; do
+    for only in "main_nc5_J16 bytes_nc5_J16 controls_nc5_J16" main_nc1_J4 main_iid_J4 scopes_nc5_J16 \
+            forms_nc5_J16; do
         python vit_sparse_fl/run_all_experiments.py --preset rates --jobs 2 --only $only --tune    # rates first
     done
     python vit_sparse_fl/run_all_experiments.py --preset rates --jobs 2    # then the seeds, or --only GROUPS as above
@@ -23,8 +24,8 @@ the order of their value; all but the last two groups are 3 hours:
     scopes_nc5_J16    whole heads and neurons; at 0.75, a block's share: one  4 rows x 3 seeds + --tune      16
     forms_nc5_J16     what is squared                                         2 rows x 3 seeds + --tune       8
 
-The masks of sparsity 0.9 keep 46,608 values, 186,432 bytes a client and round, and 58,260 bytes of places once a
-client; LoRA of rank 7 sends 48,384 values, 193,536 bytes.
+Of the tiny model the masks of sparsity 0.9 keep 46,608 values, 186,432 bytes up a client and round (and 58,260 bytes of
+places down, once a client); LoRA of rank 7 sends 48,384 values, 193,536 bytes. Minutes are the tiny model's too.
 """
 
 import math

@@ -15,6 +15,7 @@ from common import grid, tuning
 from common.cli import UsageError, non_negative_int, positive_int, run_main
 from common.grid import Preset, Setting
 from vit_sparse_fl import rates
+from vit_sparse_fl.flags import NATIVE
 from vit_sparse_fl.mask_flags import STRATEGIES
 
 SHOW = (
@@ -127,17 +128,15 @@ PRESETS = {
     "rates": Preset(
         TINY.split(), tuple(rates.settings()), seeds=tuple(range(6)), objective="val_accuracy", higher=True
     ),
-    # for a GPU: ViT-S/8 at 64 px
-    "rates-gpu": Preset(
-        TINY.replace("tiny", "small").split(),
-        tuple(rates.settings(rank=26)),
-        seeds=tuple(range(6)),
-        objective="val_accuracy",
-        higher=True,
-    ),
     # the stand-in for a GPU: the ViT sees 64 patches instead of 16
     "stand-in-gpu": Preset((*TINY.split(), "--image-size", "64"), tuple(settings(replace(STAND_IN, rounds=500)))),
 }
+
+
+# for a GPU: ViT-S/8 at 64 px
+PRESETS["rates-gpu"] = replace(
+    PRESETS["rates"], shared=tuple(TINY.replace("tiny", "small").split()), settings=tuple(rates.settings(rank=26))
+)
 
 
 # ------------------------------------------------------------------------------------------------ the runner
@@ -148,7 +147,7 @@ def plan(args):
     preset, output = PRESETS[args.preset], args.output_dir
     shared = [*preset.shared, *grid.given(args, GIVEN), "--num-runs", "1"]
     chosen = grid.select(preset.settings, [*(args.only or ()), *(g for g in GROUPS if getattr(args, f"only_{g}"))])
-    of_its_own = args.init_from or args.weights or args.model not in (None, "tiny")
+    of_its_own = args.init_from or args.weights or args.model not in (None, *NATIVE)
     if args.preset == "full" or args.preset == "quick" and of_its_own:
         return grid.expand(chosen, shared, args.seeds, output)
     if args.preset == "quick":
@@ -192,7 +191,7 @@ def build_parser():
     run = parser.add_argument_group("given to every run")
     run.add_argument("--dataset", help="cifar100 or demo")
     run.add_argument("--classes", metavar="A:B", help="only the classes A to B-1")
-    run.add_argument("--model", metavar="NAME", help="dino_vits16, tiny, a folder or a name on the hub")
+    run.add_argument("--model", metavar="NAME", help="dino_vits16, tiny, small, a folder or a name on the hub")
     run.add_argument("--weights", metavar="FILE", help="DINO's own checkpoint")
     run.add_argument("--init-from", metavar="RUN", help="start from the weights of another run")
     run.add_argument("--image-size", type=positive_int, metavar="S", help="pixels")
