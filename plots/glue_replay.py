@@ -46,6 +46,7 @@ PAIRS = {  # column of the table -> rows whose losses' difference it is
     "naive - exact as far": ("naive", "exact_as_far"),
     "naive - exact, half a step": ("naive_half", "exact_half"),
 }
+FOLLOWS = ("lora_alpha", "init_adapter")  # from the rank
 DOSES = {"naive": 0.0, "residual_0.5": 0.5, "residual_1": 1.0, "residual_2": 2.0}
 SPLITS = {"train_loss": "Clients' training examples", "val_loss": "Validation examples"}
 REFIT = {"val_loss_refit": "validation examples, refit"}
@@ -90,11 +91,11 @@ def half(values):
 
 
 def labels(study, found):
-    """{cell: what sets it apart from the others, but for local epochs}; alpha only where the rest does not say it."""
+    """{cell: what sets it apart from the others, but for local epochs}; FOLLOWS only where the rest does not say it."""
     every = [dict(cell) for cell in found]
     keys = dict.fromkeys(key for cell in every for key in cell if key != "local_epochs")
     keys = [key for key in keys if len({str(cell.get(key)) for cell in every}) > 1]
-    for chosen in ([key for key in keys if key != "lora_alpha"], keys):
+    for chosen in ([key for key in keys if key not in FOLLOWS], keys):
         words = {cell: [w for key in chosen for w in words_for(study, key, dict(cell).get(key))] for cell in found}
         names = {cell: ", ".join(words[cell]) or "mean over seeds" for cell in found}
         if len({(name, dict(cell)["local_epochs"]) for cell, name in names.items()}) == len(found):
