@@ -4,15 +4,16 @@
     python plots/tables.py lora_glue_fl --data-dir out_fedavg --replay
 
     replay    replay_error.png: loss of what a rule serves minus the loss of the exact mean product, against the rule's
-              aggregation error as a share of the exact mean's step;
-              replay_dose.png: the same against how often residual's correction is applied (0: naive, 1: exact), a
-              line per setting. Above on the clients' training examples, below on the validation examples; a column
-              per number of local epochs, each panel with its own scales.
+              aggregation error as a share of the exact mean's step; replay_dose.png: the same against how often
+              residual's correction is applied (0: naive, 1: exact), a line per setting. Above on the clients'
+              training examples, below on the validation examples; a column per number of local epochs, each panel
+              with its own scales.
 
 Both losses are of the same clients, trained once, so that nothing but the averaging lies between them. A point or a
 line is of a setting (a cell: clients, shards, local epochs, rank, rate, round): the mean over its seeds, with the 95 %
-interval of a paired t test. The grey band is the largest difference between two ways to serve the exact mean (in the
-base's weights, and as an adapter beside a corrected base): what rounding does.
+interval of a paired t test, which may leave the axis of replay_error.png. The grey band is the largest difference
+between two ways to serve the exact mean (in the base's weights, and as an adapter beside a corrected base): what
+rounding does.
 """
 
 from collections import defaultdict
@@ -136,6 +137,7 @@ def draw_error(setting, what, args):
     study, found = what
     figure, every = panels(study, found, "What the averaging error costs", setting, "Aggregation error (% of the step)")
     for axis, split, here in every:
+        means = [0.0]
         for name, (label, style) in ROWS.items():
             points = [(errors(seeds, name), losses(seeds, name, split)) for seeds in here.values()]
             points = [(x.mean(), y) for x, y in points if np.isfinite([*x, *y]).all()]
@@ -143,6 +145,9 @@ def draw_error(setting, what, args):
                 x, y = [x for x, _ in points], [y.mean() for _, y in points]
                 bars = {"linestyle": "", "markersize": 5.5, "elinewidth": 0.8}
                 axis.errorbar(x, y, [half(y) for _, y in points], label=label, **style | bars)
+                means += y
+        room = 0.3 * np.ptp(means) or 1.0
+        axis.set_ylim(min(means) - room, max(means) + room)  # intervals of few seeds would hide the means
         axis.set_xlim(left=0)
     legend_below(figure, [axis for axis, *_ in every])
     return figure
