@@ -3,20 +3,20 @@
     python plots/glue.py replay --data-dir out_fedavg --out-dir results/plots
     python plots/tables.py lora_glue_fl --data-dir out_fedavg --replay
 
-    replay    replay_error.png: loss of what a rule serves minus the loss of the exact mean product, against the rule's
-              aggregation error as a share of the exact mean's step; replay_dose.png: the same against how often
-              residual's correction is applied (0: naive, 1: exact), a line per setting. Above on the clients'
-              training examples, below on the validation examples; a column per number of local epochs, each panel
-              with its own scales.
+    replay    replay_error.png: validation loss of what a rule serves minus that of the exact mean product, against the
+              rule's aggregation error as a share of the exact mean's step; replay_error_train.png: on the clients'
+              training examples; replay_dose.png: both against how often residual's correction is applied (0: naive,
+              1: exact), a line per setting. A column per number of local epochs, each panel with its own scales.
 
 Both losses are of the same clients, trained once, so that nothing but the averaging lies between them. A point or a
 line is of a setting (a cell: clients, shards, local epochs, rank, rate, round): the mean over its seeds, with the 95 %
-interval of a paired t test, which may leave the axis of replay_error.png. The grey band is the largest difference
+interval of a paired t test, which may leave the axes of replay_error. The grey band is the largest difference
 between two ways to serve the exact mean (in the base's weights, and as an adapter beside a corrected base): what
 rounding does.
 """
 
 from collections import defaultdict
+from functools import partial
 
 import numpy as np
 
@@ -29,15 +29,13 @@ from plots.tables import layout, pairs_cell, spread
 
 VARIED = ("clients", "shards", "local_epochs", "rank", "lora_alpha", "svd_rank", "served_scale", "learning_rate")
 VARIED += ("rounds", "examples")
-ROWS = {  # label and look, but for exact, which all are compared with
-    "naive": ("Naive (residual x 0)", look(0)),
+ROWS = {  # label and look, but for exact, which all are compared with, and residual's doses
+    "naive": ("Naive", look(0)),
     "svd": ("SVD", look(1)),
     "rotate": ("Rotate", look(2)),
     "florana": ("FLoRA-NA", look(3)),
-    "residual_0.5": ("Residual x 0.5", look(4, 1)),
-    "residual_2": ("Residual x 2", look(5, 1)),
     "exact_as_far": ("Exact, as far as naive", look(6)),
-    "noise": ("Noise as long as naive's", look(7)),
+    "noise": ("Noise as long as naive's miss", look(5, 1)),
 }
 PAIRS = {  # column of the table -> rows whose losses' difference it is
     "naive - start": ("naive", "start"),
@@ -51,7 +49,7 @@ FOLLOWS = ("lora_alpha", "init_adapter")  # from the rank
 DOSES = {"naive": 0.0, "residual_0.5": 0.5, "residual_1": 1.0, "residual_2": 2.0}
 SPLITS = {"train_loss": "Clients' training examples", "val_loss": "Validation examples"}
 REFIT = {"val_loss_refit": "validation examples, refit"}
-LOSS = "Loss - that of the exact mean (nats)"
+LOSS = "Loss - exact mean's (nats)"
 
 
 def cells(runs, notes=()):
@@ -104,26 +102,26 @@ def labels(study, found):
     return names
 
 
-def panels(study, found, title, setting, x_label):
+def panels(study, found, title, setting, x_label, splits=SPLITS):
     """(figure, [(axis, split, {cell: seeds} of its local epochs)]), to be finished by `legend_below`."""
     columns = defaultdict(dict)
     for cell, seeds in found.items():
         columns[dict(cell)["local_epochs"]][cell] = seeds
     epochs = sorted(columns, key=str) if "" in columns else sorted(columns)
-    wide = len(epochs)
-    figure, axes = new_figure(2, wide, width=5.6 if wide == 1 else 3.3 * wide + 0.6, height=6.4)
+    wide, tall = len(epochs), len(splits)
+    figure, axes = new_figure(tall, wide, width=5.6 if wide == 1 else 2.8 * wide + 0.6, height=1.2 + 2.3 * tall)
     every = []
     for place, axis in np.ndenumerate(axes):
-        here, split = columns[epochs[place[1]]], list(SPLITS)[place[0]]
+        here, split = columns[epochs[place[1]]], list(splits)[place[0]]
         axis.axhline(0, color=GREY, linewidth=1, zorder=1)
         noise = rounding(here.values(), split)
         axis.axhspan(-noise, noise, color=GREY, alpha=0.3, linewidth=0, zorder=0, label="rounding")
         every.append((axis, split, here))
     for axis, one in zip(axes[0], epochs, strict=True):
         axis.set_title("".join(words_for(study, "local_epochs", one)), fontsize=9.5)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel(x_label)
-    for axis, where in zip(axes[:, 0], SPLITS.values(), strict=True):
+    for axis, where in zip(axes[:, 0], splits.values(), strict=True):
         axis.set_ylabel(f"{where}\n{LOSS}", fontsize=9)
     counts = sorted({len(seeds) for seeds in found.values()})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
@@ -133,9 +131,9 @@ def panels(study, found, title, setting, x_label):
     return figure, every
 
 
-def draw_error(setting, what, args):
-    study, found = what
-    figure, every = panels(study, found, "What the averaging error costs", setting, "Aggregation error (% of the step)")
+def draw_error(setting, what, args, split):
+    (study, found), title, x_label = what, "What the averaging error costs", "Averaging error (% of the step)"
+    figure, every = panels(study, found, title, setting, x_label, {split: SPLITS[split]})
     for axis, split, here in every:
         means = [0.0]
         for name, (label, style) in ROWS.items():
@@ -172,7 +170,11 @@ def draw_dose(setting, what, args):
 
 GROUPS = each_group(cells, VARIED, lambda run: any(row.get("replay") for row in run.rows))
 NEEDS = "runs of fedavg_rounds.py with --replay"
-FIGURES = [Figure("replay_error", GROUPS, draw_error, NEEDS), Figure("replay_dose", GROUPS, draw_dose, NEEDS)]
+FIGURES = [
+    Figure("replay_error", GROUPS, partial(draw_error, split="val_loss"), NEEDS),
+    Figure("replay_error_train", GROUPS, partial(draw_error, split="train_loss"), NEEDS),
+    Figure("replay_dose", GROUPS, draw_dose, NEEDS),
+]
 
 
 # ---- the table

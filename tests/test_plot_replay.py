@@ -44,12 +44,12 @@ def test_loss_stands_against_the_error_and_the_dose(tmp_path):
             write(tmp_path, cell, seed)
     write_glue(tmp_path, seed=7, aggregate="naive")  # without --replay
     drawn = figures("glue replay", tmp_path)
-    assert sorted(drawn) == ["replay_dose.png", "replay_error.png"]
-    train, val = drawn["replay_error.png"].axes
-    assert points(train, "Naive (residual x 0)") == pytest.approx(np.array([[20, 0.02, 0], [20, 0.08, 0]]), abs=1e-9)
+    assert sorted(drawn) == ["replay_dose.png", "replay_error.png", "replay_error_train.png"]
+    (train,), (val,) = (drawn[f"replay_error{split}.png"].axes for split in ("_train", ""))
+    assert points(train, "Naive") == pytest.approx(np.array([[20, 0.02, 0], [20, 0.08, 0]]), abs=1e-9)
     low, high = interval(3 * 0.04 + 0.01 * np.arange(3))
     assert points(val, "SVD")[0] == pytest.approx([8, 0.13, (high - low) / 2])
-    assert [len(points(axis, "Residual x 2")) for axis in (train, val)] == [2, 2]
+    assert [len(points(axis, "FLoRA-NA")) for axis in (train, val)] == [2, 2]
     assert "2 settings, 3 seeds" in drawn["replay_error.png"].get_suptitle()
     assert val.patches[0].get_height() == pytest.approx(2e-4)
 
@@ -83,9 +83,10 @@ def test_a_row_that_is_not_finite_and_one_that_is_missing_are_no_points(tmp_path
         return row
 
     change_rows(folder, spoiled)
-    train, val = figures("glue replay", tmp_path)["replay_error.png"].axes
+    drawn = figures("glue replay", tmp_path)
+    train, val = (drawn[f"replay_error{split}.png"].axes[0] for split in ("_train", ""))
     labels = [{c.get_label() for c in axis.containers} for axis in (train, val)]
-    assert labels[0] - labels[1] == {"Naive (residual x 0)"} and "FLoRA-NA" not in labels[0] and "SVD" in labels[1]
+    assert labels[0] - labels[1] == {"Naive"} and "FLoRA-NA" not in labels[0] and "SVD" in labels[1]
     assert points(train, "SVD")[0] == pytest.approx([8, 2 * 0.04**2, 0])
 
 
