@@ -67,8 +67,12 @@ def told(args):
     """The flags of a run.json that decide what is computed; of those that name a place, only the last name."""
     from common.manifest import NOT_COMPARED
 
-    kept = {key: value for key, value in args.items() if key not in NOT_COMPARED}
-    return kept | {key: Path(kept[key]).name for key in PLACES if isinstance(kept.get(key), str)}
+    return placeless({key: value for key, value in args.items() if key not in NOT_COMPARED})
+
+
+def placeless(values):
+    """Values with the last part of the path only where one says where something is on a machine."""
+    return values | {key: Path(values[key]).name for key in PLACES if isinstance(values.get(key), str)}
 
 
 def collect(output):
@@ -92,7 +96,7 @@ def collect(output):
         line |= {"tuning": True} if output.name == TUNING else {}
         line |= {"ended": ending(record)} | {key: record.get(key) for key in FACTS}
         line["method"] = told(record.get("method") or {})
-        line["data"] = {key: value for key, value in record["data"].items() if key != "source"}
+        line["data"] = placeless({key: value for key, value in record["data"].items() if key != "source"})
         line["curve"] = [{key: value for key, value in row.items() if "second" not in key} for row in rows]
         lines.append(line)
     output.mkdir(parents=True, exist_ok=True)

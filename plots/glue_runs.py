@@ -38,7 +38,7 @@ METRICS = {
     "val_pearson": "Pearson correlation (x 100)",
     "val_spearman": "Spearman correlation (x 100)",
 }
-FIGURE = ("dataset", "model", "rank", "lora_alpha")  # what the panels of one figure have in common
+FIGURE = ("dataset", "model", "pooling", "rank", "lora_alpha")  # what the panels of one figure have in common
 FEDERATION = ("clients", "shards", "rounds", "local_epochs")
 SERVED = ("svd_rank", "served_scale")  # of svd, where they are not the clients'
 VALIDATION = ("validation", "validation_matched")  # the split of the headline metric
@@ -68,6 +68,7 @@ def setting_of(run):
         "dataset": facts.get("dataset") or args.get("dataset"),
         "model": base_name(str(model), inner=("final", "model")),
         "task": str(facts.get("task") or args.get("task_name")).lower(),
+        "pooling": args.get("pooling") or "cls",
         "rank": " ".join(map(str, args.get("client_ranks") or ranks)) if mixed else args.get("lora_r"),
         "lora_alpha": int(alpha) if isinstance(alpha, float) and alpha.is_integer() else alpha,
         "examples": sum(examples) if isinstance(examples, list) else examples,
@@ -166,10 +167,11 @@ STUDY = Study(
         (lambda a: a.get("server_optimizer") != "momentum", {"server_beta"}),
     ),
     paths=("init_adapter", "tokenizer"),
-    off={"server_lr": (), "participation": (), "pooling": ()},
+    off={"server_lr": (), "participation": ()},
     words={
         "dataset": "{}",
         "model": "{}",
+        "pooling": lambda value, _: None if value in ("", "cls") else f"{value} pooling",
         "task": lambda value, _: TASKS.get(value, value),
         "data": None,
         "rank": "r {}",
@@ -190,7 +192,6 @@ STUDY = Study(
         "batch_size": "batch {}",
         "num_train_epochs": "{:g} epochs",
         "init_adapter": "from {}",
-        "pooling": "{} pooling",
     },
     order=order,
     central=frozenset({"central", "full"}),

@@ -52,7 +52,8 @@ patience = time.monotonic() + float(os.environ.get("FAKE_PATIENCE", 0))  # secon
 while "2" not in (out / "most_alive").read_text() and time.monotonic() < patience:
     time.sleep(0.02)
 manifest = {
-    "command": "fake", "argv": sys.argv, "status": "running", "reason": None, "results": None, "data": {"source": "/x"},
+    "command": "fake", "argv": sys.argv, "status": "running", "reason": None, "results": None,
+    "data": {"source": "/x", "model": "/some/where/small"},
     "args": {"kind": kind, "model": "/some/where/small", "output_dir": str(out), "seed": int(flags["--seed"])},
 }
 def write(**more):
@@ -121,7 +122,7 @@ def test_a_grid_runs_goes_on_and_names_what_failed(scripted, tmp_path, capsys, m
     assert list(lines) == sorted(f"{kind}_seed_{s}" for kind in ("works", "breaks", "diverges") for s in (0, 1))
     one = lines["works_seed_1"]
     assert one["args"] == {"kind": "works", "model": "small", "seed": 1} and one["method"] == {"model": "small"}
-    assert one["data"] == {} and one["curve"] == [{"round": 1, "val_loss": 2.0}]
+    assert one["data"] == {"model": "small"} and one["curve"] == [{"round": 1, "val_loss": 2.0}]
     assert one["ended"]["how"] == "finished" and lines["diverges_seed_0"]["ended"]["clients"] == [0, 1]
     assert lines["breaks_seed_0"]["ended"]["reason"] == "no space left" and str(tmp_path) not in json.dumps(lines)
 

@@ -193,6 +193,9 @@ def test_the_table_of_lora_glue_fl_has_differences_to_central_or_a_rule_seed_by_
     assert rows["Central LoRA"]["MB up"] == "-" and rows["Central LoRA"]["vs central"] == "-"
     rows = table("table glue", tmp_path, "--against svd")
     assert rows["Naive (FedIT)"]["vs svd"] == "-2.00 ± 1.00" and rows["Central LoRA"]["vs svd"] == "+7.00 ± 3.00"
+    write_glue(tmp_path / "other", LORA, 0.9, 9, pooling="mean")
+    write_glue(tmp_path / "other", value=0.5, seed=9)
+    assert {row["vs central"] for _, rows in tables("table glue", tmp_path / "other") for row in rows.values()} == {"-"}
 
 
 def test_rules_at_rates_of_their_own_are_compared_by_paired_losses(tmp_path):

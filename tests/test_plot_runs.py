@@ -177,7 +177,7 @@ AGAINST = f"--against iid {FIELDS}"
 SHOWN = {
     "mamba_fl": {"gap": "", "gap_demo": "", "source": "", "source_tuned": ""},
     "vit_sparse_fl": {"stand_in": ""},
-    "lora_glue_fl": {"small": "--wide"},
+    "lora_glue_fl": {"small": "--wide", "replay": "--replay"},
 }
 SHOWN |= {"llm_noniid": {"study": COLUMNS, "regimes": AGAINST}}
 
