@@ -32,7 +32,6 @@ import torch
 from common.lowrank import AdapterMean
 from common.products import Product, distance
 from common.seeding import torch_stream
-from lora_glue_fl.glue_tasks import evaluate
 
 RULES = ("svd", "rotate", "florana", "residual")
 DOSES = (0.5, 1.0, 2.0)
@@ -74,12 +73,12 @@ def rows(study, replayed, head):
 
     def change(factors, updates=None):
         """{layer: what is served minus what the round began with} of factors and an update of the base."""
-        found = {}
+        delta = {}
         for name, (A, B) in factors.items():
-            found[name] = Product(len(B), A.shape[1]).add(A, B, study.scale).add(*began[name], -study.scale)
+            delta[name] = Product(len(B), A.shape[1]).add(A, B, study.scale).add(*began[name], -study.scale)
             if updates:
-                found[name].add_product(updates[name])
-        return found
+                delta[name].add_product(updates[name])
+        return delta
 
     exact, near = change(residual.factors, residual.updates), change(residual.factors)
     far = length(exact)
@@ -143,11 +142,12 @@ def losses(study):
     train, val = model.outputs("train", rows=pooled), model.outputs(split)
     model.amp = amp
     known, labels = model.encoded["train"].labels[pooled], model.encoded[split].labels
-    found = {"train_loss": model.mean_loss(train, known), "val_loss": model.mean_loss(val, labels)}
-    found[model.headline] = evaluate(model.task, split, val.numpy(), labels)[model.headline]
+    measured = model.measures(split, val, labels)
+    values = {"train_loss": model.mean_loss(train, known)}
+    values |= {key: measured[key] for key in ("val_loss", model.headline)}
     if not model.task.regression:
-        found["val_loss_refit"] = refit_loss(train.double().numpy(), known, val.double().numpy(), labels)
-    return found
+        values["val_loss_refit"] = refit_loss(train.double().numpy(), known, val.double().numpy(), labels)
+    return values
 
 
 def refit_loss(train, known, val, labels):

@@ -109,14 +109,17 @@ class TaskModel:
         result = {}
         for split in self.task.evaluation_splits:
             outputs, labels = self.outputs(split, share), self.encoded[split].labels
-            metrics = evaluate(self.task, split, outputs.numpy(), labels)
-            result = {"val_loss": self.mean_loss(outputs, labels)} | result | metrics
+            result |= {key: value for key, value in self.measures(split, outputs, labels).items() if key not in result}
         return result
+
+    def measures(self, split, outputs, labels):
+        """{val_loss, val_<metric> ...} of outputs [n, num_labels]. Raises RunFailed where they are not finite."""
+        return {"val_loss": self.mean_loss(outputs, labels)} | evaluate(self.task, split, outputs.numpy(), labels)
 
     def held_out(self, rows):
         """{held_out_loss, held_out_<metric> ...} on these examples, int64 [n], of the training split."""
         outputs, labels = self.outputs("train", rows=rows), self.encoded["train"].labels[rows]
-        values = {"val_loss": self.mean_loss(outputs, labels)} | evaluate(self.task, "train", outputs.numpy(), labels)
+        values = self.measures("train", outputs, labels)
         return {name.replace("val", "held_out", 1): value for name, value in values.items()}
 
     def leaves(self):
