@@ -60,7 +60,7 @@ def test_all_rows_see_as_many_images_and_have_three_rates_or_those_of_a_row_that
     assert runs == {
         "main_nc5_J16": 48,
         "bytes_nc5_J16": 12,
-        "matched_nc5_J16": 12,
+        "matched_nc5_J16": 15,
         "controls_nc5_J16": 9,
         "main_nc1_J4": 24,
         "main_iid_J4": 24,
@@ -105,12 +105,16 @@ def test_matched_rows_take_their_rate_from_the_runs_of_tune(tmp_path):
             folder.mkdir(parents=True)
             lines = [{"round": 0}, {"round": 10, "drift": drift}, {"round": 20, "drift": 9.0}]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-        one = {"best": 0.3, "tried": {f"{rate:g}": 0.5 for rate in drifts}, "seed": 100, "words": "x"}
+        ends = (0.48, 0.495, 0.5)
+        one = {"best": 1.0, "tried": {f"{x:g}": end for x, end in zip(drifts, ends, strict=False)}, "seed": 100}
+        one |= {"words": "x", "tried": one["tried"] | {"3": "diverged"}}
         rows[f"{name}_nc5_J16"] = {"lr": one}
     (tmp_path / "tuned.json").write_text(json.dumps(rows))
     _, runs = planned(line)
     assert [run.name for run in runs] == ["pretrain_seed_0", "matched_topk_nc5_J16_seed_0"]
     assert float(flag(runs[1], "--lr")) == pytest.approx(10**-1.5, rel=2e-3)  # drift 0.02, half way from 0.002 to 0.2
+    _, itself = planned(line.replace("topk", "random"))
+    assert float(flag(itself[1], "--lr")) == 0.3  # not 1.0, which is no better by more than chance
     with pytest.raises(UsageError, match="dense_nc5_J16 is not tuned"):
         planned(line.replace("topk", "dense"))
     (tmp_path / "tuning" / "topk_nc5_J16_seed_100_lr_0.1" / "metrics.jsonl").unlink()
