@@ -12,14 +12,14 @@ means over the evaluated rounds (`-` of LoRA, whose factors are not unique), the
 those of --interference-every: by a cosine schedule the last round is one of hardly any step. `drift matched`: the row's
 rate is the one that gives it random masks' drift.
 
---against dense, random: the study's question, as paired differences in test accuracy (last), `mean [95 % interval of a
-paired t test], pairs`, to the row of dense FedAvg or of random masks in the same federation that differs least (rates
-apart; a drift-matched row to dense at the matched rate; a row of that method itself, such as one whose head alone is
-trained, to the one with more seeds): runs of one seed share split, pretraining and shards. Where seeds begin with
-several pretrainings, a pair is the mean over the seeds of one of them, which are not independent. Beside them what the
-mask keeps, and interference with its chance levels: of `others' loss` those of `random signs`, of the `merge gap`
--(1 - 1/m) `own loss` of m clients a round, what averaging alone dilutes, of `between - within` what 95 % of random
-pairs stay within (`at random`).
+--against dense, random: the study's question, as paired differences in test accuracy (last) and in `others / own`,
+what the others lose for what a client gains, `mean [95 % interval of a paired t test], pairs`, to the row of dense
+FedAvg or of random masks in the same federation that differs least (rates apart; a drift-matched row to dense at the
+matched rate; a row of that method itself, such as one whose head alone is trained, to the one with more seeds): runs
+of one seed share split, pretraining and shards. Where seeds begin with several pretrainings, a pair is the mean over
+the seeds of one of them, which are not independent. Beside them what the mask keeps, and interference with its chance
+levels: of `others' loss` those of `random signs`, of the `merge gap` -(1 - 1/m) `own loss` of m clients a round, what
+averaging alone dilutes, of `between - within` what 95 % of random pairs stay within (`at random`).
 """
 
 import hashlib
@@ -285,8 +285,12 @@ def base_of(curve, curves, kind):
     return None if curve.central else min(filter(fits, curves), key=apart, default=None)
 
 
-def share_of_own(curve, _):
-    return spread(-curve.mean_over_rounds("interference_others") / curve.mean_over_rounds("interference_own"), 3)
+def accuracy(curve):
+    return 100 * curve.results("test_accuracy_last")
+
+
+def share_of_own(curve):
+    return -curve.mean_over_rounds("interference_others") / curve.mean_over_rounds("interference_own")
 
 
 def crossed(run):
@@ -294,14 +298,14 @@ def crossed(run):
     return not run.central and any(row.get("interference_own") is not None for row in run.rows)
 
 
-def over_starts(curve, base):
-    """Differences in test accuracy in points, seed by seed; means over the seeds of a pretraining where there are
-    several of these."""
-    mine, other = ({run.seed: run for run in c.counted} for c in (curve, base))
+def over_starts(curve, base, values):
+    """Differences, seed by seed, of what `values` gives of a curve, [S]; means over the seeds of a pretraining where
+    there are several of these."""
+    mine, other = ({run.seed: x for run, x in zip(c.counted, values(c), strict=True)} for c in (curve, base))
+    starts = {run.seed: str(run.args.get("init_from")) for run in curve.counted}
     every = {}
     for seed in sorted(mine.keys() & other.keys()):
-        apart = mine[seed].result("test_accuracy_last") - other[seed].result("test_accuracy_last")
-        every.setdefault(str(mine[seed].args.get("init_from")), []).append(100 * apart)
+        every.setdefault(starts[seed], []).append(mine[seed] - other[seed])
     return np.array([np.mean(values) for values in every.values()] if len(every) > 1 else sum(every.values(), []))
 
 
@@ -321,7 +325,7 @@ CROSS = (
     over_rounds("own loss", "interference_own", 1, 4),
     over_rounds("others' loss", "interference_others", 1, 4),
     of_weights("random signs", "interference_chance", 1, 4),
-    Column("others / own", share_of_own),
+    Column("others / own", lambda curve, _: spread(share_of_own(curve), 3)),
     over_rounds("merge gap", "merge_gap", 1, 4),
     of_weights("between - within", "cosine_excess", 1, 3),
     of_weights("at random", "cosine_chance", 1, 3),
@@ -332,11 +336,13 @@ def columns(curves, args):
     """The columns; of losses under each other's updates, and of what is sent down, where runs have them."""
     runs = [run for curve in curves for run in curve.runs]
     if args.against:
-        yield from (LAST, Column(f"vs {args.against}", against(args.against)), FAILED)
+        yield from (LAST, Column(f"vs {args.against}", against(args.against, accuracy, 2)), FAILED)
         yield Column("lr", lambda curve, _: str(curve.args.get("lr", "-")))
         yield DRIFT
         yield from (result(f"{part} kept %", f"kept_{part}", 100, 1) for part in ("weights", "biases"))
-        yield from (*CROSS, SEEDS)
+        yield from CROSS
+        yield Column(f"others / own vs {args.against}", against(args.against, share_of_own, 3))
+        yield SEEDS
         return
     yield LAST
     yield result("test % (best)", "test_accuracy_best", 100, 2)
@@ -355,12 +361,12 @@ def columns(curves, args):
     yield from (ROUNDS, MINUTES, SEEDS)
 
 
-def against(kind):
-    """A cell: the paired difference to the curve of `kind`."""
+def against(kind, values, digits):
+    """A cell: the paired difference of what `values` gives to the curve of `kind`."""
 
     def cell(curve, curves):
         base = base_of(curve, curves, kind)
-        return "-" if base in (None, curve) else pairs_cell(over_starts(curve, base), 2)
+        return "-" if base in (None, curve) else pairs_cell(over_starts(curve, base, values), digits)
 
     return cell
 
