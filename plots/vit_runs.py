@@ -10,7 +10,7 @@ last validation accuracy is below half of that before training (round 0; of old 
 the runs of the same seed and start have at their first evaluation). Cosine, diversity, sign conflict and drift are
 means over the evaluated rounds (`-` of LoRA, whose factors are not unique), the losses under each other's updates over
 those of --interference-every: by a cosine schedule the last round is one of hardly any step. `drift matched`: the row's
-rate is the one that gives it random masks' drift.
+rate is the one that gives it dense training's drift.
 
 --against dense, random: the study's question, as paired differences in test accuracy (last) and in `others / own`,
 what the others lose for what a client gains, `mean [95 % interval of a paired t test], pairs`, to the row of dense

@@ -16,7 +16,7 @@ the order of their value; all but the last two groups are 3 hours:
     4 pretrainings (80 epochs of 22,500 images at some 2,300 a second and core)                          26 minutes
     main_nc5_J16      dense, the strategies, one threshold a tensor, top-k    8 rows x 6 seeds + --tune      48
     bytes_nc5_J16     LoRA, top-k both ways: what else as many bytes buy      2 rows x 6 seeds + --tune      12
-    matched_nc5_J16   at the rate that has random's drift (`matching_rate`)   5 rows x 3 seeds               10
+    matched_nc5_J16   at the rate that has dense's drift (`matching_rate`)    5 rows x 3 seeds               10
     controls_nc5_J16  head only, central, no biases of keys, a lower rate     4 rows x 3 seeds + --tune      14
     main_iid_J16      the same without skew, at the rates of nc5_J16          3 rows x 3 seeds                6
     main_nc1_J4       the skew                                                8 rows x 3 seeds + --tune      35
@@ -97,11 +97,10 @@ PARTS = {
 LOWER = {"most_sensitive": 0.033}  # the next lower rate, since the best one diverges on two of the three splits
 SKEW = ("dense", "random", "least_sensitive")  # rows of main that are measured without skew too, at the same rates
 NO_SKEW = "iid_J16"
-MATCHED = ("dense", "random", "least_sensitive", "most_sensitive", "topk")
-MODEL, ROUND = "random", 10  # whose drift the matched rows have after so many rounds
-# of the model's rates whose accuracies cannot be told apart (2,500 images: a standard error of 1 point) the lowest,
-# since at the drift of the highest other rows diverge
-TIE = 0.01
+MATCHED = ("random", "least_sensitive", "most_sensitive", "lowest_magnitude", "topk")
+# whose drift at its own rate the matched rows have after so many rounds: at that of random masks, which is larger,
+# dense training, the most sensitive mask and top-k collapsed
+MODEL, ROUND = "dense", 10
 
 
 def settings(rank=7):
@@ -165,7 +164,7 @@ def plan(args, chosen, shared):
     return [*first.values(), *runs] if runs else []
 
 
-# ---- rows as far from the server's weights as random masks' are
+# ---- rows as far from the server's weights as dense training is
 
 
 def matched(setting, output):
@@ -174,18 +173,12 @@ def matched(setting, output):
     row, model = setting.name.removeprefix("matched_"), f"{MODEL}_{FIRST}"
     if missing := [name for name in (row, model) if name not in rows]:
         raise UsageError(f"{setting.name}: {missing[0]} is not tuned: give --tune --only {missing[0]} first")
-    target = drifts(model, rows[model]["lr"], output).get(lowest_of_best(rows[model]["lr"]))
+    target = drifts(model, rows[model]["lr"], output).get(rows[model]["lr"]["best"])
     try:
         rate = matching_rate(drifts(row, rows[row]["lr"], output), target)
     except (TypeError, ValueError):
         raise UsageError(f"{setting.name}: its runs of --tune do not give drifts that grow: tune it again") from None
     return replace(setting, words=(*setting.words, "--lr", f"{rate:.3g}"))
-
-
-def lowest_of_best(tuned):
-    """The lowest rate whose accuracy is within TIE of the best rate's."""
-    tried = {float(x): end for x, end in tuned["tried"].items() if not isinstance(end, str)}  # "diverged"
-    return min(x for x, accuracy in tried.items() if accuracy >= max(tried.values()) - TIE)
 
 
 def drifts(name, tuned, output):
