@@ -52,7 +52,7 @@ def test_all_rows_see_as_many_images_and_have_three_rates_or_those_of_a_row_that
         images.add(int(words["--num-rounds"]) * int(words["--local-steps"]) * 10 * int(words["--batch-size"]))
     assert images == {153_600} and 6 * 22_500 < 153_600 < 7 * 22_500  # central: 7 passes
     for one in every:
-        if one.tuned_as or "matched" in one.name or "lower" in one.name:
+        if one.tuned_as or one.name.startswith(("matched_", "lower_", "lowest_dense")):
             assert not one.tune and names[one.tuned_as or one.name.split("_", 1)[1]].tune
         else:
             assert len(one.tune["lr"]) == 3
@@ -61,7 +61,8 @@ def test_all_rows_see_as_many_images_and_have_three_rates_or_those_of_a_row_that
         "main_nc5_J16": 48,
         "bytes_nc5_J16": 12,
         "matched_nc5_J16": 15,
-        "controls_nc5_J16": 12,
+        "lower_nc5_J16": 9,
+        "controls_nc5_J16": 9,
         "main_nc1_J4": 24,
         "main_iid_J4": 24,
         "main_iid_J16": 9,

@@ -17,7 +17,8 @@ the order of their value; all but the last two groups are 3 hours:
     main_nc5_J16      dense, the strategies, one threshold a tensor, top-k    8 rows x 6 seeds + --tune      48
     bytes_nc5_J16     LoRA, top-k both ways: what else as many bytes buy      2 rows x 6 seeds + --tune      12
     matched_nc5_J16   at the rate that has dense's drift (`matching_rate`)    5 rows x 3 seeds               10
-    controls_nc5_J16  head only, central, no biases of keys, a lower rate     4 rows x 3 seeds + --tune      14
+    lower_nc5_J16     dense and the most sensitive mask at lower rates        3 rows x 3 seeds                6
+    controls_nc5_J16  head only, central, no biases of keys                   3 rows x 3 seeds + --tune      12
     main_iid_J16      the same without skew, at the rates of nc5_J16          3 rows x 3 seeds                6
     main_nc1_J4       the skew                                                8 rows x 3 seeds + --tune      35
     main_iid_J4       and its control                                         8 rows x 3 seeds + --tune      35
@@ -94,7 +95,13 @@ PARTS = {
     ),
     "forms": (3, {f"least_{form}": (f"{LEAST} --fisher-form {form}", SLOW) for form in ("true", "nll")}),
 }
-LOWER = {"most_sensitive": 0.033}  # the next lower rate, since the best one diverges on two of the three splits
+# at rates below the best one: the most sensitive mask's diverges on two of the three splits, and dense training has
+# lower ones to see what clients do to each other where they gain as little as under masks
+LOWER = {
+    "lower_most_sensitive": ("most_sensitive", 0.033),
+    "lower_dense": ("dense", 0.01),
+    "lowest_dense": ("dense", 0.003),
+}
 SKEW = ("dense", "random", "least_sensitive")  # rows of main that are measured without skew too, at the same rates
 NO_SKEW = "iid_J16"
 MATCHED = ("random", "least_sensitive", "most_sensitive", "lowest_magnitude", "topk")
@@ -130,9 +137,12 @@ def settings(rank=7):
                 yield replace(one, **taken)
                 if federation == FIRST and part == "main" and name in MATCHED:
                     yield replace(one, name=f"matched_{one.name}", group=f"matched_{federation}", seeds=3)
-                if federation == FIRST and name in LOWER:
-                    words = (*one.words, "--lr", str(LOWER[name]))
-                    yield replace(one, name=f"lower_{one.name}", words=words, group=f"controls_{federation}", seeds=3)
+                for lower, (row, rate) in LOWER.items():
+                    if federation == FIRST and name == row:
+                        words = (*one.words, "--lr", str(rate))
+                        yield replace(
+                            one, name=f"{lower}_{federation}", words=words, group=f"lower_{federation}", seeds=3
+                        )
 
 
 def split_of(seed, tuning):
