@@ -14,6 +14,7 @@
                     of runs will do); a strategy that keeps nothing of some has collapsed them
     interference    {heterogeneity,local_steps,strategies}_interference.png: between the clients, against rounds
     cross           cross_losses.png: each client's update against its own and the others' losses (vit_interference.py)
+    gains           gains.png: what others lose against what a client gains, dense training's rates as a line
     shards          clients x classes of the lowest seed, from shards.json in its folder, or of a run of a log from
                     shards/RUN.json beside the log (a heat map cannot be averaged)
 
@@ -50,7 +51,7 @@ from plots.style import (
     seed_spread,
     whole_numbers,
 )
-from plots.vit_interference import CROSS
+from plots.vit_interference import CROSS, GAINS
 from plots.vit_runs import (
     FREE,
     KEYS,
@@ -436,6 +437,7 @@ FIGURES = {
         for a, (select, _, title, needs) in VARIED.items()
     ],
     "cross": [CROSS],
+    "gains": [GAINS],
     "shards": [Figure("shards", with_shards, draw_shards, "federated runs with shards.json in their folder")],
 }
 

@@ -9,6 +9,10 @@
                 cosines of updates between clients minus within one, and in grey how far they lie apart where clients
                 are dealt at random (95 % of draws)
 
+    gains       gains.png: what the other clients lose, M_ij, against what a client gains, -M_ii, a panel for each round
+                of --interference-every in which clients gain 0.2 nats or more; dense training's rates are one line:
+                how far a client moves decides both, so that a mask reduces interference where it lies below the line
+
 Losses are in nats, on held images (vit_sparse_fl/cross_losses.py); below 0 in the first two panels helps. The table
 has them too, and `others / own`, -M_ij / M_ii: what the others lose for what a client gains, however long its step.
 """
@@ -18,8 +22,8 @@ import numpy as np
 from common.curves import GREY, break_lines, new_figure
 from common.participation import per_round
 from plots.seeds import curves_of
-from plots.style import Figure, caption, each_group, legend_below, looks_of, seed_spread
-from plots.vit_runs import broken, crossed, seeds_said
+from plots.style import Figure, caption, each_group, legend_below, looks_of, panel_axes, seed_spread
+from plots.vit_runs import broken, crossed, gains, is_dense, say_diverged, seeds_said
 
 FIELD = "interference_own"
 POINTS = "bars: standard deviation, dots: seeds"
@@ -87,3 +91,52 @@ CROSS = Figure(
     draw_cross,
     "federated runs with --interference-every",
 )
+
+
+# ---- what the others lose against what a client gains
+
+LEAST = 0.2  # nats: below, by the cosine's end, clients hardly move
+
+
+def gains_of(runs, notes):
+    """(rounds, curves that have them), None where clients gain too little."""
+    curves = [curve for curve in curves_of(runs, notes=notes) if curve.counted]
+    rounds = sorted({t for curve in curves for t in points(curve)})
+    rounds = [t for t in rounds if max(points(curve)[t][0].mean() for curve in curves if t in points(curve)) >= LEAST]
+    return (rounds, curves) if rounds else None
+
+
+def points(curve):
+    """{round: (gains [S], the others' losses [S])}, of the seeds that have the round."""
+    every = {}
+    for run in curve.counted:
+        for t, pair in gains(run).items():
+            every.setdefault(t, []).append(pair)
+    return {t: np.array(pairs).T for t, pairs in every.items()}
+
+
+def draw_gains(setting, what, args):
+    rounds, curves = what
+    say_diverged(curves)
+    looks = looks_of(curves)
+    figure, axes = panel_axes(len(rounds), width=5.2 * len(rounds), height=4.0, sharex=True, sharey=True)
+    names = {curve.label: f"{i}  {curve.label}" for i, curve in enumerate(curves, 1)}
+    for axis, t in zip(axes, rounds, strict=True):
+        there = {curve.label: points(curve)[t] for curve in curves if t in points(curve)}
+        line = sorted(tuple(there[c.label].mean(axis=1)) for c in curves if is_dense(c) and c.label in there)
+        axis.plot(*np.array(line).reshape(-1, 2).T, color="black", linewidth=1.1, zorder=1)
+        for name, pair in there.items():
+            (x, y), bars = pair.mean(axis=1), [seed_spread(values) for values in pair]
+            spreads = {key: [bar] for key, bar in zip(("xerr", "yerr"), bars, strict=True) if bar}
+            shown = looks[name] | {"linestyle": "", "label": names[name], "markersize": 4}
+            axis.errorbar([x], [y], capsize=2, elinewidth=0.8, **spreads, **shown)
+            axis.annotate(names[name].split()[0], (x, y), (3, 3), textcoords="offset points", fontsize=7.5)
+        axis.set_title(f"round {t}")
+        axis.set_xlabel("A client's gain, $-M_{ii}$ (nats)")
+    axes[0].set_ylabel("The others' loss, $M_{ij}$ (nats)")
+    legend_below(figure, axes)
+    caption(figure, f"Interference at equal gain: {seeds_said(curves, 'bars: standard deviation')}", setting, curves)
+    return figure
+
+
+GAINS = Figure("gains", each_group(gains_of, keep=crossed), draw_gains, "federated runs with --interference-every")

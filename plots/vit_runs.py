@@ -19,7 +19,10 @@ matched rate; a row of that method itself, such as one whose head alone is train
 of one seed share split, pretraining and shards. Where seeds begin with several pretrainings, a pair is the mean over
 the seeds of one of them, which are not independent. Beside them what the mask keeps, and interference with its chance
 levels: of `others' loss` those of `random signs`, of the `merge gap` -(1 - 1/m) `own loss` of m clients a round, what
-averaging alone dilutes, of `between - within` what 95 % of random pairs stay within (`at random`).
+averaging alone dilutes, of `between - within` what 95 % of random pairs stay within (`at random`). `others' loss,
+times dense's at equal gain`: how far a client moves decides what it gains and what the others lose; here the second is
+compared where the first is the same, round by round, with dense training's at several rates (lines between these in
+log-log; mean ratio and interval of logarithms; `-` beyond the gains that dense training has).
 """
 
 import hashlib
@@ -42,6 +45,7 @@ from plots.tables import (
     Column,
     Table,
     difference,
+    interval,
     over_rounds,
     pairs_cell,
     result,
@@ -56,6 +60,7 @@ START = ("dataset", "classes", "data", "val_split", "model", "weights", "image_s
 KEYS = (*START, *FEDERATION, "sparsity")
 FREE = ("shards", "local_steps", "num_rounds", "sparsity")  # in which the rows of one table may differ
 SCOPES = {"kind": "a threshold a kind", "unit": "whole heads and neurons", "block": "whole blocks"}
+OWN, OTHERS = "interference_own", "interference_others"
 CALIBRATION = "calibration fisher_form calibration_rounds calibrate_on calibration_clients fisher_samples mask_merge"
 
 
@@ -269,11 +274,12 @@ STUDY = Study(
 # ---- the table
 
 
+def federation(curve):
+    return {key: curve.args.get(key) for key in FREE if key in FEDERATION}
+
+
 def base_of(curve, curves, kind):
     """The curve of `kind` with which a curve is compared (see this module's docstring), None without one."""
-
-    def federation(other):
-        return {key: other.args.get(key) for key in FREE if key in FEDERATION}
 
     def apart(other):
         return distance(curve, other) - (curve.args.get("lr") != other.args.get("lr")), -len(other.runs)
@@ -290,22 +296,70 @@ def accuracy(curve):
 
 
 def share_of_own(curve):
-    return -curve.mean_over_rounds("interference_others") / curve.mean_over_rounds("interference_own")
+    return -curve.mean_over_rounds(OTHERS) / curve.mean_over_rounds(OWN)
+
+
+def gains(run):
+    """{round: (nats that clients gain by their own updates, nats that the others lose)}, means over the clients."""
+    every = {row["round"]: (row.get(OWN), row.get(OTHERS)) for row in run.rows}
+    return {t: (-number(own), number(others)) for t, (own, others) in every.items() if None not in (own, others)}
+
+
+def is_dense(curve):
+    """Whether clients train all weights, at any rate."""
+    return curve.kind == "dense" and not curve.runs[0].args.get("freeze_backbone")
+
+
+def at_equal_gain(curve, dense):
+    """{seed: log of the others' loss over what it is under dense training where clients gain as much}.
+
+    The mean over the rounds; dense training's is, round by round, on the lines between its rates in log-log. Without
+    rounds outside of its gains, or where nobody loses.
+    """
+    apart = {}
+    for run in curve.counted:
+        ratios = []
+        for t, (gain, loss) in gains(run).items():
+            same = [gains(other).get(t, (0, 0)) for c in dense for other in c.counted if other.seed == run.seed]
+            x, y = np.log(sorted(p for p in same if min(p) > 0)).T.reshape(2, -1)
+            if gain > 0 < loss and len(x) > 1 and x[0] <= math.log(gain) <= x[-1]:
+                ratios.append(math.log(loss) - np.interp(math.log(gain), x, y))
+        if ratios:
+            apart[run.seed] = np.mean(ratios)
+    return apart
+
+
+def equal_gain_cell(curve, curves):
+    """The mean ratio and its 95 % interval, of logarithms, over starts; `-` of dense training itself."""
+    if curve.central or is_dense(curve):
+        return "-"
+    dense = [other for other in curves if is_dense(other) and federation(other) == federation(curve)]
+    ends = starts_of(curve, at_equal_gain(curve, dense))
+    if not len(ends):
+        return "-"
+    shown = ", ".join(f"{math.exp(end):.2f}" for end in interval(ends)) if len(ends) > 1 else "?"
+    return f"{math.exp(ends.mean()):.2f} [{shown}], {len(ends)}"
 
 
 def crossed(run):
-    """Whether a run's rows hold losses under other clients' updates."""
-    return not run.central and any(row.get("interference_own") is not None for row in run.rows)
+    """Whether a run's rows hold losses under other clients' updates, or would if it had not diverged before."""
+    measured = any(row.get(OWN) is not None for row in run.rows)
+    return not run.central and (measured or bool(run.diverged and run.args.get("interference_every")))
 
 
 def over_starts(curve, base, values):
     """Differences, seed by seed, of what `values` gives of a curve, [S]; means over the seeds of a pretraining where
     there are several of these."""
     mine, other = ({run.seed: x for run, x in zip(c.counted, values(c), strict=True)} for c in (curve, base))
+    return starts_of(curve, {seed: mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())})
+
+
+def starts_of(curve, of_seeds):
+    """The values of {seed: value}; means over the seeds of a pretraining where there are several of these."""
     starts = {run.seed: str(run.args.get("init_from")) for run in curve.counted}
     every = {}
-    for seed in sorted(mine.keys() & other.keys()):
-        every.setdefault(starts[seed], []).append(mine[seed] - other[seed])
+    for seed, value in of_seeds.items():
+        every.setdefault(starts[seed], []).append(value)
     return np.array([np.mean(values) for values in every.values()] if len(every) > 1 else sum(every.values(), []))
 
 
@@ -342,6 +396,7 @@ def columns(curves, args):
         yield from (result(f"{part} kept %", f"kept_{part}", 100, 1) for part in ("weights", "biases"))
         yield from CROSS
         yield Column(f"others / own vs {args.against}", against(args.against, share_of_own, 3))
+        yield Column("others' loss, times dense's at equal gain", equal_gain_cell)
         yield SEEDS
         return
     yield LAST

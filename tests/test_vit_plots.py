@@ -118,6 +118,49 @@ def test_a_matched_row_is_compared_with_the_dense_row_at_the_matched_rate(tmp_pa
     assert found == {"Random": "-2.00", "Random, drift matched": "+5.00"}
 
 
+def test_what_others_lose_is_compared_with_dense_training_where_clients_gain_as_much(tmp_path):
+    def run(name, seed, command, rate, gain, loss, **more):
+        rows = {10: (gain, loss), 20: (gain / 2, loss / 3), 30: (0.01, -0.001)}
+
+        def cross(row):
+            own, others = rows.get(row["round"], (None, None))
+            return row | ({"interference_own": -own, "interference_others": others} if own else {})
+
+        change_rows(write(tmp_path, name, seed, command, rate=rate, **more), cross)
+
+    for seed in range(6):
+        for rate, gain in ((0.03, 1.6), (0.01, 0.4)):  # others lose 2 gain^1.5
+            run(f"dense_{rate}", seed, DENSE, rate, gain, 2 * gain**1.5)
+        factor = 0.5 + 0.1 * seed
+        run("random", seed, SPARSE, 1.0, 0.9, factor * 2 * 0.9**1.5)
+        run("lowest", seed, SPARSE, 1.0, 1.7, 9.0, mask_strategy="lowest_magnitude", interference_every=10)
+        run("head", seed, DENSE, 0.1, 0.4, 2 * 0.4**1.5, freeze_backbone=True, freeze_head=False)
+        run("iid", seed, SPARSE, 1.0, 0.9, 9.0, sharding="iid")
+    diverge(tmp_path / "lowest_seed_5", "left out")  # before anything was measured
+    head = "others' loss, times dense's at equal gain"
+    rows = table("table vit", tmp_path, "--against dense")
+    logs = np.mean(np.log([[0.5 + 0.1 * (s + k) for s in range(3)] for k in (0, 3)]), axis=0)
+    low, high = np.exp(ttest_1samp(logs, 0).confidence_interval())
+    cells = {label: row[head] for label, row in rows.items()}
+    (random,) = [label for label in cells if label.startswith("Random") and "IID" not in label]
+    (head_only,) = [label for label in cells if "head trained" in label]
+    assert cells.pop(random) == f"{np.exp(logs.mean()):.2f} [{low:.2f}, {high:.2f}], 3"
+    assert cells.pop(head_only) == "1.00 [1.00, 1.00], 3"
+    assert set(cells.values()) == {"-"} and len(cells) == 4, "beyond dense training's gains, and without skew"
+
+    figure, _ = sorted(figures("vit", tmp_path, "gains").items())  # and one of IID shards
+    figure = figure[1]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert any("Lowest magnitude" in name and "1 of 6 diverged" in name for name in names)
+    assert [axis.get_title() for axis in figure.axes] == ["round 10", "round 20"], "hardly a gain in round 30"
+    for axis, share in zip(figure.axes, (1, 3), strict=True):
+        (line,) = [line for line in axis.lines if len(line.get_xdata()) == 2]
+        gain = np.array([0.4, 1.6])
+        assert line.get_xdata() == pytest.approx(gain / (1 if share == 1 else 2))
+        assert line.get_ydata() == pytest.approx(2 * gain**1.5 / share)
+        assert {text.get_text() for text in axis.texts} == {"1", "2", "3", "4", "5"}
+
+
 def diverge(folder, how):
     """Makes a run one that diverged, or nearly."""
     last = {"below": {"val_accuracy": 0.179}, "nearly": {"val_accuracy": 0.181}, "loss": {"val_loss": "nan"}}
