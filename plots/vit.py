@@ -1,7 +1,7 @@
 """Figures and table of vit_sparse_fl.
 
     python plots/vit.py --data-dir results --out-dir results/plots                  # all that the runs allow
-    python plots/vit.py heterogeneity sparsity --data-dir vit_sparse_fl/results/stand_in.jsonl
+    python plots/vit.py cross gains layers --data-dir vit_sparse_fl/results/rates.jsonl
     python plots/tables.py vit_sparse_fl                                            # plots/vit_runs.py
 
     curves          validation accuracy and loss against rounds: heterogeneity_curves.png, local_steps_curves.png,

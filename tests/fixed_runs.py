@@ -273,7 +273,7 @@ STUDIES = {
     "noniid": noniid_folders.write_study,
     "report": report_study,
     "mamba log": lambda root: [unpack(f"mamba_fl/results/{name}.jsonl", root / name) for name in ("gap", "source")],
-    "vit log": lambda root: unpack("vit_sparse_fl/results/stand_in.jsonl", root),
+    "vit log": lambda root: unpack("vit_sparse_fl/results/rates.jsonl", root),
     "glue log": lambda root: unpack("lora_glue_fl/results/small.jsonl", root),
     "noniid log": lambda root: unpack("llm_noniid/results/study.jsonl", root),
 }

@@ -176,7 +176,7 @@ AGAINST = f"--against iid {FIELDS}"
 # study -> {log: flags of the table that its README has of it}; a log that is not there yet has no table
 SHOWN = {
     "mamba_fl": {"gap": "", "gap_demo": "", "source": "", "source_tuned": ""},
-    "vit_sparse_fl": {"stand_in": ""},
+    "vit_sparse_fl": {"rates": "--against dense"},
     "lora_glue_fl": {"small": "--wide", "replay": "--replay"},
 }
 SHOWN |= {"llm_noniid": {"study": COLUMNS, "regimes": AGAINST}}
