@@ -16,14 +16,15 @@ rate is the one that gives it dense training's drift.
 what the others lose for what a client gains, `mean [95 % interval of a paired t test], pairs`, to the row of dense
 FedAvg or of random masks in the same federation that differs least (rates apart: of several the one with the best
 validation accuracy; a drift-matched row to dense at the matched rate; a row of that method itself, such as one whose
-head alone is trained, to the one with more seeds, or with as many and the better validation): runs of one seed share
-split, pretraining and shards. Where seeds begin with several pretrainings, a pair is the mean over the seeds of one
-of them, which are not independent. Beside them what the mask keeps, and interference with its chance levels: of
-`others' loss` those of `random signs`, of the `merge gap` -(1 - 1/m) `own loss` of m clients a round, what averaging
-alone dilutes, of `between - within` what 95 % of random pairs stay within (`at random`). `others' loss, times dense's
-at equal gain`: how far a client moves decides what it gains and what the others lose; here the second is compared
-where the first is the same, round by round, with dense training's at several rates (lines between these in log-log;
-mean ratio and interval of logarithms; `-` beyond the gains that dense training has).
+head alone is trained, to the one with more seeds; with as many to a rate that validates better, the head alone to
+dense training): runs of one seed share split, pretraining and shards. Where seeds begin with several pretrainings, a
+pair is the mean over the seeds of one of them, which are not independent. Beside them what the mask keeps, and
+interference with its chance levels: of `others' loss` those of `random signs`, of the `merge gap` -(1 - 1/m) `own
+loss` of m clients a round, what averaging alone dilutes, of `between - within` what 95 % of random pairs stay within
+(`at random`). `others' loss, times dense's at equal gain`: how far a client moves decides what it gains and what the
+others lose; here the second is compared where the first is the same, round by round, with dense training's at several
+rates (lines between these in log-log; mean ratio and interval of logarithms; `-` beyond the gains that dense training
+has).
 """
 
 import hashlib
@@ -290,8 +291,12 @@ def base_of(curve, curves, kind):
         return values.mean() if len(values) and np.isfinite(values).all() else -math.inf
 
     def fits(other):
-        better = (len(other.runs), validated(other)) > (len(curve.runs), validated(curve))
-        return other.kind == kind and federation(other) == federation(curve) and (other.kind != curve.kind or better)
+        if other.kind != kind or federation(other) != federation(curve):
+            return False
+        better = len(other.runs) == len(curve.runs) and validated(other) > validated(curve)
+        alone = kind == "dense" and not is_dense(curve)
+        more = len(other.runs) > len(curve.runs) or (better and (alone or apart(other) == 0))
+        return curve.kind != kind or more
 
     def key(other):
         return apart(other), -len(other.runs), -validated(other)
