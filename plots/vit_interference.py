@@ -23,18 +23,17 @@ from common.curves import GREY, break_lines, new_figure
 from common.participation import per_round
 from plots.seeds import curves_of
 from plots.style import Figure, caption, each_group, legend_below, looks_of, panel_axes, seed_spread
-from plots.vit_runs import broken, crossed, gains, is_dense, say_diverged, seeds_said
+from plots.vit_runs import OTHERS, OWN, broken, crossed, gains, is_dense, say_diverged, seeds_said
 
-FIELD = "interference_own"
 POINTS = "bars: standard deviation, dots: seeds"
 # field -> (label, its chance level: name, function of the curve to [S])
 PANELS = {
-    "interference_own": ("Own loss, $M_{ii}$", None),
-    "interference_others": (
+    OWN: ("Own loss, $M_{ii}$", None),
+    OTHERS: (
         "Others' loss, $M_{ij}$",
         ("random signs", lambda c: c.mean_over_rounds("interference_chance")),
     ),
-    "merge_gap": ("Merge gap", ("own gain diluted", lambda c: -(1 - share(c)) * c.mean_over_rounds(FIELD))),
+    "merge_gap": ("Merge gap", ("own gain diluted", lambda c: -(1 - share(c)) * c.mean_over_rounds(OWN))),
     "cosine_excess": ("Cosines, between - within", None),
 }
 
@@ -99,11 +98,14 @@ LEAST = 0.2  # nats: below, by the cosine's end, clients hardly move
 
 
 def gains_of(runs, notes):
-    """(rounds, curves that have them), None where clients gain too little."""
-    curves = [curve for curve in curves_of(runs, notes=notes) if curve.counted]
-    rounds = sorted({t for curve in curves for t in points(curve)})
-    rounds = [t for t in rounds if max(points(curve)[t][0].mean() for curve in curves if t in points(curve)) >= LEAST]
-    return (rounds, curves) if rounds else None
+    """(curves, {round: {label: (gains [S], the others' losses [S])}}), None where clients gain too little."""
+    curves, rounds = [curve for curve in curves_of(runs, notes=notes) if curve.counted], {}
+    say_diverged(curves)
+    for curve in curves:
+        for t, pairs in points(curve).items():
+            rounds.setdefault(t, {})[curve.label] = pairs
+    rounds = {t: at for t, at in sorted(rounds.items()) if max(own.mean() for own, _ in at.values()) >= LEAST}
+    return (curves, rounds) if rounds else None
 
 
 def points(curve):
@@ -116,13 +118,11 @@ def points(curve):
 
 
 def draw_gains(setting, what, args):
-    rounds, curves = what
-    say_diverged(curves)
+    curves, rounds = what
     looks = looks_of(curves)
     figure, axes = panel_axes(len(rounds), width=5.2 * len(rounds), height=4.0, sharex=True, sharey=True)
     names = {curve.label: f"{i}  {curve.label}" for i, curve in enumerate(curves, 1)}
-    for axis, t in zip(axes, rounds, strict=True):
-        there = {curve.label: points(curve)[t] for curve in curves if t in points(curve)}
+    for axis, (t, there) in zip(axes, rounds.items(), strict=True):
         line = sorted(tuple(there[c.label].mean(axis=1)) for c in curves if is_dense(c) and c.label in there)
         axis.plot(*np.array(line).reshape(-1, 2).T, color="black", linewidth=1.1, zorder=1)
         for name, pair in there.items():

@@ -38,7 +38,7 @@ import numpy as np
 
 from common.curves import number
 from plots.runs import Study, base_name, not_finite, order_of, text
-from plots.seeds import distance
+from plots.seeds import distance, interval
 from plots.style import seeds_text
 from plots.tables import (
     MINUTES,
@@ -47,7 +47,6 @@ from plots.tables import (
     Column,
     Table,
     difference,
-    interval,
     over_rounds,
     pairs_cell,
     result,
@@ -293,10 +292,12 @@ def base_of(curve, curves, kind):
     def fits(other):
         if other.kind != kind or federation(other) != federation(curve):
             return False
-        better = len(other.runs) == len(curve.runs) and validated(other) > validated(curve)
+        if curve.kind != kind:
+            return True
+        if len(other.runs) != len(curve.runs):
+            return len(other.runs) > len(curve.runs)
         alone = kind == "dense" and not is_dense(curve)
-        more = len(other.runs) > len(curve.runs) or (better and (alone or apart(other) == 0))
-        return curve.kind != kind or more
+        return validated(other) > validated(curve) and (alone or apart(other) == 0)
 
     def key(other):
         return apart(other), -len(other.runs), -validated(other)
@@ -331,10 +332,11 @@ def at_equal_gain(curve, dense):
     """
     apart = {}
     for run in curve.counted:
+        same = [gains(other) for c in dense for other in c.counted if other.seed == run.seed]
         ratios = []
         for t, (gain, loss) in gains(run).items():
-            same = [gains(other).get(t, (0, 0)) for c in dense for other in c.counted if other.seed == run.seed]
-            x, y = np.log(sorted(p for p in same if min(p) > 0)).T.reshape(2, -1)
+            at_rates = sorted(one[t] for one in same if min(one.get(t, (0, 0))) > 0)
+            x, y = np.log(at_rates).T.reshape(2, -1)
             if gain > 0 < loss and len(x) > 1 and x[0] <= math.log(gain) <= x[-1]:
                 ratios.append(math.log(loss) - np.interp(math.log(gain), x, y))
         if ratios:
@@ -389,8 +391,8 @@ FAILED = Column("diverged", lambda curve, _: f"{len(curve.runs) - len(curve.coun
 LAST = result("test % (last)", "test_accuracy_last", 100, 2)
 DRIFT = of_weights("drift %", "drift", 100, 3)
 CROSS = (
-    over_rounds("own loss", "interference_own", 1, 4),
-    over_rounds("others' loss", "interference_others", 1, 4),
+    over_rounds("own loss", OWN, 1, 4),
+    over_rounds("others' loss", OTHERS, 1, 4),
     of_weights("random signs", "interference_chance", 1, 4),
     Column("others / own", lambda curve, _: spread(share_of_own(curve), 3)),
     over_rounds("merge gap", "merge_gap", 1, 4),

@@ -97,11 +97,7 @@ PARTS = {
 }
 # at rates below the best one: the most sensitive mask's diverges on two of the three splits, and dense training has
 # lower ones to see what clients do to each other where they gain as little as under masks
-LOWER = {
-    "lower_most_sensitive": ("most_sensitive", 0.033),
-    "lower_dense": ("dense", 0.01),
-    "lowest_dense": ("dense", 0.003),
-}
+LOWER = {"most_sensitive": {"lower": 0.033}, "dense": {"lower": 0.01, "lowest": 0.003}}
 SKEW = ("dense", "random", "least_sensitive")  # rows of main that are measured without skew too, at the same rates
 NO_SKEW = "iid_J16"
 MATCHED = ("random", "least_sensitive", "most_sensitive", "lowest_magnitude", "topk")
@@ -135,14 +131,13 @@ def settings(rank=7):
                 )
                 taken = {"tuned_as": f"{name}_{FIRST}"} if federation == NO_SKEW else {"tune": {"lr": rates}}
                 yield replace(one, **taken)
-                if federation == FIRST and part == "main" and name in MATCHED:
+                if federation != FIRST or part != "main":
+                    continue
+                if name in MATCHED:
                     yield replace(one, name=f"matched_{one.name}", group=f"matched_{federation}", seeds=3)
-                for lower, (row, rate) in LOWER.items():
-                    if federation == FIRST and name == row:
-                        words = (*one.words, "--lr", str(rate))
-                        yield replace(
-                            one, name=f"{lower}_{federation}", words=words, group=f"lower_{federation}", seeds=3
-                        )
+                for how, rate in LOWER.get(name, {}).items():
+                    group, words = f"lower_{federation}", (*one.words, "--lr", str(rate))
+                    yield replace(one, name=f"{how}_{one.name}", group=group, words=words, seeds=3)
 
 
 def split_of(seed, tuning):
