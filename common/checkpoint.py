@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -109,7 +108,7 @@ def load(folder, device="cpu"):
     """The checkpoint at `folder`: (meta, shared: {name: {key: tensor}}), or None if there is none.
 
     meta["rows"] is {name: {client: SHA-256 of its file}}, what `ClientRows.load` takes. Every process calls it.
-    Raises UsageError for a checkpoint that is not as it was saved; one of before there were checksums gives a warning.
+    Raises UsageError for a checkpoint that is not as it was saved.
     """
     folder = Path(folder)
     if parallel.is_main():
@@ -120,7 +119,7 @@ def load(folder, device="cpu"):
         return None
     try:
         meta = _read_state(folder)
-        return meta, {name: _load_tensors(folder, name, device) for name in meta["shared"]}
+        return meta, {name: load_file(folder / f"{name}.safetensors", device=str(device)) for name in meta["shared"]}
     except ValueError as error:
         raise UsageError(f"{error}: {_instead(folder)}") from None
 
@@ -210,14 +209,6 @@ def _save_tensors(folder, name, tensors):
     return {"sha256": seal(path), "tensors": about}
 
 
-def _load_tensors(folder, name, device):
-    path = folder / f"{name}.safetensors"
-    try:
-        return load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:  # of a checkpoint without checksums
-        raise ValueError(f"{path} is damaged ({error})") from None
-
-
 def _published(folder, rows):
     """{path beside the checkpoint `folder`: SHA-256} of the weights that the run has published for good so far."""
     before, run, working = {}, folder.parent, [row.folder for row in (rows or {}).values()]
@@ -237,21 +228,16 @@ def _read_state(folder):
     path = folder / "state.json"
     try:
         state = read_json(path)
-        sha256 = state.pop("sha256", None)
-        whole = sha256 in (None, _digest(state))
-        rows = {
-            name: {int(k): of[k] for k in of} if sha256 else dict.fromkeys(of) for name, of in state["rows"].items()
-        }
-        files = {file: about["sha256"] for file, about in state["files"].items()} if sha256 else {}
-        shared = [Path(file).stem for file in files] if sha256 else state["shared"]
+        whole = state.pop("sha256") == _digest(state)
+        rows = {name: {int(k): of[k] for k in of} for name, of in state["rows"].items()}
+        files = {file: about["sha256"] for file, about in state["files"].items()}
+        shared = [Path(file).stem for file in files]
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged") from None
     if not whole:
         raise ValueError(f"{path} is damaged or was edited")
-    if sha256 is None and parallel.is_main():
-        print(f"warning: {folder} is of before there were checksums: damage to it would not be seen", file=sys.stderr)
     files |= {row_file(name, k): value for name, of in rows.items() for k, value in of.items()}
     paths = {folder / file: value for file, value in files.items()}
     published = {folder.parent / file: value for file, value in state.get("published", {}).items()}
@@ -264,9 +250,9 @@ def _read_state(folder):
 
 
 def _fault(path, sha256):
-    """What is wrong with a file that was saved with this SHA-256 (None: not known), "" where nothing is."""
+    """What is wrong with a file that was saved with this SHA-256, "" where nothing is."""
     try:
-        same = sha256 in (None, file_sha256(path))
+        same = sha256 == file_sha256(path)
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
     return "" if same else f"{path} is damaged: not what was saved"

@@ -108,15 +108,13 @@ class ClientRows:
         if parallel.is_main():
             for k in self._saved.keys() - written.keys():
                 _link(self._saved_path(k), fresh / row_file(name, k))
-                if self._saved[k] is None:
-                    self._saved[k] = seal(fresh / row_file(name, k))
         self._saved, self._files = dict(sorted((self._saved | written).items())), (Path(folder), name)
         return dict(self._saved)
 
     def load(self, folder, name, saved):
         """Goes on from the checkpoint `folder`; rows are read when they are asked for.
 
-        saved: {client: SHA-256 of its file, or None where that is not known}.
+        saved: {client: SHA-256 of its file}.
         """
         self._rows, self._offers = {}, {}
         self._saved, self._files = dict(saved), (Path(folder), name)

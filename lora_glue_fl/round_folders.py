@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common import parallel
-from common.adapter_files import CONFIG, read_adapter, read_tensors, write_adapter
+from common.adapter_files import CONFIG, read_adapter, write_adapter
 from common.best import lower
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
@@ -137,9 +137,7 @@ def fuse_manifest(study, served, clients, alpha, metrics, t):
 def read_served(path):
     """`read_adapter` of a folder, of a run's (what it ended with), or of a round's client or fused folder.
 
-    Of any age: runs used to keep the changed base beside the adapters, not in them.
-    Raises: UsageError as `read_adapter`, for a run that has no adapter (yet), and for the adapter of such an old run's
-        client whose base was deleted.
+    Raises: UsageError as `read_adapter`, and for a run that has no adapter (yet).
     """
     path = Path(path).expanduser()
     if not (path / CONFIG).exists():
@@ -151,17 +149,4 @@ def read_served(path):
             f"{path} is a whole model (stack and residual change the base), no adapter: give it as --model; "
             "baseline_run.py --do-eval evaluates it"
         )
-    file, place = read_adapter(path), path.resolve().parent
-    t = _ROUND.fullmatch(place.parent.name)
-    if file.base or not t or not (served := list(place.parent.glob("fused_*/base.safetensors"))):
-        return file
-    if not place.name.startswith("fused_"):  # a client's: it began with what the round before left
-        served = list(place.parent.with_name(f"round_{int(t[1]) - 1}").glob("fused_*/base.safetensors"))
-    if served:
-        file.base = {key.removesuffix(".weight"): weight for key, weight in read_tensors(served[0])[0].items()}
-    elif t[1] != "1":
-        raise UsageError(
-            f"{path} belongs to the base that round {int(t[1]) - 1} left, which the run has deleted: take the adapter "
-            f"in {place.parent}/fused_..., or run it again"
-        )
-    return file
+    return read_adapter(path)

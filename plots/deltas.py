@@ -251,12 +251,6 @@ TITLES = {
     "layernorm_after": "Norm before MLP",
     "mlp.fc1": "MLP, first",
     "mlp.fc2": "MLP, second",
-    "attention.attention.query": "Query",
-    "attention.attention.key": "Key",
-    "attention.attention.value": "Value",
-    "attention.output.dense": "Attention output",
-    "intermediate.dense": "MLP, first",
-    "output.dense": "MLP, second",
 }
 OTHER = "Outside the blocks"
 OUTSIDE = {"layernorm": "last norm", "patch_embeddings.projection": "patches"}

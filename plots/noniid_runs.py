@@ -82,7 +82,6 @@ FREE = ("partition", *FACTORS)  # what the rows of one table may differ in
 WIDE = (*FREE, "rounds")  # of paired differences and costs: the same budget in fewer rounds of more steps too
 TUNED = {"learning_rate", "server_lr", "mu"}  # of each row
 DIFFER = {"iid": {*PLACE, "min_samples"}, "fedavg": {"personal"}}  # in what a row and its baseline differ
-NO_TRAINING = 1e-20  # old runs with a lower learning rate only say what the loss is before training
 TRUE_DRIFT = {  # of runs with --drift-samples
     "gradient drift": "drift_ratio",
     "chance drift": "drift_ratio_chance",
@@ -164,22 +163,8 @@ def prior(run):
 
 
 def prepared(runs, notes):
-    """The runs without those of no training: what these, of old, say is round 0 of the others."""
-    untrained = [run for run in runs if run.rows and run.args.get("learning_rate", 1) <= NO_TRAINING]
-    starts = {start_key(run): {"round": 0, "val_loss": run.rows[-1].get("val_loss")} for run in untrained}
-    chosen = []
-    for run in runs:
-        if run.args.get("learning_rate", 1) > NO_TRAINING:
-            if run.rows and start_key(run) in starts:
-                run = replace(run, rows=[starts[start_key(run)], *run.rows])
-            chosen.append(diverged(run) if not_finite(run) else run)
-    return chosen
-
-
-def start_key(run):
-    """What decides the loss before training: the model, the texts and their choice."""
-    names = ("dataset", "tokenizer", "max_samples", "max_length", "eval_samples", "seed")
-    return base_name(str(run.args.get("model"))), *(str(run.args.get(name)) for name in names)
+    """The runs; where the updates were not finite that round is the last line."""
+    return [diverged(run) if not_finite(run) else run for run in runs]
 
 
 def diverged(run):

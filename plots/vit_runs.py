@@ -6,8 +6,7 @@
 Accuracies are in %, after the last round or with the weights of the best validated one; `vs dense`: the difference, in
 points, to the row of dense FedAvg in the same federation that differs least, rates apart. `diverged`: how many seeds
 broke down, which count in no mean and no difference: an update of any round or the last loss was not finite, or the
-last validation accuracy is below half of that before training (round 0; of old logs without it, of the median of what
-the runs of the same seed and start have at their first evaluation). Cosine, diversity, sign conflict and drift are
+last validation accuracy is below half of that before training (round 0). Cosine, diversity, sign conflict and drift are
 means over the evaluated rounds (`-` of LoRA, whose factors are not unique), the losses under each other's updates over
 those of --interference-every: by a cosine schedule the last round is one of hardly any step. `drift matched`: the row's
 rate is the one that gives it dense training's drift.
@@ -129,42 +128,24 @@ DIVERGED = "an update or the loss not finite, or below half of the accuracy befo
 
 
 def before_training(run):
-    """The validation accuracy before the first round; nan in old logs, which do not have it."""
+    """The validation accuracy before the first round; nan without a round 0."""
     return next((number(row.get("val_accuracy")) for row in run.rows if row.get("round") == 0), math.nan)
-
-
-def first_evaluation(run):
-    return next(
-        (number(row["val_accuracy"]) for row in run.rows if row.get("round") and "val_accuracy" in row), math.nan
-    )
 
 
 def prepared(runs, notes):
     """The runs, marked where they diverged, and where run_all_experiments.py gave them the rate of a drift."""
-    alike = {}
-    for run in runs:
-        alike.setdefault(start_of(run), []).append(first_evaluation(run))
 
     def broke_down(run):
         last = run.rows[-1] if run.rows else {}
-        start = before_training(run)
-        if math.isnan(start):
-            firsts = [accuracy for accuracy in alike[start_of(run)] if not math.isnan(accuracy)]
-            start = np.median(firsts) if firsts else 0
         left_out = any(row.get("left_out_updates") for row in run.rows)
         not_a_number = last.get("val_loss") is not None and math.isnan(number(last["val_loss"]))
-        below = run.status == "finished" and number(last.get("val_accuracy")) < start / 2
+        below = run.status == "finished" and number(last.get("val_accuracy")) < before_training(run) / 2
         return not_finite(run) or left_out or not_a_number or below
 
     def method(run):
         return run.method | ({"drift_matched": True} if Path(str(run.name)).name.startswith("matched_") else {})
 
     return [replace(run, diverged=bool(broke_down(run)), method=method(run)) for run in runs]
-
-
-def start_of(run):
-    """What decides the accuracy before training."""
-    return run.seed, str(run.args.get("head")), *(str(run.setting.get(key)) for key in START)
 
 
 def class_count(run):

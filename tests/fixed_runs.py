@@ -166,7 +166,7 @@ def vit_study(root, seeds=2):
         for strategy in ("least_sensitive", "random"):
             kept = {"vit.layers.0.attention.q_proj": 0.2, "vit.layers.1.attention.q_proj": 0.0, "vit.layernorm": 1.0}
             kept |= {"vit.layers.10.mlp.fc1": 0.1, "vit.layers.2.mlp.fc1": 0.2 + seed / 10}
-            kept |= {"vit.encoder.layer.3.attention.attention.query": 0.4, "vit.embeddings.patch_embeddings.x": 0.05}
+            kept |= {"vit.layers.3.attention.q_proj": 0.4, "vit.embeddings.patch_embeddings.x": 0.05}
             kept = {f"{layer}.weight": share for layer, share in kept.items()}
             write_vit(root, SPARSE, accuracy=0.45, mask_strategy=strategy, kept=kept, seed=seed)
         write_vit(root, SPARSE, accuracy=0.4, sparsity_ratio=0.99, kept={"vit.layernorm.weight": 1.0}, seed=seed)

@@ -290,19 +290,6 @@ def test_what_a_run_has_published_is_as_it_was_or_refused(whole, tmp_path, capsy
     harness.same_run(folder, whole)
 
 
-def test_a_checkpoint_of_before_checksums_goes_on_with_a_warning(half, whole, tmp_path, capsys):
-    folder = copied(half, tmp_path)
-    file = folder / "checkpoint" / "state.json"
-    state = json.loads(file.read_text())
-    del state["sha256"], state["files"]
-    state |= {"shared": ["counter", "theta"], "rows": {"rows": [int(k) for k in state["rows"]["rows"]]}}
-    file.write_text(json.dumps(state))
-    resumed(tmp_path)
-    assert "before there were checksums" in capsys.readouterr().err
-    harness.same_run(folder, whole)
-    assert all(checkpoint.read_json(file)["rows"]["rows"].values())
-
-
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_as_many_checkpoints_are_kept_as_asked_for(keep, tmp_path):
     train(arguments(tmp_path, keep_checkpoints=4), 5, save_every=1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from comparing import same_bits
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scipy.linalg import orthogonal_procrustes
 from torch.nn import functional as F
 
@@ -292,6 +292,7 @@ def test_rounds_are_the_plain_loop(case, given, tmp_path, monkeypatch):
 
     last, bad = sorted(sampled(given, 1)), sampled(given, 1)[1]
     assert [row["round"] for row in rows] == [0, 1, 2] and rows[0]["val_loss"] > 0 and "train_loss" not in rows[0]
+    assert rows[0]["bytes_up"] == rows[0]["bytes_down"] == 0
     assert rows[2]["left_out"] == [[2, bad]] and rows[2]["clients"] == last
     losses = dict(zip(last, rows[2]["client_train_loss"], strict=True))
     assert losses.pop(bad) is None
@@ -368,29 +369,14 @@ def evaluated(adapter, out):
 SHOWN = ("val_accuracy", "val_loss")
 
 
-def as_older_runs_wrote_it(folder):
-    """The changed base beside what is served, in base.safetensors, and in no adapter."""
-    for adapter in folder.glob("round_*/*/adapter"):
-        tensors = load_file(adapter / "adapter_model.safetensors")
-        prefix, end = "base_model.model.", ".base_layer.weight"
-        base = {name: t for name, t in tensors.items() if name.endswith(end)}
-        save_file({name: t for name, t in tensors.items() if name not in base}, adapter / "adapter_model.safetensors")
-        if adapter.parent.name.startswith("fused_"):
-            named = {name.removeprefix(prefix).replace(end, ".weight"): t for name, t in base.items()}
-            save_file(named, adapter.parent / "base.safetensors")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["stack", "residual"])
 def test_adapters_of_a_changed_base_are_evaluated_and_merged_on_it(rule, tmp_path, capsys):
     row = read_metrics(runs(rule))[2]
     wanted = {"fused_r4": (row["val_accuracy"], row["val_loss"])}
     wanted["client_2"] = row["client_val_accuracy"][1], row["client_val_loss"][1]
-    older = shutil.copytree(runs(rule), tmp_path / "older")
-    as_older_runs_wrote_it(older)
-    for place in (runs(rule), older):
-        for name, (accuracy, loss) in wanted.items():
-            same_metrics(evaluated(place / "round_2" / name / "adapter", tmp_path / "eval"), accuracy, loss)
+    for name, (accuracy, loss) in wanted.items():
+        same_metrics(evaluated(runs(rule) / "round_2" / name / "adapter", tmp_path / "eval"), accuracy, loss)
 
     def merge(*paths, weights):
         words = [
@@ -413,10 +399,6 @@ def test_adapters_of_a_changed_base_are_evaluated_and_merged_on_it(rule, tmp_pat
     capsys.readouterr()
     assert merge(clients[0], runs(rule) / "round_1/client_2/adapter", weights=(1, 1)) == 2
     assert "belong to other base weights" in capsys.readouterr().err
-
-    shutil.rmtree(older / "round_1")
-    assert call("--adapter-path", older / "round_2/client_2/adapter", *EVAL, script="adapters_eval") == 2
-    assert "belongs to the base that round 1 left" in capsys.readouterr().err
 
 
 def test_the_learning_rate_is_transformers_schedule():
@@ -477,25 +459,6 @@ def test_a_server_optimiser_of_momentum_zero_is_plain_averaging(shards, tmp_path
     rows = [read_metrics(folder)[1] for folder in (tmp_path / "m", runs("naive"))]
     # the error is the rule's, whatever step the server takes; the first round's clients are the same
     assert rows[0]["aggregation_error"] == rows[1]["aggregation_error"]
-
-
-@pytest.mark.slow
-def test_bytes_are_those_of_the_factors_that_are_sent():
-    head, r, d, layers = 64 * 64 + 64 + 2 * 64 + 2, 4, 64, 4  # the tiny model: queries and values of two layers
-    both, b = 2 * r * d * layers, r * d * layers
-    stacked = {3 * r: layers * min(3 * r * 2 * d, d * d) for r in (3, 4)}  # stack's clients have ranks 2, 4 and 3
-    up = {"svd": both, "naive": both, "ffa": b, "stack": both * 3 / 4, "residual": both, "rolora": b}
-    down = {"svd": both, "naive": both, "ffa": b, "stack": stacked[9], "residual": stacked[12], "rolora": b}
-    up, down = (each | {"rotate": both, "head": 0} for each in (up, down))
-    for rule in RULES:
-        first = (both * 3 / 4 if rule == "stack" else both) + head  # to each client before the first round
-        before, *rest = read_metrics(runs(rule))
-        assert before["bytes_up"] == before["bytes_down"] == 0
-        for line in rest:
-            n = line["round"]
-            assert line["bytes_up"] == 4 * 3 * n * (up[rule] + head)
-            assert line["bytes_down"] == 4 * 3 * (n * (down[rule] + head) + first)
-            assert math.isfinite(line["aggregation_error"])
 
 
 def test_folders_of_a_round_without_a_client(shards, tmp_path, capsys, monkeypatch):

@@ -202,12 +202,6 @@ def test_what_is_left_out_is_named(study, tmp_path):
     assert [row["seeds"] for row in rows.values()] == ["2"]
 
 
-def test_runs_before_training_are_no_runs_of_the_study(tmp_path):
-    write_noniid(tmp_path, name="mine")
-    write_noniid(tmp_path, name="start", learning_rate=1e-30)
-    assert len(rows_of("noniid", tmp_path)) == 1
-
-
 def test_a_run_whose_updates_were_all_not_finite_counts_as_diverged(tmp_path):
     reason = "round 13: the updates of all 6 clients are not finite: lower --learning-rate (5) or --amp off"
     folder = write_noniid(tmp_path, status="failed", reason=reason, losses=[5.0, 6.0, 9.0])

@@ -13,7 +13,6 @@ from scipy.stats import ttest_1samp
 
 from common.records import collect
 from plots import vit
-from plots.runs import read_runs
 
 SPLITS = ((0, 50), (50, 100), (25, 75))
 CROSS = {"interference_own": -0.3, "interference_others": 0.02, "interference_chance": 0.01, "merge_gap": 0.2}
@@ -193,14 +192,6 @@ def test_a_run_that_diverged_is_counted_and_in_no_mean(how, tmp_path):
     if how == "below":  # it may yet rise
         change(folder, status="interrupted")
         assert table("table vit", tmp_path, "--unfinished")["Random"]["diverged"] == "0 of 3"
-
-
-def test_a_log_without_round_0_has_diverged_runs_too(tmp_path):
-    for name in ("a", "b", "c"):
-        folder = write_vit(tmp_path, SPARSE, name=name, mask_strategy=f"{name}_strategy")
-    assert {run.diverged for run in read_runs(tmp_path, vit.STUDY)[0]} == {False}
-    change_rows(folder, lambda row: row | {"val_accuracy": 0.05})
-    assert [run.diverged for run in read_runs(tmp_path, vit.STUDY)[0]] == [False, False, True]
 
 
 def test_figures_draw_the_others_and_say_how_many_diverged(tmp_path):

@@ -1,8 +1,7 @@
 """Runs every experiment of this study, one process each, draws the figures and prints one table.
 
     python vit_sparse_fl/run_all_experiments.py --full --num-runs 3        # the source's configuration: a GPU, days
-    python vit_sparse_fl/run_all_experiments.py --stand-in --jobs 2        # the measured study: a laptop, hours
-    python vit_sparse_fl/run_all_experiments.py --preset rates --tune      # rates of every row, see rates.py
+    python vit_sparse_fl/run_all_experiments.py --preset rates --tune      # the measured study: see rates.py
     python vit_sparse_fl/run_all_experiments.py --quick                    # all of it, small, offline: minutes
     python vit_sparse_fl/run_all_experiments.py --full --plan              # only checks and shows the commands
 
@@ -23,7 +22,7 @@ SHOW = (
     ("plots/tables.py", "vit_sparse_fl", "--data-dir", "{output}"),
 )
 GROUPS = ("centralized", "federated", "sparse", "extension")
-# flags that are handed to every run; those that a stand-in decides itself come first
+# flags that are handed to every run; those that `rates` decides itself come first
 GIVEN = ("dataset", "classes", "model", "weights", "init_from", "image_size", "data_root", "device", "amp", "config")
 
 
@@ -41,10 +40,8 @@ class Sizes:
     rounds: int = 500
     nc: tuple = (50, 10, 5, 1)
     j: tuple = (8, 16)
-    sparsities: tuple = (("least_sensitive", (0.5, 0.7, 0.95, 0.99)),)
+    sparsities: tuple = (0.5, 0.7, 0.95, 0.99)
     calibration_rounds: tuple = (1, 2, 3, 5, 6, 7, 8, 9, 10)
-    beyond: bool = True  # calibration on clients and the source's calibration too
-    lower: tuple = ()  # dense FedAvg where the common learning rate is too high: (nc1 or J16, the rate)
 
 
 # a few epochs on the same ten classes come first: under a mask a ViT with random weights learns nothing
@@ -57,24 +54,11 @@ QUICK = Sizes(
     rounds=8,
     nc=(5, 1),
     j=(8,),
-    sparsities=(("least_sensitive", (0.5,)),),
+    sparsities=(0.5,),
     calibration_rounds=(1,),
 )
-# a ViT of half a million weights, trained on classes 0 to 49, then federated on the other 50; the head, fitted by ridge
-# regression, is frozen everywhere but where the name says otherwise, so that dense and sparse runs differ in one factor
+# the measured study's: a ViT of half a million weights
 TINY = "--dataset cifar100 --model tiny --threads 1 --amp auto --dropout 0"
-PRETRAIN = "--classes 0:50 --epochs 60 --lr 0.1 --early-stopping-patience 0 --seed 0"
-OTHER_HALF = "--classes 50:100 --head ridge --batch-size 32 --early-stopping-patience 0"
-STAND_IN = Sizes(
-    central=f"{OTHER_HALF} --epochs 20 --lr 0.03 --warmup-epochs 0",
-    federated=f"{OTHER_HALF} --freeze-head --lr 0.1 --eval-every 10 --save-every 40",
-    rounds=120,
-    nc=(25, 5, 1),
-    sparsities=(("least_sensitive", (0.5, 0.99)), ("random", (0.5, 0.99))),
-    calibration_rounds=(1, 10),
-    beyond=False,
-    lower=(("nc1", "0.01"), ("J16", "0.03")),
-)
 
 
 def settings(sizes):
@@ -100,9 +84,8 @@ def settings(sizes):
     for strategy in STRATEGIES:
         group = "sparse" if strategy == "least_sensitive" else "extension"
         yield sparse(f"{strategy}_s0.9", "--mask-strategy", strategy, group=group)
-    for strategy, values in sizes.sparsities:
-        for s in values:
-            yield sparse(f"{strategy}_s{s:g}", "--mask-strategy", strategy, "--sparsity-ratio", s)
+    for s in sizes.sparsities:
+        yield sparse(f"least_sensitive_s{s:g}", "--mask-strategy", "least_sensitive", "--sparsity-ratio", s)
     for n in sizes.calibration_rounds:
         yield sparse(f"calibration_rounds_{n}", "--calibration-rounds", n)
     for strategy in ("least_sensitive", "random"):
@@ -110,26 +93,18 @@ def settings(sizes):
     if "--freeze-head" in federated:
         yield dense("fedavg_iid_head_trained", "--no-freeze-head")
     yield sparse("topk_s0.9", "--upload", "topk", "--mask-strategy", "random", *sizes.topk.split(), group="extension")
-    if "--mask-scope" not in sizes.sparse:
-        yield sparse("per_layer", "--mask-scope", "layer", group="extension")
-    for name, lr in sizes.lower:
-        more = ["--sharding", "non_iid", "--nc", 1, "--lr", lr] if name == "nc1" else ["--lr", lr]
-        yield dense(f"fedavg_{name}_lr{lr}", *more, **(steps(16) if name == "J16" else {}))
-    if sizes.beyond:
-        yield sparse("calibration_seed", "--calibration", "seed", group="extension")
-        yield sparse("on_clients", "--calibrate-on", "clients", group="extension")
+    yield sparse("per_layer", "--mask-scope", "layer", group="extension")
+    yield sparse("calibration_seed", "--calibration", "seed", group="extension")
+    yield sparse("on_clients", "--calibrate-on", "clients", group="extension")
 
 
 SMALL = "--dataset demo --model tiny --classes 0:10 --batch-size 32 --dropout 0 --threads 1"
 PRESETS = {
     "full": Preset((), tuple(settings(Sizes()))),
     "quick": Preset(SMALL.split(), tuple(settings(QUICK)), seeds=(0,)),
-    "stand-in": Preset(TINY.split(), tuple(settings(STAND_IN))),
     "rates": Preset(
         TINY.split(), tuple(rates.settings()), seeds=tuple(range(6)), objective="val_accuracy", higher=True
     ),
-    # the stand-in for a GPU: the ViT sees 64 patches instead of 16
-    "stand-in-gpu": Preset((*TINY.split(), "--image-size", "64"), tuple(settings(replace(STAND_IN, rounds=500)))),
 }
 
 
@@ -143,7 +118,7 @@ PRESETS["rates-gpu"] = replace(
 
 
 def plan(args):
-    """The runs that the flags ask for; those of a stand-in and of --quick start from one more, which comes first."""
+    """The runs that the flags ask for; those of --quick and of rates start from others, which come first."""
     preset, output = PRESETS[args.preset], args.output_dir
     shared = [*preset.shared, *grid.given(args, GIVEN), "--num-runs", "1"]
     chosen = grid.select(preset.settings, [*(args.only or ()), *(g for g in GROUPS if getattr(args, f"only_{g}"))])
@@ -153,11 +128,9 @@ def plan(args):
     if args.preset == "quick":
         return after(QUICK_PRETRAIN, chosen, shared, args.seeds, output, "--head", "keep")
     if decided := [name for name in GIVEN[:6] if getattr(args, name)]:
-        asked = f"--preset {args.preset}" if "rates" in args.preset else "--stand-in"
-        raise UsageError(f"{asked} decides --{decided[0].replace('_', '-')} itself: drop the flag, or use --full")
-    if "rates" in args.preset:
-        return rates.plan(args, chosen, shared)
-    return after(PRETRAIN, chosen, shared, args.seeds, output)
+        words = f"--preset {args.preset} decides --{decided[0].replace('_', '-')} itself"
+        raise UsageError(f"{words}: drop the flag, or use --full")
+    return rates.plan(args, chosen, shared)
 
 
 def after(words, chosen, shared, seeds, output, *more):
@@ -180,8 +153,6 @@ def build_parser():
     for name, text in (
         ("full", "the source's configuration"),
         ("quick", "all of it with a few rounds, on ten classes of the demo"),
-        ("stand-in", "the measured study: a small ViT trained on half the classes"),
-        ("stand-in-gpu", "the same with larger images and more rounds"),
     ):
         size.add_argument(f"--{name}", action="store_const", dest="preset", const=name, help=text)
     for group in GROUPS:
