@@ -6,6 +6,8 @@
     metric     metric.png: each task's headline metric on its validation examples against rounds, from before training
                on (round 0, where it is logged); lines at the share of the most frequent label, where the metric is
                accuracy and run.json says it, and at the last metric of runs that train the head only
+    losses     losses.png: validation loss after the last round minus naive's, seed by seed: mean, 95 % interval of a
+               paired t test, a dot a seed
     error      aggregation error of what is served against rounds (error_rounds.png), clients (error_clients.png), rank
                (error_rank.png), the latter two means over a run's rounds:
 
@@ -24,6 +26,7 @@ over seeds, its band or bar one standard deviation each way; central training is
 Correlations are shown times 100. Figures of one model and adapter size: a further group has a figure of its own.
 """
 
+import re
 from dataclasses import replace
 from itertools import cycle
 
@@ -44,6 +47,7 @@ from plots.glue_runs import (
     TASKS,
     VALIDATION,
     add_tasks,
+    base_of,
     figures_of,
     headline,
     of_tasks,
@@ -51,8 +55,10 @@ from plots.glue_runs import (
     prepared,
 )
 from plots.runs import LeftOut, describe, shared_setting
-from plots.seeds import label, lines_of
+from plots.seeds import interval, label, lines_of, paired
 from plots.style import (
+    BANDS,
+    BARS,
     Figure,
     all_curves,
     axes_of,
@@ -100,7 +106,7 @@ def having(field=None, lines=1, over_rounds=False, axis=(), control=False):
     return select
 
 
-def panelled(title, draw_panel, spread="bands", height=2.9, note=lambda panels: "", **more):
+def panelled(title, draw_panel, spread=BANDS, height=2.9, note=lambda panels: "", **more):
     """A draw with draw_panel(axis, panel, looks, panels, **more) for each panel; note: a line of the caption."""
 
     def draw(setting, panels, args):
@@ -163,6 +169,36 @@ def draw_bytes(axis, panel, looks, panels, field, x_label):
         axis.set_xscale("log")
         plain_ticks(axis.xaxis, *axis.get_xlim(), most=6)
     axis.set_xlabel(x_label)
+
+
+# ---- the loss against naive's
+
+
+def apart_of_naive(panel):
+    """{rule's curve: [S] validation loss minus naive's} of the last round, where two seeds or more have both."""
+    naive = base_of(panel.curves, "naive")
+    if naive is None:
+        return {}
+    every = {curve: paired(curve, naive, "val_loss") for curve in panel.curves if curve is not naive}
+    return {curve: apart for curve, apart in every.items() if len(apart) > 1 and np.isfinite(apart).all()}
+
+
+def with_naive(runs, notes):
+    figures = [(s, [p for p in panels if apart_of_naive(p)]) for s, panels in figures_of(runs, notes)]
+    return [(setting, panels) for setting, panels in figures if panels]
+
+
+def draw_losses(axis, panel, looks, _):
+    rows = apart_of_naive(panel)
+    for i, (curve, apart) in enumerate(rows.items()):
+        axis.plot(apart, i + 0.25 * sideways(len(apart)), ".", color=GREY, markersize=4, zorder=2, label="a seed")
+        bar = np.abs(np.reshape(interval(apart), (2, 1)) - apart.mean())
+        look = looks[curve.label] | {"linestyle": "", "capsize": 3, "markersize": 6, "zorder": 3}
+        axis.errorbar(apart.mean(), i, xerr=bar, **look)
+    axis.axvline(0, color=GREY, linewidth=1, zorder=1)
+    axis.set_yticks(range(len(rows)), [re.sub(r" \(.*?\)", "", curve.label) for curve in rows], fontsize=8)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlabel("Validation loss minus naive's (nats)")
 
 
 # ---- the error of what is served
@@ -266,17 +302,20 @@ EACH = f"{LOGGED} --eval-each-round"
 SENT = f"{EACH}, with bytes_up and bytes_down in metrics.jsonl"
 WITH_ERROR = f"{LOGGED} {ERROR} above {100 * EXACT:g} % in metrics.jsonl"
 ERRORS, METRICS_SENT = "Error of what is served", "Validation metric against bytes sent, all clients"
-BY_CLIENTS = panelled(ERRORS, draw_error_along, "bars", note=exact_note, x_label="Clients")
-BY_RANK = panelled(ERRORS, draw_error_along, "bars", note=exact_note, x_label="Rank r of the adapters")
+BY_CLIENTS = panelled(ERRORS, draw_error_along, BARS, note=exact_note, x_label="Clients")
+BY_RANK = panelled(ERRORS, draw_error_along, BARS, note=exact_note, x_label="Rank r of the adapters")
+INTERVALS = "bars: 95 % interval of a paired t test"
+LOSSES = panelled("Validation loss against naive's, last round", draw_losses, INTERVALS, 3.2)
 UP = panelled(METRICS_SENT, draw_bytes, field=SENT_UP, x_label="Sent by clients (MB)")
 BOTH = panelled(METRICS_SENT, draw_bytes, field=SENT_BOTH, x_label="Sent up and down (MB)")
-LAST = panelled("Clients' own models and the global one, last round", draw_clients, "bars", 3.0)
+LAST = panelled("Clients' own models and the global one, last round", draw_clients, BARS, 3.0)
 GAINS = panelled("Global model minus the mean of its clients", draw_gains)
 NUMBERS, RANKS = having(ERROR, axis=("clients",)), having(ERROR, axis=("rank", "lora_alpha"))
 FIGURES = {
     "metric": [
         Figure("metric", having(over_rounds=True, control=True), panelled("Validation metric", draw_metric), EACH)
     ],
+    "losses": [Figure("losses", with_naive, LOSSES, f"{LOGGED} --aggregate naive and another rule, two seeds of both")],
     "error": [
         Figure("error_rounds", having(ERROR), panelled(ERRORS, draw_error, note=exact_note), WITH_ERROR),
         Figure("error_clients", NUMBERS, BY_CLIENTS, f"{WITH_ERROR} and two numbers of clients"),

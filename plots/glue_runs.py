@@ -39,7 +39,7 @@ METRICS = {
     "val_spearman": "Spearman correlation (x 100)",
 }
 FIGURE = ("dataset", "model", "pooling", "rank", "lora_alpha")  # what the panels of one figure have in common
-FEDERATION = ("clients", "shards", "rounds", "local_epochs")
+FEDERATION = ("clients", "participation", "shards", "rounds", "local_epochs")
 SERVED = ("svd_rank", "served_scale")  # of svd, where they are not the clients'
 VALIDATION = ("validation", "validation_matched")  # the split of the headline metric
 KEYS = (*FIGURE, "task", *FEDERATION, "examples", "data", "learning_rate", *SERVED)
@@ -78,6 +78,7 @@ def setting_of(run):
     if not run.central:
         values |= {"clients": facts.get("clients"), "shards": shards_name(facts)}
         values |= {key: args.get(key) for key in ("rounds", "local_epochs")}
+        values["participation"] = "" if args.get("participation") in (None, 1) else args["participation"]
         if not facts.get("held_out"):  # on which each rule's own rate was chosen
             values["learning_rate"] = args.get("learning_rate")
     if run.kind == "svd":
@@ -167,7 +168,7 @@ STUDY = Study(
         (lambda a: a.get("server_optimizer") != "momentum", {"server_beta"}),
     ),
     paths=("init_adapter", "tokenizer"),
-    off={"server_lr": (), "participation": ()},
+    off={"server_lr": ()},
     words={
         "dataset": "{}",
         "model": "{}",
@@ -177,6 +178,7 @@ STUDY = Study(
         "rank": "r {}",
         "lora_alpha": "alpha {:g}",
         "clients": "{} clients",
+        "participation": "participation {:g}",
         "shards": "{}",
         "rounds": "{} rounds",
         "local_epochs": "{:g} local epochs",
@@ -245,7 +247,7 @@ def panel_order(setting):
 
 def set_titles(panels):
     """Titles of a figure's panels: task, clients, shards, and the rest where two panels would be called the same."""
-    keys = ["task", "clients", "shards"]
+    keys = ["task", "clients", "participation", "shards"]
     for key in ("rounds", "local_epochs", "examples", "learning_rate"):
         alike = {}
         for panel in panels:
@@ -266,7 +268,7 @@ def columns(curves, args):
     return (
         *(result(METRICS[name], name, 100, 2) for name in there),
         result("best", f"best_{field}", 100, 2),
-        Column(f"vs {args.against}", lambda c, all_: difference(c, base_of(c, all_, args.against), field, 100)),
+        Column(f"vs {args.against}", lambda c, all_: difference(c, base_of(all_, args.against), field, 100)),
         result("val loss", "val_loss", 1, 4),
         Column(f"val loss vs {args.against}", losses_against(args.against)),
         small("error %", ERROR),
@@ -279,16 +281,14 @@ def columns(curves, args):
     )
 
 
-def base_of(curve, curves, kind):
-    """The first row of `kind`, of those with as many clients a round where there are any; None without one."""
-    some = [other for other in curves if other.kind == kind]
-    alike = [other for other in some if other.args.get("participation") == curve.args.get("participation")]
-    return next(iter(alike or some), None)
+def base_of(curves, kind):
+    """The first row of `kind`; None without one."""
+    return next((curve for curve in curves if curve.kind == kind), None)
 
 
 def losses_against(kind):
     """A cell: the paired difference in validation loss to the row of `kind`."""
-    return lambda curve, curves: paired_cell(curve, base_of(curve, curves, kind), "val_loss", 1, 4)
+    return lambda curve, curves: paired_cell(curve, base_of(curves, kind), "val_loss", 1, 4)
 
 
 def small(head, name):

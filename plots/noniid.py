@@ -55,6 +55,7 @@ from plots.noniid_runs import (
     prior,
 )
 from plots.style import (
+    BARS,
     Figure,
     all_curves,
     axes_of,
@@ -229,7 +230,7 @@ def against(factor):
         if means and max(means) > 1.5 * min(means):
             log_axis(axis, min([*means, start]), max([*means, start]))
         axis.set_ylabel("Validation loss (nats)")
-        return finish(figure, [axis], "Validation loss after the last round", setting, KEYS, panels, "bars")
+        return finish(figure, [axis], "Validation loss after the last round", setting, KEYS, panels, BARS)
 
     return draw
 
@@ -355,7 +356,7 @@ def draw_clients(setting, panels, args):
         name_places(axis, [curve.label for curve in panel.curves], **TURNED)
         axis.set_ylabel("Client's own loss (nats)")
     title = "Loss of the clients on their own texts, last round"
-    return finish(figure, axes, title, setting, KEYS, panels, "bars")
+    return finish(figure, axes, title, setting, KEYS, panels, BARS)
 
 
 def draw_against(setting, panels, args):
@@ -374,7 +375,7 @@ def draw_against(setting, panels, args):
         axis.set_ylabel("Loss - FedAvg's (nats)")
     title = "Each client's loss against the single global model's, same client and seed"
     lines = ["above: share of clients that are better off than with FedAvg"]
-    return finish(figure, axes, title, setting, KEYS, panels, "bars", lines)
+    return finish(figure, axes, title, setting, KEYS, panels, BARS, lines)
 
 
 def draw_topics(setting, panels, args):
@@ -391,7 +392,7 @@ def draw_topics(setting, panels, args):
         name_places(axis, topic_names(panel.curves[0].runs[0], len(values)))
         axis.set_xlim(-0.5, len(values) - 0.5)
         axis.set_ylabel("Validation loss (nats)")
-    return finish(figure, axes, "Loss of each topic's validation texts, last round", setting, KEYS, panels, "bars")
+    return finish(figure, axes, "Loss of each topic's validation texts, last round", setting, KEYS, panels, BARS)
 
 
 def topic_names(run, count):

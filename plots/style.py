@@ -21,6 +21,7 @@ from plots.runs import describe, like_with_like, read_runs, shared_setting, suff
 from plots.seeds import differing, lines_of, usual
 
 NAMED = 3  # runs that a caption names; the others it counts, the output names all
+BANDS, BARS = "bands: standard deviation", "bars: standard deviation"
 
 
 @dataclass(frozen=True)
@@ -283,17 +284,17 @@ def title_panels(axes, panels):
     counts = [seeds_range(panel.curves) for panel in panels]
     for axis, panel, count in zip(axes, panels, counts, strict=True):
         seeds = f" ({count} seed{'s' * (count != '1')})" if len(set(counts)) > 1 else ""
-        axis.set_title(panel.title + seeds, fontsize=9.5)
+        axis.set_title(textwrap.fill(panel.title + seeds, 48), fontsize=9.5)
 
 
-def finish(figure, axes, title, setting, keys, panels, spread="bands", lines=(), where=""):
+def finish(figure, axes, title, setting, keys, panels, spread=BANDS, lines=(), where=""):
     """The legend of all panels below them; over them the title, the setting in words over `keys`, budgets, `lines`.
 
-    where: said before the number of seeds.
+    spread: what shows how far seeds lie apart; where: said before the number of seeds.
     """
     curves = all_curves(panels)
     legend_below(figure, axes)
-    seeds = where + seeds_text(curves, f"{spread}: standard deviation")
+    seeds = where + seeds_text(curves, spread)
     about = describe(curves[0].study, setting, keys)
     set_title(figure, "\n".join(filter(None, [f"{title}: {seeds}", about, budgets(curves), *lines])))
     return figure

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FIGURES = {
     "vit": "curves heterogeneity local_steps strategies sparsity layers interference shards",
-    "glue": "metric error bytes clients",
+    "glue": "metric losses error bytes clients",
     "noniid": "curves drift clients cost_map similarity partition",
 }
 # name -> command line; `vit` draws every figure of that study, `vit curves` one of them, `table vit` prints its table

@@ -209,12 +209,23 @@ def test_rules_at_rates_of_their_own_are_compared_by_paired_losses(tmp_path):
     assert list(rows) == ["Naive (FedIT), lr 0.001", "Residual (FedEx-LoRA), lr 0.002"]
     assert rows["Residual (FedEx-LoRA), lr 0.002"]["val loss vs naive"] == f"+0.0300 [{low:+.4f}, {high:+.4f}], 3"
     assert rows["Naive (FedIT), lr 0.001"]["val loss"] == "0.6000 ± 0.1000"
-    for rule, loss in (("naive", 0.9), ("residual", 0.8)):  # with fewer clients a round, compared among themselves
+    (axis,) = figures("glue losses", tmp_path)["losses.png"].axes
+    (bar,) = axis.containers
+    mean, (segments, *_) = bar.lines[0], bar.lines[2:]
+    assert mean.get_xdata() == pytest.approx([0.03]) and [t.get_text() for t in axis.get_yticklabels()] == [
+        "Residual, lr 0.002"
+    ]
+    assert segments[0].get_segments()[0][:, 0] == pytest.approx([low, high])
+    assert sorted(next(x.get_xdata() for x in axis.lines if len(x.get_xdata()) == 3)) == pytest.approx(
+        [0.01, 0.02, 0.06]
+    )
+    for rule, loss in (("naive", 0.9), ("residual", 0.8)):  # with fewer clients a round: a table of its own
         more = {"participation": 0.3, "data": {"held_out": 40}, "learning_rate": 1e-3}
         folder = write_glue(tmp_path, aggregate=rule, name=f"{rule}_some", **more)
         change_rows(folder, lambda row, x=loss: row | ({"val_loss": x} if row["round"] == 3 else {}))
-    shown = {label: row["val loss vs naive"] for label, row in table("table glue", tmp_path, "--against naive").items()}
-    assert sorted(value[:7] for value in shown.values()) == ["+0.0300", "-", "-", "-0.1000"]
+    (_, all_take_part), (about, some) = tables("table glue", tmp_path, "--against naive")
+    assert all_take_part == rows and "participation 0.3" in about
+    assert [row["val loss vs naive"][:7] for row in some.values()] == ["-", "-0.1000"]
 
 
 def test_the_table_of_llm_noniid_has_paired_differences_alarms_and_rounds_to_a_loss(tmp_path):
