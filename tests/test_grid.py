@@ -308,7 +308,7 @@ PLANS = {
     ("lora_glue_fl/run_study", "--model FOLDER"): (143, "4cdbec1c6eb7"),
     ("lora_glue_fl/run_study", "--preset full --model_size base"): (540, "ac2725a531b7"),
     ("lora_glue_fl/run_study", "--preset replay --model FOLDER"): (39, "cffa25d8e7a5"),
-    ("lora_glue_fl/run_study", "--preset trajectories --model FOLDER"): (80, "1a19242b50f0"),
+    ("lora_glue_fl/run_study", "--preset trajectories --model FOLDER"): (85, "927abe7a3c4d"),
     ("lora_glue_fl/run_study", "--preset quick"): (25, "d4d9e83cc28c"),
     ("lora_glue_fl/run_study", "--model FOLDER --tasks mrpc rte --settings base --seeds 1"): (16, "3b5f00a11a28"),
     ("llm_noniid/run_experiments", ""): (13, "ced5e8d4733a"),
