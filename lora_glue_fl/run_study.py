@@ -12,7 +12,7 @@ half the rate: local epochs x Dirichlet's alpha with 10 clients of equal size at
 clients of as many steps as 10 have in 4 epochs.
 `trajectories`: eight rules from one trained head, 10 clients of equal size, alpha 0.3, rank 8, each at the rate that
 --tune found on examples that no client has (seed 101, whose shards are as skewed as those of the measured seeds; those
-of 100, the default, are the mildest); naive and residual at 3e-4 too, a fifth above their best rate; three for 8 rounds;
+of 100, the default, are the mildest); naive and residual at 3e-4 too, a fifth above their best; three for 8 rounds;
 five with 3 of the 10 clients a round, at the same rates, 3 seeds. Both presets pool by the mean over tokens, as the
 stand-in encoder was trained.
 

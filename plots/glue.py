@@ -198,6 +198,7 @@ def draw_losses(axis, panel, looks, _):
     axis.axvline(0, color=GREY, linewidth=1, zorder=1)
     axis.set_yticks(range(len(rows)), [re.sub(r" \(.*?\)", "", curve.label) for curve in rows], fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.locator_params(axis="x", nbins=5)
     axis.set_xlabel("Validation loss minus naive's (nats)")
 
 

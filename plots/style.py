@@ -284,7 +284,7 @@ def title_panels(axes, panels):
     counts = [seeds_range(panel.curves) for panel in panels]
     for axis, panel, count in zip(axes, panels, counts, strict=True):
         seeds = f" ({count} seed{'s' * (count != '1')})" if len(set(counts)) > 1 else ""
-        axis.set_title(textwrap.fill(panel.title + seeds, 48), fontsize=9.5)
+        axis.set_title(textwrap.fill(panel.title + seeds, 42), fontsize=9.5)
 
 
 def finish(figure, axes, title, setting, keys, panels, spread=BANDS, lines=(), where=""):

@@ -177,7 +177,7 @@ AGAINST = f"--against iid {FIELDS}"
 SHOWN = {
     "mamba_fl": {"gap": "", "gap_demo": "", "source": "", "source_tuned": ""},
     "vit_sparse_fl": {"rates": "--against dense"},
-    "lora_glue_fl": {"small": "--wide", "replay": "--replay"},
+    "lora_glue_fl": {"small": "--wide", "replay": "--replay", "trajectories": "--against naive"},
 }
 SHOWN |= {"llm_noniid": {"study": COLUMNS, "regimes": AGAINST}}
 
