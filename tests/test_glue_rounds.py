@@ -461,6 +461,25 @@ def test_a_server_optimiser_of_momentum_zero_is_plain_averaging(shards, tmp_path
     assert rows[0]["aggregation_error"] == rows[1]["aggregation_error"]
 
 
+@pytest.mark.slow
+def test_bytes_are_those_of_the_factors_that_are_sent():
+    head, r, d, layers = 64 * 64 + 64 + 2 * 64 + 2, 4, 64, 4  # the tiny model: queries and values of two layers
+    both, b = 2 * r * d * layers, r * d * layers
+    stacked = {3 * r: layers * min(3 * r * 2 * d, d * d) for r in (3, 4)}  # stack's clients have ranks 2, 4 and 3
+    up = {"svd": both, "naive": both, "ffa": b, "stack": both * 3 / 4, "residual": both, "rolora": b}
+    down = {"svd": both, "naive": both, "ffa": b, "stack": stacked[9], "residual": stacked[12], "rolora": b}
+    up, down = (each | {"rotate": both, "head": 0} for each in (up, down))
+    for rule in RULES:
+        first = (both * 3 / 4 if rule == "stack" else both) + head  # to each client before the first round
+        before, *rest = read_metrics(runs(rule))
+        assert before["bytes_up"] == before["bytes_down"] == 0
+        for line in rest:
+            n = line["round"]
+            assert line["bytes_up"] == 4 * 3 * n * (up[rule] + head)
+            assert line["bytes_down"] == 4 * 3 * (n * (down[rule] + head) + first)
+            assert math.isfinite(line["aggregation_error"])
+
+
 def test_folders_of_a_round_without_a_client(shards, tmp_path, capsys, monkeypatch):
     """What was trained to NaN is not written, and the server's folder names who counted."""
     seen = spoil(monkeypatch, {0}, 3)

@@ -126,18 +126,18 @@ def plan(args):
     if args.preset == "full" or args.preset == "quick" and of_its_own:
         return grid.expand(chosen, shared, args.seeds, output)
     if args.preset == "quick":
-        return after(QUICK_PRETRAIN, chosen, shared, args.seeds, output, "--head", "keep")
+        return pretrained(chosen, shared, args.seeds, output)
     if decided := [name for name in GIVEN[:6] if getattr(args, name)]:
         words = f"--preset {args.preset} decides --{decided[0].replace('_', '-')} itself"
         raise UsageError(f"{words}: drop the flag, or use --full")
     return rates.plan(args, chosen, shared)
 
 
-def after(words, chosen, shared, seeds, output, *more):
-    """The pretraining with these flags, and the runs that start from it."""
+def pretrained(chosen, shared, seeds, output):
+    """The pretraining of --quick, and the runs that start from it."""
     place = ["--output-dir", output, "--run-name", "pretrain", "--resume"]
-    first = grid.Run("pretrain", ("vit_sparse_fl/train_centralized.py", *shared, *words.split(), *place))
-    shared = [*shared, "--init-from", f"{output}/pretrain", *more]
+    first = grid.Run("pretrain", ("vit_sparse_fl/train_centralized.py", *shared, *QUICK_PRETRAIN.split(), *place))
+    shared = [*shared, "--init-from", f"{output}/pretrain", "--head", "keep"]
     return [first, *grid.expand(chosen, shared, seeds, output, needs="pretrain")]
 
 
