@@ -11,19 +11,19 @@ means over the evaluated rounds (`-` of LoRA, whose factors are not unique), the
 those of --interference-every: by a cosine schedule the last round is one of hardly any step. `drift matched`: the row's
 rate is the one that gives it dense training's drift.
 
---against dense, random: the study's question, as paired differences in test accuracy (last) and in `others / own`,
-what the others lose for what a client gains, `mean [95 % interval of a paired t test], pairs`, to the row of dense
-FedAvg or of random masks in the same federation that differs least (rates apart: of several the one with the best
-validation accuracy; a drift-matched row to dense at the matched rate; a row of that method itself, such as one whose
-head alone is trained, to the one with more seeds; with as many to a rate that validates better, the head alone to
-dense training): runs of one seed share split, pretraining and shards. Where seeds begin with several pretrainings, a
-pair is the mean over the seeds of one of them, which are not independent. Beside them what the mask keeps, and
-interference with its chance levels: of `others' loss` those of `random signs`, of the `merge gap` -(1 - 1/m) `own
-loss` of m clients a round, what averaging alone dilutes, of `between - within` what 95 % of random pairs stay within
-(`at random`). `others' loss, times dense's at equal gain`: how far a client moves decides what it gains and what the
-others lose; here the second is compared where the first is the same, round by round, with dense training's at several
-rates (lines between these in log-log; mean ratio and interval of logarithms; `-` beyond the gains that dense training
-has).
+--against dense, random: the study's question, a table a federation, as paired differences in test accuracy (last) and
+in `others / own`, what the others lose for what a client gains, `mean [95 % interval of a paired t test], pairs`, to
+the row of dense FedAvg or of random masks in the same federation that differs least (rates apart: of several the one
+with the best validation accuracy; a drift-matched row to dense at the matched rate; a row of that method itself, such
+as one whose head alone is trained, to the one with more seeds; with as many to a rate that validates better, the head
+alone to dense training): runs of one seed share split, pretraining and shards. Where seeds begin with several
+pretrainings, a pair is the mean over the seeds of one of them, which are not independent. Beside them what the mask
+keeps, and interference with its chance levels: of `others' loss` those of `random signs`, of the `merge gap` -(1 - 1/m)
+`own loss` of m clients a round, what averaging alone dilutes, of `between - within` what 95 % of random pairs stay
+within (`at random`). `others' loss, times dense's at equal gain`: how far a client moves decides what it gains and what
+the others lose; here the second is compared where the first is the same, round by round, with dense training's at
+several rates (lines between these in log-log; mean ratio and interval of logarithms; `-` beyond the gains that dense
+training has).
 """
 
 import hashlib
@@ -48,6 +48,7 @@ from plots.tables import (
     difference,
     over_rounds,
     pairs_cell,
+    parts_of,
     result,
     sent,
     spread,
@@ -329,8 +330,7 @@ def equal_gain_cell(curve, curves):
     """The mean ratio and its 95 % interval, of logarithms, over starts; `-` of dense training itself."""
     if curve.central or is_dense(curve):
         return "-"
-    dense = [other for other in curves if is_dense(other) and federation(other) == federation(curve)]
-    ends = starts_of(curve, at_equal_gain(curve, dense))
+    ends = starts_of(curve, at_equal_gain(curve, list(filter(is_dense, curves))))
     if not len(ends):
         return "-"
     shown = ", ".join(f"{math.exp(end):.2f}" for end in interval(ends)) if len(ends) > 1 else "?"
@@ -432,6 +432,11 @@ def asked(runs, args):
     return [run for run in runs if not args.against or start(run) in starts]
 
 
+def text_of(runs, notes, args):
+    """One table, or with --against one a federation, within which rows are compared."""
+    return parts_of(replace(TABLE, text=None, free=("sparsity",) if args.against else FREE), runs, notes, args)
+
+
 def add_flags(parser):
     text = "the study's question: paired differences with 95 %% intervals to dense FedAvg or random masks, interference"
     parser.add_argument("--against", choices=["dense", "random"], help=text + " (default: the table of results)")
@@ -443,5 +448,6 @@ TABLE = Table(
     columns=lambda *of: tuple(columns(*of)),
     flags=add_flags,
     select=asked,
+    text=text_of,
     words=__doc__.split("\n\n", 2)[2],
 )

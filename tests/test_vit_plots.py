@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 from fixed_runs import DENSE, SPARSE, change, change_rows, write_vit
-from plotting import ROOT, figures, lines_of, table, texts_of, ticks
+from plotting import ROOT, figures, lines_of, table, tables, texts_of, ticks
 from scipy.stats import ttest_1samp
 
 from common.records import collect
@@ -68,21 +68,26 @@ def interval_of(differences, digits=2):
 
 
 def test_the_questions_table_has_paired_differences_over_splits_and_matched_rows_by_their_name(rates, tmp_path):
-    dense = table("table vit", rates, "--against dense")
-    assert len(dense) == 9 and {row["seeds"] for row in dense.values()} == {"3", "6"}, "the tuning's run is apart"
+    every = dict(tables("table vit", rates, "--against dense"))
+    found = {heading.split("0.1, ")[1].split(", ")[0]: rows for heading, rows in every.items()}
+    assert sorted(found) == ["IID", "Nc 1", "Nc 5"], "a table a federation"
+    dense = found["Nc 5"]
+    assert sum(map(len, found.values())) == 9, "the tuning's run is apart"
+    assert {row["seeds"] for rows in found.values() for row in rows.values()} == {"3", "6"}
     random = dense["Random, lr 1.0"]
     assert random["vs dense"] == interval_of([-2 - 0.02 * seed for seed in range(6)]) and random["seeds"] == "6"
     assert dense["Dense FedAvg, lr 0.03"]["vs dense"] == "-"
     assert dense["Dense FedAvg, drift matched, lr 0.011"]["vs dense"].startswith("-4.00 [")
     assert dense["Dense FedAvg, head trained, lr 0.1"]["vs dense"].startswith("-6.00 [")
-    assert dense["Random, Nc 1, J 4, lr 0.1"]["vs dense"].startswith("-5.00 ["), "in the same federation"
+    assert found["Nc 1"]["Random, lr 0.1"]["vs dense"].startswith("-5.00 ["), "in the same federation"
     shown = [random[head] for head in ("own loss", "others' loss", "random signs", "merge gap", "at random", "lr")]
     assert shown[:2] == ["-0.3000 ± 0.0000", "0.1417 ± 0.0975"] and shown[-1] == "1.0"
     harms = [(0.05 + 0.01 * seed**2 - 0.02) / 0.3 for seed in range(6)]
     assert random["others / own vs dense"] == interval_of(harms, 3)
     assert dense["Dense FedAvg, lr 0.03"]["others / own vs dense"] == "-"
     assert dense["Top-k updates, lr 0.03"]["others / own vs dense"].startswith("+0.000 [")
-    against = {label: row["vs random"] for label, row in table("table vit", rates, "--against random").items()}
+    rows = next(rows for heading, rows in tables("table vit", rates, "--against random") if "Nc 5" in heading)
+    against = {label: row["vs random"] for label, row in rows.items()}
     assert against["Random, lr 1.0"] == "-" and against["Top-k updates, lr 0.03"] == interval_of(
         [1.5 + 0.02 * seed for seed in range(6)]
     )
@@ -90,7 +95,7 @@ def test_the_questions_table_has_paired_differences_over_splits_and_matched_rows
     collect(rates)
     log = tmp_path / "rates.jsonl"
     log.write_text((rates / "results.jsonl").read_text() + (rates / "tuning" / "results.jsonl").read_text())
-    assert table("table vit", log, "--against dense") == dense, "from the log too"
+    assert dict(tables("table vit", log, "--against dense")) == every, "from the log too"
 
 
 def test_what_is_measured_of_loras_factors_is_no_number_of_weights(tmp_path):
@@ -141,17 +146,18 @@ def test_what_others_lose_is_compared_with_dense_training_where_clients_gain_as_
             tmp_path / f"dense_0.01_seed_{seed}", lambda row: row | {"val_accuracy": row["val_accuracy"] - 0.01}
         )
     head = "others' loss, times dense's at equal gain"
-    rows = table("table vit", tmp_path, "--against dense")
+    (_, without), (_, rows) = sorted(tables("table vit", tmp_path, "--against dense"))
     logs = np.mean(np.log([[0.5 + 0.1 * (s + k) for s in range(3)] for k in (0, 3)]), axis=0)
     low, high = np.exp(ttest_1samp(logs, 0).confidence_interval())
-    best = {label: row["vs dense"] == "-" for label, row in rows.items() if "IID" not in label}
+    best = {label: row["vs dense"] == "-" for label, row in rows.items()}
     assert best.pop("Dense FedAvg, lr 0.03") and not any(best.values())
     cells = {label: row[head] for label, row in rows.items()}
-    (random,) = [label for label in cells if label.startswith("Random") and "IID" not in label]
+    (random,) = [label for label in cells if label.startswith("Random")]
     (head_only,) = [label for label in cells if "head trained" in label]
     assert cells.pop(random) == f"{np.exp(logs.mean()):.2f} [{low:.2f}, {high:.2f}], 3"
     assert cells.pop(head_only) == "1.00 [1.00, 1.00], 3"
-    assert set(cells.values()) == {"-"} and len(cells) == 4, "beyond dense training's gains, and without skew"
+    assert set(cells.values()) == {"-"} and len(cells) == 3, "beyond dense training's gains"
+    assert [row[head] for row in without.values()] == ["-"], "nor where no dense row is"
 
     (_, figure), _ = sorted(figures("vit", tmp_path, "gains").items())  # and one of IID shards
     names = [text.get_text() for text in figure.legends[0].get_texts()]
