@@ -21,6 +21,7 @@ the order of their value; all but the last two groups are 3 hours:
     controls_nc5_J16  head only, central, no biases of keys                   3 rows x 3 seeds + --tune      12
     main_iid_J16      the same without skew, at the rates of nc5_J16          3 rows x 3 seeds                6
     main_nc1_J4       the skew                                                8 rows x 3 seeds + --tune      35
+    lower_nc1_J4      dense at lower rates                                    2 rows x 3 seeds                4
     main_iid_J4       and its control                                         8 rows x 3 seeds + --tune      35
     scopes_nc5_J16    whole heads and neurons; at 0.75, a block's share: one  4 rows x 3 seeds + --tune      16
     forms_nc5_J16     what is squared                                         2 rows x 3 seeds + --tune       8
@@ -97,7 +98,8 @@ PARTS = {
 }
 # at rates below the best one: the most sensitive mask's diverges on two of the three splits, and dense training has
 # lower ones to see what clients do to each other where they gain as little as under masks
-LOWER = {"most_sensitive": {"lower": 0.033}, "dense": {"lower": 0.01, "lowest": 0.003}}
+LOW = {"dense": {"lower": 0.01, "lowest": 0.003}}
+LOWER = {FIRST: {"most_sensitive": {"lower": 0.033}, **LOW}, "nc1_J4": LOW}
 SKEW = ("dense", "random", "least_sensitive")  # rows of main that are measured without skew too, at the same rates
 NO_SKEW = "iid_J16"
 MATCHED = ("random", "least_sensitive", "most_sensitive", "lowest_magnitude", "topk")
@@ -131,11 +133,11 @@ def settings(rank=7):
                 )
                 taken = {"tuned_as": f"{name}_{FIRST}"} if federation == NO_SKEW else {"tune": {"lr": rates}}
                 yield replace(one, **taken)
-                if federation != FIRST or part != "main":
+                if part != "main":
                     continue
-                if name in MATCHED:
+                if federation == FIRST and name in MATCHED:
                     yield replace(one, name=f"matched_{one.name}", group=f"matched_{federation}", seeds=3)
-                for how, rate in LOWER.get(name, {}).items():
+                for how, rate in LOWER.get(federation, {}).get(name, {}).items():
                     group, words = f"lower_{federation}", (*one.words, "--lr", str(rate))
                     yield replace(one, name=f"{how}_{one.name}", group=group, words=words, seeds=3)
 
