@@ -24,7 +24,7 @@ from common.records import TUNING
 WHERE = frozenset(
     "output_dir output_root adapter_output_dir results_dir data_dir data_root cache_dir hf_home shard_dir"
     " checkpoint_dir log_dir run_name name experiment_name config resume overwrite track use_wandb wandb_project"
-    " threads processes device num_workers pin_memory compile kernel chunk download keep keep_best save_clients"
+    " threads processes device num_workers pin_memory compile kernel chunk keep keep_best save_clients"
     " save_deltas save_every save_freq save_interval log_interval val_freq eval_every eval_batch_size prompt"
     " num_runs keep_checkpoints patience final held_out_sequences".split()
 )

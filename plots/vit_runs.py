@@ -227,7 +227,7 @@ STUDY = Study(
         "mask_scope": lambda scope, _: SCOPES.get(scope, f"{scope} threshold"),
         "mask_omit": "without {}",
         "lora_r": "rank {}",
-        "download": "{} down too",
+        "download": "top-k down too",
         "fisher_form": "{} form",
         "mask_merge": "{} of clients' masks",
         "batch_size": "batch {}",

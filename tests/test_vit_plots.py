@@ -26,7 +26,7 @@ def write(root, name, seed, command=SPARSE, accuracy=0.45, rate=0.3, **more):
     args |= {"classes": "rest", "init_from": f"results/pretrain_seed_{seed % 3}", "lr": rate} | more
     folder = write_vit(root, command, seed, accuracy, f"{name}_seed_{seed}", start=0.36, **args)
     rest = [c for c in range(100) if not low <= c < high]
-    method = {"seed": seed, "lr": rate} | {key: args[key] for key in args if "freeze" in key}
+    method = {"seed": seed, "lr": rate} | {key: args[key] for key in args if "freeze" in key or key == "download"}
     change(folder, data={"dataset": "cifar100", "sha256": {"train": "abc"}, "classes": rest}, method=method)
     return folder
 
@@ -106,6 +106,16 @@ def test_what_is_measured_of_loras_factors_is_no_number_of_weights(tmp_path):
         (lora,) = [row for label, row in rows.items() if label.startswith("Federated LoRA")]
         assert {lora[name] for name in some} == {"-"} and rows["Dense FedAvg"]["drift %"] != "-"
         assert lora["own loss"] == "-0.3000"
+
+
+def test_what_goes_down_sets_rows_apart(tmp_path):
+    for name, accuracy, more in (("up", 0.45, {}), ("both_ways", 0.42, {"download": "topk"})):
+        write(tmp_path, name, 0, accuracy=accuracy, rate=0.01, upload="topk", **more)
+    rows = table("table vit", tmp_path)
+    assert {label: row["test % (last)"] for label, row in rows.items()} == {
+        "Top-k updates": "45.00",
+        "Top-k updates, top-k down too": "42.00",
+    }
 
 
 def test_a_matched_row_is_compared_with_the_dense_row_at_the_matched_rate(tmp_path):
