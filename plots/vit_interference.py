@@ -23,7 +23,7 @@ from common.curves import GREY, break_lines, new_figure
 from common.participation import per_round
 from plots.seeds import curves_of
 from plots.style import Figure, caption, each_group, legend_below, looks_of, panel_axes, seed_spread
-from plots.vit_runs import OTHERS, OWN, broken, crossed, gains, is_dense, say_diverged, seeds_said
+from plots.vit_runs import LEAST, OTHERS, OWN, broken, crossed, gains, is_dense, say_diverged, seeds_said
 
 POINTS = "bars: standard deviation, dots: seeds"
 # field -> (label, its chance level: name, function of the curve to [S])
@@ -93,8 +93,6 @@ CROSS = Figure(
 
 
 # ---- what the others lose against what a client gains
-
-LEAST = 0.2  # nats: below, by the cosine's end, clients hardly move
 
 
 def gains_of(runs, notes):

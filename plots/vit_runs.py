@@ -23,7 +23,7 @@ keeps, and interference with its chance levels: of `others' loss` those of `rand
 within (`at random`). `others' loss, times dense's at equal gain`: how far a client moves decides what it gains and what
 the others lose; here the second is compared where the first is the same, round by round, with dense training's at
 several rates (lines between these in log-log; mean ratio and interval of logarithms; `-` beyond the gains that dense
-training has).
+training has; without rounds where those are below 0.2 nats).
 """
 
 import hashlib
@@ -62,6 +62,7 @@ KEYS = (*START, *FEDERATION, "sparsity")
 FREE = ("shards", "local_steps", "num_rounds", "sparsity")  # in which the rows of one table may differ
 SCOPES = {"kind": "a threshold a kind", "unit": "whole heads and neurons", "block": "whole blocks"}
 OWN, OTHERS = "interference_own", "interference_others"
+LEAST = 0.2  # nats: where clients gain less, by the cosine's end, they hardly move
 CALIBRATION = "calibration fisher_form calibration_rounds calibrate_on calibration_clients fisher_samples mask_merge"
 
 
@@ -310,7 +311,7 @@ def at_equal_gain(curve, dense):
     """{seed: log of the others' loss over what it is under dense training where clients gain as much}.
 
     The mean over the rounds; dense training's is, round by round, on the lines between its rates in log-log. Without
-    rounds outside of its gains, or where nobody loses.
+    rounds outside of its gains, those where at no rate it gains LEAST, and those where nobody loses.
     """
     apart = {}
     for run in curve.counted:
@@ -319,7 +320,7 @@ def at_equal_gain(curve, dense):
         for t, (gain, loss) in gains(run).items():
             at_rates = sorted(one[t] for one in same if min(one.get(t, (0, 0))) > 0)
             x, y = np.log(at_rates).T.reshape(2, -1)
-            if gain > 0 < loss and len(x) > 1 and x[0] <= math.log(gain) <= x[-1]:
+            if gain > 0 < loss and len(x) > 1 and x[0] <= math.log(gain) <= x[-1] >= math.log(LEAST):
                 ratios.append(math.log(loss) - np.interp(math.log(gain), x, y))
         if ratios:
             apart[run.seed] = np.mean(ratios)
