@@ -96,13 +96,21 @@ CROSS = Figure(
 
 
 def gains_of(runs, notes):
-    """(curves, {round: {label: (gains [S], the others' losses [S])}}), None where clients gain too little."""
+    """(curves, {round: {label: (gains [S], the others' losses [S])}}), None where clients gain too little.
+
+    Without the rounds where dense training, whose rates are the line, gains too little at all of them.
+    """
     curves, rounds = [curve for curve in curves_of(runs, notes=notes) if curve.counted], {}
     say_diverged(curves)
     for curve in curves:
         for t, pairs in points(curve).items():
             rounds.setdefault(t, {})[curve.label] = pairs
-    rounds = {t: at for t, at in sorted(rounds.items()) if max(own.mean() for own, _ in at.values()) >= LEAST}
+    lines = {curve.label for curve in curves if is_dense(curve)} or {curve.label for curve in curves}
+
+    def moves(at):
+        return any(own.mean() >= LEAST for name, (own, _) in at.items() if name in lines)
+
+    rounds = {t: at for t, at in sorted(rounds.items()) if moves(at)}
     return (curves, rounds) if rounds else None
 
 

@@ -98,8 +98,8 @@ PARTS = {
     "forms": (3, {f"least_{form}": (f"{LEAST} --fisher-form {form}", SLOW) for form in ("true", "nll")}),
 }
 # at rates below the best one: the most sensitive mask's diverges on two of the three splits, as dense training's of
-# iid_J4, and dense training has
-# lower ones to see what clients do to each other where they gain as little as under masks
+# iid_J4; and dense training has lower ones to see what clients do to each other where they gain as little as under
+# masks
 LOW = {"dense": {"lower": 0.01, "lowest": 0.003}}
 LOWER = {FIRST: {"most_sensitive": {"lower": 0.033}, **LOW}, "nc1_J4": LOW, "iid_J4": {"dense": {"lower": 0.03}}}
 SKEW = ("dense", "random", "least_sensitive")  # rows of main that are measured without skew too, at the same rates
