@@ -19,6 +19,14 @@ from common.checkpoint import read_json
 from common.manifest import PATHS
 from common.stopping import Terminated, stoppable
 
+@pytest.fixture(autouse=True)
+def sigint_is_heard():
+    """Here and in the children: it is ignored where pytest was started in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # ---------------------------------------------------------------------------------------------- one process
 
 
