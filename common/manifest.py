@@ -247,7 +247,7 @@ def check_finished(args):
 def check_same(folder, before, now):
     """Raises UsageError where a run that goes on has other data or choices than when it was started.
 
-    Other versions are a warning. Args: before, now: the two manifests.
+    Other versions or another processor are one warning. Args: before, now: the two manifests.
     """
     # where the files lie may change between sessions; what is in them may not
     places = ("source", "model", "tokenizer")  # the last two are compared by `check_folder`
@@ -262,7 +262,7 @@ def check_same(folder, before, now):
     if before.get("git_commit") and (changed := _changes(*commits)) and is_main():
         say(f"warning: another version of this code than at the start, bits may differ: {changed}")
     if (changed := _changes(before["versions"], now["versions"])) and is_main():
-        say(f"warning: other versions than at the start, bits may differ: {changed}")
+        say(f"warning: other versions or another processor than at the start, bits may differ: {changed}")
 
 
 def json_safe(value):

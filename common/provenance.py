@@ -6,6 +6,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 
 def git_commit():
     """The commit of this source tree, with `+changes` where tracked files differ from it; None outside git."""
@@ -21,12 +23,19 @@ def git_commit():
 
 
 def versions():
-    """Versions of what decides the bits of a run."""
+    """Versions and kinds of what decides the bits of a run."""
     of = {"python": platform.python_version(), "machine": platform.machine()}
     for package in "torch numpy transformers tokenizers safetensors peft torchvision mamba-ssm".split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             of[package] = metadata.version(package)
-    return of
+    return {**of, "cpu": processor()}
+
+
+def processor():
+    """The kind of processor that torch computes for, such as "AVX512 AMX": another one adds in another order."""
+    about = Path("/proc/cpuinfo")
+    amx = about.exists() and "amx_tile" in about.read_text()
+    return torch.backends.cpu.get_cpu_capability() + amx * " AMX"
 
 
 def tracker(args, folder, command):

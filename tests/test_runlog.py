@@ -121,6 +121,22 @@ def test_changed_flags_data_and_model_are_named(tmp_path):
             run.restore(torch.zeros(3), lambda v: {"a": v[:1], "b": v[1:]})
 
 
+@pytest.mark.parametrize(("kind", "warnings"), [("VSX", 1), (None, 0)])  # None: as before kinds were noted
+def test_another_kind_of_processor_is_one_warning(kind, warnings, tmp_path, capsys):
+    with pytest.raises(RuntimeError):
+        train(arguments(tmp_path), 2, {1: fail(RuntimeError("x"))})
+    facts = manifest(tmp_path)
+    here = facts["versions"].pop("cpu")
+    assert here.removesuffix(" AMX") == torch.backends.cpu.get_cpu_capability()
+    if kind:
+        facts["versions"]["cpu"] = kind
+    checkpoint.write_json(tmp_path / "r" / "run.json", facts)
+    capsys.readouterr()
+    train(arguments(tmp_path, resume=True), 2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == warnings and all(line.endswith(f": cpu {kind} -> {here}") for line in lines)
+
+
 def small_run(folder, *more, **how):
     return harness.run(["tests/small_run.py", folder, *more], **how)
 
