@@ -20,7 +20,7 @@ from encoders import save_encoder
 from safetensors.torch import load, save, save_file
 
 LAYERS = [f"roberta.encoder.layer.{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")]
-HALF = {  # golden runs that --resume goes on with, and what more their command lines say than their script's first
+HALF = {  # what --resume goes on with, and what more its command line says than its script's first of tests/harness.py
     "mamba_fl/fed_avg": "",
     "mamba_fl/central": "",
     "vit_sparse_fl/sparse": "",

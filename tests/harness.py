@@ -5,7 +5,6 @@ run. `GOLDEN` has a command for every script; `whole(name)` is the folder of its
 (for all of xdist's workers), which the tests of resuming and of several processes compare theirs with.
 """
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -28,7 +27,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "_per_second", "peak_memory", "versions", "git_commit", "args")
-EXTRA = "--processes 1"  # flags that every federated run of the goldens gets
+EXTRA = "--processes 1"  # flags that every federated run gets
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class Golden:
     flags: str
     folder: str = "r"  # of the run, in {out}
     tensors: str = "final"  # what is served, in the folder
-    facts: tuple = ()  # further JSON files that are compared, in the folder
     federated: bool = True
     resumes: bool = True
 
@@ -85,9 +83,6 @@ GOLDEN = {
     "mamba_fl/central": Golden("mamba_fl/central.py", f"{MAMBA} --save-freq 2", federated=False),
     "mamba_fl/fed_avg": Golden("mamba_fl/fed_avg.py", MAMBA_FEDERATED),
     "mamba_fl/fed_momentum": Golden("mamba_fl/fed_momentum.py", MAMBA_FEDERATED),
-    "mamba_fl/momentum_ema": Golden(
-        "mamba_fl/fed_momentum.py", f"{MAMBA_FEDERATED} --momentum-form ema --server-lr 0.7"
-    ),
     "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", f"{MAMBA_FEDERATED} --temperature 0.001"),
     "mamba_fl/fed_fisher": Golden("mamba_fl/fed_fisher.py", MAMBA_FEDERATED),
     "mamba_fl/personal": Golden("mamba_fl/fed_avg.py", f"{MAMBA_FEDERATED} --personal conv --server-lr 0.7"),
@@ -97,7 +92,7 @@ GOLDEN = {
         federated=False,
     ),
     "vit_sparse_fl/federated": Golden(
-        "vit_sparse_fl/train_federated.py", f"{VIT_FEDERATED} --sharding dirichlet --alpha 0.5", facts=("shards.json",)
+        "vit_sparse_fl/train_federated.py", f"{VIT_FEDERATED} --sharding dirichlet --alpha 0.5"
     ),
     "vit_sparse_fl/sparse": Golden(
         "vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --lr 0.3 --calibrate-on clients --calibration-clients 3"
@@ -110,7 +105,6 @@ GOLDEN = {
         "--task-name sst2 --dataset demo --k 3 --mode dirichlet --dirichlet-alpha 1 --seed 1 --max-examples 150 "
         "--out-dir {out}/r",
         tensors="",
-        facts=("client_1.json", "client_2.json", "client_3.json"),
         federated=False,
         resumes=False,
     ),
@@ -141,7 +135,6 @@ GOLDEN = {
         "--adapter-path {lora_glue_fl/central_lora}/adapter --output-dir {out}",
         folder="sst2_tiny",
         tensors="",
-        facts=("metrics.json",),
         federated=False,
         resumes=False,
     ),
@@ -150,11 +143,10 @@ GOLDEN = {
         f"--model tiny --dataset demo --task-name sst2 --svd-rank 4 --alpha 4 --adapters {CLIENTS} "
         f"--shard-manifests {SHARDS} --save-adapter {{out}}/r",
         tensors=".",
-        facts=("fuse_manifest.json",),
         federated=False,
         resumes=False,
     ),
-    "llm_noniid/fedavg": Golden("llm_noniid/train.py", NONIID, facts=("partition.json",)),
+    "llm_noniid/fedavg": Golden("llm_noniid/train.py", NONIID),
     "llm_noniid/fedprox": Golden(
         "llm_noniid/train.py", f"{PARTIAL} --algorithm fedprox --mu 5 --partition style_skew --client-weights uniform"
     ),
@@ -163,15 +155,12 @@ GOLDEN = {
         "llm_noniid/train.py",
         f"{PARTIAL} --algorithm fednova --client-optimizer sgdm --local-steps 0 --local-epochs 0.5",
     ),
-    "llm_noniid/fedavgm": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm fedavgm"),
     "llm_noniid/fedadam": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm fedadam"),
     "llm_noniid/local": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm local"),
     "llm_noniid/central": Golden("llm_noniid/train.py", f"{NONIID} --algorithm central", federated=False),
     "llm_noniid/clusters": Golden("llm_noniid/train.py", f"{NONIID} --cluster updates --num-clusters 2"),
     "llm_noniid/personal": Golden("llm_noniid/train.py", f"{PARTIAL} --personal last"),
-    "llm_noniid/pretrain": Golden(
-        "llm_noniid/pretrain.py", PRETRAIN, tensors=".", facts=("pretraining.json",), federated=False, resumes=False
-    ),
+    "llm_noniid/pretrain": Golden("llm_noniid/pretrain.py", PRETRAIN, tensors=".", federated=False, resumes=False),
 }
 SCRIPTS = sorted({golden.script for golden in GOLDEN.values()})
 
@@ -326,14 +315,6 @@ def _runs():
     return folder
 
 
-@contextlib.contextmanager
-def scratch():
-    """A folder for the runs of a session without pytest."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(FEDQUARTET_TEST_RUNS=folder, FEDQUARTET_CACHE=f"{folder}/cache", OMP_NUM_THREADS="1")
-        yield
-
-
 def without_times(value):
     """A JSON value without timings, versions and the folders that it names."""
     if isinstance(value, dict):
@@ -365,21 +346,6 @@ def digest(folder):
             hashed.update(f"{key} {t.dtype} {list(t.shape)}".encode())
             hashed.update(t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
-
-
-def record(name, folder):
-    """What is compared of the run `name` that left `folder`."""
-    golden = GOLDEN[name]
-    facts = {fact: without_times(json.loads((folder / fact).read_text())) for fact in golden.facts}
-    files = {part for part in folder.rglob("*") if part.is_file()} if golden.resumes else set()
-    files = sorted(str(path.relative_to(folder)) for path in files)
-    return {
-        "tensors": digest(folder / golden.tensors) if golden.tensors else None,
-        "results": read_results(folder),
-        "metrics": read_lines(folder),
-        "facts": facts,
-        "files": {name: True for name in files if not name.startswith(("checkpoint", "."))},
-    }
 
 
 def same_run(a, b):

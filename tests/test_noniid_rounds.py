@@ -88,7 +88,7 @@ class Plain:
         return cut[:steps]
 
     def local(self, theta, k, t):
-        """(theta_k, the mean raw gradient, the mean loss, steps)."""
+        """(theta_k, the mean raw gradient, the mean loss, steps, the mean norm of the raw gradients)."""
         a, w = self.a, self.parameters
         for name, p in w.items():
             p.data.copy_(theta[name])
@@ -100,12 +100,13 @@ class Plain:
             momentum = 0.9 if a.client_optimizer == "sgdm" else 0.0
             optimizer = torch.optim.SGD(w.values(), lr=a.learning_rate, momentum=momentum)
         self.optimizer = optimizer
-        raw, losses, batches = dict(self.zeros), [], self.batches(k, t)
+        raw, losses, norms, batches = dict(self.zeros), [], [], self.batches(k, t)
         for rows in batches:
             optimizer.zero_grad()
             loss = self.module(**padded([self.tokens[i] for i in rows], self.eos)).loss
             losses.append(loss.item())
             loss.backward()
+            norms.append(math.sqrt(sum(p.grad.square().sum() for p in w.values())))
             for name, p in w.items():
                 raw[name] = raw[name] + p.grad / len(batches)
                 if a.algorithm == "scaffold":
@@ -116,7 +117,13 @@ class Plain:
                 torch.nn.utils.clip_grad_norm_(w.values(), a.max_grad_norm)
             optimizer.step()
         self.worked += sum(len(self.tokens[i]) - 1 for rows in batches for i in rows)
-        return {name: p.detach().clone() for name, p in w.items()}, raw, float(np.mean(losses)), len(batches)
+        return (
+            {name: p.detach().clone() for name, p in w.items()},
+            raw,
+            float(np.mean(losses)),
+            len(batches),
+            np.mean(norms),
+        )
 
     def round(self, t):
         a, self.worked = self.a, getattr(self, "worked", 0)
@@ -133,6 +140,7 @@ class Plain:
             self.own[k] = {name: theta_k[name] for name in self.own[k]} if k in kept else self.own[k]
         line = {"clients": chosen, "client_train_loss": [None if k in out else work[k][2] for k in chosen]}
         line["train_loss"] = sum(self.n[k] * work[k][2] for k in kept) / sum(self.n[k] for k in kept)
+        line["client_gradient_norm"] = [None if k in out else work[k][4] for k in chosen]
         line["tokens"], line["left_out"] = self.worked, [[t + 1, k] for k in out] or None
         if len(self.thetas) == 1 and a.algorithm != "central":
             line |= self.drift([work[k][0] for k in kept], [self.n[k] for k in kept])
@@ -217,8 +225,9 @@ def test_rounds_are_those_of_a_plain_loop(way, tmp_path, monkeypatch):
         for name, value in expected.items():
             if name in ("left_out", "clients", "tokens"):
                 wanted = value
-            elif name == "client_train_loss":
-                wanted = [loss and pytest.approx(loss, rel=1e-5) for loss in value]
+            elif name in ("client_train_loss", "client_gradient_norm"):
+                rel = 1e-5 if name == "client_train_loss" else 1e-3
+                wanted = [of_one and pytest.approx(of_one, rel=rel) for of_one in value]
             else:
                 wanted = pytest.approx(value, rel=1e-5 if name == "train_loss" else 1e-3)
             assert line.get(name) == wanted, name

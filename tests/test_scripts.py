@@ -1,11 +1,13 @@
 """The scripts as a user runs them: what they leave, identities between them, the study's runner."""
 
 import importlib
+import math
 import sys
 import types
 from pathlib import Path
 
 import harness
+import numpy as np
 import pytest
 import torch
 from running import call, final_weights
@@ -22,11 +24,27 @@ def test_final_loads_in_transformers_and_gives_the_logged_loss():
     folder = harness.whole("mamba_fl/fed_fisher")
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
     assert len(AutoTokenizer.from_pretrained(folder / "final")) == 400
-    inputs, labels = inputs_and_labels(build_data("demo", "bpe:400", 32, 4).validation[:6])
-    with torch.no_grad():
-        logits = model(inputs).logits[..., :400].double()
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
-    assert loss == pytest.approx(read_metrics(folder)[-1]["val_loss"], abs=2e-5)
+    data, lines, results = build_data("demo", "bpe:400", 32, 4), read_metrics(folder), harness.read_results(folder)
+
+    def loss(blocks):
+        inputs, labels = inputs_and_labels(blocks)
+        with torch.no_grad():
+            logits = model(inputs).logits[..., :400].double()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+
+    last = lines[-1]
+    assert loss(data.validation[:6]) == pytest.approx(last["val_loss"], abs=2e-5)
+    held_out = [loss(blocks[:8]) for blocks in data.held_out]
+    assert np.log(last["held_out_ppl"]) == pytest.approx(held_out, abs=2e-5)
+    assert last["held_out_loss"] == pytest.approx(np.mean(held_out), abs=2e-5)
+    size = data.token_bytes[data.validation[:6, 1:]].sum().item()
+    assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] * 6 * 32 / size / math.log(2))
+    assert last["val_ppl"] == pytest.approx(math.exp(last["val_loss"]))
+    assert last["train_ppl"] == pytest.approx(math.exp(last["train_loss"]))
+    assert math.log(results["test_ppl_last"]) == pytest.approx(loss(data.test), abs=2e-5)
+    assert math.log(results["final_val_ppl"]) == pytest.approx(loss(data.validation), abs=2e-5)
+    best = min(lines, key=lambda line: line["val_loss"])
+    assert (results["best_round"], results["best_val_ppl"]) == (best["round"], best["val_ppl"])
 
 
 def test_one_client_is_central_training_bitwise(tmp_path):

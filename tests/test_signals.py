@@ -19,6 +19,7 @@ from common.checkpoint import read_json
 from common.manifest import PATHS
 from common.stopping import Terminated, stoppable
 
+
 @pytest.fixture(autouse=True)
 def sigint_is_heard():
     """Here and in the children: it is ignored where pytest was started in the background of a script."""

@@ -114,7 +114,12 @@ def test_final_loads_in_transformers_and_gives_the_logged_accuracy():
     with torch.no_grad():
         logits = model(prepare(data.test, 32)).logits
     accuracy = (logits.argmax(1) == data.test_labels).double().mean().item()
-    assert accuracy == pytest.approx(read_json(folder / "run.json")["results"]["test_accuracy_last"], abs=1e-9)
+    results = read_json(folder / "run.json")["results"]
+    assert accuracy == pytest.approx(results["test_accuracy_last"], abs=1e-9)
+    loss = torch.nn.functional.cross_entropy(logits.double(), data.test_labels).item()
+    assert loss == pytest.approx(results["test_loss_last"], rel=1e-5)
+    best = max(read_metrics(folder)[1:], key=lambda line: line["val_accuracy"])  # the first of equals
+    assert (results["best_round"], results["val_accuracy_best"]) == (best["round"], best["val_accuracy"])
 
 
 def test_a_masked_weight_keeps_its_bits_for_the_whole_run():
@@ -128,6 +133,8 @@ def test_a_masked_weight_keeps_its_bits_for_the_whole_run():
     assert about["strategy"] == "least_sensitive" and about["calibrated_on"] == "clients"
     parts = mask.split([torch.Size(shape).numel() for shape in shapes_of(folder).values()])
     masks = dict(zip(shapes_of(folder), parts, strict=True))
+    counts = {name: [int(part.sum()), part.numel()] for name, part in masks.items()}
+    assert read_json(folder / "run.json")["results"]["kept"] == counts
     moved = 0
     for name, old in before.items():
         kept = masks[name].view(old.shape) if name in masks else torch.zeros(old.shape, dtype=torch.bool)

@@ -15,11 +15,9 @@ pytestmark = pytest.mark.slow
 RESUMED = [name for name, golden in harness.GOLDEN.items() if golden.resumes]
 # rules that keep nothing of their own from round to round, and share their sums with those that are run
 ALIKE = (
-    "mamba_fl/momentum_ema",
     "lora_glue_fl/ffa",
     "lora_glue_fl/stack",
     "llm_noniid/fedprox",
-    "llm_noniid/fedavgm",
 )
 OF_EACH_SCRIPT = list({harness.GOLDEN[name].script: name for name in RESUMED if name not in ALIKE}.values())
 OTHERS = [name for name in RESUMED if name not in (*OF_EACH_SCRIPT, *ALIKE)]
