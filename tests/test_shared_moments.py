@@ -48,8 +48,6 @@ def test_one_client_is_central_adamw(kind):
     quadratics.weights.load(quadratics.start)
     central = torch.optim.AdamW(quadratics.weights.parameters.values(), LR, weight_decay=DECAY, fused=True)
     local_steps(quadratics.loss(0), [(x,) for x in noise.reshape(-1, 5)], quadratics.weights, central)
-    if kind is AverageMoments:
-        assert torch.equal(theta, quadratics.weights.theta)
     assert moments.step == 24 and near(theta, quadratics.weights.theta, 1e-12)
 
 
