@@ -194,7 +194,7 @@ SMALL += " --local-steps 1 --batch-size 2 --participation-rate 0.1"
     ],
 )
 def test_documented_commands(documented, name, tmp_path):
-    documented = documented.replace("configs", str(ROOT / "llm_noniid" / "configs"))
+    documented = documented.replace("configs", shlex.quote(str(ROOT / "llm_noniid" / "configs")))
     few = "" if "--num-rounds" in documented else "--num-rounds 5"  # the evaluation is at each fifth
     ended = run(["llm_noniid/train.py", *shlex.split(f"{documented} {SMALL} {few} --output-dir {tmp_path}")])
     assert ended.code == 0 and "warning" not in ended.err, ended.err
