@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,14 +10,17 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from common.seeding import key, stream
+from common.seeding import key, stream, torch_stream
 from vit_sparse_fl import study, train_centralized, train_federated, train_federated_sparse
-from vit_sparse_fl.data import load_images
+from vit_sparse_fl.cross_losses import held_rows
+from vit_sparse_fl.data import deal, load_images
 from vit_sparse_fl.flags import parse
+from vit_sparse_fl.mask_files import load_mask
 from vit_sparse_fl.topk import received, uploaded
 from vit_sparse_fl.vit import make_model
 
-SEED, CLIENTS, BATCH, STEPS, ROUNDS, LR = 3, 6, 8, 2, 3, 0.05
+SEED, CLIENTS, BATCH, STEPS, ROUNDS = 3, 6, 8, 2, 4
+LR, MIN_LR, WARMUP = 0.05, 0.02, 2
 MOMENTUM, DECAY, SMOOTHING, DROPOUT = 0.8, 0.01, 0.1, 0.1
 WORDS = (
     f"--dataset demo --model tiny --classes 0:4 --batch-size {BATCH} --threads 1 --amp off --seed {SEED} --lr {LR} "
@@ -24,12 +28,24 @@ WORDS = (
 )
 FEDERATED = (
     f"{WORDS} --num-clients {CLIENTS} --participation-rate 0.5 --local-steps {STEPS} --num-rounds {ROUNDS} "
-    "--sharding dirichlet --alpha 0.5 --min-samples 10 --eval-every 1 --warmup-rounds 1 --min-lr 0"
+    f"--sharding dirichlet --alpha 0.5 --min-samples 10 --eval-every 1 --warmup-rounds {WARMUP} --min-lr {MIN_LR}"
 )
 LOST = 1  # the round in which a client's pixels are NaN
 
 
 # ------------------------------------------------------------------------------------------- the plain form
+
+
+def rate(t):
+    """The learning rate of round t: a line up to LR, then a cosine to MIN_LR."""
+    if t < WARMUP:
+        return LR * (t + 1) / WARMUP
+    return MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * (t - WARMUP) / (ROUNDS - WARMUP))) / 2
+
+
+def prepared(images):
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (images / 255 - mean) / std
 
 
 class Plain:
@@ -42,6 +58,7 @@ class Plain:
         for name, p in self.model.named_parameters():
             p.requires_grad_(name in self.parameters)
         self.theta = {name: p.detach().double() for name, p in self.parameters.items()}
+        self.seen = []  # of each round: (theta before it, {client: its weights})
 
     def chosen(self, t):
         return sorted(stream(SEED, "participation", t).choice(CLIENTS, CLIENTS // 2, replace=False).tolist())
@@ -64,8 +81,7 @@ class Plain:
                 top, left = corners[0, i, 0], corners[1, i, 0]
                 crop = padded[:, top : top + 32, left : left + 32]
                 pictures.append(crop.flip(-1) if flips[i, 0] else crop)
-            mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-            yield (torch.stack(pictures) / 255 - mean) / std, self.data.train_labels[images]
+            yield prepared(torch.stack(pictures)), self.data.train_labels[images]
 
     def load(self, theta):
         with torch.no_grad():
@@ -94,12 +110,22 @@ class Plain:
     def optimizer(self):
         return torch.optim.SGD(self.parameters.values(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
 
+    @torch.no_grad()
+    def held_loss(self, theta, rows):
+        """Mean cross-entropy on some validation images, without dropout and smoothing."""
+        self.model.eval()
+        self.load(theta)
+        return F.cross_entropy(
+            self.model(prepared(self.data.validation[rows])), self.data.validation_labels[rows]
+        ).item()
+
     def rounds(self, shards, lost, mask=None, sent=None, uniform=False, server_lr=1.0, start=None):
         """All rounds. lost: the client that is left out in round LOST; sent(delta, k), start(theta, k): what goes up
         and down. Returns each round's mean training loss."""
         means = []
         for t in range(ROUNDS):
-            lr = LR if t < 1 else LR * (1 + math.cos(math.pi * (t - 1) / (ROUNDS - 1))) / 2
+            lr = rate(t)
+            self.seen.append((self.theta, {}))
             sums, losses, weight = {name: torch.zeros_like(w) for name, w in self.theta.items()}, 0.0, 0
             for k in self.chosen(t):
                 if (t, k) == (LOST, lost):
@@ -109,6 +135,7 @@ class Plain:
                 batches = self.batches(shards[k], k, t, self.taken(k, t) * STEPS, STEPS)
                 theta_k, loss = self.train(batches, k, t, [lr] * STEPS, self.optimizer(), mask)
                 delta = {name: theta_k[name] - began[name] for name in began}
+                self.seen[t][1][k] = theta_k
                 n_k = 1 if uniform else len(shards[k])
                 for name, d in (sent(delta, k) if sent else delta).items():
                     sums[name] += n_k * d
@@ -159,17 +186,45 @@ def middle(plain, t):
 def test_fedavg(monkeypatch, tmp_path):
     plain = Plain()
     lost = middle(plain, LOST)
-    folder, lines, shards = call(train_federated, f"{FEDERATED} --server-lr 0.5", monkeypatch, tmp_path, lost)
-    assert len({len(rows) for rows in shards.values()}) > 2 and len({tuple(plain.chosen(t)) for t in range(3)}) == 3
+    words = f"{FEDERATED} --server-lr 0.5 --interference-every {ROUNDS} --interference-images 8"
+    folder, lines, shards = call(train_federated, words, monkeypatch, tmp_path, lost)
+    assert len({len(rows) for rows in shards.values()}) > 2 and len({tuple(plain.chosen(t)) for t in range(ROUNDS)}) > 2
     means = plain.rounds(shards, lost, server_lr=0.5)
     check(folder, plain)
-    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    assert [line["round"] for line in lines] == list(range(ROUNDS + 1))
+    assert [line["lr"] for line in lines[1:]] == pytest.approx([rate(t) for t in range(ROUNDS)])
     assert [line["train_loss"] for line in lines[1:]] == pytest.approx(means, rel=1e-5)
     for t, line in enumerate(lines[1:]):
         assert line["clients"] == plain.chosen(t)
         assert [loss is None for loss in line["client_train_loss"]] == [(t, k) == (LOST, lost) for k in plain.chosen(t)]
-    assert [line.get("left_out") for line in lines] == [None, None, [[LOST + 1, lost]], None]
-    assert [line["left_out_updates"] for line in lines] == [0, 0, 1, 1]
+    assert [line.get("left_out") for line in lines] == [None, None, [[LOST + 1, lost]], None, None]
+    assert [line["left_out_updates"] for line in lines] == [0, 0, 1, 1, 1]
+    check_interference(lines[-1], plain, shards)
+
+
+def check_interference(line, plain, shards):
+    """What the clients of the last round do to each other's losses, from the plain form's weights."""
+    theta, of = plain.seen[-1]
+    args = SimpleNamespace(seed=SEED, interference_images=8)
+    about = SimpleNamespace(args=args, data=plain.data, rows=[torch.from_numpy(shards[k]) for k in range(CLIENTS)])
+    about.device, sizes = "cpu", [w.numel() for w in theta.values()]
+    held, stepped = {k: held_rows(about, k) for k in of}, {}
+    for k, theta_k in of.items():  # the same step with random signs
+        draws = torch_stream(SEED, "interference signs", ROUNDS - 1, k)
+        signs = (torch.randint(0, 2, (sum(sizes),), generator=draws) * 2 - 1).split(sizes)
+        stepped[k] = {n: w + s.view(w.shape) * (theta_k[n] - w) for (n, w), s in zip(theta.items(), signs, strict=True)}
+    before = {i: plain.held_loss(theta, held[i]) for i in of}
+    matrix, chance = (
+        [[plain.held_loss(w, held[i]) - before[i] for w in some.values()] for i in of] for some in (of, stepped)
+    )
+    others = ~np.eye(len(of), dtype=bool)
+    gaps = [plain.held_loss(plain.theta, held[k]) - before[k] - matrix[i][i] for i, k in enumerate(of)]
+    assert line["interference_clients"] == list(of)
+    near = {"rel": 0.01, "abs": 2e-3 * np.abs(matrix).max()}
+    assert np.array(line["interference"]) == pytest.approx(np.array(matrix), **near)
+    assert line["interference_others"] == pytest.approx(np.mean(np.array(matrix)[others]), **near)
+    assert line["interference_chance"] == pytest.approx(np.mean(np.array(chance)[others]), **near)
+    assert line["client_merge_gap"] == pytest.approx(gaps, **near)
 
 
 def covered(name):
@@ -187,15 +242,66 @@ def largest_of(tensors, share):
 
 
 def test_sparse_fedavg(monkeypatch, tmp_path):
-    plain = Plain(covered)
+    plain = Plain(lambda name: covered(name) and "embeddings" not in name and ".0." not in name)
     lost = middle(plain, LOST)
-    words = f"{FEDERATED} --mask-strategy highest_magnitude --sparsity-ratio 0.8 --server-lr 1.7"
-    folder, _, shards = call(train_federated_sparse, words, monkeypatch, tmp_path, lost)
+    words = f"{FEDERATED} --mask-strategy highest_magnitude --sparsity-ratio 0.8 --server-lr 1.7 --freeze-layers 1"
+    folder, lines, shards = call(train_federated_sparse, words, monkeypatch, tmp_path, lost)
     start, mask = dict(plain.theta), largest_of(plain.theta, 0.2)
     plain.rounds(shards, lost, mask, server_lr=1.7)
     check(folder, plain)
     found = load_file(folder / "checkpoint" / "theta.safetensors")
     assert all(torch.equal(found[n].double()[~mask[n]], start[n][~mask[n]]) for n in mask)
+    # drift: of the length of all weights, those too that are frozen
+    frozen = sum(p.detach().double().square().sum() for p in plain.model.parameters() if not p.requires_grad)
+    theta, of = plain.seen[-1]
+    lengths = [sum((w[n] - theta[n]).square().sum() for n in theta).sqrt() for w in of.values()]
+    whole = (sum(w.square().sum() for w in theta.values()) + frozen).sqrt()
+    assert lines[-1]["drift"] == pytest.approx(float(sum(lengths) / len(lengths) / whole), rel=1e-3)
+
+
+@pytest.mark.parametrize("calibration", ["talos", "seed"])
+def test_clients_calibrate_on_their_own_images_and_count_by_them(calibration, monkeypatch, tmp_path):
+    """Squared gradients of one image at a time, in two rounds; talos: of a drawn label's logit, seed: of the loss."""
+    words = f"{FEDERATED} --alpha 0.1 --num-rounds 1 --warmup-rounds 0 --sparsity-ratio 0.8 --calibration {calibration}"
+    words += " --calibrate-on clients --calibration-clients 3 --calibration-rounds 2 --fisher-samples 105"
+    folder, _, _ = call(train_federated_sparse, words, monkeypatch, tmp_path)
+    plain, talos = Plain(covered), calibration == "talos"
+    labels = plain.data.train_labels
+    args = SimpleNamespace(seed=SEED, sharding="dirichlet", num_clients=CLIENTS, alpha=0.1, min_samples=10)
+    shards = deal(args, labels)[0]
+    chosen = stream(SEED, "calibration clients").choice(CLIENTS, 3, replace=False).tolist()
+    sizes = {k: min(35, len(shards[k]) if talos else len(shards[k]) // 2) for k in chosen}
+    assert len(set(sizes.values())) > 1
+    plain.model.eval()
+
+    def scores(theta, r):
+        plain.load(theta)
+        total = 0
+        for k in chosen:
+            first = 0 if talos else r * sizes[k]
+            rows = shards[k][
+                stream(SEED, "calibration", 0, k + 1).permutation(len(shards[k]))[first : first + sizes[k]]
+            ]
+            points = stream(SEED, "calibration labels", r, k + 1).random(len(rows))
+            for row, point in zip(rows, points, strict=True):
+                z = plain.model(prepared(plain.data.train[row])[None])[0]
+                drawn = np.searchsorted(z.detach().double().softmax(0).cumsum(0).numpy(), point, side="right")
+                value = z[drawn] if talos else F.cross_entropy(z, labels[row])
+                parts = torch.autograd.grad(value, list(plain.parameters.values()))
+                total = total + torch.cat([g.double().reshape(-1) for g in parts]) ** 2
+        return total / sum(sizes.values())
+
+    found = load_mask(folder / "mask.safetensors", {name: list(w.shape) for name, w in plain.theta.items()})[0]
+    if talos:  # of what the first round keeps, the rest a tenth as large meanwhile
+        first = scores(plain.theta, 0)
+        kept = first <= first.sort().values[round(0.2**0.5 * len(first)) - 1]
+        parts = kept.split([w.numel() for w in plain.theta.values()])
+        at = {n: torch.where(p.view(w.shape), w, 0.1 * w) for (n, w), p in zip(plain.theta.items(), parts, strict=True)}
+        wanted = scores(at, 1).masked_fill(~kept, math.inf)
+    else:
+        wanted = scores(plain.theta, 0) + scores(plain.theta, 1)
+    wanted = wanted <= wanted.sort().values[round(0.2 * len(wanted)) - 1]
+    assert int((found != wanted).sum()) < 1e-3 * int(found.sum())
 
 
 def cut(delta, share):
@@ -275,13 +381,13 @@ def test_what_is_not_sent_is_sent_later():
 
 
 def test_central_training(monkeypatch, tmp_path):
-    words = f"{WORDS} --epochs 2 --warmup-epochs 0 --scheduler cosine --min-lr 0"
+    words = f"{WORDS} --epochs 2 --warmup-epochs 0 --scheduler cosine --min-lr {MIN_LR}"
     folder, lines, _ = call(train_centralized, words, monkeypatch, tmp_path)
     plain = Plain()
     steps = len(plain.data.train) // BATCH
     optimizer, rows, losses = plain.optimizer(), np.arange(len(plain.data.train)), []
     for epoch in range(2):
-        lr = LR * (1 + math.cos(math.pi * epoch / 2)) / 2
+        lr = MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * epoch / 2)) / 2
         batches = plain.batches(rows, 0, epoch, epoch * steps, steps)
         plain.theta, loss = plain.train(batches, 0, epoch, [lr] * steps, optimizer)
         losses.append(loss)

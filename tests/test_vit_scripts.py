@@ -264,12 +264,12 @@ def test_lora_trains_and_sends_factors_and_final_has_their_product(tmp_path, cap
 
 
 def test_early_stopping_ends_a_run_after_an_evaluation(tmp_path):
-    words = ["--lr", 0, "--early-stopping-patience", 3, "--num-rounds", 50, "--eval-every", 2]
+    words = ["--lr", 0, "--early-stopping-patience", 3, "--num-rounds", 50, "--eval-every", 1]
     assert small("train_federated", *words, "--output-dir", tmp_path, "--run-name", "stopped") == 0
     run = read_json(tmp_path / "stopped" / "run.json")
-    assert [line["round"] for line in read_metrics(tmp_path / "stopped")] == [0, 2, 4, 6]
-    assert run["results"]["best_round"] == 2
-    assert (run["ended"]["how"], run["ended"]["by"], run["ended"]["round"]) == ("stopped", "early_stopping", 6)
+    assert [line["round"] for line in read_metrics(tmp_path / "stopped")] == [0, 1, 2, 3, 4]
+    assert run["results"]["best_round"] == 1
+    assert (run["ended"]["how"], run["ended"]["by"], run["ended"]["round"]) == ("stopped", "early_stopping", 4)
 
 
 def test_the_best_checkpoints_are_kept_and_others_pruned(tmp_path):
