@@ -51,27 +51,27 @@ class Done(Exception):
 
 
 def mamba(clients, folder):
-    from mamba_fl import fed_avg
+    from mamba_fl import fed_avg, fed_core
     from mamba_fl.flags import complete_flags
 
     words = f"--dataset demo --tokenizer bpe:4096 --num-clients {clients} --local-updates 8 --lr 1e-4 --rounds 1000 "
     words += "--val-freq 1000 --client-val-sequences 0"
     args = fed_avg.build_parser().parse_args(words.split() + ["--output-dir", folder])
-    return fed_avg, complete_flags(args), fed_avg.main
+    return fed_core, complete_flags(args), fed_avg.main
 
 
 def vit(clients, folder):
-    from vit_sparse_fl import train_federated
+    from vit_sparse_fl import study, train_federated
     from vit_sparse_fl.flags import parse
 
     words = f"--dataset demo --model tiny --batch-size 32 --num-clients {clients} --participation-rate 1 --dropout 0 "
     words += "--local-steps 4 --num-rounds 1000 --eval-every 1000 --lr 1e-3"
     args = parse(train_federated.build_parser(), [*words.split(), "--output-dir", folder, "--run-name", "r"])
-    return train_federated, args, train_federated.train
+    return study, args, train_federated.train
 
 
 def glue(clients, folder):
-    from lora_glue_fl import fedavg_rounds, sharding
+    from lora_glue_fl import fed_core, fedavg_rounds, sharding
     from lora_glue_fl.flags import complete_rounds
 
     shards = ["--task-name", "rte", "--dataset", "demo", "--k", str(clients), "--out-dir", f"{folder}/shards"]
@@ -80,17 +80,17 @@ def glue(clients, folder):
     words += "--no-save-clients --keep last --learning-rate 1e-3"
     words = [*words.split(), "--shard-dir", f"{folder}/shards", "--output-root", folder]
     args = complete_rounds(fedavg_rounds.build_parser().parse_args(words))
-    return fedavg_rounds, args, fedavg_rounds.main
+    return fed_core, args, fedavg_rounds.main
 
 
 def noniid(clients, folder):
-    from llm_noniid import flags, train
+    from llm_noniid import fed_core, flags, train
 
     words = f"--model tiny --dataset demo --num-clients {clients} --local-steps 10 --num-rounds 1000 --eval-every 1000 "
     words += "--partition iid --learning-rate 1e-3"
     parser = train.build_parser()
     args = flags.parse(parser, [*words.split(), "--results-dir", folder])
-    return train, args, train.main
+    return fed_core, args, train.main
 
 
 STUDIES = dict(zip(NAMES, (mamba, vit, glue, noniid), strict=True))
@@ -114,7 +114,7 @@ class Clock:
         self.calls.append((loss, steps, list(weights.parameters.values()), optimizer, options.get("max_norm", 0.0)))
         return self.real(loss, steps, weights, optimizer, **options)
 
-    def each_round(self, run, total=None):
+    def each_round(self, run):
         """Instead of `Run.rounds`: times what stands in the loop, then the bare steps."""
         for t in range(self.repeats + 1):
             self.calls, self.batching = [], 0.0
@@ -147,7 +147,7 @@ class Clock:
                 optimizer.step()
 
 
-def count_only(run, t, theta, evaluate, complete=None):
+def count_only(run, t, theta, evaluate):
     """Instead of `Run.report`: no evaluation, no checkpoint."""
     clients, run.clients = run.clients, None
     if clients is not None:
@@ -162,7 +162,7 @@ def measure(options):
 
         def timed(args):
             clock = Clock(module, options.repeats, keep=not options.memory)
-            runlog.Run.rounds, runlog.Run.report = lambda run, total=None: clock.each_round(run), count_only
+            runlog.Run.rounds, runlog.Run.report = lambda run: clock.each_round(run), count_only
             try:
                 main(args)
             except Done:

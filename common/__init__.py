@@ -1,3 +1,0 @@
-from common.stopping import end_imports
-
-end_imports()

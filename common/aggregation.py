@@ -13,7 +13,6 @@ import torch
 
 from common.cli import UsageError
 from common.parallel import CHUNK, OrderedSum, chunks
-from common.vector import is_finite
 
 
 def apply_delta(theta, delta):
@@ -57,16 +56,11 @@ class _Mean:
         """theta + server_lr delta() [n], rounded once to theta's dtype   (Reddi et al. 2021, Alg. 1, server SGD)."""
         return apply_delta(self.theta, self.delta() if server_lr == 1 else server_lr * self.delta())
 
-    def _counts(self, theta_k, weight, *others):
+    def _counts(self, theta_k, *others):
         """Whether the client counts; if not it is left out of the round: something is not finite."""
         if theta_k.shape != self.theta.shape:
             raise ValueError(f"the client's weights are {tuple(theta_k.shape)}, theta is {tuple(self.theta.shape)}")
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"weight {weight} is not a finite number of at least 0")
-        if is_finite(theta_k, *others):
-            return True
-        self.clients.leave_out(self.clients.current)
-        return False
+        return self.clients.counts(theta_k, theta_k, *others)
 
 
 class WeightedMean(_Mean):
@@ -74,12 +68,12 @@ class WeightedMean(_Mean):
 
         theta + sum_k w_k (theta_k - theta) / sum_k w_k
 
-    w_k = weight_k * exp(log_weight_k): the exponent serves weights that span orders of magnitude (softmax of
-    entropies); only its differences between clients matter, so that it cannot overflow.
+    w_k = n_k exp(log_weight_k), n_k what the round says that client k counts: the exponent serves weights that span
+    orders of magnitude (softmax of entropies); only its differences between clients matter: it cannot overflow.
 
         mean = WeightedMean(theta, clients)
         for k in clients:
-            mean.add(theta_k, weight=n_k)
+            mean.add(theta_k)
         theta = mean.result()
 
     Args: theta [n], not to be changed while clients are added; clients: `common.parallel.Round`.
@@ -89,15 +83,14 @@ class WeightedMean(_Mean):
         super().__init__(theta, clients, prepare=self._prepare)
         self._level = -math.inf  # sums are in units of exp(level), the largest log_weight so far
 
-    def add(self, theta_k, weight, log_weight=0.0, finite=()):
+    def add(self, theta_k, log_weight=0.0):
         """Adds the client that the round is at. Returns False if it is left out: something is not finite.
 
-        Args: theta_k [n]; weight: at least 0, e.g. its number of examples; finite: other vectors that must be finite.
-        Raises: ValueError for another weight or length; RuntimeError outside of the loop over the clients.
+        Args: theta_k [n]. Raises: ValueError for another length; RuntimeError outside of the loop over the clients.
         """
-        if not self._counts(theta_k, weight, torch.tensor(log_weight, dtype=torch.float64), *finite):
+        if not self._counts(theta_k, torch.tensor(log_weight, dtype=torch.float64)):
             return False
-        self._sum.add((weight, log_weight), theta_k)
+        self._sum.add((self.clients.weight, log_weight), theta_k)
         return True
 
     def _prepare(self, sums, weight, log_weight):
@@ -117,19 +110,19 @@ class WeightedMean(_Mean):
 class NormalizedMean(_Mean):
     """FedNova's mean   (Wang et al. 2020, eq. 9; tau_eff = sum_k p_k a_k):
 
-        theta - (sum_k p_k a_k) sum_k p_k (theta - theta_k) / a_k        p_k = weight_k / sum weight
+        theta - (sum_k p_k a_k) sum_k p_k (theta - theta_k) / a_k        p_k = n_k / sum n
 
     Clients that do more local steps pull no harder than their weights say. Used as `WeightedMean`, with which it
     agrees where all a_k are equal, but for the rounding of fp64.
     """
 
-    def add(self, theta_k, weight, a, finite=()):
+    def add(self, theta_k, a):
         """As `WeightedMean.add`. Args: a: the client's `effective_steps`, above 0. Raises: ValueError for another a."""
         if not (a > 0 and math.isfinite(a)):
             raise ValueError(f"a {a} is not a finite number above 0")
-        if not self._counts(theta_k, weight, *finite):
+        if not self._counts(theta_k):
             return False
-        self._sum.add((weight, a), theta_k)
+        self._sum.add((self.clients.weight, a), theta_k)
         return True
 
     def _fold(self, sums, theta, given, weight, a):
@@ -146,39 +139,36 @@ class PrecisionWeightedMean(_Mean):
         theta_j + sum_k n_k F~_kj (theta_kj - theta_j) / sum_k n_k F~_kj
         F~_kj = F_kj + damping * mean_j(F_k)
 
-    Where the denominator is zero: the example-weighted mean. `normalize` divides each F_k by its L2 norm over all
-    coordinates, as the authors' code does (which has a floor of 1e-6 on F where we have the damping).
+    Where the denominator is zero: the example-weighted mean.
 
     Args: theta, clients: as for `WeightedMean`; damping: rho, at least 0.
     """
 
-    def __init__(self, theta, clients, damping=0.1, normalize=False):
+    def __init__(self, theta, clients, damping=0.1):
         if not (damping >= 0 and math.isfinite(damping)):
             raise ValueError(f"damping {damping} is not a finite number of at least 0")
         super().__init__(theta, clients, sums=3)
-        self.damping, self.normalize = float(damping), normalize
+        self.damping = float(damping)
 
-    def add(self, theta_k, weight, precision, finite=()):
+    def add(self, theta_k, precision):
         """As `WeightedMean.add`. Args: precision: F_k [n], every element at least 0.
 
         Raises: ValueError for a negative precision or one of another length, beside what `WeightedMean.add` does.
         """
         if precision.shape != self.theta.shape:
             raise ValueError(f"a precision of {tuple(precision.shape)} for weights of {tuple(self.theta.shape)}")
-        if not self._counts(theta_k, weight, precision, *finite):
+        if not self._counts(theta_k, precision):
             return False
         if (lowest := precision.amin().item()) < 0:
             raise ValueError(f"the precision has elements below 0 ({lowest})")
         mean = fp64_sum(precision) / precision.numel()
-        squares = fp64_sum(precision, square=True) if self.normalize else 1.0
-        scale = 1 / math.sqrt(squares) if squares > 0 else 1.0
-        self._sum.add((weight, scale, self.damping * mean * scale), theta_k, precision)
+        self._sum.add((self.clients.weight, self.damping * mean), theta_k, precision)
         return True
 
-    def _fold(self, sums, theta, given, weight, scale, shift):
+    def _fold(self, sums, theta, given, weight, shift):
         product, precision, plain = sums
         change = _difference(given[0], theta)
-        f = given[1].to(torch.float64, copy=True).mul_(scale).add_(shift).mul_(weight)
+        f = given[1].to(torch.float64, copy=True).add_(shift).mul_(weight)
         precision.add_(f)
         product.add_(f.mul_(change))
         plain.add_(change.mul_(weight))

@@ -34,17 +34,26 @@ def one_line(error):
 def cached(path, make, pack, unpack, again):
     """What `make()` returns, kept at `path` as the bytes `pack(value)`; read by `unpack(bytes)` where it is there.
 
-    unpack raises for bytes that are damaged or of something else (ValueError, KeyError, ...): a warning says so and
-    what is done `again`. Several processes may do this at once.
+    unpack raises for bytes that are damaged (ValueError, KeyError, ...): a warning says so and what is done `again`.
+    Another process sees all of a file or nothing. A cache that cannot be written is only a warning.
     """
-    stored = read_cached(path)
-    if stored is not None:
-        try:
-            return unpack(stored)
-        except _DAMAGED as error:
-            warnings.warn(f"{path} is damaged ({one_line(error)}): {again} again", stacklevel=3)
+    try:
+        return unpack(path.read_bytes())
+    except FileNotFoundError:
+        pass
+    except _DAMAGED as error:
+        warnings.warn(f"{path} is damaged ({one_line(error)}): {again} again", stacklevel=3)
     value = make()
-    write_cached(path, pack(value))
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(pack(value))
+            os.replace(part, path)
+        finally:  # Ctrl-C included
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"cannot write the cache ({error}): the next start does this work again", stacklevel=2)
     return value
 
 
@@ -59,31 +68,3 @@ def unpack_arrays(data):
     """{name: array} of the bytes of an npz file; reading a member checks its CRC."""
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
-
-
-def read_cached(path):
-    """The bytes of a cached file, or None when there is none or it cannot be read."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        warnings.warn(f"cannot read the cache ({error}): doing this work again", stacklevel=2)
-        return None
-
-
-def write_cached(path, data):
-    """Write `data` so that another process sees all of it or nothing.
-
-    A full disk or a folder without write permission is only a warning: it is a cache.
-    """
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(data)
-            os.replace(part, path)
-        finally:  # Ctrl-C included
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(f"cannot write the cache ({error}): the next start does this work again", stacklevel=2)

@@ -1,7 +1,6 @@
 """Words that flags choose among, for what checks a command line and must not wait for what computes with them."""
 
 CLIENT_OPTIMIZERS = ("sgd", "sgdm", "adamw")
-SCAFFOLD_OPTIONS = ("mean_gradient", "II")
 RULES = ("svd", "naive", "ffa", "stack", "residual", "rolora", "rotate", "head")  # of `common.lowrank`
 SIZES = ("dirichlet", "equal")  # of clients whose labels a Dirichlet draw deals, `common.equal_parts`
 SPLITS = ("us", "balanced")  # of the singular values, `common.products.truncate`

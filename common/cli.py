@@ -13,11 +13,13 @@ import errno
 import math
 import os
 import re
+import signal
 import sys
 import time
 import warnings
 
-from common.stopping import code_of, stoppable
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN = 1.0  # seconds: a terminal, a launcher and a queue may send the same signal; one that comes later means it
 
 
 class _OneLine(Exception):
@@ -57,87 +59,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         return {int: "N", float: "X"}.get(action.type, "TEXT")
 
 
-class Flags(argparse.Namespace):
-    """Parsed flags, and three lists that are no flags.
-
-    reads: {flag: when it is read, a function of the flags, or None: always}; given: the flags of the command line
-    with another value than the default, and all of --config; notes: lines of what has no effect.
-    """
-
-    __slots__ = ("reads", "given", "notes")
-
-
-class When:
-    """When a flag is read, as a function of the flags; made by `only` and `unless`, joined by & and |.
-
-    off: function of the flags to those among them that switch the flag off, none where it is read.
-    """
-
-    def __init__(self, off):
-        self.off = off
-
-    def __call__(self, args):
-        return not self.off(args)
-
-    def __and__(self, other):
-        return When(lambda args: self.off(args) or other.off(args))
-
-    def __or__(self, other):
-        return When(lambda args: other.off(args) and self.off(args))
-
-
-def only(**wanted):
-    """A flag that is read only where every one of these other flags has its value.
-
-    A value may be a tuple of values, or a function that says whether a value is one of them.
-    """
-    return When(lambda args: [flag for flag, values in wanted.items() if not _has(args, flag, values)][:1])
-
-
-def unless(**values):
-    """A flag that is not read where all of these flags have their value, given as for `only`.
-
-    Of a flag that came later its own off-value too: runs of before and after are then runs of one method.
-    """
-    return When(lambda args: list(values) if all(_has(args, flag, v) for flag, v in values.items()) else [])
-
-
-def _has(args, flag, values):
-    value = getattr(args, flag, None)
-    return values(value) if callable(values) else value in (values if isinstance(values, tuple) else (values,))
-
-
-class _Declares:
-    """Flags say when a run reads them: add_argument(..., when=only(sharding="dirichlet"), why="what it does then").
-
-    empty: whether '' is a value; else it is refused, as of a shell's variable that is not set.
-    """
-
-    def add_argument(self, *names, when=None, why="", empty=False, **options):
-        action = super().add_argument(*names, **options)
-        action.when, action.why, action.empty = when, why, empty
-        return action
-
-
-class _Group(_Declares, argparse._ArgumentGroup):
-    pass
-
-
-def method_of(args, machine=()):
-    """{flag: value} of the flags that a run reads: what makes two runs seeds of one curve, but for the seed.
-
-    A flag that another one switches off is not in it. Args: args: of `Parser`; machine: flags that say how to run.
-    """
-    reads = getattr(args, "reads", dict.fromkeys(vars(args)))
-    rest = {*machine, "device", "threads", "compile"}
-    return {
-        name: getattr(args, name)
-        for name, when in reads.items()
-        if name not in rest and hasattr(args, name) and (when is None or when(args))
-    }
-
-
-class Parser(_Declares, argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """`argparse.ArgumentParser` whose flags may be written with hyphens or underscores.
 
     `--num_clients 4` and `--num-clients 4` are one flag. Abbreviations are off: a flag that a later version
@@ -148,12 +70,6 @@ class Parser(_Declares, argparse.ArgumentParser):
 
     def __init__(self, description, **kwargs):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
-        self.defaulted = {}  # {flag: how it is called in the file that gives it another default}
-
-    def add_argument_group(self, *args, **kwargs):
-        group = _Group(self, *args, **kwargs)
-        self._action_groups.append(group)
-        return group
 
     def format_help(self):
         needed = [[*a.option_strings[:1], a.metavar or a.dest.upper()] for a in self._actions if a.required]
@@ -171,57 +87,28 @@ class Parser(_Declares, argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         words = _hyphenated(args)
-        given = self.defaulted | self._given(words)
+        unknown = [word for word in words if word.partition("=")[0] not in self._option_string_actions]
+        if not self._subparsers and (flags := [word for word in unknown if word[:2] == "--" != word]):
+            self.error(self._unknown(flags[0]))  # before what is missing
         flags, rest = self.parse_known_args(words, namespace)
         if rest:
             self.error(f"{rest[0]!r} belongs to no flag: drop it")
-        if isinstance(flags, Flags):
-            flags.given = [n for n in given if n in self.defaulted or getattr(flags, n) != self.get_default(n)]
-            flags.notes = list(self._without_effect(flags, given))
         return flags
 
     def parse_known_args(self, args=None, namespace=None):
-        flags = Flags() if namespace is None else namespace
-        if isinstance(flags, Flags):
-            flags.reads = {a.dest: getattr(a, "when", None) for a in self._actions if a.dest != "help"}
-        return super().parse_known_args(_hyphenated(args), flags)
+        return super().parse_known_args(_hyphenated(args), namespace)
+
+    def _unknown(self, word):
+        name, flags = word.partition("=")[0], [flag[2:] for flag in self._option_string_actions]
+        near = difflib.get_close_matches(name[2:], flags, n=1)  # "--" is no likeness
+        return f"unknown flag {name}" + "".join(f": did you mean --{one}?" for one in near)
 
     def _get_values(self, action, words):
-        empty = "" in words and action.type is None and not getattr(action, "empty", False)
-        if action.option_strings and action.nargs != 0 and ("--" in words or empty):
+        """type=str says that '' is a value; else it is refused, as of a shell's variable that is not set."""
+        if action.option_strings and action.nargs != 0 and ("--" in words or "" in words and action.type is None):
             given = "'--'" if "--" in words else "an empty text"  # of --flag=-- argparse makes an empty list
             raise argparse.ArgumentError(action, f"{given} is no value of it: give one, or drop the flag")
         return super()._get_values(action, words)
-
-    def _given(self, words):
-        """{flag: its spelling} of the words, all of which must be this parser's."""
-        known, given = dict(self._option_string_actions), {}
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for one in action.choices.values():
-                    known |= one._option_string_actions
-        for word in words[: words.index("--")] if "--" in words else words:
-            name = word.partition("=")[0]
-            if name in known:
-                given[known[name].dest] = name
-            elif name.startswith("--") and not {"-h", "--help"} & {*words}:
-                near = difflib.get_close_matches(name[2:], [one[2:] for one in known], n=1)  # "--" is no likeness
-                self.error(f"unknown flag {name}" + "".join(f": did you mean --{one}?" for one in near))
-        return given
-
-    def _without_effect(self, flags, given):
-        """A line for each reason that flags which were given are not read."""
-        lines = {}
-        for action in self._actions:
-            when = getattr(action, "when", None)
-            off = when.off(flags) if action.dest in given and isinstance(when, When) else ()
-            if off and action.dest not in off:
-                reason = " ".join(_spelled(flag, getattr(flags, flag, None)) for flag in off)
-                names = lines.setdefault((reason, action.why), {})
-                names[given[action.dest]] = True
-        for (reason, why), names in lines.items():
-            have = "has" if len(names) == 1 else "have"
-            yield f"warning: {' and '.join(names)} {have} no effect {reason}" + (f": {why}" if why else "")
 
 
 def _hyphenated(args):
@@ -239,14 +126,6 @@ def _hyphenated(args):
 def _one_line(message):
     """The message in one line that can be printed, whatever it quotes (bytes of a command line that are no utf-8)."""
     return " ".join(str(message).splitlines()).encode(errors="backslashreplace").decode()
-
-
-def _spelled(flag, value):
-    """`with --sharding iid`, `without --hp-search`."""
-    name = f"--{flag.replace('_', '-')}"
-    if value is None or value is False:
-        return f"without {name}"
-    return f"with {name}" + ("" if value is True else f" {value}")
 
 
 def _number(kind, holds, wanted):
@@ -291,13 +170,6 @@ def add_run_flags(parser, *other_names):
     one.add_argument("--resume", action="store_true", help="go on with the run of this name, if there is one")
     one.add_argument("--overwrite", action="store_true", help="delete the run of this name and start anew")
     group.add_argument(
-        "--keep-checkpoints",
-        type=positive_int,
-        default=2,
-        metavar="N",
-        help="the last one is checkpoint/, the one before it checkpoint.1/",
-    )
-    group.add_argument(
         "--track", choices=["off", "wandb", "tensorboard"], default="off", help="also send the metrics there"
     )
     return group
@@ -306,8 +178,7 @@ def add_run_flags(parser, *other_names):
 def add_final_flag(group):
     """Which weights final/ holds."""
     which = "weights that final/ holds: of the last round, or of the best by the validation metric (never of round 0)"
-    # no part of the method: what is trained is the same
-    group.add_argument("--final", choices=["last", "best"], default="last", when=lambda args: False, help=which)
+    group.add_argument("--final", choices=["last", "best"], default="last", help=which)
 
 
 def add_machine_flags(group, seed=42, federated=False):
@@ -328,13 +199,6 @@ def add_machine_flags(group, seed=42, federated=False):
             default=0,
             metavar="N",
             help="processes that share a round's clients; 0: one a core (on CUDA a GPU), as clients and memory allow",
-        )
-        group.add_argument(
-            "--patience",
-            type=positive_float,
-            default=30.0,
-            metavar="X",
-            help="minutes that a process waits for another before it says at which client that one is",
         )
     group.add_argument(
         "--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products"
@@ -366,17 +230,15 @@ def say(line):
     tqdm.write(line, file=sys.stderr)
 
 
-def say_waiting(args=None):
-    """Says what waits, and what the flags have to say (once): nothing can be refused any more."""
+def say_waiting():
+    """Says what waits: nothing can be refused any more."""
     waiting, _Waiting.lines = _Waiting.lines or [], None
-    notes = getattr(args, "notes", [])
-    for line in (*notes, *waiting):
+    for line in waiting:
         say(line)
-    notes.clear()
 
 
 @contextlib.contextmanager
-def _waiting(args):
+def _waiting():
     """What is said by `say` and `warnings.warn` waits until the run begins, or until the end of what is not refused."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {_one_line(message)}")
@@ -384,12 +246,17 @@ def _waiting(args):
         try:
             yield
             if os.environ.get("RANK", "0") == "0":
-                say_waiting(args)
+                say_waiting()
         except RunFailed:
-            say_waiting(args)
+            say_waiting()
             raise
         finally:
             _Waiting.lines = None
+
+
+def parse(parser, complete=lambda args: args):
+    """The flags of this process's command line, completed; where that is a UsageError, its line and exit code 2."""
+    return checked(complete, parser.parse_args())
 
 
 def checked(function, *args):
@@ -400,28 +267,99 @@ def checked(function, *args):
         end_with(f"error: {error}")
 
 
-def run_main(main, args, end=sys.exit, reason=lambda: None):
-    """Calls `main(args)` and ends the process with the exit code and the one line that users can rely on.
+# ---- how a script is called, and how it is stopped
 
-    end: what ends the process, a function of the exit code; reason: as of `common.stopping.stoppable`. What an
-    interruption's notes (`add_note`) say of how to go on is part of its line.
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which queues send before they take a machine away: like Ctrl-C (SIGINT), but for the exit code."""
+
+
+class _Stop:
+    waiting = None  # signals that came while `undisturbed`
+
+
+def run_main(main, args):
+    """Calls `main(args)` and ends the process with the exit code and the one line that users can rely on."""
+    code, line, _ = outcome(main, args)
+    if line:
+        print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def outcome(main, args):
+    """Calls `main(args)`. Returns (exit code, the line that says why, "" for 0, its exception or None).
+
+    What an interruption's notes (`add_note`) say of how to go on is part of its line.
     """
     try:
-        with stoppable(reason), _waiting(args):
-            code = main(args)
+        with stoppable(), _waiting():
+            return main(args) or 0, "", None
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        return 2, f"error: {error}", error
     except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        code = 1
+        return 1, f"failed: {error}", error
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"error: {error.strerror}: {str(error.filename)[:60]}...: give a shorter one", file=sys.stderr)
-        code = 2
+        return 2, f"error: {error.strerror}: {str(error.filename)[:60]}...: give a shorter one", error
     except KeyboardInterrupt as error:
-        code = code_of(error)
-        how = "terminated" if code == 143 else "interrupted"
-        print(": ".join([how, *getattr(error, "__notes__", ())[:1]]), file=sys.stderr)
-    end(code or 0)
+        code, how = (143, "terminated") if isinstance(error, Terminated) else (130, "interrupted")
+        return code, ": ".join([how, *getattr(error, "__notes__", ())[:1]]), error
+
+
+@contextlib.contextmanager
+def stoppable():
+    """Inside, SIGINT raises KeyboardInterrupt and SIGTERM `Terminated`; once more, later, ends the process at once.
+
+    An error that follows from the interruption (a library turned it into one of its own) is raised as the interruption.
+    C++ code is not broken off: the exception comes when it returns. A signal that was ignored from outside stays so.
+    """
+    came = []  # when, and what was raised
+
+    def stop(number, frame):
+        if _Stop.waiting is not None:
+            _Stop.waiting.append(number)
+        elif not came:
+            came.extend((time.monotonic(), Terminated("SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt()))
+            raise came[1]
+        elif time.monotonic() > came[0] + AGAIN:
+            os._exit(128 + number)
+
+    with _handled_by(stop):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # who started this process may have held them back
+        try:
+            yield
+        except Exception as error:
+            if came and error is not came[1]:
+                raise came[1] from error
+            raise
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """Inside, what `stoppable` raises waits; other programs that are started inside get their signals as ever."""
+    outer, _Stop.waiting = _Stop.waiting, []
+    try:
+        yield
+    finally:
+        came, _Stop.waiting = _Stop.waiting, outer
+        if came:
+            signal.raise_signal(came[0])
+
+
+def ended_at_once():
+    """A block in which a signal ends the process: while C++ code waits for another process, no exception comes."""
+    return _handled_by(signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _handled_by(handler):
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, old in before.items():
+        if old is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)

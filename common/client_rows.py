@@ -29,7 +29,7 @@ def rows_on_disk(total_clients, sampled, row_bytes):
     return moving or total_clients * row_bytes > MEMORY
 
 
-class ClientRows:
+class ClientRows(parallel.Follower):
     """Rows {field: tensor} of clients. A `lasting` object of a run: a checkpoint holds a file per client.
 
     Args: folder: working copies of rows on disk; on_disk: see `rows_on_disk`; in_place: the tensors of a row are

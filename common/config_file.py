@@ -14,12 +14,17 @@ def apply_config(parser, path, keys, known=(), switches=None):
     Args: keys: {"section.key": name of the flag in the parsed arguments, None where it has no effect}; known: further
         keys, of other scripts that the same file serves, which are checked for their names only; switches: {flag:
         (other flag, value)}, switches that only set another flag.
-    Raises UsageError for an unknown key (with the nearest known one), a key that is there twice, a value of the wrong
-    kind, no yaml file.
+    Raises UsageError for an unknown key (with the nearest known one), a value of the wrong kind, no yaml file.
     """
-    content = _read(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} cannot be read as yaml: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path}: the file must hold keys and values")
     actions, switches, every = {action.dest: action for action in parser._actions}, switches or {}, {*keys, *known}
-    for key, value in _flat(content, {name.split(".")[0] for name in every if "." in name}):
+    for key, value in _flat(content):
         if key not in every:
             near = difflib.get_close_matches(key, sorted(every), n=1, cutoff=0.0)[0]
             raise UsageError(f"--config {path}: unknown key {key}: did you mean {near}?")
@@ -27,51 +32,16 @@ def apply_config(parser, path, keys, known=(), switches=None):
         if dest in switches and isinstance(value, bool):  # a default of the flag that it stands for
             dest, value = switches[dest][0], switches[dest][1] if value else None
         if dest in actions and value is not None:
-            value = _checked(actions[dest], value, f"--config {path}: {key}")
-            if value != actions[dest].default:
-                parser.defaulted[dest] = f"{key} of --config"
-            parser.set_defaults(**{dest: value})
+            parser.set_defaults(**{dest: _checked(actions[dest], value, f"--config {path}: {key}")})
 
 
-class _Loader(yaml.SafeLoader):
-    """Of a key that is there twice yaml takes the last and says nothing."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key.value, str)):
-            if key.value in seen:
-                raise UsageError(f"line {key.start_mark.line + 1}: {key.value} is there twice: drop one of the two")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read(path):
-    """The keys and values in the yaml file at `path`."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, _Loader) or {}
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}: name a yaml file") from None
-    except UsageError as error:
-        raise UsageError(f"--config {path}: {error}") from None
-    except RecursionError:
-        raise UsageError(f"--config {path}: brackets in brackets in brackets: two levels are all it takes") from None
-    except Exception as error:  # not only YAMLError: a date that is none, a tag without its value
-        raise UsageError(f"--config {path} is not yaml: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {path}: the file must hold keys and values")
-    return content
-
-
-def _flat(content, sections):
-    """("section.key", value) or ("key", value) of each; a section that is empty has none."""
+def _flat(content):
+    """("section.key", value) or ("key", value) of each."""
     for name, value in content.items():
-        if name not in sections:
-            yield str(name), value
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             yield from ((f"{name}.{key}", item) for key, item in value.items())
         elif value is not None:
-            yield f"{name}.{value}", None
+            yield str(name), value
 
 
 def _checked(action, value, where):
@@ -80,17 +50,12 @@ def _checked(action, value, where):
         if not isinstance(value, bool):
             raise UsageError(f"{where}: {value!r} is not true or false")
         return value
-    many = action.nargs == "+"
-    if many != isinstance(value, list) or value == []:
-        raise UsageError(f"{where}: {value!r} must be {'a list of values' if many else 'one value'}")
-    made = []
-    for item in value if many else [value]:
-        if isinstance(item, (dict, list)) or item is None or item == "" and not getattr(action, "empty", False):
-            raise UsageError(f"{where}: {item!r} must be one value")
-        try:
-            made.append(action.type(str(item)) if action.type else str(item))
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise UsageError(f"{where}: {error}") from None
-        if action.choices and made[-1] not in action.choices:
-            raise UsageError(f"{where}: {item!r} is not one of {', '.join(map(str, action.choices))}")
-    return made if many else made[0]
+    if (action.nargs == "+") != isinstance(value, list):
+        raise UsageError(f"{where}: {value!r} must be {'a list of values' if action.nargs == '+' else 'one value'}")
+    try:
+        made = [(action.type or str)(str(item)) for item in (value if isinstance(value, list) else [value])]
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise UsageError(f"{where}: {error}") from None
+    if wrong := [item for item in made if action.choices and item not in action.choices]:
+        raise UsageError(f"{where}: {wrong[0]!r} is not one of {', '.join(map(str, action.choices))}")
+    return made if action.nargs == "+" else made[0]

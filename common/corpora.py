@@ -9,7 +9,7 @@ import platform
 import re
 from pathlib import Path
 
-from common.cache import cache_folder, one_line
+from common.cache import one_line
 from common.cli import UsageError
 from common.hub import hub_dataset
 
@@ -49,17 +49,17 @@ def data_folder(data_root=None):
     return Path(data_root or os.environ.get("FEDQUARTET_DATA") or "data").expanduser().absolute()
 
 
-def load_corpus(dataset, data_root=None, cache_dir=None):
+def load_corpus(dataset, data_root=None):
     """The documents of `dataset`, "wikitext2" or "demo", as a `Corpus`.
 
-    wikitext2: files under the data folder (raw or tokens variant), else the copy that an earlier download
-    left in the cache, else the hub. demo: needs neither files nor a network.
+    wikitext2: files under the data folder (raw or tokens variant), else the hub, or its library's cache. demo: needs
+    neither files nor a network.
 
     Raises UsageError for an unknown name, an unreadable or incomplete local copy, and when there is no local
     copy and the hub cannot be reached.
     """
     if dataset == "wikitext2":
-        return _wikitext2(data_folder(data_root), cache_folder(cache_dir))
+        return _wikitext2(data_folder(data_root))
     if dataset == "demo":
         return _demo()
     raise UsageError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
@@ -76,14 +76,13 @@ FILES = (  # variant, then its names of the three splits, in the order of prefer
 )
 
 
-def _wikitext2(root, cache):
+def _wikitext2(root):
     variant, paths = _find_wikitext2(root)
     if paths:
         return _wikitext2_corpus(variant, f"data root, {paths[0].name}", [_read_text(path) for path in paths])
     rows = hub_dataset(
         ("Salesforce/wikitext", "wikitext-2-raw-v1"),
         dict.fromkeys(SPLITS, ("text",)),
-        cache / "wikitext-2-raw-v1.json.gz",
         f"no WikiText-2 under {root}",
         f"{', '.join(RAW_FILES)} (or train.txt, valid.txt, test.txt) into {root / 'wikitext-2'}",
     )

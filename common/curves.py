@@ -1,4 +1,4 @@
-"""Curves of a run, whether it failed by them, and the one style that every figure of the project has.
+"""Curves of a run, and the one style that every figure of the project has.
 
 Nothing here imports matplotlib at import time and nothing uses `pyplot`: a figure is an object that is
 drawn and saved, so a training process needs no display and keeps no state. Lines differ in colour, dash and
@@ -177,25 +177,6 @@ def number(value):
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return math.nan
-
-
-def failure(rows):
-    """Why a run of these lines of metrics.jsonl failed, in words; "" if it did not.
-
-    It failed if it raised the alarm `diverged`, or its last validation loss is not finite, above its first
-    evaluation's after a round, or above the model's before training, of round 0 (a run that breaks in its
-    first round can fall from then on).
-    """
-    if any(alarm["detector"] == "diverged" for row in rows for alarm in row.get("alarms") or []):
-        return "diverged"
-    evaluated = [(row["round"], number(row["val_loss"])) for row in rows if row.get("val_loss") is not None]
-    losses = [loss for t, loss in evaluated if t > 0]
-    if not losses or math.isnan(losses[-1]):
-        return "the loss is not finite" if losses else "no evaluation"
-    if losses[-1] > losses[0]:
-        return "ends above its first evaluation"
-    start_loss = next((loss for t, loss in evaluated if t == 0), math.inf)
-    return "ends above the model before training" if losses[-1] > start_loss else ""
 
 
 def draw_curve(run_folder):

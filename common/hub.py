@@ -1,27 +1,20 @@
-"""The hub: whether it answers, data sets and models from it, and where an earlier download left them."""
+"""The hub: whether it answers, data sets and models from it through their libraries' own caches and offline modes."""
 
 import contextlib
-import gzip
 import json
-import math
 import os
-import re
 import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 
-from common.cache import cache_folder, cached, one_line, read_cached, write_cached
+from common.cache import cache_folder, one_line
 from common.cli import RunFailed, UsageError
-from common.early import stop_if_checked
 
 # Everything that asks the hub's library for a model gives these: it takes a download with fewer files for incomplete.
 MODEL_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights; no pickles
 _VARIABLES = ("HF_HOME", "HF_HUB_CACHE")
 ANSWER_SECONDS = 5  # for a server's first answer
-MASKS = ("attn.bias", "attention.bias", "masked_bias")  # of GPT-2 and GPT-NeoX: buffers in their files, no weights
-# In a config.json: what is counted; the most classes and the most numbers of a new head
-_COUNT = re.compile(r"n_layers?|num_(hidden_|decoder_|encoder_)?layers|depth|num_labels")
-_MOST_CLASSES, _NEW_NUMBERS = 100_000, 50_000_000
 
 
 def hub_reachable():
@@ -39,44 +32,41 @@ def answers(address):
         pass  # an answer, if not a friendly one: the client will say what is wrong
     except (OSError, ValueError):
         return False
-    stop_if_checked("study")  # what can be downloaded will be, by the run
     return True
 
 
-def hub_dataset(name, columns, path, what, files):
-    """{split: {column: list}} of a data set on the hub: JSON values, asked for once and kept at `path` (.json.gz).
+def hub_dataset(name, columns, what, files):
+    """{split: {column: list}} of a data set on the hub, or in the cache of its library.
 
     Args: name: ("owner/name", its configuration if it has some); columns: {split: names of columns}; what, files: what
         the message says is not there, and which files would do instead of the hub.
     Raises: UsageError when it is not in the cache and the hub cannot be reached or does not give it.
     """
+    online = hub_reachable()
+    import datasets  # only here: it takes a second to import
 
-    def download():
-        if not hub_reachable():
-            raise UsageError(
-                f"{what} and the hub cannot be reached: put {files}, or give --data-root, or take --dataset demo"
-            )
-        import datasets  # only here: it takes a second to import
-
-        try:
+    try:
+        with contextlib.nullcontext() if online else _offline(datasets.config):
             splits = datasets.load_dataset(*name)
-            return {split: {c: list(splits[split][c]) for c in columns[split]} for split in columns}
-        except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
-            raise UsageError(
-                f"the hub did not give {' '.join(name)} ({one_line(error)}): try again, or put the files under "
-                "--data-root, or take --dataset demo"
-            ) from error
+        return {split: {c: list(splits[split][c]) for c in columns[split]} for split in columns}
+    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        why = f"the hub did not give it ({one_line(error)})" if online else "the hub cannot be reached"
+        raise UsageError(f"{what} and {why}: put {files}, or give --data-root, or take --dataset demo") from error
 
-    def unpack(stored):
-        rows = json.loads(gzip.decompress(stored))  # which checks its CRC
-        for split, names in columns.items():
-            if len({len(rows[split][column]) for column in names}) != 1:
-                raise ValueError(f"columns of {split} do not have the same length")
-        return rows
 
-    return cached(
-        path, download, lambda rows: gzip.compress(json.dumps(rows).encode("utf-8"), mtime=0), unpack, "downloading it"
-    )
+@contextlib.contextmanager
+def _offline(*settings):
+    """The libraries look into their caches only: else they try a network that is not there for a minute."""
+    from huggingface_hub import constants
+
+    before = [(place, place.HF_HUB_OFFLINE) for place in (constants, *settings)]
+    for place, _ in before:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in before:
+            place.HF_HUB_OFFLINE = value
 
 
 def hub_cache():
@@ -85,9 +75,10 @@ def hub_cache():
     None, the library's own choice, when environment variable HF_HOME or HF_HUB_CACHE is set, when there was no such
     download, or when its folder is gone.
     """
-    stored = None if winning_variable() else read_cached(_record())
-    folder = Path(os.fsdecode(stored)) / "hub" if stored else None
-    return folder if folder and folder.is_dir() else None
+    if winning_variable() or not _record().is_file():
+        return None
+    folder = Path(os.fsdecode(_record().read_bytes())) / "hub"
+    return folder if folder.is_dir() else None
 
 
 def download(model, revision="main", cache_dir=None, online=True):
@@ -153,30 +144,7 @@ def load_pretrained(kind, source, what, advice, **options):
 
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, **options}
     with quiet(), reading(what, advice):
-        if Path(source).is_dir():
-            check_sizes(kind, Path(source))
-        model, info = kind.from_pretrained(source, **options)
-        odd = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-        if odd:
-            raise ValueError(f"{odd[0]} is not finite")
-        for key in not_floating(source):  # transformers would make numbers of them
-            if key.endswith((".weight", ".bias")) and not key.endswith(MASKS):
-                raise ValueError(f"{key} has no floating numbers")
-        for key in info["unexpected_keys"]:  # fewer layers in config.json than in the weights
-            if re.search(r"\b(layers?|h|blocks?)\.\d+\.", key) and not key.endswith(MASKS):
-                raise ValueError(f"{key} has no place in the model of its config.json")
-        return model, info
-
-
-def not_floating(folder):
-    """Names of the tensors in a folder's model*.safetensors that hold integers or truth values."""
-    from safetensors import safe_open
-
-    names = []
-    for path in Path(folder).glob("model*.safetensors"):
-        with safe_open(path, "pt") as tensors:
-            names += [key for key in tensors.keys() if "F" not in tensors.get_slice(key).get_dtype()]
-    return names
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
 
 
 def weight_bytes(folder):
@@ -196,33 +164,6 @@ def reading(what, advice):
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UsageError(f"{what} ({one_line(error)[:300]}): {advice}") from error
-
-
-def check_sizes(kind, folder):
-    """Raises where building the model of a folder's config.json would fail, take hours or all memory.
-
-    The model is built without its numbers, and may have no more of them than the folder's files, but for a new head;
-    where there are no weights, not a billion.
-    Args: kind: a class of transformers. Raises: ValueError, and what transformers raises for the configuration: see
-    `reading`.
-    """
-    import torch
-    from safetensors import safe_open
-    from transformers import AutoConfig
-
-    file, shapes = folder / "config.json", []
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, "pt") as tensors:
-            shapes += [tensors.get_slice(key).get_shape() for key in tensors.keys()]
-    layers, numbers = (len(shapes), sum(map(math.prod, shapes))) if shapes else (1000, 20 * _NEW_NUMBERS)
-    for name, value in read_config(file).items():
-        if _COUNT.fullmatch(name) and type(value) is int and value > (_MOST_CLASSES if "label" in name else layers):
-            raise ValueError(f"{file} has {name} {value}, its weights have not")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        built = getattr(kind, "from_config", kind)(config)
-    if (here := sum(p.numel() for p in built.parameters())) > 2 * numbers + _NEW_NUMBERS:
-        raise ValueError(f"{file} names a model of {here} numbers, its weights have {numbers}")
 
 
 def read_config(path):
@@ -251,10 +192,13 @@ def quiet():
 
 def remember_home(hf_home):
     """Makes `hub_cache` find the absolute folder `hf_home`; None: forgets what it knew."""
-    if hf_home is None:
+    try:
         _record().unlink(missing_ok=True)
-    else:
-        write_cached(_record(), os.fsencode(hf_home))
+        if hf_home is not None:
+            _record().parent.mkdir(parents=True, exist_ok=True)
+            _record().write_bytes(os.fsencode(hf_home))
+    except OSError as error:
+        warnings.warn(f"cannot write the cache ({error}): give the printed folders as --model", stacklevel=2)
 
 
 def winning_variable():

@@ -195,18 +195,6 @@ class Moments:
             first = next(iter(self.weights.parameters.values()))
             self.rows.put(k, {**self._row, "step": self.optimizer.state[first]["step"].cpu()})
 
-    def open_round(self, clients):
-        """Nothing, as the three below: no client sees another's moments."""
-
-    def of_client(self):
-        return ()
-
-    def offer(self, weight):
-        pass
-
-    def close_round(self, delta, lr):
-        pass
-
 
 class OptimizerState:
     """A torch optimiser's state as {"parameter/field": tensor}: a `lasting` object of central training.

@@ -11,7 +11,6 @@ import warnings
 from copy import deepcopy
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from common.cli import UsageError
 from common.hub import quiet
@@ -41,6 +40,8 @@ def find_targets(model, wanted=None):
     Raises UsageError for an architecture that is not in `TARGETS`, or a name that no linear layer has; both list
     the names that there are.
     """
+    from transformers.pytorch_utils import Conv1D
+
     linear = {
         name.rsplit(".", 1)[-1]
         for name, part in getattr(model, model.base_model_prefix).named_modules()

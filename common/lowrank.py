@@ -15,8 +15,7 @@ Client k's adapter adds Delta_k = s_k B_k A_k to a layer (see `common.products`)
 
 FedRot-LoRA's R_k leaves B_k R_k R_k^T A_k as it is (`common.factors.rotated`): the first, third, ... round takes A
 nearest to the round's start, the others B. (Its public code counts rounds from 0 and rotates none in the first. Here a
-first round aligns A, so that a round from a given adapter is the rule's.) Beside the rules, for comparison only, stands
-`florana`, FLoRA-NA's (`common.factors.combined`): mean A, mean B with coefficients that fit the mean product.
+first round aligns A, so that a round from a given adapter is the rule's.)
 
 With a server learning rate eta each takes theta + eta (mean - theta): of A and B, and of the products too, of which
 svd, stack and residual then serve (1 - eta) s B A + eta Delta in the place of Delta, s B A being what was served.
@@ -33,13 +32,11 @@ import torch
 from common import parallel
 from common.aggregation import WeightedMean
 from common.choices import RULES
-from common.factors import combined, rotated
+from common.factors import rotated
 from common.products import Product, distance, fresh_A, quotient, truncate
 from common.seeding import torch_stream
-from common.vector import is_finite
 
 MIXED_RANKS = ("svd", "stack")  # the rules that take clients of different ranks and scales
-STEPPED = ("naive", "ffa", "rolora", "rotate")  # the rules whose factors a server optimiser may move
 
 
 def trained_factors(rule, round):
@@ -47,7 +44,7 @@ def trained_factors(rule, round):
 
     rolora begins with B: at B = 0 the gradient of A is zero, and a round of A would be lost.
     """
-    if rule not in (*RULES, "florana"):
+    if rule not in RULES:
         raise ValueError(f"rule {rule!r} is not one of {', '.join(RULES)}")
     if rule == "head":
         return ()
@@ -65,15 +62,15 @@ def trained_factors(rule, round):
 class Served:
     """What a rule serves after a round.
 
-    factors: {layer: (A, B)}, with the scale `scale`; updates: {layer: `Product`} to add to the base weights (stack and
-    residual; else empty); error: ||served - mean(BA)|| / ||mean(BA)|| over all layers, of the factors as they are
-    rounded and of `updates` before they are, without a server optimiser's step (mean(BA): with a server learning rate
-    what is taken in its place); norm: ||mean(BA)|| over all layers;
-    discarded: the share of Delta's energy (squared norm) that svd cut off, else 0; missing: directions of all layers
-    that svd had to draw.
+    factors: {layer: (A, B)}, with the scale `scale`; head [h], where the round has one; updates: {layer: `Product`} to
+    add to the base weights (stack and residual; else empty); error: ||served - mean(BA)|| / ||mean(BA)|| over all
+    layers, of the factors as they are rounded and of `updates` before they are (mean(BA): with a server learning rate
+    what is taken in its place); norm: ||mean(BA)|| over all layers; discarded: the share of Delta's energy (squared
+    norm) that svd cut off, else 0; missing: directions of all layers that svd had to draw.
     """
 
     factors: dict
+    head: torch.Tensor | None
     scale: float
     updates: dict
     error: float
@@ -87,7 +84,7 @@ class AdapterMean:
 
         mean = AdapterMean("svd", factors, scale, clients, t, seed)
         for k in clients:
-            mean.add(train(k), weight=n_k)
+            mean.add(train(k))
         served = mean.result()
 
     The same bits for any number of processes. Memory: of the clients' factors at most min(d, k) columns for each layer
@@ -96,13 +93,13 @@ class AdapterMean:
     Args:
         rule: one of `RULES`.
         factors: {layer: (A, B)} that the round began with, not to be changed while clients are added.
-        scale: their s, and the clients' unless `add` names another.
+        scale: their s; client_scale: the clients' where it is another and `add` names none.
         server_lr: eta; 1: the plain mean.
         clients: `common.parallel.Round`.
         round, seed: for what the round trains (`trained_factors`) and for the random rows that it may need.
         rank, new_scale, split: of the adapter that svd serves (rank and new_scale of stack's fresh one too); rank and
             scale default to those of `factors`, and are those for the other rules.
-        rotation: lambda in 0..1 of rotate, how far towards the best rotation.
+        head: the vector [h] of the head's weights that the round began with, whose mean is served beside the adapter.
     """
 
     def __init__(
@@ -117,55 +114,53 @@ class AdapterMean:
         new_scale=None,
         split="us",
         server_lr=1.0,
-        rotation=1.0,
+        head=None,
+        client_scale=None,
     ):
         self.rule, self.factors, self.scale, self.clients = rule, dict(factors), scale, clients
         self.round, self.seed, self.split = round, seed, split
-        self.server_lr, self.rotation = server_lr, rotation
+        self.server_lr = server_lr
         ranks = {A.shape[0] for A, _ in self.factors.values()}
         self.rank = max(ranks) if rank is None else rank
         self.new_scale = scale if new_scale is None else new_scale
+        self.client_scale = scale if client_scale is None else client_scale
         if rule not in MIXED_RANKS and (self.new_scale != scale or ranks != {self.rank}):
             raise ValueError(f"rule {rule} serves the rank and scale of its clients: take {' or '.join(MIXED_RANKS)}")
         self.trained = trained_factors(rule, round)
-        of_factors = self.trained and rule not in (*MIXED_RANKS, "florana")
+        of_factors = self.trained and rule not in MIXED_RANKS
         self._mean = WeightedMean(self._vector(self.factors), clients) if of_factors else None
-        self._products = _ProductMeans(clients, self.factors, keep=rule == "florana")
+        self._head = None if head is None else WeightedMean(head, clients)
+        self._products = _ProductMeans(clients, self.factors)
 
-    def add(self, factors, weight, scale=None, finite=()):
+    def add(self, factors, head=None, scale=None):
         """Adds the client that the round is at. Returns False if it is left out: something is not finite.
 
-        Args: factors: {layer: (A, B)}; weight: at least 0, e.g. its number of examples; scale: its s; finite: other
-            tensors that must be finite, such as its head.
-        Raises: ValueError for a weight below 0, another layer size, a rank or scale that the rule does not take, and
-            for a changed factor that the rule does not train.
+        Args: factors: {layer: (A, B)}; head: its vector [h], where the round has one; scale: its s.
+        Raises: ValueError for another layer size, a rank or scale that the rule does not take, and for a changed factor
+            that the rule does not train.
         """
-        scale = self.scale if scale is None else scale
+        scale = self.client_scale if scale is None else scale
         if self.rule not in MIXED_RANKS and scale != self.scale:
             raise ValueError(f"rule {self.rule}: an adapter has scale {scale:g}, the others {self.scale:g}")
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"weight {weight} is not a finite number of at least 0")
-        if not is_finite(*(t for pair in factors.values() for t in pair), *finite):
-            self.clients.leave_out(self.clients.current)
+        heads = () if self._head is None else (head,)
+        if not self.clients.counts((factors, head), *(t for pair in factors.values() for t in pair), *heads):
             return False
         for name, letter, t in _entries(factors):
             before = self.factors[name]["AB".index(letter)]
             if letter not in self.trained and not torch.equal(t.to(before.device), before):
                 raise ValueError(f"{name}.{letter} was changed, but {self.rule} trains {self.trained} in this round")
         if self._mean is not None:
-            self._mean.add(self._vector(self._aligned(factors) if self.rule == "rotate" else factors), weight)
-        self._products.add(factors, weight, scale)
+            self._mean.add(self._vector(self._aligned(factors) if self.rule == "rotate" else factors))
+        for head in heads:
+            self._head.add(head)
+        self._products.add(factors, scale)
         return True
 
-    def result(self, step=None):
+    def result(self):
         """What is served: a `Served`. With several processes every one must call it.
 
-        Args: step: a server optimiser's step(theta, delta) on the mean factors, for naive, ffa, rolora and rotate (the
-            others change the base, or define their factors up to a rotation only, and moments would mean nothing).
-        Raises: ValueError when no client with a weight above 0 was added, and for a step with another rule.
+        Raises: ValueError when no client with a weight above 0 was added.
         """
-        if step is not None and self.rule not in STEPPED:
-            raise ValueError(f"rule {self.rule} takes no server optimiser: take {' or '.join(STEPPED)}")
         mean = None if self._mean is None else self._paired(self._mean.result(self.server_lr))
         mine = {name: self._layer(name, target, mean) for name, target in self._products.result().items()}
         merged = {name: layer for part in parallel.all_gather(mine) for name, layer in part.items()}
@@ -173,7 +168,8 @@ class AdapterMean:
         layers = [merged[name] for name in self.factors]
         norm, energy = math.hypot(*(one.norm for one in layers)), sum(one.kept + one.discarded for one in layers)
         return Served(
-            factors=factors if step is None else self._paired(step(self._mean.theta, self._mean.delta())),
+            factors=factors,
+            head=None if self._head is None else self._head.result(self.server_lr),
             scale=self.new_scale,
             updates={name: merged[name].update for name in self.factors if merged[name].update is not None},
             error=quotient(math.hypot(*(one.missed for one in layers)), norm),
@@ -185,7 +181,7 @@ class AdapterMean:
     def _aligned(self, factors):
         """The factors, each layer's rotated to agree with those that the round began with."""
         letter, starts = "AB"[self.round % 2], self.factors
-        return {name: rotated(*pair, starts[name], letter, self.rotation) for name, pair in factors.items()}
+        return {name: rotated(*pair, starts[name], letter) for name, pair in factors.items()}
 
     def _vector(self, factors):
         """The factors that the round trains as one vector."""
@@ -213,8 +209,6 @@ class AdapterMean:
         elif self.rule == "stack":
             new_A = fresh_A(self.rank, A.shape[1], self._stream("fresh adapter", name))
             new_B, update = torch.zeros(len(B), self.rank), target
-        elif self.rule == "florana":
-            new_A, new_B = combined(*self._products.kept[name])
         else:
             new_A, new_B = (A, B) if mean is None else mean[name]
         pair = tuple(new.to("cpu", old.dtype).contiguous() for new, old in ((new_A, A), (new_B, B)))
@@ -246,19 +240,18 @@ class _Layer:
 class _ProductMeans:
     """{layer: weighted mean of the clients' products}, added in the order of the clients; every layer has one process.
 
-    An accumulator of the round's exchanges, as `common.parallel.OrderedSum`. keep: whether `kept` gets {layer: (the
-    clients' adapters, their weights)}, as long as the clients have one scale.
+    An accumulator of the round's exchanges, as `common.parallel.OrderedSum`.
     """
 
-    def __init__(self, clients, factors, keep=False):
+    def __init__(self, clients, factors):
         layers = parallel.my_share(list(factors.items()))
         self._products = {name: Product(len(B), A.shape[1]) for name, (A, B) in layers}
-        self.kept = {name: ([], []) for name, _ in layers} if keep else {}
         self._clients, self._weight, self._given = clients, 0.0, None
         clients.register(self)
 
-    def add(self, factors, weight, scale):
+    def add(self, factors, scale):
         self._clients.take_turn(self)
+        weight = self._clients.weight
         if self._clients.world.size == 1:
             self.exchange([(factors, weight, scale)])
             return
@@ -279,10 +272,6 @@ class _ProductMeans:
             for name, product in self._products.items():
                 if weight > 0:
                     product.add(*map(torch.as_tensor, factors[name]), weight * scale)
-            for name, (adapters, weights) in self.kept.items():
-                if weight > 0:
-                    adapters.append([torch.as_tensor(t).detach().clone() for t in factors[name]])
-                    weights.append(weight)
 
     def result(self):
         """This process's layers. Raises: ValueError for no weight."""

@@ -4,7 +4,6 @@ Its field peak_memory (bytes) is that of the process of the run that has held mo
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -21,13 +20,12 @@ from common.curves import read_metrics
 SHOWN = ("train_loss", "val_loss", "val_ppl", "val_accuracy", "val_f1", "val_matthews", "val_pearson")  # while it runs
 
 
-def client_fields(clients, weights):
-    """`clients` (ids), client_NAME of each (null: left out), train_loss: their mean by these weights of all clients.
+def client_fields(clients):
+    """`clients` (ids), client_NAME of each (null: left out), train_loss: their mean by their weights.
 
     clients: a `common.parallel.Round` that is over; every process calls it.
     """
-    notes = clients.notes()
-    row = {}
+    notes, weights, row = clients.notes(), clients.weights, {}
     losses = {k: seen["train_loss"] for k, seen in notes.items() if seen and "train_loss" in seen}
     if losses:
         row["train_loss"] = math.fsum(weights[k] * v for k, v in losses.items()) / math.fsum(weights[k] for k in losses)
@@ -62,45 +60,23 @@ def append(folder, line):
         os.fsync(file.fileno())
 
 
-def seal(folder):
-    """SHA-256 of the lines so far, for a checkpoint."""
-    path = folder / "metrics.jsonl"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+def lines_to(folder, t, due):
+    """The lines up to round t, that of a checkpoint. due: whether there is an evaluation after so many rounds.
 
-
-def last_round(folder):
-    """The round of the last line that can be read, 0 without any."""
-    with contextlib.suppress(OSError, ValueError):
-        return max((row["round"] for row in read_metrics(folder)), default=0)
-    return 0
-
-
-def lines_to(folder, t, due, sealed=None):
-    """The lines up to round t, that of a checkpoint.
-
-    Args: due: whether there is an evaluation after so many rounds; sealed: what `seal` was at the checkpoint.
-    Raises UsageError where some are missing, twice there or out of order, or are not those of the checkpoint.
+    Raises UsageError where some are missing, twice there or out of order.
     """
-    path, mend = folder / "metrics.jsonl", "put them back, or start the run anew with --overwrite"
+    path = folder / "metrics.jsonl"
     try:
         rows = [row for row in read_metrics(folder) if row["round"] <= t] if path.exists() else []
     except ValueError as error:
         raise UsageError(f"{error}: mend it, or start the run anew with --overwrite") from None
     seen = [row["round"] for row in rows]
-    if missing := sorted({past for past in range(t + 1) if due(past)}.difference(seen)):
-        some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        raise UsageError(f"{path} lacks the lines of rounds {some}, which are in the checkpoint of round {t}: {mend}")
-    if seen != sorted(set(seen)):
+    if seen != sorted({*seen, *filter(due, range(t + 1))}):
         raise UsageError(
-            f"{path} has a round twice or out of order, so two processes wrote it: start the run anew with --overwrite"
+            f"{path} lacks a line that is in the checkpoint of round {t}, or has one twice: put it right, or start the "
+            "run anew with --overwrite"
         )
-    if sealed and hashlib.sha256(_text(rows).encode()).hexdigest() != sealed:
-        raise UsageError(f"{path} was edited: its lines are not those at the checkpoint of round {t}: {mend}")
     return rows
-
-
-def _text(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def cut(folder, rows):
@@ -109,6 +85,6 @@ def cut(folder, rows):
     if path.exists():
         fresh = path.with_name("metrics.jsonl.new")
         with checkpoint.saving(path, fresh):
-            fresh.write_text(_text(rows), encoding="utf-8")
+            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             checkpoint.sync(fresh)
             os.replace(fresh, path)

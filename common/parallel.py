@@ -8,21 +8,24 @@ the client at position i of the round is trained by process i mod P. After each 
 slice j of what its client gave to process j, and each owner adds the P parts in the order of the clients, in fp64, to
 its slice of the sum; at the end the slices are gathered. The same bits for any number of processes.
 
-What goes wrong in one process the others learn by `common.watch`.
+Where one process ends, those that wait for it raise `Gone`.
 """
 
+import contextlib
+import math
 import os
-import pickle
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from common import watch
-from common.cli import RunFailed, UsageError
+from common.cli import RunFailed, UsageError, ended_at_once
+from common.vector import is_finite
 
 # Elements per step on a CPU: fp64 buffers of this length stay in a core's cache (5x faster than without).
 CHUNK = 65536
+DAY = timedelta(hours=24)  # a client may train for hours before the others hear of it
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,8 @@ def init_parallel(device="cpu"):
     own_gpu = kind.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", size)) <= torch.cuda.device_count()
     if own_gpu:
         torch.cuda.set_device(local_rank)
-    watch.meet()
-    store = watch.all_here(size)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if own_gpu else "gloo",
-        store=store,
-        rank=int(os.environ["RANK"]),
-        world_size=size,
-        timeout=watch.DAY,
-    )
+    with ended_at_once(), _with_others():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo", timeout=DAY)
     _world = World(dist.get_rank(), size, local_rank, "nccl" if own_gpu else "gloo")
     return _world
 
@@ -98,7 +94,6 @@ def close_parallel():
     if _world.size > 1:
         dist.destroy_process_group()
     _world = World()
-    watch.leave()
 
 
 def barrier():
@@ -110,14 +105,10 @@ def all_gather(thing):
     """A list with every process's small picklable `thing`, by rank; the same on every process."""
     if _world.size == 1:
         return [thing]
-    # pickled, as torch's all_gather_object does between processes of one run; but its wait would see no signal
-    packed = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(_world.size)]
-    watch.wait(dist.all_gather(sizes, torch.tensor([len(packed)]), async_op=True))
-    longest = int(max(sizes))
-    received = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-    watch.wait(dist.all_gather(received, torch.nn.functional.pad(packed, (0, longest - len(packed))), async_op=True))
-    return [pickle.loads(one[: int(size)].numpy().tobytes()) for one, size in zip(received, sizes, strict=True)]
+    things = [None] * _world.size
+    with _with_others():
+        dist.all_gather_object(things, thing)
+    return things
 
 
 def broadcast(thing):
@@ -136,35 +127,69 @@ def chunks(*tensors, size=CHUNK):
 # ------------------------------------------------------------------------------------------- a round, client by client
 
 
+class Follower:
+    """What goes along with a run's rounds: state that outlives them, or a probe that measures their clients.
+
+    A `Round` opens it, hands it each client that counts, and closes it; a subclass has what it needs of these.
+    """
+
+    def open_round(self, clients, theta):
+        """A round begins. Args: clients: its `Round`; theta: the weights that it begins with."""
+
+    def finite(self, clients):
+        """Vectors of the client that has just worked, beside its weights, without which finite it does not count."""
+        return ()
+
+    def accept(self, clients, theta_k):
+        """The client that the round is at counts. Args: theta_k: as it was given to the mean; not to be kept."""
+
+    def close_round(self, clients):
+        """The round is over: `clients.left_out` are all processes'. Every process calls it."""
+
+    def state_dict(self):
+        """{name: tensor} of what outlives the round."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Takes it back."""
+
+
 class Round:
     """A round's clients in order, longest work first, then by id; iterating yields this process's.
 
-        clients = Round([3, 1, 4])
+        clients = Round([3, 1, 4], weights=n)
         mean = WeightedMean(theta, clients)
         for k in clients:
-            mean.add(train(k), weight=n[k])
+            mean.add(train(k))
         theta = mean.result()
 
     Accumulators that are made with a round exchange between its clients, whatever the loop's body does: a client may
     be skipped. At the end of the loop every process knows who was left out.
 
-    Attributes: clients: all processes' ids, in order; left_out: sorted ids of those whose update was not finite (at the
-    end of the loop: all processes'); amount: sum of what `work` was told.
-    Args: clients: ids; work: {id: size of its work} or None (all alike); closers: called with the round at its end, by
-        every process; hint: the next action where too many are left out.
-    Raises: ValueError for a client named twice; RunFailed, at the end of the loop, where more than half of the clients
-        were left out.
+    Attributes: clients: all processes' ids, in order; weights: what each id counts in a mean; number: t, from 0;
+    left_out: sorted ids of those whose update was not finite (at the end of the loop: all processes'); amount: sum of
+    what `work` was told.
+    Args: clients: ids; weights: {id: weight} or a list by id (None: all 1); work: the size of each one's work, likewise
+        (None: all alike); followers: `Follower`s; theta: the weights that the round begins with, for them; hint: the
+        next action where too many are left out.
+    Raises: ValueError for a client named twice or a weight below 0; RunFailed, at the end of the loop, where more than
+        half of the clients were left out.
     """
 
-    def __init__(self, clients, work=None, closers=(), hint="lower the learning rate", number=0):
+    def __init__(self, clients, weights=None, work=None, followers=(), theta=None, hint="lower the rate", number=0):
         ids = [int(k) for k in clients]
         if len(set(ids)) != len(ids):
             raise ValueError(f"a client is named twice: {sorted(ids)}")
         self.clients = tuple(sorted(ids, key=lambda k: (-work[k] if work is not None else 0, k)))
+        self.weights = dict.fromkeys(ids, 1) if weights is None else {k: weights[k] for k in ids}
+        if bad := {k: w for k, w in self.weights.items() if not 0 <= w < math.inf}:
+            raise ValueError(f"weights {bad} are not finite numbers of at least 0")
         self.world, self.number, self.hint = _world, number, hint
         self.left_out, self.amount = [], 0
-        self.current, self._added = None, set()  # the accumulators that have had the current client
-        self._closers, self._sums, self._notes = list(closers), [], {}
+        self.current, self._added, self._sent = None, set(), None  # the accumulators that have had the current client
+        self._sums, self._notes, self._followers = [], {}, tuple(followers)
+        for follower in self._followers:
+            follower.open_round(self, theta)
 
     def __len__(self):
         return len(self.clients)
@@ -173,16 +198,36 @@ class Round:
         for first in range(0, len(self.clients), self.world.size):
             place = first + self.world.rank
             if place < len(self.clients):
-                self.current, self._added = self.clients[place], set()
-                watch.at(f"client {self.current} of round {self.number + 1}")
+                self.current, self._added, self._sent = self.clients[place], set(), None
                 yield self.current
-                self.current, self._added = None, set()
-                watch.at("")
+                if self._sent is not None and self.current not in self.left_out:
+                    for follower in self._followers:
+                        follower.accept(self, self._sent)
+                self.current, self._added, self._sent = None, set(), None
             if self.world.size > 1 and self._sums:
                 heads = zip(*all_gather([total.head() for total in self._sums]), strict=True)
                 for total, every in zip(self._sums, heads, strict=True):
                     total.exchange(every)
         self._close()
+
+    @property
+    def weight(self):
+        """What the client that the round is at counts in a mean."""
+        return self.weights[self.current]
+
+    def counts(self, sent, *vectors):
+        """Whether the client that the round is at counts: these vectors, and those of the followers, are finite. Else
+        it is left out. sent: what the followers are handed: its weights, as a mean was given them.
+
+        Raises: RuntimeError outside of the loop over the round.
+        """
+        if self.current is None:
+            raise RuntimeError("add() belongs inside `for k in clients:`")
+        if is_finite(*vectors, *(v for follower in self._followers for v in follower.finite(self))):
+            self._sent = sent if self._sent is None else self._sent
+            return True
+        self.leave_out(self.current)
+        return False
 
     def leave_out(self, k):
         """Client k's update is not finite: it does not count in this round."""
@@ -231,8 +276,6 @@ class Round:
         parts = all_gather((self.left_out, self.amount))
         self.left_out = sorted(k for out, _ in parts for k in out)
         self.amount = sum(amount for _, amount in parts)
-        for close in self._closers:
-            close(self)
         out, everyone = self.left_out, len(self.clients)
         if 2 * len(out) > everyone:
             raise LeftOut(
@@ -241,6 +284,25 @@ class Round:
                 self.number,
                 out,
             )
+        for follower in self._followers:
+            follower.close_round(self)
+
+
+class Gone(RunFailed):
+    """Another process ended, and this one, which waited for it, does not know why."""
+
+
+@contextlib.contextmanager
+def _with_others():
+    """Where another process ends, an exchange's connection breaks."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise Gone(
+            f"an exchange broke off ({str(error).split('. ')[0]}): another process has ended, see its output"
+        ) from error
 
 
 class AllFailed(RunFailed):
@@ -340,14 +402,13 @@ class OrderedSum:
 
 def _all_to_all(received, sent, received_sizes, sent_sizes):
     """Process i's j-th part of `sent` becomes process j's i-th part of `received` (1-d tensors, sizes in elements)."""
-    if received.is_cuda and _world.backend == "gloo":
-        staged = torch.empty(received.shape, dtype=received.dtype)
-        watch.wait(dist.all_to_all_single(staged, sent.cpu(), received_sizes, sent_sizes, async_op=True))
-        received.copy_(staged)
-    elif received.is_cuda:  # nccl
-        dist.all_to_all_single(received, sent, received_sizes, sent_sizes)
-    else:
-        watch.wait(dist.all_to_all_single(received, sent, received_sizes, sent_sizes, async_op=True))
+    staged = received.is_cuda and _world.backend == "gloo"
+    into = torch.empty(received.shape, dtype=received.dtype) if staged else received
+    sent = sent.cpu() if staged else sent
+    with _with_others():
+        dist.all_to_all_single(into, sent, received_sizes, sent_sizes)
+    if staged:
+        received.copy_(into)
 
 
 def my_share(things):

@@ -18,6 +18,12 @@ def per_round(participation, total):
     return max(1, int(participation * total + 0.5))
 
 
+def participation_of(args):
+    """The share of the clients that takes part in a round, as a script's flags call it; 1 without such a flag."""
+    flags = vars(args)
+    return flags.get("participation", flags.get("participation_rate", 1.0))
+
+
 def check_participation(participation, total):
     """Raises UsageError for a share of `total` clients that is nearer to nobody than to one."""
     if participation * total < 0.5:

@@ -3,49 +3,49 @@
 On a CPU the default is a process of one thread for each core: two processes of one thread train clients faster than one
 process of two (0.56 against 0.84 of the bare steps), and bits do not depend on how many cores a machine has.
 
-The main process speaks for all. One that fails says why in the store that they share (`common.watch.tell`) and ends;
-the others end with that line. The supervisor, which has started them, says it for one that was killed, hands signals
-on, and ends whoever is left.
+The processes are torch's own (`torch.multiprocessing`): forked on a CPU, started anew for GPUs. Each tells its starter
+how it ended; that one says the first cause in one line, hands signals on, and lets nobody live on.
 """
 
+import argparse
 import atexit
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 import traceback
 
 import torch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-from common import parallel, watch
-from common.cli import RunFailed, UsageError, run_main
-from common.stopping import SIGNALS, code_of, held_back, stoppable
+from common import parallel
+from common.cli import SIGNALS, outcome, run_main
 
-PARENT = "FEDQUARTET_SUPERVISOR"  # environment variable: its process
 PROCESS_MEMORY = 2**30  # bytes that a process takes at least, on a CPU
 PATIENCE = 3  # seconds after a process has refused: what all refuse, the main one has refused by then
-HEARD = 1  # seconds after a process has failed: who waits for it has ended by itself, and is not to be disturbed
-GRACE = 15  # seconds that a process has to end in: queues that send SIGTERM kill after 30
+GRACE = 10  # seconds to hear of another's end by a broken exchange, then by SIGTERM: queues kill 30 after theirs
 
 
 def run_federated(main, args, clients, memory=PROCESS_MEMORY):
-    """Calls `main(args)` in as many processes as --processes says, and ends with the main one's exit code.
+    """Calls `main(args)` in as many processes as --processes says, and ends with the exit code of who failed first.
 
     Args: clients: how many take part in a round (a process without one is idle); memory: bytes that a process will
         take, at a guess: the default number of processes fits into what is free.
     """
     if "WORLD_SIZE" in os.environ:
-        _member(main, args)
+        _under_torchrun(main, args)
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
     size = args.processes or max(1, min(_at_most(on_cuda, args.threads, memory), clients))
     if size == 1:
         run_main(main, args)
-    _supervise(main, args, size, on_cuda)
+    code, line = _supervise(main, args, size, "spawn" if on_cuda else "fork")  # who has seen a GPU cannot be forked
+    if line:
+        print(line, file=sys.stderr)
+    sys.exit(code)
 
 
 def _at_most(on_cuda, threads, memory):
@@ -69,186 +69,117 @@ def _free_memory():
         return 2**40
 
 
-# ---- the supervisor
+# ---- who starts them
 
 
-def _supervise(main, args, size, on_cuda):
-    """Starts the processes, hands signals on, ends all when one fails; exits with the code of the first that did."""
+def _supervise(main, args, size, method):
+    """Starts the processes, hands signals on, ends all when one fails. Returns (exit code, the line that says why)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {PARENT: os.getpid(), "TORCHELASTIC_USE_AGENT_STORE": True}  # the store is the supervisor's
-    places = [{n: str(v) for n, v in (shared | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(size)]
-    if on_cuda:  # a process that has seen the GPU cannot be forked
-        children = [_Command([sys.executable, *sys.argv], place) for place in places]
-    else:  # forked: nothing is imported twice
-        context = multiprocessing.get_context("fork")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        children = [context.Process(target=_child, args=(main, args, place)) for place in places]
-    asked = []
+    place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pipes = [multiprocessing.get_context(method).Pipe(duplex=False) for _ in range(size)]
+    asked, first = [], None
 
     def hand_on(number, frame):
         asked.append(number)
-        _send(children, number)
+        for process in started.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
 
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends who is left is no news
+    sys.stdout.flush()
+    sys.stderr.flush()
+    plain = argparse.Namespace(**vars(args))
     try:
-        with held_back():
-            for child in children:
-                child.start()
-            for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    signal.signal(number, hand_on)
-        watch.meet(host=port)
-        first = _first_to_fail(children, asked)
-        _end_all(children, asked)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for the new ones too, until they are `stoppable`
+        whole = (main, plain, os.getpid(), place, [send for _, send in pipes])
+        started = start_processes(_child, whole, size, join=False, start_method=method)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, hand_on)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for _, send in pipes:
+            send.close()
+        while not started.join(grace_period=GRACE):
+            pass
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        first = error.error_index
     finally:
-        _send(children, signal.SIGKILL)
-    codes = [child.exitcode for child in children]
-    if codes[0] < 0 and (error := watch.failure()):  # it could not say it itself
-        print(f"failed: {error}", file=sys.stderr)
-    code = codes[0] if codes[0] > 0 else codes[first]
-    sys.exit(code if code >= 0 else 128 - code)
+        for process in multiprocessing.active_children():
+            process.kill()
+    if first is None:
+        return 0, ""
+    told = [_received(receive) for receive, _ in pipes]
+    return _cause(told, started.processes[first].exitcode, first, asked)
 
 
-def _first_to_fail(children, asked):
-    """Waits for the processes. Returns the rank of the first that failed, 0 where none did, and says why it was killed.
+def _received(pipe):
+    """What a process told of its end, or None."""
+    with contextlib.suppress(EOFError):
+        return pipe.recv() if pipe.poll() else None
 
-    asked: signals that have been handed on: what ends then was asked to.
+
+def _cause(told, exitcode, first, asked):
+    """(exit code, line) of all. Args: told: {exit code, line, whether another's end is all it knows} of each rank, or
+    None; exitcode, first: of the process that ended first and its rank; asked: signals that were handed on.
     """
-    while any(child.exitcode is None for child in children):
-        for rank, child in enumerate(children):
-            child.join(0.05 / len(children))
-            if child.exitcode:
-                if child.exitcode < 0 and child.exitcode != -signal.SIGTERM and not asked:
-                    name = signal.Signals(-child.exitcode).name
-                    memory = ", perhaps for its memory" if name == "SIGKILL" else ""
-                    watch.tell(f"it was ended by {name}{memory}: the same command with --resume goes on", rank=rank)
-                return rank
-    return 0
-
-
-def _end_all(children, asked):
-    """SIGTERM for who does not hear of it, unless a signal has been handed on, and SIGKILL for who is left then."""
-    _join(children, HEARD)
-    if not asked:
-        _send(children, signal.SIGTERM)
-    _join(children, GRACE)
-    _send(children, signal.SIGKILL)
-    _join(children, GRACE)
-
-
-def _join(children, seconds):
-    end = time.monotonic() + seconds
-    for child in children:
-        child.join(max(0, end - time.monotonic()))
-
-
-def _send(children, number):
-    for child in children:
-        if child.pid is not None and child.exitcode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child.pid, number)
-
-
-class _Command:
-    """A `subprocess.Popen` with the face of a `multiprocessing.Process`."""
-
-    def __init__(self, command, place):
-        self._command, self._place, self._popen = command, place, None
-
-    def start(self):
-        self._popen = subprocess.Popen(self._command, env=os.environ | self._place, process_group=0)
-
-    def join(self, timeout):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(timeout)
-
-    @property
-    def pid(self):
-        return self._popen and self._popen.pid
-
-    @property
-    def exitcode(self):
-        return self._popen.poll()
+    ends = {rank: end for rank, end in enumerate(told) if end}
+    if asked:
+        return next((end[:2] for end in ends.values() if end[0] == 128 + asked[0]), (128 + asked[0], "interrupted"))
+    for rank, (code, line, gone) in ends.items():
+        if 0 < code < 128 and not gone:
+            word, reason = line.split(": ", 1)
+            return code, line if rank == 0 else f"{word}: process {rank}: {reason}"
+    if told[first]:  # somebody has signalled one of the processes, not this one
+        return told[first][:2]
+    how = signal.Signals(-exitcode).name if exitcode < 0 else f"exit code {exitcode}"
+    memory = ", perhaps for its memory" if exitcode == -signal.SIGKILL else ""
+    return 1, f"failed: process {first} was ended by {how}{memory}: the same command with --resume goes on"
 
 
 # ---- one of several processes
 
 
-def _child(main, args, place):
-    os.environ.update(place)
-    os.setpgrp()  # the terminal's Ctrl-C goes to the supervisor, which hands it on
-    _member(main, args)
+def _child(rank, main, args, starter, place, sends):
+    os.setpgrp()  # the terminal's Ctrl-C goes to the starter, which hands it on
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by the starter or not: torch sends it at its end
+    if os.getppid() != starter:  # which was before torch could ask for that
+        os._exit(1)
+    os.environ.update({name: str(value) for name, value in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()})
+    code, line, error = _one_of_all(main, args, rank)
+    sends[rank].send((code, line, isinstance(error, parallel.Gone)))
+    _leave(code)
 
 
-def _member(main, args):
-    """Calls main in one of several processes, which is started already."""
+def _under_torchrun(main, args):
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("RANK", "0"))
-    if PARENT in os.environ:
-        for number in SIGNALS:  # held back until `stoppable`; what comes after it does not change how this process ends
-            signal.signal(number, lambda number, frame: None)
-        threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
-    elif args.processes not in (0, size):
-        main = _refuse
     if size == 1:
         run_main(main, args)
-    if {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # else `init_parallel` says what is missing
-        watch.meet(patience=getattr(args, "patience", None))
-    if rank:
-        _leave(_follow(main, args))
-    run_main(main, args, _leave, watch.stopped)
+    code, line, error = _one_of_all(main, args, rank)
+    if rank == 0 or code < 128 and not isinstance(error, (parallel.AllFailed, parallel.Gone)):
+        time.sleep(PATIENCE if rank and code == 2 else 0)  # where the main process refuses too, torchrun ends all
+        if line:
+            print(f"process {rank}: {line}" if rank else line, file=sys.stderr)
+    _leave(code)
 
 
-def _refuse(args):
-    size = os.environ["WORLD_SIZE"]
-    raise UsageError(f"--processes {args.processes} under torchrun with {size} processes: drop --processes")
-
-
-def _end_with(parent):
-    """Ends this process when the supervisor is gone (killed): nobody else would."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
-    os._exit(137)
-
-
-def _follow(main, args):
-    """main in a process that is not the main one, which is silent. Returns its exit code."""
-    try:
-        with stoppable(watch.stopped), _silence():
-            try:
-                return main(args) or 0
-            except UsageError:
-                time.sleep(PATIENCE)  # where the main process refuses too, it says so and all end
-                raise
-    except (parallel.AllFailed, watch.Gone):  # which the main process says
-        return 1
-    except KeyboardInterrupt as error:
-        return code_of(error)
-    except UsageError as error:
-        watch.tell(error, refused=True)
-        return 2
-    except RunFailed as error:
-        watch.tell(error)
-        return 1
-    except Exception as error:
-        traceback.print_exc()
-        watch.tell(f"{type(error).__name__}: {error}")
-        return 1
-
-
-@contextlib.contextmanager
-def _silence():
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            yield
+def _one_of_all(main, args, rank):
+    """`outcome` of a process; only the main one (rank 0) may write meanwhile. A bug prints its traceback."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.ExitStack() as stack:
+        if rank:
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            return outcome(main, args)
+        except SystemExit as error:
+            return error.code or 0, "", None
+        except Exception as error:
+            traceback.print_exc(file=sys.__stderr__)
+            return 1, f"failed: {type(error).__name__}: {error}", error
 
 
 def _leave(code):
-    watch.ends()
     # A gloo thread that drops its last tensor while the interpreter shuts down aborts the process (seen in one run in
     # ten on busy cores, torch 2.15): leave without that shutdown.
     if parallel.world().size > 1 and code == 0:

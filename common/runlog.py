@@ -5,9 +5,10 @@
         run.begin(data, parameters, clients=facts)       # the folder and run.json
         run.plan(total, every, clients=K)                # how many rounds; says on stderr what runs
         theta = run.restore(theta, named, server=server) # the last checkpoint, or theta as it is
+        run.watch(*probes)                               # what is measured of the rounds' clients
         run.report(0, theta, evaluate)                   # the metrics before training
         for t in run.rounds():
-            clients = run.sample(weights, participation, t, up=bytes, down=bytes)
+            clients = run.sample(study, t)
             for k in clients: ...
             run.report(t + 1, theta, evaluate)           # left-out clients, counters, metrics.jsonl, checkpoint
         run.finish(results)
@@ -25,19 +26,19 @@ import time
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from common import checkpoint, manifest, metrics_log, parallel
-from common.cli import UsageError, say, say_waiting
+from common.cli import UsageError, say, say_waiting, undisturbed
 from common.client_rows import ClientRows
 from common.curves import number, read_metrics
-from common.early import stop_if_checked
 from common.evaluation import pick_device, resolve_amp
-from common.lock import FolderLock
-from common.participation import participants, per_round
+from common.participation import participants, participation_of, per_round
 from common.progress import Progress
 from common.provenance import tracker
 from common.seeding import seed_everything
-from common.stopping import undisturbed
+
+LEAVING = 5  # seconds that a killed process may need until all its files are closed
 
 
 def start_run(command, args, name, unit="tokens"):
@@ -56,24 +57,38 @@ def start_run(command, args, name, unit="tokens"):
     if args.track != "off" and importlib.util.find_spec(args.track) is None:
         raise UsageError(f"--track {args.track} needs the package {args.track}: pip install {args.track}")
     folder = Path(args.output_dir) / name
-    manifest.check_place(folder)
     folder = folder.resolve() if folder.is_symlink() else folder
-    lock = FolderLock(folder)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         if parallel.is_main() and (folder / "run.json").exists():
             with contextlib.suppress(OSError):  # nothing can be written: a run that is finished needs no lock
-                lock.take()
+                _take(lock, folder)
         before = manifest.check_folder(folder, command, args)
-        if before is None:
-            manifest.check_finished(args)
-        elif before["status"] == "finished":
+        if before and before["status"] == "finished":
             if parallel.is_main():
                 print(f"already finished: {folder}\n{folder}")
             sys.exit(0)
     except BaseException:
-        lock.release()
+        _give_back(lock)
         raise
     return Run(command, args, folder, unit, before, lock)
+
+
+def _take(lock, folder):
+    """Holds the run's lock, until `_give_back` or the end of this process. Does nothing where it is held already."""
+    try:
+        lock.is_locked or lock.acquire(timeout=LEAVING)
+    except Timeout:
+        raise UsageError(
+            f"{folder} is in use, another process works in it: wait for its end or choose another --run-name"
+        ) from None
+
+
+def _give_back(lock):
+    if lock.is_locked:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def prepare_machine(args):
@@ -105,6 +120,7 @@ class Run:
         self.amp = resolve_amp(args.amp, self.device)
         self.clients = None  # the `Round` that `sample` made last
         self._lasting, self._named, self._ended, self._left_out = {}, None, None, []
+        self._probes, self._watching, self._theta = (), (), None  # theta: as the round begins
         self._lock = lock
         self._progress = self._tracker = None
         self._shown = ""  # of the last evaluation
@@ -120,7 +136,7 @@ class Run:
             if self.begun and kind is not None and parallel.is_main():
                 self._note_end(kind, error)
         finally:
-            self._lock.release()
+            _give_back(self._lock)
         if self.begun and isinstance(error, OSError) and error.errno in checkpoint.DISK:
             with checkpoint.saving(error.filename or self.folder):
                 raise error
@@ -158,10 +174,8 @@ class Run:
         differ from seed to seed; resolved: as `resolved`.
         Raises UsageError where a run that is gone on with was started on other data or came to other choices.
         """
-        stop_if_checked("study")
         resolved = resolved or self.resolved()
         self.manifest = manifest.of_run(self.command, self.args, resolved, data, clients, parameters)
-        manifest.add_session(self.manifest, self.before, 0)
         self._t0 = time.perf_counter()
         if self.before is not None:
             manifest.check_same(self.folder, self.before, self.manifest)
@@ -172,11 +186,13 @@ class Run:
     def _own_folder(self):
         if parallel.is_main():
             try:
+                replaced = self._lock.is_locked  # by start_run: there is a run
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                _take(self._lock, self.folder)
+                if self.before is None and not replaced and (self.folder / "run.json").exists():
+                    raise UsageError(f"{self.folder} was made by another process meanwhile: choose another --run-name")
                 if self.before is None:
                     self._make_folder()
-                self._lock.take()
-                if self.before is None and (self.folder / "run.json").exists():
-                    raise UsageError(f"{self.folder} was made by another process meanwhile: choose another --run-name")
                 with undisturbed():  # what run.json calls running says how it ends
                     checkpoint.write_json(self.folder / "run.json", self.manifest)
                     self.begun = True
@@ -186,7 +202,7 @@ class Run:
                 ) from error
         self.begun = True
         if parallel.is_main():
-            say_waiting(self.args)
+            say_waiting()
         self._tracker = tracker(self.args, self.folder, self.command) if parallel.is_main() else None
         parallel.barrier()
 
@@ -194,9 +210,8 @@ class Run:
         # out of the way first: a death while deleting must not leave half a run under this name
         old = self.folder.with_name(f".{self.folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
-        if self._lock.held:  # by start_run: there is a run
+        if self.folder.exists():
             os.replace(self.folder, old)
-            self._lock.release()
             shutil.rmtree(old)
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -220,32 +235,23 @@ class Run:
             rows, t = [], 0
             if state:
                 t = state[0]["round"]
-                rows = metrics_log.lines_to(self.folder, t, self.due, state[0].get("log"))
-            else:
-                self._check_unsaved()
-            manifest.add_session(self.manifest, self.before, t)
+                rows = metrics_log.lines_to(self.folder, t, self.due)
             self._own_folder()
             if parallel.is_main():
                 metrics_log.cut(self.folder, rows)
             parallel.barrier()
-        if not state:
-            return theta
-        self._go_on(*state)
-        if isinstance(theta, dict):
-            return {key: saved[key] for key in theta}
-        result = theta.clone()
-        for name, view in self._named(result).items():
-            view.copy_(saved[name])
-        return result
-
-    def _check_unsaved(self):
-        """Raises UsageError where the run has rounds of which there was a checkpoint once."""
-        last = metrics_log.last_round(self.folder)
-        if self.before.get("results") or last > self.save_every:
-            raise UsageError(
-                f"{self.folder} has rounds up to {last} in metrics.jsonl but no checkpoint to go on from: put it back, "
-                "or start the run anew with --overwrite"
-            )
+        if state:
+            self._go_on(*state)
+            if isinstance(theta, dict):
+                theta = {key: saved[key] for key in theta}
+            else:
+                theta = theta.clone()
+                for name, view in self._named(theta).items():
+                    view.copy_(saved[name])
+        elif self.before is not None:
+            self.note("no checkpoint yet: it starts anew")
+        self._theta = theta
+        return theta
 
     def _go_on(self, meta, shared):
         for name, thing in self._lasting.items():
@@ -261,16 +267,26 @@ class Run:
         if self._ended:
             self.note(f"it had ended there, by {self._ended['by']}: no further round is trained")
 
-    def sample(self, weights, participation, t, *, up=0, down=0, work=None):
-        """The clients of round t (from 0), a `common.parallel.Round`: a share of all, without replacement, by the seed.
-
-        weights: what each of the K clients counts in a mean; up, down: bytes that a client sends and receives in this
-        round, a number, a list of all K, or a function of its id; work: size of each client's work, for an even load.
+    def watch(self, *probes):
+        """Probes: `Follower`s of the rounds after which there is an evaluation. What `probe.result(clients, theta)`
+        returns, {field: value}, joins the line of metrics.jsonl. theta: after the round; every process calls it.
         """
-        chosen = participants(self.args.seed, len(weights), participation, t)
-        closers = [thing.close_round for thing in self._lasting.values() if isinstance(thing, ClientRows)]
-        self.clients = parallel.Round(chosen, work, closers, self._hint(), t)
-        self._weights, self._traffic = weights, (up, down)
+        self._probes = probes
+
+    def sample(self, study, t):
+        """The clients of round t (from 0), a `common.parallel.Round`: --participation of all, drawn by the seed.
+
+        study: client_weights, what each of the K clients counts in a mean; bytes_of(t): (up, down), what a client sends
+        and receives, each a number, a list of all K, or a function of its id; work, if it has it: the size of each
+        client's work, for an even load.
+        """
+        weights, work = study.client_weights, getattr(study, "work", None)
+        chosen = participants(self.args.seed, len(weights), participation_of(self.args), t)
+        followers = [thing for thing in self._lasting.values() if isinstance(thing, parallel.Follower)]
+        self._watching = self._probes if self.due(t + 1) else ()
+        followers += self._watching
+        self.clients = parallel.Round(chosen, weights, work, followers, self._theta, self._hint(), t)
+        self._traffic = study.bytes_of(t)
         return self.clients
 
     def _hint(self):
@@ -290,26 +306,27 @@ class Run:
         """Ends the run after this round. by: the alarm or rule."""
         self._ended = manifest.ended("stopped", self._at, by, reason=reason)
 
-    def report(self, t, theta, evaluate, complete=lambda row: {}):
+    def report(self, t, theta, evaluate):
         """What follows t rounds: counts the round's clients; where it is due, evaluates, logs and saves.
 
-        evaluate: function without arguments to {metric: value}, called by every process; complete: function of the
-        row of metrics.jsonl to more of it. Nothing happens for t = 0 in a run that is gone on with.
-        Returns the row, or None.
+        evaluate: function (theta, t, row) to {metric: value}, called by every process; row: what the line of
+        metrics.jsonl has so far: of the round's clients, and of the probes. Nothing happens for t = 0 in a run that is
+        gone on with. Returns the row, or None.
         """
         if t == 0 and self.start_round:
             return None
-        clients, self.clients, self._at = self.clients, None, t
+        clients, self.clients, self._at, self._theta = self.clients, None, t, theta
         if clients is not None:
             self._count_round(clients)
         row = None
         if self.due(t):
             started = time.perf_counter()
-            row = metrics_log.client_fields(clients, self._weights) if clients is not None else {}
+            row = metrics_log.client_fields(clients) if clients is not None else {}
             if self._left_out:
                 row["left_out"], self._left_out = self._left_out, []
-            row |= evaluate()
-            row |= complete(row)
+            for probe in self._watching if clients is not None else ():
+                row |= probe.result(clients, theta)
+            row |= evaluate(theta, t, row)
             row["peak_memory"] = max(parallel.all_gather(metrics_log.peak_memory(self.device)))
             self.eval_seconds += time.perf_counter() - started
             self._log(row)
@@ -336,8 +353,7 @@ class Run:
     def _facts(self, clients):
         """What runs, in words: clients (not of a single one), parameters, device, processes, precision."""
         if clients > 1:
-            flags = vars(self.args)
-            some = per_round(flags.get("participation", flags.get("participation_rate", 1.0)), clients)
+            some = per_round(participation_of(self.args), clients)
             yield f"{clients} clients" + (f", {some} a round" if some < clients else "")
         sizes = self.manifest["parameters"]
         trained = f"{sizes['trainable']:,} trained of " if "trainable" in sizes else ""
@@ -408,9 +424,8 @@ class Run:
             "eval_seconds": self.eval_seconds,
             "ended": self._ended,
             "left_out": self._left_out,
-            "log": metrics_log.seal(self.folder) if parallel.is_main() else None,
         }
-        checkpoint.save(self.folder / "checkpoint", meta, shared, rows, self.args.keep_checkpoints)
+        checkpoint.save(self.folder / "checkpoint", meta, shared, rows)
 
     def metrics(self):
         """The lines of metrics.jsonl so far, as a list of dicts."""
@@ -425,7 +440,6 @@ class Run:
         shutil.rmtree(fresh, ignore_errors=True)
         with checkpoint.saving(self.folder / "final", fresh):
             write(fresh)
-            checkpoint.recover(self.folder / "final")
             checkpoint.swap(fresh, self.folder / "final")
 
     def finish(self, results):

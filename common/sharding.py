@@ -71,7 +71,7 @@ def stratified(labels, k, generator, what="samples"):
     return parts
 
 
-def classes(labels, k, nc, generator, allow_unused=False, what="samples"):
+def classes(labels, k, nc, generator, what="samples"):
     """Every client gets samples of exactly `nc` classes, and every class about equally many clients.
 
     The classes are queued as random permutations one after the other, and client i takes the next nc of the queue:
@@ -80,9 +80,9 @@ def classes(labels, k, nc, generator, allow_unused=False, what="samples"):
     samples are dealt evenly to its clients; those left over go to the clients that have the fewest.
 
     Args: labels: whole numbers [n], the classes are those that occur; generator: a `numpy.random.Generator`.
-    Returns: (list of k sorted int64 arrays, notes: lines for the log). Complete unless k * nc < C and `allow_unused`.
-    Raises: UsageError for nc outside 1..C, for classes without a client (named; `allow_unused` leaves them out and
-        notes it), and for a class with fewer samples than clients.
+    Returns: list of k sorted int64 arrays.
+    Raises: UsageError for nc outside 1..C, for classes without a client (named), and for a class with fewer samples
+        than clients.
     """
     labels = np.asarray(labels)
     names, counts = np.unique(labels, return_counts=True)
@@ -97,16 +97,10 @@ def classes(labels, k, nc, generator, allow_unused=False, what="samples"):
         queue = np.concatenate([queue, first, fresh[~np.isin(fresh, first)]])
     owned = queue[: k * nc].reshape(k, nc)  # [clients, nc]
 
-    notes = []
     unused = np.setdiff1d(np.arange(len(names)), owned)
     if len(unused):
         listed = f"{len(unused)} of {len(names)} classes have no client: {_listed(names[unused])}"
-        if not allow_unused:
-            raise UsageError(
-                f"--num-clients {k} x --nc {nc} is {k * nc}: {listed}; raise one of the two or give "
-                "--allow-unused-classes"
-            )
-        notes.append(f"{listed}; their {counts[unused].sum()} {what} are left out")
+        raise UsageError(f"--num-clients {k} x --nc {nc} is {k * nc}: {listed}; raise one of the two")
     degrees = np.bincount(owned.ravel(), minlength=len(names))  # clients of each class
     for c in np.flatnonzero(counts < degrees)[:1]:
         raise UsageError(
@@ -114,15 +108,15 @@ def classes(labels, k, nc, generator, allow_unused=False, what="samples"):
             f"lower --nc ({nc}) or --num-clients ({k})"
         )
     shares = [[] for _ in range(k)]
-    totals = (counts // np.maximum(degrees, 1))[owned].sum(axis=1)  # before what is left over
-    for c in np.flatnonzero(degrees):
+    totals = (counts // degrees)[owned].sum(axis=1)  # before what is left over
+    for c in range(len(names)):
         owners = np.flatnonzero((owned == c).any(axis=1))
         owners = owners[np.argsort(totals[owners], kind="stable")]
         totals[owners[: counts[c] % degrees[c]]] += 1
         pieces = np.array_split(generator.permutation(np.flatnonzero(labels == names[c])), len(owners))  # longest first
         for client, piece in zip(owners, pieces, strict=True):
             shares[client].append(piece)
-    return [np.sort(np.concatenate(share)) for share in shares], notes
+    return [np.sort(np.concatenate(share)) for share in shares]
 
 
 def dirichlet(labels, k, alpha, generator, min_samples=1, what="samples", flag="--alpha", first=0):

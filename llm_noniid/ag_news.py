@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from common.cache import cache_folder, one_line
+from common.cache import one_line
 from common.cli import UsageError
 from common.corpora import data_folder
 from common.hub import hub_dataset
@@ -17,11 +17,11 @@ _FOLDERS = ("ag_news", "ag_news_csv", "ag-news", ".")  # under the data folder
 _TRAIN_FILES, _TEST_FILE = ("train.csv", "train_sample.csv"), "test.csv"
 
 
-def read(data_root=None, cache_dir=None):
+def read(data_root=None):
     """({"train", "test"}: (texts, labels int64 [n], 0 to 3), source, notes).
 
     From `data_root`/ag_news (or ag_news_csv/, ag-news/, or right below): train.csv, else train_sample.csv, and
-    test.csv; else what an earlier download left in the cache, else the hub. A file has either the official layout (no
+    test.csv; else the hub, or its library's cache. A file has either the official layout (no
     header; class 1 to 4, title, description) or the header `label,text` and the same classes. Title and description are
     joined by a space, as on the hub, and texts are made alike (`tidy`), wherever they are from.
 
@@ -33,7 +33,7 @@ def read(data_root=None, cache_dir=None):
         found = {split: read_csv(path) for split, path in paths.items()}
         source = f"{paths['train'].parent.name}/{paths['train'].name}, {_TEST_FILE}"
     else:
-        found, source = _from_hub(data_folder(data_root), cache_folder(cache_dir)), f"hub, {HUB_NAME}"
+        found, source = _from_hub(data_folder(data_root)), f"hub, {HUB_NAME}"
     notes = [
         f"ag_news {split}: {len(found[split][0])} texts, officially {size} ({source})"
         for split, size in SIZES.items()
@@ -104,11 +104,10 @@ def _not_empty(text, place):
     return text
 
 
-def _from_hub(root, cache):
+def _from_hub(root):
     rows = hub_dataset(
         (HUB_NAME,),
         dict.fromkeys(SIZES, ("text", "label")),
-        cache / "ag_news.json.gz",
         f"no AG News under {root}",
         f"train.csv and test.csv into {root / 'ag_news'}",
     )

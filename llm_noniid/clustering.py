@@ -12,7 +12,7 @@ import numpy as np
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from common.topics import js_divergence
+from llm_noniid.topics import js_divergence
 
 # Rounding of a distance: clients nearer than this are the same. (Square roots make 1e-8 of the 1e-16 before them.)
 _SAME = 1e-6

@@ -24,8 +24,8 @@ from common.cli import UsageError
 from common.corpora import SPLITS, Corpus, documents_sha256, load_corpus
 from common.seeding import stream
 from common.sharding import stratified
-from common.topics import DEMO_TOPICS, article_topics, demo_topics
 from llm_noniid import ag_news
+from llm_noniid.topics import DEMO_TOPICS, article_topics, demo_topics
 
 IGNORE = -100  # the label that no loss counts
 VALIDATION_SHARE, MOST_VALIDATION = 0.05, 2000  # of AG News' training texts, which come without a validation split
@@ -93,7 +93,7 @@ def _take(items, rows):
 
 
 def _ag_news(data_root, cache_dir, seed):
-    splits, source, notes = ag_news.read(data_root, cache_dir)
+    splits, source, notes = ag_news.read(data_root)
     items, labels = splits["train"]
     n = len(items)
     if n < 2:
@@ -107,7 +107,7 @@ def _ag_news(data_root, cache_dir, seed):
 
 
 def _wikitext(data_root, cache_dir, seed):
-    corpus = load_corpus("wikitext2", data_root, cache_dir)
+    corpus = load_corpus("wikitext2", data_root)
     articles = [getattr(corpus, split) for split in SPLITS]
     topics, names = article_topics(articles[0], articles[1:])
     splits, labels, dropped = {}, {}, 0

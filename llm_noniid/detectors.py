@@ -11,7 +11,6 @@ Both say that training has failed, neither foresees it; older logs have alarms o
 The window of 10 is in evaluations, that before training (round 0) among them: a third of the planned `evaluations` (of
 a curve alone: of those it has) where that is less, but at least 3. Both look only back: run on a curve's first t points
 they give exactly those alarms of the whole curve whose round is among them. diverged reports its first alarm only.
-benchmarks/detectors.py measures it, on synthetic curves and on logs.
 
 Curves: {"round": [...], name: [...]}, of equal length, rounds rising; None is a missing value (skipped), nan and inf
 (also as text, as metrics.jsonl has them) are values.
@@ -23,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 
 HELPS = {
-    "diverged": "lower --learning-rate or --local-steps, or clip gradients",
-    "left_out": "lower --learning-rate, clip gradients, or --amp off",
+    "diverged": "lower --learning-rate or --local-steps",
+    "left_out": "lower --learning-rate, or --amp off",
 }
 DETECTORS = tuple(HELPS)
 

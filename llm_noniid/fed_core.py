@@ -1,10 +1,9 @@
-"""What a run of this study is made of: texts, clients and model (`Study`), and what is measured of it.
+"""What a run of this study is made of: texts, clients and model (`Study`), a client's work, and what is measured.
 
-The rounds and the client's steps are in `train.py`, the model and its evaluation in `text_model.py`. A run has one or
-more models, thetas [G, n]: one for all clients, one for each group of them, or one for each client.
+The rounds are in `train.py`, the algorithms in `algorithms.py`, the model and its evaluation in `text_model.py`. A run
+has one or more models, thetas [G, n]: one for all clients, one for each group of them, or one for each client.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -12,16 +11,18 @@ import torch
 
 from common import parallel
 from common.allocator import reuse_large_memory
-from common.best import best_line
+from common.best import Best, best_line
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
-from common.compiling import checked_compile
 from common.curves import number
-from common.personal import Personal, make_personal
-from common.seeding import stream
+from common.local import client_optimizer, local_steps
+from common.parallel import Follower
+from common.participation import per_round
+from common.runlog import Run
+from common.seeding import seed_torch, stream
 from common.sharding import class_counts
 from llm_noniid import clustering, detectors, diagnostics, text_model
-from llm_noniid.data import Texts, load_texts
+from llm_noniid.data import Texts, load_texts, training_batches
 from llm_noniid.partition import partition, statistics
 from llm_noniid.text_model import TextModel
 
@@ -33,37 +34,45 @@ WATCHED = 64  # clients whose updates are compared with each other in a round, a
 class Study:
     """Data and model of a run.
 
-    rows, held: each client's training texts and those that it is judged by; examples: numbers of the former; seen:
-    validation texts that are evaluated, tested: test texts, learnt: as many of the clients' training texts, of each
-    client. All are rows of their split, int64. loss: of a batch, compiled with --compile. personal: what --personal
-    keeps with each client.
+    rows, held: each client's training texts and those that it is judged by; trained: the texts of each client that
+    trains, rows but in central training, which has one client with all; seen: validation texts that are evaluated,
+    tested: test texts, learnt: as many of the clients' training texts, of each client. All are rows of their split,
+    int64. groups: which model is whose; best: with --final best, else None.
     """
 
     args: object
+    run: Run
     texts: Texts
     model: TextModel
     rows: list[np.ndarray]
     held: list[np.ndarray]
-    loss: Callable
+    trained: list[np.ndarray]
     seen: np.ndarray
     tested: np.ndarray
     learnt: list[np.ndarray]
-    personal: Personal
+    groups: "Groups"
+    best: Best | None
+
+    @property
+    def weights(self):
+        """What is trained, as one vector (`common.vector.Weights`)."""
+        return self.model.weights
 
     @property
     def examples(self):
         return [len(rows) for rows in self.rows]
 
     @property
-    def client_weights(self):
-        """What each client counts in a mean: its texts, or 1 with --client-weights uniform."""
-        return self.examples if self.args.client_weights == "examples" else [1] * len(self.rows)
+    def lasting(self):
+        """With the thetas, what of every algorithm outlives a round."""
+        return {"groups": self.groups} | ({"best": self.best} if self.best else {})
 
-    def served(self, thetas):
-        """thetas [G, n] with the mean of the clients' own in the place of what is personal, if anything is."""
-        if not self.personal.names:
-            return thetas
-        return self.personal.served(thetas[0], self.client_weights)[None]
+    def batches(self, k, t):
+        """The rows of client k's batches in round t, each int64."""
+        a, rows = self.args, self.trained[k]
+        steps = a.local_steps * (per_round(a.participation_rate, a.num_clients) if a.algorithm == "central" else 1)
+        batches = training_batches(len(rows), a.batch_size, a.local_epochs, a.seed, t, k, steps or None)
+        return [rows[batch] for batch in batches]
 
     def topic_counts(self):
         """How many training texts of each topic a client has: int64 [K, topics]."""
@@ -71,8 +80,15 @@ class Study:
 
     def names(self, thetas):
         """{"g/A.<layer>", "g/B.<layer>": view} of thetas [G, n]."""
-        named = self.model.weights.named
-        return {f"{g}/{name}": t for g, theta in enumerate(thetas) for name, t in named(theta).items()}
+        return {f"{g}/{name}": t for g, theta in enumerate(thetas) for name, t in self.weights.named(theta).items()}
+
+    def evaluate(self, thetas, t, row):
+        """What is logged of thetas [G, n] after t rounds, see `evaluate` and `judge`. Before the first all are one."""
+        if t == 0:
+            fields = evaluate(self, thetas[:1], 0 * self.groups.of)
+        else:
+            fields = evaluate(self, thetas, self.groups.of)
+        return fields | judge(self, t, {**row, **fields}, thetas)
 
 
 class Groups:
@@ -103,22 +119,31 @@ def load_study(args, run):
             raise UsageError(
                 f"the {len(chosen)} {split} texts have one token each: give longer ones, or --eval-samples 0"
             )
-    loss = checked_compile(model.loss, model.weights.parameters) if a.compile else model.loss
     every = np.concatenate(rows)
     learnt = np.zeros(len(every), dtype=bool)
     learnt[evaluated(len(every), len(seen), a.seed, "training")] = True
     cuts = np.cumsum(list(map(len, rows)))[:-1]
     learnt = [mine[of] for mine, of in zip(rows, np.split(learnt, cuts), strict=True)]
-    names = text_model.last_block([*model.weights.shapes]) if a.personal == "last" else ()
-    personal = make_personal(model.weights, names, run.folder / "personal", a.num_clients, run.device)
-    study = Study(a, texts, model, rows, held, loss, seen, tested, learnt, personal)
+    study = Study(
+        args=a,
+        run=run,
+        texts=texts,
+        model=model,
+        rows=rows,
+        held=held,
+        trained=[np.sort(every)] if a.algorithm == "central" else rows,
+        seen=seen,
+        tested=tested,
+        learnt=learnt,
+        groups=Groups(np.zeros(len(rows))),
+        best=Best() if a.final == "best" else None,
+    )
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
     data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
     cut = {split: tokens.cut for split, tokens in model.tokens.items()}
     shards = {"examples": [len(part) for part in parts], "sha256": splits, "cut": cut}
     total = sum(p.numel() for p in model.module.parameters())
     parameters = {"total": total, "trainable": model.weights.size}
-    parameters |= {"personal": study.personal.size} if study.personal.names else {}
     run.begin(data, parameters | text_model.base_facts(model.module, model.tokenizer), clients=shards)
     n = sorted(study.examples)
     sizes = f"{len(n)} clients, training texts a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})"
@@ -153,7 +178,54 @@ def evaluated(n, wanted, seed, split):
     return np.sort(stream(seed, f"evaluated {split}").choice(n, wanted, replace=False))
 
 
+# ---- a client's work
+
+
+def new_optimizer(study):
+    """A client's optimiser, without state."""
+    a = study.args
+    return client_optimizer(a.client_optimizer, study.weights.parameters, a.learning_rate)
+
+
+def client_update(study, theta, k, t, optimizer=None, **method):
+    """Client k's steps of round t from theta [n]; theta_k is then in the model. Returns `common.local.LocalResult`.
+
+    Args: optimizer: by default a new one; method: what an algorithm asks of `common.local.local_steps`.
+    """
+    a, model, clients = study.args, study.model, study.run.clients
+    model.weights.load(theta)
+    model.module.train()
+    seed_torch(a.seed, "dropout", t, k)
+    batches = study.batches(k, t)
+    steps = ((model.batch("train", rows),) for rows in batches)
+    options = {"amp": model.amp, "norms": True, **method}
+    done = local_steps(model.loss, steps, model.weights, optimizer or new_optimizer(study), **options)
+    clients.work(model.tokens["train"].scored(np.concatenate(batches)).sum())
+    clients.note(k, train_loss=done.loss, gradient_norm=done.gradient_norms.double().mean())
+    return done
+
+
 # ---- a round's updates
+
+
+class Drift(Follower):
+    """How far the clients' updates of a round pull apart, a probe: see `compare`. At most `WATCHED` clients, drawn."""
+
+    def __init__(self, study):
+        self.study = study
+
+    def open_round(self, clients, thetas):
+        self.start, self.seen = thetas[0], {}
+        self.wanted = watched(self.study.args.seed, clients, clients.number)
+
+    def accept(self, clients, theta_k):
+        k = clients.current
+        if k in self.wanted:
+            self.seen[k] = theta_k.to("cpu", copy=True), probe(self.study)
+
+    def result(self, clients, thetas):
+        start, seen, self.start, self.seen = self.start, clients.gather(self.seen), None, {}
+        return compare(self.study, start, thetas[0], seen, clients.weights)
 
 
 def watched(seed, clients, t):
@@ -163,25 +235,26 @@ def watched(seed, clients, t):
     return set(stream(seed, "watched", t).choice(sorted(clients.clients), WATCHED, replace=False).tolist())
 
 
-def gram_of(study, theta, seen):
-    """Inner products of the clients' updates from theta [n]; seen: {client: (theta_k [n], ...)}."""
+def gram_of(study, theta, updated):
+    """Inner products of the clients' updates from theta [n] to `updated`, a list of theta_k [n]."""
     if study.model.lora is None:
-        return diagnostics.plain_gram(theta, [of[0] for of in seen.values()])
-    named = study.model.weights.named
-    return diagnostics.update_gram(named(theta), [named(of[0]) for of in seen.values()], study.model.lora.scale)
+        return diagnostics.plain_gram(theta, updated)
+    named = study.weights.named
+    return diagnostics.update_gram(named(theta), [named(theta_k) for theta_k in updated], study.model.lora.scale)
 
 
-def group_by_updates(run, study, theta, seen, clusters):
+def group_by_updates(study, theta, seen, clusters):
     """Groups of all clients [K] by the cosines of the updates; who did not take part joins the largest group.
 
-    Args: theta [n]: what the clients started from; seen: {client: (theta_k [n], ...)}.
+    Args: theta [n]: what the clients started from; seen: {client: theta_k [n]}.
     """
-    labels = clustering.cluster_updates(diagnostics.cosine_matrix(gram_of(study, theta, seen)), clusters)
+    cosines = diagnostics.cosine_matrix(gram_of(study, theta, list(seen.values())))
+    labels = clustering.cluster_updates(cosines, clusters)
     of = np.full(len(study.rows), np.bincount(labels).argmax())
     of[list(seen)] = labels
-    run.note(f"groups: {of.tolist()}")
+    study.run.note(f"groups: {of.tolist()}")
     if absent := len(of) - len(seen):
-        run.note(f"warning: {absent} of {len(of)} clients had no update to go by: they are in the largest group")
+        study.run.note(f"warning: {absent} of {len(of)} clients had no update to go by: they are in the largest group")
     return of
 
 
@@ -189,19 +262,20 @@ def compare(study, theta, after, seen, weights):
     """How far the clients' updates of a round pull apart, as fields of metrics.jsonl.
 
     Args: theta, after [n]: as the round began and ended; seen: {client: (theta_k, hidden states of the probed texts)};
-        weights: of each client in the mean. What is personal counts in the hidden states only.
+        weights: of each client in the mean.
     """
     if len(seen) < 2:
         return {}
-    gram = gram_of(study, theta, seen)
+    updated = [theta_k for theta_k, _ in seen.values()]
+    gram = gram_of(study, theta, updated)
     figures = {
         "compared": list(seen),
         **diagnostics.update_figures(gram, [weights[k] for k in seen]),
         "update_cosines": np.round(diagnostics.cosine_matrix(gram), 4).tolist(),
-        "weight_cosine_drift": diagnostics.weight_cosine_drift(after, [of[0] for of in seen.values()]),
+        "weight_cosine_drift": diagnostics.weight_cosine_drift(after, updated),
     }
     if study.args.probe_samples:
-        study.model.weights.load(study.served(after[None])[0])
+        study.weights.load(after)
         clients = [hidden for _, hidden in seen.values()]
         figures |= diagnostics.cka_figures(probe(study), clients, study.args.seed)
     return figures
@@ -220,31 +294,28 @@ def evaluate(study, thetas, group):
     """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts.
 
     train_eval_loss: on as many of the texts that the clients train on, drawn once, in eval mode; generalization_gap:
-    val_loss less that. Of what is personal these see the mean, the clients' losses each client's own.
+    val_loss less that.
     """
     weights = np.bincount(group, study.examples, len(thetas))
     quality = text_model.quality(study.model, study.texts, thetas, weights, "validation", study.seen, "val")
     learnt = text_model.own_loss(study.model, thetas, group, study.learnt)
-    clients, of = thetas, group
-    if study.personal.names:
-        of = np.arange(len(study.rows))
-        clients = (study.personal.own(thetas[0], k) for k in of)
     return {
         **quality,
         "train_eval_loss": learnt,
         "generalization_gap": diagnostics.generalization_gap(learnt, quality["val_loss"]),
-        **text_model.clients_quality(study.model, clients, of, study.held),
+        **text_model.clients_quality(study.model, thetas, group, study.held),
         **({"group": group.tolist()} if len(thetas) > 1 else {}),
     }
 
 
-def judge(run, t, row, thetas, best):
+def judge(study, t, row, thetas):
     """What follows from a line of metrics.jsonl: figures of the clients, and "alarms" since the evaluation before.
 
-    Ends the run at an alarm that --stop-on names. Offers thetas to `best`, a `common.best.Best` or None.
+    Ends the run at an alarm that --stop-on names. Offers thetas to `study.best`.
     """
-    if best:
-        best.offer(t, row["val_loss"], thetas)
+    run = study.run
+    if study.best:
+        study.best.offer(t, row["val_loss"], thetas)
     figures, alarms = {}, ()
     if t:
         norms = [norm for norm in row["client_gradient_norm"] if norm is not None]
@@ -262,12 +333,13 @@ def judge(run, t, row, thetas, best):
     return figures | ({"alarms": [asdict(alarm) for alarm in alarms]} if alarms else {})
 
 
-def finish(run, study, thetas, group, best=None):
-    """final/ (peft adapters), test metrics, results: of the last round; with a `Best` final/ and test_..._best are its.
+def finish(study, thetas):
+    """final/ (peft adapters), test metrics, results: of the last round; with --final best final/ and test_..._best are
+    the best round's.
 
     Where one model serves all clients, also before there are groups, that one is written.
     """
-    model, a, thetas = study.model, study.args, study.served(thetas)
+    run, model, a, group, best = study.run, study.model, study.args, study.groups.of, study.best
 
     def tested(thetas, group):
         weights = np.bincount(group, study.examples, len(thetas))

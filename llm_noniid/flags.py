@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.choices import CLIENT_OPTIMIZERS, SCAFFOLD_OPTIONS, SIZES
+from common.choices import CLIENT_OPTIMIZERS, SIZES
 from common.cli import (
     Parser,
     UsageError,
@@ -13,15 +13,13 @@ from common.cli import (
     half_open_fraction,
     non_negative_float,
     non_negative_int,
-    only,
     positive_float,
     positive_int,
-    unless,
 )
 from common.config_file import apply_config
 from common.participation import check_participation
 
-ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "fedadamw", "local", "central")
+ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "local", "central")
 TOGETHER = tuple(name for name in ALGORITHMS if name not in ("local", "central"))
 SERVER_LR = {"fedadam": 0.01}  # by default; the others': 1
 CLUSTERS = ("none", "updates", "labels")
@@ -31,7 +29,6 @@ STYLE_CRITERIA = ("length", "formality", "complexity")
 SKEW_TYPES = ("frequency", "truncation", "vocabulary")
 TOPICS = {"ag_news": 4, "wikitext": 8, "demo": 4}  # of a data set
 TARGETS = ("text", "label")
-PERSONAL = ("none", "last")
 TRAINED = ("lora", "full")
 STOP_ON = ("never", "divergence", "any")
 ALIKE = {  # section of a yaml file -> keys that are called as their flag
@@ -53,8 +50,9 @@ KEYS = {  # of a yaml file -> flag
 }
 
 
-# whether a round's updates are compared: of one model that several clients share
-is_compared = only(cluster="none", algorithm=TOGETHER)
+def is_compared(args):
+    """Whether a round's updates are compared: of one model that several clients share."""
+    return args.cluster == "none" and args.algorithm in TOGETHER
 
 
 def build_parser(description):
@@ -62,25 +60,17 @@ def build_parser(description):
     parser = Parser(description)
     method = parser.add_argument_group("the method")
     choice(method, "--algorithm", ALGORITHMS, "fedavg", "how the clients are brought together")
-    number(method, "--mu", non_negative_float, 0.01, "FedProx's mu, only there; off: 0", when=only(algorithm="fedprox"))
+    number(method, "--mu", non_negative_float, 0.01, "FedProx's mu, only there; off: 0")
     choice(method, "--client-optimizer", CLIENT_OPTIMIZERS, "adamw", "of the clients; sgdm: momentum 0.9")
-    text = "SCAFFOLD's new c_k: mean of the raw gradients, or the paper's formula II (not with adamw)"
-    choice(method, "--scaffold-option", SCAFFOLD_OPTIONS, "mean_gradient", text, when=only(algorithm="scaffold"))
     text = "factor of the server's step; 1: the mean (default: 1; fedadam: 0.01)"
-    plain_mean = unless(server_lr=1.0, algorithm=("fedavg", "fedprox", "scaffold", "fednova", "fedadamw"))
-    number(method, "--server-lr", positive_float, None, text, when=only(algorithm=TOGETHER) & plain_mean)
-    number(method, "--server-momentum", half_open_fraction, 0.9, "of fedavgm; off: 0", when=only(algorithm="fedavgm"))
-    text = "of fedadamw: how much of the last round's direction each step adds; off: 0"
-    number(method, "--alpha-global", non_negative_float, 0.5, text, when=only(algorithm="fedadamw"))
+    number(method, "--server-lr", positive_float, None, text)
+    number(method, "--server-momentum", half_open_fraction, 0.9, "of fedavgm; off: 0")
     text = "FedAvg within groups of clients with like updates or topics"
-    choice(method, "--cluster", CLUSTERS, "none", text, when=only(algorithm="fedavg"))
-    clusters = unless(cluster="none")
+    choice(method, "--cluster", CLUSTERS, "none", text)
     text = "groups, for --cluster (default: as many as the data set has topics)"
-    number(method, "--num-clusters", positive_int, None, text, "C", when=clusters)
+    number(method, "--num-clusters", positive_int, None, text, "C")
     text = "round whose updates decide the groups; who is absent joins the largest"
-    number(method, "--cluster-round", positive_int, 1, text, "T", when=only(cluster="updates"))
-    text = "FedPer: what stays with the client (last: the last block; of all parameters the last norm too)"
-    choice(method, "--personal", PERSONAL, "none", text, when=unless(personal="none"))
+    number(method, "--cluster-round", positive_int, 1, text, "T")
     choice(method, "--stop-on", STOP_ON, "never", "end the run at an alarm: of divergence, or of updates left out too")
 
     data = parser.add_argument_group("the data")
@@ -88,77 +78,66 @@ def build_parser(description):
     text = (
         "what is predicted: all of a text (losses in nats a token), or after it ' Topic:' and its label (nats a text)"
     )
-    choice(data, "--target", TARGETS, "text", text, when=unless(target="text"))
+    choice(data, "--target", TARGETS, "text", text)
     number(data, "--max-samples", non_negative_int, 0, "training texts; 0: all", "N")
     number(data, "--max-length", positive_int, 128, "tokens of a text, at most", "N")
     number(data, "--eval-samples", non_negative_int, 500, "validation and test texts; 0: all", "N")
     data.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
     data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
     choice(data, "--partition", PARTITIONS, "topic_skew", "how texts are dealt to clients")
-    topic, style, token = (only(partition=f"{name}_skew") for name in ("topic", "style", "token"))
-    number(data, "--alpha", positive_float, 0.1, "topic_skew: Dirichlet's concentration", when=topic)
+    number(data, "--alpha", positive_float, 0.1, "topic_skew: Dirichlet's concentration")
     text = "topic_skew: all clients have as many texts (equal), or what alpha draws"
-    choice(data, "--sizes", SIZES, "dirichlet", text, when=topic & unless(sizes="dirichlet"))
+    choice(data, "--sizes", SIZES, "dirichlet", text)
     text = "style_skew: what the texts are sorted by"
-    choice(data, "--style-criterion", STYLE_CRITERIA, "length", text, when=style)
-    choice(data, "--skew-type", SKEW_TYPES, "frequency", "token_skew: what the texts are sorted by", when=token)
+    choice(data, "--style-criterion", STYLE_CRITERIA, "length", text)
+    choice(data, "--skew-type", SKEW_TYPES, "frequency", "token_skew: what the texts are sorted by")
     number(data, "--num-clients", positive_int, 10, "clients", "K")
-    drawn = topic & only(sizes="dirichlet")
-    number(data, "--min-samples", positive_int, 10, "texts of each client, at least", "N", when=drawn)
+    number(data, "--min-samples", positive_int, 10, "texts of each client, at least", "N")
 
     model = parser.add_argument_group("the model")
     text = "distilgpt2, gpt2, tinyllama, qwen-0.5b, tiny, a folder"
     model.add_argument("--model", default="distilgpt2", metavar="NAME", help=text)
     model.add_argument("--tokenizer", metavar="NAME", help="bpe:N, a folder (default: the model's; tiny: bpe:2048)")
     text = "what is trained and sent: an adapter, or all parameters"
-    choice(model, "--train", TRAINED, "lora", text, when=unless(train="lora"))
+    choice(model, "--train", TRAINED, "lora", text)
     text = "of the model's own layers; off: 0 (default: as its config says)"
-    number(model, "--dropout", half_open_fraction, None, text, when=unless(dropout=None))
-    adapter, text = only(train="lora"), "layers to adapt (default: attention's)"
-    number(model, "--lora-r", positive_int, 8, "rank of the adapter", "R", when=adapter)
-    number(model, "--lora-alpha", positive_float, 16, "its scale is alpha / r", when=adapter)
-    number(model, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0", when=adapter)
-    model.add_argument("--target-modules", nargs="+", metavar="NAME", help=text, when=adapter)
+    number(model, "--dropout", half_open_fraction, None, text)
+    text = "layers to adapt (default: attention's)"
+    number(model, "--lora-r", positive_int, 8, "rank of the adapter", "R")
+    number(model, "--lora-alpha", positive_float, 16, "its scale is alpha / r")
+    number(model, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0")
+    model.add_argument("--target-modules", nargs="+", metavar="NAME", help=text)
     text = "begin with another run's adapter: its folder, or the adapter's (default: a new one)"
-    model.add_argument("--init-from", metavar="RUN", when=unless(init_from=None), help=text)
+    model.add_argument("--init-from", metavar="RUN", help=text)
 
     train = parser.add_argument_group("training")
     number(train, "--num-rounds", positive_int, 50, "rounds", "T", "--rounds")
-    sampled, text = unless(algorithm="central", local_steps=0), "share of clients a round"
-    number(train, "--participation-rate", fraction, 1.0, text, "C", "--participation", when=sampled)
+    text = "share of clients a round"
+    number(train, "--participation-rate", fraction, 1.0, text, "C", "--participation")
     text = "passes over a client's texts a round"
-    number(train, "--local-epochs", positive_float, 1.0, text, when=only(local_steps=0))
+    number(train, "--local-epochs", positive_float, 1.0, text)
     number(train, "--local-steps", non_negative_int, 0, "exactly so many steps instead; off: 0", "H")
     number(train, "--batch-size", positive_int, 8, "texts a step", "B")
     number(train, "--learning-rate", positive_float, 5e-5, "of the clients", "X", "--lr")
-    number(train, "--weight-decay", non_negative_float, 0.0, "off: 0")
-    number(train, "--max-grad-norm", non_negative_float, 0.0, "clipping; off: 0")
-    together = only(algorithm=TOGETHER)
-    text = "weight of a client in the mean, and of its control variate"
-    choice(train, "--client-weights", ["examples", "uniform"], "examples", text, when=together)
     number(train, "--eval-every", positive_int, 5, "evaluate every N rounds", "N")
-    number(train, "--probe-samples", non_negative_int, 32, "texts for CKA; off: 0", "N", when=is_compared)
-    text = "texts a client for the drift of gradients and its chance level; off: 0"
-    reads = is_compared & unless(drift_samples=0)
-    number(train, "--drift-samples", non_negative_int, 0, text, "N", when=reads)
+    number(train, "--probe-samples", non_negative_int, 32, "texts for CKA; off: 0", "N")
     add_final_flag(train)
 
     run = add_run_flags(parser, "--name")
     run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
     run.add_argument("--output-dir", "--results-dir", default="results", metavar="DIR", help="where run folders go")
     add_machine_flags(run, federated=True)
-    run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
     return parser
 
 
-def number(group, flag, kind, default, text, letter="X", *spellings, when=None):
+def number(group, flag, kind, default, text, letter="X", *spellings):
     """A flag that takes a number."""
-    group.add_argument(flag, *spellings, type=kind, default=default, metavar=letter, help=text, when=when)
+    group.add_argument(flag, *spellings, type=kind, default=default, metavar=letter, help=text)
 
 
-def choice(group, flag, choices, default, text, when=None):
+def choice(group, flag, choices, default, text):
     """A flag that takes one of several words."""
-    group.add_argument(flag, choices=choices, default=default, help=text, when=when)
+    group.add_argument(flag, choices=choices, default=default, help=text)
 
 
 def parse(parser, argv=None):
@@ -173,10 +152,6 @@ def parse(parser, argv=None):
 
 def complete(args):
     """Raises UsageError for flags that contradict each other."""
-    if args.algorithm == "scaffold":
-        from common.scaffold import check_scaffold
-
-        check_scaffold(args.client_optimizer, args.scaffold_option)
     if args.algorithm == "fednova" and args.client_optimizer == "adamw":
         raise UsageError(
             "--algorithm fednova with --client-optimizer adamw: its steps are not sums of gradients: take sgd or sgdm"
@@ -185,22 +160,10 @@ def complete(args):
         raise UsageError(
             "--init-from is an adapter to begin with: with --train full begin with --model RUN/final/model"
         )
-    if args.algorithm == "fedadamw" and args.client_optimizer != "adamw":
-        raise UsageError(f"--algorithm fedadamw has its own AdamW: drop --client-optimizer {args.client_optimizer}")
     if args.cluster != "none" and args.algorithm != "fedavg":
         raise UsageError(f"--cluster {args.cluster} is FedAvg within groups: drop it, or --algorithm {args.algorithm}")
     if args.num_clusters is None:  # without clusters what older runs have, so that they can be gone on with
         args.num_clusters = 2 if args.cluster == "none" else min(TOPICS[args.dataset], args.num_clients)
-    for flag, value, wanted in (("algorithm", args.algorithm, "fedavg"), ("cluster", args.cluster, "none")):
-        if args.personal != "none" and value != wanted:
-            raise UsageError(
-                f"--personal {args.personal} is FedAvg of one model for the rest: drop it, or --{flag} {value}"
-            )
-    if args.personal != "none" and args.drift_samples:
-        raise UsageError(
-            f"--drift-samples {args.drift_samples} with --personal {args.personal}: its gradients are of one model, "
-            "which no client has then: give --drift-samples 0"
-        )
     if args.cluster != "none" and args.num_clusters > args.num_clients:
         raise UsageError(f"--num-clusters {args.num_clusters} is above --num-clients {args.num_clients}: lower it")
     if args.cluster == "updates" and args.cluster_round > args.num_rounds:
@@ -218,14 +181,6 @@ def complete(args):
     return args
 
 
-def refuse(words, names):
-    """Raises UsageError where one of these flags is among the words: the script that starts the runs sets it."""
-    for word in words:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name in names:
-            raise UsageError(f"--{name.replace('_', '-')} is set for each run by this script (see --help): drop it")
-
-
 def run_name(args):
     """The run's folder where --run-name does not say: what distinguishes it."""
     partition = {
@@ -235,7 +190,6 @@ def run_name(args):
         "token_skew": f"token_skew_{args.skew_type}",
     }[args.partition]
     cluster = "" if args.cluster == "none" else f"_{args.num_clusters}_clusters_by_{args.cluster}"
-    cluster += "" if args.personal == "none" else f"_personal_{args.personal}"
     rate = "" if args.participation_rate == 1 else f"_participation_{args.participation_rate:g}"
     return (
         f"{args.algorithm}{cluster}_{partition}_{args.dataset}_{Path(args.model).name}{rate}_lr_{args.learning_rate:g}"

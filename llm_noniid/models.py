@@ -78,7 +78,7 @@ def load_base(name, tokenizer, max_length, seed, dropout=None):
         return with_dropout(GPT2LMHeadModel(tiny_config(tokenizer, max_length)), dropout)
     folder = find_model(name)
     what = f"--model {name} cannot be read as a causal language model"
-    model, info = hub.load_pretrained(AutoModelForCausalLM, folder, what, "give another", trust_remote_code=False)
+    model, info = hub.load_pretrained(AutoModelForCausalLM, folder, what, "give another")
     if info["missing_keys"]:
         raise UsageError(f"--model {name}: its file lacks {sorted(info['missing_keys'])[0]}: give a whole model")
     embeddings = model.get_input_embeddings().num_embeddings

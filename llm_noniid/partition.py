@@ -18,8 +18,8 @@ from common import sharding
 from common.cli import UsageError
 from common.equal_parts import equal_parts
 from common.seeding import stream
-from common.topics import js_divergence
 from llm_noniid.flags import SKEW_TYPES, STYLE_CRITERIA
+from llm_noniid.topics import js_divergence
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")

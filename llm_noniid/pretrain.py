@@ -9,20 +9,40 @@ theta <- AdamW on the mean loss of a batch's tokens; linear warm-up, then a cosi
 The folder holds the model and its tokenizer (byte-level BPE of the corpus), as transformers loads them.
 """
 
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.allocator import reuse_large_memory
+from common.checkpoint import saving, swap, write_json
 from common.cli import (
     Parser,
     RunFailed,
     UsageError,
     add_machine_flags,
-    fraction,
     layer_count,
     non_negative_int,
+    parse,
     positive_float,
     positive_int,
     run_main,
     say,
 )
-from common.early import parsed
+from common.evaluation import perplexity, pick_device, resolve_amp
+from common.hub import quiet
+from common.local import local_steps
+from common.provenance import git_commit, versions
+from common.runlog import prepare_machine
+from common.seeding import seed_torch
+from common.text import load_tokenizer
+from common.vector import Weights
+from llm_noniid.data import as_corpus, encode, load_texts, training_batches
+from llm_noniid.models import tiny_config
+from llm_noniid.text_model import TextModel, text_losses
 
 
 def build_parser():
@@ -44,36 +64,11 @@ def build_parser():
     train.add_argument("--epochs", type=positive_int, default=3, metavar="N", help="passes over the texts")
     train.add_argument("--batch-size", type=positive_int, default=16, metavar="B", help="texts a step")
     train.add_argument("--learning-rate", type=positive_float, default=2e-3, metavar="X", help="AdamW's highest")
-    train.add_argument("--warmup-ratio", type=fraction, default=0.05, metavar="X", help="share of the steps")
     add_machine_flags(parser.add_argument_group("the run"))
     return parser
 
 
-if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
-    args = parsed(build_parser().parse_args)
-
-import math
-import time
-from pathlib import Path
-
-import numpy as np
-import torch
-from tqdm import tqdm
-from transformers import GPT2LMHeadModel
-
-from common.allocator import reuse_large_memory
-from common.checkpoint import saving, swap, write_json
-from common.evaluation import perplexity, pick_device, resolve_amp
-from common.hub import quiet
-from common.local import local_steps
-from common.provenance import git_commit, versions
-from common.runlog import prepare_machine
-from common.seeding import seed_torch
-from common.text import load_tokenizer
-from common.vector import Weights
-from llm_noniid.data import as_corpus, encode, load_texts, training_batches
-from llm_noniid.models import tiny_config
-from llm_noniid.text_model import TextModel, text_losses
+WARMUP = 0.05  # of the steps
 
 
 def main(args):
@@ -92,6 +87,8 @@ def main(args):
     tokenizer = load_tokenizer(args.tokenizer, as_corpus(texts), args.data_root, args.cache_dir)
     tokens = encode(texts, tokenizer, args.max_length, args.cache_dir)
     seed_torch(args.seed, "weights")
+    from transformers import GPT2LMHeadModel
+
     gpt2 = GPT2LMHeadModel(tiny_config(tokenizer, args.max_length, args.d_model, args.layers, args.heads)).to(device)
     for note in texts.notes:
         say(note)
@@ -107,7 +104,7 @@ def train(args, model):
     scored = int(model.tokens["validation"].scored(validation).sum())
     per_epoch = math.ceil(texts / args.batch_size)
     total, history, started = per_epoch * args.epochs, [], time.perf_counter()
-    warmup = math.ceil(args.warmup_ratio * total)
+    warmup = math.ceil(WARMUP * total)
     bar = tqdm(total=total, unit="step", disable=None)
     for epoch in range(args.epochs):
         model.module.train()
@@ -154,4 +151,5 @@ def write(args, folder, model, texts, history):
 
 
 if __name__ == "__main__":
+    args = parse(build_parser())
     run_main(main, args)

@@ -6,7 +6,6 @@ tokens, with --target label over texts, of the summed NLL of the label's words (
 """
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from common import manifest, parallel
 from common.adapter_files import read_adapter, write_adapter
 from common.batches import evaluation_batches
+from common.checkpoint import file_sha256
 from common.cli import UsageError, say
 from common.evaluation import amp_context, bits_per_byte, perplexity
 from common.hub import quiet
@@ -80,19 +80,6 @@ def load_text_model(args, texts, device, amp):
     return TextModel(a.model, tokenizer, tokens, module, Weights(module, trained), device, amp, lora)
 
 
-def last_block(names):
-    """The names of the last transformer block's parameters, and of the norm behind the blocks (`--personal last`).
-
-    Args: names: of theta, of the form "A.transformer.h.5.attn.c_attn" or "transformer.ln_f.weight".
-    Raises: UsageError for a model whose blocks are not numbered.
-    """
-    block = {name: int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))}
-    if not block:
-        raise UsageError(f"--personal last: {names[0]} is in no numbered block: take another --model, or none")
-    last = max(block.values())
-    return [name for name in names if block.get(name) == last or re.search(r"(^|\.)(ln_f|model\.norm)\.", name)]
-
-
 def base_facts(module, tokenizer):
     """For run.json, what an adapter belongs to: SHA-256 of the frozen weights and of the tokenizer."""
     frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
@@ -128,6 +115,10 @@ def init_from(lora, place, name, facts):
     lora.load({layer: (A, B * (file.scale / lora.scale)) for layer, (A, B) in file.factors.items()}, {}, lora.scale)
 
 
+def _weights(folder):
+    return [file_sha256(path) for path in sorted(folder.glob("model*.safetensors"))]
+
+
 def check_base(file, place, name, facts):
     """Raises UsageError where an `AdapterFile` belongs to another base: by its run's run.json, else by the files of the
     folder that it names, else by their names alone, of which a line says so."""
@@ -139,7 +130,7 @@ def check_base(file, place, name, facts):
         theirs = manifest.read(records[0]).get("parameters") or {}
         odd = [key for key, value in facts.items() if theirs.get(key, value) != value]
     elif file.base_model and named.is_dir():
-        odd = [str(named)] if name == "tiny" or manifest.contents(named) != manifest.contents(find_model(name)) else []
+        odd = [str(named)] if name == "tiny" or _weights(named) != _weights(find_model(name)) else []
     elif file.base_model not in (None, name, MODELS.get(name)) and parallel.is_main():
         say(f"note: --init-from {place} names {named}, which is not here: taken for --model {name}")
     if odd:
@@ -164,7 +155,7 @@ def negative_log_likelihood(module, batch, amp):
     is scored, needs no mask in a causal model.
     """
     inputs, labels, places = batch["input_ids"], batch["labels"], batch.get("before_scored")
-    if places is not None and not torch.compiler.is_compiling():  # a hook of its own for each step compiles anew
+    if places is not None:
         with amp_context(amp, inputs.device), head_at(module, places):
             logits = module(input_ids=inputs).logits.float()  # [N, V]
         nll = F.cross_entropy(logits, labels.flatten()[places + 1], reduction="none")  # [N]

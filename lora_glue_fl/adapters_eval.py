@@ -4,9 +4,12 @@ python lora_glue_fl/adapters_eval.py --model_size base --task_name sst2 --adapte
 python lora_glue_fl/adapters_eval.py --model tiny --dataset demo --task_name sst2 --adapter_path DIR      # offline
 """
 
-from common.cli import Parser, UsageError, add_machine_flags, run_main
-from common.early import parsed
+from pathlib import Path
+
+from common.checkpoint import write_json
+from common.cli import Parser, UsageError, add_machine_flags, parse, run_main
 from lora_glue_fl.flags import add_evaluation_flags, add_task_flags, model_name, size_label
+from lora_glue_fl.task_model import evaluate_adapter, print_values
 
 
 def build_parser():
@@ -18,15 +21,6 @@ def build_parser():
     add_evaluation_flags(run)
     add_machine_flags(run)
     return parser
-
-
-if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
-    args = parsed(build_parser().parse_args)
-
-from pathlib import Path
-
-from common.checkpoint import write_json
-from lora_glue_fl.task_model import evaluate_adapter, print_values
 
 
 def main(args):
@@ -43,4 +37,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    args = parse(build_parser())
     run_main(main, args)

@@ -6,21 +6,15 @@
 AdamW (Loshchilov & Hutter 2019) on the mean loss over a batch, the rate going down linearly to 0.
 """
 
-from common.cli import run_main
-from common.early import parsed
+from common.cli import parse, run_main
+from common.hub import quiet
+from common.runlog import start_run
+from lora_glue_fl import central
 from lora_glue_fl.flags import complete_central, make_central_parser, size_label
 
 
 def build_parser():
     return make_central_parser(__doc__.split("\n")[0], "./out_baseline", 2e-5)[0]
-
-
-if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
-    args = parsed(complete_central, build_parser().parse_args())
-
-from common.hub import quiet
-from common.runlog import start_run
-from lora_glue_fl import central
 
 
 def main(args):
@@ -42,4 +36,5 @@ def save(study, folder):
 
 
 if __name__ == "__main__":
+    args = parse(build_parser(), complete_central)
     run_main(main, args)

@@ -5,7 +5,6 @@ The optimiser's loop is that of the federated clients (`common.local.local_steps
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from common.cli import RunFailed, UsageError
 from common.local import OptimizerState, local_steps
 from common.seeding import seed_torch
 from common.vector import Weights
-from lora_glue_fl.data_prep import adamw, batches, learning_rates, plan_steps
+from lora_glue_fl.data_prep import MAX_GRAD_NORM, adamw, batches, learning_rates, plan_steps
 from lora_glue_fl.shards import load_manifest, subset
 from lora_glue_fl.task_model import TaskModel, print_values
 
@@ -66,17 +65,17 @@ def train(study):
     if a.final == "best":
         lasting["best"] = best
     weights.load(run.restore(weights.snapshot(), weights.named, **lasting))
-    evaluate = model.evaluate if a.do_eval else dict
 
-    def offer(t, row):
-        if a.final == "best":
-            best.offer(t, -row[model.headline], weights.theta)  # it keeps the lowest
-        return {}
+    def evaluate(theta, t, row):
+        metrics = row | model.evaluate() if a.do_eval else row
+        if t and a.final == "best":
+            best.offer(t, -metrics[model.headline], theta)  # it keeps the lowest
+        return metrics
 
     run.report(0, weights.theta, evaluate)
     if not a.do_train:
         return
-    loss, encoded = model.training_loss(), model.encoded["train"]
+    encoded = model.encoded["train"]
     batch = a.batch_size * a.gradient_accumulation_steps
     plan = plan_steps(encoded, study.rows, a, a.num_train_epochs)
     lrs, epoch = learning_rates(a, len(plan)), math.ceil(len(study.rows) / batch)  # steps of an epoch
@@ -85,13 +84,13 @@ def train(study):
         model.model.train()
         seed_torch(a.seed, "dropout", t)
         steps = batches(encoded, plan[now], model.device)
-        options = {"amp": run.amp, "max_norm": a.max_grad_norm, "lrs": lrs[now]}
-        done = local_steps(loss, steps, weights, optimizer, **options).loss.item()
+        options = {"amp": run.amp, "max_norm": MAX_GRAD_NORM, "lrs": lrs[now]}
+        done = local_steps(model.loss, steps, weights, optimizer, **options).loss.item()
         run.count(examples=sum(len(rows) for step in plan[now] for rows in step))
         if not math.isfinite(done):
             hint = f"lower --learning-rate ({a.learning_rate:g}) or --amp off"
             raise RunFailed(f"epoch {t + 1}: the loss is {done}: {hint}")
-        run.report(t + 1, weights.theta, lambda value=done: {"train_loss": value} | evaluate(), partial(offer, t + 1))
+        run.report(t + 1, weights.theta, lambda theta, t, row: evaluate(theta, t, {"train_loss": done}))
     if a.final == "best":
         weights.load(best.theta)
         run.note(f"what is saved is the best epoch's, {best.round}: {model.headline} {-best.loss:.4g}")

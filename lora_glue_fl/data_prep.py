@@ -28,6 +28,7 @@ from lora_glue_fl.demo_glue import demo_tokenizer
 # Batches that are sorted by length together; half of them where there are few, so that batches mix every epoch
 POOL = 16
 _CACHE_FORMAT = 1  # raise it when the meaning of a cached file changes
+MAX_GRAD_NORM = 1.0  # to which a step's gradients are clipped, as transformers' Trainer does
 CHUNK = 10_000  # examples tokenised at a time: the library's own form of them is large
 
 

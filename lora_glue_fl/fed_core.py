@@ -1,6 +1,6 @@
 """What a run of federated LoRA is made of: data and model (`Study`), and functions of them.
 
-The round loop and the client's steps are in `fedavg_rounds.py`, the rules that average are in `common/lowrank.py`.
+The round loop is in `fedavg_rounds.py`, the rules that average are in `common/lowrank.py`.
 
 theta is {name: tensor}: `A.<layer>` [r, k] and `B.<layer>` [d, r] of the adapter that the server serves (r may change
 from round to round), `head` [h], all of the head's parameters in one vector, and for stack and residual
@@ -10,20 +10,22 @@ from round to round), `head` [h], all of the head's parameters in one vector, an
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from common import parallel
-from common.aggregation import ServerAdam, ServerMomentum
 from common.cli import UsageError
 from common.hub import weight_bytes
-from common.lowrank import MIXED_RANKS, STEPPED, trained_factors
+from common.local import local_steps
+from common.lowrank import MIXED_RANKS, AdapterMean, Served, trained_factors
+from common.parallel import Follower
 from common.participation import check_participation, per_round
 from common.products import scaling
 from common.seeding import seed_torch
 from common.vector import Weights
-from lora_glue_fl.data_prep import batches, learning_rates, plan_steps
+from lora_glue_fl.data_prep import MAX_GRAD_NORM, adamw, batches, learning_rates, plan_steps
 from lora_glue_fl.models import named_head
 from lora_glue_fl.round_folders import RoundFolders, fuse_manifest, size_on_disk
 from lora_glue_fl.shards import client_files, load_held_out, load_shards
@@ -32,15 +34,15 @@ from lora_glue_fl.task_model import TaskModel, print_values, resized
 CHANGES_BASE = ("stack", "residual")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Study:
     """Data and model of a run.
 
     model: task, tokens and encoder with its adapter; rows: each client's examples, int64 [n_k] of the training split;
     held_out: examples of it that no client has, int64 [n], or None; ranks: each client's; scale: s of every client's
     adapter; served_as: what the rule serves where it chooses, and the server's learning rate, keywords of
-    `common.lowrank.AdapterMean`; theta: before the first round; loss: mean over the examples of a batch; servers: {part
-    of theta: server optimiser}, empty for plain averaging; folders: of the rounds.
+    `common.lowrank.AdapterMean`; theta: before the first round; folders: of the rounds;
+    served: the last round's `common.lowrank.Served`.
     """
 
     args: object
@@ -52,24 +54,35 @@ class Study:
     scale: float
     served_as: dict
     theta: dict
-    loss: object
-    servers: dict
     folders: RoundFolders
+    served: Served | None = None
 
     @property
     def examples(self):
         """n_k: examples of each client."""
         return [len(rows) for rows in self.rows]
 
-    @property
-    def client_weights(self):
-        """What each client counts in a mean: n_k, or 1 with --client-weights uniform."""
-        return self.examples if self.args.client_weights == "examples" else [1] * len(self.rows)
+    client_weights = work = examples  # what each client counts in a mean, and the size of its work
 
     @property
     def lasting(self):
-        """With theta, all that outlives a round."""
-        return {"folders": self.folders} | {f"server_{part}": server for part, server in self.servers.items()}
+        """With theta, all that outlives a round, and what goes along with the rounds."""
+        return {"folders": self.folders, "adapters": Adapters(self)}
+
+    def bytes_of(self, t):
+        """(up, down): what a client sends and receives in round t."""
+        return partial(bytes_up, self, t), 0  # `serve` counts what all clients receive
+
+    def mean(self, theta, clients):
+        """The rule's mean of a round."""
+        t, a = clients.number, self.args
+        pairs, scale = factors(theta), self.served_scale(t)
+        served_as = {"head": theta["head"], "client_scale": self.scale, **self.served_as}
+        return AdapterMean(a.aggregate, pairs, scale, clients, t, a.seed, **served_as)
+
+    def evaluate(self, theta, t, row):
+        """What is logged of theta after t rounds; what is served is written too."""
+        return publish(self, theta, t, row) if t else evaluate(self, theta, t)
 
     def evaluates(self, t):
         """Whether what is served after t rounds is evaluated."""
@@ -88,11 +101,6 @@ class Study:
         """{name: view} of a head's vector [h]."""
         return named_head(vector, self.model.adapted.head)
 
-    def step(self, part):
-        """The server optimiser's step(theta, delta) for this part of theta, None for plain averaging."""
-        server = self.servers.get("".join(part))
-        return server and server.step
-
 
 def load_study(args, run):
     """Reads data, shards and model and begins the run. Raises: UsageError for what is not there or does not fit."""
@@ -104,9 +112,7 @@ def load_study(args, run):
     check_ranks(a, ranks, model.adapted)
     scale, least = scaling(a.lora_alpha, a.lora_r), min(a.lora_r, *ranks)
     start = a.init_adapter and model.start(a.init_adapter, a.lora_r, scale, least)
-    served_as = {"rank": a.lora_r, "server_lr": a.server_lr if a.server_optimizer == "none" else 1.0}
-    if a.aggregate == "rotate":
-        served_as["rotation"] = a.rotate_lambda
+    served_as = {"rank": a.lora_r, "server_lr": a.server_lr}
     if a.aggregate == "svd":
         served_as |= {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
     fused = f"fused_r{served_as['rank']}" + "_nosvd" * (a.aggregate == "naive")
@@ -120,8 +126,6 @@ def load_study(args, run):
         scale=scale,
         served_as=served_as,
         theta=first_theta(a, model, start),
-        loss=model.training_loss(),
-        servers=server_optimizers(a),
         folders=RoundFolders(run.folder, a.keep, fused, model.about(run.folder)),
     )
     first, n = shards[0], sorted(study.examples)
@@ -187,22 +191,6 @@ def first_theta(args, model, start):
     return {name: t.to(model.device) for name, t in theta.items()}
 
 
-def server_optimizers(args):
-    """{part of theta that a round trains: its server optimiser}: moments of B must not move A."""
-    a = args
-    if a.server_optimizer == "none":
-        return {}
-    if a.aggregate not in STEPPED:
-        raise UsageError(
-            f"--server-optimizer {a.server_optimizer} with --aggregate {a.aggregate}: its factors are new in every "
-            f"round, or never, moments of them mean nothing: take {', '.join(STEPPED[:-1])} or {STEPPED[-1]}"
-        )
-    parts = {"".join(trained_factors(a.aggregate, t)) for t in (0, 1)} | {"head"}
-    if a.server_optimizer == "momentum":
-        return {part: ServerMomentum(a.server_lr, a.server_beta) for part in sorted(parts)}
-    return {part: ServerAdam(a.server_optimizer, a.server_lr) for part in sorted(parts)}
-
-
 def footprint(args):
     """(clients that take part in a round, bytes that a process takes at a guess) of the flags."""
     folder, model = Path(args.shard_dir), args.model or args.model_size or "base"
@@ -237,55 +225,64 @@ def load(study, theta, t):
     study.model.adapted.load(factors(theta), study.named_head(theta["head"]), study.served_scale(t))
 
 
-# ---- a round: between `begin_client` and `end_client` stand the steps, in the script
+# ---- a round
 
 
-def begin_round(study, theta, t):
-    """The base weights go into the model. Returns {rank: factors that its clients begin with}."""
-    study.model.adapted.load_base(base_of(theta))
-    pairs, scale, seed = factors(theta), study.served_scale(t), study.args.seed
-    return {r: resized(pairs, scale, r, study.scale, seed, t) for r in set(study.ranks)}
+def starts_of(study, theta, t, rank):
+    """{layer: (A, B)} that clients of this rank begin round t with, of the clients' scale."""
+    return resized(factors(theta), study.served_scale(t), rank, study.scale, study.args.seed, t)
 
 
-def begin_client(study, theta, starts, k, t):
-    """Puts client k's start into the model. Returns (weights, steps, lrs) of its work in round t.
+def client_update(study, theta, k, t):
+    """Client k's steps of AdamW in round t, on what the rule's round trains and the head.
 
-    weights: `common.vector.Weights` of what the rule's round trains, the head last.
+    Returns (factors_k {layer: (A, B)}, head_k [h]), both in the model, valid until the next client.
     """
-    a, model = study.args, study.model
-    model.adapted.load(starts[study.ranks[k]], study.named_head(theta["head"]), study.scale)
-    weights = Weights(model.model, model.adapted.trainable(trained_factors(a.aggregate, t)))
+    a, model, run = study.args, study.model, study.run
+    model.adapted.load_base(base_of(theta))
+    model.adapted.load(starts_of(study, theta, t, study.ranks[k]), study.named_head(theta["head"]), study.scale)
+    weights = Weights(model.model, model.adapted.trainable(trained_factors(a.aggregate, t)))  # the head last
     model.model.train()
     seed_torch(a.seed, "dropout", t, k)
     train = model.encoded["train"]
     plan = plan_steps(train, study.rows[k], a, a.local_epochs, t, k)
-    return weights, batches(train, plan, model.device), learning_rates(a, len(plan))
+    options = {"amp": run.amp, "mu": a.mu, "max_norm": MAX_GRAD_NORM, "lrs": learning_rates(a, len(plan))}
+    optimizer = adamw(a, model.model, weights.parameters)
+    done = local_steps(model.loss, batches(train, plan, model.device), weights, optimizer, **options)
+    run.clients.work(math.ceil(len(study.rows[k]) * a.local_epochs))
+    run.clients.note(k, train_loss=done.loss)
+    pairs = {name: (A.detach(), B.detach()) for name, (A, B) in model.adapted.factors().items()}
+    return pairs, weights.theta[-len(theta["head"]) :]
 
 
-def end_client(study, weights, k, clients, done):
-    """Notes what is logged of client k. Returns (factors_k, head_k [h]), valid until the next client."""
-    clients.work(math.ceil(len(study.rows[k]) * study.args.local_epochs))
-    clients.note(k, train_loss=done.loss)
-    pairs = {name: (A.detach(), B.detach()) for name, (A, B) in study.model.adapted.factors().items()}
-    return pairs, weights.theta[-len(study.theta["head"]) :]
+class Adapters(Follower):
+    """Writes the adapters of the clients that count and, with --eval-clients, evaluates them; deletes old rounds'."""
+
+    def __init__(self, study):
+        self.study = study
+
+    def open_round(self, clients, theta):
+        self.study.folders.prune(clients.number - 1)  # the checkpoint of a later round may be needed until here
+
+    def accept(self, clients, sent):
+        (factors_k, head_k), study = sent, self.study
+        k, t = clients.current, clients.number
+        if study.args.eval_clients:
+            clients.note(k, **study.model.evaluate(share=False))
+        if study.args.save_clients:
+            head, alpha = study.named_head(head_k), study.scale * study.ranks[k]
+            changed = t and study.args.aggregate in CHANGES_BASE
+            base = study.model.adapted.base_weights() if changed else None
+            study.folders.client(t, k, factors_k, head, alpha, base)
 
 
-def keep_client(study, factors_k, head_k, k, t, clients):
-    """Writes client k's adapter and, with --eval-clients, evaluates it."""
-    if study.args.eval_clients:
-        clients.note(k, **study.model.evaluate(share=False))
-    if study.args.save_clients:
-        head, alpha = study.named_head(head_k), study.scale * study.ranks[k]
-        changed = t and study.args.aggregate in CHANGES_BASE
-        study.folders.client(t, k, factors_k, head, alpha, study.model.adapted.base_weights() if changed else None)
-
-
-def serve(study, theta, served, heads):
-    """theta after a round. Args: served: of `AdapterMean.result`; heads: a `WeightedMean` of the heads."""
-    step = study.step("head")
-    head = step(theta["head"], heads.delta()) if step else heads.result(study.served_as["server_lr"])
+def serve(study, theta, mean):
+    """theta after a round. Args: mean: its `AdapterMean`."""
+    served = study.served = mean.result()
     base = study.model.adapted.updated(base_of(theta), served.updates)
-    return named_factors(served.factors) | {"head": head} | {f"base.{name}": weight for name, weight in base.items()}
+    study.run.count(bytes_down=bytes_down(study, mean.clients))
+    named = named_factors(served.factors) | {"head": served.head}
+    return named | {f"base.{name}": weight for name, weight in base.items()}
 
 
 def bytes_up(study, t, k):
@@ -293,14 +290,14 @@ def bytes_up(study, t, k):
     return 4 * (_numbers(study, study.ranks[k], trained_factors(study.args.aggregate, t)) + len(study.theta["head"]))
 
 
-def bytes_down(study, clients, t):
-    """What all clients together, sampled or not, receive after round t: what changed for them.
+def bytes_down(study, clients):
+    """What all clients together, sampled or not, receive after a round: what changed for them.
 
     That is what was trained. stack, residual: the sampled clients' stacked factors or, where that is fewer numbers,
     their product [d, k], from which a client has the base's update and mean A, mean B; a fresh A all can draw. Before
     the first round everybody's adapter and head too.
     """
-    a, head = study.args, len(study.theta["head"])
+    a, head, t = study.args, len(study.theta["head"]), clients.number
     if a.aggregate in CHANGES_BASE:
         rank = sum(study.ranks[k] for k in clients.clients)
         each = sum(min(rank * (d + k), d * k) for d, k in _sizes(study))
@@ -329,20 +326,18 @@ def evaluate(study, theta, t):
     return study.model.evaluate() | ({} if study.held_out is None else study.model.held_out(study.held_out))
 
 
-def publish(study, theta, served, clients, t, more):
-    """Evaluates what is served after round t where asked, and writes the server's folder. Returns what is logged.
-
-    more: function without arguments to more of it, after which the model holds anything.
-    """
-    metrics = evaluate(study, theta, t + 1)
+def publish(study, theta, t, row):
+    """Evaluates what is served after t rounds where asked, and writes the server's folder. Returns what is logged."""
+    metrics, served = evaluate(study, theta, t), study.served
     if metrics:
-        study.folders.offer(t, metrics[study.model.headline], theta if study.args.final == "best" else {})
+        study.folders.offer(t - 1, metrics[study.model.headline], theta if study.args.final == "best" else {})
     fields = {"aggregation_error": served.error, "delta_norm": served.norm}
     if study.args.aggregate == "svd":
         fields |= {"discarded_energy": served.discarded, "missing_directions": served.missing}
-    adapter = study.adapter(theta, t + 1)
-    study.folders.server(t, (*adapter, base_of(theta)), fuse_manifest(study, served, clients, adapter[-1], metrics, t))
-    return metrics | fields | more()
+    adapter = study.adapter(theta, t)
+    manifest = fuse_manifest(study, row, adapter[-1], metrics, t)
+    study.folders.server(t - 1, (*adapter, base_of(theta)), manifest)
+    return metrics | fields
 
 
 def finish(study, theta):
@@ -361,6 +356,7 @@ def finish(study, theta):
             folders.write(folder, *study.adapter(theta, rounds))
 
     run.write_final(write)
+    folders.prune(study.args.rounds - 1)
     if parallel.is_main():
         line = run.metrics()[-1]
         results = print_values(line) | {"best_round": folders.best + 1, f"best_{model.headline}": folders.value}

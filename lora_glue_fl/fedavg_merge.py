@@ -13,10 +13,23 @@ a peft adapter with fuse_manifest.json beside it; prints each rule's ||served - 
 """
 
 import argparse
+import tempfile
+from pathlib import Path
 
-from common.cli import Parser, add_machine_flags, only, positive_float, positive_int, run_main
-from common.early import parsed
-from lora_glue_fl.flags import add_evaluation_flags, add_rotation_flag, add_split_flag, add_task_flags, refuse
+import torch
+
+from common.adapter_files import write_adapter
+from common.aggregation import WeightedMean
+from common.cli import Parser, add_machine_flags, parse, positive_float, positive_int, run_main
+from common.evaluation import pick_device
+from common.lowrank import AdapterMean
+from common.parallel import Round
+from lora_glue_fl.flags import add_evaluation_flags, add_split_flag, add_task_flags, refuse
+from lora_glue_fl.glue_tasks import find_task
+from lora_glue_fl.merging import base_model, check_alike, check_place, check_ranks, client_weights, error_lines
+from lora_glue_fl.models import named_head
+from lora_glue_fl.round_folders import read_served
+from lora_glue_fl.task_model import evaluate_adapter
 
 RULES = ("svd", "naive", "rotate")
 
@@ -34,7 +47,6 @@ def build_parser():
     own.add_argument("--svd-rank", type=positive_int, required=True, metavar="R", help="rank of the result")
     own.add_argument("--alpha", type=positive_float, metavar="X", help="alpha of the result (default: --svd-rank)")
     add_split_flag(own)
-    add_rotation_flag(own)
     own.add_argument("--save-adapter", required=True, metavar="DIR", help="folder of the result")
     own.add_argument("--overwrite", action="store_true", help="replace an adapter in that folder")
     own.add_argument("--eval", action="store_true", help="the task's metrics of the result on its validation split")
@@ -45,30 +57,7 @@ def build_parser():
     )
     add_evaluation_flags(run)
     add_machine_flags(run)
-    for flag in parser._actions:
-        if flag.dest in ("tokenizer", "max_length", "data_root", "cache_dir", "eval_batch_size"):
-            flag.when = only(eval=True)
     return parser
-
-
-if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
-    args = parsed(build_parser().parse_args)
-
-import tempfile
-from pathlib import Path
-
-import torch
-
-from common.adapter_files import write_adapter
-from common.aggregation import WeightedMean
-from common.evaluation import pick_device
-from common.lowrank import AdapterMean
-from common.parallel import Round
-from lora_glue_fl.glue_tasks import find_task
-from lora_glue_fl.merging import base_model, check_alike, check_place, check_ranks, client_weights, error_lines
-from lora_glue_fl.models import named_head
-from lora_glue_fl.round_folders import read_served
-from lora_glue_fl.task_model import evaluate_adapter
 
 
 def main(args):
@@ -90,7 +79,7 @@ def main(args):
     served = {"svd": average("svd", adapters, weights, seed=args.seed, **by_svd)}
     if alike:
         served["naive"] = average("naive", adapters, weights, rank=first.r)
-        served["rotate"] = average("rotate", adapters, weights, rank=first.r, rotation=args.rotate_lambda)
+        served["rotate"] = average("rotate", adapters, weights, rank=first.r)
     lines = error_lines(adapters, served)
     head = mean_head(adapters, weights)
     about = {"target_modules": first.target_modules, "base_model": base, "fan_in_fan_out": first.fan_in_fan_out}
@@ -111,7 +100,6 @@ def main(args):
         "relative_error": served[rule].error,
         "discarded": served[rule].discarded,
         "svd_split": args.svd_split if rule == "svd" else None,
-        "rotate_lambda": args.rotate_lambda if rule == "rotate" else None,
         "seed": args.seed,
     }
 
@@ -132,10 +120,10 @@ def main(args):
 
 def average(rule, adapters, weights, **served_as):
     """What the rule serves, a `common.lowrank.Served`."""
-    clients = Round(range(len(adapters)))
+    clients = Round(range(len(adapters)), weights)
     mean = AdapterMean(rule, adapters[0].factors, adapters[0].scale, clients, **served_as)
     for k in clients:
-        mean.add(adapters[k].factors, weights[k], adapters[k].scale)
+        mean.add(adapters[k].factors, scale=adapters[k].scale)
     return mean.result()
 
 
@@ -145,11 +133,12 @@ def mean_head(adapters, weights):
     if not first:
         return {}
     vectors = [torch.cat([adapter.head[name].reshape(-1) for name in first]) for adapter in adapters]
-    mean = WeightedMean(vectors[0], clients := Round(range(len(adapters))))
+    mean = WeightedMean(vectors[0], clients := Round(range(len(adapters)), weights))
     for k in clients:
-        mean.add(vectors[k], weight=weights[k])
+        mean.add(vectors[k])
     return named_head(mean.result(), first)
 
 
 if __name__ == "__main__":
+    args = parse(build_parser())
     run_main(main, args)

@@ -9,13 +9,11 @@ from common.cli import (
     add_final_flag,
     add_machine_flags,
     add_run_flags,
-    fraction,
     half_open_fraction,
     non_negative_float,
-    only,
     positive_float,
     positive_int,
-    unless,
+    say,
 )
 
 DATASETS = ("glue", "demo")
@@ -43,7 +41,7 @@ def make_parser(description, output_dir, *output_names, federated=False):
     own = parser.add_argument_group("the method")
     add_task_flags(parser)
     text = "what the head reads: the first token, or the mean over all that are no padding (off: cls)"
-    own.add_argument("--pooling", choices=["cls", "mean"], default="cls", help=text, when=unless(pooling="cls"))
+    own.add_argument("--pooling", choices=["cls", "mean"], default="cls", help=text)
     run = add_run_flags(parser)
     run.add_argument("--output-dir", *output_names, default=output_dir, metavar="DIR", help="where run folders go")
     add_machine_flags(run, federated=federated)
@@ -67,8 +65,6 @@ def add_model_flags(group):
     group.add_argument(
         "--model-size",
         choices=list(SIZES),
-        when=only(model=None),
-        why="it only names the folder",
         help="roberta-base or roberta-large (default: base, without --model)",
     )
     group.add_argument(
@@ -105,16 +101,12 @@ def add_training_flags(parser, lr):
         "--lr-scheduler", choices=["linear", "constant"], default="linear", help="after the warm-up: down to 0, or not"
     )
     train.add_argument(
-        "--max-grad-norm", type=non_negative_float, default=1.0, metavar="X", help="gradients are clipped to it; off: 0"
-    )
-    train.add_argument(
         "--gradient-accumulation-steps",
         type=positive_int,
         default=1,
         metavar="N",
         help="batches a step, their gradients averaged; off: 1",
     )
-    train.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
     return train
 
 
@@ -132,16 +124,10 @@ def add_init_flag(own):
     own.add_argument("--init-from", "--init-adapter", dest="init_adapter", metavar="DIR", help=text)
 
 
-def add_split_flag(own, when=None):
+def add_split_flag(own):
     """What svd makes of the singular values."""
     text = "svd: B = U S, A = V^T, or (balanced) the root of S in both"
-    own.add_argument("--svd-split", choices=SPLITS, default="us", help=text, when=when)
-
-
-def add_rotation_flag(own, when=None):
-    """How far rotate goes."""
-    text = "rotate: lambda of the soft rotation, 1: the best one (off: --aggregate naive)"
-    own.add_argument("--rotate-lambda", type=fraction, default=1.0, metavar="X", help=text, when=when)
+    own.add_argument("--svd-split", choices=SPLITS, default="us", help=text)
 
 
 def refuse(wrong, message):
@@ -191,10 +177,7 @@ def complete_rounds(args):
             mixed, f"--replay with --client-ranks {mixed}: naive needs rank {args.lora_r} of all: drop one of the two"
         )
     args.alpha = args.svd_rank if args.alpha is None else args.alpha
-    if args.server_lr is None:
-        args.server_lr = 1.0 if args.server_optimizer in ("none", "momentum") else 0.01
     args.keep = sorted(set(args.keep))
-    args.run_name = args.run_name or run_name(args)
     return args
 
 
@@ -213,5 +196,5 @@ def run_name(args):
         return name
     other = f"{name}_{args.aggregate}" + "_warm" * bool(args.init_adapter)
     line = f"{args.output_dir}/{name} holds a run of {there.get('aggregate')}: this one goes to {other}"
-    getattr(args, "notes", []).append(line)
+    say(line)
     return other

@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from common.cache import cache_folder, one_line
+from common.cache import one_line
 from common.cli import UsageError
 from common.corpora import data_folder
 from common.hub import hub_dataset
@@ -32,10 +32,10 @@ class TaskData:
     fingerprint: dict
 
 
-def load_task(name, dataset="glue", data_root=None, cache_dir=None, splits=None):
+def load_task(name, dataset="glue", data_root=None, splits=None):
     """The task `name` ("cola" ... "wnli") as `TaskData`.
 
-    dataset: "glue" (the official tsv files under the data folder, else an earlier download, else the hub) or "demo"
+    dataset: "glue" (the official tsv files under the data folder, else the hub) or "demo"
     (generated). splits: which are needed, all by default. A size that is not the official one is noted.
 
     Raises UsageError for an unknown task or dataset, and for data that are missing or damaged.
@@ -48,7 +48,7 @@ def load_task(name, dataset="glue", data_root=None, cache_dir=None, splits=None)
         generated = demo_task(task.name)
         there, source, notes = {split: generated[split] for split in splits}, "generated", []
     else:
-        there, source, notes = _read_task(task, splits, data_root, cache_dir)
+        there, source, notes = _read_task(task, splits, data_root)
         sizes = [(split, len(there[split]), task.sizes[split]) for split in splits]
         notes += [f"{task.name} {s}: {n} examples, officially {size} ({source})" for s, n, size in sizes if n != size]
     fingerprint = {
@@ -64,11 +64,11 @@ def load_task(name, dataset="glue", data_root=None, cache_dir=None, splits=None)
     return TaskData(task, there, notes, fingerprint)
 
 
-def _read_task(task, splits, data_root, cache_dir):
+def _read_task(task, splits, data_root):
     """({split: Split}, source, notes): the asked splits of an official task.
 
-    From the first folder that is there, `data_root`/glue/FOLDER (or GLUE/, glue_data/, or right below), else what an
-    earlier download left in the cache, else the hub.
+    From the first folder that is there, `data_root`/glue/FOLDER (or GLUE/, glue_data/, or right below), else the hub
+    or its library's cache.
     """
     root = data_folder(data_root)
     for place in _ROOTS:
@@ -79,7 +79,6 @@ def _read_task(task, splits, data_root, cache_dir):
     rows = hub_dataset(
         (HUB_NAME, task.name),
         dict.fromkeys(task.splits, (*task.columns, "label")),
-        cache_folder(cache_dir) / f"glue-{task.name}.json.gz",
         f"no GLUE task {task.name} under {root}",
         f"{', '.join(map(_file_name, task.splits))} into {root / 'glue' / task.folder}",
     )

@@ -6,8 +6,13 @@
 W + s B A with s = alpha / r; A random, B zero, W frozen   (Hu et al. 2022), trained by AdamW together with the head.
 """
 
-from common.cli import run_main
-from common.early import parsed
+from pathlib import Path
+
+from common.adapter_files import write_adapter
+from common.checkpoint import saving
+from common.cli import parse, run_main
+from common.runlog import start_run
+from lora_glue_fl import central
 from lora_glue_fl.flags import add_init_flag, add_lora_flags, complete_central, make_central_parser, size_label
 
 
@@ -17,17 +22,6 @@ def build_parser():
     add_init_flag(own)
     own.add_argument("--adapter-output-dir", metavar="DIR", help="where the adapter goes (default: RUN/adapter)")
     return parser
-
-
-if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
-    args = parsed(complete_central, build_parser().parse_args())
-
-from pathlib import Path
-
-from common.adapter_files import write_adapter
-from common.checkpoint import saving
-from common.runlog import start_run
-from lora_glue_fl import central
 
 
 def main(args):
@@ -73,4 +67,5 @@ def write_manifest(study, results):
 
 
 if __name__ == "__main__":
+    args = parse(build_parser(), complete_central)
     run_main(main, args)

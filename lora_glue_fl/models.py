@@ -142,7 +142,6 @@ def _pretrained(spec, task):
         folder,
         f"model {spec} cannot be read as an encoder",
         "give a folder that transformers wrote, or copy it again",
-        trust_remote_code=False,
         ignore_mismatched_sizes=True,  # a head of another task; anything else is refused below
         **_labels(task),
     )

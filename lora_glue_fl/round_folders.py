@@ -101,7 +101,7 @@ def size_on_disk(study):
     whole = 4 * study.run.manifest["parameters"]["total"] if base else adapter  # final/
     rounds = a.rounds if "all" in a.keep else min(a.rounds, len(a.keep))
     clients = per_round(a.participation, len(study.rows)) if a.save_clients else 0
-    checkpoints = a.keep_checkpoints * (1 + (a.final == "best"))
+    checkpoints = 2 * (1 + (a.final == "best"))
     total = (rounds * (clients + 1) + checkpoints) * (adapter + base) + whole
     changed = " with the base's changed weights, unless --no-save-clients" * bool(base and clients)
     return (
@@ -110,20 +110,21 @@ def size_on_disk(study):
     )
 
 
-def fuse_manifest(study, served, clients, alpha, metrics, t):
-    """What the server's folder says of itself; clients and rounds count from 1."""
-    a, model = study.args, study.model
-    counted = [k for k in sorted(clients.clients) if k not in clients.left_out]
-    weights = [study.client_weights[k] for k in counted]
+def fuse_manifest(study, row, alpha, metrics, t):
+    """What the server's folder says of itself after t rounds; clients and rounds count from 1. row: of the log."""
+    a, model, served = study.args, study.model, study.served
+    left_out = [k for round, k in row.get("left_out", ()) if round == t]
+    counted = [k for k in row["clients"] if k not in left_out]
+    weights = [study.examples[k] for k in counted]
     return {
         "dataset": a.dataset,
         "model_id": model.encoder.name,
         "task": model.task.name,
-        "round": t + 1,
+        "round": t,
         "k_adapters": len(counted),
         "adapters": [f"../client_{k + 1}/adapter" for k in counted] if a.save_clients else [],
         "weights": [w / sum(weights) for w in weights],
-        "left_out": [k + 1 for k in clients.left_out],
+        "left_out": [k + 1 for k in left_out],
         "aggregate": a.aggregate,
         "svd_rank": a.svd_rank if a.aggregate == "svd" else None,
         "alpha": alpha,

@@ -8,12 +8,10 @@ info = make_client_splits(task_name="sst2", k=5, mode="iid", seed=123)
 save_shard_manifests("out/sst2_base/shards_iid_k5", info)
 """
 
-import argparse
-
 from common.choices import SIZES
-from common.cli import Parser, non_negative_int, only, positive_float, positive_int, run_main, seed_number
-from common.early import parsed
+from common.cli import Parser, non_negative_int, parse, positive_float, positive_int, run_main, seed_number
 from lora_glue_fl.flags import MODES, add_data_flags
+from lora_glue_fl.shards import make_client_splits, save_shard_manifests
 
 
 def build_parser():
@@ -23,30 +21,21 @@ def build_parser():
     parser.add_argument("--mode", choices=MODES, default="iid", help="how the examples are dealt")
     parser.add_argument("--out-dir", required=True, metavar="DIR", help="where the manifests go")
     some, text = {"type": float, "default": 0.0, "metavar": "X"}, "overlap: share drawn from all"
-    parser.add_argument("--overlap-ratio", **some, when=only(mode=("overlap", "category_overlap")), help=text)
-    text, by_category = "category: label or genre (default: label)", only(mode=("category", "category_overlap"))
-    parser.add_argument("--category-key", metavar="COLUMN", when=by_category, help=text)
-    by_share, some = only(mode="dirichlet"), {"type": positive_float, "default": 0.5, "metavar": "X"}
-    parser.add_argument("--dirichlet-alpha", **some, when=by_share, help="dirichlet: evenness")
+    parser.add_argument("--overlap-ratio", **some, help=text)
+    text = "category: label or genre (default: label)"
+    parser.add_argument("--category-key", metavar="COLUMN", help=text)
+    some = {"type": positive_float, "default": 0.5, "metavar": "X"}
+    parser.add_argument("--dirichlet-alpha", **some, help="dirichlet: evenness")
     some = {"type": positive_int, "default": 1, "metavar": "N"}
-    drawn, text = by_share & only(sizes="dirichlet"), "dirichlet: as many examples for all clients (equal), or as drawn"
-    parser.add_argument("--min-samples", **some, when=drawn, help="dirichlet: least a client")
-    parser.add_argument("--sizes", choices=SIZES, default="dirichlet", when=by_share, help=text)
-    parser.add_argument(
-        "--bin-stsb", action=argparse.BooleanOptionalAction, default=True, help="stsb: scores in bins of 0.2"
-    )
+    text = "dirichlet: as many examples for all clients (equal), or as drawn"
+    parser.add_argument("--min-samples", **some, help="dirichlet: least a client")
+    parser.add_argument("--sizes", choices=SIZES, default="dirichlet", help=text)
     parser.add_argument("--max-examples", type=positive_int, metavar="N", help="deal a stratified subset of N")
     some, text = {"type": non_negative_int, "default": 0, "metavar": "N"}, "examples that no client gets; off: 0"
     parser.add_argument("--held-out-examples", **some, help=text)
     parser.add_argument("--seed", type=seed_number, default=42, metavar="N", help="random seed")
     add_data_flags(parser)
     return parser
-
-
-if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
-    args = parsed(build_parser().parse_args)
-
-from lora_glue_fl.shards import make_client_splits, save_shard_manifests
 
 
 def main(args):
@@ -61,4 +50,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    args = parse(build_parser())
     run_main(main, args)

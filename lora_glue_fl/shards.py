@@ -58,7 +58,7 @@ def make_client_splits(
     """
     if mode not in MODES:
         raise UsageError(f"unknown --mode {mode!r}: choose one of {', '.join(MODES)}")
-    data = data or load_task(task_name, dataset, data_root, cache_dir, splits=("train",))
+    data = data or load_task(task_name, dataset, data_root, splits=("train",))
     task, train = data.task, data.splits["train"]
     key = (category_key or "label") if mode.startswith("category") else category_key
     notes = [note for note in data.notes if " train" in note]

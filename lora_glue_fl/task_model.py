@@ -13,7 +13,6 @@ from common.adapter_files import read_tensors
 from common.batches import evaluation_batches
 from common.checkpoint import saving
 from common.cli import UsageError, say
-from common.compiling import checked_compile
 from common.evaluation import amp_context, pick_device, resolve_amp
 from common.products import fit_rank
 from common.runlog import prepare_machine
@@ -42,7 +41,7 @@ class TaskModel:
         self.amp = resolve_amp(args.amp, self.device)
         self.task, name = find_task(args.task_name), model_name(args)
         splits = self.task.splits if train else self.task.evaluation_splits
-        self.data = load_task(self.task.name, args.dataset, args.data_root, args.cache_dir, splits)
+        self.data = load_task(self.task.name, args.dataset, args.data_root, splits)
         self.tokenizer = find_tokenizer(args.tokenizer, args.dataset, args.data_root, name)
         self.encoded = encode(self.data, self.tokenizer, args.max_length, args.cache_dir)
         self.encoder = load_encoder(name, self.task, self.tokenizer, args.seed, args.pooling)
@@ -60,10 +59,6 @@ class TaskModel:
         """Mean loss over the examples of {input_ids, attention_mask, (token_type_ids): [B, L], labels: [B]}: nats of
         the label, or (regression) the squared error of the score."""
         return self._loss(self._outputs(batch), batch["labels"])
-
-    def training_loss(self):
-        """`loss`, compiled with --compile. Rounds train other factors each: its leaves are those of the first batch."""
-        return checked_compile(self.loss, self.leaves) if self.args.compile else self.loss
 
     def _outputs(self, batch):
         with amp_context(self.amp, self.device):
@@ -121,10 +116,6 @@ class TaskModel:
         outputs, labels = self.outputs("train", rows=rows), self.encoded["train"].labels[rows]
         values = self.measures("train", outputs, labels)
         return {name.replace("val", "held_out", 1): value for name, value in values.items()}
-
-    def leaves(self):
-        """{name: parameter} of what is trained now."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def headline(self):

@@ -7,27 +7,21 @@ The text is the union of the shards of --num-clients clients, without what each 
 federated runs train on the same tokens; batches of 16 are 4 clients' batches of 4.
 """
 
-from common.cli import RunFailed, UsageError, run_main
-from common.early import parsed
+import torch
+
+from common import parallel
+from common.cli import RunFailed, UsageError, parse, run_main
+from common.local import OptimizerState, gradients
+from common.runlog import start_run
+from mamba_fl.fed_core import client_batches, load_study
 from mamba_fl.flags import complete_flags, make_parser, run_name
+from mamba_fl.measuring import finish, save_deltas, state_space
+
+WINDOW = 10  # cosines that are averaged, as in the source
 
 
 def build_parser():
     return make_parser(__doc__, federated=False)[0]
-
-
-if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
-    args = parsed(complete_flags, build_parser().parse_args())
-
-import torch
-
-from common import parallel
-from common.local import OptimizerState, gradients
-from common.runlog import start_run
-from mamba_fl.fed_core import client_batches, load_study
-from mamba_fl.measuring import evaluate, finish, save_deltas, state_space, with_perplexity
-
-WINDOW = 10  # cosines that are averaged, as in the source
 
 
 def main(args):
@@ -38,7 +32,7 @@ def main(args):
         weights, watch = study.weights, GradientWatch(study.weights)
         moments = OptimizerState(study.optimizer, weights.parameters)
         theta = run.restore(weights.snapshot(), weights.named, **study.lasting, moments=moments, watch=watch)
-        run.report(0, theta, lambda: evaluate(study, theta, 0))
+        run.report(0, theta, study.evaluate)
         weights.load(theta)
         theta = weights.theta
 
@@ -66,7 +60,7 @@ def main(args):
             update["delta_norms"] = {name: change.norm().item() for name, change in changes.items()}
             if args.save_deltas:
                 save_deltas(study, "server", before, theta, t)
-            run.report(t + 1, theta, lambda: update | evaluate(study, theta.clone(), t + 1), with_perplexity)
+            run.report(t + 1, theta, lambda theta, t, row: update | study.evaluate(theta.clone(), t, update))
 
         finish(study, theta.clone())
 
@@ -108,4 +102,4 @@ class GradientWatch:
 
 
 if __name__ == "__main__":
-    run_main(main, args)
+    run_main(main, parse(build_parser(), complete_flags))

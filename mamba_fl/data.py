@@ -15,7 +15,6 @@ from common.cli import UsageError
 from common.corpora import SPLITS, load_corpus
 from common.seeding import stream
 from common.sharding import contiguous, iid
-from common.topics import DEMO_TOPICS, article_topics, demo_topics, js_divergence
 from mamba_fl.cross_entropy import IGNORE
 
 HELD_OUT = 0.1  # the share of a client's blocks that no method trains on
@@ -54,8 +53,8 @@ def build_data(dataset, tokenizer, sequence_length, num_clients, sharding="conti
     """The data of a run as `FederatedText`.
 
     dataset: "wikitext2" or "demo". tokenizer: "gpt2", "bpe:N" or a path. sharding: "contiguous" (runs of
-    documents in corpus order, token counts as equal as document ends allow), "iid" (documents shuffled with `seed`) or
-    "topics" (`by_topics`). sequence_length: T, the tokens a model sees at once.
+    documents in corpus order, token counts as equal as document ends allow) or "iid" (documents shuffled with `seed`).
+    sequence_length: T, the tokens a model sees at once.
 
     Raises UsageError for an unknown dataset, missing files, a tokenizer that is not there, more clients than
     documents, and a sequence longer than a client's text.
@@ -66,15 +65,12 @@ def build_data(dataset, tokenizer, sequence_length, num_clients, sharding="conti
     streams = {split: torch.from_numpy(splits[split].tokens.astype(np.int64)) for split in SPLITS}
     lengths = splits["train"].lengths()
     documents = streams["train"].split(lengths.tolist())
-    facts = {}
     if sharding == "iid":
         shards = iid(len(lengths), num_clients, stream(seed, "sharding", 0, 0), what="training documents")
     elif sharding == "contiguous":
         shards = contiguous(len(lengths), num_clients, sizes=lengths, what="training documents")
-    elif sharding == "topics":
-        shards, facts = by_topics(corpus, lengths, num_clients, seed)
     else:
-        raise ValueError(f"sharding {sharding!r} is not contiguous, iid or topics")
+        raise ValueError(f"sharding {sharding!r} is not contiguous or iid")
 
     train, held_out, client_tokens = [], [], []
     for k, shard in enumerate(shards):
@@ -117,54 +113,8 @@ def build_data(dataset, tokenizer, sequence_length, num_clients, sharding="conti
             "client_tokens": client_tokens,
             "client_blocks": [len(blocks) for blocks in train],
             "client_held_out_blocks": [len(blocks) for blocks in held_out],
-            **facts,
-            **divergence(documents, shards, lengths, vocab_size, encoder.eos_token_id, seed),
         },
     )
-
-
-def by_topics(corpus, lengths, num_clients, seed):
-    """The training documents dealt so that a client's are of few topics: one topic's after another's, cut in K parts.
-
-    Topics are the demo's own, else `article_topics`; their order, and the starts of the clustering, are drawn. Token
-    counts are as equal as document ends allow, so that a topic may be shared by neighbours. A client has its documents
-    in corpus order: what it holds out is of all its topics.
-
-    Args: lengths: tokens of each document. Returns: (a sorted array a client, {topics: names, client_topic_tokens [K,
-    topics]}). Raises: UsageError for fewer documents than clients.
-    """
-    generator = stream(seed, "topics")
-    if corpus.name == "demo":
-        topics, names = demo_topics(corpus.train), [*DEMO_TOPICS]
-    else:
-        (topics,), names = article_topics(corpus.train, seed=int(generator.integers(2**32)))
-    order = np.argsort(generator.permutation(len(names))[topics], kind="stable")
-    parts = contiguous(len(order), num_clients, sizes=lengths[order], what="training documents")
-    shards = [np.sort(order[part]) for part in parts]
-    tokens = [np.bincount(topics[shard], lengths[shard], len(names)).astype(int).tolist() for shard in shards]
-    return shards, {"topics": list(names), "client_topic_tokens": tokens}
-
-
-def divergence(documents, shards, lengths, vocab_size, eos, seed):
-    """{token_divergence, token_divergence_chance [K]}: how far each client's tokens are from all clients', in bits.
-
-    `common.topics.js_divergence` of the tokens' shares, end of text left out; by chance, the same of a random deal into
-    as many parts of as many tokens.
-    """
-    shuffled = stream(seed, "chance partition").permutation(len(lengths))
-    parts = contiguous(len(lengths), len(shards), sizes=lengths[shuffled], what="training documents")
-
-    def bits(shards):
-        clients = [np.bincount(torch.cat([documents[i] for i in shard]), minlength=vocab_size) for shard in shards]
-        clients = np.stack(clients)  # [K, V]
-        clients[:, eos] = 0
-        return np.round(js_divergence(clients, clients.sum(0)), 6).tolist()
-
-    return {
-        "token_divergence": bits(shards),
-        "token_divergence_chance": bits([shuffled[part] for part in parts]),
-        "divergence_unit": "bits",
-    }
 
 
 def full_blocks(tokens, length):

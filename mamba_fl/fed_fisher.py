@@ -9,69 +9,51 @@ F_k is the diagonal of client k's Fisher information at theta_k, per sequence (i
 rho times its mean.
 """
 
+import torch
+
 from common import cli
-from common.early import parsed
+from common.aggregation import PrecisionWeightedMean
+from common.cli import parse
+from common.fisher import diagonal_fisher
+from common.processes import run_federated
+from common.runlog import start_run
+from common.seeding import torch_stream
+from mamba_fl.cross_entropy import sample_labels
+from mamba_fl.data import inputs_and_labels
+from mamba_fl.fed_core import client_update, load_study, sampled_blocks
 from mamba_fl.flags import SERVER_LR, complete_flags, footprint, make_parser, run_name
+from mamba_fl.measuring import finish
 
 
 def build_parser():
     parser, add = make_parser(__doc__)
     add("--fisher-samples", type=cli.positive_int, default=8, metavar="N", help="training sequences for a client's F_k")
     add("--fisher-damping", type=cli.non_negative_float, default=0.1, metavar="RHO", help="adds rho mean(F_k); off: 0")
-    add("--fisher-normalize", action="store_true", help="divide each F_k by its L2 norm")
     add("--fisher-labels", choices=["model", "data"], default="model", help="model: the Fisher; data: the empirical")
     add("--server-lr", **SERVER_LR)
     return parser
 
 
-if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
-    args = parsed(complete_flags, build_parser().parse_args())
-
-import torch
-
-from common.aggregation import PrecisionWeightedMean
-from common.fisher import diagonal_fisher
-from common.local import local_steps
-from common.processes import run_federated
-from common.runlog import start_run
-from common.seeding import torch_stream
-from mamba_fl.cross_entropy import sample_labels
-from mamba_fl.data import inputs_and_labels
-from mamba_fl.fed_core import begin_client, end_client, load_study, sampled_blocks
-from mamba_fl.measuring import evaluate, finish, with_perplexity
-
-
 def main(args):
     with start_run("fed_fisher", args, run_name("fed_fisher", args)) as run:
-        study = load_study(args, run)
+        study = load_study(args, run, sent_vectors=2)  # theta_k and its precision
         theta = run.restore(study.weights.snapshot(), study.weights.named, **study.lasting)
-        run.report(0, theta, lambda: evaluate(study, theta, 0))
+        run.report(0, theta, study.evaluate)
 
         for t in run.rounds():
-            up, down = study.bytes_of(t)
-            up += study.sent  # the precision
-            clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
-            mean = PrecisionWeightedMean(theta, clients, args.fisher_damping, args.fisher_normalize)
-            study.moments.open_round(clients)
-            lrs, max_norm = study.learning_rates(t), args.max_grad_norm
+            clients = run.sample(study, t)
+            mean = PrecisionWeightedMean(theta, clients, args.fisher_damping)
             for k in clients:
-                batches = begin_client(study, theta, k, t)
-                done = local_steps(
-                    study.loss, batches, study.weights, study.optimizer, amp=run.amp, lrs=lrs, max_norm=max_norm
-                )
-                theta_k = end_client(study, theta, k, t, clients, done)
-                n_k, precision, moments_k = study.client_weights[k], fisher(study, k, t), study.moments.of_client()
-                if mean.add(theta_k, weight=n_k, precision=precision, finite=moments_k):
-                    study.moments.offer(n_k)
+                theta_k = client_update(study, theta, k, t)
+                mean.add(theta_k, precision=fisher(study, k, t))
             theta = mean.result(args.server_lr)
-            study.moments.close_round(mean.delta(), sum(lrs) / len(lrs))
-            run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
+            run.report(t + 1, theta, study.evaluate)
 
         finish(study, theta)
 
 
 def fisher(study, k, t):
-    """F_k [n] at the weights in the model, over some training sequences of client k; 0 where they are personal."""
+    """F_k [n] at the weights in the model, over some training sequences of client k."""
     blocks = sampled_blocks(study, "fisher", study.train[k], study.args.fisher_samples, k, t)  # [n, T + 1]
     inputs, labels = inputs_and_labels(blocks)
     if study.args.fisher_labels == "model":  # else the text's: the empirical Fisher
@@ -84,8 +66,9 @@ def fisher(study, k, t):
         with study.autocast():
             return model.nll(*(part[None] for part in sample))
 
-    return study.personal.without(diagonal_fisher(study.model, study.weights, nll, (inputs, labels), method="loop"))
+    return diagonal_fisher(study.model, study.weights, nll, (inputs, labels), method="loop")
 
 
 if __name__ == "__main__":
+    args = parse(build_parser(), complete_flags)
     run_federated(main, args, *footprint(args))

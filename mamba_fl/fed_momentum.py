@@ -12,15 +12,15 @@ adam, ...   m <- b1 m + (1 - b1) Delta,  v <- b2 v + (1 - b2) Delta^2,
 """
 
 from common import cli
-from common.early import parsed
+from common.aggregation import ServerAdam, ServerMomentum, WeightedMean
+from common.cli import parse
+from common.processes import run_federated
+from common.runlog import start_run
+from mamba_fl.fed_core import client_update, load_study
 from mamba_fl.flags import complete_flags, footprint, make_parser, run_name
+from mamba_fl.measuring import finish
 
 MOMENTUM, ADAPTIVE = ("momentum", "nesterov"), ("adam", "yogi", "adagrad")
-
-
-def of(*kinds):
-    """When a flag is read: with these server optimisers."""
-    return cli.only(server_optimizer=kinds)
 
 
 def build_parser():
@@ -30,13 +30,12 @@ def build_parser():
     add("--server-lr", type=cli.positive_float, metavar="X", help="eta_s (default: 1; adam, yogi, adagrad: 0.01)")
     add("--server-momentum", type=cli.half_open_fraction, default=0.9, metavar="X", help="beta; Adam's b1; off: 0")
     forms = ["heavy_ball", "ema"]
-    add("--momentum-form", choices=forms, default="heavy_ball", when=of(*MOMENTUM), help="ema: the source's average")
-    add("--server-beta2", type=cli.half_open_fraction, default=0.99, metavar="X", when=of("adam", "yogi"), help="b2")
+    add("--momentum-form", choices=forms, default="heavy_ball", help="ema: the source's average")
+    add("--server-beta2", type=cli.half_open_fraction, default=0.99, metavar="X", help="b2")
     text = "Adam's m and v over 1 - b^t, as in Adam; Reddi's has none"
     add(
         "--server-bias-correction",
         action="store_true",
-        when=of("adam") & cli.unless(server_bias_correction=False),
         help=text,
     )
     text = "whose rate --lr-scheduler and --warmup-steps change, as --lr's share"
@@ -44,22 +43,10 @@ def build_parser():
         "--scheduled",
         choices=["clients", "server"],
         default="clients",
-        when=cli.unless(scheduled="clients") & cli.unless(lr_scheduler="constant", warmup_steps=0),
         help=text,
     )
-    add("--server-tau", type=cli.positive_float, default=1e-3, metavar="X", when=of(*ADAPTIVE), help="Adam's tau")
+    add("--server-tau", type=cli.positive_float, default=1e-3, metavar="X", help="Adam's tau")
     return parser
-
-
-if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
-    args = parsed(complete_flags, build_parser().parse_args())
-
-from common.aggregation import ServerAdam, ServerMomentum, WeightedMean
-from common.local import local_steps
-from common.processes import run_federated
-from common.runlog import start_run
-from mamba_fl.fed_core import begin_client, end_client, load_study
-from mamba_fl.measuring import evaluate, finish, with_perplexity
 
 
 def main(args):
@@ -68,29 +55,17 @@ def main(args):
         study = load_study(args, run)
         server = server_optimizer(args)
         theta = run.restore(study.weights.snapshot(), study.weights.named, **study.lasting, server=server)
-        run.report(0, theta, lambda: evaluate(study, theta, 0))
+        run.report(0, theta, study.evaluate)
 
         for t in run.rounds():
-            up, down = study.bytes_of(t)
-            clients = run.sample(study.client_weights, args.participation, t, up=up, down=down)
+            clients = run.sample(study, t)
             mean = WeightedMean(theta, clients)
-            study.moments.open_round(clients)
-            lrs, max_norm = study.learning_rates(t), args.max_grad_norm
-            if args.scheduled == "server":
-                server.lr = args.server_lr * (lrs[0] / args.lr if args.lr else 1)
-                lrs = [args.lr] * len(lrs)
             for k in clients:
-                batches = begin_client(study, theta, k, t)
-                done = local_steps(
-                    study.loss, batches, study.weights, study.optimizer, amp=run.amp, lrs=lrs, max_norm=max_norm
-                )
-                theta_k = end_client(study, theta, k, t, clients, done)
-                n_k, moments_k = study.client_weights[k], study.moments.of_client()
-                if mean.add(theta_k, weight=n_k, finite=moments_k):
-                    study.moments.offer(n_k)
+                theta_k = client_update(study, theta, k, t)
+                mean.add(theta_k)
+            server.lr = study.server_rate(t)
             theta = server.step(theta, mean.delta())
-            study.moments.close_round(mean.delta(), sum(lrs) / len(lrs))
-            run.report(t + 1, theta, lambda: evaluate(study, theta, t + 1), with_perplexity)
+            run.report(t + 1, theta, study.evaluate)
 
         finish(study, theta)
 
@@ -105,4 +80,5 @@ def server_optimizer(args):
 
 
 if __name__ == "__main__":
+    args = parse(build_parser(), complete_flags)
     run_federated(main, args, *footprint(args))

@@ -14,10 +14,8 @@ from common.cli import (
     layer_count,
     non_negative_float,
     non_negative_int,
-    only,
     positive_float,
     positive_int,
-    unless,
 )
 from common.participation import check_participation, per_round
 
@@ -32,15 +30,11 @@ SIZES = {  # flag -> its default, its names in a config.json: mamba-ssm's and tr
     "d_model": (None, "d_model", "hidden_size"),  # the data set's
     "d_state": (128, "d_state", "state_size"),
     "headdim": (64, "headdim", "head_dim"),
-    "expand": (2, "expand", "expand"),
 }
-SENT_STATES = ("average", "pooled", "fedadamw")
-CLIENT_STATES = ("keep", "reset", *SENT_STATES)
 SERVER_LR = {
     "type": positive_float,
     "default": 1.0,
     "metavar": "X",
-    "when": unless(server_lr=1.0),
     "help": "eta_s, of the mean update; the plain mean: 1",
 }
 
@@ -59,11 +53,9 @@ def make_parser(doc, *, federated=True):
     add("--d-model", type=positive_int, metavar="N", help="width (default: 512; demo: 128)")
     add("--d-state", type=positive_int, metavar="N", help="state size per head (default: 128)")
     add("--headdim", type=positive_int, metavar="N", help="channels per head (default: 64)")
-    add("--expand", type=positive_int, metavar="N", help="inner width over width (default: 2)")
     start = "start from another run's weights (its folder, or its final/): sizes and tokenizer are then those"
     start += " (default: fresh weights)"
-    add("--init-from", metavar="RUN", when=unless(init_from=None), help=start)
-    add("--chunk", type=_chunk, default="auto", help="tokens per chunk of the recurrence, or auto")
+    add("--init-from", metavar="RUN", help=start)
     add("--kernel", choices=["auto", "torch", "mamba_ssm"], default="auto", help="auto: mamba_ssm on CUDA if installed")
 
     add = parser.add_argument_group("the data").add_argument
@@ -71,8 +63,8 @@ def make_parser(doc, *, federated=True):
     add("--tokenizer", help="gpt2, bpe:N (trained on the training text) or a path (default: gpt2; demo: bpe:1024)")
     add("--sequence-length", type=positive_int, metavar="T", help="tokens (default: 256; demo: 128)")
     add("--data-root", "--cache-dir", metavar="DIR", help="folder of the data (default: $FEDQUARTET_DATA, else data)")
-    dealt = "documents in corpus order, shuffled, or by topic (few topics a client)"
-    add("--sharding", choices=["contiguous", "iid", "topics"], default="contiguous", help=dealt)
+    dealt = "documents in corpus order, or shuffled"
+    add("--sharding", choices=["contiguous", "iid"], default="contiguous", help=dealt)
     shards = "clients that the text is dealt to" if federated else "shards that are trained on together"
     add("--num-clients", type=positive_int, default=4, metavar="K", help=shards)
 
@@ -80,58 +72,34 @@ def make_parser(doc, *, federated=True):
     add("--n-epochs", type=positive_float, metavar="X", help="passes over the text (default: 1; demo: 3)")
     add("--lr", type=non_negative_float, default=5e-4, metavar="X", help="learning rate")
     add("--weight-decay", type=non_negative_float, default=0.01, metavar="X", help="not on dt_bias, A_log, D; off: 0")
-    schedules, varies = ["constant", "cosine", "linear"], unless(lr_scheduler="constant")
-    add("--lr-scheduler", choices=schedules, default="constant", when=varies, help="of the rate, after the warm-up")
-    rise, rises = "steps in which it rises to --lr; off: 0", unless(warmup_steps=0)
-    add("--warmup-steps", type=non_negative_int, default=0, metavar="N", when=rises, help=rise)
-    lowest, falls = "the rate that cosine and linear end at", only(lr_scheduler=("cosine", "linear"))
-    add("--min-lr", type=non_negative_float, default=0.0, metavar="X", when=falls, help=lowest)
+    schedules = ["constant", "cosine", "linear"]
+    add("--lr-scheduler", choices=schedules, default="constant", help="of the rate, after the warm-up")
+    rise = "steps in which it rises to --lr; off: 0"
+    add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help=rise)
+    lowest = "the rate that cosine and linear end at"
+    add("--min-lr", type=non_negative_float, default=0.0, metavar="X", help=lowest)
     for name, usual, words in (("beta1", 0.9, "b1 of AdamW; off: 0"), ("beta2", 0.999, "b2 of AdamW")):
-        adamw = only(client_optimizer="adamw") & unless(**{name: usual})
-        add(f"--{name}", type=half_open_fraction, default=usual, metavar="X", when=adamw, help=words)
-    clip, clips = "norm that a step's gradient is clipped to; off: 0", unless(max_grad_norm=0)
-    add("--max-grad-norm", type=non_negative_float, default=0.0, metavar="X", when=clips, help=clip)
+        add(f"--{name}", type=half_open_fraction, default=usual, metavar="X", help=words)
+    clip = "norm that a step's gradient is clipped to; off: 0"
+    add("--max-grad-norm", type=non_negative_float, default=0.0, metavar="X", help=clip)
     if federated:
         add("--batch-size", type=positive_int, default=4, metavar="B", help="sequences a step and client")
         add("--local-updates", type=positive_int, default=1, metavar="H", help="steps a client and round")
         add("--rounds", "--num-rounds", type=positive_int, metavar="R", help="rounds (default: what --n-epochs needs)")
         spelled, share = ("--participation", "--participation-rate"), "share of clients a round"
         add(*spelled, type=fraction, default=1.0, metavar="C", help=share)
-        add(
-            "--client-weights",
-            choices=["examples", "uniform"],
-            help="weight of a client in the mean (default: examples; fed_entropy: as --entropy-prior)",
-        )
         add("--client-optimizer", choices=["adamw", "sgd"], default="adamw", help="local optimiser")
         add(
             "--client-state",
-            choices=CLIENT_STATES,
+            choices=["keep", "reset", "pooled"],
             default="keep",
-            when=only(client_optimizer="adamw"),
-            help="AdamW's moments from round to round: a client's own, none, or sent: averaged, as of the pooled batch",
+            help="AdamW's moments from round to round: a client's own, none, or sent: as of the pooled batch",
         )
-        text = "of fedadamw: how much of the last round's direction each step adds; off: 0"
-        add(
-            "--alpha-global",
-            type=non_negative_float,
-            default=0.5,
-            metavar="X",
-            when=only(client_state="fedadamw"),
-            help=text,
-        )
-        stays = "what stays with the client (A_log, dt_bias, D; the convolution); off: none"
-        add("--personal", choices=["none", "ssm", "conv"], default="none", when=unless(personal="none"), help=stays)
-        sync = "when clients get the averaged model; epoch: the source's schedule"
-        add("--sync", choices=["round", "epoch"], default="round", help=sync)
-        budget = "equal: central's tokens; source: its 2.5 epochs with replacement"
-        add("--budget", choices=["equal", "source"], default="equal", help=budget)
     else:
         add("--batch-size", type=positive_int, default=16, metavar="B", help="sequences a step")
         add("--rounds", "--steps", type=positive_int, metavar="N", help="steps (default: what --n-epochs needs)")
         # central training is one client with all of the text, one step a round
-        parser.set_defaults(client_weights="examples", client_optimizer="adamw", client_state="keep")
-        parser.set_defaults(local_updates=1, participation=1.0, sync="round", budget="equal", client_val_sequences=0)
-        parser.set_defaults(personal="none")
+        parser.set_defaults(client_optimizer="adamw", client_state="keep", local_updates=1, participation=1.0)
 
     add = parser.add_argument_group("what is measured").add_argument
     if federated:
@@ -144,21 +112,14 @@ def make_parser(doc, *, federated=True):
         add("--save-freq", type=positive_int, default=100, metavar="N", help="checkpoint every N steps")
     while_training = "validation sequences used while training (the end uses all); 0: all"
     add("--val-sequences", type=non_negative_int, default=256, metavar="N", help=while_training)
-    held_out = "sequences of each client's held-out text, for the averaged and for its own model; off: 0"
-    add("--held-out-sequences", type=non_negative_int, default=8, metavar="N", help=held_out)
     add("--save-deltas", action="store_true", help="store the updates of the state-space parameters")
-    add("--prompt", default="Once upon a time,", empty=True, help="text that the samples go on from; off: ''")
+    add("--prompt", type=str, default="Once upon a time,", help="text that the samples go on from; off: ''")
 
     run = add_run_flags(parser)
     add_final_flag(run)
     run.add_argument("--output-dir", "--data-dir", default="results", metavar="DIR", help="where run folders go")
     add_machine_flags(run, 0, federated)
-    run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
     return parser, add_to_method
-
-
-def _chunk(text):
-    return text if text == "auto" else positive_int(text)
 
 
 def complete_flags(args):
@@ -176,27 +137,9 @@ def complete_flags(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.config = f"pure_ssm_{args.layers}_layer"
-    if hasattr(args, "entropy_prior"):  # FedEntropy's name of --client-weights
-        given = args.client_weights
-        prior = args.entropy_prior or ("examples" if given == "examples" else "none")
-        args.client_weights = "examples" if prior == "examples" else "uniform"
-        if given not in (None, args.client_weights):
-            raise UsageError(f"--client-weights {given} and --entropy-prior {prior} contradict each other: give one")
-        args.entropy_prior = prior
-    args.client_weights = args.client_weights or "examples"
     if args.lr_scheduler != "constant" and args.min_lr > args.lr:
         raise UsageError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: lower it")
     check_participation(args.participation, args.num_clients)
-    if args.personal != "none" and args.client_state in SENT_STATES:
-        raise UsageError(f"--client-state {args.client_state} would send the moments of --personal: take keep or reset")
-    if args.sync == "epoch" and args.client_state in SENT_STATES:
-        raise UsageError(f"--client-state {args.client_state} is of an averaged model: --sync epoch -> round")
-    if args.sync == "epoch" and args.participation < 1:
-        raise UsageError(f"--sync epoch needs every client in every round: --participation {args.participation} -> 1")
-    if args.sync == "epoch" and args.personal != "none":
-        raise UsageError(
-            f"--sync epoch leaves all weights with the client, --personal {args.personal} some: give one of the two"
-        )
     return args
 
 

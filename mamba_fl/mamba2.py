@@ -257,7 +257,7 @@ def causal_conv(x, weight, bias, past=None):
 
 
 def auto_chunk(length):
-    """The chunk for a sequence of `length` tokens: equal chunks of at most 64 (benchmarks/mamba2_cpu.py), so that
+    """The chunk for a sequence of `length` tokens: equal chunks of at most 64 (benchmarks/parts.py), so that
     a length just above a multiple of 64 is not padded to the next."""
     chunks = -(-length // 64)
     return -(-length // (4 * chunks)) * 4

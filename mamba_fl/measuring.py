@@ -1,7 +1,7 @@
 """What is measured of a run's models, and what a run leaves behind: functions of `fed_core.Study`.
 
 A loss is the summed NLL of a text over its number of tokens (nats a token), whatever the batches; perplexity is its
-exponential. The text is the common validation or test text, or what a client holds out.
+exponential.
 """
 
 import math
@@ -20,34 +20,19 @@ from mamba_fl.ssm_config import save_pretrained
 WATCHED = ("in_proj.weight", "A_log", "D", "dt_bias")  # the state-space parameters of a layer
 
 
-def evaluate(study, theta, t):
-    """{field: value} of theta [n] after t rounds on the validation text; offers it as the best.
-
-    What is personal is there the mean of the clients', and each client's own on its own held-out text.
-    """
-    theta = study.personal.served(theta, study.client_weights)
+def evaluate(study, theta, t, row):
+    """{field: value} of theta [n] after t rounds on the validation text, and train_ppl of the row's train_loss; offers
+    theta as the best."""
     study.weights.load(theta)
     metrics = {
         "steps": min(study.total_steps, t * study.args.local_updates),
         **validate(study, study.data.validation[: study.args.val_sequences or None], "val"),
         "generated": generate(study),
     }
-    if study.args.held_out_sequences:
-        clients = range(len(study.data.held_out))
-        mine = {}
-        for k in parallel.my_share(clients):
-            study.weights.load(study.personal.own(theta, k))
-            mine[k] = held_out_ppl(study, k)
-        shares = parallel.all_gather(mine)
-        metrics["held_out_ppl"] = [next(share[k] for share in shares if k in share) for k in clients]
-        metrics["held_out_loss"] = math.fsum(map(math.log, metrics["held_out_ppl"])) / len(clients)
+    if "train_loss" in row:
+        metrics["train_ppl"] = perplexity(row["train_loss"], 1)
     study.best.offer(t, metrics["val_loss"], theta)
     return metrics
-
-
-def with_perplexity(row):
-    """train_ppl of the row's train_loss."""
-    return {"train_ppl": perplexity(row["train_loss"], 1)} if "train_loss" in row else {}
 
 
 def validate(study, blocks, split):
@@ -60,12 +45,6 @@ def validate(study, blocks, split):
         f"{split}_ppl": perplexity(nll, tokens),
         f"{split}_bits_per_byte": bits_per_byte(nll, size),
     }
-
-
-def held_out_ppl(study, k):
-    """Perplexity of the model on the first --held-out-sequences blocks of client k's held-out text."""
-    nll, tokens, _ = statistics(study, study.data.held_out[k][: study.args.held_out_sequences])
-    return perplexity(nll, tokens)
 
 
 @torch.no_grad()
@@ -115,7 +94,6 @@ def finish(study, theta):
     """Test and validation perplexity on all text, of the last and the best weights; final/, the history, curve.png."""
     run, best = study.run, study.best
     run.note("evaluating on all test and validation text")
-    theta = study.personal.served(theta, study.client_weights)
     study.weights.load(theta)
     test_ppl = validate(study, study.data.test, "test")["test_ppl"]
     results = {"best_round": best.round, "best_val_ppl": perplexity(best.loss, 1)}

@@ -1,347 +1,486 @@
-"""Figures of lora_glue_fl; its table: plots/glue_runs.py.
+"""Tables and figures of lora_glue_fl.
 
-    python plots/glue.py --data-dir out_fedavg --out-dir results/plots          # all that the runs allow
-    python plots/glue.py metric error --data-dir lora_glue_fl/results/small.jsonl --tasks rte
+python plots/tables.py lora_glue_fl --against naive --data-dir lora_glue_fl/results/trajectories.jsonl
+python plots/tables.py lora_glue_fl --replay --data-dir lora_glue_fl/results/replay.jsonl
+python plots/glue.py --data-dir out_fedavg --out-dir results/plots          # all that the runs allow
 
-    metric     metric.png: each task's headline metric on its validation examples against rounds, from before training
-               on (round 0, where it is logged); lines at the share of the most frequent label, where the metric is
-               accuracy and run.json says it, and at the last metric of runs that train the head only
-    losses     losses.png: validation loss after the last round minus naive's, seed by seed: mean, 95 % interval of a
-               paired t test, a dot a seed
-    error      aggregation error of what is served against rounds (error_rounds.png), clients (error_clients.png), rank
-               (error_rank.png), the latter two means over a run's rounds:
-
-                   ||served - mean(BA)|| / ||mean(BA)||, mean(BA) = sum_k p_k s_k B_k A_k, in percent, over all layers
-
-               Rules whose error stays below 0.1 % everywhere (what rounding leaves) share one line; a panel of them
-               alone is not drawn.
-    bytes      the metric against what has been sent, all clients and rounds so far, in 10^6 bytes: by the clients
-               (bytes_up.png); both ways (bytes_both.png): stack and residual send the base model's update down
-    clients    clients.png, after the last round: every client of every seed as a dot, their mean as a bar, the global
-               model as a marker; clients_rounds.png: the global model minus the mean of its clients, in points
-    replay     loss against the error of runs with --replay (plots/glue_replay.py)
-
-A panel per task and federation (clients and how the examples were dealt to them), a line per aggregation rule: the mean
-over seeds, its band or bar one standard deviation each way; central training is a horizontal line at its last metric.
-Correlations are shown times 100. Figures of one model and adapter size: a further group has a figure of its own.
+losses    losses.png: validation loss after the last round minus naive's, seed by seed: mean, 95 % interval of a
+          paired t test, a dot a seed; a panel per federation
+replay    replay_error.png, of runs with --replay: validation loss of what a rule serves minus that of the exact
+          mean product, against the rule's aggregation error as a share of the exact mean's step; a panel per number
+          of local epochs. Both losses are of the same clients, trained once. A point is of a setting: the mean over
+          its seeds with its interval, which may leave the axes. The grey band is the largest difference between
+          two ways to serve the exact mean (in the base's weights, and as an adapter beside a corrected base): what
+          rounding does
 """
 
+import json
 import re
-from dataclasses import replace
-from itertools import cycle
+from collections import defaultdict
 
 import numpy as np
 
-from common.cli import run_main
-from common.curves import GREY, number, plain_ticks
-from plots import glue_replay
-from plots.glue_runs import (
-    ERROR,
-    EXACT,
-    GAIN,
-    METRICS,
-    SENT_BOTH,
-    SENT_UP,
-    STUDY,
-    TABLE,
-    TASKS,
-    VALIDATION,
-    add_tasks,
-    base_of,
-    figures_of,
-    headline,
-    of_tasks,
-    order,
-    prepared,
-)
-from plots.runs import LeftOut, describe, shared_setting
-from plots.seeds import interval, label, lines_of, paired
-from plots.style import (
-    BANDS,
-    BARS,
-    Figure,
-    all_curves,
-    axes_of,
-    bars,
-    draw_along,
-    draw_figures,
-    draw_rounds,
-    figure_parser,
-    finish,
-    looks_of,
-    name_places,
-    reference_lines,
-    sideways,
-)
+from common.cli import UsageError, run_main
+from common.curves import GREY, new_figure, number, set_title
+from plots import style
+from plots.pairs import difference, interval, paired, pairs_cell, spread
+from plots.read import Study, order_of
+from plots.rows import base_name, describe, groups, kind_order, rows_of, words_for
+from plots.style import legend_below, look, looks_of, numbered, panel_axes, seeds_range
+from plots.tables import Table, over_rounds, result, seeds, sent, whole
 
-__all__ = ["FIGURES", "STUDY", "TABLE"]
+# ---- the study
 
-# ---- the panels of a figure
+TASKS = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP"}
+TASKS |= {"mnli": "MNLI", "wnli": "WNLI"}
+METRICS = {
+    "val_accuracy": "Accuracy (%)",
+    "val_mismatched_accuracy": "Accuracy, mismatched (%)",
+    "val_f1": "F1 (%)",
+    "val_matthews": "Matthews correlation (x 100)",
+    "val_pearson": "Pearson correlation (x 100)",
+    "val_spearman": "Spearman correlation (x 100)",
+}
+MODEL = ("dataset", "model", "pooling", "rank", "lora_alpha")  # what the panels of one figure have in common
+FEDERATION = ("clients", "participation", "shards", "rounds", "local_epochs")
+SERVED = ("svd_rank", "served_scale")  # of svd, where they are not the clients'
+KEYS = (*MODEL, "task", *FEDERATION, "examples", "data", "learning_rate", *SERVED)
 
 
-def having(field=None, lines=1, over_rounds=False, axis=(), control=False):
-    """A select of the runs with a field in so many lines of metrics.jsonl (None: of all) and of the central ones.
-
-    over_rounds: of panels in which a curve has the headline metric after two rounds or more; axis: settings on the
-    panels' axis, of the rules at two places of it or more; control: runs that train the head only are references.
-    """
-
-    def rounds(panel):
-        evaluated = [curve.evaluated(headline(panel.setting)) for curve in panel.curves]
-        return max(np.isfinite(values.mean(axis=0)[at > 0]).sum() for at, values in evaluated)
-
-    def select(runs, notes):
-        there = [run for run in runs if run.central or not field or sum(field in row for row in run.rows) >= lines]
-        figures = figures_of(there, notes, axis)
-        for panel in (panel for _, panels in figures for panel in panels if axis):
-            panel.curves = [curve for line in lines_of(panel.curves) if len(line) > 1 for curve in line]
-            label(panel.curves)
-        if control:
-            figures = [(setting, list(map(with_control, panels))) for setting, panels in figures]
-        if field == ERROR:
-            figures = [(setting, inexact(setting, panels, notes)) for setting, panels in figures]
-        figures = [(s, [p for p in panels if (rounds(p) > 1 if over_rounds else p.curves)]) for s, panels in figures]
-        return [(setting, panels) for setting, panels in figures if panels]
-
-    return select
+def kind_of(command, flags):
+    if command != "fedavg_rounds":
+        return "full" if command == "baseline_run" else "central"
+    return "naive" if flags.get("skip_svd") else str(flags.get("aggregate") or "svd")
 
 
-def panelled(title, draw_panel, spread=BANDS, height=2.9, note=lambda panels: "", **more):
-    """A draw with draw_panel(axis, panel, looks, panels, **more) for each panel; note: a line of the caption."""
-
-    def draw(setting, panels, args):
-        figure, axes = axes_of(panels, height, 1.6, [(p.setting["task"], p.title.partition(", ")[2]) for p in panels])
-        looks = looks_of(all_curves(panels))
-        for axis, panel in zip(axes, panels, strict=True):
-            draw_panel(axis, panel, looks, panels, **more)
-        about, keys = shared_setting(setting, all_curves(panels)), (*setting, "rounds", "local_epochs", "learning_rate")
-        return finish(figure, axes, title, about, keys, panels, spread, [note(panels)])
-
-    return draw
-
-
-# ---- metric against rounds and bytes
-
-
-def with_control(panel):
-    """The panel with its runs that train the head only among its references, where other rules are in it."""
-    rules, heads = ([curve for curve in panel.curves if (curve.kind == "head") == head] for head in (False, True))
-    return replace(panel, curves=rules, references=[*panel.references, *heads]) if rules else panel
-
-
-def last_lines(axis, panel):
-    """A horizontal line at the last metric of each reference; that of all weights is black, the head's dashes short."""
-    dashes = {
-        "central": cycle([(8, 2), (8, 2, 2, 2), (8, 2, 2, 2, 2, 2)]),
-        "full": cycle([(1, 3), (1, 1)]),
-        "head": cycle([(3, 2), (3, 4)]),
+def setting_of(run):
+    facts, central = run["data"], run["kind"] in STUDY.central
+    model = run.get("--model") or facts.get("model") or f"roberta-{run.get('--model_size')}"
+    ranks, alpha = run.get("--client_ranks") or facts.get("ranks") or [], run.get("--lora_alpha")
+    examples = facts.get("examples")
+    values = {
+        "dataset": facts.get("dataset") or run.get("--dataset"),
+        "model": base_name(str(model), inner=("final", "model")),
+        "task": str(facts.get("task") or run.get("--task_name")).lower(),
+        "pooling": run.get("--pooling") or "cls",
+        "rank": " ".join(map(str, ranks)) if len(set(ranks)) > 1 else run.get("--lora_r"),
+        # a flag that takes fractions holds a float, whatever was written: 8 for 8.0
+        "lora_alpha": int(alpha) if isinstance(alpha, float) and alpha.is_integer() else alpha,
+        "examples": sum(examples) if isinstance(examples, list) else examples,
     }
-    looks = {}
-    for curve in panel.references:
-        color = "black" if curve.kind == "full" else GREY
-        looks[curve.label] = {"color": color, "linestyle": (0, next(dashes[curve.kind]))}
-    reference_lines(axis, panel.references, headline(panel.setting), 100, looks=looks)
+    if isinstance(facts.get("sha256"), dict):
+        values["data"] = json.dumps({split: str(value)[:8] for split, value in sorted(facts["sha256"].items())})
+    if not central:
+        values |= {"clients": facts.get("clients"), "shards": shards_name(facts)}
+        values |= {key: run.get(f"--{key}") for key in ("rounds", "local_epochs")}
+        values["participation"] = "" if run.get("--participation") in (None, 1) else run["--participation"]
+        if not facts.get("held_out"):  # on which each rule's own rate was chosen
+            values["learning_rate"] = run.get("--learning_rate")
+    if run["kind"] == "svd":
+        rank = run.get("--svd_rank")
+        served = run.get("--alpha") or rank
+        values["svd_rank"] = rank if rank != run.get("--lora_r") else ""
+        values["served_scale"] = served / rank if rank and served != run.get("--lora_alpha") else ""
+    return values
 
 
-def majority_line(axis, panel):
-    """A thin line at the accuracy of the most frequent label, where a run of the panel says how frequent labels are."""
-    facts = [run.facts.get("label_counts") or {} for curve in (*panel.references, *panel.curves) for run in curve.runs]
-    counts = next((some[split] for some in facts for split in VALIDATION if split in some), None)
-    if counts and headline(panel.setting) == "val_accuracy":
-        share, task = 100 * max(counts) / sum(counts), panel.setting["task"]
-        words = f"Majority label, {TASKS.get(task, task)} ({share:.1f} %)"
-        axis.axhline(share, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1, label=words)
+def shards_name(facts):
+    """`IID`, `Dirichlet 0.5, equal sizes`, `overlap 0.2`, `category genre`: how the examples were dealt to clients."""
+    mode = str(facts.get("mode"))
+    name = {"iid": "IID", "dirichlet": "Dirichlet"}.get(mode, mode.replace("_", " "))
+    more = {"dirichlet": "dirichlet_alpha", "category": "category_key", "overlap": "overlap_ratio"}
+    values = [facts.get(key) for word, key in more.items() if word in mode]
+    equal = ", equal sizes" * (facts.get("sizes") == "equal")
+    return " ".join([name, *(str(value) for value in values if value is not None)]) + equal
 
 
-def draw_metric(axis, panel, looks, _, x="round", x_factor=1.0):
-    last_lines(axis, panel)
-    majority_line(axis, panel)
-    draw_rounds(axis, panel.curves, looks, headline(panel.setting), 100, x, x_factor)
-    axis.set_ylabel(METRICS[headline(panel.setting)])
+def order(key, value):
+    """From what is off on; tasks as above; IID, Dirichlet with alpha downwards, the others by name."""
+    if value == "":
+        return -1, 0, 0, ""
+    if key == "task":
+        return 0, list(TASKS).index(value) if value in TASKS else len(TASKS), 0, value
+    if key == "shards":
+        kind, _, alpha = value.partition(",")[0].partition(" ")
+        return {"IID": 0, "Dirichlet": 1}.get(kind, 2), -float(alpha or 0) if kind == "Dirichlet" else 0, 0, value
+    return order_of(value)
 
 
-def draw_bytes(axis, panel, looks, panels, field, x_label):
-    """Against these bytes; logarithmic where two rules' totals differ by more than a factor of five."""
-    draw_metric(axis, panel, looks, panels, field, 1e-6)
-    totals = [total for curve in panel.curves for total in curve.results(field)]
-    if max(totals) > 5 * min(totals) > 0:
-        axis.autoscale(axis="x")
-        axis.set_xscale("log")
-        plain_ticks(axis.xaxis, *axis.get_xlim(), most=6)
-    axis.set_xlabel(x_label)
+def headline(row):
+    """The metric that a task is judged by: `val_matthews`."""
+    return {"cola": "val_matthews", "stsb": "val_pearson"}.get(row.first["setting"]["task"], "val_accuracy")
 
 
-# ---- the loss against naive's
+STUDY = Study(
+    name="lora_glue_fl",
+    commands=("fedavg_rounds", "main_glue_lora", "baseline_run"),
+    kinds={
+        "central": "Central LoRA",
+        "full": "Central, all weights",
+        "svd": "SVD (FlexLoRA)",
+        "naive": "Naive (FedIT)",
+        "ffa": "FFA-LoRA",
+        "stack": "Stack (FLoRA)",
+        "residual": "Residual (FedEx-LoRA)",
+        "rolora": "RoLoRA",
+        "rotate": "Rotate (FedRot-LoRA)",
+        "head": "Head only",
+    },
+    kind=kind_of,
+    setting=setting_of,
+    keys=KEYS,
+    # learning_rate, of the setting of a federation only, tells central runs apart
+    said=frozenset(KEYS) - {"learning_rate"}
+    | frozenset(
+        "eval_each_round eval_clients replay do_train do_eval model_size task_name aggregate skip_svd lora_r"
+        " client_ranks shard max_examples alpha".split()
+    ),
+    words={
+        "dataset": "{}",
+        "model": "{}",
+        "pooling": lambda value: None if value == "cls" else f"{value} pooling",
+        "task": lambda value: TASKS.get(value, value),
+        "data": None,
+        "rank": "r {}",
+        "lora_alpha": "alpha {:g}",
+        "clients": "{} clients",
+        "participation": "participation {:g}",
+        "shards": "{}",
+        "rounds": "{} rounds",
+        "local_epochs": "{:g} local epochs",
+        "examples": "{:,} training examples",
+        "svd_rank": "served at rank {}",
+        "served_scale": "served alpha/r {:g}",
+        "svd_split": "{} split",
+        "mu": lambda value: f"FedProx {value:g}" if value else None,
+        "learning_rate": "lr {:g}",
+        "batch_size": "batch {}",
+        "num_train_epochs": "{:g} epochs",
+        "init_adapter": "from {}",
+    },
+    order=order,
+    central=frozenset({"central", "full"}),
+)
 
 
-def apart_of_naive(panel):
-    """{rule's curve: [S] validation loss minus naive's} of the last round, where two seeds or more have both."""
-    naive = base_of(panel.curves, "naive")
+# ---- the tables
+
+
+def federations(runs, notes):
+    """[(setting, central rows, federated rows)], the model with most federations first; central runs alone last."""
+    found, alone = [], []
+    for setting, members in groups(runs, STUDY, SERVED):
+        central = members["kind"].isin(STUDY.central)
+        federated = rows_of(members[~central], STUDY, SERVED, notes=notes)
+        kinds = [members[members["kind"] == kind] for kind in STUDY.kinds if kind in STUDY.central]
+        references = [row for some in kinds for row in rows_of(some, STUDY, notes=notes)]
+        (found if federated else alone).append((setting, references, federated))
+    models = [model_of(setting) for setting, *_ in found]
+    found.sort(key=lambda one: (-models.count(model_of(one[0])), model_of(one[0]), panel_order(one[0])))
+    return found + alone
+
+
+def model_of(setting):
+    return json.dumps({key: setting[key] for key in MODEL if key in setting}, sort_keys=True)
+
+
+def panel_order(setting):
+    return [order(key, setting[key]) if key in setting else () for key in KEYS if key not in MODEL]
+
+
+def titles_of(settings):
+    """What tells federations of one model apart: task, clients, shards, the rest where two would be called alike."""
+    keys = ["task", "clients", "participation", "shards"]
+    for key in ("rounds", "local_epochs", "examples", "learning_rate"):
+        alike = defaultdict(set)
+        for setting in settings:
+            alike[describe(STUDY, setting, keys)].add(setting.get(key))
+        keys += [key] if any(len(values) > 1 for values in alike.values()) else []
+    return [describe(STUDY, setting, keys) for setting in settings]
+
+
+def groups_of(runs, args, notes):
+    """A table a task and federation; none for --wide and --replay, which have their own."""
+    keys = ("task", *MODEL, *FEDERATION, "learning_rate", "examples")
+    return [
+        (describe(STUDY, setting, keys if federated else ("task",)), [*references, *federated])
+        for setting, references, federated in federations(runs, notes)
+    ]
+
+
+def columns(rows, args):
+    field, against = headline(rows[0]), args.against
+    # a headline is before the others of its task in METRICS
+    there = [name for name in METRICS if any(np.isfinite(row.results(name)).any() for row in rows)]
+
+    def losses(row, all_rows):
+        base = base_of(all_rows, against)
+        same = base in (None, row)
+        return "-" if same else pairs_cell(paired(row.results("val_loss"), base.results("val_loss")), 4)
+
+    def metrics(row, all_rows):
+        base = base_of(all_rows, against)
+        return "-" if base in (None, row) else difference(100 * row.results(field), 100 * base.results(field))
+
+    return {
+        **{METRICS[name]: result(name, 100, 2) for name in there},
+        "best": result(f"best_{field}", 100, 2),
+        f"vs {against}": metrics,
+        "val loss": result("val_loss", 1, 4),
+        f"val loss vs {against}": losses,
+        "error %": small("aggregation_error"),
+        "discarded %": small("discarded_energy"),
+        "MB up": sent("bytes_up"),
+        "MB down": sent("bytes_down"),
+        "rounds": whole("rounds"),
+        "minutes": result("seconds", 1 / 60, 1),
+        "seeds": seeds,
+    }
+
+
+def base_of(rows, kind):
+    """The first row of `kind`; None without one."""
+    return next((row for row in rows if row.kind == kind), None)
+
+
+def small(name):
+    """A cell of a mean over rounds in percent; `<0.01` for what rounds to nothing, such as an exact rule's error."""
+    cell = over_rounds(name, 100, 2)
+
+    def text(row, rows):
+        values = 100 * row.mean_over_rounds(name)
+        rounds_off = len(values) and np.isfinite(values).all() and 0 < values.max() < 0.01
+        return "<0.01" if rounds_off else cell(row, rows)
+
+    return text
+
+
+def wide(runs, notes):
+    """The tables of --wide: a row a task and federation, a column a rule."""
+    by_model = defaultdict(list)
+    for setting, references, federated in federations(runs, notes):
+        by_model[model_of(setting) if federated else ""].append((setting, [*references, *federated]))
+    for every in by_model.values():
+        labels = {row.label: kind_order(row) for _, rows in every for row in rows}
+        cells = [["setting", "metric", *sorted(labels, key=labels.get), "seeds"]]
+        for (_, rows), title in zip(every, titles_of([setting for setting, _ in every]), strict=True):
+            field, named = headline(rows[0]), {row.label: row for row in rows}
+            values = [spread(100 * named[n].results(field), 1) if n in named else "-" for n in cells[0][2:-1]]
+            cells.append([title, METRICS[field], *values, seeds_range(rows)])
+        about = "validation metric of the last round, mean ± standard deviation over seeds"
+        yield f"{describe(STUDY, every[0][0], MODEL)}; {about}", "", cells
+
+
+def special(runs, args, notes):
+    """The tables of --wide and --replay, None without these flags."""
+    return list(wide(runs, notes)) if args.wide else replay_tables(runs) if args.replay else None
+
+
+def of_tasks(runs, args):
+    """The runs of --tasks (of all without). Raises UsageError where there are none of them."""
+    tasks = [setting_of(run)["task"] for _, run in runs.iterrows()]
+    if args.tasks and not set(args.tasks) & set(tasks):
+        raise UsageError(f"no run of --tasks {' '.join(args.tasks)}: there are {', '.join(sorted(set(tasks)))}")
+    return runs[[not args.tasks or task in args.tasks for task in tasks]]
+
+
+def add_flags(parser):
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help="only these (default: all)")
+    rules = [kind for kind in STUDY.kinds if kind not in STUDY.central]
+    parser.add_argument("--replay", action="store_true", help="what the averaging error cost in runs with --replay")
+    parser.add_argument("--wide", action="store_true", help="headline metrics only, a row per task and federation")
+    parser.add_argument("--against", choices=["central", *rules], default="central", help="of the differences")
+
+
+WORDS = """One table per task and federation. Metrics are those of the last round on the validation examples, times 100;
+`best` is the headline metric's best round, chosen on those same examples. `vs central` is in points, `val loss vs
+central` in nats with the 95 % interval of a paired t test and the number of seeds; --against takes another row. Rules
+whose rate was chosen on held-out examples are compared each at its own. `error %`: ||served - mean(BA)|| over
+||mean(BA)||, and `discarded %`, the share of the energy that svd cut off, are means over the rounds. --wide prints
+headline metrics, a row per task and federation, --replay what the averaging error cost the same clients, trained once.
+"""
+TABLE = Table(STUDY, columns, WORDS, flags=add_flags, select=of_tasks, groups=groups_of, special=special, first="rule")
+
+
+# ---- --replay: what every rule would serve of the same clients
+
+VARIED = ("clients", "shards", "local_epochs", "rank", "lora_alpha", "svd_rank", "served_scale", "learning_rate")
+VARIED += ("rounds", "examples")
+RULES = {  # label and look, but for exact, which all are compared with
+    "naive": ("Naive", look(0)),
+    "svd": ("SVD", look(1)),
+    "rotate": ("Rotate", look(2)),
+    "florana": ("FLoRA-NA", look(3)),
+    "exact_as_far": ("Exact, as far as naive", look(6)),
+    "noise": ("Noise as long as naive's miss", look(5, 1)),
+}
+PAIRS = {  # column of the table -> rules whose losses' difference it is
+    "naive - start": ("naive", "start"),
+    "naive - exact": ("naive", "exact"),
+    "svd - exact": ("svd", "exact"),
+    "noise - exact": ("noise", "exact"),
+    "naive - exact as far": ("naive", "exact_as_far"),
+    "naive - exact, half a step": ("naive_half", "exact_half"),
+}
+SPLITS = {
+    "train_loss": "clients' training examples",
+    "val_loss": "validation examples",
+    "val_loss_refit": "validation examples, refit",
+}
+
+
+def replays(runs):
+    """[(setting, {cell: its seeds' `replay`})] of groups of runs; cell: what sets it apart, ((key, value), ...)."""
+    found = []
+    there = runs[[any(row.get("replay") for row in rows) for rows in runs["curve"]]]
+    for setting, members in groups(there, STUDY, VARIED) if len(there) else ():
+        cells = defaultdict(dict)
+        for _, run in members.sort_values("written", kind="stable").iterrows():
+            place = {key: run["setting"].get(key, "") for key in VARIED} | {"rule": run["kind"], **run["variant"]}
+            for row in run["curve"]:
+                if row.get("replay"):
+                    cells[tuple((place | {"round": row["round"]}).items())][run["seed"]] = row["replay"]
+        keys = {cell: [order(key, value) for key, value in cell if key in VARIED] for cell in cells}
+        found.append((setting, {cell: list(cells[cell].values()) for cell in sorted(cells, key=keys.get)}))
+    return found
+
+
+def losses(every, name, split, base="exact"):
+    """[S] loss of a rule minus that of `base`, seed by seed; nan for what is not finite or not there."""
+    return np.subtract(*np.array([[number(one.get(rule, {}).get(split)) for rule in (name, base)] for one in every]).T)
+
+
+def errors(every, name):
+    """[S] aggregation error of a rule, in percent of the exact mean's step: start's is 100 %."""
+    values = [[number(one.get(rule, {}).get("error")) for rule in (name, "start")] for one in every]
+    return 100 * np.divide(*np.array(values).T)
+
+
+def cell_names(found):
+    """{cell: what sets it apart from the others, but for local epochs}; what follows from the rank is not said."""
+    every = [dict(cell) for cell in found]
+    keys = dict.fromkeys(
+        key for cell in every for key in cell if key not in ("local_epochs", "lora_alpha", "init_adapter")
+    )
+    keys = [key for key in keys if len({str(cell.get(key)) for cell in every}) > 1]
+    words = {cell: [w for key in keys for w in words_for(STUDY, key, dict(cell).get(key))] for cell in found}
+    return {cell: ", ".join(some) or "mean over seeds" for cell, some in words.items()}
+
+
+def replay_tables(runs):
+    """A table for each group of runs that may be compared: a row a setting and split, differences seed by seed."""
+    tables = []
+    for setting, found in replays(runs):
+        names, rows = cell_names(found), [["setting", "loss over", "exact", "error % (naive)", *PAIRS]]
+        for cell, every in found.items():
+            epochs = "".join(words_for(STUDY, "local_epochs", dict(cell)["local_epochs"]))
+            for split, words in SPLITS.items():
+                exact = np.array([number(one.get("exact", {}).get(split)) for one in every])
+                if np.isfinite(exact).any():  # of regression there is no refit
+                    about = [f"{names[cell]}, {epochs}", words, spread(exact, 3), spread(errors(every, "naive"), 1)]
+                    rows.append([*about, *(pairs_cell(losses(every, a, split, b), 4) for a, b in PAIRS.values())])
+        about = "losses in nats; differences: mean over seeds [95 % interval of a paired t test], seeds"
+        tables.append((f"{describe(STUDY, setting)}; {about}", "", rows))
+    if not tables:
+        raise UsageError("--replay: there are no runs of fedavg_rounds.py with --replay")
+    return tables
+
+
+# ---- figures
+
+
+def half(values):
+    """Half of the interval of values [S]; 0 for one seed."""
+    return float(np.subtract(*interval(values)) / -2) if len(values) > 1 else 0.0
+
+
+def replay_error(runs, args, notes):
+    drawn, split = [], "val_loss"
+    for setting, found in replays(runs):
+        columns = defaultdict(dict)
+        for cell, every in found.items():
+            columns[dict(cell)["local_epochs"]][cell] = every
+        wide = len(columns)
+        figure, axes = new_figure(1, wide, width=5.6 if wide == 1 else 2.8 * wide + 0.6, height=3.5)
+        for axis, epochs in zip(axes[0], sorted(columns), strict=True):
+            axis.axhline(0, color=GREY, linewidth=1, zorder=1)
+            rounding = [np.abs(losses(every, "residual_1", split)) for every in columns[epochs].values()]
+            noise, means = np.nanmax(np.concatenate(rounding), initial=0.0), [0.0]
+            axis.axhspan(-noise, noise, color=GREY, alpha=0.3, linewidth=0, zorder=0, label="rounding")
+            for name, (label, own) in RULES.items():
+                points = [(errors(every, name), losses(every, name, split)) for every in columns[epochs].values()]
+                points = [(x.mean(), y) for x, y in points if np.isfinite([*x, *y]).all()]
+                if points:
+                    x, y = [x for x, _ in points], [y.mean() for _, y in points]
+                    bars = {"linestyle": "", "markersize": 5.5, "elinewidth": 0.8}
+                    axis.errorbar(x, y, [half(y) for _, y in points], label=label, **own | bars)
+                    means += y
+            room = 0.3 * np.ptp(means) or 1.0
+            axis.set_ylim(min(means) - room, max(means) + room)  # intervals of few seeds would hide the means
+            axis.set_xlim(left=0)
+            axis.set_title("".join(words_for(STUDY, "local_epochs", epochs)), fontsize=9.5)
+            axis.set_xlabel("Averaging error (% of the step)")
+        axes[0, 0].set_ylabel("Validation examples\nLoss - exact mean's (nats)", fontsize=9)
+        legend_below(figure, axes[0])
+        counts = sorted({len(every) for every in found.values()})
+        count = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        about = f"{len(found)} settings, {count} seeds, mean and 95 % interval over them (paired t test)"
+        set_title(figure, f"What the averaging error costs: {about}\n{describe(STUDY, setting)}")
+        drawn.append(figure)
+    yield from numbered("replay_error", drawn)
+
+
+def apart_of_naive(rows):
+    """{rule's row: [S] validation loss minus naive's} of the last round, where two seeds or more have both."""
+    naive = base_of(rows, "naive")
     if naive is None:
         return {}
-    every = {curve: paired(curve, naive, "val_loss") for curve in panel.curves if curve is not naive}
-    return {curve: apart for curve, apart in every.items() if len(apart) > 1 and np.isfinite(apart).all()}
+    every = {row: paired(row.results("val_loss"), naive.results("val_loss")) for row in rows if row is not naive}
+    return {row: apart for row, apart in every.items() if len(apart) > 1 and np.isfinite(apart).all()}
 
 
-def with_naive(runs, notes):
-    figures = [(s, [p for p in panels if apart_of_naive(p)]) for s, panels in figures_of(runs, notes)]
-    return [(setting, panels) for setting, panels in figures if panels]
+def losses_against_naive(runs, args, notes):
+    by_model = defaultdict(list)
+    for setting, _, rows in federations(runs, notes):
+        if apart_of_naive(rows):
+            by_model[model_of(setting)].append((setting, rows))
+    drawn = []
+    for every in by_model.values():
+        figure, axes = panel_axes(len(every), height=3.2, extra=1.6)
+        looks = looks_of([row for _, rows in every for row in rows])
+        titles = titles_of([setting for setting, _ in every])
+        for axis, (_, rows), title in zip(axes, every, titles, strict=True):
+            for i, (row, apart) in enumerate(apart_of_naive(rows).items()):
+                aside = i + 0.25 * (np.arange(len(apart)) * 0.618 % 1 - 0.5)  # parts dots of equal value
+                axis.plot(apart, aside, ".", color=GREY, markersize=4, zorder=2, label="a seed")
+                bar = np.abs(np.reshape(interval(apart), (2, 1)) - apart.mean())
+                own = looks[row.label] | {"linestyle": "", "capsize": 3, "markersize": 6, "zorder": 3}
+                axis.errorbar(apart.mean(), i, xerr=bar, **own)
+            names = [re.sub(r" \(.*?\)", "", row.label) for row in apart_of_naive(rows)]
+            axis.axvline(0, color=GREY, linewidth=1, zorder=1)
+            axis.set_yticks(range(len(names)), names, fontsize=8)
+            axis.set_ylim(len(names) - 0.4, -0.6)
+            axis.locator_params(axis="x", nbins=5)
+            axis.set_xlabel("Validation loss minus naive's (nats)")
+            axis.set_title(style.folded(f"{title} ({seeds_range(rows)} seeds)"), fontsize=9.5)
+        legend_below(figure, axes)
+        shown = "bars: 95 % interval of a paired t test"
+        setting = {key: value for key, value in every[0][0].items() if key in MODEL}
+        title = f"Validation loss against naive's, last round: mean over seeds, {shown}"
+        set_title(figure, f"{title}\n{describe(STUDY, setting)}")
+        drawn.append(figure)
+    yield from numbered("losses", drawn)
 
 
-def draw_losses(axis, panel, looks, _):
-    rows = apart_of_naive(panel)
-    for i, (curve, apart) in enumerate(rows.items()):
-        axis.plot(apart, i + 0.25 * sideways(len(apart)), ".", color=GREY, markersize=4, zorder=2, label="a seed")
-        bar = np.abs(np.reshape(interval(apart), (2, 1)) - apart.mean())
-        look = looks[curve.label] | {"linestyle": "", "capsize": 3, "markersize": 6, "zorder": 3}
-        axis.errorbar(apart.mean(), i, xerr=bar, **look)
-    axis.axvline(0, color=GREY, linewidth=1, zorder=1)
-    axis.set_yticks(range(len(rows)), [re.sub(r" \(.*?\)", "", curve.label) for curve in rows], fontsize=8)
-    axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.locator_params(axis="x", nbins=5)
-    axis.set_xlabel("Validation loss minus naive's (nats)")
-
-
-# ---- the error of what is served
-
-
-def exact_rules(panels):
-    """{label: largest error} of the rules whose error is below EXACT in every panel, round and seed."""
-    largest = {}
-    for curve in all_curves(panels):
-        # a value that is not finite is not exact
-        errors = np.nan_to_num(curve.evaluated(ERROR)[1], nan=np.inf)
-        largest[curve.label] = max(largest.get(curve.label, 0.0), errors.max(initial=0.0))
-    return {name: error for name, error in largest.items() if error < EXACT}
-
-
-def inexact(setting, panels, notes):
-    """The panels with a rule that is not exact in it; a note names the others."""
-    chosen = [panel for panel in panels if {curve.label for curve in panel.curves} - exact_rules([panel]).keys()]
-    why = f"the error of its rules is below {100 * EXACT:g} %"
-    notes += [LeftOut(panel.title, why, setting=setting) for panel in panels if panel not in chosen and panel.curves]
-    return chosen
-
-
-def exact_note(panels):
-    exact = exact_rules(panels)
-    return f"exact (error at most {100 * max(exact.values()):.1g} %): {', '.join(exact)}" if exact else ""
-
-
-def zero_line(axis, panel, exact):
-    """A line at 0 that stands for the exact rules; the axis begins a little below it."""
-    if any(curve.label in exact for curve in panel.curves):
-        axis.axhline(0, color=GREY, linewidth=2.2, label="Exact rules, see above", zorder=1)
-    axis.autoscale_view()
-    top = max(axis.get_ylim()[1], 100 * EXACT)
-    axis.set_ylim(-0.04 * top, top)
-
-
-def draw_error(axis, panel, looks, panels):
-    exact = exact_rules(panels)
-    draw_rounds(axis, [curve for curve in panel.curves if curve.label not in exact], looks, ERROR, 100)
-    zero_line(axis, panel, exact)
-    axis.set_ylabel("Aggregation error (%)")
-
-
-def draw_error_along(axis, panel, _, panels, x_label):
-    """The mean error of a run's rounds against a setting."""
-    exact = exact_rules(panels)
-    draw_along(
-        axis,
-        panel.curves,
-        lambda curve: 100 * curve.mean_over_rounds(ERROR),
-        lambda curve: place_name(curve.place, panels),
-        lambda curve: [order(*item) for item in curve.place.items()],
-        exact,
-    )
-    zero_line(axis, panel, exact)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel("Aggregation error (%), mean of rounds")
-
-
-def place_name(place, panels):
-    """`4`, or `4 (alpha 8)` on two lines where alpha differs too."""
-    first, *rest = place
-    several = [key for key in rest if len({curve.place[key] for curve in all_curves(panels)}) > 1]
-    more = describe(STUDY, place, several) if several else ""
-    return f"{place[first]}\n({more})" if more else str(place[first])
-
-
-# ---- the clients' own models
-
-
-def draw_clients(axis, panel, looks, _):
-    """At each place the clients of all seeds to the left, the global model to the right."""
-    last_lines(axis, panel)
-    field = headline(panel.setting)
-    for i, curve in enumerate(panel.curves):
-        lines = [[row for row in run.rows if GAIN in row][-1] for run in curve.runs]
-        clients = 100 * np.array([number(value) for line in lines for value in line[f"client_{field}"]])
-        x = i - 0.2 + 0.22 * sideways(len(clients))
-        axis.plot(x, clients, ".", color=GREY, markersize=4, zorder=2, label="a client's own model")
-        mean = {"color": "black", "linewidth": 1.6, "zorder": 3, "label": "mean of the clients"}
-        axis.hlines(clients.mean(), i - 0.36, i - 0.04, **mean)
-        look = looks[curve.label] | {"linestyle": "", "capsize": 3, "markersize": 7, "zorder": 4}
-        served = 100 * np.array([number(line[field]) for line in lines])
-        bars(axis, [i + 0.2], [served], always=False, label=f"{curve.label}, global", **look)
-    # a star for a variant, whose marker the legend names
-    name_places(axis, [c.name.partition(" (")[0] + "*" * (c.label != c.name) for c in panel.curves])
-    axis.set_ylabel(METRICS[field])
-
-
-def draw_gains(axis, panel, looks, _):
-    axis.axhline(0, color=GREY, linewidth=1, zorder=1)
-    draw_rounds(axis, panel.curves, looks, GAIN, 100)
-    axis.set_ylabel(f"Global - clients (points)\n{METRICS[headline(panel.setting)].partition(' (')[0]}")
-
-
-# ---- the figures
-
-LOGGED = "runs of fedavg_rounds.py with"
-EACH = f"{LOGGED} --eval-each-round"
-SENT = f"{EACH}, with bytes_up and bytes_down in metrics.jsonl"
-WITH_ERROR = f"{LOGGED} {ERROR} above {100 * EXACT:g} % in metrics.jsonl"
-ERRORS, METRICS_SENT = "Error of what is served", "Validation metric against bytes sent, all clients"
-BY_CLIENTS = panelled(ERRORS, draw_error_along, BARS, note=exact_note, x_label="Clients")
-BY_RANK = panelled(ERRORS, draw_error_along, BARS, note=exact_note, x_label="Rank r of the adapters")
-INTERVALS = "bars: 95 % interval of a paired t test"
-LOSSES = panelled("Validation loss against naive's, last round", draw_losses, INTERVALS, 3.2)
-UP = panelled(METRICS_SENT, draw_bytes, field=SENT_UP, x_label="Sent by clients (MB)")
-BOTH = panelled(METRICS_SENT, draw_bytes, field=SENT_BOTH, x_label="Sent up and down (MB)")
-LAST = panelled("Clients' own models and the global one, last round", draw_clients, BARS, 3.0)
-GAINS = panelled("Global model minus the mean of its clients", draw_gains)
-NUMBERS, RANKS = having(ERROR, axis=("clients",)), having(ERROR, axis=("rank", "lora_alpha"))
 FIGURES = {
-    "metric": [
-        Figure("metric", having(over_rounds=True, control=True), panelled("Validation metric", draw_metric), EACH)
-    ],
-    "losses": [Figure("losses", with_naive, LOSSES, f"{LOGGED} --aggregate naive and another rule, two seeds of both")],
-    "error": [
-        Figure("error_rounds", having(ERROR), panelled(ERRORS, draw_error, note=exact_note), WITH_ERROR),
-        Figure("error_clients", NUMBERS, BY_CLIENTS, f"{WITH_ERROR} and two numbers of clients"),
-        Figure("error_rank", RANKS, BY_RANK, f"{WITH_ERROR} and two values of --lora-r"),
-    ],
-    "bytes": [
-        Figure("bytes_up", having(SENT_UP, over_rounds=True, control=True), UP, SENT),
-        Figure("bytes_both", having(SENT_BOTH, over_rounds=True, control=True), BOTH, SENT),
-    ],
-    "clients": [
-        Figure("clients", having(GAIN), LAST, f"{LOGGED} --eval-clients"),
-        Figure("clients_rounds", having(GAIN, 2, over_rounds=True), GAINS, f"{EACH} and --eval-clients"),
-    ],
-    "replay": glue_replay.FIGURES,
+    "losses": (losses_against_naive, "runs of fedavg_rounds.py --aggregate naive and another rule, two seeds of both"),
+    "replay": (replay_error, "runs of fedavg_rounds.py with --replay"),
 }
 
 
 def build_parser():
-    return figure_parser(STUDY, FIGURES, add_tasks)
-
-
-def main(args):
-    study = replace(STUDY, prepared=lambda runs, notes: of_tasks(prepared(runs, notes), args.tasks))
-    draw_figures(study, FIGURES, args)
+    return style.figure_parser(STUDY, FIGURES)
 
 
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(lambda args: style.draw_figures(STUDY, FIGURES, args), build_parser().parse_args())

@@ -1,452 +1,576 @@
-"""Figures of llm_noniid.
+"""Tables and figures of llm_noniid.
 
-    python plots/noniid.py --data-dir results --out-dir results/plots           # all that the runs allow
-    python plots/noniid.py curves clients --data-dir llm_noniid/results/study.jsonl
-    python plots/tables.py llm_noniid
+python plots/tables.py llm_noniid --against iid --fields val_loss val_accuracy
+python plots/noniid.py --data-dir results --out-dir results/plots               # all that the runs allow
+python plots/noniid.py cost_map --data-dir llm_noniid/results/regimes.jsonl
 
-    curves        validation loss against rounds, a panel per partition (noniid_curves.png), of labels the accuracy
-                  (_accuracy), and the worst client's loss on its own held-out texts (_worst); a panel per method, a
-                  line per value (_alpha, _participation, _learning_rate, _local); after the last round against the
-                  value (_last_alpha, ...). Dashed: what knowing the labels' shares alone has
-    drift         how far the clients' updates and models pull apart, by partition and by value (_alpha, ...):
+curves      noniid_curves.png: validation loss against rounds (of labels their accuracy), a panel per partition, each
+            method at its best rate
+cost_map    noniid_cost_map.png: what skew costs, a panel per algorithm and budget, a row per number of local steps
+            H, a column per alpha. A cell is the mean over seeds of
 
-                      relative drift      sqrt(sum p_k ||d_k - d||^2) / ||d||
-                      gradient diversity  sum ||d_k||^2 / ||sum d_k||^2
-                      cosine              mean of a client's update with their mean d
-                      CKA                 between hidden states of the clients' models and of the global one
+                cost = outcome(alpha, H) - outcome(IID, H)     of one seed, algorithm and number of rounds,
+                                                               each at its own learning rate and mu
 
-                  d_k is what client k's round did to the layers' weights, s (B_k A_k - B A), never to the factors. A
-                  dotted line is what orthogonal updates of equal length have: sqrt(m - 1), 1 and 1 / sqrt(m),
-                  m = 1 / sum p_k^2 (drawn where that is the same for all runs of a panel)
-    corrections   does SCAFFOLD correct the drift, under this client optimiser: how large c - c_k is, in mean gradients,
-                  its cosine with the drift of the gradients, and that drift (dotted: its chance level, of texts dealt
-                  at random), of SCAFFOLD and FedAvg, each at its own rate. As a table: plots/tables.py llm_noniid
-                  --columns "gradient drift" "chance drift" correction "correction cosine"
-    clients       after the last round: every client of every seed as a dot, mean and worst client beside
-                  (noniid_clients.png); the same minus FedAvg's of the same client and seed (_against); each topic's
-                  validation loss (_topics). A central run stands in the partition that its own flags name
-    cost_map      plots/noniid_costs.py
-    similarity, partition     plots/noniid_maps.py
-
-Lines are means over seeds, bands and bars one standard deviation each way; losses are in nats per token, of labels per
-text. Central training is a horizontal line at its last loss. A curve that leaves the axis ends in an arrow. Letters
-stand where an alarm came first (`llm_noniid.detectors`; older logs have others): the first two of its name.
+            in validation accuracy (--target label: the opposite, in points) or loss (of texts, nats a token). A
+            cell is broken if its mean cost is above 5 points, of texts 0.05 nats, and the paired 95 % interval
+            excludes 0, or if a run diverged: hatched, with their number, no part of the mean. Of fewer than 3
+            pairs, or above that with 0 in the interval, nothing is decided. `chance`: an accuracy at most a
+            standard error, of the texts evaluated, above 1 / topics. The column IID has its outcome. A line lies
+            between broken cells and others
 """
 
+import json
 import math
-from functools import partial
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.cli import run_main
-from common.curves import GREY, MARKERS, log_axis, new_figure, number
-from plots import noniid_costs, noniid_maps
-from plots.noniid_runs import (
-    FACTORS,
-    KEYS,
-    STUDY,
-    TABLE,
-    central_of,
-    corrected,
-    factor_figures,
-    figures_of,
-    first_alarms,
-    order,
-    prior,
+from common.cli import positive_float, run_main
+from common.curves import GREY, number, set_title
+from plots import style
+from plots.pairs import difference, interval, paired, pairs_cell, spread
+from plots.read import Study, not_finite, order_of
+from plots.read import result as result_of
+from plots.rows import base_name, describe, distance, groups, nearest, rows_of, shared_setting, words_for
+from plots.style import caption, heat_map, legend_below, looks_of, numbered, panel_axes, seeds_range, seeds_text
+from plots.tables import Table, over_rounds, result, seeds, sent, whole
+
+# ---- the study
+
+KEYS = ("dataset", "target", "texts", "evaluated", "model", "train", "lora_r", "lora_alpha", "clients", "partition")
+KEYS += ("alpha", "participation", "local", "learning_rate", "rounds")
+PLACE = ("partition", "alpha")  # in what the panels of one figure differ
+FREE = ("partition", "alpha", "participation", "learning_rate", "local")  # what the rows of one table may differ in
+WIDE = (*FREE, "rounds")  # of paired differences and costs: the same budget in fewer rounds of more steps too
+TUNED = {"learning_rate", "server_lr", "mu"}  # of each row
+DIFFER = {"iid": {*PLACE, "min_samples"}, "fedavg": {"personal"}}  # in what a row and its baseline differ
+
+
+def kind_of(command, flags):
+    cluster = flags.get("cluster") or "none"
+    return str(flags.get("algorithm")) if cluster == "none" else f"clusters_{cluster}"
+
+
+def setting_of(run):
+    facts, counts = run["data"], run["data"].get("counts") or {}
+    values = {
+        "dataset": facts.get("dataset") or run.get("--dataset"),
+        "target": run.get("--target") or "text",
+        "train": run.get("--train") or "lora",
+        "texts": counts.get("train"),
+        # what losses are means over: not to be compared between other numbers of texts
+        "evaluated": json.dumps([counts.get("validation"), counts.get("test"), run.get("--eval_samples")]),
+        "model": base_name(str(run.get("--model"))),
+        "clients": facts.get("clients") or run.get("--num_clients"),
+        "participation": run.get("--participation_rate"),
+        "local": local_work(run),
+        "rounds": run.get("--num_rounds"),
+    }
+    values |= {key: run.get(f"--{key}") for key in ("lora_r", "lora_alpha", "learning_rate")}
+    return values if run["kind"] == "central" else values | place_of(run)
+
+
+def place_of(run):
+    """The settings of PLACE that the flags name; a central run's too, which has no partition."""
+    alpha = {"alpha": run.get("--alpha")} if run.get("--partition") == "topic_skew" else {}
+    return {"partition": partition_name(run)} | alpha
+
+
+def local_work(run):
+    """`5 local steps`, `1 local epoch`: what a client does in a round."""
+    steps, epochs = run.get("--local_steps"), run.get("--local_epochs")
+    if steps:
+        return f"{steps} local step{'s' * (steps != 1)}"
+    return None if epochs is None else f"{epochs:g} local epoch{'s' * (epochs != 1)}"
+
+
+def partition_name(run):
+    """`IID`, `topic skew`, `topic skew (equal sizes)`, `style skew (length)`; alpha is a setting of its own."""
+    name, sizes = str(run.get("--partition")), run.get("--sizes") or "dirichlet"
+    more = {"style_skew": run.get("--style_criterion"), "token_skew": run.get("--skew_type")}.get(name)
+    more = f"{sizes} sizes" if name == "topic_skew" and sizes != "dirichlet" else more
+    return "IID" if name == "iid" else name.replace("_", " ") + (f" ({more})" if more else "")
+
+
+def order(key, value):
+    """From the least skew and the least work on: partitions as the study names them, alpha downwards."""
+    if key == "partition":
+        names = ("IID", "topic", "style", "token")
+        return names.index(value.split()[0]) if value.split()[0] in names else 9, 0, 0, value
+    if key == "local":
+        return 0, value.endswith("steps") or value.endswith("step"), float(value.split()[0]), ""
+    if key in ("alpha", "participation") and isinstance(value, (int, float)):
+        return 0, -value, 0, ""
+    return order_of(value)
+
+
+def with_last_round(runs):
+    """The runs; where updates were not finite that round is the last line, and no result counts."""
+    runs = runs.copy()
+    for i, run in runs.iterrows():
+        t = run["ended"].get("round")
+        if not_finite(run) and not (run["curve"] and run["curve"][-1]["round"] == t):
+            alarm = {"detector": "diverged", "round": t}
+            line = {"round": t, "val_loss": "nan", "worst_client_val_loss": "nan", "alarms": [alarm]}
+            runs.at[i, "curve"] = [*run["curve"], line]
+            for name in set(run.index) & {"val_loss", "val_ppl", "val_accuracy", "test_loss", "test_accuracy"}:
+                runs.at[i, name] = None
+    return runs
+
+
+STUDY = Study(
+    name="llm_noniid",
+    commands=("train",),
+    kinds={
+        "central": "Central",
+        "fedavg": "FedAvg",
+        "fedprox": "FedProx",
+        "scaffold": "SCAFFOLD",
+        "fednova": "FedNova",
+        "fedavgm": "FedAvgM",
+        "fedadam": "FedAdam",
+        "fedadamw": "FedAdamW",
+        "clusters_updates": "Clusters by updates",
+        "clusters_labels": "Clusters by topics",
+        "local": "Local only",
+    },
+    kind=kind_of,
+    setting=setting_of,
+    keys=KEYS,
+    said=frozenset(KEYS)
+    | frozenset(
+        "algorithm cluster num_clusters cluster_round style_criterion skew_type max_samples num_clients sizes stop_on"
+        " participation_rate local_epochs local_steps num_rounds eval_samples probe_samples drift_samples".split()
+    ),
+    words={
+        "dataset": "{}",
+        "target": lambda target: "" if target == "text" else f"predicting the {target}",
+        "train": lambda trained: "" if trained == "lora" else "all parameters",
+        "texts": "{:,} texts",
+        "evaluated": None,
+        "model": "{}",
+        "lora_r": None,
+        "lora_alpha": None,
+        "clients": "{} clients",
+        "partition": "{}",
+        "alpha": "alpha {:g}",
+        "participation": "participation {:g}",
+        "local": "{}",
+        "learning_rate": "lr {:g}",
+        "rounds": "{} rounds",
+        "mu": "mu {:g}",
+        "server_lr": "server lr {:g}",
+        "init_from": "from {}",
+        "dropout": "dropout {}",
+        "personal": lambda part: None if part == "none" else f"personal {part}",
+        "client_optimizer": "client {}",
+        "batch_size": "batch {}",
+        "max_length": "{} tokens at most",
+    },
+    order=order,
+    adjust=with_last_round,
 )
-from plots.style import (
-    BARS,
-    Figure,
-    all_curves,
-    axes_of,
-    bars,
-    draw_along,
-    draw_figures,
-    draw_rounds,
-    figure_parser,
-    finish,
-    look,
-    looks_of,
-    name_places,
-    panel_axes,
-    reference_lines,
-    sideways,
-    title_panels,
-)
 
-__all__ = ["FIGURES", "STUDY", "TABLE"]
-WORST = "worst_client_val_loss"
-CLIENTS, TOPICS = "client_val_loss", "val_topic_loss"
+# ---- the table
 
 
-def having(*names, select=figures_of):
-    """`select`, of the runs that logged one of these fields; a panel per partition."""
-
-    def there(run):
-        return any(row.get(name) is not None for row in run.rows for name in names)
-
-    return lambda runs, notes: select([run for run in runs if there(run)], notes)
+def plain_fedavg(row):
+    """Whether it is FedAvg of all parameters."""
+    return row.kind == "fedavg" and row["personal"] in (None, "none")
 
 
-def looks_in(panels):
-    """{label: look}: of methods that of `looks_of`; of a factor's values one in their order, whatever the method."""
-    curves = all_curves(panels)
-    if not curves[0].place:
-        return looks_of(curves)
-    return {name: look(i) for i, name in enumerate(dict.fromkeys(curve.label for curve in curves))}
+def usual_fedavg(rows):
+    """The plain FedAvg row that differs least from the federated ones, None without any."""
+
+    def apart(one):
+        return sum(distance(one, row) for row in rows if not row.central)
+
+    return min(filter(plain_fedavg, rows), key=apart, default=None)
 
 
-# ---- losses over rounds, with the alarms
-
-# a curve's marker as a letter, so that an alarm's mark says in grey, too, whose it is
-SYMBOLS = dict(zip(MARKERS, "\u25cf\u25a0\u25b2\u25c6\u25bc\u271a\u2716\u25c0\u25b6", strict=True))
-OFF_SCALE = 2.5  # a curve may take so many times the height of the usual one before it leaves the axis
-
-
-def over_rounds(name, y_label, title):
-    def draw(setting, panels, args):
-        figure, axes = axes_of(panels, sharey=True)
-        looks = looks_in(panels)
-        for axis, panel in zip(axes, panels, strict=True):
-            central = central_of(panel) if name == WORST else panel.references
-            reference_lines(axis, central, name, words="{}, last round")
-            draw_rounds(axis, panel.curves, looks, name)
-            draw_prior(axis, panel.curves, name)
-            axis.set_ylabel(y_label)
-        leaving = keep_on_scale(axes, panels, name)
-        size = 72 * figure.get_figwidth() / axes[0].get_gridspec().ncols - 60, 130
-        spoke = {one for axis, p in zip(axes, panels, strict=True) for one in mark_alarms(axis, p, looks, name, size)}
-        alarms = ", ".join(f"{letters(one)} {one.replace('_', ' ')}" for one in sorted(spoke))
-        lines = [f"first alarms: {alarms} (n/m: in n of m seeds)" if spoke else ""]
-        lines += ["arrows: the curve leaves the axis" if leaving else ""]
-        return finish(figure, axes, title, setting, KEYS, panels, lines=lines)
-
-    return draw
+def against_fedavg(row, rows):
+    """To the FedAvg in the row's setting that differs least from it; of FedAvg itself to the usual one."""
+    base = usual_fedavg(rows)
+    if not (plain_fedavg(row) or row.central):
+        there = [one for one in rows if plain_fedavg(one) and all(one.args.get(k) == row.args.get(k) for k in FREE)]
+        base = nearest(row, there)
+    same = base in (None, row)
+    return "-" if same else difference(row.results("val_loss"), base.results("val_loss"), 3)
 
 
-def draw_prior(axis, curves, name):
-    """A dashed line at what knowing the labels' shares alone has, of runs that predict labels."""
-    level = next((prior(curve.runs[0]).get(name) for curve in curves), None)
-    if level is not None:
-        axis.axhline(level, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=1, label="label prior")
+def baseline(row, rows, against):
+    """The row that `row` is compared with (see WORDS), None without one or for itself. against: "iid" or "fedavg"."""
+
+    def fits(other):
+        if against == "iid" and (other.kind != row.kind or other.args.get("partition") != "IID"):
+            return False
+        if against == "fedavg" and not plain_fedavg(other):
+            return False
+        names = {*other.args, *row.args} - TUNED - DIFFER[against]
+        return all(other.args.get(name) == row.args.get(name) for name in names)
+
+    seeds = set(row.runs.index)
+    best = max(filter(fits, rows), key=lambda other: tuned_rank(other, seeds), default=None)
+    return None if row.central or best in (None, row) or not tuned_rank(best, seeds)[0] else best
 
 
-def keep_on_scale(axes, panels, name):
-    """Ends the y axes (all the same) where a curve that diverges would press the others together.
+def tuned_rank(row, seeds=None):
+    """Highest for the learning rate that counts: (how many seeds, of those in `seeds`; minus the mean loss)."""
+    n = sum(seeds is None or seed in seeds for seed in row.runs.index)
+    return n, -np.nan_to_num(row.results("val_loss").mean(skipna=False), nan=math.inf)
 
-    At the lowest value + OFF_SCALE times the usual curve's height; an arrow shows where a curve leaves. Returns the
-    number of curves that leave.
+
+def losses(run):
+    """[(round, validation loss)] of its evaluations after a round, nan where it is not finite."""
+    return [(row["round"], number(row["val_loss"])) for row in run["curve"] if "val_loss" in row and row["round"]]
+
+
+def first_at(run, target):
+    return next((t for t, loss in losses(run) if loss <= target), None)
+
+
+def best(row, _):
+    lowest = [min((x for _, x in losses(run) if x == x), default=math.nan) for _, run in row.runs.iterrows()]
+    return spread(np.array(lowest), 3)
+
+
+def to_target(target):
+    """A cell: the rounds to this loss, `>40` where a seed never had it."""
+
+    def cell(row, _):
+        rounds = [first_at(run, target) for _, run in row.runs.iterrows()]
+        longest = max(lines[-1]["round"] for lines in row.runs["curve"])
+        return f">{longest}" if None in rounds else spread(np.array(rounds, dtype=float), 1)
+
+    return cell
+
+
+def failure(rows):
+    """Why a run of these lines of metrics.jsonl failed, in words; "" if it did not.
+
+    It raised the alarm `diverged`, or its last validation loss is not finite, above its first evaluation's after a
+    round, or above the model's before training (a run that breaks in its first round can fall from then on).
     """
-    series = [(axis, *curve.series(name)[:2]) for axis, p in zip(axes, panels, strict=True) for curve in p.curves]
-    means = [(axis, rounds, mean) for axis, rounds, mean in series if np.isfinite(mean).any()]
-    if not means:
-        return 0
-    low = min(np.nanmin(mean) for _, _, mean in means)
-    tops = [np.nanmax(mean) for _, _, mean in means]
-    limit = low + OFF_SCALE * max(np.median(tops) - low, 1e-3 * abs(low))
-    if max(tops) <= limit:
-        return 0
-    pad = 0.04 * (limit - low)
-    axes[0].set_ylim(max(axes[0].get_ylim()[0], low - pad), limit + pad)
-    arrow = {"arrowstyle": "-|>", "color": "black", "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
-    for axis, rounds, mean in means:
-        above = np.flatnonzero(mean > limit)
-        if len(above):
-            i = above[0]
-            x = rounds[i]
-            if i > 0 and np.isfinite(mean[i - 1]):
-                # where the line to the first point above crosses the axis' end
-                x = np.interp(limit + pad, mean[i - 1 : i + 1], rounds[i - 1 : i + 1])
-            axis.annotate("", (x, limit + pad), (x, limit - 2 * pad), arrowprops=arrow, annotation_clip=False)
-    return sum(top > limit for top in tops)
+    if any(alarm["detector"] == "diverged" for row in rows for alarm in row.get("alarms") or []):
+        return "diverged"
+    evaluated = [(row["round"], number(row["val_loss"])) for row in rows if row.get("val_loss") is not None]
+    after = [loss for t, loss in evaluated if t > 0]
+    if not after or math.isnan(after[-1]):
+        return "the loss is not finite" if after else "no evaluation"
+    if after[-1] > after[0]:
+        return "ends above its first evaluation"
+    before = next((loss for t, loss in evaluated if t == 0), math.inf)
+    return "ends above the model before training" if after[-1] > before else ""
 
 
-def letters(detector):
-    return detector[:2].capitalize()
+def failed(row, _):
+    said = [run.get("failed") or failure(run["curve"]) for _, run in row.runs.iterrows()]
+    return f"{sum(map(bool, said))} of {len(said)}"
 
 
-def mark_alarms(axis, panel, looks, name, size):
-    """Each detector's first alarm as its letters on the mean curve, at the median round of the seeds that have it.
-
-    `Di 2/3`: in two of three seeds. size: the axis in points (width, height), for marks that do not hide each other.
-    Returns the detectors that spoke. Call it once the axis' limits stand.
-    """
-    (x0, x1), (y0, y1) = axis.get_xlim(), axis.get_ylim()
-    placed, spoke = [], set()
-    for curve in panel.curves:
-        rounds, mean, *_ = curve.series(name)
-        known, own, seeds = np.isfinite(mean), looks[curve.label], len(curve.runs)
-        for detector, times in first_alarms(curve).items():
-            spoke.add(detector)
-            t = float(np.median(times))
-            y = np.clip(np.interp(t, rounds[known], mean[known]) if known.any() else y1, y0, y1)
-            words = f"{SYMBOLS[own['marker']]} {letters(detector)}"
-            words += f" {len(times)}/{seeds}" if len(times) < seeds else ""
-            at = np.array([(t - x0) / (x1 - x0) * size[0], (y - y0) / (y1 - y0) * size[1]])
-            step = np.array([0, 10 if y < (y0 + y1) / 2 else -10])  # towards the middle
-            spot = at + step
-            while any(abs(spot[0] - p[0]) < 5 * len(words) and abs(spot[1] - p[1]) < 10 for p in placed):
-                spot = spot + step
-            placed.append(spot)
-            where = {"xytext": tuple(spot - at), "textcoords": "offset points", "annotation_clip": False}
-            line = {"arrowstyle": "-", "color": own["color"], "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
-            axis.annotate("", (t, y), **where, arrowprops=line, zorder=4)
-            box = {"boxstyle": "round,pad=0.18", "facecolor": "white", "edgecolor": own["color"], "linewidth": 0.9}
-            axis.annotate(words, (t, y), **where, bbox=box, zorder=6, ha="center", va="center", fontsize=6.5)
-    return spoke
+GRADIENTS = {"gradient drift": "drift_ratio", "chance drift": "drift_ratio_chance", "correction": "correction_ratio"}
+GRADIENTS |= {"correction cosine": "correction_cosine"}
 
 
-def against(factor):
-    """Draws the loss after the last round at evenly spaced values of a factor, a line per method."""
-
-    def draw(setting, panels, args):
-        figure, (axis,) = panel_axes(1)
-        curves = all_curves(panels)
-        ticks = {curve.place[factor]: curve.label for curve in curves}
-        values = sorted(ticks, key=lambda value: order(factor, value))
-        for panel in panels:
-            for curve in panel.curves:
-                curve.label = panel.title
-        draw_along(
-            axis,
-            curves,
-            lambda curve: curve.results("val_loss"),
-            lambda curve: ticks[curve.place[factor]],
-            lambda curve: order(factor, curve.place[factor]),
-        )
-        finite = [curve for curve in curves if np.isfinite(curve.results("val_loss")).all()]
-        firsts = np.concatenate([curve.series("val_loss")[1][:1] for curve in curves])
-        start = min(firsts[np.isfinite(firsts)], default=math.nan)
-        if np.isfinite(start):
-            before = all(curve.series("val_loss")[0][0] == 0 for curve in finite)
-            name = f"{'before training' if before else 'first evaluation'}, lowest"
-            axis.axhline(start, color="#999999", linestyle=(0, (1, 2)), zorder=1, label=name)
-        draw_prior(axis, curves, "val_loss")
-        for i, curve in enumerate(curve for curve in curves if curve not in finite):
-            words = f"{curve.label}:\nnot finite" if len(panels) > 1 else "not\nfinite"
-            at = values.index(curve.place[factor]), 0.98 - 0.1 * (i % 3)
-            axis.annotate(words, at, xycoords=("data", "axes fraction"), ha="center", va="top")
-        means = [curve.results("val_loss").mean() for curve in finite]
-        if means and max(means) > 1.5 * min(means):
-            log_axis(axis, min([*means, start]), max([*means, start]))
-        axis.set_ylabel("Validation loss (nats)")
-        return finish(figure, [axis], "Validation loss after the last round", setting, KEYS, panels, BARS)
-
-    return draw
+def logged(rows, name):
+    return any(np.isfinite(row.mean_over_rounds(name)).any() for row in rows)
 
 
-# ---- drift
-
-# field, y label, logarithmic, of m orthogonal updates of equal length (or the field of its chance level)
-MEASURES = (
-    ("relative_drift", "Relative drift", True, lambda m: math.sqrt(m - 1)),
-    ("gradient_diversity", "Gradient diversity", True, lambda m: 1.0),
-    ("mean_cosine", "Cosine with the mean", False, lambda m: 1 / math.sqrt(m)),
-    ("mean_cka", "CKA with the global model", False, None),
-)
-CORRECTIONS = (
-    ("correction_ratio", "||c - c_k|| / ||g_k||", True, None),
-    ("correction_cosine", "Cosine of c - c_k\nwith the drift", False, None),
-    ("drift_ratio", "Drift of the gradients", True, "drift_ratio_chance"),
-)
-
-
-def clients_of(panel):
-    """1 / sum p_k^2 of the panel's rounds: m clients of equal weight; None where that differs, or is not known."""
-    rows = [row for c in panel.curves for run in c.runs for row in run.rows if row.get("relative_drift") is not None]
-    counts = {round(row.get("effective_clients") or 0, 1) for row in rows}
-    return counts.pop() or None if len(counts) == 1 else None
-
-
-def draw_drift(title, declared=MEASURES):
-    def draw(setting, panels, args):
-        curves = all_curves(panels)
-        measures = [m for m in declared if any(np.isfinite(curve.series(m[0])[1]).any() for curve in curves)]
-        if len(panels) == 1:
-            figure, axes = panel_axes(len(measures), 2, width=8.4, height=5.6 / 2, extra=0)
-            axes = np.array(axes).reshape(-1, 1)
-        else:
-            size = {"width": (4.2 if len(panels) == 2 else 3.0) * len(panels) + 0.8, "height": 2 * len(measures) + 1.4}
-            figure, axes = new_figure(len(measures), len(panels), sharey="row", sharex=True, **size)
-            title_panels(axes[0], panels)
-        looks = looks_in(panels)
-        for row, (name, y_label, logarithmic, chance) in zip(axes, measures, strict=True):
-            for axis, panel in zip(row, panels, strict=True):
-                draw_rounds(axis, panel.curves, looks, name)
-                axis.set_xlabel("")
-                m, line = clients_of(panel), {"linewidth": 1, "linestyle": (0, (1, 2)), "zorder": 1}
-                if isinstance(chance, str):
-                    for curve in panel.curves:
-                        color = looks[curve.label]["color"]
-                        axis.plot(*curve.series(chance), color=color, label="chance level", **line)
-                elif chance and m and m > 1:
-                    axis.axhline(chance(m), color="black", label="orthogonal updates", **line)
-            means = np.concatenate([curve.series(name)[1] for curve in curves])
-            means = means[np.isfinite(means)]
-            if logarithmic and (means > 0).all() and means.max() > 3 * means.min():
-                log_axis(row[0], means.min(), means.max())
-            row[0].set_ylabel(y_label)
-        for axis in axes.flat if len(panels) == 1 else axes[-1]:
-            axis.set_xlabel("Round")
-        where = f"{panels[0].title}, " if len(panels) == 1 else ""
-        return finish(figure, axes.flat, title, setting, KEYS, panels, where=where)
-
-    return draw
+def columns(rows, args):
+    if args.against:
+        return differences(rows, args)
+    target = getattr(args, "target", None)
+    return {
+        "val loss": result("val_loss", digits=3),
+        **({"accuracy": result("val_accuracy", 100, 1)} if rows[0].first["setting"]["target"] == "label" else {}),
+        "best": best,
+        "vs FedAvg": against_fedavg,
+        "val ppl": result("val_ppl"),
+        "test ppl": result("test_ppl"),
+        "bits/byte": result("val_bits_per_byte", digits=3),
+        "mean client": result("mean_client_val_loss", digits=3),
+        "worst client": result("worst_client_val_loss", digits=3),
+        "gap": result("generalization_gap", digits=3),
+        "drift": over_rounds("relative_drift", digits=2),
+        **{head: over_rounds(name, digits=2) for head, name in GRADIENTS.items() if logged(rows, name)},
+        "cosine": over_rounds("update_cosine", digits=3),
+        "1 - CKA": lambda row, _: spread(np.maximum(1 - row.mean_over_rounds("mean_cka"), 0), 3),
+        **({f"to {target:g}": to_target(target)} if target else {}),
+        "failed": failed,
+        "MB up": lambda row, rows: "-" if row.kind == "local" else sent("bytes_up")(row, rows),
+        "rounds": whole("rounds"),
+        "minutes": result("seconds", 1 / 60, 1),
+        "seeds": seeds,
+    }
 
 
-# ---- losses of clients and topics
+def differences(rows, args):
+    def pair(name):
+        def cell(row, rows):
+            base = baseline(row, rows, args.against)
+            return pairs_cell(paired(row.results(name), base.results(name))) if base else "-"
+
+        return cell
+
+    found, words = {}, {"iid": "vs IID", "fedavg": "vs FedAvg"}[args.against]
+    for name in args.fields:
+        head = name.replace("_", " ")
+        found |= {head: result(name, digits=3), f"{head} {words}": pair(name)}
+    return found | {"seeds": seeds}
 
 
-def last_losses(run, name):
-    """[K] or [C] of the run's last line, nan for a topic without texts; None where it has none or one diverged."""
-    values = run.rows[-1].get(name)
-    given = [number(value) for value in values if value is not None] if isinstance(values, list) else []
-    return np.array([number(value) for value in values]) if given and np.isfinite(given).all() else None
+def groups_of(runs, args, notes):
+    free, found = WIDE if args.against else FREE, []
+    for setting, members in groups(runs, STUDY, free):
+        rows = rows_of(members, STUDY, free, notes=notes)
+        found.append((describe(STUDY, shared_setting(setting, rows)), rows))
+    return found
 
 
-def with_last(name):
-    """A select of the runs that end with finite losses of that name; central ones in their partition."""
+WORDS = """Losses are in nats per token (of labels: per text), after the last round; `accuracy` of labels in %. `vs
+FedAvg` is the difference in validation loss to FedAvg in the same setting; of FedAvg and central training, to FedAvg in
+the setting that most runs share. `mean client`, `worst client`: losses on the clients' own held-out texts; `gap`:
+generalisation gap. drift, cosine (mean over pairs of updates) and 1 - CKA are means over the
+evaluated rounds. --target: the first round with that loss. `failed`: the alarm `diverged`, no finite update, or a last
+loss that is not finite, above the first evaluation's or above that before training.
 
-    def select(runs, notes):
-        figures = figures_of([run for run in runs if last_losses(run, name) is not None], notes)
-        for panel in (panel for _, panels in figures for panel in panels):
-            panel.curves += central_of(panel)
-        return figures
-
-    return select
-
-
-def with_single(runs, notes):
-    """Panels with FedAvg and another method."""
-    figures = [(s, [p for p in panels if beside_single(p)]) for s, panels in with_last(CLIENTS)(runs, notes)]
-    return [(setting, panels) for setting, panels in figures if panels]
+--against iid, fedavg: instead the paired differences of any fields to the same algorithm under IID, or to FedAvg on the
+same partition, at the same local work, rounds and other flags. Learning rates and mu may differ, as each row's are
+tuned: of several baselines that with most seeds in common counts, of those the one with the lowest validation loss.
+"""
 
 
-def beside_single(panel):
-    """[(curve, differences to FedAvg's loss of the same client and seed)] of the other curves that share a seed."""
-    base = next((curve for curve in panel.curves if curve.kind == "fedavg"), None)
-    theirs = {run.seed: last_losses(run, CLIENTS) for run in base.runs} if base else {}
-    chosen = []
-    for curve in panel.curves:
-        mine = [(last_losses(run, CLIENTS), theirs[run.seed]) for run in curve.runs if run.seed in theirs]
-        pairs = [a - b for a, b in mine if len(a) == len(b)]
-        if curve is not base and pairs:
-            chosen.append((curve, pairs))
+def add_flags(parser):
+    text = "say how many rounds a run took to it"
+    parser.add_argument("--target", type=positive_float, metavar="LOSS", help=text)
+    text = "paired differences with 95 %% intervals, to IID or to FedAvg (default: the table of results)"
+    parser.add_argument("--against", choices=DIFFER, help=text)
+    text = "results or fields of metrics.jsonl that --against compares (default: val_loss)"
+    parser.add_argument("--fields", nargs="+", default=["val_loss"], metavar="FIELD", help=text)
+
+
+TABLE = Table(STUDY, columns, WORDS, flags=add_flags, groups=groups_of)
+
+# ---- curves
+
+
+def curves(runs, args, notes):
+    """Validation loss, of labels accuracy, against rounds: a panel per partition, each method at its best rate."""
+    drawn = []
+    for setting, members in groups(runs[runs["kind"] != "central"], STUDY, (*PLACE, "learning_rate")):
+        name, factor, words = "val_loss", 1, "Validation loss (nats)"
+        if setting["target"] == "label":
+            name, factor, words = "val_accuracy", 100, "Validation accuracy (%)"
+        panels = groups(members, STUDY, ("learning_rate",))
+        panels.sort(key=lambda panel: [order(key, panel[0][key]) for key in PLACE if key in panel[0]])
+        panels = [
+            (place, at_best_rate(rows_of(some, STUDY, ("learning_rate",), notes=notes))) for place, some in panels
+        ]
+        every = [row for _, rows in panels for row in rows]
+        if len(every) < 2:
+            continue
+        figure, axes = panel_axes(len(panels), sharey=True)
+        looks = looks_of(every)
+        for axis, (place, rows) in zip(axes, panels, strict=True):
+            style.draw_rounds(axis, rows, looks, name, factor)
+            axis.set_title(describe(STUDY, place, PLACE), fontsize=9.5)
+            axis.set_ylabel(words)
+        legend_below(figure, axes)
+        caption(figure, f"{words.partition(' (')[0]}: {seeds_text(every)}", setting, every)
+        drawn.append(figure)
+    yield from numbered("noniid_curves", drawn)
+
+
+def at_best_rate(rows):
+    """Of rows of one method that differ in TUNED only the one that counts, labelled by the method."""
+    found = {}
+    for row in rows:
+        key = row.kind, str({name: value for name, value in row.args.items() if name not in TUNED})
+        if key not in found or tuned_rank(row) > tuned_rank(found[key]):
+            found[key] = row
+    chosen = [row for row in rows if row in found.values()]
+    for row in chosen:
+        row.label = ", ".join([row.name, *(w for n in row.unlike if n not in TUNED for w in words_of(row, n))])
     return chosen
 
 
-def draw_dots(axis, i, values):
-    x = i - 0.17 + 0.26 * sideways(len(values))
-    axis.plot(x, values, ".", color=GREY, markersize=4, zorder=2, label="a client")
+def words_of(row, name):
+    return words_for(STUDY, name, row.args[name])
 
 
-BAR = {"always": False, "capsize": 3, "markersize": 6, "linestyle": "", "color": "black", "zorder": 4}
-TURNED = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+# ---- what skew costs
 
-
-def draw_clients(setting, panels, args):
-    figure, axes = axes_of(panels, height=3.3, sharey=True)
-    for axis, panel in zip(axes, panels, strict=True):
-        for i, curve in enumerate(panel.curves):
-            values = [last_losses(run, CLIENTS) for run in curve.runs]
-            draw_dots(axis, i, np.concatenate(values))
-            bars(axis, [i + 0.12], [[v.mean() for v in values]], marker="o", label="mean of the clients", **BAR)
-            worst = {"marker": "^", "label": "worst client", "mfc": "white"}
-            bars(axis, [i + 0.27], [[v.max() for v in values]], **worst, **BAR)
-        name_places(axis, [curve.label for curve in panel.curves], **TURNED)
-        axis.set_ylabel("Client's own loss (nats)")
-    title = "Loss of the clients on their own texts, last round"
-    return finish(figure, axes, title, setting, KEYS, panels, BARS)
-
-
-def draw_against(setting, panels, args):
-    figure, axes = axes_of(panels, height=3.3, sharey=True)
-    for axis, panel in zip(axes, panels, strict=True):
-        axis.axhline(0, color="black", linewidth=1, zorder=1)
-        beside = beside_single(panel)
-        for i, (_, pairs) in enumerate(beside):
-            draw_dots(axis, i, np.concatenate(pairs))
-            bars(axis, [i + 0.2], [[v.mean() for v in pairs]], marker="o", label="mean of the clients", **BAR)
-            share = f"{100 * np.mean(np.concatenate(pairs) < 0):.0f} %"
-            place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 7.5}
-            axis.annotate(share, (i, 1.0), **place)
-        axis.set_title(axis.get_title(), fontsize=9.5, pad=16)
-        name_places(axis, [curve.label for curve, _ in beside], **TURNED)
-        axis.set_ylabel("Loss - FedAvg's (nats)")
-    title = "Each client's loss against the single global model's, same client and seed"
-    lines = ["above: share of clients that are better off than with FedAvg"]
-    return finish(figure, axes, title, setting, KEYS, panels, BARS, lines)
-
-
-def draw_topics(setting, panels, args):
-    figure, axes = axes_of(panels, height=3.1, sharey=True)
-    looks = looks_of(all_curves(panels))
-    for axis, panel in zip(axes, panels, strict=True):
-        step = min(0.12, 0.7 / max(1, len(panel.curves)))
-        for i, curve in enumerate(panel.curves):
-            values = np.array([last_losses(run, TOPICS) for run in curve.runs]).T  # [C, S]
-            x = np.arange(len(values)) + (i - (len(panel.curves) - 1) / 2) * step
-            own = looks[curve.label] | {"linestyle": ""}
-            hollow = {"mfc": "white"} if own["marker"] in MARKERS[1::2] else {}
-            bars(axis, x, values, label=curve.label, capsize=2, markersize=5, **own | hollow)
-        name_places(axis, topic_names(panel.curves[0].runs[0], len(values)))
-        axis.set_xlim(-0.5, len(values) - 0.5)
-        axis.set_ylabel("Validation loss (nats)")
-    return finish(figure, axes, "Loss of each topic's validation texts, last round", setting, KEYS, panels, BARS)
-
-
-def topic_names(run, count):
-    """The topics' names, from run.json or partition.json, else their numbers."""
-    names = run.facts.get("label_names") or (noniid_maps.read_partition(run.folder) or {}).get("label_names") or []
-    return [str(name) for name in names] if len(names) == count else [str(c) for c in range(count)]
-
-
-# ---- all of them
-
-TRAIN = "runs of train.py with"
-DRIFT = "runs with one global model, whose metrics.jsonl has relative_drift"
-LAST = f"{TRAIN} {CLIENTS} in the last line of metrics.jsonl"
-BESIDE = f"{LAST}, of FedAvg and another with the same seed"
-LOSSES = partial(over_rounds, "val_loss", "Validation loss (nats)")
-ACCURACY = over_rounds("val_accuracy", "Validation accuracy", "Validation accuracy")
-WORST_LOSSES = over_rounds(WORST, "Worst client's loss (nats)", "Worst client's loss")
-UPDATES, CORRECTED = "Drift of the clients' updates", "SCAFFOLD's corrections and the drift that they are for"
-DRIFTED = f"{TRAIN} --algorithm scaffold --drift-samples"
-drifting = partial(having, *(name for name, *_ in MEASURES))
-FIGURES = {
-    "curves": [
-        Figure("noniid_curves", having("val_loss"), LOSSES("Validation loss"), f"{TRAIN} val_loss"),
-        Figure("noniid_curves_accuracy", having("val_accuracy"), ACCURACY, f"{TRAIN} val_accuracy"),
-        Figure("noniid_curves_worst", having(WORST), WORST_LOSSES, f"{TRAIN} {WORST}"),
-    ],
-    "drift": [Figure("noniid_drift", drifting(), draw_drift(UPDATES), DRIFT)],
-    "corrections": [Figure("noniid_corrections", corrected, draw_drift(CORRECTED, CORRECTIONS), DRIFTED)],
-    "clients": [
-        Figure("noniid_clients", with_last(CLIENTS), draw_clients, LAST),
-        Figure("noniid_clients_against", with_single, draw_against, BESIDE),
-        Figure("noniid_clients_topics", with_last(TOPICS), draw_topics, LAST.replace(CLIENTS, TOPICS)),
-    ],
-    "cost_map": noniid_costs.COST_MAP,
-    "similarity": noniid_maps.SIMILARITY,
-    "partition": noniid_maps.PARTITION,
+THRESHOLD = 0.05  # of accuracy (--target label), nats a token (text): a mean cost above it is broken
+PAIRS = 3  # that decide
+DECIDES = {"label": "val_accuracy", "text": "val_loss"}  # --target: the outcome that a verdict is of
+IN_MAP = {"alpha", "local", "rounds", "min_samples"} | TUNED  # what may differ within a panel
+OUTCOMES = {  # field: (which way is worse, factor, name, unit, digits)
+    "val_loss": (1, 1, "validation loss", "nats a token", 3),
+    "val_accuracy": (-1, 100, "validation accuracy", "points", 1),
 }
-for factor, name in FACTORS.items():
-    select, needs = partial(factor_figures, factor=factor), f"runs of one method with two values of {name}"
-    FIGURES["curves"] += [
-        Figure(f"noniid_curves_{factor}", select, LOSSES(f"Validation loss by {name}"), needs),
-        Figure(f"noniid_curves_last_{factor}", select, against(factor), needs),
-    ]
-    title, needs = f"{UPDATES} by {name}", f"{DRIFT}, with two values of {name}"
-    FIGURES["drift"].append(Figure(f"noniid_drift_{factor}", drifting(select=select), draw_drift(title), needs))
+
+
+@dataclass(eq=False)
+class Place:
+    """A cell of the map: a setting and its IID control, both rows."""
+
+    row: object
+    control: object
+    costs: object = field(init=False)  # a Series by seed, of the pairs without a run that diverged
+    diverged: int = field(init=False)  # how many runs did
+    broken: bool | None = field(init=False)  # None: not decided
+
+    def __post_init__(self):
+        name = DECIDES[self.row.first["setting"]["target"]]
+        worse = OUTCOMES[name][0]
+        costs = worse * paired(outcomes(self.row, name), outcomes(self.control, name))
+        self.costs = costs[np.isfinite(costs)]
+        self.diverged = sum(has_diverged(run) for _, run in self.row.runs.iterrows())
+        high = self.costs.mean() > THRESHOLD if len(self.costs) else False
+        undecided = len(self.costs) < PAIRS or (high and interval(self.costs)[0] <= 0)
+        self.broken = True if self.diverged else None if undecided else bool(high)
+
+
+def outcomes(row, name):
+    """A number a seed, without runs that diverged."""
+    kept = [not has_diverged(run) for _, run in row.runs.iterrows()]
+    return row.results(name)[kept]
+
+
+def has_diverged(run):
+    """Whether its updates or last loss were not finite or, of --target text, that loss is above that before training.
+
+    Of labels a model knows less than nothing before training: that loss says nothing, and accuracy decides.
+    """
+    start = next((row.get("val_loss") for row in run["curve"] if row["round"] == 0), None)
+    last = result_of(run, "val_loss")
+    above = setting_of(run)["target"] == "text" and last > number(start)
+    return bool(not_finite(run) or np.isnan(last) or above)
+
+
+def at_chance(row, name):
+    """Whether the mean accuracy is what knowing nothing but the labels has: at most a standard error above 1 / C."""
+    topics = row.first["data"].get("label_names") or row.first["curve"][-1].get("val_topic_loss")
+    if name != "val_accuracy" or not topics:
+        return False
+    counts = row.first["data"].get("counts") or {}
+    n, level = min(row["eval_samples"] or math.inf, counts.get("validation") or math.inf), 1 / len(topics)
+    return bool(outcomes(row, name).mean() <= level + math.sqrt(level * (1 - level) / n))
+
+
+def places_of(runs, notes):
+    """[(setting, rows, [Place])] of the groups of like runs in which a setting has its control.
+
+    Of several learning rates (or mu) of a cell the one counts that `tuned_rank` puts first.
+    """
+    found = []
+    for setting, members in groups(runs[runs["kind"] != "central"], STUDY, WIDE):
+        rows, alike, places = rows_of(members, STUDY, WIDE, notes=notes), {}, []
+        for row in rows:
+            place = {key: value for key, value in row.args.items() if key not in TUNED}
+            alike.setdefault((row.kind, str(sorted(place.items()))), []).append(row)
+        for same in alike.values():
+            row = max(same, key=tuned_rank)
+            control = baseline(row, rows, "iid")
+            if control is not None and row.args["partition"] != "IID":
+                places.append(Place(row, control))
+        if places:
+            found.append((setting, rows, places))
+    return found
+
+
+def cost_map(runs, args, notes):
+    drawn = []
+    for setting, rows, places in places_of(runs, notes):
+        panels = {}
+        for place in places:
+            if "alpha" in place.row.args and (len(place.costs) or place.diverged):
+                same = {key: value for key, value in place.row.args.items() if key not in IN_MAP}
+                steps = (place.row["local_steps"] or place.row["local_epochs"]) * place.row["num_rounds"]
+                panels.setdefault((place.row.name, steps, str(same)), []).append(place)
+        # a panel of one H says little beside maps of several: its cells are rows of the table against IID
+        several = {key: some for key, some in panels.items() if len({one.row.args["local"] for one in some}) > 1}
+        if panels:
+            drawn.append(draw_map(shared_setting(setting, rows), several or panels))
+    yield from numbered("noniid_cost_map", drawn)
+
+
+def draw_map(setting, panels):
+    name, every = DECIDES[setting["target"]], [place for places in panels.values() for place in places]
+    _, factor, words, unit, digits = OUTCOMES[name]
+    means = [factor * place.costs.mean() for place in every if len(place.costs)]
+    scale = min([0, *means]), max([factor * THRESHOLD, *means])
+    alphas, steps = ({place.row.args[key] for place in every} for key in ("alpha", "local"))
+    wide = min(3, len(panels))
+    size = {"width": max(5.4, wide * (0.75 * len(alphas) + 1.9) + 1), "height": 0.5 * len(steps) + 1.3}
+    figure, axes = panel_axes(len(panels), wide, extra=2.0, **size)
+    for axis, ((algorithm, budget, _), places) in zip(axes, panels.items(), strict=True):
+        draw_cells(axis, places, scale, name)
+        local = places[0].row.args["local"].rstrip("s").split()[-1]
+        axis.set_title(f"{algorithm}, {budget:g} {local}s a client", fontsize=9.5)
+    bar = figure.colorbar(axes[0].images[0], ax=axes, pad=0.02, fraction=0.04)
+    bar.set_label(f"Cost in\n{words} ({unit})", fontsize=8.5)
+    count = seeds_range([place.row for place in every])
+    line = f"line: beyond it broken, over {factor * THRESHOLD:g} {unit} worse, 95 % interval without 0, or diverged"
+    title = f"What skew costs against IID, mean of {count} seed{'s' * (count != '1')}"
+    set_title(figure, "\n".join([title, describe(STUDY, setting), line]))
+    return figure
+
+
+def draw_cells(axis, places, scale, name):
+    """A panel: rows of local work, most on top; columns IID and alpha, least skew on the left."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Rectangle
+
+    _, factor, *_, digits = OUTCOMES[name]
+    alphas = sorted({place.row.args["alpha"] for place in places}, reverse=True)
+    steps = sorted({place.row.args["local"] for place in places}, key=lambda value: order("local", value), reverse=True)
+    at = {(steps.index(one.row.args["local"]), 1 + alphas.index(one.row.args["alpha"])): one for one in places}
+    values = np.full((len(steps), len(alphas) + 1), np.nan)
+    broken = np.full(values.shape, np.nan)  # 1, 0, nan: not decided
+    texts = {}
+    for (i, j), one in at.items():
+        values[i, j] = round(factor * one.costs.mean(), digits) + 0.0
+        broken[i, 0], broken[i, j] = 0, np.nan if one.broken is None else one.broken
+        said = [f"{values[i, j]:+.{digits}f}"] * bool(len(one.costs))
+        said += [f"{one.diverged}/{len(one.row.runs)} div."] * bool(one.diverged)
+        said += ["chance"] * at_chance(one.row, name) + ["not decided"] * (one.broken is None)
+        texts[i, j] = "\n".join(said)
+        level = f"{factor * outcomes(one.control, name).mean():.{digits}f}"
+        texts[i, 0] = "\n".join([level, *["chance"] * at_chance(one.control, name)])
+    colors = ListedColormap(colormaps["cividis_r"](np.linspace(0.08, 1, 256)))
+    heat_map(axis, np.ma.masked_invalid(values), *scale, colors)
+    for (i, j), words in texts.items():
+        look = {"color": "white" if values[i, j] > sum(scale) / 2 else "black"}
+        if j and at[i, j].diverged:
+            box = {"facecolor": "none", "edgecolor": GREY, "hatch": "////", "linewidth": 0}
+            axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **box))
+            look = {"color": "black", "bbox": {"facecolor": "white", "linewidth": 0, "pad": 1.5}}
+        axis.text(j, i, words, ha="center", va="center", fontsize=7, **look)
+    line = {"color": "black", "linewidth": 3, "solid_capstyle": "round"}
+    for i, j in np.ndindex(*values.shape):  # between a broken cell and one that is not
+        if j + 1 < values.shape[1] and {broken[i, j], broken[i, j + 1]} == {0, 1}:
+            axis.plot([j + 0.5] * 2, [i - 0.5, i + 0.5], **line)
+        if i + 1 < values.shape[0] and {broken[i, j], broken[i + 1, j]} == {0, 1}:
+            axis.plot([j - 0.5, j + 0.5], [i + 0.5] * 2, **line)
+    axis.set_xticks(range(len(alphas) + 1), ["IID", *(f"{alpha:g}" for alpha in alphas)])
+    axis.set_yticks(range(len(steps)), [value.split()[0] for value in steps])
+    axis.tick_params(length=0)
+    axis.set_xlabel("Dirichlet's alpha (right: more skew)", fontsize=9)
+    axis.set_ylabel(f"Local {steps[0].split()[2].rstrip('s')}s a round, H")
+
+
+FIGURES = {
+    "curves": (curves, "federated runs of two methods or partitions"),
+    "cost_map": (cost_map, "runs under topic skew and under IID"),
+}
 
 
 def build_parser():
-    return figure_parser(STUDY, FIGURES)
-
-
-def main(args):
-    draw_figures(STUDY, FIGURES, args)
+    return style.figure_parser(STUDY, FIGURES)
 
 
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    run_main(lambda args: style.draw_figures(STUDY, FIGURES, args), build_parser().parse_args())

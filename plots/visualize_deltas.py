@@ -5,7 +5,6 @@
 Needs runs of mamba_fl/central.py with --save-deltas. For each run (a heat map cannot be averaged):
 
     heatmap_structure_{run}_layer_{i}.png   |update| of the 80 rows and columns with the largest norm, at 10 steps
-    heatmap_heads_{run}.png                 |update| of A_log, D and dt_bias, heads by steps
 
 and for each configuration, the mean over layers, then over seeds:
 
@@ -14,7 +13,7 @@ and for each configuration, the mean over layers, then over seeds:
 """
 
 from common.cli import run_main
-from plots.visualize_federated_deltas import build_parser, draw_updates
+from plots.deltas import build_parser, draw_updates
 
 if __name__ == "__main__":
     args = build_parser("Draws the parameter updates of central runs.", federated=False).parse_args()

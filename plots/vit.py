@@ -1,454 +1,497 @@
-"""Figures and table of vit_sparse_fl.
+"""Tables and figures of vit_sparse_fl.
 
+    python plots/tables.py vit_sparse_fl --against dense
     python plots/vit.py --data-dir results --out-dir results/plots                  # all that the runs allow
-    python plots/vit.py cross gains layers --data-dir vit_sparse_fl/results/rates.jsonl
-    python plots/tables.py vit_sparse_fl                                            # plots/vit_runs.py
+    python plots/vit.py gains --data-dir vit_sparse_fl/results/rates.jsonl
 
-    curves          validation accuracy and loss against rounds: heterogeneity_curves.png, local_steps_curves.png,
-                    strategies_curves.png (dense, each mask strategy, top-k updates), central_curves.png (epochs)
-    heterogeneity   test accuracy against classes per client (Nc) upwards, IID last; Dirichlet apart, not joined
-    local_steps     test accuracy against local steps J, the rounds, which go down as J goes up, under it
-    strategies      strategy_comparison.png: test accuracy of each method at one sparsity, every seed, mean and spread
-    sparsity        test accuracy against the fraction of weights that is frozen, dense and central beside it
-    layers          mask_layers.png: the fraction of each tensor that the masks keep (`kept` in the results: a log
-                    of runs will do); a strategy that keeps nothing of some has collapsed them
-    interference    {heterogeneity,local_steps,strategies}_interference.png: between the clients, against rounds
-    cross           cross_losses.png: each client's update against its own and the others' losses (vit_interference.py)
-    gains           gains.png: what others lose against what a client gains, dense training's rates as a line
-    shards          clients x classes of the lowest seed, from shards.json in its folder, or of a run of a log from
-                    shards/RUN.json beside the log (a heat map cannot be averaged)
+    strategies  strategy_comparison.png: test accuracy of the rows of a federation, every seed, mean and spread; of a
+                method with several rates the one with the best validation accuracy
+    gains       gains.png: what the other clients lose, M_ij, against what a client gains by its own update, -M_ii, a
+                panel for each round of --interference-every in which dense training gains 0.2 nats or more; its rates
+                are one line: how far a client moves decides both, so that a mask reduces interference where it lies
+                below the line
 
-Lines are means over seeds, their bands minimum to maximum; points have bars of one standard deviation and a dot a seed.
-`--at best` takes the test accuracy after the best validated round instead of the last. Runs that diverged (what that
-is: plots/vit_runs.py) are counted where they belong and part of no mean. Accuracies have a line at that before training
-and one at chance (1 / classes), or the caption says it where the axis does not reach it; cosine, diversity and drift to
-the mean one of orthogonal updates, sign conflicts one of random signs of as many clients as take part (not the level of
-top-k updates, of which fewer clients have each weight).
-
-Along an axis, points of a method that has one learning rate at each place are one line, whatever the rates.
+Runs that diverged are counted where they belong and part of no mean.
 """
 
+import hashlib
 import json
 import math
+import re
 
 import numpy as np
 
-from common.cli import UsageError, run_main
-from common.curves import GREY, break_lines, new_figure, number, set_title
-from common.participation import per_round
+from common.cli import run_main
+from common.curves import break_lines, new_figure, number
 from plots import style
-from plots.deltas import draw_layers
-from plots.runs import LeftOut, describe
-from plots.seeds import curves_of, label, lines_of, usual_variants
-from plots.style import (
-    Figure,
-    bars,
-    caption,
-    each_group,
-    legend_below,
-    looks_of,
-    panel_axes,
-    seed_spread,
-    whole_numbers,
+from plots.pairs import Cell, difference, interval, p_value, pairs_cell, spread
+from plots.read import Study, not_finite, order_of
+from plots.rows import base_name, distance, groups, plain, rows_of
+from plots.style import caption, legend_below, looks_of, numbered, panel_axes, seed_spread, seeds_text
+from plots.tables import Table, over_rounds, result, seeds, sent, whole
+
+# ---- the study
+
+FEDERATION = ("num_clients", "participation_rate", "shards", "local_steps", "num_rounds")
+START = ("dataset", "classes", "data", "val_split", "model", "weights", "image_size", "init_from")
+KEYS = (*START, *FEDERATION, "sparsity")
+FREE = ("shards", "local_steps", "num_rounds", "sparsity")  # in which the rows of one table may differ
+OWN, OTHERS = "interference_own", "interference_others"
+LEAST = 0.2  # nats: where clients gain less, by the cosine's end, they hardly move
+
+
+def kind_of(command, flags):
+    if command == "train_centralized":
+        return "central"
+    if command == "train_federated_topk" or flags.get("upload") == "topk":
+        return "topk"
+    if command == "train_federated":
+        return "lora" if flags.get("lora_r") else "dense"
+    return "given" if flags.get("mask") else str(flags.get("mask_strategy"))
+
+
+def setting_of(run):
+    central = run["kind"] == "central"
+    hidden = ("data", "shards", "sparsity") + (FEDERATION if central else ())
+    # a flag without a value is a value too: pretrained from nothing is not like anything
+    values = {key: "" if run.get(f"--{key}") is None else plain(run[f"--{key}"]) for key in KEYS if key not in hidden}
+    for key in ("weights", "init_from", "model"):
+        values[key] = base_name(values[key], inner=("final",)) if values[key] else ""
+    # `--classes` left out and all of them given are the same
+    if run["data"].get("classes") and run.get("--classes") != "rest":
+        values["classes"] = json.dumps(run["data"]["classes"])
+    sums = {key: value for key, value in run["data"].items() if key.startswith("sha256")}
+    values["data"] = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:8]
+    if not central:
+        values["shards"] = shards_name(run)
+    if run["kind"] not in ("central", "dense"):
+        values["sparsity"] = run.get("--sparsity_ratio")
+    return values
+
+
+def shards_name(run):
+    """`IID`, `Nc 5`, `Dirichlet 0.1`: how a run deals the images to the clients."""
+    names = {"iid": "IID", "dirichlet": f"Dirichlet {run.get('--alpha')}"}
+    return names.get(run.get("--sharding"), f"Nc {run.get('--nc')}")
+
+
+def order(key, value):
+    """IID first, then ever more of skew, Dirichlet last."""
+    if key != "shards":
+        return order_of(value)
+    kind, _, level = str(value).partition(" ")
+    return 0, -("Dirichlet", "Nc", "IID").index(kind), -float(level or 0), ""
+
+
+def classes_words(value):
+    """`classes 50 to 99` of the range [50, 100]."""
+    if value == "rest":
+        return "classes of no pretraining"
+    ends = re.findall(r"\d+", str(value))
+    return f"classes {ends[0]} to {int(ends[1]) - 1}" if len(ends) == 2 else f"classes {value}"
+
+
+def diverged(run):
+    """An update or the last loss was not finite, or accuracy ended below half of that before training (round 0)."""
+    rows = run["curve"]
+    last, before = (rows[-1] if rows else {}), math.nan
+    if rows and rows[0].get("round") == 0:
+        before = number(rows[0].get("val_accuracy"))
+    left_out = any(row.get("left_out_updates") for row in rows)
+    not_a_number = last.get("val_loss") is not None and math.isnan(number(last["val_loss"]))
+    below = run["status"] == "finished" and number(last.get("val_accuracy")) < before / 2
+    return not_finite(run) or left_out or not_a_number or below
+
+
+STUDY = Study(
+    name="vit_sparse_fl",
+    commands=("train_centralized", "train_federated", "train_federated_sparse", "train_federated_topk"),
+    kinds={
+        "central": "Central",
+        "dense": "Dense FedAvg",
+        "least_sensitive": "Least sensitive",
+        "most_sensitive": "Most sensitive",
+        "lowest_magnitude": "Lowest magnitude",
+        "highest_magnitude": "Highest magnitude",
+        "random": "Random",
+        "topk": "Top-k updates",
+        "given": "Mask from a file",
+        "lora": "Federated LoRA",
+    },
+    kind=kind_of,
+    setting=setting_of,
+    keys=KEYS,
+    said=frozenset(KEYS)
+    | frozenset(
+        "sharding nc alpha min_samples allow_unused_classes sparsity_ratio upload mask mask_strategy use_amp"
+        " num_classes hp_search hp_epochs hp_lrs hp_weight_decays heterogeneity_experiment nc_values j_values"
+        " local_steps_experiment compare_strategies sparsity_experiment sparsity_values interference_every"
+        " interference_clients interference_images".split()
+    ),
+    words={
+        "shards": "{}",
+        "local_steps": "J {}",
+        "num_rounds": "{} rounds",
+        "sparsity": "sparsity {}",
+        "calibration": "{} calibration",
+        "calibration_rounds": "{} calibration rounds",
+        "calibrate_on": "calibrated on {}",
+        "fisher_samples": "{} Fisher samples",
+        "mask_scope": "{} threshold",
+        "mask_omit": lambda kind: None if kind == "none" else f"without {kind}",
+        "lora_r": lambda rank: f"rank {rank}" if rank else None,
+        "download": lambda how: "top-k down too" if how == "topk" else None,
+        "error_feedback": lambda on: on and "error feedback",
+        "drift_matched": lambda on: on and "drift matched",
+        "batch_size": "batch {}",
+        "num_clients": "{} clients",
+        "participation_rate": "participation {}",
+        "epochs": "{} epochs",
+        "init_from": "from {}",
+        "image_size": "{} px",
+        "dataset": "{}",
+        "classes": classes_words,
+        "model": "{}",
+        "data": None,
+        "val_split": None,
+        "freeze_head": lambda frozen: "head frozen" if frozen else "head trained",
+        "freeze_backbone": lambda frozen: frozen and "head only",
+        "pretrained": lambda on: "pretrained" if on else "from scratch",
+    },
+    order=order,
+    diverged=diverged,
 )
-from plots.vit_interference import CROSS, GAINS
-from plots.vit_runs import (
-    FREE,
-    KEYS,
-    STUDY,
-    TABLE,
-    before_training,
-    broken,
-    class_count,
-    say_diverged,
-    seeds_said,
-    shards_order,
+
+# ---- the table
+
+
+def federation(row):
+    return {key: row.args.get(key) for key in FREE if key in FEDERATION}
+
+
+def validated(row):
+    """The mean best validation accuracy of a row's seeds, by which a rate is chosen."""
+    values = row.results("val_accuracy_best")
+    return values.mean() if len(values) and np.isfinite(values).all() else -math.inf
+
+
+def is_dense(row):
+    """Whether clients train all weights, at any rate."""
+    return row.kind == "dense" and not row["freeze_backbone"]
+
+
+def base_of(row, rows, kind):
+    """The row of `kind` with which a row is compared (see WORDS), None without one."""
+
+    def apart(other):
+        return distance(row, other) - (row.args.get("lr") != other.args.get("lr"))
+
+    def fits(other):
+        if other.kind != kind or federation(other) != federation(row):
+            return False
+        if row.kind != kind:
+            return True
+        if len(other.runs) != len(row.runs):
+            return len(other.runs) > len(row.runs)
+        alone = kind == "dense" and not is_dense(row)
+        return validated(other) > validated(row) and (alone or apart(other) == 0)
+
+    def key(other):
+        return apart(other), -len(other.runs), -validated(other)
+
+    return None if row.central else min(filter(fits, rows), key=key, default=None)
+
+
+def accuracy(row):
+    return 100 * row.results("test_accuracy_last")
+
+
+def share_of_own(row):
+    return -row.mean_over_rounds(OTHERS) / row.mean_over_rounds(OWN)
+
+
+def gains(run):
+    """{round: (nats that clients gain by their own updates, nats that the others lose)}, means over the clients."""
+    every = {row["round"]: (row.get(OWN), row.get(OTHERS)) for row in run["curve"]}
+    return {t: (-number(own), number(others)) for t, (own, others) in every.items() if None not in (own, others)}
+
+
+def at_equal_gain(row, dense):
+    """{seed: log of the others' loss over what it is under dense training where clients gain as much}.
+
+    The mean over the rounds; dense training's is, round by round, on the lines between its rates in log-log. Without
+    rounds outside of its gains, those where at no rate it gains LEAST, and those where nobody loses.
+    """
+    apart = {}
+    for seed, run in row.counted.iterrows():
+        same = [gains(one.counted.loc[seed]) for one in dense if seed in one.counted.index]
+        ratios = []
+        for t, (gain, loss) in gains(run).items():
+            at_rates = sorted(one[t] for one in same if min(one.get(t, (0, 0))) > 0)
+            x, y = np.log(at_rates).T.reshape(2, -1)
+            if gain > 0 < loss and len(x) > 1 and x[0] <= math.log(gain) <= x[-1] >= math.log(LEAST):
+                ratios.append(math.log(loss) - np.interp(math.log(gain), x, y))
+        if ratios:
+            apart[seed] = np.mean(ratios)
+    return apart
+
+
+def equal_gain_cell(row, rows):
+    """The mean ratio and its 95 % interval, of logarithms, over starts; `-` of dense training itself."""
+    if row.central or is_dense(row):
+        return "-"
+    ends = of_starts(row, at_equal_gain(row, list(filter(is_dense, rows))))
+    if not len(ends):
+        return "-"
+    shown = ", ".join(f"{math.exp(end):.2f}" for end in interval(ends)) if len(ends) > 1 else "?"
+    return Cell(f"{math.exp(np.mean(ends)):.2f} [{shown}], {len(ends)}", p_value(ends))
+
+
+def of_starts(row, of_seeds):
+    """The values of {seed: value}; where seeds begin with several pretrainings means over the seeds of each."""
+    every = {}
+    for seed, value in sorted(of_seeds.items()):
+        every.setdefault(str(row.counted.loc[seed].get("--init_from")), []).append(value)
+    return [np.mean(values) for values in every.values()] if len(every) > 1 else sum(every.values(), [])
+
+
+def against(kind, values, digits):
+    """A cell: the paired difference of what `values` gives to the row of `kind`."""
+
+    def cell(row, rows):
+        base = base_of(row, rows, kind)
+        if base in (None, row):
+            return "-"
+        mine, other = values(row), values(base)
+        both = mine.index.intersection(other.index)
+        return pairs_cell(of_starts(row, dict(mine.loc[both] - other.loc[both])), digits)
+
+    return cell
+
+
+def against_dense(row, rows):
+    base = base_of(row, rows, "dense")
+    return "-" if base in (None, row) else difference(accuracy(row), accuracy(base))
+
+
+def of_weights(name, factor=1.0, digits=None):
+    """`over_rounds` of a measure of updates of weights: LoRA's are of its factors, which are not unique."""
+    cell = over_rounds(name, factor, digits)
+    return lambda row, rows: "-" if row.kind == "lora" else cell(row, rows)
+
+
+def broken(row):
+    """`1 of 3 diverged`; "" where none of the seeds did."""
+    count = len(row.runs) - len(row.counted)
+    return f"{count} of {len(row.runs)} diverged" if count else ""
+
+
+FAILED = {"diverged": lambda row, _: f"{len(row.runs) - len(row.counted)} of {len(row.runs)}"}
+LAST, DRIFT = {"test % (last)": result("test_accuracy_last", 100, 2)}, {"drift %": of_weights("drift", 100, 3)}
+CROSS = {
+    "own loss": over_rounds(OWN, 1, 4),
+    "others' loss": over_rounds(OTHERS, 1, 4),
+    "random signs": of_weights("interference_chance", 1, 4),
+    "others / own": lambda row, _: spread(share_of_own(row), 3),
+    "merge gap": over_rounds("merge_gap", 1, 4),
+    "between - within": of_weights("cosine_excess", 1, 3),
+    "at random": of_weights("cosine_chance", 1, 3),
+}
+
+
+def columns(rows, args):
+    """The columns; of losses under each other's updates, and of what is sent down, where runs have them."""
+    if getattr(args, "against", None):
+        return {
+            **LAST,
+            f"vs {args.against}": against(args.against, accuracy, 2),
+            **FAILED,
+            "lr": lambda row, _: str(row.args.get("lr", "-")),
+            **DRIFT,
+            "weights kept %": result("kept_weights", 100, 1),
+            "biases kept %": result("kept_biases", 100, 1),
+            **CROSS,
+            f"others / own vs {args.against}": against(args.against, share_of_own, 3),
+            "others' loss, times dense's at equal gain": equal_gain_cell,
+            "seeds": seeds,
+        }
+    return {
+        **LAST,
+        "test % (best)": result("test_accuracy_best", 100, 2),
+        "val % (best)": result("val_accuracy_best", 100, 2),
+        "vs dense": against_dense,
+        **FAILED,
+        "MB up": sent("bytes_up"),
+        "cosine": of_weights("update_cosine", 1, 3),
+        "diversity": of_weights("gradient_diversity", 1, 3),
+        "sign conflict %": of_weights("sign_conflict", 100, 1),
+        **DRIFT,
+        "drift to mean": of_weights("drift_to_mean", 1, 2),
+        **({"MB down": sent("bytes_down")} if any(row.kind == "topk" for row in rows) else {}),
+        **(CROSS if any(crossed(run) for row in rows for _, run in row.runs.iterrows()) else {}),
+        "rounds": whole("rounds"),
+        "minutes": result("seconds", 1 / 60, 1),
+        "seeds": seeds,
+    }
+
+
+def crossed(run):
+    """Whether a run's rows hold losses under other clients' updates, or would if it had not diverged before."""
+    measured = any(row.get(OWN) is not None for row in run["curve"])
+    return run["kind"] != "central" and bool(measured or (run["diverged"] and run.get("--interference_every")))
+
+
+def asked(runs, args):
+    """The runs; with --against those of federations, and central ones from the same start."""
+    if not args.against:
+        return runs
+    starts = [str({key: setting_of(run).get(key) for key in START}) for _, run in runs.iterrows()]
+    there = {start for start, kind in zip(starts, runs["kind"], strict=True) if kind != "central"}
+    return runs[[start in there for start in starts]]
+
+
+WORDS = """Accuracies are in %, after the last round or with the weights of the best validated one; `vs dense`: the
+difference, in points, to the row of dense FedAvg in the same federation that differs least, rates apart. `diverged`:
+how many seeds broke down, which count in no mean and no difference: an update of any round or the last loss was not
+finite, or the last validation accuracy is below half of that before training. Cosine, diversity, sign conflict and
+drift are means over the evaluated rounds, the losses under each other's updates over those of --interference-every.
+
+--against dense, random: a table a federation, as paired differences in test accuracy and in `others / own`, what the
+others lose for what a client gains, to the row of dense FedAvg or of random masks in the same federation that differs
+least (rates apart: of several the one with the best validation accuracy; a row of that method itself to the one with
+more seeds, with as many to a rate that validates better): runs of one seed share split, pretraining and shards. Where
+seeds begin with several pretrainings, a pair is the mean over the seeds of one of them. `others' loss, times dense's at
+equal gain`: the others' loss where clients gain as much as in dense training at several rates, round by round (lines
+between these in log-log; mean ratio and interval of logarithms; without rounds where those are below 0.2 nats).
+"""
+
+
+def add_flags(parser):
+    text = "paired differences with 95 %% intervals to dense FedAvg or random masks (default: the table of results)"
+    parser.add_argument("--against", choices=["dense", "random"], help=text)
+
+
+TABLE = Table(
+    STUDY, columns, WORDS, free=lambda args: ("sparsity",) if args.against else FREE, flags=add_flags, select=asked
 )
 
-__all__ = ["FIGURES", "STUDY", "TABLE"]
 
-# ---- what a figure shows
-
-UNMASKED = ("central", "dense")
-# the shards depend on these only
-DEALT = ("dataset", "classes", "data", "val_split", "num_clients")
+# ---- figures
 
 
-def varying(*free):
-    """A select of groups of dense runs that differ in `free`, first of all in its first key."""
-
-    def choose(runs, notes):
-        several = len({str(run.setting.get(free[0])) for run in runs}) > 1
-        return curves_of(runs, free, notes=notes) if several else []
-
-    return each_group(choose, free, lambda run: run.kind == "dense")
+def federations(runs, notes):
+    """[(setting, rows)] of each federation: the rows of the table with --against."""
+    return [
+        (setting, rows_of(some, STUDY, ("sparsity",), notes=notes))
+        for setting, some in groups(runs, STUDY, ("sparsity",))
+    ]
 
 
-def usual_curves(least):
-    """A choice of the usual variant of each method, of so many methods at least."""
-
-    def choose(runs, notes):
-        curves = usual_variants(curves_of(runs, notes=notes), notes)
-        return curves if len(curves) >= least else []
-
-    return choose
+def methods(runs, args, notes):
+    """The federated rows of each federation, of each method the best rate."""
+    every = [(s, [row for row in rows if not row.central]) for s, rows in federations(runs, notes)]
+    return [(setting, at_best_rate(rows)) for setting, rows in every if len({row.kind for row in rows}) > 1]
 
 
-def along(*axis, free=FREE, references=("central",)):
-    """A select of (lines of two points or more along `axis`, curves of the kinds `references`).
-
-    A line is a method with its values of the other keys in `free`.
-    """
-
-    def choose(runs, notes):
-        lying = [run for run in runs if run.kind not in references and axis[0] in run.setting]
-        curves = curves_of(lying, free, axis, notes)
-        lines = [line for line in lines_at_any_rate(curves) if len({str(curve.place[axis[0]]) for curve in line}) > 1]
-        if not lines:
-            return None
-        label([curve for line in lines for curve in line])
-        alone = [curve.label for curve in curves if not any(curve in line for line in lines)]
-        if alone:
-            name = f"{len(alone)} methods with one value of {axis[0].replace('_', ' ')}"
-            notes.append(LeftOut(name, f"a line needs two: {'; '.join(alone)}"))
-        return lines, curves_of([run for run in runs if run.kind in references], notes=notes)
-
-    return each_group(choose, free)
+def at_best_rate(rows):
+    """Of rows that differ in their rate only the one with the best validation accuracy."""
+    best = {}
+    for row in rows:
+        key = row.kind, str({name: value for name, value in row.args.items() if name != "lr"})
+        if key not in best or validated(row) > validated(best[key]):
+            best[key] = row
+    return [row for row in rows if row in best.values()]
 
 
-def lines_at_any_rate(curves):
-    """The curves as lines along the axis: of a method with one curve at each place one, whatever their rates."""
-    methods = {}
-    for curve in curves:
-        key = curve.kind, *(pair for pair in curve.args.items() if pair[0] != "lr")
-        methods.setdefault(key, []).append(curve)
-    for same in methods.values():
-        tuned = len({tuple(curve.place.values()) for curve in same}) == len(same)
-        if tuned and len({curve.args.get("lr") for curve in same}) > 1:
-            for curve in same:
-                curve.args.pop("lr", None)
-        yield from [same] if tuned else lines_of(same)
-
-
-def two_federated(runs, notes):
-    curves = curves_of(runs, notes=notes)
-    return curves if sum(not curve.central for curve in curves) > 1 else []
-
-
-def has_mask(run):
-    return "kept" in run.results
-
-
-def shards_of(runs, notes):
-    """{sharding: (seed, counts [clients, classes])} of the lowest seed that has them."""
-    maps = {}
-    for run in sorted(runs, key=lambda run: (str(run.seed).zfill(20), str(run.folder))):
-        path = run.folder / "shards.json" if run.folder else run.log.parent / "shards" / f"{run.name}.json"
-        name = run.setting.get("shards")
-        if path.is_file() and name not in maps:
-            maps[name] = run.seed, read_counts(path)
-    return dict(sorted(maps.items(), key=lambda item: shards_order(item[0]), reverse=True))
-
-
-def read_counts(path):
-    """int array [clients, classes] of shards.json. Raises UsageError for a damaged one."""
-    try:
-        counts = np.array(json.loads(path.read_text(encoding="utf-8"))["counts"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged ({error}): delete it or run again") from error
-    if counts.ndim != 2 or counts.dtype.kind not in "iu" or not counts.any():
-        raise UsageError(f"{path} is damaged: counts must be whole numbers, clients x classes: delete it or run again")
-    return counts
-
-
-central = each_group(lambda runs, notes: curves_of(runs, notes=notes), keep=lambda run: run.central)
-two_methods = each_group(usual_curves(2), keep=lambda run: not run.central)
-strategies = each_group(two_federated)
-with_masks = each_group(usual_curves(1), keep=has_mask)
-with_shards = each_group(shards_of, [key for key in KEYS if key not in DEALT], lambda run: not run.central)
-
-# ---- what numbers are judged by
-
-CHANCE = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.0}
-BEFORE = {"color": "black", "linestyle": (0, (6, 2, 1, 2)), "linewidth": 0.9}
-ROOM = 0.1  # so much of its length an axis may grow by for chance
-
-
-def accuracy_levels(axis, curves, of="", vertical=False):
-    """Lines at the accuracy (%) before training and, where it fits, at chance: (what the caption must say of these).
-
-    of: said of the first. It is the mean over the runs that log it, where those of one seed agree on it.
-    """
-    line, ends = (axis.axvline, axis.get_xlim) if vertical else (axis.axhline, axis.get_ylim)
-    runs = [run for curve in curves for run in curve.runs]
-    starts = {}
-    for run in runs:
-        if not math.isnan(start := 100 * before_training(run)):
-            starts.setdefault(run.seed, []).append(start)
-    if starts and all(np.ptp(values) < 0.5 for values in starts.values()):
-        start = np.mean([np.mean(values) for values in starts.values()])
-        line(start, label=f"before training{of}: {start:.1f} %", zorder=1, **BEFORE)
-    counts = {class_count(run) for run in runs}
-    if len(counts) > 1 or None in counts:
-        return ""
-    (low, high), chance = ends(), 100 / counts.pop()
-    if chance < low - ROOM * (high - low):
-        return f", chance: {chance:.3g} %"
-    line(chance, label=f"chance: {chance:.3g} %", zorder=1, **CHANCE)
-    return ""
-
-
-def interference_level(axis, field, curves):
-    """A line at what a measure of INTERFERENCE is of updates that have nothing to do with each other, if it has one.
-
-    Signs at random: of m clients p move a weight up, p ~ binomial(m, 1/2); the level is 1 - E|2 p - m| / m.
-    """
-    args = curves[0].runs[0].args
-    if field == "drift" or "num_clients" not in args:
-        return
-    m = per_round(args["participation_rate"], args["num_clients"])
-    conflict = 1 - sum(math.comb(m, p) * abs(2 * p - m) for p in range(m + 1)) / (m * 2**m)
-    orthogonal = {"update_cosine": 0, "gradient_diversity": 1, "drift_to_mean": math.sqrt(m - 1)}
-    name = "orthogonal updates" if field in orthogonal else f"random signs of {m} clients"
-    axis.axhline(orthogonal.get(field, 100 * conflict), label=name, zorder=1, **CHANCE)
-
-
-# ---- curves over rounds
-
-ACCURACY = [("val_accuracy", "Validation accuracy (%)", 100), ("val_loss", "Validation loss (nats)", 1)]
-# With d_k the update of client k in a round, theta the server's weights; of a masked run, those that it keeps.
-INTERFERENCE = [
-    ("update_cosine", "Cosine between updates", 1),  # mean over pairs; 1: all pull the same way
-    ("gradient_diversity", "Gradient diversity", 1),  # sum |d_k|^2 / |sum d_k|^2 (Yin et al. 2018)
-    ("sign_conflict", "Sign conflict (%)", 100),  # mean of 1 - |n+ - n-| / (n+ + n-) over weights
-    ("drift", "Drift |d| / |theta| (%)", 100),
-    ("drift_to_mean", "Drift to mean |d - mean| / |mean|", 1),
-]
-
-
-def measured(select):
-    """`select`, restricted to runs whose metrics.jsonl holds measures of interference."""
-
-    def has_measures(run):
-        there = any(not math.isnan(number(row.get(field))) for row in run.rows for field, *_ in INTERFERENCE)
-        return there and run.kind != "lora"  # whose factors are not unique
-
-    return lambda runs, notes: select([run for run in runs if has_measures(run)], notes)
-
-
-def rounds_figure(title, panels, x_label="Round", columns=2):
-    """A draw of a panel per (field, y label, factor) against rounds; panels whose field no curve has are left out."""
-
-    def draw(setting, curves, args):
-        there = [panel for panel in panels if any(np.isfinite(curve.series(panel[0])[1]).any() for curve in curves)]
-        there, unsaid = there or panels[:1], ""
-        say_diverged(curves)
-        wide = min(columns, len(there))
-        figure, axes = panel_axes(len(there), wide, (4.4 if wide < 3 else 3.5) * wide + 0.4, 2.8, 1.1)
-        looks, alpha = looks_of(curves), 0.15 if len(curves) < 5 else 0.08
-        for axis, (field, y_label, factor) in zip(axes, there, strict=True):
-            style.draw_rounds(axis, curves, looks, field, factor, spread="range", alpha=alpha)
-            for curve in curves:
-                if not curve.counted:  # in the legend
-                    axis.plot([], [], label=curve.label, **looks[curve.label])
-            if field == "val_accuracy":
-                unsaid = accuracy_levels(axis, curves)
-            elif (field, y_label, factor) in INTERFERENCE:
-                interference_level(axis, field, curves)
-            axis.set_xlabel(x_label)
-            axis.set_ylabel(y_label)
-        if len(there) % wide > 0 and max(len(curve.label) for curve in curves) < 45:
-            entries = {}  # in the cell without a panel
-            for handle, name in (
-                entry for axis in axes for entry in zip(*axis.get_legend_handles_labels(), strict=True)
-            ):
-                entries.setdefault(name, handle)
-            figure.axes[-1].legend(entries.values(), entries, loc="center")
-        else:
-            legend_below(figure, axes)
-        caption(figure, f"{title}: {seeds_said(curves)}{unsaid}", setting, curves)
-        return figure
-
-    return draw
-
-
-def between(title):
-    return rounds_figure(f"Interference between clients, {title}", INTERFERENCE, columns=3)
-
-
-# ---- accuracy against a factor
-
-POINTS = "bars and bands: standard deviation, dots: seeds"
-
-
-def points_figure(title, x_label, tick, order=lambda *place: place):
-    """A draw of the test accuracy against a factor: a line per method, dots for the seeds, bars for their deviation.
-
-    tick, order: of the values that lie on the axis, the text and the sort key. Lines stand side by side at a tick, so
-    that no bar hides another; none leads to Dirichlet's shards, which are no number of classes. How many seeds diverged
-    stands under their place.
-    """
-
-    def draw(setting, what, args):
-        lines, references = what
-        field, y_label = f"test_accuracy_{args.at}", accuracy_label(args)
-        every = [curve for line in lines for curve in line]
-        there = sorted({tuple(curve.place.values()) for curve in every}, key=lambda place: order(*place))
-        figure, axes = new_figure(height=4.4)
-        axis, looks = axes[0, 0], looks_of([line[0] for line in lines])
-        step = min(0.12, 0.7 / len(lines))
-        for i, line in enumerate(lines):
-            shift, own = (i - (len(lines) - 1) / 2) * step, looks[line[0].label]
-            values = {}
-            for curve in line:
-                x = there.index(tuple(curve.place.values()))
-                if curve.counted:
-                    values[x] = 100 * curve.results(field)
-                if broken(curve):
-                    at = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "center", "va": "bottom"}
-                    axis.annotate(broken(curve), (x + shift, 0.01), size=7.5, color=own["color"], **at)
-            single = [x for x in sorted(values) if str(there[x][0]).startswith("Dirichlet")]
-            joined = [x for x in sorted(values) if x not in single]
-            for places, more in ((joined, {"label": line[0].label}), (single, {"linestyle": ""})):
-                look = own | {"capsize": 3, "markersize": 6} | more
-                bars(axis, [x + shift for x in places], [values[x] for x in places], **look)
-            for x, seeds in sorted(values.items()):
-                if len(seeds) > 1:  # beside the bar
-                    beside = [x + shift + step / 2.5] * len(seeds)
-                    axis.plot(beside, seeds, ".", color=own["color"], markersize=4, zorder=3)
-        style.reference_lines(axis, references, field, 100, "{}: {:.1f} %")
-        unsaid = accuracy_levels(axis, [*every, *references], " (validation)")
-        if any(len({curve.runs[0].args.get("lr") for curve in line}) > 1 for line in lines):
-            unsaid += ", each point at its own lr"
-        axis.set_xticks(range(len(there)), [tick(*place) for place in there])
-        axis.set_xlim(-0.5, len(there) - 0.5)
-        axis.set_xlabel(x_label)
-        axis.set_ylabel(y_label)
-        legend_below(figure, [axis])
-        caption(figure, f"{title}: {seeds_said(every, POINTS)}{unsaid}", setting, every)
-        return figure
-
-    return draw
-
-
-def sparsity_tick(value):
-    return f"{value:g}\n({100 * (1 - value):.3g} % kept)"
-
-
-def accuracy_label(args):
-    return f"Test accuracy (%), {'last round' if args.at == 'last' else 'best validated round'}"
-
-
-def draw_strategies(setting, curves, args):
+def strategies(runs, args, notes):
     """A row per method: every seed a dot, the mean with a bar, and the number."""
-    field = f"test_accuracy_{args.at}"
-    rows = [curve for curve in curves if not curve.central]
-    figure, axes = new_figure(width=7.2, height=1.9 + 0.42 * len(rows))
-    axis, looks = axes[0, 0], looks_of(rows)
-    central, dense = ([curve for curve in curves if curve.kind == kind] for kind in UNMASKED)
-    style.reference_lines(axis, [*central, *dense[:1]], field, 100, "{}: {:.1f} %", vertical=True)
-    for i, curve in enumerate(rows):
-        values, words = 100 * curve.results(field), [broken(curve)]
-        if curve.counted:
-            mean, spread, look = values.mean(), seed_spread(values), looks[curve.label] | {"linestyle": "-"}
-            axis.errorbar([mean], [i], xerr=[spread] if spread else None, capsize=4, markersize=7, **look)
-            words.insert(0, f"{mean:.1f}" + (f" +- {spread:.1f}" if spread else ""))
-        if len(values) > 1:
-            axis.plot(values, np.full(len(values), i + 0.22), ".", color=look["color"], markersize=5)
-        place = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
-        axis.annotate("\n".join(filter(None, words)), (1.01, i), size=8.5, **place)
-    axis.axhline(len(dense) - 0.5, color=GREY, linewidth=0.5)
-    axis.set_yticks(range(len(rows)), [break_lines(curve.label, 34) for curve in rows])
-    axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.grid(False, axis="y")
-    axis.set_xlabel(accuracy_label(args))
-    unsaid = accuracy_levels(axis, curves, " (validation)", vertical=True)
-    legend_below(figure, [axis])
-    caption(figure, f"Mask strategies: {seeds_said(rows, POINTS)}{unsaid}", setting, rows)
-    return figure
+    drawn = []
+    for setting, rows in methods(runs, args, notes):
+        figure, axes = new_figure(width=7.2, height=1.9 + 0.42 * len(rows))
+        axis, looks = axes[0, 0], looks_of(rows)
+        for row in (row for row in rows if is_dense(row) and len(row.counted)):
+            axis.axvline(accuracy(row).mean(), zorder=1, label=row.label, **style.REFERENCE)
+        for i, row in enumerate(rows):
+            values, words = accuracy(row), [broken(row)]
+            if len(values):
+                look = looks[row.label] | {"linestyle": "-"}
+                axis.errorbar([values.mean()], [i], xerr=[seed_spread(values)], capsize=4, markersize=7, **look)
+                axis.plot(values, np.full(len(values), i + 0.22), ".", color=look["color"], markersize=5)
+                words.insert(0, spread(values, 1))
+            place = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
+            axis.annotate("\n".join(filter(None, words)), (1.01, i), size=8.5, **place)
+        axis.set_yticks(range(len(rows)), [break_lines(row.label, 34) for row in rows])
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.grid(False, axis="y")
+        axis.set_xlabel("Test accuracy (%), last round")
+        legend_below(figure, [axis])
+        caption(figure, f"Mask strategies: {seeds_text(rows, 'bars: standard deviation, dots: seeds')}", setting, rows)
+        drawn.append(figure)
+    yield from numbered("strategy_comparison", drawn)
 
 
-# ---- shards
+# ---- what the others lose against what a client gains
 
 
-def draw_shards(setting, maps, args):
-    """A heat map of clients x classes for each sharding, white at 0, all on one logarithmic scale."""
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap, LogNorm
-
-    wide = math.ceil(len(maps) / math.ceil(len(maps) / 4))
-    figure, axes = panel_axes(len(maps), wide, 2.7 * wide + 1.6, 3.2, 0.8)
-    # a single one must differ from none, in grey too
-    colors = ListedColormap(colormaps["cividis_r"](np.linspace(0.12, 1, 256))).with_extremes(bad="white")
-    top = max(2, *(counts.max() for _, counts in maps.values()))
-    for axis, (name, (seed, counts)) in zip(axes, maps.items(), strict=True):
-        shown = np.ma.masked_equal(counts, 0)
-        image = axis.imshow(shown, cmap=colors, norm=LogNorm(1, top), aspect="auto", interpolation="nearest")
-        axis.grid(False)
-        held = (counts > 0).sum(axis=1)
-        classes = f"{held.min()}" if held.min() == held.max() else f"{held.min()} to {held.max()}"
-        axis.set_title(
-            f"{name} (seed {seed})\n{classes} {'class' if classes == '1' else 'classes'} a client", fontsize=9
-        )
-        axis.set_xlabel("Class")
-        whole_numbers(axis.xaxis)
-        whole_numbers(axis.yaxis)
-        if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel("Client")
-    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
-    bar.set_label("Images (white: none)")
-    ticks = [m * 10**e for e in range(7) for m in (1, 2, 5) if m * 10**e <= top]
-    bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
-    bar.minorticks_off()
-    set_title(figure, f"Images of each class at each client\n{describe(STUDY, setting)}")
-    return figure
+def losses_at(runs, args, notes):
+    """[(setting, rows, {round: {label: (gains [S], the others' losses [S])}})], of the rounds where dense training,
+    whose rates are the line, gains enough at one of them."""
+    found = []
+    there = runs[[crossed(run) for _, run in runs.iterrows()]]
+    for setting, rows in federations(there, notes) if len(there) else ():
+        rows, rounds = [row for row in rows if len(row.counted)], {}
+        for row in rows:
+            row.label += f" ({broken(row)})" if broken(row) else ""
+            every = {}
+            for _, run in row.counted.iterrows():
+                for t, pair in gains(run).items():
+                    every.setdefault(t, []).append(pair)
+            for t, pairs in every.items():
+                rounds.setdefault(t, {})[row.label] = np.array(pairs).T
+        line = {row.label for row in rows if is_dense(row)} or {row.label for row in rows}
+        moving = {
+            t: at
+            for t, at in sorted(rounds.items())
+            if any(own.mean() >= LEAST for name, (own, _) in at.items() if name in line)
+        }
+        if moving:
+            found.append((setting, rows, moving))
+    return found
 
 
-# ---- all of them
+def equal_gain(runs, args, notes):
+    """The others' loss against the own gain, a point a row, dense training's rates joined."""
+    drawn = []
+    for setting, rows, rounds in losses_at(runs, args, notes):
+        looks, names = looks_of(rows), {row.label: f"{i}  {row.label}" for i, row in enumerate(rows, 1)}
+        figure, axes = panel_axes(len(rounds), width=5.2 * len(rounds), height=4.0, sharex=True, sharey=True)
+        for axis, (t, there) in zip(axes, rounds.items(), strict=True):
+            line = sorted(tuple(there[r.label].mean(axis=1)) for r in rows if is_dense(r) and r.label in there)
+            axis.plot(*np.array(line).reshape(-1, 2).T, color="black", linewidth=1.1, zorder=1)
+            for name, pair in there.items():
+                (x, y), bars = pair.mean(axis=1), [seed_spread(values) for values in pair]
+                spreads = {key: [bar] for key, bar in zip(("xerr", "yerr"), bars, strict=True) if bar}
+                shown = looks[name] | {"linestyle": "", "label": names[name], "markersize": 4}
+                axis.errorbar([x], [y], capsize=2, elinewidth=0.8, **spreads, **shown)
+                axis.annotate(names[name].split()[0], (x, y), (3, 3), textcoords="offset points", fontsize=7.5)
+            axis.set_title(f"round {t}")
+            axis.set_xlabel("A client's gain, $-M_{ii}$ (nats)")
+        axes[0].set_ylabel("The others' loss, $M_{ij}$ (nats)")
+        legend_below(figure, axes)
+        shown = seeds_text(rows, "bars: standard deviation")
+        caption(figure, f"Interference at equal gain: {shown}", setting, rows)
+        drawn.append(figure)
+    yield from numbered("gains", drawn)
 
-SHARDINGS = "runs of train_federated.py with two shardings, such as --nc 1 and --nc 5"
-STEPS = "runs of train_federated.py with two values of --local-steps, such as 4 and 8"
-SPARSE = "runs of train_federated_sparse.py with"
-MASKS = f"{SPARSE} two strategies, or one and a run of train_federated.py"
-STRATEGIES = f"{SPARSE} two of --mask-strategy {', '.join(list(STUDY.kinds)[2:7])}"
-RATIOS = f"{SPARSE} two of --sparsity-ratio, such as 0.5 and 0.9"
-# what runs differ in -> (select, title over rounds, title of the interference, what it needs)
-VARIED = {
-    "heterogeneity": (varying("shards"), "Classes per client (Nc)", "by classes per client (Nc)", SHARDINGS),
-    "local_steps": (varying("local_steps", "num_rounds"), "Local steps (J) per round", "by local steps (J)", STEPS),
-    "strategies": (two_methods, "Dense and sparse fine-tuning", "dense and sparse", MASKS),
-}
-EPOCHS = rounds_figure("Central training", ACCURACY, "Epoch")
-BY_SHARDS = points_figure("Heterogeneity", "Shards (Nc: classes per client)", str, shards_order)
-BY_STEPS = points_figure("Local steps", "Local steps J (rounds of the run)", "{}\n({} rounds)".format)
-BY_SPARSITY = points_figure("Sparsity", "Sparsity (weights that are trained)", sparsity_tick)
+
 FIGURES = {
-    "curves": [
-        *(Figure(f"{a}_curves", select, rounds_figure(t, ACCURACY), n) for a, (select, t, _, n) in VARIED.items()),
-        Figure("central_curves", central, EPOCHS, "runs of train_centralized.py"),
-    ],
-    "heterogeneity": [Figure("heterogeneity", along("shards"), BY_SHARDS, SHARDINGS)],
-    "local_steps": [Figure("local_steps", along("local_steps", "num_rounds"), BY_STEPS, STEPS)],
-    "strategies": [Figure("strategy_comparison", strategies, draw_strategies, STRATEGIES)],
-    "sparsity": [Figure("sparsity", along("sparsity", free=("sparsity",), references=UNMASKED), BY_SPARSITY, RATIOS)],
-    "layers": [Figure("mask_layers", with_masks, draw_layers, f"{SPARSE} `kept` in their results")],
-    "interference": [
-        Figure(f"{a}_interference", measured(select), between(title), f"{needs}, with update_cosine in metrics.jsonl")
-        for a, (select, _, title, needs) in VARIED.items()
-    ],
-    "cross": [CROSS],
-    "gains": [GAINS],
-    "shards": [Figure("shards", with_shards, draw_shards, "federated runs with shards.json in their folder")],
+    "strategies": (strategies, "runs of train_federated_sparse.py of two strategies in one federation"),
+    "gains": (equal_gain, "federated runs with --interference-every"),
 }
-
-
-def add_at(parser):
-    at = "test accuracy after the last or best validated round"
-    parser.add_argument("--at", choices=["last", "best"], default="last", help=at)
 
 
 def build_parser():
-    return style.figure_parser(STUDY, FIGURES, add_at)
+    return style.figure_parser(STUDY, FIGURES)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,6 @@ GOLDEN = {
     "mamba_fl/fed_momentum": Golden("mamba_fl/fed_momentum.py", MAMBA_FEDERATED),
     "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", f"{MAMBA_FEDERATED} --temperature 0.001"),
     "mamba_fl/fed_fisher": Golden("mamba_fl/fed_fisher.py", MAMBA_FEDERATED),
-    "mamba_fl/personal": Golden("mamba_fl/fed_avg.py", f"{MAMBA_FEDERATED} --personal conv --server-lr 0.7"),
     "vit_sparse_fl/centralized": Golden(
         "vit_sparse_fl/train_centralized.py",
         f"{VIT} --batch-size 30 --epochs 3 --save-every 1 --warmup-epochs 1",
@@ -95,11 +94,9 @@ GOLDEN = {
         "vit_sparse_fl/train_federated.py", f"{VIT_FEDERATED} --sharding dirichlet --alpha 0.5"
     ),
     "vit_sparse_fl/sparse": Golden(
-        "vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --lr 0.3 --calibrate-on clients --calibration-clients 3"
+        "vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --lr 0.3 --calibrate-on clients"
     ),
-    "vit_sparse_fl/topk": Golden(
-        "vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --upload topk --calibrate-on server"
-    ),
+    "vit_sparse_fl/topk": Golden("vit_sparse_fl/train_federated_topk.py", f"{VIT_FEDERATED} --sharding non_iid --nc 3"),
     "lora_glue_fl/sharding": Golden(
         "lora_glue_fl/sharding.py",
         "--task-name sst2 --dataset demo --k 3 --mode dirichlet --dirichlet-alpha 1 --seed 1 --max-examples 150 "
@@ -113,11 +110,11 @@ GOLDEN = {
         for rule, more in {
             "svd": "--svd-rank 4",
             "naive": "",
-            "ffa": "--server-optimizer momentum",
+            "ffa": "",
             "stack": "--client-ranks 2 4 3",
             "residual": "",
             "rolora": "",
-            "rotate": "--rotate-lambda 0.5",
+            "rotate": "",
             "head": "",
         }.items()
     },
@@ -147,10 +144,8 @@ GOLDEN = {
         resumes=False,
     ),
     "llm_noniid/fedavg": Golden("llm_noniid/train.py", NONIID),
-    "llm_noniid/fedprox": Golden(
-        "llm_noniid/train.py", f"{PARTIAL} --algorithm fedprox --mu 5 --partition style_skew --client-weights uniform"
-    ),
-    "llm_noniid/scaffold": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm scaffold --drift-samples 6"),
+    "llm_noniid/fedprox": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm fedprox --mu 5 --partition style_skew"),
+    "llm_noniid/scaffold": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm scaffold"),
     "llm_noniid/fednova": Golden(
         "llm_noniid/train.py",
         f"{PARTIAL} --algorithm fednova --client-optimizer sgdm --local-steps 0 --local-epochs 0.5",
@@ -159,7 +154,6 @@ GOLDEN = {
     "llm_noniid/local": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm local"),
     "llm_noniid/central": Golden("llm_noniid/train.py", f"{NONIID} --algorithm central", federated=False),
     "llm_noniid/clusters": Golden("llm_noniid/train.py", f"{NONIID} --cluster updates --num-clusters 2"),
-    "llm_noniid/personal": Golden("llm_noniid/train.py", f"{PARTIAL} --personal last"),
     "llm_noniid/pretrain": Golden("llm_noniid/pretrain.py", PRETRAIN, tensors=".", federated=False, resumes=False),
 }
 SCRIPTS = sorted({golden.script for golden in GOLDEN.values()})
@@ -191,9 +185,10 @@ class Ended:
 class Started:
     """A script in a process of its own."""
 
-    def __init__(self, words, die=None, env=None):
+    def __init__(self, words, die=None, env=None, without=()):
         self.place = Path(tempfile.mkdtemp(dir=_runs()))
         every = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+        every = {name: value for name, value in every.items() if name not in without}
         self.process = server().Process(target=_script, args=([*map(str, words)], str(self.place), every, die))
         self.process.start()
 

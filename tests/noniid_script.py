@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.cli import checked, run_main
-from llm_noniid import flags, models, train
+from llm_noniid import algorithms, flags, models, train
 from llm_noniid.data import IGNORE
 
 TINY = "--model tiny --dataset demo --tokenizer bpe:800 --max-length 96 --lora-r 4 --threads 1".split()
@@ -73,15 +73,15 @@ def no_dropout(monkeypatch):
 
 def failing(monkeypatch, when):
     """Makes the weights of the clients in `when`, a set of (round from 0, client), infinite after their steps."""
-    real = train.client_update
+    real = algorithms.client_update
 
-    def update(study, theta, batches, k, t, **method):
-        done = real(study, theta, batches, k, t, **method)
+    def update(study, theta, k, t, **method):
+        done = real(study, theta, k, t, **method)
         if (t, k) in when:
             study.model.weights.theta[-1] = torch.inf
         return done
 
-    monkeypatch.setattr(train, "client_update", update)
+    monkeypatch.setattr(algorithms, "client_update", update)
 
 
 def spied(monkeypatch):

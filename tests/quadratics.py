@@ -57,21 +57,16 @@ class Quadratics:
     def train(self, theta, rounds, steps, lr, variates=None, ids=None, after=None, weights=None, **options):
         """Rounds of FedAvg, or of SCAFFOLD with `variates`. ids: function of the round; after: called with it."""
         for t in range(rounds):
-            clients = Round(
-                ids(t) if ids else range(len(self)), closers=[variates.rows.close_round] if variates else ()
-            )
+            followers = [variates, variates.rows] if variates else ()
+            clients = Round(ids(t) if ids else range(len(self)), weights, followers=followers)
             mean = WeightedMean(theta, clients)
-            if variates:
-                variates.open_round(clients)
             for k in clients:
                 correction = variates.correction(k) if variates else None
                 theta_k, done = self.local(theta, k, steps, lr, correction=correction, record=True, **options)
-                mean.add(theta_k, weights[k] if weights else 1.0)
                 if variates:
                     variates.offer(k, done.mean_gradient)
+                mean.add(theta_k)
             theta = mean.result()
-            if variates:
-                variates.close_round()
             if after:
                 after(t)
         return theta

@@ -15,9 +15,19 @@ from common.runlog import start_run
 
 def arguments(folder, **more):
     base = {"output_dir": str(folder), "run_name": None, "resume": False, "overwrite": False, "track": "off", "lr": 0.1}
-    base["keep_checkpoints"] = 2
+    base["participation"] = 0.5
     machine = {"device": "cpu", "threads": 1, "amp": "off", "seed": 3, "processes": 0}
     return Namespace(**{**base, **machine, **more})
+
+
+class Four:
+    """Four clients, of which --participation takes part."""
+
+    client_weights = [1.0, 2.0, 3.0, 4.0]
+
+    @staticmethod
+    def bytes_of(t):
+        return 8, lambda k: k
 
 
 class Counter:
@@ -44,21 +54,21 @@ def train(args, rounds, at=None, bad=(), stop=None, save_every=2, val_loss=float
         rows = ClientRows(run.folder / "clients" / "rows", rows_on_disk(4, 2, 4), in_place=True)
         counter = Counter()
         theta = run.restore(torch.zeros(2), lambda v: {"a": v[:1], "b": v[1:]}, counter=counter, rows=rows)
-        run.report(0, theta, lambda: {"val_loss": 9.0})
+        run.report(0, theta, lambda *_: {"val_loss": 9.0})
         for t in run.rounds():
             if at and t in at:
                 at[t]()
-            clients = run.sample([1.0, 2.0, 3.0, 4.0], 0.5, t, up=8, down=lambda k: k)
+            clients = run.sample(Four, t)
             mean = WeightedMean(theta, clients)
             for k in clients:
                 row = rows.get(k)
                 rows.put(k, {"n": row["n"] + 1 if row else torch.ones(1)})
                 clients.note(k, train_loss=torch.tensor(float(k)), tag=k, turns=row["n"].item() if row else 0)
                 clients.work(5)
-                mean.add(theta + (math.nan if (t, k) in bad else 1.0), k + 1.0)
+                mean.add(theta + (math.nan if (t, k) in bad else 1.0))
             theta = mean.result()
             counter.value += 10
-            run.report(t + 1, theta, lambda: {"val_loss": val_loss(t)})
+            run.report(t + 1, theta, lambda *_: {"val_loss": val_loss(t)})
             if stop == t:
                 run.stop("plateau", "no progress")
 

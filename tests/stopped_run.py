@@ -1,7 +1,7 @@
 """A federated script for the tests of what ends it: python tests/stopped_run.py OUTPUT_DIR PROCESSES [RANK:WHAT ...]
 
 In round 2 process RANK does WHAT at its first client: sleep, raise (RunFailed), bug (ValueError), refuse (UsageError),
-kill (SIGKILL), wait_SECONDS; or after the round, at no client, late_SECONDS.
+kill (SIGKILL).
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 import time
 
 import torch
-from small_run import arguments
+from small_run import Four, arguments
 
 from common.aggregation import WeightedMean
 from common.cli import RunFailed, UsageError
@@ -23,18 +23,15 @@ WHAT = {int(rank): name for rank, _, name in (word.partition(":") for word in sy
 
 def act(folder, what):
     (folder.parent / f"pid_{os.getpid()}").touch()
-    name, _, seconds = what.partition("_")
-    if name == "sleep":
+    if what == "sleep":
         time.sleep(60)
-    elif name == "wait":
-        time.sleep(float(seconds))
-    elif name == "raise":
+    elif what == "raise":
         raise RunFailed("no room")
-    elif name == "bug":
+    elif what == "bug":
         raise ValueError("a bug")
-    elif name == "refuse":
+    elif what == "refuse":
         raise UsageError("no such file")
-    elif name == "kill":
+    elif what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -43,22 +40,19 @@ def main(args):
         run.begin({"dataset": "none"}, {"total": 2})
         run.plan(3)
         theta = run.restore(torch.zeros(2), lambda v: {"a": v})
-        run.report(0, theta, lambda: {"val_loss": 9.0})
+        run.report(0, theta, lambda *_: {"val_loss": 9.0})
         for t in run.rounds():
-            clients = run.sample([1.0] * 4, 1.0, t)
+            clients = run.sample(Four, t)
             mean = WeightedMean(theta, clients)
             for k in clients:
                 if t == 1 and k < 2:
                     act(run.folder, WHAT.get(world().rank, ""))
-                mean.add(theta + 1.0, 1.0)
+                mean.add(theta + 1.0)
             theta = mean.result()
-            what, _, seconds = WHAT.get(world().rank, "").partition("_")
-            time.sleep(float(seconds) if t == 1 and what == "late" else 0)
-            run.report(t + 1, theta, lambda: {"val_loss": float(t)})
+            run.report(t + 1, theta, lambda *_: {"val_loss": float(t)})
         run.finish({})
 
 
 if __name__ == "__main__":
-    minutes = 0.01 if "_" in str(WHAT) else 30.0
-    args = arguments(sys.argv[1], processes=int(sys.argv[2]), patience=minutes, resume=not WHAT)
+    args = arguments(sys.argv[1], processes=int(sys.argv[2]), participation=1.0, resume=not WHAT)
     run_federated(main, args, clients=4)

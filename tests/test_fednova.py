@@ -15,9 +15,9 @@ N = [5.0, 1.0, 3.0, 2.0, 4.0]
 
 
 def mean_of(theta, clients, a, n):
-    mean = NormalizedMean(theta, round := Round(range(len(clients))))
+    mean = NormalizedMean(theta, round := Round(range(len(clients)), n))
     for k in round:
-        mean.add(clients[k], n[k], a[k])
+        mean.add(clients[k], a[k])
     return mean
 
 
@@ -56,9 +56,9 @@ def test_a_constant_gradient_moves_the_weights_by_lr_times_a(kind, mu):
 def test_equal_a_is_fedavg():
     problem = Quadratics(dtype=torch.float32)
     clients = [problem.local(problem.start, k, 4, 0.05)[0] for k in range(5)]
-    plain = WeightedMean(problem.start, round := Round(range(5)))
+    plain = WeightedMean(problem.start, round := Round(range(5), N))
     for k in round:
-        plain.add(clients[k], N[k])
+        plain.add(clients[k])
     for a in (1.0, 4.0, 7.3):
         assert near(mean_of(problem.start, clients, [a] * 5, N).delta(), plain.delta(), 1e-15)
         # one client is local training, whatever it did

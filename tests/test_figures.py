@@ -1,149 +1,276 @@
-"""Every figure's data and every table's text, from fixed run folders, against tests/goldens/figures.json.
+"""Figures: what they draw against the committed logs, computed a second time; and that every one is drawn."""
 
-python tests/test_figures.py --record NAME [NAME]   # new goldens of these names (`all`: of every one)
-"""
-
-import argparse
-import functools
 import json
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import math
+import re
+import statistics
+from collections import defaultdict
 
-import fixed_runs
-import golden
-import plotting
+import matplotlib
+import numpy as np
 import pytest
+from made_runs import ROOT, call, figures, mamba, noniid, run, vit
 
-GOLDENS = Path(__file__).parent / "goldens" / "figures.json"
-LOGS = ("mamba log", "vit log", "glue log", "noniid log")  # many curves: their names are in the legends
+from common import curves
+from plots.deltas import energy_rank, singular_values
+from plots.noniid import THRESHOLD
+from plots.read import read, study
+from plots.rows import rows_of, with_settings
+from plots.style import looks_of
 
-# golden -> (run folders: one of fixed_runs.STUDIES, one of plotting.COMMANDS, further flags)
-FIGURES = {
-    "mamba": ("mamba", "mamba", ""),
-    "mamba central updates": ("mamba", "mamba central updates", ""),
-    "mamba server updates": ("mamba", "mamba federated updates", ""),
-    "mamba client updates": ("mamba", "mamba federated updates", "--entity client"),
-    "mamba log": ("mamba log", "mamba", ""),
-    "vit": ("vit", "vit", ""),
-    "vit heterogeneity at best": ("vit", "vit heterogeneity", "--at best"),
-    "vit local_steps at best": ("vit", "vit local_steps", "--at best"),
-    "vit strategies at best": ("vit", "vit strategies", "--at best"),
-    "vit log": ("vit log", "vit", ""),
-    "glue": ("glue", "glue", ""),
-    "glue log": ("glue log", "glue", ""),
-    "noniid": ("noniid", "noniid", ""),
-    "noniid log": ("noniid log", "noniid", ""),
-}
-# a figure by its name -> the same: its golden is which of its study's figures it draws
-PARTS = {
-    "mamba, one layer": ("mamba", "mamba", "--config pure_ssm_1_layer"),
-    **{f"{s} {name}": (s, f"{s} {name}", "") for s, names in plotting.FIGURES.items() for name in names.split()},
-}
-# golden -> the same: what is printed, or the text of the page that is written
-TABLES = {
-    "table mamba": ("mamba", "table mamba", ""),
-    "table mamba plain": ("mamba", "table mamba", "--config pure_ssm_2_layer"),
-    "table mamba log": ("mamba log", "table mamba", ""),
-    "table vit": ("vit", "table vit", ""),
-    "table vit log": ("vit log", "table vit", ""),
-    "table glue": ("glue", "table glue", ""),
-    "table glue of a task": ("glue", "table glue", "--tasks cola"),
-    "table glue against svd": ("glue", "table glue", "--against svd"),
-    "table glue wide": ("glue", "table glue", "--wide --tasks cola rte"),
-    "table glue log": ("glue log", "table glue", ""),
-    "table noniid": ("noniid", "table noniid", ""),
-    "table noniid to a loss": ("noniid", "table noniid", "--target 4.5"),
-    "table noniid log": ("noniid log", "table noniid", ""),
-    "page mamba": ("mamba", "page", ""),
-    "page vit": ("vit", "page", ""),
-    "page glue": ("glue", "page", "--title Rules"),
-    "page noniid": ("report", "page noniid", ""),
-    "page noniid log": ("noniid log", "compare noniid", ""),
-    "page noniid tables": ("report", "compare noniid", ""),
-}
-EVERY = FIGURES | PARTS | TABLES
+GAP = [ROOT / "mamba_fl" / "results" / name for name in ("gap.jsonl", "tuning/gap.jsonl")]
 
 
-class Runs:
-    """The run folders of each study, written when they are first asked for."""
-
-    def __init__(self, root):
-        self.root, self.made = Path(root), {}
-
-    def __getitem__(self, study):
-        if study not in self.made:
-            self.made[study] = self.root / study.replace(" ", "_")
-            fixed_runs.STUDIES[study](self.made[study])
-        return self.made[study]
+def log(path):
+    """{row of the grid: {seed: line}} of a log, by its names; of --tune the rates are part of them."""
+    found = defaultdict(dict)
+    for line in map(json.loads, path.read_text().splitlines()):
+        name, seed, rate = re.search(r"(.*)_seed_(\d+)(.*)", line["name"]).groups()
+        found[name + rate][int(seed)] = line
+    return found
 
 
-def shown(name, runs, out):
-    """What the golden of this name should be; for one of PARTS with its figures."""
-    study, command, more = EVERY[name]
-    if name in TABLES:
-        text = plotting.printed(command, runs[study], more, out).replace(str(runs[study]), "RUNS")
-        return [line.rstrip() for line in text.splitlines() if line.strip()]
-    drawn = plotting.figures(command, runs[study], more, out)
-    return {file: golden.describe(figure, coarse=study in LOGS) for file, figure in drawn.items()}
+def bars_of(axis):
+    """{label: [(x, y, low, high)]} of an axis' points with bars in y."""
+    found = {}
+    for container in axis.containers:
+        line, _, (bars, *_) = container
+        ends = [segment[:, 1] for segment in bars.get_segments()]
+        x, y = line.get_data()
+        found[container.get_label()] = [(a, b, *sorted(c)) for a, b, c in zip(x, y, ends, strict=True)]
+    return found
 
 
-def differences(name, goldens, now):
-    if name in PARTS:
-        whole = goldens[EVERY[name][0]]
-        names = golden.differences(goldens[name], sorted(now))
-        return names + golden.differences({file: whole[file] for file in now if file in whole}, now)
-    return golden.differences(goldens[name], now)
+# ---- the figures of the READMEs
+
+
+def test_the_gap_is_the_ratio_of_the_logs_perplexities(tmp_path):
+    drawn = figures("plots/mamba.py gap frontier --data-dir", *GAP, out=tmp_path)
+    left, right = drawn["5_gap.png"].axes
+    every = log(GAP[0])
+    points = bars_of(right)["each client its own (keep)"]
+    for lu, ratio, low, high in points:
+        pairs = [
+            (line["results"]["test_ppl_last"], every["central"][seed]["results"]["test_ppl_last"])
+            for seed, line in every[f"keep_lu{lu:g}"].items()
+        ]
+        assert ratio == pytest.approx(math.exp(statistics.fmean(math.log(a / b) for a, b in pairs)))
+        assert low < ratio < high
+    assert [lu for lu, *_ in points] == [1, 8, 64, 256, 768]
+    # left: the runs of --tune at central training's lowest rate
+    tried = [line for lines in log(GAP[1]).values() for line in lines.values()]
+    at = min(line["args"]["lr"] for line in tried if line["name"].startswith("central"))
+    last = {
+        line["name"].partition("_seed")[0]: line["curve"][-1]["val_ppl"] for line in tried if line["args"]["lr"] == at
+    }
+    (line,) = [line for line in left.lines if line.get_marker() == "o"]
+    for lu, y in zip(*line.get_data(), strict=True):
+        assert y == pytest.approx(last[f"keep_lu{lu:g}"] / last["central"])
+
+
+def test_the_losses_are_the_logs_against_naive(tmp_path):
+    place = ROOT / "lora_glue_fl" / "results" / "trajectories.jsonl"
+    (figure,) = figures("plots/glue.py losses --data-dir", place, out=tmp_path).values()
+    every = log(place)
+    (panel,) = [axis for axis in figure.axes if "4 rounds" in axis.get_title() and "part" not in axis.get_title()]
+    names = [label.get_text() for label in panel.get_yticklabels()]
+    means = [line.get_xdata()[0] for line in panel.lines if line.get_marker() not in (".", "None", "|")]
+    for rule in ("svd", "rolora", "stack"):
+        apart = [
+            line["results"]["val_loss"] - every["sst2_skew_naive"][seed]["results"]["val_loss"]
+            for seed, line in every[f"sst2_skew_{rule}"].items()
+        ]
+        (at,) = [i for i, name in enumerate(names) if name.lower().startswith(rule)]
+        assert means[at] == pytest.approx(statistics.fmean(apart))
+
+
+def test_the_replay_is_the_logs(tmp_path):
+    place = ROOT / "lora_glue_fl" / "results" / "replay.jsonl"
+    (figure,) = figures("plots/glue.py replay --data-dir", place, out=tmp_path).values()
+    seeds = [line["curve"][-1]["replay"] for line in log(place)["sst2_replay_e16_a0.1_naive"].values()]
+    loss = statistics.fmean(one["naive"]["val_loss"] - one["exact"]["val_loss"] for one in seeds)
+    error = statistics.fmean(100 * one["naive"]["error"] / one["start"]["error"] for one in seeds)
+    (panel,) = [axis for axis in figure.axes if axis.get_title() == "16 local epochs"]
+    drawn = [(x, y) for x, y, *_ in bars_of(panel)["Naive"]]
+    assert any(point == pytest.approx((error, loss)) for point in drawn), (drawn, error, loss)
+
+
+def test_the_gains_are_the_logs(tmp_path):
+    place = ROOT / "vit_sparse_fl" / "results" / "rates.jsonl"
+    first, *_ = figures("plots/vit.py gains --data-dir", place, out=tmp_path).values()
+    axis = next(axis for axis in first.axes if axis.get_title() == "round 10")
+    points = {c.get_label().split("  ")[-1]: c.lines[0].get_xydata()[0] for c in axis.containers}
+    rows = [[row for row in line["curve"] if row["round"] == 10] for line in log(place)["random_nc5_J16"].values()]
+    own, others = (statistics.fmean(row[f"interference_{which}"] for (row,) in rows) for which in ("own", "others"))
+    assert tuple(points["Random, lr 1.0"]) == pytest.approx((-own, others))
+
+
+def test_the_cost_map_is_the_logs(tmp_path):
+    place = ROOT / "llm_noniid" / "results" / "regimes.jsonl"
+    first, *_ = figures("plots/noniid.py cost_map --data-dir", place, out=tmp_path).values()
+    every, texts = log(place), {}
+    for axis in first.axes:
+        ticks = ([t.get_text() for t in axis.get_xticklabels()], [t.get_text() for t in axis.get_yticklabels()])
+        for text in axis.texts:
+            j, i = text.get_position()
+            if j:
+                texts[axis.get_title(), ticks[1][int(i)], ticks[0][int(j)]] = text.get_text()
+    cells = {k[1:]: words for k, words in texts.items() if k[0].startswith("FedAvg, 200")}
+    assert {h for h, _ in cells} == {"10", "50", "100"}
+    for (h, alpha), words in cells.items():
+        mine, iid = (every[f"regimes_fedavg_h{h}_{end}_ag_news_small"] for end in (f"alpha_{alpha}", "iid"))
+        costs = [iid[s]["curve"][-1]["val_accuracy"] - mine[s]["curve"][-1]["val_accuracy"] for s in mine if s in iid]
+        mean = statistics.fmean(costs)
+        assert words.startswith(f"{100 * mean:+.1f}")
+        half = 4.303 * statistics.stdev(costs) / math.sqrt(3)
+        assert len(costs) > 3 or ("not decided" in words) == (mean > THRESHOLD and mean - half <= 0)
+
+
+def test_a_run_that_diverged_is_hatched_and_no_part_of_the_mean(tmp_path):
+    for seed in range(4):
+        noniid(tmp_path, f"iid_{seed}", seed=seed, loss=2.0)
+        ends = {"loss": math.nan} if seed == 3 else {"loss": 2.2 + seed / 100}
+        for h in (10, 20):
+            noniid(tmp_path, f"skew_{h}_{seed}", seed=seed, partition="topic_skew", local_steps=h, **ends)
+            h == 20 and noniid(tmp_path, f"iid_{h}_{seed}", seed=seed, loss=2.0, local_steps=20)
+    (figure,) = figures("plots/noniid.py cost_map --data-dir", tmp_path, out=tmp_path / "plots").values()
+    words = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert "+0.210\n1/4 div." in words and "2.000" in words and figure.axes[0].patches
+
+
+# ---- those that a source names
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("runs"))
+    """Two depths of mamba_fl, two LU and methods, two seeds, with stored updates."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in range(2):
+        for layers in (1, 2):
+            folder = mamba(root, f"central_config_{layers}_seed_{seed}", "central", seed, 90.0 + seed, layers=layers)
+            write_deltas(folder / "deltas", layers, seed)
+            folder = mamba(root, f"fed_{layers}_seed_{seed}", "fed_avg", seed, 100.0 + seed, layers=layers)
+            write_deltas(folder / "server" / "deltas", layers, seed)
+            for k in range(2):
+                write_deltas(folder / f"client_{k}" / "deltas", layers, 10 * k + seed)
+        mamba(root, f"fed_lu8_seed_{seed}", "fed_avg", seed, 120.0, local_updates=8)
+        mamba(root, f"fisher_seed_{seed}", "fed_fisher", seed, 95.0)
+    return root
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_what_is_shown_is_what_was_shown(name, runs, tmp_path):
-    wrong = differences(name, read(), shown(name, runs, tmp_path))
-    assert not wrong, f"{len(wrong)} differences\n" + "\n".join(wrong[:20])
+def write_deltas(folder, layers, seed, steps=(1, 2, 3)):
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(seed)
+    for step in steps:
+        arrays = {f"layers.{i}.in_proj": draw.normal(size=(12, 6)).astype(np.float32) for i in range(layers)}
+        np.savez(folder / f"step_{step:06d}.npz", **arrays)
 
 
-def test_no_golden_is_without_its_command():
-    assert set(read()) == set(EVERY)
+def test_figures_1_to_4_have_the_sources_names_and_final_perplexities(runs, tmp_path):
+    drawn = figures("plots/plot_perplexities.py --data_dir", runs, out=tmp_path)
+    both = [f"{stem}_pure_ssm_{n}_layer.png" for stem in ("1_central_vs_fed",) for n in (1, 2)]
+    one = ["2_lu_comparison_pure_ssm_1_layer.png", "3_method_comparison_pure_ssm_1_layer.png"]
+    assert {*both, *one, "4_multi_config_comparison.png"} <= set(drawn)
+    labels = drawn[both[0]].legends[0].get_texts()
+    assert [text.get_text() for text in labels] == ["Central: 90.5", "FedAvg: 100.5"]
+    (x, y) = drawn[both[0]].axes[0].lines[0].get_data()
+    assert y.tolist() == [181, 135.75, 90.5] and x.tolist() == [0, 1000, 2000]
+    names = [label.get_text() for label in drawn[one[1]].axes[1].get_yticklabels()]
+    assert names == ["Central", "FedAvg", "FedFisher"]
 
 
-@functools.cache
-def read():
-    return json.loads(GOLDENS.read_text(encoding="utf-8"))
+def test_updates_are_drawn_under_the_sources_names(runs, tmp_path):
+    for line, names in (
+        ("plots/visualize_deltas.py", ["heatmap_structure_central_config_1_seed_0_layer_0", "averaged_svd_evolution_"]),
+        ("plots/visualize_federated_deltas.py --entity server", ["_layer_1_server", "svd_evolution_", "svd_spectrum_"]),
+        ("plots/visualize_federated_deltas.py --entity client", ["_layer_0_client", "pure_ssm_2_layer_lu_1_client"]),
+    ):
+        out = tmp_path / line.split()[-1].replace("/", "_")
+        code, text, err = call(f"{line} --data-dir", runs, "--output-dir", out)
+        assert code == 0, err
+        for name in names:
+            assert any(name in path.name for path in out.iterdir()), (name, text)
+    code, _, err = call("plots/visualize_deltas.py --data-dir", runs / "fisher_seed_0")
+    assert code == 2 and "--save-deltas" in err
 
 
-def write(goldens):
-    """A figure on a line, a line of a table on a line."""
-    parts = []
-    for name in [name for name in EVERY if name in goldens]:
-        value = goldens[name]
-        if isinstance(value, dict):
-            lines, (left, right) = [f"  {json.dumps(file)}: {_json(about)}" for file, about in value.items()], "{}"
-        else:
-            lines, (left, right) = [f"  {_json(line)}" for line in value], "[]"
-        parts.append(f" {json.dumps(name)}: {left}\n" + ",\n".join(lines) + f"\n {right}")
-    GOLDENS.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+def test_singular_values_and_the_rank_of_their_energy():
+    draw = np.random.default_rng(0)
+    for shape in ((5, 3), (3, 5)):
+        matrix = draw.normal(size=shape)
+        assert singular_values(matrix)[:3] == pytest.approx(np.linalg.svd(matrix, compute_uv=False))
+    assert energy_rank(np.array([3.0, 1.0, 0.1])) == 2 and energy_rank(np.zeros(3)) == 0  # 9 of 10.01 are 89.9 %
 
 
-def _json(value):
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def test_strategies_and_curves_take_each_methods_best_rate(tmp_path):
+    for seed in range(2):
+        for lr, accuracy in ((0.1, 0.5), (0.2, 0.6), (0.3, 0.4)):
+            vit(tmp_path, f"dense_{lr}_seed_{seed}", seed=seed, lr=lr, accuracy=accuracy)
+            noniid(tmp_path, f"fedavg_{lr}_seed_{seed}", seed=seed, learning_rate=lr, loss=lr)
+        vit(tmp_path, f"mask_seed_{seed}", "train_federated_sparse", seed, 0.55, mask_strategy="random")
+        noniid(tmp_path, f"prox_seed_{seed}", "fedprox", seed, loss=3.0)
+    (figure,) = figures("plots/vit.py strategies --data-dir", tmp_path, out=tmp_path / "a").values()
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == ["Dense FedAvg, lr 0.2", "Random, lr 0.1"]
+    assert "60.0 ± 0.0" in [text.get_text() for text in figure.axes[0].texts]
+    (figure,) = figures("plots/noniid.py curves --data-dir", tmp_path, out=tmp_path / "b").values()
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert set(lines) == {"FedAvg", "FedProx"} and lines["FedAvg"].tolist() == [4, 3.5, 0.1]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", nargs="+", required=True, choices=[*EVERY, "all"], metavar="NAME")
-    names = parser.parse_args().record
-    goldens = dict(read())
-    with TemporaryDirectory() as folder:
-        runs = Runs(Path(folder) / "runs")
-        for name in EVERY if "all" in names else names:
-            now = shown(name, runs, Path(folder) / name)
-            goldens[name] = sorted(now) if name in PARTS else now
-    write(goldens)
+# ---- the page, the looks, the files
 
 
-if __name__ == "__main__":
-    main()
+def test_the_page_has_tables_and_figures_and_needs_nothing_else(runs, tmp_path):
+    code, text, err = call("plots/report.py", runs, "--out", tmp_path / "page.html")
+    assert code == 0, err
+    page = (tmp_path / "page.html").read_text()
+    assert "test ratio to central" in page and page.count("data:image/png") >= 5 and "12 finished" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_methods_look_is_its_own_in_every_figure_and_tells_in_grey(runs):
+    one = study("mamba_fl")
+    whole = rows_of(with_settings(read(runs, one), one), one, one.keys)
+    looks = looks_of(whole)
+    fisher, fed = ([look for label, look in looks.items() if name in label] for name in ("FedFisher", "FedAvg"))
+    assert fisher[0]["color"] != fed[0]["color"] and fisher[0]["marker"] != fed[0]["marker"]
+    assert len({(str(look["linestyle"]), look.get("markerfacecolor"), look["marker"]) for look in fed}) == len(fed)
+    few = [row for row in whole if row.central or "Fisher" in row.label]
+    assert looks_of([*few, *[row for row in whole if row.kind == "fed_avg"][:1]])[fisher_label(whole)] == fisher[0]
+
+
+def fisher_label(rows):
+    return next(row.label for row in rows if row.kind == "fed_fisher")
+
+
+def test_the_same_runs_give_the_same_file_and_pyplot_is_not_used(runs, tmp_path):
+    backend = matplotlib.get_backend()
+    for out in ("a", "b"):
+        assert call("plots/mamba.py central_vs_fed --format pdf --data-dir", runs, "--out-dir", tmp_path / out)[0] == 0
+    first, second = (sorted((tmp_path / out).iterdir()) for out in "ab")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert matplotlib.get_backend() == backend and not list((tmp_path / "a").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [("nonsense", "no figure 'nonsense'"), ("multi_config_comparison", "needs runs of one method with two depths")],
+)
+def test_what_cannot_be_drawn_is_said(words, said, tmp_path):
+    mamba(tmp_path, "a")
+    code, _, err = call(f"plots/mamba.py {words} --data-dir", tmp_path, "--out-dir", tmp_path / "plots")
+    assert code == 2 and said in err and not (tmp_path / "plots").exists()
+
+
+def test_a_runs_own_curves(tmp_path):
+    folder = mamba(tmp_path, "a")
+    assert curves.draw_curve(folder) == folder / "curve.png" and (folder / "curve.png").stat().st_size > 1000
+    assert curves.draw_accuracy(vit(tmp_path, "b"), tmp_path / "b_curves.png").exists()
+    assert curves.draw_curve(run(tmp_path, "c", "fed_avg", {}, [{"val_ppl": "inf", "tokens": 0}])) is None
+
+
+@pytest.mark.parametrize("low, high", [(1.2, 1.3), (0.9, 4e3), (17, 300), (99.9, 100.1)])
+def test_round_ticks(low, high):
+    ticks = curves.round_ticks(low, high)
+    assert 2 <= len(ticks) <= 8 and all(low <= tick <= high for tick in ticks)

@@ -106,15 +106,6 @@ def test_accumulated_epochs_are_whole(tmp_path):
     assert seen[0] == 100 and len(seen) == 2 and 100 + 3 * 16 + 4 <= seen[1] <= 100 + 4 * 16
 
 
-def test_training_goes_on_for_more_epochs_at_a_constant_rate(tmp_path):
-    words = (*TRAIN, "--max-examples", 40, "--lr-scheduler", "constant", "--resume", "--num-train-epochs")
-    for out, epochs in (("r", 1), ("r", 2), ("r", 3), ("whole", 3)):
-        assert run("main_glue_lora", tmp_path / out, *words, epochs) == 0
-    r, whole = (folder_of("main_glue_lora", tmp_path / out) for out in ("r", "whole"))
-    assert harness.read_lines(r) == harness.read_lines(whole) and harness.read_results(r) == harness.read_results(whole)
-    assert harness.digest(r / "adapter") == harness.digest(whole / "adapter")  # not base/: once written
-
-
 def test_a_shard_and_max_examples_are_the_same_subset(tmp_path):
     words = ("--task-name", "sst2", "--dataset", "demo", "--k", 1, "--max-examples", 90, "--seed", 7)
     assert call(*words, "--out-dir", tmp_path / "shards", script="sharding") == 0

@@ -186,7 +186,7 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["stsb", "mnli"])
-def test_the_hub_gives_the_same_as_the_files_and_is_asked_once(task, hub, tmp_path):
+def test_the_hub_gives_the_same_as_the_files(task, hub, tmp_path):
     write_files(tmp_path, task)
     local = load_task(task, data_root=tmp_path)
     # the hub has scores in float32
@@ -194,19 +194,18 @@ def test_the_hub_gives_the_same_as_the_files_and_is_asked_once(task, hub, tmp_pa
         name: {**split.texts, "label": split.labels.tolist(), "idx": [0] * len(split)}
         for name, split in local.splits.items()
     }
-    for _ in range(2):
-        data = load_task(task)
-        assert data.fingerprint["sha256"] == local.fingerprint["sha256"]
-        assert data.fingerprint["source"] == f"hub, nyu-mll/glue {task}"
-        assert data.splits["train"].labels.dtype == local.splits["train"].labels.dtype
+    data = load_task(task)
+    assert data.fingerprint["sha256"] == local.fingerprint["sha256"]
+    assert data.fingerprint["source"] == f"hub, nyu-mll/glue {task}"
+    assert data.splits["train"].labels.dtype == local.splits["train"].labels.dtype
     assert hub["calls"] == [("nyu-mll/glue", task)]
 
 
 def test_a_hub_that_fails_is_one_line(hub):
     hub["rows"] = ConnectionError("gone\nin the middle")
-    assert "gone" in refuse("the hub did not give nyu-mll/glue rte", "rte")
+    assert "gone" in refuse("the hub did not give it", "rte")
     hub["rows"] = {"train": {"sentence1": [], "sentence2": [], "label": []}}
-    refuse("the hub did not give .* \\('?validation", "rte")
+    refuse("the hub did not give it \\('?validation", "rte")
     rows = {"sentence1": ["a"], "sentence2": ["b"], "label": [-1]}
     hub["rows"] = {"train": rows, "validation": rows}
     refuse("train example 0: label -1 is not", "rte")

@@ -12,7 +12,7 @@ import pytest
 from common.checkpoint import read_json, write_json
 from common.cli import UsageError
 from common.sharding import check
-from lora_glue_fl import run_study, shards
+from lora_glue_fl import shards
 from lora_glue_fl.glue_data import load_task
 from lora_glue_fl.glue_tasks import TASKS
 from lora_glue_fl.shards import load_held_out, load_manifest, load_shards, make_client_splits, save_shard_manifests
@@ -148,17 +148,6 @@ def test_held_out_examples_are_no_parts_of_clients():
     assert {1, 2, 4} & set(most) and len(most) == len(train) - 3  # too few without
 
 
-def test_a_study_takes_no_shards_of_another_number_of_examples(tmp_path):
-    args = run_study.parse(["--preset", "quick", "--settings", "base", "--output-dir", str(tmp_path)])
-    run_study.make_shards(args)
-    run_study.make_shards(args)  # there already
-    path = run_study.shard_folder(args, "sst2", "base", 0) / "summary.json"
-    summary = read_json(path)
-    write_json(path, summary | {"meta": summary["meta"] | {"max_examples": 7}})
-    with pytest.raises(UsageError, match="has shards of 7 examples, 0 held out, not of 600 and 0: give another"):
-        run_study.make_shards(args)
-
-
 @pytest.mark.parametrize(
     "words, task, k, mode, more",
     [
@@ -171,7 +160,7 @@ def test_a_study_takes_no_shards_of_another_number_of_examples(tmp_path):
     ],
 )
 def test_what_cannot_be_dealt(words, task, k, mode, more):
-    """As a module; what the command refuses is in tests/refusals.py."""
+    """As a module; what the command refuses is in tests/test_refusals.py."""
     with pytest.raises(UsageError, match=words):
         demo(task, k, mode, **more)
 

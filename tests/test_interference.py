@@ -37,11 +37,11 @@ def some_places():
 
 
 def measured(theta, theta_ks, kept=None, frozen=0.0, left_out=None):
-    figures = Interference(theta, order := Round(theta_ks), kept, frozen)
-    for k in order:
+    figures = Interference(kept, frozen)
+    for k in (clients := Round(theta_ks, followers=[figures], theta=theta)):
         if k != left_out:
-            figures.add(theta_ks[k])
-    return figures.result()
+            clients.counts(theta_ks[k])
+    return figures.result(clients, theta)
 
 
 def by_numpy(theta, theta_ks, kept=None, frozen=0.0):

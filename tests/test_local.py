@@ -172,7 +172,7 @@ def test_a_client_goes_on_with_its_own_moments(tmp_path):
         moments = Moments(optimizer, weights, ClientRows(tmp_path, in_place=True) if keeps else None)
         mine, start = {}, weights.snapshot()
         for t in range(2):
-            for k in Round([0, 1], closers=[moments.rows.close_round] if keeps else []):
+            for k in Round([0, 1], followers=[moments.rows] if keeps else []):
                 weights.load(mine.get(k, start))
                 moments.load(k)
                 local_steps(loss_of(model), data[4 * k + 2 * t : 4 * k + 2 * t + 2], weights, optimizer)

@@ -2,16 +2,13 @@
 
 import json
 import string
-from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
 from common import text
 from common.cli import UsageError
 from common.corpora import Corpus
-from common.topics import DEMO_TOPICS
 from mamba_fl import data
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -57,7 +54,7 @@ def test_padded_blocks_have_every_token_but_the_first_as_a_label_once():
         assert inputs.min() >= 0 and inputs.shape == labels.shape == (-(-(tokens - 1) // 4), 4)
 
 
-@pytest.mark.parametrize("sharding", ["contiguous", "iid", "topics"])
+@pytest.mark.parametrize("sharding", ["contiguous", "iid"])
 @pytest.mark.parametrize("num_clients", [1, 4, 26])
 def test_documents_are_dealt_whole_before_packing(marked, sharding, num_clients):
     built = build(num_clients, sharding)
@@ -84,59 +81,6 @@ def test_iid_follows_the_seed(marked):
     assert all(torch.equal(a, b) for a, b in zip(first.train, again.train, strict=True))
     assert letters(first, 0) != letters(other, 0)
     assert first.fingerprint == again.fingerprint
-
-
-THEMES = ("river boat water fish", "song album chart band", "gun ship army war", "road lane bridge toll")
-
-
-@pytest.fixture
-def themes(monkeypatch):
-    """A corpus of 36 documents of four themes in turn, with words of their theme and words of all."""
-    words = [theme.split() for theme in THEMES]
-    documents = [" ".join(words[i % 4][(i + j) % 4] for j in range(30 + i)) + " and the of" for i in range(36)]
-    corpus = Corpus("themes", "none", "a test", documents, ["the song"], ["the ship"])
-    monkeypatch.setattr(data, "load_corpus", lambda *args: corpus)
-    monkeypatch.setattr(data, "article_topics", partial(data.article_topics, k=4))
-    return corpus
-
-
-def test_topics_deal_each_client_few_topics_and_equal_tokens(themes):
-    built = build(4, "topics", seed=1)
-    tokens = np.array(built.shards["client_topic_tokens"])  # [K, topics]
-    for k in range(4):
-        theirs = built.tokenizer.decode(stream_of(built, k).tolist()).split()
-        by_theme = [sum(word in theme.split() for word in theirs) for theme in THEMES]
-        named = built.shards["topics"][tokens[k].argmax()]
-        assert max(by_theme) > 0.8 * sum(by_theme) and tokens[k].max() > 0.8 * tokens[k].sum()
-        assert set(named.split()) < set(THEMES[int(np.argmax(by_theme))].split())
-    assert len({*tokens.argmax(1).tolist()}) == 4
-    assert tokens.sum(1).tolist() == built.shards["client_tokens"]
-    longest = text.encode(themes, built.tokenizer)["train"].lengths().max()
-    assert np.ptp(tokens.sum(1)) <= longest
-    chance = np.array(built.shards["token_divergence_chance"])
-    assert min(built.shards["token_divergence"]) > 3 * chance.max()
-
-    again, other = build(4, "topics", seed=1), build(4, "topics", seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(built.train, again.train, strict=True))
-    assert built.fingerprint == other.fingerprint and built.shards["topics"] == again.shards["topics"]
-    assert other.shards["client_topic_tokens"] != built.shards["client_topic_tokens"]  # the order is drawn
-
-
-def test_the_demo_has_topics_of_its_own():
-    built = data.build_data("demo", "bpe:400", 32, 4, "topics")
-    assert built.shards["topics"] == [*DEMO_TOPICS]
-    tokens = np.array(built.shards["client_topic_tokens"])
-    assert (tokens > 0).sum() <= 4 + 3  # K - 1 cuts share at most as many topics
-    assert tokens.sum() == built.fingerprint["tokens"]["train"]
-
-
-def test_divergence_by_hand():
-    documents = [torch.tensor([0, 0, 2]), torch.tensor([1, 2])]  # 2: end of text
-    half = 0.5 * np.log2(4 / 3) + 0.25 * np.log2(2 / 3) + 0.25 * np.log2(2)  # of (1, 0) to (1/2, 1/2)
-    facts = data.divergence([documents[0], documents[1].repeat(2)], [[0], [1]], np.array([3, 4]), 3, 2, 0)
-    assert facts["token_divergence"] == pytest.approx([half, half], abs=1e-6)
-    assert facts["token_divergence_chance"] == facts["token_divergence"]  # any deal of two documents is this one
-    assert data.divergence(documents[:1] * 2, [[0], [1]], np.array([3, 3]), 3, 2, 0)["token_divergence"] == [0, 0]
 
 
 def test_the_last_tenth_of_a_client_is_held_out(marked):

@@ -174,57 +174,6 @@ def test_only_the_keys_biases_have_no_gradient_by_construction(vit):
     assert none == omitted
 
 
-def test_groups_of_a_block_by_hand():
-    """Two heads of width 1, three neurons."""
-    at = "vit.layers.7."
-    shapes = {f"{at}attention.{x}_proj.weight": (2, 2) for x in "qo"} | {f"{at}attention.o_proj.bias": (2,)}
-    shapes |= {
-        f"{at}mlp.fc1.weight": (3, 2),
-        f"{at}mlp.fc1.bias": (3,),
-        f"{at}mlp.fc2.weight": (2, 3),
-        "norm.bias": (2,),
-    }
-    units = [0, 0, 1, 1, 0, 1, 0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 6]
-    assert m.groups_of(shapes, "unit", 2).tolist() == units
-    assert m.groups_of(shapes, "block", 2).tolist() == [0] * 25 + [1, 1]
-    shapes |= {f"vit.layers.8.{name[len(at) :]}": shape for name, shape in shapes.items() if name.startswith(at)}
-    kinds = [0] * 4 + [1] * 4 + [2] * 2 + [3] * 6 + [4] * 3 + [5] * 6
-    assert m.groups_of(shapes, "kind", 2).tolist() == [*kinds, 6, 6, *kinds]
-    assert m.groups_of(shapes, "global", 2) is None and m.groups_of(shapes, "layer", 2) is None
-
-
-def test_kinds_have_their_budgets_and_units_are_whole():
-    groups = np.array([0, 1, 0, 1, 2, 0, 1, 2, 2, 2])
-    scores = torch.tensor([5.0, 1, 4, 2, 9, 3, 3, 8, 7, 0])
-    kinds = m.choose(scores, 0.4, [10], scope="kind", groups=groups)  # 1 of 3, 1 of 3, 2 of 4
-    assert kinds.nonzero().view(-1).tolist() == [1, 5, 8, 9]
-    # means 4, 2, 6: the whole of 1, then the two lowest of 0
-    assert m.choose(scores, 0.5, [10], scope="unit", groups=groups).nonzero().view(-1).tolist() == [1, 2, 3, 5, 6]
-    largest = m.choose(scores, 0.5, [10], scope="block", groups=groups, largest=True)
-    assert largest.nonzero().view(-1).tolist() == [0, 4, 7, 8, 9]
-    # without 1 and 7 the means are 4, 2.5, 16/3, and without 4 too 3.5 for the last: it goes before 0
-    allowed = torch.ones(10, dtype=torch.bool).index_fill(0, torch.tensor([1, 7, 4]), False)
-    mask = m.choose(scores, 0.4, [10], scope="unit", groups=groups, allowed=allowed)
-    assert mask.nonzero().view(-1).tolist() == [3, 6, 8, 9]
-
-
-@pytest.mark.parametrize("scope", ["unit", "block"])
-def test_random_masks_of_groups_are_whole_but_for_one(vit, scope):
-    model, shapes = vit
-    sizes = [shape.numel() for shape in shapes.values()]
-    groups = m.groups_of(shapes, scope, 3)
-    sample = m.Sample(None, SimpleNamespace(size=sum(sizes)), stream(0, "random mask"), groups=groups)
-    theta = torch.zeros(sum(sizes))
-    mask = m.calibrate(theta, lambda *_: m.at_random(sample), sizes, sparsity=0.5, rounds=1, scope=scope, groups=groups)
-    shares = np.bincount(groups, mask.numpy()) / np.bincount(groups)
-    assert int(mask.sum()) == round(0.5 * sum(sizes)) and ((shares > 0) & (shares < 1)).sum() <= 1
-    parts = [mask.numpy()[groups == g] for g in np.flatnonzero((shares > 0) & (shares < 1))]
-    for part in parts:  # kept at random too, neither from the front nor from the back
-        assert not part[: part.sum()].all() and not part[-part.sum() :].all()
-    assert parts or scope == "unit"
-    assert groups.max() + 1 == (8 if scope == "block" else 4 * (3 + 384 + 2 + 4) + 4)
-
-
 # ---- calibrate
 
 
@@ -380,8 +329,6 @@ def test_drawn_labels_and_their_logits(model, weights, images):
     assert len(set(labels.tolist())) > 1
     ours = scored(model, weights, images, draws=stream(0, "labels"))
     assert near(ours, batch_one(model, weights, lambda z, y: z[y], images, labels))
-    true = scored(model, weights, images, draws=stream(0, "labels"), form="true")
-    assert near(true, batch_one(model, weights, nll, images, labels)) and not torch.allclose(true, ours, rtol=0.1)
 
 
 def test_images_in_parts_and_prepared_and_the_model_as_before(model, weights, images, monkeypatch):

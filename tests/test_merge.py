@@ -142,11 +142,8 @@ def test_rotations_of_one_adapter_are_merged_to_it(tmp_path, capsys):
     save_file({name: t.contiguous() for name, t in turned.items()}, folders[1] / WEIGHTS, {"format": "pt"})
     assert merge(folders, tmp_path / "out", "--svd_rank", 4, "--aggregate", "rotate", "--weights", 1, 2) == 0
     assert gap(deltas(tmp_path / "out"), deltas(folders[0])) < 1e-6
-    assert merge(folders, tmp_path / "half", "--svd_rank", 4, "--aggregate", "rotate", "--rotate-lambda", 0.5) == 0
-    assert gap(deltas(tmp_path / "half"), deltas(folders[0])) > 0.05
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rotate: relative error")]
-    assert [float(line.split()[-1]) > 1e-3 for line in said] == [False, True]
-    assert [read_json(tmp_path / name / "fuse_manifest.json")["rotate_lambda"] for name in ("out", "half")] == [1, 0.5]
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rotate: relative error")]
+    assert float(said.split()[-1]) < 1e-3
 
 
 def test_plain_peft_loads_it_with_the_mean_head(tmp_path):
@@ -228,7 +225,7 @@ def test_another_base_model_than_the_adapters_name_is_said(tmp_path, capsys):
 # ---- what is refused
 
 
-# what cannot be averaged or written; more of it is in tests/refusals.py
+# what cannot be averaged or written; more of it is in tests/test_refusals.py
 
 
 @pytest.mark.parametrize(

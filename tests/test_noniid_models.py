@@ -133,7 +133,7 @@ def test_the_tokenizer_is_the_models_unless_another_is_named(bases, texts, token
 
 
 def refuse(match, *args):
-    """More of them, by the script: tests/refusals.py."""
+    """More of them, by the script: tests/test_refusals.py."""
     with pytest.raises(UsageError, match=match) as error:
         models.load_base(*args)
     assert "\n" not in str(error.value)
@@ -167,18 +167,6 @@ def test_folders_that_do_not_serve_are_refused(bases, tokenizer, tmp_path):
     shutil.copy(bases / "gpt2" / "model.safetensors", folder)
     (folder / "config.json").unlink()
     refuse("/mine has no config.json with model.safetensors: give a folder", mine, tokenizer, 96, 0)
-
-
-def test_masks_of_truth_values_are_no_weights_of_truth_values(bases, tokenizer, tmp_path):
-    folder = shutil.copytree(bases / "gpt2", tmp_path / "gpt2")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    models.load_base(str(folder), tokenizer, 32, seed=0)
-    tensors["transformer.h.0.ln_1.bias"] = tensors["transformer.h.0.ln_1.bias"].bool()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UsageError, match="transformer.h.0.ln_1.bias has no floating numbers"):
-        models.load_base(str(folder), tokenizer, 32, seed=0)
 
 
 def test_a_folder_that_names_code_runs_none(bases, tokenizer, tmp_path, monkeypatch):

@@ -6,38 +6,34 @@ import math
 import numpy as np
 import pytest
 import torch
-from noniid_script import done, failing, losses, no_dropout, padded, parsed, served, token_rows, words
+from noniid_script import done, failing, no_dropout, padded, parsed, token_rows, words
 from safetensors.torch import load_file
 
 from common.checkpoint import read_json
-from common.cli import UsageError
 from common.runlog import read_metrics
 from common.seeding import stream
 from llm_noniid.clustering import cluster_updates
 from llm_noniid.data import load_texts
 from llm_noniid.partition import partition
-from llm_noniid.text_model import last_block, load_text_model
+from llm_noniid.text_model import load_text_model
 
 pytestmark = pytest.mark.slow
 SEED = 7  # of which each of three rounds draws other clients
 SGD = "--client-optimizer sgd --learning-rate 0.1"
 SGDM = "--client-optimizer sgdm --learning-rate 0.02"
 WAYS = {
-    "fedavg": "--server-lr 1.3 --weight-decay 0.1 --local-steps 0 --local-epochs 0.3",
-    "uniform": f"--client-weights uniform --max-grad-norm 0.3 {SGDM}",
-    "fedprox": f"--algorithm fedprox --server-lr 0.5 --mu 20 --max-grad-norm 0.5 {SGDM}",
+    "fedavg": "--server-lr 1.3 --local-steps 0 --local-epochs 0.3",
+    "fedprox": f"--algorithm fedprox --server-lr 0.5 --mu 20 {SGDM}",
     "scaffold": f"--algorithm scaffold --server-lr 1.5 {SGD}",
-    "scaffold of adamw": "--algorithm scaffold --client-weights uniform",
-    "option II": f"--algorithm scaffold --scaffold-option II {SGD}",
+    "scaffold of adamw": "--algorithm scaffold",
     "fednova": f"--algorithm fednova --server-lr 0.7 --local-steps 0 --local-epochs 0.4 {SGDM}",
     "fedavgm": f"--algorithm fedavgm --server-lr 0.7 --server-momentum 0.8 {SGD}",
     "fedadam": f"--algorithm fedadam --server-lr 0.003 {SGD}",
     "local": f"--algorithm local {SGD}",
     "central": f"--algorithm central {SGD}",
     "central sgdm": f"--algorithm central {SGDM}",
-    "central adamw": "--algorithm central --weight-decay 0.1",
+    "central adamw": "--algorithm central",
     "clusters": f"--cluster updates --num-clusters 2 --server-lr 0.8 {SGD}",
-    "personal": "--personal last --server-lr 0.8 --client-optimizer sgd --learning-rate 2",
 }
 
 
@@ -70,11 +66,9 @@ class Plain:
         count = len(self.rows)
         self.of = list(range(count)) if a.algorithm == "local" else [0] * count
         self.thetas = [start] * (2 if a.cluster == "updates" else 1 if a.algorithm != "local" else count)
-        self.n = [len(r) if a.client_weights == "examples" else 1 for r in self.rows]
+        self.n = [len(r) for r in self.rows]
         self.c, self.c_k = self.zeros, [self.zeros] * count
         self.v, self.m, self.optimizer = None, self.zeros, None
-        last = [name for name in start if ".h.1." in name and a.personal == "last"]
-        self.own = [{name: start[name] for name in last} for _ in range(count)]
         self.lines = [self.round(t) for t in range(a.num_rounds)]
 
     def batches(self, k, t):
@@ -95,7 +89,7 @@ class Plain:
         if a.algorithm == "central" and self.optimizer:
             optimizer = self.optimizer
         elif a.client_optimizer == "adamw":
-            optimizer = torch.optim.AdamW(w.values(), lr=a.learning_rate, weight_decay=a.weight_decay)
+            optimizer = torch.optim.AdamW(w.values(), lr=a.learning_rate)
         else:
             momentum = 0.9 if a.client_optimizer == "sgdm" else 0.0
             optimizer = torch.optim.SGD(w.values(), lr=a.learning_rate, momentum=momentum)
@@ -113,8 +107,6 @@ class Plain:
                     p.grad += self.c[name] - self.c_k[k][name]
                 if a.algorithm == "fedprox":
                     p.grad += a.mu * (p.detach() - theta[name])
-            if a.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(w.values(), a.max_grad_norm)
             optimizer.step()
         self.worked += sum(len(self.tokens[i]) - 1 for rows in batches for i in rows)
         return (
@@ -132,12 +124,8 @@ class Plain:
         else:
             chosen = sorted(stream(SEED, "participation", t).choice(4, 3, replace=False).tolist())
         out = chosen[:1] if t == 1 and a.algorithm != "central" else []
-        work = {k: self.local(self.thetas[self.of[k]] | self.own[k], k, t) for k in chosen}
+        work = {k: self.local(self.thetas[self.of[k]], k, t) for k in chosen}
         kept = [k for k in chosen if k not in out]
-        for k in chosen if a.personal == "last" else ():
-            theta_k, *rest = work[k]
-            work[k] = theta_k | {name: self.start[name] for name in self.own[k]}, *rest
-            self.own[k] = {name: theta_k[name] for name in self.own[k]} if k in kept else self.own[k]
         line = {"clients": chosen, "client_train_loss": [None if k in out else work[k][2] for k in chosen]}
         line["train_loss"] = sum(self.n[k] * work[k][2] for k in kept) / sum(self.n[k] for k in kept)
         line["client_gradient_norm"] = [None if k in out else work[k][4] for k in chosen]
@@ -211,9 +199,7 @@ class Plain:
 @pytest.mark.parametrize("way", WAYS)
 def test_rounds_are_those_of_a_plain_loop(way, tmp_path, monkeypatch):
     no_dropout(monkeypatch)
-    more = (
-        f"--seed {SEED} --participation-rate 0.7 --lora-dropout 0 --probe-samples 0 --eval-samples 4 --local-steps 2"
-    )
+    more = f"--seed {SEED} --participation-rate 0.7 --lora-dropout 0 --probe-samples 0 --eval-samples 4 --local-steps 2"
     more += f" {WAYS[way]}"
     args = parsed(*words(tmp_path, "a", more))
     plain = Plain(args)
@@ -233,7 +219,7 @@ def test_rounds_are_those_of_a_plain_loop(way, tmp_path, monkeypatch):
                 wanted = pytest.approx(value, rel=1e-5 if name == "train_loss" else 1e-3)
             assert line.get(name) == wanted, name
     sent = {"local": 0, "central": 0, "scaffold": 8}.get(args.algorithm, 4)
-    size = sum(t.numel() for name, t in plain.start.items() if name not in plain.own[0])
+    size = sum(t.numel() for t in plain.start.values())
     assert lines[-1]["bytes_up"] == lines[-1]["bytes_down"] == sent * size * sum(len(x["clients"]) for x in plain.lines)
     assert read_json(folder / "run.json")["clients"]["examples"] == [58, 25, 35, 42]
 
@@ -247,49 +233,3 @@ def test_rounds_are_those_of_a_plain_loop(way, tmp_path, monkeypatch):
         # AdamW makes a step of nearly full size out of the rounding of a gradient that is nearly 0
         assert apart <= (1e-2 if args.client_optimizer == "adamw" else 1e-4) * moved
         assert moved > 1e-3 or args.algorithm == "local"
-    if args.personal == "last":
-        check_personal(plain, folder, lines[-1])
-
-
-def check_personal(plain, folder, line):
-    """Each client's own block, its loss on its held-out texts with it, and the mean of all in what is served."""
-    n, shared, names = np.array(plain.n), plain.thetas[0], [*plain.own[0]]
-    assert len(names) == 6 and read_json(folder / "run.json")["parameters"]["personal"] > 0  # A, B of three layers
-    for k in {k for each in plain.lines for k in each["clients"]}:
-        saved = load_file(folder / "checkpoint" / f"personal_{k:06d}.safetensors")
-        for name in names:
-            moved = (plain.own[k][name] - plain.start[name]).norm()
-            assert (saved[name] - plain.own[k][name]).norm() <= 1e-3 * moved
-    own = []
-    for k, rows in enumerate(plain.held):
-        for name, p in plain.parameters.items():
-            p.data.copy_((shared | plain.own[k])[name])
-        nll, tokens = losses(plain.module, [plain.tokens[i] for i in rows])
-        own.append(nll.sum() / tokens.sum())
-    assert line["client_val_loss"] == pytest.approx(own, rel=1e-5)
-    final = served(folder)
-    for name in names:
-        mean = sum(w * own[name] for w, own in zip(n / n.sum(), plain.own, strict=True))
-        key = f"base_model.model.{name[2:]}.lora_{name[0]}.weight"
-        torch.testing.assert_close(final[key].double(), mean, rtol=1e-4, atol=1e-7)
-
-
-def test_the_last_block_of_other_models():
-    lora = [f"{x}.model.layers.{i}.self_attn.q_proj" for i in (0, 9, 10) for x in "AB"]
-    assert last_block(lora) == lora[-2:]
-    full = (
-        "transformer.wte.weight transformer.h.0.ln_1.weight transformer.h.1.ln_2.bias transformer.ln_f.weight".split()
-    )
-    assert last_block(full) == full[2:]
-    other = "model.embed_tokens.weight model.layers.0.a.weight model.layers.1.a.weight model.norm.weight lm_head.weight"
-    assert last_block(other.split()) == ["model.layers.1.a.weight", "model.norm.weight"]
-    with pytest.raises(UsageError, match="--personal last: A.c_attn is in no numbered block: take another --model"):
-        last_block(["A.c_attn"])
-
-
-def test_personal_is_of_fedavg_of_one_model():
-    for more, flag in (("--algorithm fedprox", "--algorithm fedprox"), ("--cluster labels", "--cluster labels")):
-        with pytest.raises(UsageError, match=f"--personal last is FedAvg of one model .*: drop it, or {flag}"):
-            parsed(*f"--personal last {more}".split())
-    with pytest.raises(UsageError, match="--drift-samples 4 with --personal last: .* give --drift-samples 0"):
-        parsed(*"--personal last --drift-samples 4".split())

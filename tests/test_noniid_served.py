@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from common.checkpoint import read_json
 from common.runlog import read_metrics
 from common.seeding import stream
-from llm_noniid import fed_core, text_model, train
+from llm_noniid import algorithms, fed_core, text_model
 from llm_noniid.data import load_texts
 
 pytestmark = pytest.mark.slow
@@ -135,16 +135,16 @@ def test_a_rounds_memory_does_not_grow_with_its_clients(tmp_path, monkeypatch):
                 storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
         return sum(storages.values())
 
-    real, held, turns = train.client_update, {}, {}
+    real, held, turns = algorithms.client_update, {}, {}
 
-    def counted(study, theta, batches, k, t, **method):
+    def counted(study, theta, k, t, **method):
         key = len(study.rows), t
         turns[key] = turns.get(key, 0) + 1
         if turns[key] in (1, len(study.rows)):
             held.setdefault(key, []).append(live())
-        return real(study, theta, batches, k, t, **method)
+        return real(study, theta, k, t, **method)
 
-    monkeypatch.setattr(train, "client_update", counted)
+    monkeypatch.setattr(algorithms, "client_update", counted)
     for n in (6, 12):
         more = f"--num-clients {n} --min-samples 2 --partition iid --num-rounds 2 --eval-every 2 --local-steps 1"
         done(tmp_path, f"{n}", f"{more} --max-samples 60 --eval-samples 2")

@@ -9,13 +9,10 @@ from comparing import same_bits
 from harness import read_lines, whole
 from noniid_script import call, done, failing, served, spied, words
 
-from common import records
 from common.checkpoint import read_json
-from common.cli import method_of
 from common.runlog import Run, read_metrics
 from llm_noniid import detectors, fed_core, flags, train
-from plots import noniid_runs
-from plots.runs import read_runs
+from plots import read
 
 pytestmark = pytest.mark.slow
 
@@ -73,8 +70,8 @@ def test_a_run_whose_loss_is_not_finite_has_failed_and_is_a_result_all_the_same(
     assert (manifest["status"], manifest["ended"]["by"], manifest["results"]) == ("failed", "not_finite", None)
     assert [alarm["detector"] for alarm in line["alarms"]] == ["diverged"]
     assert not (tmp_path / "a" / "final").exists()
-    ((run,), _) = read_runs(tmp_path, noniid_runs.STUDY)
-    assert run.rows == read_metrics(tmp_path / "a") and records.broke_down(manifest)
+    runs = read.read(tmp_path)
+    assert runs["curve"][0] == read_metrics(tmp_path / "a") and read.not_finite(manifest)
 
 
 def rising(monkeypatch):
@@ -128,18 +125,10 @@ def test_a_run_that_was_cut_off_after_its_last_alarm_does_not_go_on(tmp_path, mo
 # ------------------------------------------------------------------------------------------------- its flags
 
 
-def test_a_flag_that_another_one_switches_off_is_no_part_of_the_method(tmp_path):
-    method = read_json(whole("llm_noniid/fedprox") / "run.json")["method"]
-    assert method["mu"] == 5 and method["style_criterion"] == "length"
-    assert not method.keys() & {"alpha", "server_lr", "num_clusters", "local_epochs", "skew_type", "output_dir"}
+def test_the_data_are_the_same_whatever_the_seed(tmp_path):
     data = [read_json(whole(f"llm_noniid/{way}") / "run.json")["data"] for way in ("fedprox", "fedavg")]
     other = read_json(done(tmp_path, "a", "--seed 1 --num-rounds 1 --local-steps 1") / "run.json")
-    assert data[0] == data[1] == other["data"]  # whatever the seed
-
-
-def test_the_least_texts_of_a_client_are_read_only_where_sizes_are_drawn():
-    for line, read in (("", True), ("--sizes equal", False), ("--partition iid", False)):
-        assert ("min_samples" in method_of(flags.parse(train.build_parser(), line.split()))) is read
+    assert data[0] == data[1] == other["data"]
 
 
 def test_central_takes_all_cores_unless_told():

@@ -2,19 +2,14 @@
 
 import hashlib
 import math
-import os
-import subprocess
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from processes import answers_of, as_rank
 
 from common.aggregation import NormalizedMean, PrecisionWeightedMean, WeightedMean
-from common.cli import RunFailed, UsageError
+from common.cli import UsageError
 from common.client_rows import ClientRows, rows_on_disk
 from common.parallel import Round, World, all_gather, broadcast, init_parallel, is_main, my_share, world
 from common.scaffold import ControlVariates
@@ -35,25 +30,24 @@ def scenarios(folder, rounds=ROUNDS):
     variates = ControlVariates(theta, 10, folder / "variates", on_disk, weights=[1.0 + k for k in range(10)])
     rows = ClientRows(folder / "rows", on_disk)
     for t, ids in enumerate(rounds):
-        clients = Round(ids, WORK, [variates.rows.close_round, rows.close_round], number=t)
+        weights = [1.0 + k for k in range(10)]
+        clients = Round(ids, weights, WORK, [variates, variates.rows, rows], number=t)
         means = WeightedMean(theta, clients), PrecisionWeightedMean(theta, clients), NormalizedMean(theta, clients)
-        variates.open_round(clients)
         for k in clients:
             theta_k = theta + vector(k + 1 + 10 * t) + 0.1 * variates.correction(k)
             before = rows.get(k)
             rows.put(k, {"turns": torch.tensor([1.0 + (before["turns"].item() if before else 0)])})
             if k == 2 and t == 0:
                 theta_k[5] = math.nan
-            if means[0].add(theta_k, k + 1.0, log_weight=-3.0 * k):
-                variates.offer(k, theta_k - theta)
-            means[1].add(theta_k, k + 1.0, vector(50 + k).square())
+            variates.offer(k, theta_k - theta)
+            means[0].add(theta_k, log_weight=-3.0 * k)
+            means[1].add(theta_k, vector(50 + k).square())
             if k != 4:  # a client may be skipped
-                means[2].add(theta_k, k + 1.0, a=k + 2.0)
+                means[2].add(theta_k, a=k + 2.0)
             clients.work(k)
             clients.note(k, loss=torch.tensor(1.0 * k))
         for mean in means:
             digest.update(mean.result().numpy().tobytes())
-        variates.close_round()
         digest.update(variates.c.numpy().tobytes())
         digest.update(repr((clients.clients, clients.left_out, clients.amount, clients.notes())).encode())
         theta = means[0].result()
@@ -86,7 +80,7 @@ def test_any_number_of_processes_gives_the_same_bits(size, alone, tmp_path):
 def test_the_scenario_is_sensitive_to_the_order(alone, tmp_path, monkeypatch):
     monkeypatch.setattr("test_parallel.WORK", list(range(10)))
     assert scenarios(tmp_path)[0] != alone[0]
-    assert list(Round([4, 1, 3, 0], [5, 3, 3, 8, 1])) == [3, 0, 1, 4]
+    assert list(Round([4, 1, 3, 0], work=[5, 3, 3, 8, 1])) == [3, 0, 1, 4]
 
 
 def test_rows_are_kept_by_a_checkpoint_and_dropped_with_a_client_left_out(tmp_path):
@@ -94,7 +88,7 @@ def test_rows_are_kept_by_a_checkpoint_and_dropped_with_a_client_left_out(tmp_pa
         rows = ClientRows(tmp_path / f"{in_place}{on_disk}", on_disk, in_place)
 
         def take(bad=(), rows=rows, value=0.0):
-            clients = Round([0, 1, 2], closers=[rows.close_round])
+            clients = Round([0, 1, 2], followers=[rows])
             for k in clients:
                 rows.put(k, {"x": torch.full((2,), value + k)})
                 if k in bad:
@@ -130,19 +124,3 @@ def test_half_an_environment_is_a_usage_error_and_processes_share_gpus(monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert World(3, 4, 3, "gloo").device("cuda") == torch.device("cuda", 1)
     assert World(0, 1).device("cpu") == torch.device("cpu")
-
-
-def unequal(args):
-    """The second process fails while the main one works."""
-    if os.environ.get("RANK") == "1":
-        raise RunFailed("disk full")
-    time.sleep(60)
-
-
-@pytest.mark.slow
-def test_the_exit_code_is_that_of_the_process_that_failed(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    code = "import test_parallel as t, argparse; from common.processes import run_federated as run; "
-    code += "run(t.unequal, argparse.Namespace(processes=2, device='cpu', threads=1), 2)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "failed: process 1: disk full\n", done.stderr

@@ -12,54 +12,193 @@ from pathlib import Path
 
 import harness
 import pytest
-from refusals import CONFIG, FAILED, ROWS
 
 pytestmark = pytest.mark.slow
 
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """Shards of rte and of sst2 as of other data; adapters of sst2, of another task, other targets, a higher rank."""
-    folder = tmp_path_factory.mktemp("made")
-    words = f"--task-name rte --dataset demo --k 3 --max-examples 96 --out-dir {folder}/rte".split()
-    assert harness.run(["lora_glue_fl/sharding.py", *words]).code == 0
-    shutil.copytree(harness.whole("lora_glue_fl/sharding"), folder / "other")
-    for path in (folder / "other").glob("client_*.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprint": "0123456789abcdef"}))
-    for name, client in (("a", 1), ("b", 2)):
-        shutil.copytree(harness.whole("lora_glue_fl/svd") / f"round_1/client_{client}/adapter", folder / name)
-    base = "--model tiny --dataset demo --do-train --threads 1 --max-examples 32 --num-train-epochs 1".split()
-    for name, more in {
-        "mnli": "--task-name mnli --lora-r 4",
-        "keys": "--task-name sst2 --lora-r 4 --target-modules query key",
-        "r8": "--task-name sst2 --lora-r 8",
-    }.items():
-        where = ["--output-dir", folder / "runs" / name, "--adapter-output-dir", folder / name]
-        assert harness.run(["lora_glue_fl/main_glue_lora.py", *base, *more.split(), *where]).code == 0
-    for name in ("a", "b", "mnli", "keys", "r8"):
-        about = json.loads((folder / name / CONFIG).read_text())
-        (folder / name / CONFIG).write_text(json.dumps({**about, "base_model_name_or_path": "tiny"}))
-    return folder
+GRIDS = ["mamba_fl/run_study.py", "vit_sparse_fl/run_all_experiments.py", "lora_glue_fl/run_study.py"]
+GRIDS += ["llm_noniid/run_experiments.py"]
+PLOTS = ["plots/vit.py", "plots/tables.py"]
+SST2 = "--dataset glue --data-root {tmp} --task-name sst2"
+MERGE = "fedavg_merge.py", "--task-name sst2 --svd-rank 4 --save-adapter {tmp}/out --adapters {a}"
 
 
-def row_words(row, tmp, made):
+# --------------------------------------------------------------------------------------------- what rows begin with
+
+
+def text(name, content):
+    def write(tmp):
+        (tmp / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp / name).write_text(content)
+
+    return write
+
+
+def taken(tmp):
+    text("out/r/thesis.txt", "years of work")(tmp)
+
+
+def run_of(name, damage=lambda folder: None):
+    """The finished run `name` as one that failed, and damaged."""
+
+    def write(tmp):
+        folder = shutil.copytree(harness.whole(name), tmp / "out" / "r")
+        (tmp / "out" / "logs").mkdir()  # vit_sparse_fl's, which that run has made
+        edited(folder / "run.json", lambda run: run.update(status="failed"))
+        damage(folder)
+
+    return write
+
+
+def edited(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def half_a_checkpoint(folder):
+    path = folder / "checkpoint" / "theta.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def half_a_model(tmp):
+    folder = shutil.copytree(harness.whole("vit_sparse_fl/centralized") / "final", tmp / "model")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def pickled(tmp):
+    folder = shutil.copytree(harness.whole("vit_sparse_fl/centralized") / "final", tmp / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def half_an_adapter(tmp):
+    folder = shutil.copytree(harness.whole("lora_glue_fl/svd") / "round_1/client_1/adapter", tmp / "mine")
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def other_data(tmp):
+    shutil.copytree(harness.whole("lora_glue_fl/sharding"), tmp / "shards")
+    for path in (tmp / "shards").glob("client_*.json"):
+        edited(path, lambda about: about.update(fingerprint="0123456789abcdef"))
+
+
+# --------------------------------------------------------------------------------------------------------- the rows
+# (run of tests/harness.py, or a script; flags after that run's own; parts of the line; what fills {tmp} before). In the
+# flags {tmp} is the test's empty folder, {a} and {b} are adapters of sst2, {NAME} is the folder of the run NAME.
+
+RUNS = {  # a run of each script that trains -> a bad value
+    "mamba_fl/central": ("--lr nan", "--lr"),
+    "mamba_fl/fed_avg": ("--rounds 0", "--rounds"),
+    "mamba_fl/fed_momentum": ("--server-momentum 1", "--server-momentum"),
+    "mamba_fl/fed_entropy": ("--temperature 0", "--temperature"),
+    "mamba_fl/fed_fisher": ("--fisher-samples 0", "--fisher-samples"),
+    "vit_sparse_fl/centralized": ("--batch-size 1000", "720"),
+    "vit_sparse_fl/federated": ("--classes 0:101", "101"),
+    "vit_sparse_fl/sparse": ("--sparsity-ratio 1.5", "1.5"),
+    "lora_glue_fl/svd": ("--svd-rank 13", "above 12"),
+    "llm_noniid/fedavg": ("--partition dirichlet", "topic_skew"),
+}
+OTHERS = {  # another script -> what it needs, a bad value
+    "lora_glue_fl/main_glue_lora.py": ("--task-name sst2 --do-train", "--amp fp64", "fp16"),
+    "lora_glue_fl/baseline_run.py": ("--task-name sst2 --do-train", "--task-name sst3", "cola, sst2"),
+    "lora_glue_fl/adapters_eval.py": ("--task-name sst2 --adapter-path {a}", "--device no-such", "no-such"),
+    "lora_glue_fl/sharding.py": ("--task-name wnli --dataset demo --out-dir {tmp}/out --k 2", "--k 401", "400"),
+    "lora_glue_fl/fedavg_merge.py": (MERGE[1] + " {b}", "--weights 3 -1", "at least 0"),
+    "lora_glue_fl/download_roberta_models.py": ("", "--hf-home {tmp}/none/../x --models", "--models"),
+    "llm_noniid/pretrain.py": ("--out {tmp}/out --dataset demo", "--epochs 0", "--epochs"),
+    **{script: ("", "--seeds x", "--seeds") for script in GRIDS},
+    "plots/vit.py": ("--out-dir {tmp}/out", "--data-dir {tmp}/none", "{tmp}/none"),
+    "plots/tables.py": ("", "{tmp}/none", "{tmp}/none"),
+}
+EVERY = [
+    *((run, more, [part]) for run, (more, part) in RUNS.items()),
+    *((script, f"{flags} {more}", [part]) for script, (flags, more, part) in OTHERS.items()),
+    *((run, "--no-such-flag", ["--no-such-flag"]) for run in RUNS),
+    *(
+        (script, f"{flags} --no-such-flag", ["--no-such-flag"])
+        for script, (flags, *_) in OTHERS.items()
+        if script not in (*GRIDS, "plots/tables.py")
+    ),
+    *((run, "--overwrite", ["is not a run folder", "--run-name"], taken) for run in RUNS),
+    *((run, "", ["r exists (failed)", "--resume", "--overwrite"], run_of(run)) for run in RUNS),
+    *((run, "--resume --seed 77", ["--seed ", " -> 77"], run_of(run)) for run in RUNS),
+    *(
+        (run, "--resume", ["theta.safetensors is damaged", "checkpoint.1"], run_of(run, half_a_checkpoint))
+        for run in RUNS
+    ),
+]
+MISSING = [
+    ("mamba_fl/fed_avg", "--dataset wikitext2 --data-root {tmp}", ["wiki.train.raw", "--dataset demo"]),
+    ("mamba_fl/central", "--tokenizer gpt2 --data-root {tmp}", ["no tokenizer in {tmp}", "bpe:"]),
+    ("vit_sparse_fl/federated", "--dataset cifar100 --data-root {tmp}", ["cifar100.npz", "--dataset demo"]),
+    ("vit_sparse_fl/federated", "--init-from {tmp}/none", ["{tmp}/none"]),
+    ("lora_glue_fl/sharding.py", f"{SST2} --k 2 --out-dir {{tmp}}/out", ["train.tsv", "--dataset demo"]),
+    ("lora_glue_fl/svd", "--shard-dir {tmp}/none", ["none is missing", "sharding.py"]),
+    ("lora_glue_fl/svd", "--model {tmp}/none", ["none", "--model"]),
+    ("lora_glue_fl/baseline", f"{SST2} --model roberta-base", ["train.tsv", "--dataset demo"]),
+    ("llm_noniid/fedavg", "--dataset ag_news --data-root {tmp}", ["no AG News", "train.csv", "--dataset demo"]),
+    ("llm_noniid/fedavg", "--model distilgpt2", ["no model distilgpt2", "pretrain.py", "--model tiny"]),
+    ("llm_noniid/pretrain", "--tokenizer nope", ["nope", "bpe:N"]),
+]
+OWN = [
+    ("mamba_fl/fed_avg", "--participation 0.1", ["0.1 of 4 clients samples nobody", "raise it to 0.25"]),
+    ("mamba_fl/fed_avg", "--num-clients 1000", ["1000"]),
+    ("mamba_fl/fed_avg", "--headdim 24", ["24"]),
+    ("mamba_fl/fed_avg", "--track wandb", ["wandb", "pip install"]),
+    ("mamba_fl/fed_avg", "--run-name ../escape", ["../escape", "--output-dir"]),
+    ("mamba_fl/fed_avg", "--output-dir /proc/no", ["/proc/no", "--output-dir"]),
+    ("mamba_fl/fed_avg", "--resume --overwrite", ["--overwrite: not allowed with argument --resume"]),
+    ("mamba_fl/fed_avg", "--local-update 3", ["--local-update:", "did you mean --local-updates?"]),
+    ("mamba_fl/fed_entropy", "--resume", ["is a run of fed_avg"], run_of("mamba_fl/fed_avg")),
+    ("vit_sparse_fl/federated", "--sharding non_iid --nc 11", ["11", "10"]),
+    ("vit_sparse_fl/federated", "--image-size 36", ["36", "32 or 40"]),
+    ("vit_sparse_fl/federated", "--head keep", ["--init-from"]),
+    ("vit_sparse_fl/federated", "--init-from {tmp}/model", ["could be read"], half_a_model),
+    ("vit_sparse_fl/federated", "--init-from {tmp}/model", ["no model.safetensors", "pickled"], pickled),
+    ("vit_sparse_fl/federated", "--config {tmp}/a.yaml", ["federated.num_rounds?"],
+     text("a.yaml", "federated: {num_round: 3}")),
+    ("vit_sparse_fl/sparse", "--mask /no/such/mask", ["/no/such/mask"]),
+    ("lora_glue_fl/svd", "--client-ranks 1 2 3 4", ["4 --client-ranks for 3 clients"]),
+    ("lora_glue_fl/svd", "--shard-dir {tmp}/shards", ["other data", "make the shards again"], other_data),
+    ("lora_glue_fl/svd", "--init-adapter {tmp}/mine", ["{tmp}/mine"], half_an_adapter),
+    ("lora_glue_fl/eval", "--adapter-path {tmp}/mine", ["{tmp}/mine"], half_an_adapter),
+    ("lora_glue_fl/sharding.py", f"{SST2} --k 1 --out-dir {{tmp}}/out", ["train.tsv line 3", "'2'"],
+     text("glue/SST-2/train.tsv", "sentence\tlabel\na good film\t1\na dull film\t2\n")),
+    ("lora_glue_fl/fedavg_merge.py", f"{MERGE[1]} {{b}} --weights 1", ["1 --weights for 2", "give one for each"]),
+    ("llm_noniid/fedavg", "--num-clients 161 --min-samples 1", ["160 texts", "161 clients", "--num-clients"]),
+    ("llm_noniid/fedavg", "--algorithm fednova", ["fednova", "adamw", "sgd or sgdm"]),
+    ("llm_noniid/fedavg", "--target-modules c_attn nope", ["no linear layer nope", "c_attn", "c_proj"]),
+    ("llm_noniid/fedavg", "--model {llm_noniid/pretrain} --max-length 97", ["97", "96 positions", "lower it"]),
+    ("llm_noniid/fedavg", "--config {tmp}/a.yaml", ["data.num_clients", "few"],
+     text("a.yaml", "data: {num_clients: few}")),
+    ("llm_noniid/pretrain", "--out {tmp}/full", ["/full exists", "--overwrite"], text("full/x", "x")),
+]  # fmt: skip
+ROWS = EVERY + MISSING + OWN
+
+# Runs that start and cannot go on: exit code 1, the reason in the last line and in run.json
+FAILED = [
+    ("mamba_fl/fed_avg", "--lr 1e30", ["lower --lr (1e+30)"]),
+    ("vit_sparse_fl/centralized", "--lr 1e30", ["--lr (1e+30)"]),
+    ("lora_glue_fl/svd", "--learning-rate 1e38", ["round 1", "3 of 3 clients", "--learning-rate (1e+38)"]),
+    ("llm_noniid/fedavg", "--learning-rate 1e38", ["round 1: ", "4 of 4 clients", "--learning-rate (1e+38)"]),
+]
+
+
+def placed(row, tmp):
     """The row's command line and the parts of the line that it is refused with, in `tmp`, which is filled."""
     first, flags, parts, *make = row
-    if "/" in first and first.endswith(".py"):
-        words = [first]
-    else:
-        words = harness.command(first, tmp / "out")
-    places = {"tmp": tmp, "made": made} if "{made}" in flags else {"tmp": tmp}
-    places |= {name: harness.whole(name) for name in harness.GOLDEN if "{" + name + "}" in flags}
+    words = [first] if first.endswith(".py") else harness.command(first, tmp / "out")
+    places = {"tmp": tmp} | {name: harness.whole(name) for name in harness.GOLDEN if "{" + name + "}" in flags}
+    if "{a}" in flags:
+        places |= {
+            n: harness.whole("lora_glue_fl/svd") / f"round_1/client_{k}/adapter" for n, k in (("a", 1), ("b", 2))
+        }
     for fill in make:
         fill(tmp)
-
-    def placed(text):
-        for name, path in places.items():
-            text = text.replace("{" + name + "}", str(path))
-        return text
-
-    return [*words, *placed(flags).split()], [placed(part) for part in parts]
+    for name, path in places.items():
+        flags = flags.replace("{" + name + "}", str(path))
+    return [*words, *flags.split()], [part.replace("{tmp}", str(tmp)) for part in parts]
 
 
 def snapshot(folder):
@@ -67,15 +206,12 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]} {row[1]}"[-90:])
-def test_bad_input_is_one_line_and_nothing_is_written(row, tmp_path, made, capsys, monkeypatch):
-    words, parts = row_words(row, tmp_path, made)
-    places = [tmp_path, *([made / "b"] if "--overwrite" in words else [])]
-    before = [snapshot(place) for place in places]
+def test_bad_input_is_one_line_and_nothing_is_written(row, tmp_path, capsys, monkeypatch):
+    words, parts = placed(row, tmp_path)
+    before = snapshot(tmp_path)
     plain = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "wandb" else plain(name, *at))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(harness.ROOT / words[0]), *words[1:]])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -84,16 +220,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(row, tmp_path, made, capsy
     assert stop.value.code == 2, said
     assert said.err.count("\n") == 1 and "error: " in said.err and not said.out, said
     assert all(part in said.err for part in parts), said.err
-    after = [snapshot(place) for place in places]
-    assert after == before
-    assert "glue_evil" not in sys.modules
+    assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("part", ["--headdim 24", "--classes 0:101", "{tmp}/little", "--max-length 97"])
-def test_in_a_process_of_its_own_stderr_is_one_line_too(part, tmp_path, made):
+@pytest.mark.parametrize("part", ["--headdim 24", "--classes 0:101", "{tmp}/model", "--max-length 97"])
+def test_in_a_process_of_its_own_stderr_is_one_line_too(part, tmp_path):
     """What libraries say on the way would be seen only here."""
-    row = next(row for row in ROWS if part in row[1])
-    words, parts = row_words(row, tmp_path, made)
+    words, parts = placed(next(row for row in ROWS if part in row[1]), tmp_path)
     ended = harness.run(words)
     assert (ended.code, ended.out) == (2, "") and ended.err.count("\n") == 1, ended
     assert all(part in ended.err for part in parts)
@@ -120,11 +253,8 @@ run_federated(main, argparse.Namespace(processes=2, device="cpu", threads=1), 2)
 @pytest.mark.parametrize("ranks, who", [("1", "process 1: "), ("0", ""), ("01", "")])
 def test_what_some_or_all_processes_refuse_is_one_line(ranks, who, tmp_path):
     (tmp_path / "script.py").write_text(OF_SOME)
-    words = [tmp_path / "script.py", ranks]
-    ended = harness.run(words)
+    ended = harness.run([tmp_path / "script.py", ranks])
     assert (ended.code, ended.err) == (2, f"error: {who}no data here\n")
-    if ranks == "1":  # as under torchrun, which has no supervisor of ours
-        assert [one.err for one in harness.run_ranks(words, 2)] == [ended.err, ""]
 
 
 @pytest.mark.parametrize("name, flags, parts", FAILED)
@@ -133,18 +263,13 @@ def test_a_run_that_cannot_go_on_says_why(name, flags, parts, tmp_path):
     last = ended.err.strip().splitlines()[-1]
     assert ended.code == 1 and last.startswith("failed: ") and "Traceback" not in ended.err, ended.err
     assert all(part in last for part in parts), last
-    assert not list(tmp_path.rglob(harness.GOLDEN[name].tensors) if harness.GOLDEN[name].tensors != "." else [])
-    for path in tmp_path.rglob("run.json"):
-        run = json.loads(path.read_text())
-        assert (run["status"], run["results"]) == ("failed", None) and run["reason"] == last.removeprefix("failed: ")
-    assert list(tmp_path.rglob("run.json")) or not list(tmp_path.iterdir())
+    [path] = tmp_path.rglob("run.json")
+    run = json.loads(path.read_text())
+    assert (run["status"], run["results"]) == ("failed", None) and run["reason"] == last.removeprefix("failed: ")
+    assert not list(tmp_path.rglob("final"))
 
 
-GRIDS = ["mamba_fl/run_study.py", "vit_sparse_fl/run_all_experiments.py", "lora_glue_fl/run_study.py"]
-GRIDS += ["llm_noniid/run_experiments.py", "plots/vit.py", "plots/tables.py"]
-
-
-@pytest.mark.parametrize("script", [*harness.SCRIPTS, *GRIDS])
+@pytest.mark.parametrize("script", [*harness.SCRIPTS, *GRIDS, *PLOTS])
 def test_help_is_grouped_and_complete(script):
     ended = harness.run([script, "--help"])
     lines = ended.out.splitlines()

@@ -17,7 +17,6 @@ from common.cli import (
     UsageError,
     checked,
     fraction,
-    method_of,
     non_negative_int,
     positive_float,
     run_main,
@@ -110,13 +109,15 @@ def test_changed_flags_data_and_model_are_named(tmp_path):
         train(arguments(tmp_path), 6, {3: fail(RuntimeError("x"))})
     with pytest.raises(UsageError, match="--lr 0.1 -> 0.2"):
         start_run("train", arguments(tmp_path, resume=True, lr=0.2), "r")
-    for data, clients in (({"dataset": "another"}, {"examples": [1, 2, 3, 4]}), ({"dataset": "none"}, {})):
-        with start_run("train", arguments(tmp_path, resume=True), "r") as run:
-            with pytest.raises(UsageError, match="other data"):
-                run.begin(data, {"total": 1}, clients=clients)
     with start_run("train", arguments(tmp_path, resume=True), "r") as run:
-        newer = {"newer than the run": 1}
-        run.begin({"dataset": "none"} | newer, {}, clients={"examples": [1, 2, 3, 4]} | newer)
+        with pytest.raises(UsageError, match="other data"):
+            run.begin({"dataset": "another"}, {"total": 2}, clients={"examples": [1, 2, 3, 4]})
+    for parameters, examples in (({"total": 2}, [4, 3, 2, 1]), ({"total": 2, "frozen_sha256": "x"}, [1, 2, 3, 4])):
+        with start_run("train", arguments(tmp_path, resume=True), "r") as run:
+            with pytest.raises(UsageError, match="other data or frozen weights"):  # other shards, another base model
+                run.begin({"dataset": "none", "source": "here"}, parameters, clients={"examples": examples})
+    with start_run("train", arguments(tmp_path, resume=True), "r") as run:
+        run.begin({"dataset": "none", "source": "elsewhere"}, {"total": 2}, clients={"examples": [1, 2, 3, 4]})
         with pytest.raises(UsageError, match="another model"):
             run.restore(torch.zeros(3), lambda v: {"a": v[:1], "b": v[1:]})
 
@@ -195,21 +196,9 @@ def test_not_finite_numbers_are_valid_json(tmp_path):
     with start_run("train", arguments(tmp_path), "r") as run:
         run.begin({}, {})
         run.restore({"w": torch.zeros(1)})
-        run.report(0, torch.zeros(1), lambda: {"val_ppl": float("inf"), "client_val_ppl": [float("nan")]})
+        run.report(0, torch.zeros(1), lambda *_: {"val_ppl": float("inf"), "client_val_ppl": [float("nan")]})
     line = json.loads((tmp_path / "r" / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert line["val_ppl"] == "inf" and line["client_val_ppl"] == ["nan"]
-
-
-def test_the_method_is_the_flags_that_a_run_reads():
-    parser = Parser("test")
-    group = parser.add_argument_group("g")
-    group.add_argument("--sharding", default="iid")
-    group.add_argument("--alpha", type=float, default=0.5, when=lambda a: a.sharding == "dirichlet")
-    parser.add_argument("--output-dir", default="x")
-    assert method_of(parser.parse_args([]), {"output_dir"}) == {"sharding": "iid"}
-    args = parser.parse_args(["--sharding", "dirichlet"])
-    assert method_of(args, {"output_dir"}) == {"sharding": "dirichlet", "alpha": 0.5}
-    assert "reads" not in vars(args)
 
 
 def test_hyphens_and_underscores_are_one_flag(capsys):

@@ -1,5 +1,6 @@
 """SCAFFOLD on quadratics whose optimum is known; its control variates by hand, in memory and in files."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 from quadratics import Quadratics, near
 
 from common import checkpoint
-from common.cli import RunFailed, UsageError
+from common.cli import RunFailed
 from common.parallel import Round
-from common.scaffold import ControlVariates, check_scaffold, option_two
+from common.scaffold import ControlVariates
 
 STEPS, LR = 6, 0.08
 
@@ -27,14 +28,10 @@ def in_memory(theta, clients=5, folder="nowhere", **options):
 
 def a_round(variates, offers, left_out=()):
     """A round in which the clients of {k: new c_k} offer these, and others are left out."""
-    clients = Round([*offers, *left_out], closers=[variates.rows.close_round])
-    variates.open_round(clients)
+    clients = Round([*offers, *left_out], followers=[variates, variates.rows])
     for k in clients:
-        if k in offers:
-            variates.offer(k, offers[k])
-        else:
-            clients.leave_out(k)
-    variates.close_round()
+        variates.offer(k, offers.get(k, torch.tensor([math.nan])))
+        clients.counts(True)
 
 
 def two_or_three(t):
@@ -125,36 +122,14 @@ def test_two_clients_and_two_rounds_by_hand(made):
     assert corrections() == [-3.25, 0.75, 0.75, 1.75]  # c = 1/4 + (4 - 2) / 4
 
 
-# ---- option II
-
-
-def test_option_two_is_the_mean_gradient_under_sgd():
+def test_the_mean_gradient_is_the_papers_option_two_under_sgd():
     problem = Quadratics()
     variates = in_memory(problem.start)
     theta = problem.train(problem.start, 4, STEPS, LR, variates, two_or_three)
     for k in range(5):
         correction = variates.correction(k)
         theta_k, done = problem.local(theta, k, STEPS, LR, correction=correction, record=True)
-        assert near(option_two(correction, theta, theta_k, STEPS, "sgd", LR), done.mean_gradient, 1e-13)
-
-
-def test_option_two_with_momentum_is_a_mean_of_gradients_too():
-    problem, momentum = Quadratics(), 0.5
-    correction = torch.linspace(-0.5, 0.5, 5, dtype=torch.float64)
-    theta = torch.linspace(1, 2, 5, dtype=torch.float64)
-    # Step t's gradient acts (1 - rho^(H-t)) / (1 - rho) times; these weights add up to a.
-    gradients, w, buffer = [], theta.clone(), torch.zeros(5, dtype=torch.float64)
-    for _ in range(STEPS):
-        gradients.append(problem.gradient(1, w))
-        buffer = momentum * buffer + gradients[-1] + correction
-        w = w - LR * buffer
-    acts = torch.tensor([(1 - momentum ** (STEPS - t)) / (1 - momentum) for t in range(STEPS)], dtype=torch.float64)
-    expected = (acts[:, None] * torch.stack(gradients)).sum(0) / acts.sum()
-    theta_k, _ = problem.local(theta, 1, STEPS, LR, "sgdm", momentum, correction=correction)
-    assert near(option_two(correction, theta, theta_k, STEPS, "sgdm", LR, momentum), expected, 1e-12)
-    # divided by H instead, it would not be a mean of the gradients
-    plain = option_two(correction, theta, theta_k, STEPS, "sgd", LR)
-    assert (plain - expected).norm() > 0.3 * expected.norm()
+        assert near((theta - theta_k) / (STEPS * LR) - correction, done.mean_gradient, 1e-13)
 
 
 # ---- where they are kept
@@ -201,18 +176,3 @@ def test_a_folder_that_cannot_be_written_or_read_is_one_line(tmp_path):
     variates.rows.path(0).write_bytes(b"short")
     with pytest.raises(RunFailed, match="cannot read.*--resume"):
         variates.correction(0)
-
-
-def test_wrong_use_is_refused():
-    theta = torch.zeros(5)
-    variates = in_memory(theta)
-    variates.open_round(clients := Round([0]))
-    for k in clients:
-        variates.offer(k, theta)
-        with pytest.raises(RuntimeError, match="once a client"):
-            variates.offer(k, theta)
-    with pytest.raises(RuntimeError, match="belongs inside"):
-        variates.offer(0, theta)
-    assert check_scaffold("adamw", "mean_gradient") is check_scaffold("sgdm", "II") is None
-    with pytest.raises(UsageError, match="option II with adamw.*1 / eps.*mean_gradient"):
-        check_scaffold("adamw", "II")

@@ -7,7 +7,6 @@ import types
 from pathlib import Path
 
 import harness
-import numpy as np
 import pytest
 import torch
 from running import call, final_weights
@@ -34,9 +33,6 @@ def test_final_loads_in_transformers_and_gives_the_logged_loss():
 
     last = lines[-1]
     assert loss(data.validation[:6]) == pytest.approx(last["val_loss"], abs=2e-5)
-    held_out = [loss(blocks[:8]) for blocks in data.held_out]
-    assert np.log(last["held_out_ppl"]) == pytest.approx(held_out, abs=2e-5)
-    assert last["held_out_loss"] == pytest.approx(np.mean(held_out), abs=2e-5)
     size = data.token_bytes[data.validation[:6, 1:]].sum().item()
     assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] * 6 * 32 / size / math.log(2))
     assert last["val_ppl"] == pytest.approx(math.exp(last["val_loss"]))
@@ -48,9 +44,9 @@ def test_final_loads_in_transformers_and_gives_the_logged_loss():
 
 
 def test_one_client_is_central_training_bitwise(tmp_path):
-    same = ("--num-clients", 1, "--batch-size", 4, "--output-dir", tmp_path, "--client-weights", "uniform")
+    same = ("--num-clients", 1, "--batch-size", 4, "--output-dir", tmp_path)
     assert call("fed_avg", *same, "--run-name", "fed") == 0
-    assert call("central", *same[:-2], "--run-name", "central") == 0
+    assert call("central", *same, "--run-name", "central") == 0
     fed, central = final_weights(tmp_path / "fed"), final_weights(tmp_path / "central")
     assert all(torch.equal(fed[name], central[name]) for name in central)
 
@@ -63,19 +59,6 @@ def test_server_momentum_zero_is_fedavg_bitwise(tmp_path):
     assert all(torch.equal(avg[name], momentum[name]) for name in avg)
 
 
-def test_sync_epoch_averages_independent_runs(tmp_path):
-    """The source's schedule: the number of local updates then changes nothing."""
-    same = ("--sync", "epoch", "--n-epochs", 1, "--lr", 1e-2, "--output-dir", tmp_path)
-    assert call("fed_avg", *same, "--run-name", "lu1") == 0
-    assert call("fed_avg", *same, "--run-name", "lu3", "--local-updates", 3, "--rounds", 2) == 0
-    assert call("fed_avg", *same[2:], "--run-name", "synced") == 0
-    one, three, synced = (final_weights(tmp_path / name) for name in ("lu1", "lu3", "synced"))
-    assert all(torch.allclose(one[name], three[name], atol=1e-6) for name in one)
-    assert not all(torch.allclose(one[name], synced[name], atol=1e-4) for name in one)
-    bytes_down = [read_metrics(tmp_path / name)[-1]["bytes_down"] for name in ("lu1", "synced")]
-    assert bytes_down[1] == 6 * bytes_down[0]
-
-
 def test_equal_budget_gives_central_and_clients_the_same_tokens(tmp_path):
     from mamba_fl import central, fed_avg
     from mamba_fl.fed_core import plan_rounds
@@ -85,7 +68,7 @@ def test_equal_budget_gives_central_and_clients_the_same_tokens(tmp_path):
         words = ["--dataset", "demo", "--batch-size", 2, "--n-epochs", 1.5, *more]
         args = complete_flags(module.build_parser().parse_args(list(map(str, words))))
         examples = [31, 30, 29] if module is fed_avg else [90]
-        rounds, steps, _ = plan_rounds(args, examples)
+        rounds, steps = plan_rounds(args, examples)
         assert (rounds - 1) * args.local_updates < steps <= rounds * args.local_updates
         return steps * max(1, int(args.participation * len(examples) + 0.5)) * args.batch_size
 
@@ -98,13 +81,12 @@ def test_equal_budget_gives_central_and_clients_the_same_tokens(tmp_path):
     "script, more",
     [
         ("fed_avg", "--participation 0.5 --local-updates 2 --client-state reset --amp bf16"),
-        ("fed_avg", "--budget source --sharding iid --client-weights uniform"),
         ("fed_momentum", "--server-optimizer nesterov --server-lr 0.7"),
         ("fed_momentum", "--server-optimizer adam --server-lr 1e-3"),
         ("fed_momentum", "--server-optimizer adagrad --server-lr 1e-3"),
-        ("fed_momentum", "--server-optimizer adam --server-lr 1e-3 --server-bias-correction --client-state fedadamw"),
-        ("fed_entropy", "--client-state average --beta1 0 --beta2 0.99"),
-        ("fed_fisher", "--fisher-normalize --fisher-samples 2 --client-state pooled"),
+        ("fed_momentum", "--server-optimizer adam --server-lr 1e-3 --server-bias-correction"),
+        ("fed_entropy", "--client-state pooled --beta1 0 --beta2 0.99"),
+        ("fed_fisher", "--fisher-samples 2 --client-state pooled"),
     ],
 )
 def test_flags_that_no_other_test_gives_run(script, more, tmp_path):
@@ -136,16 +118,3 @@ def test_metrics_go_to_a_tracker(tmp_path, monkeypatch):
     losses = [line["val_loss"] for line in read_metrics(tmp_path / "r")]
     assert [value for name, value, _ in seen if name == "fed_avg/val_loss"] == losses
     assert (tmp_path / "r" / "tensorboard").is_dir()
-
-
-def test_compile_is_checked_against_eager(capsys, monkeypatch):
-    from common.compiling import checked_compile
-
-    weight = torch.nn.Parameter(torch.ones(3))
-    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: f(x) + 0 * weight.sum() - (weight * x).sum())
-    loss = checked_compile(lambda x: (weight * x).sum(), {"w": weight})
-    assert loss(torch.ones(3)).item() == 3
-    assert "the gradient of w differs" in capsys.readouterr().err
-    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: f(x) * 1)
-    same = checked_compile(lambda x: (weight * x).sum(), {"w": weight})
-    assert same(torch.ones(3)).item() == 3 and not capsys.readouterr().err

@@ -19,9 +19,9 @@ def vector(seed):
 
 
 def mean_of(theta, seed=1):
-    mean = WeightedMean(theta, round := Round(range(4)))
+    mean = WeightedMean(theta, round := Round(range(4), [1, 2, 3, 4]))
     for k in round:
-        mean.add(theta + 0.1 * vector(seed + k), k + 1)
+        mean.add(theta + 0.1 * vector(seed + k))
     return mean
 
 
@@ -79,14 +79,14 @@ def pooled_and_federated(server, optimizer, rounds=4, lr=0.3):
     shards = [range(0, 3), range(3, 12), range(12, 13), range(13, 22)]
     steps = optimizer(pool.parameters())
     for _ in range(rounds):
-        mean = WeightedMean(theta, round := Round(range(4)))
+        mean = WeightedMean(theta, round := Round(range(4), list(map(len, shards))))
         for k in round:
             weights.load(theta)
             local = torch.optim.SGD(net.parameters(), lr=lr)
             local.zero_grad()
             F.cross_entropy(net(x[shards[k]]), y[shards[k]]).backward()
             local.step()
-            mean.add(weights.theta, weight=len(shards[k]))
+            mean.add(weights.theta)
         theta = server.step(theta, mean.delta()) if server else mean.result()
         steps.zero_grad()
         F.cross_entropy(pool(x), y).backward()

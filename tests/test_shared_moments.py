@@ -1,4 +1,4 @@
-"""AdamW's moments that clients share: one client is central AdamW, and plain fp64 loops of the formulas agree."""
+"""Pooled moments: one client is central AdamW, and a plain fp64 loop of the formulas agrees."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from quadratics import Quadratics, near
 from common.aggregation import WeightedMean
 from common.local import local_steps
 from common.parallel import Round
-from common.shared_moments import AverageMoments, FedAdamW, FedAdamWMoments, PooledMoments
+from common.shared_moments import PooledMoments
 
 LR, DECAY, B1, B2, EPS = 0.05, 0.1, 0.9, 0.999, 1e-8
 WEIGHTS = [3.0, 1.0, 2.0]
@@ -19,43 +19,38 @@ def draws(H, rounds, clients, seed=5):
     return torch.randn(rounds, clients, H, 5, generator=draw, dtype=torch.float64)
 
 
-def federated(quadratics, kind, noise, weights, optimizer=None, start=None):
+def federated(quadratics, noise, weights, optimizer=None, start=None):
     """(theta, moments) after the rounds of `noise`. start: the moments' state."""
     everything = quadratics.weights
     optimizer = optimizer or torch.optim.AdamW(everything.parameters.values(), LR, weight_decay=DECAY, fused=True)
-    moments, theta = kind(optimizer, everything), quadratics.start
+    moments, theta = PooledMoments(optimizer, everything), quadratics.start
     if start:
         moments.load_state_dict(start)
     for of_round in noise:
-        clients = Round(range(len(weights)))
+        clients = Round(range(len(weights)), weights, followers=[moments])
         mean = WeightedMean(theta, clients)
-        moments.open_round(clients)
         for k in clients:
             everything.load(theta)
             moments.load(k)
             local_steps(quadratics.loss(k), [(x,) for x in of_round[k]], everything, optimizer)
-            if mean.add(everything.theta, weights[k], finite=moments.of_client()):
-                moments.offer(weights[k])
+            mean.add(everything.theta)
         theta = mean.result()
-        moments.close_round(mean.delta(), LR)
     return theta, moments
 
 
-@pytest.mark.parametrize("kind", [AverageMoments, PooledMoments])
-def test_one_client_is_central_adamw(kind):
+def test_one_client_is_central_adamw():
     quadratics, noise = Quadratics(1), draws(4, 6, 1)
-    theta, moments = federated(quadratics, kind, noise, [7.0])
+    theta, moments = federated(quadratics, noise, [7.0])
     quadratics.weights.load(quadratics.start)
     central = torch.optim.AdamW(quadratics.weights.parameters.values(), LR, weight_decay=DECAY, fused=True)
     local_steps(quadratics.loss(0), [(x,) for x in noise.reshape(-1, 5)], quadratics.weights, central)
     assert moments.step == 24 and near(theta, quadratics.weights.theta, 1e-12)
 
 
-@pytest.mark.parametrize("kind", [AverageMoments, PooledMoments])
-def test_equal_clients_are_one(kind):
+def test_equal_clients_are_one():
     noise = draws(1, 5, 1).expand(-1, 3, -1, -1)
-    one, _ = federated(Quadratics(3, same=True), kind, noise[:, :1], [1.0])
-    three, _ = federated(Quadratics(3, same=True), kind, noise, WEIGHTS)
+    one, _ = federated(Quadratics(3, same=True), noise[:, :1], [1.0])
+    three, _ = federated(Quadratics(3, same=True), noise, WEIGHTS)
     near(one, three, 1e-12)
 
 
@@ -64,7 +59,7 @@ def test_pooled_at_one_local_step_is_central_adamw_on_the_pooled_batch():
     everything = quadratics.weights
     start = {"m": torch.zeros(5), "v": torch.ones(5), "step": torch.tensor(10**7)}  # so that (1 - b2) g_k^2 is small
     optimizer = torch.optim.AdamW(everything.parameters.values(), LR, (B1, b2), weight_decay=DECAY, fused=True)
-    theta, _ = federated(quadratics, PooledMoments, noise, WEIGHTS, optimizer, start)
+    theta, _ = federated(quadratics, noise, WEIGHTS, optimizer, start)
 
     central = torch.optim.AdamW([w := quadratics.start.clone()], LR, (B1, b2), weight_decay=DECAY)
     state = {"exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.ones_like(w), "step": torch.tensor(1e7)}
@@ -76,25 +71,23 @@ def test_pooled_at_one_local_step_is_central_adamw_on_the_pooled_batch():
     near(theta, w, 1e-6)
 
 
-def plain(quadratics, noise, weights, server, alpha=0.0, reset=False):
-    """The formulas in plain fp64. server: function of (m, v, m', v', H, q) to the next m, v."""
+def plain(quadratics, noise, weights):
+    """The formulas in plain fp64."""
     theta, m, v, t = quadratics.start, torch.zeros(5).double(), torch.zeros(5).double(), 0
     p = torch.tensor(weights).double() / sum(weights)
-    direction = torch.zeros(5).double()
     for of_round in noise:
         H, ends = of_round.shape[1], []
         for k, steps in enumerate(of_round):
-            x, m_k, v_k = theta, 0 * m if reset else m, v
+            x, m_k, v_k = theta, m, v
             for i, added in enumerate(steps, start=1):
                 g = quadratics.gradient(k, x - added)
                 m_k, v_k = B1 * m_k + (1 - B1) * g, B2 * v_k + (1 - B2) * g * g
-                m_hat = m_k / (1 - B1 ** (i if reset else t + i))
+                m_hat = m_k / (1 - B1 ** (t + i))
                 step = m_hat / ((v_k / (1 - B2 ** (t + i))).sqrt() + EPS)
-                x = x - LR * (step + alpha * direction + DECAY * x)
+                x = x - LR * (step + DECAY * x)
             ends.append((x, m_k, v_k))
         after, m_, v_ = (sum(w * one for w, one in zip(p, column, strict=True)) for column in zip(*ends, strict=True))
-        direction = (theta - after) / (H * LR)
-        m, v = server(m, v, m_, v_, H, (p * p).sum())
+        m, v = pooled(m, v, m_, v_, H, (p * p).sum())
         theta, t = after, t + H
     return theta
 
@@ -117,67 +110,31 @@ def test_pooled_has_the_second_moment_of_the_pooled_batch(H):
     draw, holder = torch.Generator().manual_seed(H), torch.nn.Module()
     holder.w = torch.nn.Parameter(torch.zeros(n, dtype=torch.float64))
     moments = PooledMoments(torch.optim.AdamW(holder.parameters(), LR, fused=True), Weights(holder))
-    moments.open_round(clients := Round(range(3)))
-    for k in clients:
+    for k in (clients := Round(range(3), WEIGHTS, followers=[moments])):
         moments.load(k)
-        m, v = (vector.zero_() for vector in moments.of_client())
+        m, v = (vector.zero_() for vector in moments.finite(clients))
         for _ in range(H):
             g = 0.1 + torch.randn(n, generator=draw, dtype=torch.float64)
             m.lerp_(g, 1 - B1)
             v.lerp_(g * g, 1 - B2)
         moments.optimizer.state[holder.w]["step"].add_(H)
-        moments.offer(WEIGHTS[k])
-    moments.close_round(torch.zeros(n), LR)
+        clients.counts(True)
     pooled = moments.v / (1 - B2**H)
     assert pooled.mean().item() == pytest.approx(0.01 + (p * p).sum().item(), rel=0.01)
 
 
 @pytest.mark.parametrize("H", [1, 4])
-def test_plain_loops_agree(H):
+def test_a_plain_loop_agrees(H):
     quadratics, noise = Quadratics(3), draws(H, 5, 3)
-    theta, _ = federated(quadratics, AverageMoments, noise, WEIGHTS)
-    near(theta, plain(quadratics, noise, WEIGHTS, lambda m, v, m_, v_, H, q: (m_, v_)), 1e-10)
-    theta, _ = federated(quadratics, PooledMoments, noise, WEIGHTS)
-    near(theta, plain(quadratics, noise, WEIGHTS, pooled), 1e-10)
-
-
-@pytest.mark.parametrize("H, alpha", [(1, 0.5), (4, 0.5), (4, 0.0)])
-def test_fedadamw_is_its_formula(H, alpha):
-    quadratics, noise = Quadratics(3), draws(H, 5, 3)
-
-    def block_means(m, v, m_, v_, H, q):
-        return 0 * m, torch.cat([piece.mean().expand_as(piece) for piece in v_.split([3, 2])])  # two vectors
-
-    optimizer = FedAdamW(quadratics.weights, LR, DECAY, alpha)
-    theta, moments = federated(quadratics, FedAdamWMoments, noise, WEIGHTS, optimizer)
-    near(theta, plain(quadratics, noise, WEIGHTS, block_means, alpha, reset=True), 1e-10)
-    assert moments.bytes == (2 * 8, 2 * 8 + 5 * 8)
-    assert optimizer.param_groups[0]["lr"] == LR and optimizer.param_groups[0]["weight_decay"] == DECAY
+    theta, _ = federated(quadratics, noise, WEIGHTS)
+    near(theta, plain(quadratics, noise, WEIGHTS), 1e-10)
 
 
 def test_a_checkpoint_goes_on_with_the_same_bits():
     quadratics, noise = Quadratics(3), draws(2, 4, 3)
-    for kind in (AverageMoments, PooledMoments):
-        whole, _ = federated(quadratics, kind, noise, WEIGHTS)
-        half, moments = federated(quadratics, kind, noise[:2], WEIGHTS)
-        state = {name: tensor.clone() for name, tensor in moments.state_dict().items()}
-        quadratics.start, start = half, quadratics.start
-        again, _ = federated(quadratics, kind, noise[2:], WEIGHTS, start=state)
-        quadratics.start = start
-        assert torch.equal(whole, again)
-
-
-def test_blocks_are_rows_of_matrices():
-    from common.vector import Weights
-
-    weights = Weights(torch.nn.Linear(3, 2))
-    moments = FedAdamWMoments(FedAdamW(weights, LR), weights)
-    moments.open_round(clients := Round([0]))
-    for k in clients:
-        moments.load(k)
-        for state in moments.optimizer.state.values():
-            state["step"] += 1
-        moments.of_client()[1].copy_(torch.tensor([1.0, 2, 3, 4, 5, 9, 7, 8]))
-        moments.offer(1.0)
-    moments.close_round(torch.zeros(8), LR)
-    assert moments.v.tolist() == [2, 2, 2, 6, 6, 6, 7.5, 7.5] and moments.bytes == (3 * 4, 3 * 4 + 8 * 4)
+    whole, _ = federated(quadratics, noise, WEIGHTS)
+    half, moments = federated(quadratics, noise[:2], WEIGHTS)
+    state = {name: tensor.clone() for name, tensor in moments.state_dict().items()}
+    quadratics.start = half
+    again, _ = federated(quadratics, noise[2:], WEIGHTS, start=state)
+    assert torch.equal(whole, again)

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 
 from common import corpora, hub, text
-from common.cache import read_cached, write_cached
+from common.cache import cached
 from common.cli import UsageError
 
 ARTICLE = " \n = {0} = \n \n The {0} is a thing . It was seen in 1907 , naïvely . \n \n = = History = = \n \n Old . \n"
@@ -134,7 +134,7 @@ def test_a_network_that_does_not_answer_is_given_up_soon(monkeypatch):
     assert not hub.hub_reachable()  # now nobody listens
 
 
-def test_the_hub_gives_the_official_bytes_and_is_asked_once(tmp_path, monkeypatch):
+def test_the_hub_gives_the_official_bytes(tmp_path, monkeypatch):
     import datasets
 
     write_wikitext(tmp_path / "local")
@@ -153,13 +153,6 @@ def test_the_hub_gives_the_official_bytes_and_is_asked_once(tmp_path, monkeypatc
     assert first.fingerprint == local.fingerprint
     assert first.variant == "raw" and first.source.startswith("hub")
     assert calls == [("Salesforce/wikitext", "wikitext-2-raw-v1")]
-    assert corpora.load_corpus("wikitext2", tmp_path / "empty") == first and len(calls) == 1
-
-    archive = next((tmp_path / "cache").glob("wikitext*"))
-    archive.write_bytes(flipped(archive.read_bytes(), 100))
-    with pytest.warns(UserWarning, match="damaged"):
-        assert corpora.load_corpus("wikitext2", tmp_path / "empty") == first
-    assert len(calls) == 2
 
 
 def test_a_hub_that_fails_is_one_line(tmp_path, monkeypatch):
@@ -369,18 +362,6 @@ def test_the_cache_is_used_and_a_damaged_file_is_rebuilt(tmp_path, monkeypatch):
         assert path.read_bytes() == good
 
 
-def test_a_cached_file_of_another_corpus_is_not_believed(tmp_path):
-    corpus, other = small_corpus(), small_corpus(train=("one",))
-    tokenizer = text.load_tokenizer("bpe:270", corpus)
-    text.encode(other, tokenizer)
-    wrong = next((tmp_path / "cache").glob("tokens-*"))
-    first = text.encode(corpus, tokenizer)
-    right = next(p for p in (tmp_path / "cache").glob("tokens-*") if p != wrong)
-    right.write_bytes(wrong.read_bytes())
-    with pytest.warns(UserWarning, match="damaged"):
-        assert same(text.encode(corpus, tokenizer), first)
-
-
 def test_the_key_holds_every_input(monkeypatch):
     corpus = small_corpus()
     tokenizer = text.load_tokenizer("bpe:270", corpus)
@@ -398,24 +379,23 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(tmp_path, monkeypat
     corpus = small_corpus()
     tokenizer = text.load_tokenizer("bpe:270", corpus)
     (tmp_path / "file").write_text("not a folder")
-    with pytest.warns(UserWarning, match="cannot (read|write) the cache"):
+    with pytest.warns(UserWarning, match="cannot write the cache|is damaged"):
         assert same(text.encode(corpus, tokenizer, tmp_path / "file"), text.encode(corpus, tokenizer))
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "folder" / "file"
-    write_cached(path, b"old")
-
+def test_a_cached_file_is_whole_or_not_there(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
+
+    def kept():
+        return cached(tmp_path / "folder" / "file", lambda: "new", str.encode, bytes.decode, "making it")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.warns(UserWarning, match="No space left"):
-            write_cached(path, b"new")
-    assert read_cached(path) == b"old" and os.listdir(path.parent) == ["file"]
-    write_cached(path, b"new")
-    assert read_cached(path) == b"new" and read_cached(tmp_path / "none") is None
+            assert kept() == "new"
+    assert os.listdir(tmp_path / "folder") == []
+    assert kept() == "new" and os.listdir(tmp_path / "folder") == ["file"]
 
 
 @pytest.mark.skipif(not REAL, reason="FEDQUARTET_DATA is not set")

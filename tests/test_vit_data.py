@@ -355,7 +355,7 @@ def test_augment_on_cuda_sees_the_same_pictures():
 
 
 def dealt(labels, sharding, num_clients, seed=0, **flags):
-    given = {"nc": 10, "alpha": 0.5, "allow_unused_classes": False, "min_samples": 1, "batch_size": 8, **flags}
+    given = {"nc": 10, "alpha": 0.5, "batch_size": 8, **flags}
     return data.deal(SimpleNamespace(sharding=sharding, num_clients=num_clients, seed=seed, **given), labels)
 
 
@@ -370,8 +370,8 @@ def test_clients_are_dealt_by_the_flags_and_the_seed():
         assert first == again != other
     has = class_counts(dealt(labels, "non_iid", 20)[0], labels, 100) > 0
     assert (has.sum(axis=1) == 10).all() and (has.sum(axis=0) == 2).all()
-    for asked, least in ((0, 8), (20, 20)):  # 0: a batch
-        assert min(map(len, dealt(labels, "dirichlet", 100, alpha=0.01, min_samples=asked)[0])) == least
+    for batch in (8, 20):  # a batch at least
+        assert min(map(len, dealt(labels, "dirichlet", 100, alpha=0.01, batch_size=batch)[0])) == batch
 
 
 def test_clients_that_cannot_be_dealt():
@@ -384,8 +384,6 @@ def test_clients_that_cannot_be_dealt():
     ):
         with pytest.raises(UsageError, match=match):
             dealt(labels, sharding, clients, **given)
-    parts, notes = dealt(labels, "non_iid", 3, nc=30, allow_unused_classes=True)
-    assert sum(map(len, parts)) == 450 and "10 of 100 classes" in notes[0] and "50 images are left out" in notes[0]
 
 
 def test_a_client_with_fewer_images_than_a_batch():

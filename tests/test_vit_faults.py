@@ -42,7 +42,7 @@ def test_the_test_images_are_for_the_last_evaluation(script, words, monkeypatch,
     for data in (made, noise):
         monkeypatch.setattr(study, "load_images", lambda *_: data)
         name = "made" if data is made else "noise"
-        folders[name] = run(script, f"{words} --final best --keep-best 1", monkeypatch, tmp_path / name)
+        folders[name] = run(script, f"{words} --final best", monkeypatch, tmp_path / name)
     found = {
         name: {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")}
         for name, folder in folders.items()
@@ -91,7 +91,7 @@ def test_the_models_mode_and_the_clients_dropout(script, words, monkeypatch, tmp
     if script is train_federated_sparse:
         watched(script, "make_mask")
     monkeypatch.setattr(Classifier, "features", seen)
-    run(script, f"{words} --interference-every 2 --interference-images 8", monkeypatch, tmp_path)
+    run(script, f"{words} --interference-every 2", monkeypatch, tmp_path)
     assert modes.pop("client_update") == {True} and len(modes) == 3 + (script is train_federated_sparse)
     assert set().union(*modes.values()) == {False}
     drawn = [one for one in seeds if one]

@@ -11,12 +11,19 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from common.seeding import key, stream, torch_stream
-from vit_sparse_fl import study, train_centralized, train_federated, train_federated_sparse
+from vit_sparse_fl import (
+    calibration,
+    cross_losses,
+    study,
+    train_centralized,
+    train_federated,
+    train_federated_sparse,
+    train_federated_topk,
+)
 from vit_sparse_fl.cross_losses import held_rows
 from vit_sparse_fl.data import deal, load_images
 from vit_sparse_fl.flags import parse
 from vit_sparse_fl.mask_files import load_mask
-from vit_sparse_fl.topk import received, uploaded
 from vit_sparse_fl.vit import make_model
 
 SEED, CLIENTS, BATCH, STEPS, ROUNDS = 3, 6, 8, 2, 4
@@ -28,7 +35,7 @@ WORDS = (
 )
 FEDERATED = (
     f"{WORDS} --num-clients {CLIENTS} --participation-rate 0.5 --local-steps {STEPS} --num-rounds {ROUNDS} "
-    f"--sharding dirichlet --alpha 0.5 --min-samples 10 --eval-every 1 --warmup-rounds {WARMUP} --min-lr {MIN_LR}"
+    f"--sharding dirichlet --alpha 0.5 --eval-every 1 --warmup-rounds {WARMUP} --min-lr {MIN_LR}"
 )
 LOST = 1  # the round in which a client's pixels are NaN
 
@@ -119,9 +126,9 @@ class Plain:
             self.model(prepared(self.data.validation[rows])), self.data.validation_labels[rows]
         ).item()
 
-    def rounds(self, shards, lost, mask=None, sent=None, uniform=False, server_lr=1.0, start=None):
-        """All rounds. lost: the client that is left out in round LOST; sent(delta, k), start(theta, k): what goes up
-        and down. Returns each round's mean training loss."""
+    def rounds(self, shards, lost, mask=None, sent=None, server_lr=1.0):
+        """All rounds. lost: the client that is left out in round LOST; sent(delta): what goes up. Returns each round's
+        mean training loss."""
         means = []
         for t in range(ROUNDS):
             lr = rate(t)
@@ -130,14 +137,14 @@ class Plain:
             for k in self.chosen(t):
                 if (t, k) == (LOST, lost):
                     continue
-                self.load(start(self.theta, k) if start else self.theta)
+                self.load(self.theta)
                 began = {name: p.detach().double() for name, p in self.parameters.items()}
                 batches = self.batches(shards[k], k, t, self.taken(k, t) * STEPS, STEPS)
                 theta_k, loss = self.train(batches, k, t, [lr] * STEPS, self.optimizer(), mask)
                 delta = {name: theta_k[name] - began[name] for name in began}
                 self.seen[t][1][k] = theta_k
-                n_k = 1 if uniform else len(shards[k])
-                for name, d in (sent(delta, k) if sent else delta).items():
+                n_k = len(shards[k])
+                for name, d in (sent(delta) if sent else delta).items():
                     sums[name] += n_k * d
                 losses, weight = losses + n_k * loss, weight + n_k
             self.theta = {name: w.float().double() + server_lr * sums[name] / weight for name, w in self.theta.items()}
@@ -157,8 +164,8 @@ def call(script, words, monkeypatch, tmp_path, lost=None):
         for pixels, labels in client_batches(made, k, t, first, steps):
             yield (pixels * math.nan if (t, k) == (LOST, lost) else pixels), labels
 
-    client_batches = script.client_batches
-    monkeypatch.setattr(script, "client_batches", batches)
+    client_batches, module = study.client_batches, study if hasattr(script, "client_update") else script
+    monkeypatch.setattr(module, "client_batches", batches)
     monkeypatch.setattr(study, "draw_accuracy", lambda *_: None)
     script.main(parse(script.build_parser(), [*words.split(), "--output-dir", str(tmp_path)]))
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
@@ -186,7 +193,8 @@ def middle(plain, t):
 def test_fedavg(monkeypatch, tmp_path):
     plain = Plain()
     lost = middle(plain, LOST)
-    words = f"{FEDERATED} --server-lr 0.5 --interference-every {ROUNDS} --interference-images 8"
+    monkeypatch.setattr(cross_losses, "IMAGES", 8)
+    words = f"{FEDERATED} --server-lr 0.5 --interference-every {ROUNDS}"
     folder, lines, shards = call(train_federated, words, monkeypatch, tmp_path, lost)
     assert len({len(rows) for rows in shards.values()}) > 2 and len({tuple(plain.chosen(t)) for t in range(ROUNDS)}) > 2
     means = plain.rounds(shards, lost, server_lr=0.5)
@@ -205,8 +213,9 @@ def test_fedavg(monkeypatch, tmp_path):
 def check_interference(line, plain, shards):
     """What the clients of the last round do to each other's losses, from the plain form's weights."""
     theta, of = plain.seen[-1]
-    args = SimpleNamespace(seed=SEED, interference_images=8)
-    about = SimpleNamespace(args=args, data=plain.data, rows=[torch.from_numpy(shards[k]) for k in range(CLIENTS)])
+    about = SimpleNamespace(
+        args=SimpleNamespace(seed=SEED), data=plain.data, rows=[torch.from_numpy(shards[k]) for k in range(CLIENTS)]
+    )
     about.device, sizes = "cpu", [w.numel() for w in theta.values()]
     held, stepped = {k: held_rows(about, k) for k in of}, {}
     for k, theta_k in of.items():  # the same step with random signs
@@ -259,15 +268,16 @@ def test_sparse_fedavg(monkeypatch, tmp_path):
     assert lines[-1]["drift"] == pytest.approx(float(sum(lengths) / len(lengths) / whole), rel=1e-3)
 
 
-@pytest.mark.parametrize("calibration", ["talos", "seed"])
-def test_clients_calibrate_on_their_own_images_and_count_by_them(calibration, monkeypatch, tmp_path):
+@pytest.mark.parametrize("how", ["talos", "seed"])
+def test_clients_calibrate_on_their_own_images_and_count_by_them(how, monkeypatch, tmp_path):
     """Squared gradients of one image at a time, in two rounds; talos: of a drawn label's logit, seed: of the loss."""
-    words = f"{FEDERATED} --alpha 0.1 --num-rounds 1 --warmup-rounds 0 --sparsity-ratio 0.8 --calibration {calibration}"
-    words += " --calibrate-on clients --calibration-clients 3 --calibration-rounds 2 --fisher-samples 105"
+    words = f"{FEDERATED} --alpha 0.1 --num-rounds 1 --warmup-rounds 0 --sparsity-ratio 0.8 --calibration {how}"
+    words += " --calibrate-on clients --calibration-rounds 2 --fisher-samples 105"
+    monkeypatch.setattr(calibration, "CLIENTS", 3)
     folder, _, _ = call(train_federated_sparse, words, monkeypatch, tmp_path)
-    plain, talos = Plain(covered), calibration == "talos"
+    plain, talos = Plain(covered), how == "talos"
     labels = plain.data.train_labels
-    args = SimpleNamespace(seed=SEED, sharding="dirichlet", num_clients=CLIENTS, alpha=0.1, min_samples=10)
+    args = SimpleNamespace(seed=SEED, sharding="dirichlet", num_clients=CLIENTS, alpha=0.1, batch_size=BATCH)
     shards = deal(args, labels)[0]
     chosen = stream(SEED, "calibration clients").choice(CLIENTS, 3, replace=False).tolist()
     sizes = {k: min(35, len(shards[k]) if talos else len(shards[k]) // 2) for k in chosen}
@@ -311,73 +321,15 @@ def cut(delta, share):
     return {name: torch.where(kept[name], d, 0.0) for name, d in delta.items()}
 
 
-def test_topk_uploads_of_clients_that_count_alike(monkeypatch, tmp_path):
+def test_topk_uploads(monkeypatch, tmp_path):
     plain = Plain(covered)
     lost = middle(plain, LOST)
-    words = f"{FEDERATED} --upload topk --sparsity-ratio 0.8 --client-weights uniform"
-    folder, lines, shards = call(train_federated_sparse, words, monkeypatch, tmp_path, lost)
+    words = f"{FEDERATED} --sparsity-ratio 0.8"
+    folder, lines, shards = call(train_federated_topk, words, monkeypatch, tmp_path, lost)
+    plain.rounds(shards, lost, sent=lambda delta: cut(delta, 0.2))
+    check(folder, plain, swapped=20)
     size = sum(w.numel() for w in plain.theta.values())
-
-    def sent(delta, k):
-        return cut(delta, 0.2)
-
-    plain.rounds(shards, lost, sent=sent, uniform=True)
-    check(folder, plain, swapped=20)
     assert lines[-1]["bytes_up"] == ROUNDS * 3 * 8 * (round(0.2 * size) // 2)
-
-
-def test_topk_both_ways_with_error_feedback(monkeypatch, tmp_path):
-    """The client that is left out in its second round keeps what it had after its first."""
-    plain = Plain(covered)
-    taken = [k for t in range(ROUNDS) for k in plain.chosen(t)]
-    lost = next(k for k in plain.chosen(LOST) if plain.taken(k, LOST))
-    assert any(plain.taken(k, ROUNDS - 1) for k in plain.chosen(ROUNDS - 1))
-    words = f"{FEDERATED} --upload topk --sparsity-ratio 0.8 --error-feedback --download topk"
-    folder, lines, shards = call(train_federated_sparse, words, monkeypatch, tmp_path, lost)
-    residuals, copies = {}, {}
-
-    def minus(a, b):
-        return {name: a[name] - b[name] for name in a}
-
-    def start(theta, k):
-        theta = {name: w.float().double() for name, w in theta.items()}
-        down = cut(minus(theta, copies[k]), 0.2) if k in copies else {}
-        copies[k] = {name: copies[k][name] + d for name, d in down.items()} if down else theta
-        return copies[k]
-
-    def sent(delta, k):
-        change = {name: d + residuals.get(k, {}).get(name, 0.0) for name, d in delta.items()}
-        up = cut(change, 0.2)
-        residuals[k] = minus(change, up)
-        return up
-
-    plain.rounds(shards, lost, sent=sent, start=start)
-    check(folder, plain, swapped=20)
-    rows = [load_file(folder / "checkpoint" / f"topk_{k:06d}.safetensors") for k in sorted(copies)]
-    for row, k in zip(rows, sorted(copies), strict=True):
-        for field, of in (("residual", residuals), ("copy", copies)):
-            whole = torch.cat([w.reshape(-1) for w in of[k].values()])
-            assert whole.abs().max() > 0 and ((row[field] - whole).abs() > 1e-6).sum() <= 20, (k, field)
-    size, joined = sum(w.numel() for w in plain.theta.values()), len(set(taken))
-    each, model = 8 * (round(0.2 * size) // 2), 4 * sum(p.numel() for p in plain.model.parameters())
-    assert lines[-1]["bytes_up"] == 3 * ROUNDS * each
-    assert lines[-1]["bytes_down"] == joined * model + (3 * ROUNDS - joined) * each
-
-
-def test_what_is_not_sent_is_sent_later():
-    """Three rounds by hand: sizes 1 and 1; what was sent and what is left over add up to the changes."""
-    theta, residual, total = torch.zeros(3), None, torch.zeros(3)
-    for change, sent, rest in (
-        ([3.0, 2.0, -1.0], [3.0, 0, 0], [0, 2.0, -1.0]),
-        ([1.0, 0.5, -1.0], [0, 2.5, 0], [1.0, 0, -2.0]),
-        ([0.0, 0.0, 0.0], [0, 0, -2.0], [1.0, 0, 0]),
-    ):
-        new, residual = uploaded(theta, theta, theta + torch.tensor(change), 1, residual)
-        assert (new - theta).tolist() == sent and residual.tolist() == rest
-        theta, total = new, total + torch.tensor(change)
-    assert torch.equal(theta + residual, total)
-    copy = torch.tensor([0.0, 2.5, 0.0])
-    assert received(theta, copy, 1).tolist() == [3.0, 2.5, 0.0] and received(theta, None, 1) is theta
 
 
 def test_central_training(monkeypatch, tmp_path):

@@ -27,7 +27,7 @@ FEDERATED = f"{SMALL} --num-clients 12 --participation-rate 0.25 --num-rounds 4 
 TINY = {
     "train_centralized": f"{SMALL} --epochs 3 --save-every 1 --warmup-epochs 1 --lr 0.05",
     "train_federated": f"{FEDERATED} --sharding non_iid --nc 3",
-    "train_federated_sparse": f"{FEDERATED} --fisher-samples 16 --calibrate-on clients --calibration-clients 3",
+    "train_federated_sparse": f"{FEDERATED} --fisher-samples 16 --calibrate-on clients",
 }
 
 
@@ -93,16 +93,6 @@ def test_a_run_leaves_what_the_readme_says(name):
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (INFO|WARNING) \| \S", line) for line in log.splitlines())
 
 
-def test_the_method_is_the_flags_that_a_run_reads():
-    sparse, topk, dense = (
-        read_json(harness.whole(f"vit_sparse_fl/{name}") / "run.json")["method"]
-        for name in ("sparse", "topk", "federated")
-    )
-    assert {"nc", "mask_strategy", "calibration_clients", "upload"} <= sparse.keys() and "alpha" not in sparse
-    assert "alpha" in dense and not {"nc", "allow_unused_classes", "keep_best", "save_every", "num_runs"} & dense.keys()
-    assert "sparsity_ratio" in topk and not {"mask_strategy", "calibration", "calibrate_on", "mask_scope"} & topk.keys()
-
-
 def test_final_loads_in_transformers_and_gives_the_logged_accuracy():
     from transformers import AutoModelForImageClassification
 
@@ -149,9 +139,9 @@ def test_sparse_uploads_cost_what_is_sent():
     mask = load_mask(folder / "mask.safetensors", shapes_of(folder))[0]
     kept, total = int(mask.sum()), len(mask)
     values = 6 * 3 * 4 * kept  # rounds, clients a round, bytes
-    scores = 3 * 4 * 4 * total  # clients that calibrate, rounds, bytes
+    scores = 10 * 4 * 4 * total  # clients that calibrate, rounds, bytes
     assert last["bytes_up"] == values + scores
-    # calibration: the weights under the mask to 3 clients in each of 4 rounds; then the model and the mask's places to
+    # calibration: the weights under the mask to 10 clients in each of 4 rounds; then the model and the mask's places to
     # those that join, the kept weights to the others
     model = 4 * parameters["total"] + -(-total // 8)
     joined, rest = divmod(last["bytes_down"] - scores - 6 * 3 * 4 * kept, model - 4 * kept)
@@ -165,16 +155,16 @@ def test_sparse_uploads_cost_what_is_sent():
 def test_a_run_of_a_frozen_fitted_head_is_gone_on_with(tmp_path, monkeypatch, capsys):
     """The head is fitted once: it is in the checkpoint, though it is not trained."""
     words = ("--head", "ridge", "--freeze-head", "--run-name", "r", "--resume", "--output-dir")
-    report = train_federated.report
+    evaluate = study.evaluate
 
-    def interrupted(made, run, best, t, *rest, **fields):
-        if t == 3:
+    def interrupted(made, theta, t, row):
+        if t == 4:
             raise KeyboardInterrupt
-        return report(made, run, best, t, *rest, **fields)
+        return evaluate(made, theta, t, row)
 
     assert small("train_federated", *words, tmp_path / "a") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train_federated, "report", interrupted)
+        patch.setattr(study, "evaluate", interrupted)
         assert small("train_federated", *words, tmp_path / "b") == 130
     assert "head fitted" in capsys.readouterr().err
     assert small("train_federated", *words, tmp_path / "b") == 0
@@ -210,8 +200,7 @@ def test_a_run_of_a_given_mask_is_the_run_that_made_it_and_says_the_masks_own_sp
     assert small("train_federated_sparse", *words) == 0
     (folder,) = tmp_path.glob("mask_of_first_s0.6_*")
     manifest = read_json(folder / "run.json")
-    assert manifest["args"]["sparsity_ratio"] == manifest["method"]["sparsity_ratio"] == 0.6
-    assert not {"mask_strategy", "calibration"} & manifest["method"].keys()
+    assert manifest["args"]["sparsity_ratio"] == 0.6
     counts = {n: [int(m.sum()), m.numel()] for n, m in masks_of(folder).items()}
     assert manifest["results"]["kept"] == counts and len(counts) > 40
     assert same(final(folder), final(tmp_path / "first"))
@@ -240,29 +229,6 @@ def test_head_only_trains_and_sends_the_head(tmp_path):
     assert last["bytes_up"] - first["bytes_up"] == 3 * 4 * (10 * 96 + 10)
 
 
-def test_lora_trains_and_sends_factors_and_final_has_their_product(tmp_path, capsys):
-    words = ("--lora-r", 2, "--freeze-head", "--head", "ridge", "--num-rounds", 2, "--output-dir", tmp_path)
-    assert small("train_federated", *words, "--run-name", "r") == 0
-    model = make_model("tiny", image_size=32, n_classes=10, seed=0)
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    assert not init_from(model, tmp_path / "r")
-    after, factors = model.state_dict(), load_file(tmp_path / "r" / "checkpoint" / "theta.safetensors")
-    named = [name.removesuffix(".lora_A.default.weight") for name in factors if ".lora_A." in name]
-    assert len(named) == 4 * 6 and len(factors) == 2 * len(named)
-    for name in named:
-        A, B = (factors[f"{name}.lora_{letter}.default.weight"].double() for letter in "AB")
-        assert A.shape[0] == B.shape[1] == 2 and B.abs().max() > 0
-        change = after[f"{name}.weight"].double() - before[f"{name}.weight"].double()
-        assert torch.allclose(change, B @ A, rtol=0, atol=1e-7)
-    others = before.keys() - {f"{name}.weight" for name in named} - {"classifier.weight", "classifier.bias"}
-    assert all(torch.equal(before[name], after[name]) for name in others) and len(others) > 40
-    first, last = read_metrics(tmp_path / "r")
-    assert last["bytes_up"] - first["bytes_up"] == 2 * 3 * 4 * sum(f.numel() for f in factors.values())
-    assert read_json(tmp_path / "r" / "run.json")["method"]["lora_r"] == 2
-    for more, error in (("--freeze-backbone", "--freeze-backbone freezes some"), ("--lora-r=97", "97 is above 96")):
-        assert small("train_federated", *words, more, "--run-name", "s") == 2 and error in capsys.readouterr().err
-
-
 def test_early_stopping_ends_a_run_after_an_evaluation(tmp_path):
     words = ["--lr", 0, "--early-stopping-patience", 3, "--num-rounds", 50, "--eval-every", 1]
     assert small("train_federated", *words, "--output-dir", tmp_path, "--run-name", "stopped") == 0
@@ -273,16 +239,16 @@ def test_early_stopping_ends_a_run_after_an_evaluation(tmp_path):
 
 
 def test_the_best_checkpoints_are_kept_and_others_pruned(tmp_path):
-    words = ["--keep-best", 2, "--num-rounds", 5, "--eval-every", 1, "--output-dir", tmp_path, "--run-name", "best"]
+    words = ["--num-rounds", 5, "--eval-every", 1, "--output-dir", tmp_path, "--run-name", "best"]
     assert small("train_federated", *words) == 0
     lines = read_metrics(tmp_path / "best")[1:]  # before training nothing is kept
-    best = sorted(lines, key=lambda line: (-line["val_accuracy"], line["round"]))[:2]
+    best = sorted(lines, key=lambda line: (-line["val_accuracy"], line["round"]))[:3]
     names = sorted(f"round_{line['round']:06d}.safetensors" for line in best)
     assert sorted(f.name for f in (tmp_path / "best" / "best").iterdir()) == names
 
 
 def test_a_best_checkpoint_that_is_not_as_it_was_saved_is_not_served(tmp_path):
-    kept, again, old = (BestCheckpoints(tmp_path, 2) for _ in range(3))
+    kept, again, old = (BestCheckpoints(tmp_path) for _ in range(3))
     kept.offer(1, 0.5, {"w": torch.ones(3)})
     again.load_state_dict(kept.state_dict())
     old.load_state_dict({name: kept.state_dict()[name] for name in ("accuracies", "rounds")})
@@ -376,20 +342,11 @@ def test_sweeps_share_runs_and_refuse_other_flags_before_they_start(tmp_path, ca
 
 
 @pytest.mark.slow
-def test_central_training_goes_on_for_more_epochs(tmp_path):
-    words = "--scheduler none --warmup-epochs 0 --batch-size 144 --resume --output-dir".split() + [tmp_path]
-    for name, epochs in (("r", 1), ("r", 2), ("whole", 2)):
-        assert small("train_centralized", *words, "--run-name", name, "--epochs", epochs) == 0
-    harness.same_run(tmp_path / "r", tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_hp_search_ends_with_a_table(tmp_path, capsys):
-    words = ["--hp-search", "--hp-epochs", 1, "--hp-lrs", 0.01, 0.05, "--warmup-epochs", 0, "--batch-size", 72]
-    words += ["--output-dir", tmp_path, "--hp-weight-decays"]
-    assert small("train_centralized", *words, 0) == 2
-    assert "0 is not" in capsys.readouterr().err
-    assert small("train_centralized", *words, 1e-3) == 0
+def test_hp_search_ends_with_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_centralized, "RATES", (0.01, 0.05))
+    monkeypatch.setattr(train_centralized, "DECAYS", (1e-3,))
+    words = ["--hp-search", "--hp-epochs", 1, "--warmup-epochs", 0, "--batch-size", 72, "--output-dir", tmp_path]
+    assert small("train_centralized", *words) == 0
     said = capsys.readouterr().out
     assert "lr0.01_wd0.001" in said and "lr0.05_wd0.001" in said and "best validation" in said
 
@@ -404,17 +361,6 @@ def test_a_random_head_is_random_after_init_from_too(tmp_path):
         heads[head] = final(tmp_path / head)["classifier.weight"]
     assert torch.equal(heads["keep"], final(tmp_path / "whole")["classifier.weight"])
     assert torch.equal(heads["random"], make_model("tiny", image_size=32, n_classes=10, seed=5).classifier.weight)
-
-
-@pytest.mark.parametrize("how", ["union", "intersection"])
-def test_clients_masks_are_merged(how, tmp_path):
-    # two clients of sparsity 0.5 each: the union keeps at least half of the weights, the intersection at most half
-    words = ("--sparsity-ratio", 0.5, "--mask-merge", how, "--calibration-clients", 2, "--num-rounds", 1)
-    assert small("train_federated_sparse", *words, "--output-dir", tmp_path, "--run-name", how) == 0
-    log = (tmp_path / "logs" / f"{how}.log").read_text()
-    assert "overlap of 2 clients' masks (Jaccard)" in log
-    fraction = float(log.split("weights are trained, ")[1].split(" %")[0])
-    assert 50 < fraction < 100 if how == "union" else 0 < fraction < 50
 
 
 def test_a_run_has_the_image_size_of_the_one_that_it_starts_from(tmp_path):

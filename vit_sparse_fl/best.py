@@ -1,4 +1,4 @@
-"""The best K checkpoints of a run by validation accuracy; others are deleted."""
+"""The best checkpoints of a run by validation accuracy; others are deleted."""
 
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from common import parallel
 from common.checkpoint import file_sha256, saving, seal
 from common.cli import RunFailed
 
+KEEP = 3
+
 
 class BestCheckpoints:
     """Files `round_000120.safetensors` in a folder: all weights after the rounds with the best validation accuracy.
@@ -18,8 +20,8 @@ class BestCheckpoints:
     checkpoint; a file of a later round than the checkpoint is written anew when its round is done again.
     """
 
-    def __init__(self, folder, keep):
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder):
+        self.folder = Path(folder)
         self._kept = []  # (accuracy, round), best first
         self._sums = {}  # {round: SHA-256 of its file}, of the main process
 
@@ -37,7 +39,7 @@ class BestCheckpoints:
         """Keeps {name: tensor}, the weights after t rounds, if their accuracy is among the best; deletes what falls
         out."""
         ranked = sorted([*self._kept, (accuracy, t)], key=lambda kept: (-kept[0], kept[1]))
-        self._kept = ranked[: self.keep]
+        self._kept = ranked[:KEEP]
         if not parallel.is_main():
             return
         if (accuracy, t) in self._kept:

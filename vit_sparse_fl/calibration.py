@@ -1,28 +1,26 @@
 """A run's mask: calibrated on the server's or on the clients' images, taken from a file, kept in the run folder."""
 
-import numpy as np
 import torch
 
 from common import parallel
 from common.aggregation import WeightedMean
 from common.checkpoint import read_json
-from common.cli import RunFailed, UsageError
+from common.cli import UsageError
 from common.seeding import stream
 from vit_sparse_fl.mask_files import load_mask, save_mask
 from vit_sparse_fl.mask_flags import calibrated
 from vit_sparse_fl.masks import (
     STRATEGIES,
-    WHOLE,
     Sample,
     calibrate,
     calibration_rows,
     check_kept,
-    groups_of,
     jaccard,
     kept_apart,
     kept_per_layer,
-    merge,
 )
+
+CLIENTS = 10  # that calibrate under --calibrate-on clients
 
 
 def check_mask(args, shapes, server_images, client_images):
@@ -64,8 +62,6 @@ def make_mask(study, run, theta):
         mask, about = _made(study, run, theta)
         weights.load(theta)
     kept, named = int(mask.sum()), weights.named(mask)
-    if not kept:
-        raise RunFailed(f"the {args.mask_merge} of the clients' masks keeps none of {len(mask)} weights: use another")
     apart = ", ".join(f"{100 * share:.2f} % of the {kind}" for kind, share in kept_apart(named).items())
     study.log.info(f"mask: {kept} of {len(mask)} weights are trained, {100 * kept / len(mask):.2f} % ({apart})")
     for layer, share in kept_per_layer(named).items():
@@ -82,22 +78,19 @@ def _made(study, run, theta):
     about = {"strategy": args.mask_strategy, "sparsity": args.sparsity_ratio}
     about |= {"scope": args.mask_scope, "seed": args.seed}
     sizes = [shape.numel() for shape in study.weights.shapes.values()]
-    groups = groups_of(study.weights.shapes, args.mask_scope, study.model.config.num_attention_heads)
-    rule = {"sparsity": args.sparsity_ratio, "largest": strategy.largest, "scope": args.mask_scope, "groups": groups}
+    rule = {"sparsity": args.sparsity_ratio, "largest": strategy.largest, "scope": args.mask_scope}
     if not strategy.images:
-        whole = groups if args.mask_scope in WHOLE else None
-        sample = Sample(study.model, study.weights, stream(args.seed, "random mask"), groups=whole)
+        sample = Sample(study.model, study.weights, stream(args.seed, "random mask"))
         study.weights.load(theta)
         return calibrate(theta, lambda *_: strategy.scores(sample), sizes, rounds=1, **rule), about
     rule |= {"method": args.calibration, "rounds": args.calibration_rounds}
     about |= {"calibration": args.calibration, "rounds": args.calibration_rounds, "samples": args.fisher_samples}
-    about |= {"form": form_of(args)} if args.fisher_form != "auto" else {}
-    about |= {"calibrated_on": args.calibrate_on, "merge": args.mask_merge, "client_overlap": None}
+    about |= {"calibrated_on": args.calibrate_on}
     if args.calibrate_on == "server":
         scores, about["samples"] = _scores(study, data.validation, data.validation_labels, args.fisher_samples)
         return calibrate(theta, scores, sizes, **rule), about
 
-    number = min(args.calibration_clients, len(study.examples))
+    number = min(CLIENTS, len(study.examples))
     chosen = stream(args.seed, "calibration clients").choice(len(study.examples), number, replace=False).tolist()
     of_client = {}
     for k in chosen:
@@ -106,31 +99,16 @@ def _made(study, run, theta):
         of_client[k] = _scores(study, data.train[rows], data.train_labels[rows], each, client=k + 1)
     about["samples"] = sum(samples for _, samples in of_client.values())
     run.count(bytes_down=number * study.weights.bytes)
-    if args.mask_merge == "none":
 
-        def mean_scores(at, r):
-            run.count(bytes_up=number * study.weights.bytes, bytes_down=number * study.weights.bytes if r else 0)
-            clients = parallel.Round(chosen)
-            mean = WeightedMean(torch.zeros_like(theta), clients)
-            for k in clients:
-                scores, samples = of_client[k]
-                mean.add(scores(at, r), weight=samples)
-            return mean.delta()
+    def mean_scores(at, r):
+        run.count(bytes_up=number * study.weights.bytes, bytes_down=number * study.weights.bytes if r else 0)
+        clients = parallel.Round(chosen, {k: samples for k, (_, samples) in of_client.items()})
+        mean = WeightedMean(torch.zeros_like(theta), clients)
+        for k in clients:
+            mean.add(of_client[k][0](at, r))
+        return mean.delta()
 
-        return calibrate(theta, mean_scores, sizes, **rule), about
-
-    clients = parallel.Round(chosen)
-    own = {k: np.packbits(calibrate(theta, of_client[k][0], sizes, **rule).numpy()) for k in clients}
-    run.count(bytes_up=number * len(theta) // 8)
-    masks = [torch.from_numpy(np.unpackbits(b, count=len(theta)).astype(bool)) for b in clients.gather(own).values()]
-    pairs = [jaccard(a, b) for i, a in enumerate(masks) for b in masks[:i]]
-    if pairs:
-        about["client_overlap"] = sum(pairs) / len(pairs)
-        study.log.info(
-            f"overlap of {number} clients' masks (Jaccard): mean {about['client_overlap']:.3f}, lowest {min(pairs):.3f}"
-            f", of random ones {(1 - args.sparsity_ratio) / (1 + args.sparsity_ratio):.3f}"
-        )
-    return merge(masks, args.mask_merge), about
+    return calibrate(theta, mean_scores, sizes, **rule), about
 
 
 def _scores(study, images, labels, samples, client=0):
@@ -139,7 +117,7 @@ def _scores(study, images, labels, samples, client=0):
     rows = calibration_rows(
         len(images), samples, args.calibration_rounds, args.seed, method=args.calibration, client=client
     )
-    about = {"prepare": study.pixels, "form": form_of(args)}
+    about = {"prepare": study.pixels, "form": {"talos": "logit", "seed": "nll"}[args.calibration]}
 
     def scores(theta, r):
         chosen = rows[r].to(images.device)
@@ -148,11 +126,6 @@ def _scores(study, images, labels, samples, client=0):
         return strategy.scores(Sample(study.model, study.weights, draws, images[chosen], labels[chosen], **about))
 
     return scores, len(rows[0])
-
-
-def form_of(args):
-    """What a weight's sensitivity is the square of: as `masks.sensitivity` calls it."""
-    return {"talos": "logit", "seed": "nll"}[args.calibration] if args.fisher_form == "auto" else args.fisher_form
 
 
 def overlap_table(runs):

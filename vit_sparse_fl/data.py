@@ -291,11 +291,10 @@ def deal(args, labels):
     if args.sharding == "iid":
         return shards.iid(len(labels), args.num_clients, generator, what="images"), []
     if args.sharding == "non_iid":
-        return shards.classes(labels, args.num_clients, args.nc, generator, args.allow_unused_classes, what="images")
+        return shards.classes(labels, args.num_clients, args.nc, generator, what="images"), []
     if args.sharding != "dirichlet":
         raise ValueError(f"sharding {args.sharding!r} is not iid, non_iid or dirichlet")
-    least = args.min_samples or args.batch_size
-    return shards.dirichlet(labels, args.num_clients, args.alpha, generator, least, what="images")
+    return shards.dirichlet(labels, args.num_clients, args.alpha, generator, args.batch_size, what="images")
 
 
 def check_batch_size(counts, batch_size):

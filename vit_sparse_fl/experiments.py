@@ -19,7 +19,7 @@ from vit_sparse_fl.masks import STRATEGIES
 # what the flags of sweeps are in each of their runs
 NO_SWEEP = dict.fromkeys(("hp_search", "heterogeneity_experiment", "local_steps_experiment"), False)
 NO_SWEEP |= dict.fromkeys(("compare_strategies", "sparsity_experiment"), False)
-NO_SWEEP |= dict.fromkeys(("hp_epochs", "hp_lrs", "hp_weight_decays", "nc_values", "j_values", "sparsity_values"))
+NO_SWEEP |= dict.fromkeys(("hp_epochs", "nc_values", "j_values", "sparsity_values"))
 COLUMNS = {
     "best validation": "val_accuracy_best",
     "test (last)": "test_accuracy_last",
@@ -71,17 +71,12 @@ def sparse_settings(args):
 
 def sparse_name(args):
     """sparse_STRATEGY_s0.9, with what differs from the default marked."""
-    if args.upload == "topk":
-        name = f"topk_s{args.sparsity_ratio:g}" + ("_feedback" if args.error_feedback else "")
-        return name + ("_both_ways" if args.download == "topk" else "")
     if args.mask:
         return f"mask_of_{Path(args.mask).resolve().parent.name}_s{args.sparsity_ratio:g}"
     name = f"sparse_{args.mask_strategy}_s{args.sparsity_ratio:g}"
     if calibrated(args):
         name += f"_{args.calibration}{args.calibration_rounds}"
-        name += f"_{args.fisher_form}" if args.fisher_form != "auto" else ""
         name += "_clients" if args.calibrate_on == "clients" else ""
-        name += f"_{args.mask_merge}" if args.mask_merge != "none" else ""
     name += f"_per_{args.mask_scope}" if args.mask_scope != "global" else ""
     return name + (f"_no_{args.mask_omit}" if args.mask_omit != "none" else "")
 

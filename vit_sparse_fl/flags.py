@@ -15,10 +15,8 @@ from common.cli import (
     half_open_fraction,
     non_negative_float,
     non_negative_int,
-    only,
     positive_float,
     positive_int,
-    unless,
 )
 from common.config_file import apply_config
 from common.participation import check_participation
@@ -28,12 +26,7 @@ SHARDINGS = ("iid", "non_iid", "dirichlet")
 SWEEPS = ("heterogeneity_experiment", "local_steps_experiment", "compare_strategies", "sparsity_experiment")
 ON_OFF = argparse.BooleanOptionalAction
 NATIVE = {"tiny": 32, "small": 64}  # pixels of the models that have no weights of their own
-HEADS = ("ridge", "train", "random", "keep")
-
-
-def NEVER(args):  # noqa: N802
-    """`when` of flags that say how to run or what to run, not what a run computes."""
-    return False
+HEADS = ("ridge", "random", "keep")
 
 
 def number(group, name, kind, default, metavar, text, **options):
@@ -61,18 +54,15 @@ def make_parser(description, *, federated=True, sparse=False):
     else:
         _central_flags(train)
     number(train, "--batch-size", positive_int, 64, "B", "images a step")
-    one = unless(hp_search=True)
-    number(train, "--lr", non_negative_float, 0.01 if federated else 1e-3, "X", "learning rate, highest", when=one)
+    number(train, "--lr", non_negative_float, 0.01 if federated else 1e-3, "X", "learning rate, highest")
     number(train, "--momentum", half_open_fraction, 0.9, "X", "momentum; off: 0")
-    number(train, "--weight-decay", non_negative_float, 1e-4, "X", "weight decay; off: 0", when=one)
+    number(train, "--weight-decay", non_negative_float, 1e-4, "X", "weight decay; off: 0")
     number(train, "--label-smoothing", half_open_fraction, 0.1, "X", "smoothing; off: 0")
     end = "where the cosine ends, the lowest of step; 0: none"
-    number(train, "--min-lr", non_negative_float, 1e-6, "X", end, when=unless(scheduler="none"))
+    number(train, "--min-lr", non_negative_float, 1e-6, "X", end)
     report, unit = parser.add_argument_group("what is kept"), "rounds" if federated else "epochs"
     every = 50 if federated else 10
-    number(report, "--save-every", positive_int, every, "N", f"resumable checkpoint every N {unit}", when=NEVER)
-    best = "checkpoints with the best validation accuracy"
-    number(report, "--keep-best", positive_int, 3, "N", best, when=NEVER)
+    number(report, "--save-every", positive_int, every, "N", f"resumable checkpoint every N {unit}")
     if federated:
         _interference_flags(report)
     add_final_flag(report)
@@ -80,12 +70,11 @@ def make_parser(description, *, federated=True, sparse=False):
     report.add_argument("--use-wandb", action="store_true", help="the same as --track wandb")
     report.add_argument("--wandb-project", default="fedquartet", metavar="NAME", help="project at wandb")
     run = add_run_flags(parser, "--experiment-name")
-    number(run, "--num-runs", positive_int, 1, "N", "runs, with seeds SEED, SEED + 1, ...", when=NEVER)
+    number(run, "--num-runs", positive_int, 1, "N", "runs, with seeds SEED, SEED + 1, ...")
     run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
     run.add_argument("--output-dir", "--checkpoint-dir", default="results", metavar="DIR", help="where run folders go")
     add_machine_flags(run, federated=federated)
-    run.add_argument("--use-amp", action="store_true", when=NEVER, help="the same as --amp auto")
-    run.add_argument("--compile", action="store_true", help="torch.compile, checked against eager at the first step")
+    run.add_argument("--use-amp", action="store_true", help="the same as --amp auto")
     number(run, "--num-workers", non_negative_int, 0, "N", "no effect: there is no loader")
     return parser, own
 
@@ -98,12 +87,11 @@ def _model_flags(model, sparse):
     model.add_argument("--init-from", metavar="RUN", help="start from the weights of another run (its folder)")
     text = "pixels, a multiple of the patch (default: those of --init-from, else of the model; tiny: 32, small: 64)"
     number(model, "--image-size", positive_int, None, "S", text)
-    text = "ridge, train: fitted on the frozen backbone's features before the first round; keep: that of --init-from "
+    text = "ridge: fitted on the frozen backbone's features before the first round; keep: that of --init-from "
     text += "(default: ridge; random where the backbone is not pretrained, and in central training)"
     choice(model, "--head", HEADS, None, text)
     model.add_argument("--freeze-head", action=ON_OFF, default=sparse, help="the head is not trained")
-    blocks = {"when": unless(freeze_backbone=True)}
-    number(model, "--freeze-layers", non_negative_int, 0, "N", "first blocks; off: 0", **blocks)
+    number(model, "--freeze-layers", non_negative_int, 0, "N", "first blocks; off: 0")
     model.add_argument("--freeze-backbone", action=ON_OFF, default=False, help="train the head only (a linear probe)")
     number(model, "--dropout", half_open_fraction, 0.1, "X", "before the head; off: 0")
 
@@ -115,20 +103,14 @@ def _data_flags(data):
     number(data, "--val-split", fraction, 0.1, "X", "share of the training images held out")
     text = "only the classes A to B-1, numbered from 0; rest: those that --init-from was not trained on (default: all)"
     number(data, "--classes", class_range, None, "A:B", text)
-    number(data, "--num-classes", positive_int, None, "N", "checked against the data (default: not)", when=NEVER)
+    number(data, "--num-classes", positive_int, None, "N", "checked against the data (default: not)")
 
 
 def _client_flags(data):
     text = "images to clients: at random; --nc classes each; in Dirichlet(--alpha) proportions"
-    sweep = unless(heterogeneity_experiment=True)
-    choice(data, "--sharding", SHARDINGS, "iid", text, when=sweep)
-    of_classes, of_dirichlet = sweep & only(sharding="non_iid"), sweep & only(sharding="dirichlet")
-    number(data, "--nc", positive_int, 10, "N", "classes a client, for non_iid", when=of_classes)
-    number(data, "--alpha", positive_float, 0.1, "X", "concentration, for dirichlet", when=of_dirichlet)
-    least = "of each client, for dirichlet; 0: a batch"
-    number(data, "--min-samples", non_negative_int, 0, "N", least, when=of_dirichlet)
-    unused = "classes that no client gets are left out"
-    data.add_argument("--allow-unused-classes", action="store_true", when=of_classes, help=unused)
+    choice(data, "--sharding", SHARDINGS, "iid", text)
+    number(data, "--nc", positive_int, 10, "N", "classes a client, for non_iid")
+    number(data, "--alpha", positive_float, 0.1, "X", "concentration, for dirichlet")
 
 
 def _schedule_flags(train, unit, warmup, patience, text):
@@ -139,40 +121,41 @@ def _schedule_flags(train, unit, warmup, patience, text):
 
 
 def _central_flags(train):
-    number(train, "--epochs", positive_int, 50, "N", "passes over the training images", when=unless(hp_search=True))
+    number(train, "--epochs", positive_int, 50, "N", "passes over the training images")
     _schedule_flags(train, "epochs", 5, 10, "learning rate's course")
 
 
 def _federated_flags(train):
     number(train, "--num-clients", positive_int, 100, "K", "clients")
     number(train, ("--participation-rate", "--participation"), fraction, 0.1, "C", "share of clients a round")
-    one = unless(local_steps_experiment=True)
-    number(train, "--local-steps", positive_int, 4, "J", "steps a client and round", when=one)
+    number(train, "--local-steps", positive_int, 4, "J", "steps a client and round")
     number(train, ("--num-rounds", "--rounds"), positive_int, 500, "T", "rounds")
     step = "the server's step, as a multiple of the mean update; off: 1, the plain mean"
-    number(train, "--server-lr", positive_float, 1.0, "X", step, when=unless(server_lr=1.0))
-    choice(train, "--client-weights", ["examples", "uniform"], "examples", "weight of a client in the mean")
+    number(train, "--server-lr", positive_float, 1.0, "X", step)
     _schedule_flags(train, "rounds", 0, 100, "learning rate over the rounds")
     number(train, "--eval-every", positive_int, 10, "N", "evaluate every N rounds")
 
 
 def _interference_flags(report):
     text = "measure every N rounds what a client's update does to the others' losses (cross_losses.py); off: 0"
-    number(report, "--interference-every", non_negative_int, 0, "N", text, when=NEVER)
-    number(report, "--interference-clients", positive_int, 10, "S", "of a round's clients, so many at most", when=NEVER)
-    number(report, "--interference-images", positive_int, 64, "N", "validation images a client", when=NEVER)
+    number(report, "--interference-every", non_negative_int, 0, "N", text)
 
 
 def add_experiment_flags(group):
     """The sweeps that both federated scripts have."""
-    sweep = {"action": "store_true", "when": NEVER}
+    sweep = {"action": "store_true"}
     group.add_argument("--heterogeneity-experiment", **sweep, help="a run for each of --nc-values, and IID")
-    many = {"nargs": "+", "when": only(heterogeneity_experiment=True)}
+    many = {"nargs": "+"}
     number(group, "--nc-values", positive_int, [1, 5, 10, 50], "N", "classes a client", **many)
     scaled = "a run for each of --j-values, J x rounds as with the smallest"
     group.add_argument("--local-steps-experiment", **sweep, help=scaled)
-    many["when"] = only(local_steps_experiment=True)
     number(group, "--j-values", positive_int, [4, 8, 16], "J", "steps a client and round", **many)
+
+
+def add_sparsity_flag(group):
+    """How much is not sent."""
+    share = "share of the weights that is frozen (topk: not sent), in (0, 1); of --mask FILE: the mask's own"
+    number(group, "--sparsity-ratio", non_negative_float, 0.9, "X", share)
 
 
 def process_memory(args):
@@ -272,9 +255,6 @@ def complete(args):
     if args.head is None:
         fresh = not args.pretrained or args.model in NATIVE and not args.init_from
         args.head = "ridge" if "num_rounds" in args and not fresh else "random"
-    if getattr(args, "lora_r", 0) and (args.freeze_backbone or args.freeze_layers):
-        frozen = "--freeze-backbone" if args.freeze_backbone else f"--freeze-layers {args.freeze_layers}"
-        raise UsageError(f"--lora-r {args.lora_r} adapts all blocks, {frozen} freezes some: drop one")
     if args.classes == "rest" and not args.init_from:
         raise UsageError(
             "--classes rest leaves out the classes of --init-from RUN, which is not given: give --classes A:B"

@@ -5,19 +5,14 @@ import math
 import torch
 
 from common.aggregation import fp64_sum
-from common.parallel import CHUNK, OrderedSum, chunks
+from common.parallel import CHUNK, Follower, OrderedSum, chunks
 
 # Positive and negative updates are counted in one fp64 number, exact for fewer clients than this.
 _NEGATIVE = 2.0**20
 
 
-class Interference:
-    """Interference between the updates d_k = theta_k - theta of a round's m clients, all counted alike.
-
-        interference = Interference(theta, clients)
-        for k in clients:
-            interference.add(theta_k)
-        row |= interference.result()
+class Interference(Follower):
+    """A probe: interference between the updates d_k = theta_k - theta of a round's m clients, all counted alike.
 
     update_cosine: mean over pairs of cos(d_i, d_j) = (||sum_k u_k||^2 - m) / (m (m - 1)), u_k = d_k / ||d_k||.
     gradient_diversity: sum_k ||d_k||^2 / ||sum_k d_k||^2   (Yin et al. 2018; 1/m: all alike, 1: orthogonal).
@@ -30,26 +25,28 @@ class Interference:
     Clients stream through: memory is three fp64 vectors of the counted weights. The same bits for any number of
     processes and of threads.
 
-    Args: theta [n], not changed meanwhile; clients: `common.parallel.Round`; kept: int64 [kept], only these places are
-        counted; None: all of them; frozen: sum of squares of the model's weights that are not in theta: ||theta|| in
-        the drift is that of the whole model.
+    Args: kept: int64 [kept], only these places are counted; None: all of them; frozen: sum of squares of the model's
+        weights that are not in theta: ||theta|| in the drift is that of the whole model.
     """
 
-    def __init__(self, theta, clients, kept=None, frozen=0.0):
-        self._kept, self._old = kept, _counted(theta, kept)
-        self._sum = OrderedSum(clients, _fold, self._old, sums=3)
-        self._size = math.sqrt(fp64_sum(theta, square=True) + frozen)
+    def __init__(self, kept=None, frozen=0.0):
+        self._kept, self._frozen = kept, frozen
 
-    def add(self, theta_k):
-        """Adds the client that the round is at. Args: theta_k [n], finite."""
+    def open_round(self, clients, theta):
+        self._old = _counted(theta, self._kept)
+        self._sum = OrderedSum(clients, _fold, self._old, sums=3)
+        self._size = math.sqrt(fp64_sum(theta, square=True) + self._frozen)
+
+    def accept(self, clients, theta_k):
         new = _counted(theta_k, self._kept)
         squares = math.fsum(float((a.double() - b).square().sum()) for a, b in chunks(new, self._old, size=CHUNK // 4))
         self._sum.add((squares, math.sqrt(squares)), new)
 
-    def result(self):
+    def result(self, clients, theta):
         """The five numbers, as a dict name -> float; None where one is undefined (fewer than two clients that
-        moved, or updates that cancel). Every process calls it, after a client."""
+        moved, or updates that cancel)."""
         (whole, unit, signs), numbers = self._sum.result()
+        self._sum = self._old = None
         m, moved = len(numbers), sum(norm > 0 for _, norm in numbers)
         of_sum, of_units = fp64_sum(whole, square=True), fp64_sum(unit, square=True)
         conflicts, touched = 0.0, 0

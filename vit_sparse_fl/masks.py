@@ -9,7 +9,6 @@ References: Iurada et al. 2025 (TaLoS) and its public code, called so below.
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,9 +23,6 @@ from common.fisher import diagonal_fisher
 from common.seeding import stream
 from common.vector import Weights
 
-CALIBRATIONS = ("talos", "seed")
-SCOPES = ("global", "layer", "kind", "unit", "block")
-WHOLE = ("unit", "block")  # of these scopes a mask keeps whole groups
 OMITTED = {"none": None, "key_bias": ".k_proj.bias"}  # ends of names that a mask does not cover
 DAMPING = 0.1  # TaLoS: what an excluded weight is multiplied by while the next round's scores are computed
 BATCH = 64  # images that are prepared, and labelled by the model, at once
@@ -43,7 +39,7 @@ class Sample:
     Attributes: model: in eval mode, images [B, 3, S, S] -> logits [B, C]; weights: of the model (`common.vector`),
     weights.theta [n] are the values to score; draws: a numpy generator of this seed, round and client; images: uint8
     [m, 3, H, W] and labels: int64 [m]; prepare: function images -> the model's input; form: what `sensitivity` squares
-    the gradient of; groups: int64 [n] where the mask keeps whole groups of weights (`groups_of`).
+    the gradient of.
     """
 
     model: nn.Module
@@ -53,7 +49,6 @@ class Sample:
     labels: torch.Tensor | None = None
     prepare: Callable = nn.Identity()
     form: str = "logit"
-    groups: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,6 @@ class Strategy:
 def sensitivity(sample, method="auto", chunk_size=None):
     """S_j = mean over the images of (d f(image) / d theta_j)^2, per image, without label smoothing: fp32 [n].
 
-        "true"   f = -log p(y), y drawn from the model: the Fisher information's diagonal, which TaLoS's paper means
         "logit"  f = the *logit* of a label y drawn from the model: TaLoS's code (its sum is n S_j: the same ranking)
         "nll"    f = -log p(y), y the data's label: the empirical Fisher
     Args: method, chunk_size: as for `diagonal_fisher`, but "auto" is vmap for a small model on a CPU too.
@@ -86,7 +80,7 @@ def sensitivity(sample, method="auto", chunk_size=None):
     with sdpa_kernel(SDPBackend.MATH):
         for images, labels in zip(sample.images.split(BATCH), sample.labels.split(BATCH), strict=True):
             inputs = sample.prepare(images)  # [b, 3, S, S]
-            if sample.form != "nll":
+            if sample.form == "logit":
                 labels = _drawn_labels(model, inputs, sample.draws)  # [b]
             function = _logit if sample.form == "logit" else _nll
             squares = diagonal_fisher(model, weights, function, (inputs, labels), **options)
@@ -118,15 +112,8 @@ def by_magnitude(sample):
 
 
 def at_random(sample):
-    """A uniform draw; where whole groups are kept one a group (the mean of many would favour small groups), and a
-    millionth of one a weight, so that the group that is kept in part is kept at random too.
-
-    fp64: among 21 million fp32 draws many are equal, and equal ones favour the first layers.
-    """
-    draws = sample.draws.random(sample.weights.size)
-    if sample.groups is not None:
-        draws = sample.draws.random(sample.groups.max() + 1)[sample.groups] + 1e-6 * draws
-    return torch.from_numpy(draws)
+    """A uniform draw, fp64: among 21 million fp32 draws many are equal, and equal ones favour the first layers."""
+    return torch.from_numpy(sample.draws.random(sample.weights.size))
 
 
 STRATEGIES = {
@@ -156,33 +143,6 @@ def maskable(model, head="classifier", omit="none"):
     return [name for name in names if not (OMITTED[omit] and name.endswith(OMITTED[omit]))]
 
 
-def groups_of(shapes, scope, heads):
-    """The group of every weight, numbered from 0: int64 [n]; None for a scope without groups.
-
-    "kind": tensors that differ in their block's number only. "block": a block of the transformer. "unit": a head of
-    attention (its rows of queries, keys and values with their biases, its columns of the output) or a neuron of an MLP
-    (its row of fc1 with its bias, its column of fc2). What belongs to no block or unit is a group tensor by tensor.
-
-    Args: shapes: {name: shape} of the maskable parameters; heads: of a block.
-    """
-    if scope not in ("kind", *WHOLE):
-        return None
-    numbers, parts = {}, []
-    for name, shape in shapes.items():
-        block, key, row = re.search(r"\blayers\.\d+\.", name), (name,), np.zeros(1, dtype=np.int64)
-        axis = 1 if name.endswith((".o_proj.weight", ".fc2.weight")) else 0
-        if scope == "kind":
-            key = (re.sub(r"\blayers\.\d+\.", "", name),)
-        elif scope == "block" and block:
-            key = (block[0],)
-        elif scope == "unit" and re.search(r"\.([qkv]_proj|fc1)\.|\.(o_proj|fc2)\.weight$", name):
-            units = shape[axis] if ".fc" in name else heads
-            key, row = (block[0], ".fc" in name), np.arange(shape[axis]) * units // shape[axis]
-        ids = np.array([numbers.setdefault((*key, i), len(numbers)) for i in row.tolist()])
-        parts.append(np.broadcast_to(ids.reshape(-1, *[1] * (len(shape) - 1 - axis)), shape).reshape(-1))
-    return np.concatenate(parts)
-
-
 def check_sparsity(sparsity):
     """Raises UsageError unless 0 < sparsity < 1, sparsity being the fraction of weights that is frozen."""
     if sparsity == 0:
@@ -201,21 +161,20 @@ def check_kept(sparsity, sizes, scope="global"):
     check_sparsity(sparsity)
     if not sizes:
         raise UsageError("every weight is frozen, there is nothing to mask: thaw layers (--freeze-layers)")
-    parts = sizes if scope in ("layer", "kind") else [sum(sizes)]
+    parts = sizes if scope == "layer" else [sum(sizes)]
     if not any(round((1 - sparsity) * part) for part in parts):
         raise UsageError(f"sparsity {sparsity} keeps 0 of {max(parts)} weights: use a lower one")
 
 
-def choose(scores, keep, sizes, *, largest=False, scope="global", groups=None, allowed=None):
+def choose(scores, keep, sizes, *, largest=False, scope="global", allowed=None):
     """A mask of exactly k weights, those with the lowest (or `largest`) scores: by rank, never by a threshold.
 
-    k = round(keep * m), m the number of all weights, or of each tensor's ("layer") or kind's ("kind"). "unit" and
-    "block" take whole groups, by the mean score of their allowed weights, and of the last one as many as are missing.
+    k = round(keep * m), m the number of all weights, or of each tensor's ("layer").
     Among equal scores the one that comes first wins. (A threshold from a quantile keeps every tied weight: 40 % where
     10 % was asked for, if these are zeros.)
 
-    Args: scores [n]; keep: fraction; sizes: elements of each tensor, they add up to n; groups: of `groups_of`;
-        allowed: bool [n], only these weights may be kept (m still counts all).
+    Args: scores [n]; keep: fraction; sizes: elements of each tensor, they add up to n; allowed: bool [n], only
+        these weights may be kept (m still counts all).
     Returns: bool [n] on the CPU, the same bits for any number of threads.
     Raises: RunFailed for scores that are not finite.
     """
@@ -228,10 +187,6 @@ def choose(scores, keep, sizes, *, largest=False, scope="global", groups=None, a
     parts = [slice(None)]
     if scope == "layer":
         parts = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes).tolist(), strict=True)]
-    elif scope == "kind":
-        parts = [np.flatnonzero(groups == i) for i in range(groups.max() + 1)]
-    elif scope in WHOLE:
-        values = _by_groups(values, groups, free)
     kept = np.zeros(values.size, dtype=bool)
     for part in parts:
         of_part, open_ = values[part], free[part]
@@ -239,15 +194,6 @@ def choose(scores, keep, sizes, *, largest=False, scope="global", groups=None, a
         chosen[open_] = _lowest(of_part[open_], round(keep * of_part.size))
         kept[part] = chosen
     return torch.from_numpy(kept)
-
-
-def _by_groups(values, groups, free):
-    """Ranks [n]: by the mean of a group's free values, then the group, then the value itself."""
-    counts = np.bincount(groups, free)
-    means = np.bincount(groups, np.where(free, values, 0.0)) / np.maximum(counts, 1)
-    ranks = np.empty(values.size, dtype=np.int64)
-    ranks[np.lexsort((values, groups, means[groups]))] = np.arange(values.size)
-    return ranks
 
 
 def _lowest(values, k):
@@ -328,6 +274,12 @@ def kept_apart(masks):
     for name, mask in masks.items():
         of["biases" if name.endswith("bias") else "weights"].append(mask)
     return {kind: sum(int(m.sum()) for m in some) / sum(m.numel() for m in some) for kind, some in of.items() if some}
+
+
+def facts_of(masks):
+    """What a run's results say of its mask {name: bool tensor}: kept shares, and for each tensor [kept, all]."""
+    shares = {f"kept_{kind}": share for kind, share in kept_apart(masks).items()}
+    return shares | {"kept": {name: [int(part.sum()), part.numel()] for name, part in masks.items()}}
 
 
 def index_bytes(mask):

@@ -1,6 +1,6 @@
 """What the scripts of this study share: the `Study`, its data, clients and model, and functions of it.
 
-The round loop and the clients' steps are in each script; sparse fine-tuning differs from FedAvg only there.
+The round loop is in each script; sparse fine-tuning differs from FedAvg only there and in what a client trains.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,43 +21,76 @@ from common.allocator import reuse_large_memory
 from common.batches import pass_after_pass
 from common.checkpoint import saving, write_json
 from common.cli import UsageError, say
-from common.compiling import checked_compile
 from common.curves import draw_accuracy
-from common.early import stop_if_checked
 from common.evaluation import amp_context
+from common.local import client_optimizer, local_steps
+from common.participation import Turns
 from common.schedules import lr_at
 from common.seeding import seed_torch, stream
 from common.sharding import class_counts
 from common.vector import Weights, fingerprint
+from vit_sparse_fl.best import BestCheckpoints
 from vit_sparse_fl.calibration import check_mask
 from vit_sparse_fl.cross_losses import CrossLosses
 from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, classes_of, deal, load_images, prepare
 from vit_sparse_fl.heads import fit_head
+from vit_sparse_fl.interference import Interference
 from vit_sparse_fl.masks import maskable
-from vit_sparse_fl.vit import add_lora, freeze, init_from, make_model, new_head, save_pretrained
+from vit_sparse_fl.sparse_sgdm import SparseSGDM
+from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, save_pretrained
 
 
-@dataclass(frozen=True)
+@dataclass
 class Study:
     """Data, clients and model of a run.
 
-    Attributes: args: flags; device; amp: dtype of the products or None; data: `ImageSplits` on the device; rows: int64
-    rows of each client's images; examples: their numbers n_k; client_weights: what each client counts in a mean; model;
-    weights: what is trained, as one vector (`common.vector`); loss: function (pixels [B, 3, S, S], labels [B]) -> mean
-    cross-entropy in nats with label smoothing; log: the text log.
+    Attributes: args: flags; run; data: `ImageSplits` on the device; rows: int64 rows of each client's images; examples:
+    their numbers n_k; model; weights: what is trained, as one vector (`common.vector`); loss: function
+    (pixels [B, 3, S, S], labels [B]) -> mean cross-entropy in nats with label smoothing; log: the text log; best: the
+    best rounds' weights; turns: who took part before; first: theta before the first round; lasting: with theta, all
+    that outlives a round; traffic: bytes that a client sends, that it receives, and that one receives who joins.
     """
 
     args: object
-    device: torch.device
-    amp: torch.dtype | None
+    run: object
     data: ImageSplits
     rows: list
     examples: list
-    client_weights: list
     model: nn.Module
     weights: Weights
     loss: object
     log: logging.Logger
+    best: BestCheckpoints
+    turns: Turns | None
+    first: torch.Tensor = None
+    lasting: dict = None
+    traffic: tuple = (0, 0, 0)
+
+    @property
+    def device(self):
+        return self.run.device
+
+    @property
+    def amp(self):
+        return self.run.amp
+
+    @property
+    def client_weights(self):
+        """What each client counts in a mean: n_k, its images."""
+        return self.examples
+
+    def sends(self, up, down=None, joining=None):
+        """Says how many bytes a client sends and receives in a round (down: as many), and receives in its first."""
+        self.traffic = up, up if down is None else down, self.model_bytes if joining is None else joining
+
+    def bytes_of(self, t):
+        """(up, down [K]): what a client sends and receives in round t."""
+        up, down, joining = self.traffic
+        return up, np.where(self.turns.before(t), down, joining)
+
+    def evaluate(self, theta, t, row):
+        """What is logged of theta [n] after t rounds, see `evaluate`."""
+        return evaluate(self, theta, t, row)
 
     @property
     def model_bytes(self):
@@ -92,14 +126,13 @@ def load_study(args, run, federated=True, sparse=False):
     check_batch_size(examples, args.batch_size)
     model, more = _make_model(args, data.n_classes)
     freeze(model, backbone=args.freeze_backbone, layers=args.freeze_layers, head=args.freeze_head)
-    if rank := getattr(args, "lora_r", 0):
-        add_lora(model, rank, args.seed)
     covered = []
     if sparse:  # a head that is not frozen is under the mask like the rest; what no mask covers is frozen
-        omit = "none" if args.upload == "topk" else args.mask_omit
+        omit = getattr(args, "mask_omit", "none")
         covered = maskable(model, "classifier" if args.freeze_head else "", omit)
         shapes = {name: p.shape for name, p in model.named_parameters() if name in covered}
-        check_mask(args, shapes, len(data.validation), min(examples))
+        if "mask" in args:
+            check_mask(args, shapes, len(data.validation), min(examples))
         for name, p in model.named_parameters():
             p.requires_grad_(name in covered)
     model.to(run.device)
@@ -113,29 +146,35 @@ def load_study(args, run, federated=True, sparse=False):
         "maskable": {name: list(parameters[name].shape) for name in covered},
     }
     facts = {"clients": len(examples), "weights_sha256": fingerprint(parameters)}
-    if sparse and args.mask:
+    if getattr(args, "mask", None):
         facts["mask_sha256"] = hashlib.sha256(Path(args.mask).read_bytes()).hexdigest()
-    stop_if_checked("study")  # the log has a folder of its own
     log = open_log(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
     run.begin(data.fingerprint, sizes, clients=facts)
     for note in notes + more if run.before is None else ():  # a run that goes on may yet be refused
         log.info(note)
     if federated:
         _log_shards(run, log, class_counts(shards, data.train_labels.numpy(), data.n_classes), examples, notes)
-    loss = batch_loss(model, run.amp, run.device, args.label_smoothing)
-    return Study(
+    study = Study(
         args=args,
-        device=run.device,
-        amp=run.amp,
+        run=run,
         data=data.to(run.device),
         rows=[torch.from_numpy(rows).to(run.device) for rows in shards],
         examples=examples,
-        client_weights=examples if getattr(args, "client_weights", "examples") == "examples" else [1] * len(examples),
         model=model,
         weights=weights,
-        loss=checked_compile(loss, weights.parameters) if args.compile else loss,
+        loss=batch_loss(model, run.amp, run.device, args.label_smoothing),
         log=log,
+        best=BestCheckpoints(run.folder / "best"),
+        turns=Turns(args.seed, args.num_clients, args.participation_rate) if federated else None,
     )
+    study.sends(weights.bytes)
+    if federated:
+        run.plan(args.num_rounds, args.eval_every, args.save_every, len(examples))
+    else:
+        run.plan(args.epochs, 1, args.save_every)
+    study.first, fitted = fit_first(study)
+    study.lasting = {"best": study.best, **fitted}
+    return study
 
 
 def _make_model(args, n_classes):
@@ -195,15 +234,30 @@ def client_batches(study, k, t, first, steps):
         yield augment(data.train[batch], args.image_size, draws), data.train_labels[batch]
 
 
-def other_batches(study, k, t, first, steps):
-    """What client k might have had for batches in round t: its next ones, with draws that no round has."""
-    return client_batches(study, k, t + study.args.num_rounds, first + steps, steps)
+def client_update(study, theta, k, t, kept=None):
+    """Client k's J steps of SGD with momentum in round t from theta [n]. Returns theta_k [n]: the model's own vector,
+    valid until the next client.
+
+    Args: kept: int64 [kept]: the places that are trained, None: all.
+    """
+    args, weights, clients = study.args, study.weights, study.run.clients
+    weights.load(theta)
+    lr, steps = learning_rate(args, t), args.local_steps
+    if kept is None:
+        optimizer = client_optimizer("sgdm", weights.parameters, lr, args.momentum, args.weight_decay)
+    else:
+        optimizer = SparseSGDM(weights, kept, lr, args.momentum, args.weight_decay)
+    batches = client_batches(study, k, t, study.turns.before(t)[k] * steps, steps)
+    done = local_steps(study.loss, batches, weights, optimizer, amp=study.amp)
+    clients.note(k, train_loss=done.loss)
+    clients.work(steps * args.batch_size)
+    return weights.theta
 
 
-def cross_losses(study, clients, theta, t, kept=None):
-    """`CrossLosses` of round t (from 0) where it is due, else None."""
-    every = study.args.interference_every
-    return CrossLosses(study, clients, theta, t, kept) if every and (t + 1) % every == 0 else None
+def probes(study, kept=None):
+    """What is measured of the rounds' clients. Args: kept: as of `client_update`."""
+    pull = [Interference(kept, study.frozen_squares())]
+    return pull + ([CrossLosses(study)] if study.args.interference_every else [])
 
 
 def learning_rate(args, t):
@@ -218,21 +272,21 @@ def learning_rate(args, t):
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-def fit_first(study, run):
-    """theta before the first round. Fits the head first (--head ridge or train), but not in a run that is gone on with.
+def fit_first(study):
+    """theta before the first round. Fits the head first (--head ridge), but not in a run that is gone on with.
 
     Returns (theta [n], what else a checkpoint must hold of the model: {"head": the fitted head} where it is frozen).
     """
-    args, data = study.args, study.data
-    fitted = args.head in ("ridge", "train")
-    if fitted and not (run.folder / "checkpoint" / "state.json").exists():
+    args, run, data = study.args, study.run, study.data
+    fitted = args.head == "ridge"
+    if fitted and not any(run.folder.glob("checkpoint*/state.json")):
         started = time.perf_counter()
         held = (features(study, data.validation), data.validation_labels)
-        sums = fit_head(study.model, args.head, features(study, data.train), data.train_labels, held)
+        sums = fit_head(study.model, features(study, data.train), data.train_labels, held)
         run.count(bytes_up=sums * len(study.examples))
         accuracy = validate(study, "validation", "val")["val_accuracy"]
         study.log.info(
-            f"head fitted ({args.head}) on {len(data.train)} images in "
+            f"head fitted on {len(data.train)} images in "
             f"{time.perf_counter() - started:.1f} s: validation accuracy {accuracy:.4f}"
         )
     frozen = fitted and "classifier.weight" not in study.weights.shapes
@@ -268,38 +322,32 @@ def _batch(study):
     return 125 if study.device.type == "cpu" else 500
 
 
-def report(study, run, best, t, theta, pull=None, cross=None, **fields):
-    """`run.report` of this study: evaluates theta after t rounds where that is due, keeps the best, stops early.
+def evaluate(study, theta, t, row):
+    """{field: value} of theta [n] after t rounds (epochs) on the validation images; keeps the best, stops early.
 
-    Args: best: `BestCheckpoints`, of trained weights only; pull: `Interference` and cross: `CrossLosses` of the round;
-    fields: more of the line of metrics.jsonl.
+    row: what is logged besides; the text log gets a line of all.
     """
-    args = study.args
-    if run.clients is not None and run.clients.left_out:  # the run has told the terminal
-        names = ", ".join(map(str, run.clients.left_out))
-        study.log.warning(f"round {t}: update not finite, left out: client {names}", extra={"quiet": True})
-
-    def evaluate():
-        more = cross.result(theta) if cross else {}
-        study.weights.load(theta)
-        row = {**fields, **validate(study, "validation", "val"), **(pull.result() if pull else {}), **more}
-        if t:
-            best.offer(t, row["val_accuracy"], dict(study.model.named_parameters()))
-            if args.early_stopping_patience and t - best.round >= args.early_stopping_patience and t < run.total:
-                run.stop("early_stopping", f"no better validation accuracy since {best.round}")
-        return row
-
-    row = run.report(t, theta, evaluate)
-    if row:
-        shown = [f"{name} {v:.4f}" for name, v in row.items() if isinstance(v, float)]
-        study.log.info(f"round {t}  " + "  ".join(shown), extra={"quiet": True})
+    args, run, best = study.args, study.run, study.best
+    study.weights.load(theta)
+    fields = {"lr": learning_rate(args, t - 1)} if t else {}
+    fields |= validate(study, "validation", "val")
+    for round, k in row.get("left_out", ()):  # the run has told the terminal
+        study.log.warning(f"round {round}: update not finite, left out: client {k}", extra={"quiet": True})
+    shown = [f"{name} {v:.4f}" for name, v in {**row, **fields}.items() if isinstance(v, float)]
+    study.log.info(f"round {t}  " + "  ".join(shown), extra={"quiet": True})
+    if t:
+        best.offer(t, fields["val_accuracy"], dict(study.model.named_parameters()))
+        if args.early_stopping_patience and t - best.round >= args.early_stopping_patience and t < run.total:
+            run.stop("early_stopping", f"no better validation accuracy since {best.round}")
+    return fields
 
 
-def finish(study, run, best, theta, **facts):
+def finish(study, theta, **facts):
     """Test accuracy of the last and of the best weights, final/ (--final says whose), the run's curves.
 
     facts: more results.
     """
+    run, best = study.run, study.best
     run.note("evaluating the last and the best weights on the test images")
     args, kept, test = study.args, best.load(study.device), {}
     kept = study.weights.vector({name: kept[name] for name in study.weights.shapes})

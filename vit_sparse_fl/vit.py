@@ -14,20 +14,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from common.cache import one_line
 from common.cli import UsageError
-from common.hub import check_sizes, hub_reachable, load_pretrained, quiet, read_config, reading
-from common.lora import check_rank
-from common.seeding import seed_torch, torch_stream
+from common.hub import hub_reachable, load_pretrained, quiet, read_config, reading
+from common.seeding import torch_stream
 from vit_sparse_fl.flags import NATIVE
 
 DINO = "facebook/dino-vits16"
 MODELS = {"tiny": "tiny", "small": "small", "dino_vits16": DINO}  # every other name is a folder or one of the hub
 TINY = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, patch_size=8)
 _VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=16)
-LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")  # the layers that --lora-r adapts
 LARGEST = 4096  # pixels a side: the position embedding of more fits into no memory
 _WHERE = "give --model FOLDER or --weights FILE, or take --model tiny"
 
@@ -40,6 +37,8 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, config, dropout=0.1):
+        from transformers import ViTModel
+
         super().__init__()
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
         self.config = config
@@ -99,6 +98,9 @@ def make_model(name_or_path=DINO, weights=None, image_size=224, n_classes=100, d
     Raises: UsageError for an image size that is no multiple of the patch, weights that are missing or that have
         missing or extra keys or other shapes, and a name that neither the disk nor the hub has.
     """
+
+    from transformers import ViTModel
+
     config, source = _find(MODELS.get(str(name_or_path), str(name_or_path)), weights, pretrained)
     check_image_size(image_size, config.patch_size)
     config.image_size, config.num_labels = image_size, n_classes
@@ -126,6 +128,9 @@ def check_image_size(image_size, patch):
 
 def _find(name, weights, pretrained):
     """(config, where the backbone's own weights are: a folder, a hub name, or None)."""
+
+    from transformers import ViTConfig
+
     if name in NATIVE:
         shape = TINY if name == "tiny" else _VIT_S | {"patch_size": 8}
         return ViTConfig(image_size=NATIVE[name], layer_norm_eps=1e-6, **shape), None
@@ -149,13 +154,15 @@ def _find(name, weights, pretrained):
 
 def _read_config(folder, weights=True):
     """The folder's ViTConfig. weights: whether its weights are needed."""
+
+    from transformers import ViTConfig
+
     with quiet(), reading(f"no model could be read from {folder}", _WHERE):
         kind = read_config(folder / "config.json").get("model_type")
         if kind != "vit":
             raise UsageError(f"{folder} holds a model of type {kind}, not vit: {_WHERE}")
         if weights and not list(folder.glob("model*.safetensors")):
             raise UsageError(f"{folder} has no model.safetensors (pickled weights are not read): {_WHERE}")
-        check_sizes(ViTModel, folder)
         config = ViTConfig.from_pretrained(folder, local_files_only=True)
     if type(config.patch_size) is not int or config.num_channels != 3:
         shown = f"patches of {config.patch_size} in {config.num_channels} channels"
@@ -331,41 +338,18 @@ def _load(module, tensors, what):
         p.copy_(tensors[name])
 
 
-# ---- adapters
-
-
-def add_lora(model, r, seed):
-    """Puts peft's LoRA into every linear layer of the blocks: W + B A, A [r, k] random by `seed`, B [d, r] zero at
-    first, scale 1   (Hu et al. 2022).
-
-    The backbone's own weights are frozen, the head stays as it is. Raises: UsageError for a rank above a layer's.
-    """
-    from peft import LoraConfig, inject_adapter_in_model  # only here: it takes seconds to import
-
-    check_rank(model, r, LORA)
-    seed_torch(seed, "adapter")
-    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=list(LORA)), model.vit)
-
-
-@torch.no_grad()
-def merged(model):
-    """The model's state dict by its names without adapters, their products added to the weights."""
-    tensors = {n.replace(".base_layer", ""): t for n, t in model.state_dict().items() if ".lora_" not in n}
-    for name, layer in model.named_modules():
-        if hasattr(layer, "get_delta_weight"):
-            tensors[f"{name}.weight"] = layer.base_layer.weight + layer.get_delta_weight("default")
-    return tensors
-
-
 # ---- a run's final weights
 
 
 def save_pretrained(model, folder):
-    """Writes `model`, adapters merged, as transformers' ViTForImageClassification: config.json and model.safetensors.
+    """Writes `model` as transformers' ViTForImageClassification: config.json and model.safetensors.
 
     `AutoModelForImageClassification.from_pretrained(folder)` loads it and gives the same logits.
     """
-    tensors = {name: value.detach().cpu() for name, value in merged(model).items()}
+
+    from transformers import ViTForImageClassification
+
+    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     with torch.device("meta"):
         shell = ViTForImageClassification(model.config)
     shell.load_state_dict(tensors, assign=True)
@@ -380,6 +364,9 @@ def init_from(model, folder):
     embedding of another grid is interpolated.
     Raises: UsageError for a folder without a ViT, and for another architecture (names or shapes that differ).
     """
+
+    from transformers import ViTForImageClassification
+
     folder = Path(folder).expanduser()
     if (folder / "final").is_dir():
         folder = folder / "final"

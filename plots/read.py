@@ -1,0 +1,173 @@
+"""Runs as one table, from run folders (run.json, metrics.jsonl) and committed logs (a study's results/*.jsonl).
+
+    from plots.read import read
+    runs = read("mamba_fl/results/gap.jsonl")        # a pandas DataFrame, a row a run
+    runs[["kind", "--lr", "--local_updates", "seed", "test_ppl_last"]]
+
+Columns: `--FLAG` the flags; the results of run.json by their names (test_ppl_last, ...); `curve` the lines of
+metrics.jsonl, a list of dicts (round 0: before training); name, study, command, kind, seed, tuning, status, ended, data
+(what run.json says of data and shards), commit, versions, resolved, folder or log, and `diverged`: whether the study
+says that it broke down, so that it is counted and part of no mean. None is what a run does not say.
+
+plots/rows.py joins the seeds of a method to a row of a table or a line of a figure.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import pandas as pd
+
+from common.cli import UsageError
+from common.curves import number, read_metrics
+
+TUNING = "tuning"  # the folder of the runs of --tune
+# folder -> the module that declares its STUDY, TABLE and FIGURES; imported when asked for, as they import this one
+STUDIES = {"mamba_fl": "mamba", "vit_sparse_fl": "vit", "lora_glue_fl": "glue", "llm_noniid": "noniid"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the runs of a study are called and what tells them apart, in which words.
+
+    setting(run) -> dict over `keys`: runs of one table or figure agree on these, apart from what it varies. A key that
+    a run lacks (None) agrees with anything: a central run joins every federation on its data.
+    """
+
+    name: str
+    commands: tuple  # `command` in run.json
+    kinds: dict  # kind of a run -> its name in tables and figures, in their order
+    kind: Callable  # (command, flags) -> one of kinds
+    setting: Callable
+    keys: tuple
+    said: frozenset = frozenset()  # flags that the kind or the setting says, and those that change no result
+    words: dict = field(default_factory=dict)  # key or flag -> `{}` for its value, function of it, None: says nothing
+    order: Callable = lambda key, value: order_of(value)  # a sort key
+    central: frozenset = frozenset({"central"})  # kinds without a federation: labelled among themselves
+    spoken: frozenset = frozenset()  # flags that a label says wherever rows differ in them
+    lengths: tuple = ()  # flags that only say how long a run is, said where results[budget] differ
+    budget: str = "rounds"
+    diverged: Callable = lambda run: False
+    adjust: Callable = lambda runs: runs  # the last word on the table
+    tuning: bool = False  # whether runs of --tune are read beside others
+
+
+def study(name):
+    """The declaration of a study, by its folder."""
+    return module(name).STUDY
+
+
+def module(name):
+    return import_module(f"plots.{STUDIES[name]}")
+
+
+def read(paths, *studies, unfinished=False, notes=None):
+    """The runs of these studies (all without any) in folders, and those below them, and logs: a DataFrame.
+
+    unfinished: take runs that have not ended too; notes: a list that gets a line for each run that is left out. Raises
+    UsageError where a path does not exist or there is no run.
+    """
+    studies = studies or tuple(map(study, STUDIES))
+    notes = [] if notes is None else notes
+    paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    found = []
+    for path in paths:
+        for where, record in _records(path, notes):
+            one = next((one for one in studies if record.get("command") in one.commands), None)
+            if one is None:
+                continue
+            try:
+                found.append(_row(one, record))
+            except (ValueError, TypeError, AttributeError, LookupError) as error:
+                notes.append(f"left out {where}: damaged ({error})")
+                continue
+            # a run whose updates were not finite is a result
+            ended = found[-1]["status"] == "finished" or not_finite(found[-1])
+            if not (ended or unfinished):
+                notes.append(f"left out {where}: its status is {found.pop()['status']}; --unfinished takes it too")
+            elif ended and not found[-1]["curve"] and not not_finite(found[-1]):
+                notes.append(f"left out {where}: no line in metrics.jsonl")
+                found.pop()
+    chosen = []
+    for one in studies:
+        mine = [row for row in found if row["study"] == one.name]
+        if not one.tuning and not all(row["tuning"] for row in mine):
+            mine = [row for row in mine if not row["tuning"]]
+        if mine:
+            runs = pd.DataFrame(mine, dtype=object)
+            runs = one.adjust(runs.where(runs.notna(), None))
+            runs["diverged"] = [bool(one.diverged(run)) for _, run in runs.iterrows()]
+            chosen.append(runs)
+    if not chosen:
+        commands = ", ".join(command for one in studies for command in one.commands)
+        more = f" ({'; '.join(notes[:3])})" if notes else ""
+        where = ", ".join(map(str, paths))
+        raise UsageError(f"no finished run of {commands} in {where}{more}: train first, or see --data-dir")
+    return pd.concat(chosen, ignore_index=True)
+
+
+def _records(path, notes):
+    """(where, record) of a folder's runs or a log's lines, a record like a log's line with a few words of the place."""
+    if path.is_file():
+        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                record = json.loads(line)
+                yield f"{path}:{i}", record | {"log": path, "written": i}
+            except (ValueError, TypeError):
+                notes.append(f"left out {path}:{i}: damaged")
+        return
+    if not path.is_dir():
+        raise UsageError(f"--data-dir {path} is not a folder (or a log): give the --output-dir of the runs")
+    for file in sorted(path.rglob("run.json")):
+        folder = file.parent
+        if TUNING in folder.relative_to(path).parts[:-1]:
+            continue
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+            place = {"name": folder.name, "folder": folder, "tuning": TUNING in folder.resolve().parts}
+            yield str(folder), record | place | {"curve": lines, "written": file.stat().st_mtime}
+        except (ValueError, TypeError, OSError) as error:
+            notes.append(f"left out {folder}: damaged ({error})")
+
+
+def _row(one, record):
+    flags, ended = record["args"], record.get("ended") or {}
+    about = {"study": one.name, "kind": one.kind(record["command"], flags), "seed": flags.get("seed")}
+    about |= {key: record.get(key) for key in ("name", "command", "status", "folder", "log", "written", "versions")}
+    about |= {"ended": {"how": record.get("status")} | ended, "tuning": bool(record.get("tuning"))}
+    about |= {"data": (record.get("data") or {}) | (record.get("clients") or {}), "curve": record.get("curve") or []}
+    about |= {"commit": record.get("git_commit"), "resolved": record.get("resolved")}
+    results = {key: value for key, value in (record.get("results") or {}).items() if key not in about}
+    return about | results | {f"--{flag}": value for flag, value in flags.items()}
+
+
+def not_finite(run):
+    """Whether it ended because clients' updates, or an evaluation, were not finite: it diverged in that round."""
+    how, by, reason = (run["ended"].get(key) for key in ("how", "by", "reason"))
+    return how == "failed" and (by in ("left_out", "not_finite") or "not finite" in (reason or ""))
+
+
+def flags_of(run):
+    """{flag: value} of a row of the table."""
+    return {key[2:]: value for key, value in run.items() if key.startswith("--") and value is not None}
+
+
+def result(run, name):
+    """A number of run.json's results, or where these lack it from its evaluations; nan where neither has it."""
+    value, rows = number(run.get(name)), run["curve"]
+    if not math.isnan(value) or not rows:
+        return value
+    plain = name.removesuffix("_best").removeprefix("best_").removeprefix("final_")
+    if name.startswith("best_val_") or name == "val_accuracy_best":
+        better = min if plain.endswith(("_ppl", "_loss")) else max
+        return better((v for v in (number(row.get(plain)) for row in rows) if v == v), default=math.nan)
+    return number(rows[-1].get({"rounds": "round"}.get(name, plain)))
+
+
+def order_of(value):
+    """A sort key for values of one setting or flag: numbers first."""
+    return (0, value, 0, "") if isinstance(value, (int, float)) else (1, 0, 0, str(value))

@@ -1,0 +1,274 @@
+"""Tables: the committed logs computed a second time with plain Python, and runs with numbers of hand's size."""
+
+import json
+import math
+import re
+import statistics
+from collections import defaultdict
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_runs import ROOT, call, mamba, noniid, run, tables, vit
+from scipy.stats import t as student
+
+from common.cli import UsageError
+from plots.noniid import failure
+from plots.pairs import difference, holm, interval, pairs_cell, ratio, spread
+from plots.read import STUDIES, read, study
+from plots.rows import groups, rows_of, with_settings
+
+GAP = ROOT / "mamba_fl" / "results" / "gap.jsonl"
+RATES = ROOT / "vit_sparse_fl" / "results" / "rates.jsonl"
+
+
+def log(path):
+    """{row of the grid: {seed: line}} of a log, by its names."""
+    found = defaultdict(dict)
+    for line in map(json.loads, (ROOT / path).read_text().splitlines()):
+        name, seed = re.fullmatch(r"(.*)_seed_(\d+)", line["name"]).groups()
+        found[name][int(seed)] = line
+    return found
+
+
+def numbers(cell):
+    return [float(one.replace(",", "")) for one in re.findall(r"[-+]?[\d,]*\.?\d+", cell)]
+
+
+def by_hand(values):
+    """(mean, low, high) of a paired t test."""
+    n, mean = len(values), statistics.fmean(values)
+    half = student.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+# ---- the committed logs, a second time
+
+
+def test_mambas_ratios_are_those_of_the_log():
+    every = log("mamba_fl/results/gap.jsonl")
+    central = {seed: line["results"]["test_ppl_last"] for seed, line in every["central"].items()}
+    ((_, rows),) = tables("mamba_fl --data-dir", GAP)
+    shown = [numbers(row["test ratio to central"]) for row in rows.values()]
+    for name in ("keep_lu8", "keep_lu256", "pooled_lu1", "pooled_lu64", "reset_lu64", "diloco_lu64"):
+        logs = [math.log(line["results"]["test_ppl_last"] / central[seed]) for seed, line in every[name].items()]
+        assert [round(math.exp(x), 3) for x in by_hand(logs)] in shown, name
+        final = [line["results"]["final_val_ppl"] for line in every[name].values()]
+        assert f"{statistics.fmean(final):.2f} ± {statistics.stdev(final):.2f}" in [
+            r["final val ppl"] for r in rows.values()
+        ]
+    assert len(rows) == len(every) and sum(int(row["seeds"]) for row in rows.values()) == sum(map(len, every.values()))
+
+
+def test_vits_differences_are_those_of_the_log():
+    every = log("vit_sparse_fl/results/rates.jsonl")
+    found = tables("vit_sparse_fl --against dense --data-dir", RATES)
+    (rows,) = [rows for about, rows in found if "Nc 5" in about]
+    for label, name in (("Random, lr 1.0", "random_nc5_J16"), ("Lowest magnitude, lr 0.1", "lowest_magnitude_nc5_J16")):
+        mine, dense = every[name], every["dense_nc5_J16"]
+        apart = [
+            100 * (mine[s]["results"]["test_accuracy_last"] - dense[s]["results"]["test_accuracy_last"]) for s in mine
+        ]
+        assert numbers(rows[label]["vs dense"]) == [*(round(x, 2) for x in by_hand(apart)), len(apart)]
+        own, others = (
+            [
+                statistics.fmean(
+                    row[f"interference_{which}"]
+                    for row in line["curve"]
+                    if row.get(f"interference_{which}") is not None
+                )
+                for line in mine.values()
+            ]
+            for which in ("own", "others")
+        )
+        shares = [-b / a for a, b in zip(own, others, strict=True)]
+        assert numbers(rows[label]["others / own"])[0] == round(statistics.fmean(shares), 3)
+    assert rows["Most sensitive, lr 0.1"]["diverged"] == "2 of 3" and "Random, lr 0.0435" not in rows
+
+
+def test_glues_and_noniids_differences_are_those_of_their_logs():
+    every = log("lora_glue_fl/results/trajectories.jsonl")
+    found = tables("lora_glue_fl --against naive --data-dir", ROOT / "lora_glue_fl/results/trajectories.jsonl")
+    (rows,) = [rows for about, rows in found if "4 rounds" in about and "participation" not in about]
+    mine, naive = every["sst2_skew_rolora"], every["sst2_skew_naive"]
+    apart = [mine[seed]["results"]["val_loss"] - naive[seed]["results"]["val_loss"] for seed in mine]
+    assert numbers(rows["RoLoRA, lr 0.002"]["val loss vs naive"]) == [*(round(x, 4) for x in by_hand(apart)), 5]
+
+    every = log("llm_noniid/results/regimes.jsonl")
+    place = ROOT / "llm_noniid/results/regimes.jsonl"
+    (_, rows), _ = tables("llm_noniid --against iid --fields val_accuracy --data-dir", place)
+    mine, iid = (every[f"regimes_fedavg_h50_{end}_ag_news_small"] for end in ("alpha_0.3", "iid"))
+    apart = [mine[seed]["curve"][-1]["val_accuracy"] - iid[seed]["curve"][-1]["val_accuracy"] for seed in mine]
+    assert numbers(rows["FedAvg, alpha 0.3, 4 rounds"]["val accuracy vs IID"]) == [
+        *(round(x, 3) for x in by_hand(apart)),
+        5,
+    ]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_row_of_a_log_is_a_row_of_its_grid(name):
+    """The flags tell runs apart as the names of the grid's rows do."""
+    for path in sorted((ROOT / name / "results").glob("*.jsonl")):
+        one = study(name)
+        runs = with_settings(read(path, one), one)
+        for _, members in groups(runs, one):
+            for row in rows_of(members, one):
+                assert len({re.sub(r"_?seed_\d+", "", run) for run in row.runs["name"]}) == 1
+
+
+def test_a_table_of_every_study_and_flag_is_printed():
+    for words in ("lora_glue_fl --wide", "llm_noniid --target 5", "llm_noniid --against fedavg"):
+        assert tables(words)
+    (_, rows), *_ = tables("lora_glue_fl --replay --data-dir", ROOT / "lora_glue_fl/results/replay.jsonl")
+    assert len(rows) == 11 and all("naive - exact" in row for row in rows.values())
+
+
+# ---- cells by hand
+
+
+def test_cells():
+    assert spread(np.array([1.0, 3.0])) == "2.00 ± 1.41" and spread(np.array([1500.0])) == "1,500"
+    assert spread(np.array([1.0, math.nan])) == "-" == spread(np.array([]))
+    mine, base = pd.Series({0: 1.0, 1: 2.0, 2: 9.0}), pd.Series({1: 1.0, 0: 0.5, 3: 7.0})
+    assert difference(mine, base) == "+0.75 ± 0.35"  # 0.5 and 1, by seed
+    assert pairs_cell([1.0]) == "+1.000 [?], 1" and pairs_cell([1.0, math.nan]) == "+1.000 [?], 1 of 2"
+    assert pairs_cell([math.nan]) == "none of 1 finite" and pairs_cell([]) == "-"
+    half = student.ppf(0.975, 1) * math.sqrt(0.5) / math.sqrt(2)
+    assert interval([1.0, 2.0]) == pytest.approx((1.5 - half, 1.5 + half))
+    mean, low, high, p = ratio(pd.Series({0: 2.0, 1: 8.0}), pd.Series({0: 1.0, 1: 1.0}))
+    assert mean == pytest.approx(4) and low * high == pytest.approx(16) and 0 < p < 1
+
+
+def test_holms_correction_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01, 2 x 0.03, and 0.04 not below it
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_holm_over_the_comparisons_of_a_table(tmp_path):
+    for seed, (central, federated) in enumerate([(100, 120), (101, 121.5), (99, 118)]):
+        mamba(tmp_path, f"central_seed_{seed}", "central", seed, central)
+        mamba(tmp_path, f"fed_seed_{seed}", "fed_avg", seed, federated)
+        mamba(tmp_path, f"entropy_seed_{seed}", "fed_entropy", seed, federated + seed)
+    *_, (about, rows) = tables("mamba_fl --holm --data-dir", tmp_path)
+    assert about == "Holm's correction over 3 comparisons"
+    assert {row["row"] for row in rows.values()} <= {"FedAvg", "FedEntropy"}
+    assert all(float(row["after Holm"]) >= float(row["p"]) for row in rows.values())
+
+
+# ---- rows
+
+
+def test_labels_say_what_differs_and_the_table_what_most_share(tmp_path):
+    for name, more in (("a", {}), ("b", {}), ("c", {"lr": 0.02}), ("d", {"server_lr": 0.5})):
+        mamba(tmp_path, f"{name}_seed_0", seed=0, **{"server_lr": 1.0, "local_updates": 8 if name == "b" else 1} | more)
+    code, text, _ = call("plots/tables.py mamba_fl --data-dir", tmp_path)
+    assert code == 0 and "Unless said otherwise: lr 0.01, server lr 1.0." in text
+    labels = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| FedAvg")]
+    assert labels == ["| FedAvg, LU 1", "| FedAvg, LU 8", "| FedAvg, LU 1, lr 0.02", "| FedAvg, LU 1, server lr 0.5"]
+
+
+def test_where_a_run_was_computed_tells_nothing_apart_and_the_later_of_two_counts(tmp_path):
+    mamba(tmp_path, "x", seed=0, threads=1, init_from="runs/base_seed_0/final")
+    mamba(tmp_path, "y", seed=1, threads=2, init_from="/other/base_seed_1/final")
+    ((_, rows),) = tables("mamba_fl --data-dir", tmp_path)
+    assert [row["seeds"] for row in rows.values()] == ["2"]
+    mamba(tmp_path, "z", seed=1, ppl=50.0, init_from="base_seed_1")
+    code, text, _ = call("plots/tables.py mamba_fl --data-dir", tmp_path)
+    assert code == 0 and "left out" in text and "a later run has the same flags and seed" in text and "75.00" in text
+
+
+def test_what_differs_in_its_setting_is_another_table_and_central_runs_join_each(tmp_path):
+    mamba(tmp_path, "a", dataset="demo")
+    mamba(tmp_path, "b", dataset="wikitext2")
+    mamba(tmp_path, "c", "fed_entropy", sync="epoch")
+    mamba(tmp_path, "central", "central")
+    found = tables("mamba_fl --data-dir", tmp_path)
+    assert sorted(len(rows) for _, rows in found) == [1, 3]  # wikitext2 alone; a run without sync agrees with any
+
+
+def test_runs_that_diverged_are_counted_and_in_no_mean(tmp_path):
+    vit(tmp_path, "a_seed_0", accuracy=0.5)
+    vit(tmp_path, "a_seed_1", seed=1, accuracy=0.05)  # below half of the accuracy before training
+    folder = vit(tmp_path, "a_seed_2", seed=2)
+    about = json.loads((folder / "run.json").read_text()) | {"status": "failed", "results": None}
+    about["ended"] = {"how": "failed", "by": "left_out", "round": 2}
+    (folder / "run.json").write_text(json.dumps(about))
+    ((_, rows),) = tables("vit_sparse_fl --data-dir", tmp_path)
+    (row,) = rows.values()
+    assert row["test % (last)"] == "50.00" and row["diverged"] == "2 of 3" and row["seeds"] == "3"
+
+
+def test_others_loss_at_equal_gain_by_hand(tmp_path):
+    """Dense training gains 0.5 and 2 at its rates and costs 0.1 and 1.6, loss ~ gain^2: at a gain of 1 it costs 0.4."""
+    for lr, gain in ((0.01, 0.5), (0.1, 2.0)):
+        vit(tmp_path, f"dense_{lr}", lr=lr, own=(-gain, -gain), others=(0.4 * gain**2,) * 2, accuracy=0.4 + lr)
+    vit(tmp_path, "mask", "train_federated_sparse", mask_strategy="random", own=(-1, -1), others=(0.2, 0.2), lr=0.3)
+    ((_, rows),) = tables("vit_sparse_fl --against dense --data-dir", tmp_path)
+    (cell,) = [row["others' loss, times dense's at equal gain"] for name, row in rows.items() if "Random" in name]
+    assert cell == "0.50 [?], 1"
+
+
+def test_the_baseline_is_the_rate_with_most_seeds_then_the_lowest_loss(tmp_path):
+    for lr, seeds, loss in ((0.1, 3, 3.0), (0.2, 3, 2.5), (0.3, 1, 1.0)):
+        for seed in range(seeds):
+            noniid(tmp_path, f"iid_{lr}_{seed}", seed=seed, loss=loss + seed / 10, learning_rate=lr)
+    for seed in range(3):
+        skewed = {"partition": "topic_skew", "loss": 3.0 + seed / 5, "learning_rate": 0.5}
+        noniid(tmp_path, f"skew_{seed}", seed=seed, **skewed)
+    ((_, rows),) = tables("llm_noniid --against iid --data-dir", tmp_path)
+    (cell,) = [row["val loss vs IID"] for name, row in rows.items() if "topic" in name]
+    assert cell.startswith("+0.600 [") and cell.endswith("], 3")  # 0.5, 0.6, 0.7 above lr 0.2
+
+
+@pytest.mark.parametrize(
+    "losses, said",
+    [([4, 3, 2], ""), ([4, 3, 3.5], "first evaluation"), ([4, 5, 4.5], "before training"), ([4, math.nan], "finite")],
+)
+def test_which_runs_failed(losses, said):
+    words = failure([{"round": t, "val_loss": loss} for t, loss in enumerate(losses)])
+    assert said in words and bool(words) == bool(said)
+
+
+# ---- reading
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    mamba(tmp_path, "whole")
+    run(tmp_path, "running", "fed_avg", {"seed": 1}, [{"val_ppl": 2.0}], status="running")
+    run(tmp_path, "empty", "fed_avg", {"seed": 1}, [])
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "run.json").write_text('{"command": "fed_avg"')
+    mamba(tmp_path / "tuning", "tuned", seed=100)
+    notes = []
+    runs = read(tmp_path, study("mamba_fl"), notes=notes)
+    assert list(runs["name"]) == ["whole"] and len(notes) == 3
+    assert "no line in metrics.jsonl" in notes[0] and "--unfinished" in notes[1] and "damaged" in notes[2]
+    assert set(read(tmp_path, unfinished=True)["name"]) == {"whole", "running"}
+    assert list(read(tmp_path / "tuning")["tuning"]) == [True]  # asked for by name
+
+
+def test_a_last_line_that_was_cut_off_is_left_out_and_other_damage_is_said(tmp_path):
+    lines = mamba(tmp_path, "a") / "metrics.jsonl"
+    lines.write_text(lines.read_text()[:-10])
+    assert len(read(tmp_path)["curve"][0]) == 2
+    lines.write_text("{\n" + lines.read_text())
+    with pytest.raises(UsageError, match="damaged"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("mamba_fl --data-dir {}/none", "not a folder"),
+        ("vit_sparse_fl --data-dir {}", "train first"),
+        ("mamba_fl --data-dir {} --columns nonsense", "--columns nonsense"),
+        ("mamba_fl --data-dir {} --config pure_ssm_7_layer", "there are pure_ssm_1_layer"),
+        ("lora_glue_fl --tasks wnli", "no run of --tasks wnli"),
+        ("lora_glue_fl --replay --data-dir lora_glue_fl/results/small.jsonl", "--replay: there are no"),
+    ],
+)
+def test_what_is_refused(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    mamba(tmp_path, "a")
+    code, _, err = call("plots/tables.py", *words.format(tmp_path).split())
+    assert code == 2 and said in err and err.count("\n") == 1

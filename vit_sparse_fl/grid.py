@@ -1,0 +1,154 @@
+"""The rows of run_all_experiments.py.
+
+full, quick  every setting of the source, one factor at a time from IID, J = 4, dense
+rates        the measured study: every row at its own rate. Half of the classes pretrain, the rest is federated; seed S
+             takes split S mod 3 of SPLITS, each pretrained once, so that seeds 0 to 5 are two seeds of each split.
+             --tune runs on a fourth split: the best accuracy on its validation images (the loss prefers rates at which
+             nothing is learnt). As many images in every row: 153,600, central 157,472 (7 epochs). On 2 cores a run
+             takes 1.1 to 1.4 minutes, a pretraining 6
+rates-gpu    the same with ViT-S/8 at 64 px
+"""
+
+from plots.runner import preset, row
+
+STRATEGIES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude", "random")
+CENTRAL, DENSE = "vit_sparse_fl/train_centralized.py", "vit_sparse_fl/train_federated.py"
+SPARSE, TOPK = "vit_sparse_fl/train_federated_sparse.py", "vit_sparse_fl/train_federated_topk.py"
+
+# ---- the source's
+
+
+def source(rounds, nc, js, sparsities, calibrations, central="", federated="", sparse="", topk="", needs=()):
+    """One factor at a time. nc: classes a client; js: local steps; federated: of all but central training; sparse: of
+    masks besides; topk: of the run that trains densely and sends a part."""
+
+    def one(line, group):
+        return row(line, group, needs=needs)
+
+    def dense(words="", t=rounds):
+        return one(f"{DENSE} {federated} --num-rounds {t} {words}", "federated")
+
+    def masked(words, group="sparse"):
+        return one(f"{SPARSE} {federated} --num-rounds {rounds} {sparse} {words}", group)
+
+    rows = {"centralized": one(f"{CENTRAL} {central}", "centralized"), "fedavg_iid": dense()}
+    rows |= {f"fedavg_nc{n}": dense(f"--sharding non_iid --nc {n}") for n in nc}
+    rows |= {f"fedavg_J{j}": dense(f"--local-steps {j}", max(1, rounds * 4 // j)) for j in js}
+    for name in STRATEGIES:
+        group = "sparse" if name == "least_sensitive" else "extension"
+        rows[f"{name}_s0.9"] = masked(f"--mask-strategy {name}", group)
+    least = "--mask-strategy least_sensitive"
+    rows |= {f"least_sensitive_s{s:g}": masked(f"{least} --sparsity-ratio {s}") for s in sparsities}
+    rows |= {f"calibration_rounds_{n}": masked(f"--calibration-rounds {n}") for n in calibrations}
+    for name in ("least_sensitive", "random"):
+        rows[f"{name}_s0.9_nc5"] = masked(f"--mask-strategy {name} --sharding non_iid --nc 5")
+    if "--freeze-head" in federated:
+        rows["fedavg_iid_head_trained"] = dense("--no-freeze-head")
+    rows["topk_s0.9"] = one(f"{TOPK} {federated} --num-rounds {rounds} {topk}", "extension")
+    rows["per_layer"] = masked("--mask-scope layer", "extension")
+    rows["calibration_seed"] = masked("--calibration seed", "extension")
+    rows["on_clients"] = masked("--calibrate-on clients", "extension")
+    return rows
+
+
+FULL = source(500, (50, 10, 5, 1), (8, 16), (0.5, 0.7, 0.95, 0.99), (1, 2, 3, 5, 6, 7, 8, 9, 10))
+# a few epochs on the same ten classes come first: under a mask a ViT with random weights learns nothing
+FROM = "--init-from {output}/pretrain --head keep"
+SMALL = "--dataset demo --model tiny --classes 0:10 --batch-size 32 --dropout 0 --threads 1"
+QUICK = source(
+    8,
+    (5, 1),
+    (8,),
+    (0.5,),
+    (1,),
+    central=f"{FROM} --epochs 6 --warmup-epochs 1 --lr 0.1",
+    federated=f"{FROM} --num-clients 20 --participation-rate 0.25 --freeze-head --lr 0.1 --eval-every 2",
+    sparse="--fisher-samples 64 --lr 0.5",
+    topk="--lr 0.1",
+    needs=("pretrain",),
+)
+PRETRAIN = "--early-stopping-patience 0 --seed 0"
+QUICK["pretrain"] = row(f"{CENTRAL} --epochs 3 --warmup-epochs 1 --lr 0.1 {PRETRAIN}", "first", tag="")
+
+# ---- every row at its own rate, on several splits of the classes
+
+SPLITS = ("0:50", "50:100", "25:75", "10:60")  # classes of the pretraining; the last one's are for --tune
+
+
+def values(seed, tuning):
+    """What stands in rows for a seed; in runs of --tune nothing is measured besides."""
+    split = len(SPLITS) - 1 if tuning else seed % (len(SPLITS) - 1)
+    return {"split": split, "classes": SPLITS[split], "every_10": 0 if tuning else 10, "every_30": 0 if tuning else 30}
+
+
+SHARED = "--init-from {output}/pretrain_seed_{split} --classes rest --head ridge --freeze-head --batch-size 32"
+SHARED += " --early-stopping-patience 0"
+FEDERATIONS = {  # rounds x 10 clients x steps x 32 = 153,600 images, 6.8 passes of 22,500
+    "nc5_J16": "--num-rounds 30 --local-steps 16 --sharding non_iid --nc 5 --interference-every {every_10}",
+    "nc1_J4": "--num-rounds 120 --local-steps 4 --sharding non_iid --nc 1 --interference-every {every_30}",
+    "iid_J4": "--num-rounds 120 --local-steps 4 --interference-every {every_30}",
+    "iid_J16": "--num-rounds 30 --local-steps 16 --interference-every {every_10}",
+}
+FIRST, NO_SKEW = "nc5_J16", "iid_J16"  # the one that has controls and 6 seeds; the one at the former's rates
+ALL, KEPT, SLOW = (0.01, 0.03, 0.1), (0.1, 0.3, 1.0), (0.3, 1.0, 3.0)  # rates where all weights move, some, the least
+LEAST = f"{SPARSE} --mask-strategy least_sensitive"
+MAIN = {"dense": (DENSE, ALL)} | {name: (f"{SPARSE} --mask-strategy {name}", KEPT) for name in STRATEGIES}
+MAIN |= {
+    "least_sensitive": (LEAST, SLOW),
+    "least_per_layer": (f"{LEAST} --mask-scope layer", KEPT),
+    "topk": (TOPK, ALL),
+}
+CONTROLS = {
+    "head_only": (f"{DENSE} --freeze-backbone --no-freeze-head", ALL),
+    "least_no_key_bias": (f"{LEAST} --mask-omit key_bias", SLOW),
+}
+# at rates below the best one: the most sensitive mask's diverges on two of the three splits, as dense training's of
+# iid_J4; and dense training has lower ones to see what clients do to each other where they gain as little as under
+# masks
+LOW = {"lower_dense": ("dense", 0.01), "lowest_dense": ("dense", 0.003)}
+LOWER = {
+    FIRST: {"lower_most_sensitive": ("most_sensitive", 0.033), **LOW},
+    "nc1_J4": LOW,
+    "iid_J4": {"lower_dense": ("dense", 0.03)},
+}
+
+
+def rates():
+    """Every row of every federation, and central training at the federations' number of images."""
+    first = {"needs": ("pretrain",)}
+    words = f"{SHARED} --epochs 7 --warmup-epochs 0"
+    pretrain = f"{CENTRAL} --epochs 80 --warmup-epochs 5 --lr 0.1 --weight-decay 1e-4 --mixup 0.2 {PRETRAIN}"
+    rows = {"pretrain": row(pretrain + " --classes {classes}", "first", tag="_seed_{split}")}
+    rows["central"] = row(f"{CENTRAL} {words}", f"controls_{FIRST}", 3, {"lr": ALL}, **first)
+    for federation, more in FEDERATIONS.items():
+        more, seeds = f"{SHARED} --eval-every 10 --save-every 40 {more}", 6 if federation == FIRST else 3
+        for name, (line, grid) in MAIN.items():
+            if federation != NO_SKEW:
+                rows[f"{name}_{federation}"] = row(f"{line} {more}", f"main_{federation}", seeds, {"lr": grid}, **first)
+            elif name in ("dense", "random", "least_sensitive"):
+                taken = f"{name}_{FIRST}"
+                rows[f"{name}_{federation}"] = row(f"{line} {more}", f"main_{federation}", 3, rate_of=taken, **first)
+        for name, (line, grid) in CONTROLS.items() if federation == FIRST else ():
+            rows[f"{name}_{federation}"] = row(f"{line} {more}", f"controls_{federation}", 3, {"lr": grid}, **first)
+        for name, (of, rate) in LOWER.get(federation, {}).items():
+            rows[f"{name}_{federation}"] = row(f"{MAIN[of][0]} {more} --lr {rate}", f"lower_{federation}", 3, **first)
+    return rows
+
+
+TINY = "--dataset cifar100 --model tiny --threads 1 --amp auto --dropout 0"
+BEST = {"seeds": range(6), "objective": "val_accuracy", "higher": True}
+STUDY = {
+    "presets": {
+        "full": preset(FULL),
+        "quick": preset(QUICK, SMALL, seeds=(0,)),
+        "rates": preset(rates(), TINY, tuned="vit_sparse_fl/results/tuning/rates.json", **BEST),
+        "rates-gpu": preset(rates(), TINY.replace("tiny", "small"), **BEST),
+    },
+    "default": "full",
+    "output": "results/vit_{preset}",
+    "values": values,
+    "show": [
+        "plots/vit.py --data-dir {output} --out-dir {output}/figures",
+        "plots/tables.py vit_sparse_fl --data-dir {output}",
+    ],
+}

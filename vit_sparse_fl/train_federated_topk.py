@@ -1,0 +1,60 @@
+"""FedAvg on CIFAR-100 with sparse uploads: a client sends the largest of its changes only.
+
+    python vit_sparse_fl/train_federated_topk.py --sparsity-ratio 0.9
+    python vit_sparse_fl/train_federated_topk.py --dataset demo --model tiny --num-rounds 50      # offline, a CPU
+
+theta <- theta + eta_s sum_k p_k C(theta_k - theta)     C: the k largest entries, the others 0 (Stich et al. 2018)
+
+The plain alternative to a mask at equal bytes up: k is such that values and their places take as many bytes as the
+values that a mask of --sparsity-ratio keeps.
+"""
+
+from common.aggregation import WeightedMean
+from common.cli import checked
+from common.participation import per_round
+from common.processes import run_federated
+from common.runlog import start_run
+from vit_sparse_fl import flags
+from vit_sparse_fl.experiments import federated_settings, repeated, run_each
+from vit_sparse_fl.masks import check_sparsity
+from vit_sparse_fl.study import client_update, finish, load_study, probes
+from vit_sparse_fl.topk import top_k
+
+
+def build_parser():
+    parser, own = flags.make_parser(__doc__.split("\n")[0], sparse=True)
+    flags.add_sparsity_flag(own)
+    flags.add_experiment_flags(own)
+    return parser
+
+
+def train(args):
+    with start_run("train_federated_topk", args, args.run_name, unit="images") as run:
+        study = load_study(args, run, sparse=True)
+        theta = run.restore(study.first, study.weights.named, **study.lasting)
+        size = max(1, round((1 - args.sparsity_ratio) * study.weights.size) // 2)
+        study.sends(8 * size, down=study.weights.bytes)  # a value and its place are 8 bytes
+        run.watch(*probes(study))
+        run.report(0, theta, study.evaluate)
+
+        for t in run.rounds():
+            clients = run.sample(study, t)
+            mean = WeightedMean(theta, clients)
+            for k in clients:
+                theta_k = client_update(study, theta, k, t)
+                mean.add(top_k(theta, theta_k, size))
+            theta = mean.result(args.server_lr)
+            run.report(t + 1, theta, study.evaluate)
+
+        finish(study, theta)
+
+
+def main(args):
+    check_sparsity(args.sparsity_ratio)
+    runs = repeated(args, federated_settings(args, f"topk_s{args.sparsity_ratio:g}"))
+    run_each("train_federated_topk", train, runs)
+
+
+if __name__ == "__main__":
+    args = checked(flags.parse, build_parser())
+    run_federated(main, args, per_round(args.participation_rate, args.num_clients), flags.process_memory(args))
