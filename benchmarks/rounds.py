@@ -19,7 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from common.cli import Parser, positive_int, run_main
+import torch
+
+from common import parallel, runlog
+from common.cli import Parser, parse, positive_int, run_main
+from common.processes import run_federated
 
 NAMES = ("mamba_fl", "vit_sparse_fl", "lora_glue_fl", "llm_noniid")
 
@@ -35,15 +39,6 @@ def build_parser():
     parser.add_argument("--memory", action="store_true", help="peak memory of 100 clients against 10")
     parser.add_argument("--study", choices=list(NAMES), help=argparse.SUPPRESS)
     return parser
-
-
-if __name__ == "__main__":  # above the imports that take seconds: --help and a typo are answered at once
-    options = build_parser().parse_args()
-
-import torch
-
-from common import parallel, runlog
-from common.processes import run_federated
 
 
 class Done(Exception):
@@ -203,4 +198,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    run_main(main, options)
+    run_main(main, parse(build_parser()))

@@ -204,7 +204,7 @@ def test_seed_calibration_is_one_threshold_on_the_mean(weights, sizes):
 def test_every_strategy_keeps_exactly_k_and_changes_no_weight(weights, sizes, strategy):
     before = weights.snapshot()
     for sparsity in (0.5, 0.95):
-        for method in m.CALIBRATIONS:
+        for method in ("talos", "seed"):
             whole = make(weights.theta, sizes, strategy, sparsity, method=method)
             assert int(whole.sum()) == round((1 - sparsity) * weights.size)
             layers = make(weights.theta, sizes, strategy, sparsity, method=method, scope="layer")
