@@ -27,6 +27,7 @@ KEYS = {"command": str, "args": dict, "status": str, "data": dict, "resolved": d
 PLACES = ("source", "model", "tokenizer")  # of the data: where they lie may change; the flags compare the last two
 LENGTHS = ("rounds", "num_rounds")
 CONSTANT = {"scheduler": "none", "lr_scheduler": "constant", "warmup_ratio": 0}  # rates that know no last round
+STARTS = ("init_from", "init_adapter", "model", "mask")  # flags that may name what a run starts from
 OF_A_FIT = ("fedavg_rounds",)  # commands whose schedule is of a client's steps in one round
 
 
@@ -83,6 +84,11 @@ def check_folder(folder, command, args):
             raise UsageError(f"{folder} is not a run folder: choose another --run-name or --output-dir")
         return None
     if args.overwrite:
+        for flag in STARTS:
+            if (start := getattr(args, flag, None)) and Path(start).resolve().is_relative_to(folder.resolve()):
+                raise UsageError(
+                    f"--overwrite would delete {start}, from which the run starts: choose another --run-name"
+                )
         return None
     before = read(file)
     if lacking := [key for key, kind in KEYS.items() if not isinstance(before.get(key), kind)]:

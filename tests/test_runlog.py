@@ -104,6 +104,15 @@ def test_a_run_that_stops_early_says_by_what_and_is_finished(tmp_path):
     assert [line["round"] for line in read_metrics(tmp_path / "r")] == [0, 1, 2, 3, 4]
 
 
+def test_overwrite_does_not_delete_what_the_run_starts_from(tmp_path):
+    train(arguments(tmp_path), 2)
+    with pytest.raises(UsageError, match="--overwrite would delete .*r/final, from which the run starts"):
+        start_run("train", arguments(tmp_path, overwrite=True, init_from=str(tmp_path / "r" / "final")), "r")
+    assert (tmp_path / "r" / "final").is_dir()
+    with start_run("train", arguments(tmp_path, overwrite=True, init_from=str(tmp_path / "other"), model="tiny"), "r"):
+        pass
+
+
 def test_changed_flags_data_and_model_are_named(tmp_path):
     with pytest.raises(RuntimeError):
         train(arguments(tmp_path), 6, {3: fail(RuntimeError("x"))})
