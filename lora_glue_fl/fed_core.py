@@ -239,7 +239,6 @@ def client_update(study, theta, k, t):
     Returns (factors_k {layer: (A, B)}, head_k [h]), both in the model, valid until the next client.
     """
     a, model, run = study.args, study.model, study.run
-    model.adapted.load_base(base_of(theta))
     model.adapted.load(starts_of(study, theta, t, study.ranks[k]), study.named_head(theta["head"]), study.scale)
     weights = Weights(model.model, model.adapted.trainable(trained_factors(a.aggregate, t)))  # the head last
     model.model.train()
@@ -256,12 +255,14 @@ def client_update(study, theta, k, t):
 
 
 class Adapters(Follower):
-    """Writes the adapters of the clients that count and, with --eval-clients, evaluates them; deletes old rounds'."""
+    """Puts a round's base weights into the model, once for all clients; writes the adapters of those that count and,
+    with --eval-clients, evaluates them; deletes old rounds'."""
 
     def __init__(self, study):
         self.study = study
 
     def open_round(self, clients, theta):
+        self.study.model.adapted.load_base(base_of(theta))
         self.study.folders.prune(clients.number - 1)  # the checkpoint of a later round may be needed until here
 
     def accept(self, clients, sent):
