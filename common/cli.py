@@ -19,6 +19,7 @@ import time
 import warnings
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+RARE = "rarely changed"  # the title of a group of flags that --help leaves out and --help-all shows
 AGAIN = 1.0  # seconds: a terminal, a launcher and a queue may send the same signal; one that comes later means it
 
 
@@ -65,13 +66,31 @@ class Parser(argparse.ArgumentParser):
     `--num_clients 4` and `--num-clients 4` are one flag. Abbreviations are off: a flag that a later version
     adds must not change what an old command line means. A bad command line exits with code 2 and one line.
 
-    --help begins with one line of usage and the first commands in the docstring of the script that runs.
+    --help begins with one line of usage and the first commands in the docstring of the script that runs. It leaves out
+    the flags of the group `RARE`, which --help-all shows.
     """
 
     def __init__(self, description, **kwargs):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self._groups = {}
 
-    def format_help(self):
+    def group(self, title):
+        """The group of flags of this title: there is one."""
+        if title not in self._groups:
+            self._groups[title] = self.add_argument_group(title)
+            if title == RARE:
+                self.add_argument("--help-all", action=_HelpAll, nargs=0, help=f"also the flags that are {RARE}")
+        return self._groups[title]
+
+    def format_help(self, everything=False):
+        groups, rare = self._action_groups, [g for g in self._action_groups if g.title == RARE]
+        self._action_groups = [g for g in groups if g not in rare] + rare * everything
+        try:
+            return self._format_help()
+        finally:
+            self._action_groups = groups
+
+    def _format_help(self):
         needed = [[*a.option_strings[:1], a.metavar or a.dest.upper()] for a in self._actions if a.required]
         self.usage = " ".join(["%(prog)s", *(word for words in needed for word in words), "[--flag value ...]"])
         usage, gap, rest = super().format_help().partition("\n\n")
@@ -109,6 +128,12 @@ class Parser(argparse.ArgumentParser):
             given = "'--'" if "--" in words else "an empty text"  # of --flag=-- argparse makes an empty list
             raise argparse.ArgumentError(action, f"{given} is no value of it: give one, or drop the flag")
         return super()._get_values(action, words)
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser, *_):
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
 
 
 def _hyphenated(args):
@@ -161,48 +186,36 @@ def folder_name(text):
     return text
 
 
-def add_run_flags(parser, *other_names):
-    """The flags of the run itself, the same in every script. other_names: more spellings of --run-name."""
-    group = parser.add_argument_group("the run")
+def add_run_flags(parser, seed=42, federated=False, names=(), folders=()):
+    """The flags of the run itself, the same in every script: its name, its folder, and the machine's.
+
+    Args: seed: the default; names, folders: more spellings of --run-name and --output-dir.
+    """
+    add = parser.group("the run").add_argument
     text = "folder of this run (default: made from the flags)"
-    group.add_argument("--run-name", *other_names, type=folder_name, metavar="NAME", help=text)
-    one = group.add_mutually_exclusive_group()
+    add("--run-name", *names, type=folder_name, metavar="NAME", help=text)
+    add("--output-dir", *folders, default="results", metavar="DIR", help="where run folders go")
+    one = parser.group("the run").add_mutually_exclusive_group()
     one.add_argument("--resume", action="store_true", help="go on with the run of this name, if there is one")
     one.add_argument("--overwrite", action="store_true", help="delete the run of this name and start anew")
-    group.add_argument(
-        "--track", choices=["off", "wandb", "tensorboard"], default="off", help="also send the metrics there"
-    )
-    return group
-
-
-def add_final_flag(group):
-    """Which weights final/ holds."""
+    add_machine_flags(parser, seed, federated)
+    add = parser.group(RARE).add_argument
+    add("--track", choices=["off", "wandb", "tensorboard"], default="off", help="also send the metrics there")
     which = "weights that final/ holds: of the last round, or of the best by the validation metric (never of round 0)"
-    group.add_argument("--final", choices=["last", "best"], default="last", help=which)
+    add("--final", choices=["last", "best"], default="last", help=which)
 
 
-def add_machine_flags(group, seed=42, federated=False):
+def add_machine_flags(parser, seed=42, federated=False):
     """Seed, device, threads and precision, and for federated scripts processes. Args: seed: the default."""
-    group.add_argument("--seed", type=seed_number, default=seed, metavar="N", help="all randomness follows from it")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument(
-        "--threads",
-        type=thread_count,
-        default=0,
-        metavar="N",
-        help="CPU threads a process; 0: " + ("one" if federated else "all cores"),
-    )
+    add = parser.group("the run").add_argument
+    add("--seed", type=seed_number, default=seed, metavar="N", help="all randomness follows from it")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    shared = "processes that share a round's clients; 0: one a core (on CUDA a GPU), as clients and memory allow"
     if federated:
-        group.add_argument(
-            "--processes",
-            type=thread_count,
-            default=0,
-            metavar="N",
-            help="processes that share a round's clients; 0: one a core (on CUDA a GPU), as clients and memory allow",
-        )
-    group.add_argument(
-        "--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products"
-    )
+        add("--processes", type=thread_count, default=0, metavar="N", help=shared)
+    add("--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products")
+    threads = "CPU threads a process; 0: " + ("one" if federated else "all cores")
+    parser.group(RARE).add_argument("--threads", type=thread_count, default=0, metavar="N", help=threads)
 
 
 def end_with(line):

@@ -6,8 +6,6 @@ from common.choices import CLIENT_OPTIMIZERS, SIZES
 from common.cli import (
     Parser,
     UsageError,
-    add_final_flag,
-    add_machine_flags,
     add_run_flags,
     fraction,
     half_open_fraction,
@@ -121,12 +119,10 @@ def build_parser(description):
     number(train, "--learning-rate", positive_float, 5e-5, "of the clients", "X", "--lr")
     number(train, "--eval-every", positive_int, 5, "evaluate every N rounds", "N")
     number(train, "--probe-samples", non_negative_int, 32, "texts for CKA; off: 0", "N")
-    add_final_flag(train)
 
-    run = add_run_flags(parser, "--name")
-    run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
-    run.add_argument("--output-dir", "--results-dir", default="results", metavar="DIR", help="where run folders go")
-    add_machine_flags(run, federated=True)
+    add_run_flags(parser, federated=True, names=["--name"], folders=["--results-dir"])
+    text = "yaml file with defaults for the flags (configs/default.yaml)"
+    parser.group("the run").add_argument("--config", metavar="FILE", help=text)
     return parser
 
 

@@ -64,7 +64,7 @@ def build_parser():
     train.add_argument("--epochs", type=positive_int, default=3, metavar="N", help="passes over the texts")
     train.add_argument("--batch-size", type=positive_int, default=16, metavar="B", help="texts a step")
     train.add_argument("--learning-rate", type=positive_float, default=2e-3, metavar="X", help="AdamW's highest")
-    add_machine_flags(parser.add_argument_group("the run"))
+    add_machine_flags(parser)
     return parser
 
 

@@ -19,7 +19,7 @@ def build_parser():
     run = parser.add_argument_group("the evaluation")
     run.add_argument("--output-dir", default="./out_eval", metavar="DIR", help="where metrics.json goes")
     add_evaluation_flags(run)
-    add_machine_flags(run)
+    add_machine_flags(parser)
     return parser
 
 

@@ -51,12 +51,12 @@ def build_parser():
     own.add_argument("--overwrite", action="store_true", help="replace an adapter in that folder")
     own.add_argument("--eval", action="store_true", help="the task's metrics of the result on its validation split")
     add_task_flags(parser, task_required=False)
-    run = parser.add_argument_group("the run")
+    run = parser.group("the run")
     run.add_argument(
         "--task-name", default="glue", metavar="TASK", help="a GLUE task, checked against the manifests; glue: any"
     )
     add_evaluation_flags(run)
-    add_machine_flags(run)
+    add_machine_flags(parser)
     return parser
 
 

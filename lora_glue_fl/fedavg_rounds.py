@@ -12,7 +12,6 @@ import argparse
 
 from common.choices import RULES
 from common.cli import (
-    add_final_flag,
     fraction,
     non_negative_float,
     parse,
@@ -65,7 +64,6 @@ def build_parser():
     text = "evaluate what the other rules would serve of the same clients (off: without)"
     report.add_argument("--replay", action="store_true", help=text)
     report.add_argument("--eval-clients", action="store_true", help="evaluate each client's adapter too")
-    add_final_flag(report)
     report.add_argument(
         "--keep",
         nargs="+",

@@ -6,8 +6,6 @@ from common.choices import SPLITS
 from common.cli import (
     Parser,
     UsageError,
-    add_final_flag,
-    add_machine_flags,
     add_run_flags,
     half_open_fraction,
     non_negative_float,
@@ -35,16 +33,15 @@ def size_label(args):
 def make_parser(description, output_dir, *output_names, federated=False):
     """The parser of one training script: model, data, the run. Returns (parser, group for the script's own flags).
 
-    Args: output_dir: the default; output_names: more spellings of --output-dir; federated: as `add_machine_flags`.
+    Args: output_dir: the default; output_names: more spellings of --output-dir; federated: as `add_run_flags`.
     """
     parser = Parser(description)
     own = parser.add_argument_group("the method")
     add_task_flags(parser)
     text = "what the head reads: the first token, or the mean over all that are no padding (off: cls)"
     own.add_argument("--pooling", choices=["cls", "mean"], default="cls", help=text)
-    run = add_run_flags(parser)
-    run.add_argument("--output-dir", *output_names, default=output_dir, metavar="DIR", help="where run folders go")
-    add_machine_flags(run, federated=federated)
+    add_run_flags(parser, federated=federated, folders=output_names)
+    parser.set_defaults(output_dir=output_dir)
     return parser, own
 
 
@@ -141,7 +138,6 @@ def make_central_parser(description, output_dir, learning_rate):
     parser, own = make_parser(description, output_dir)
     own.add_argument("--do-train", action="store_true", help="train")
     own.add_argument("--do-eval", action="store_true", help="evaluate every epoch; without --do-train: zero-shot")
-    add_final_flag(own)
     train = add_training_flags(parser, learning_rate)
     train.add_argument(
         "--num-train-epochs", type=positive_float, default=3.0, metavar="X", help="passes over the examples"

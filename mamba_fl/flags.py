@@ -6,8 +6,6 @@ from pathlib import Path
 from common.cli import (
     Parser,
     UsageError,
-    add_final_flag,
-    add_machine_flags,
     add_run_flags,
     fraction,
     half_open_fraction,
@@ -115,10 +113,7 @@ def make_parser(doc, *, federated=True):
     add("--save-deltas", action="store_true", help="store the updates of the state-space parameters")
     add("--prompt", type=str, default="Once upon a time,", help="text that the samples go on from; off: ''")
 
-    run = add_run_flags(parser)
-    add_final_flag(run)
-    run.add_argument("--output-dir", "--data-dir", default="results", metavar="DIR", help="where run folders go")
-    add_machine_flags(run, 0, federated)
+    add_run_flags(parser, 0, federated, folders=["--data-dir"])
     return parser, add_to_method
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from common.cli import (
     Parser,
     UsageError,
-    add_final_flag,
-    add_machine_flags,
     add_run_flags,
     fraction,
     half_open_fraction,
@@ -65,15 +63,13 @@ def make_parser(description, *, federated=True, sparse=False):
     number(report, "--save-every", positive_int, every, "N", f"resumable checkpoint every N {unit}")
     if federated:
         _interference_flags(report)
-    add_final_flag(report)
     report.add_argument("--log-dir", metavar="DIR", help="text logs (default: OUTPUT_DIR/logs)")
     report.add_argument("--use-wandb", action="store_true", help="the same as --track wandb")
     report.add_argument("--wandb-project", default="fedquartet", metavar="NAME", help="project at wandb")
-    run = add_run_flags(parser, "--experiment-name")
+    add_run_flags(parser, federated=federated, names=["--experiment-name"], folders=["--checkpoint-dir"])
+    run = parser.group("the run")
     number(run, "--num-runs", positive_int, 1, "N", "runs, with seeds SEED, SEED + 1, ...")
     run.add_argument("--config", metavar="FILE", help="yaml file with defaults for the flags (configs/default.yaml)")
-    run.add_argument("--output-dir", "--checkpoint-dir", default="results", metavar="DIR", help="where run folders go")
-    add_machine_flags(run, federated=federated)
     run.add_argument("--use-amp", action="store_true", help="the same as --amp auto")
     number(run, "--num-workers", non_negative_int, 0, "N", "no effect: there is no loader")
     return parser, own
