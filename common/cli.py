@@ -9,7 +9,6 @@ Nothing heavy is imported here: a typo and --help are answered at once.
 import argparse
 import contextlib
 import difflib
-import errno
 import math
 import os
 import re
@@ -39,7 +38,7 @@ class RunFailed(_OneLine):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Shows the default of every flag that has one, and the values after the last spelling only."""
+    """Shows the default of every flag that has one."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=32, width=100)
@@ -50,24 +49,15 @@ class _HelpFormatter(argparse.HelpFormatter):
             return text
         return text + " (default: %(default)s)"
 
-    def _format_action_invocation(self, action):
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        values = self._format_args(action, self._get_default_metavar_for_optional(action))
-        return ", ".join(action.option_strings) + " " + values
-
     def _get_default_metavar_for_optional(self, action):
         return {int: "N", float: "X"}.get(action.type, "TEXT")
 
 
 class Parser(argparse.ArgumentParser):
-    """`argparse.ArgumentParser` whose flags may be written with hyphens or underscores.
+    """`argparse.ArgumentParser` for which `--num_clients 4` and `--num-clients 4` are one flag, without abbreviations.
 
-    `--num_clients 4` and `--num-clients 4` are one flag. Abbreviations are off: a flag that a later version
-    adds must not change what an old command line means. A bad command line exits with code 2 and one line.
-
-    --help begins with one line of usage and the first commands in the docstring of the script that runs. It leaves out
-    the flags of the group `RARE`, which --help-all shows.
+    --help begins with the first commands in the docstring of the script that runs. It leaves out the flags of the group
+    `RARE`, which --help-all shows. A bad command line exits with code 2 and one line.
     """
 
     def __init__(self, description, **kwargs):
@@ -83,33 +73,25 @@ class Parser(argparse.ArgumentParser):
         return self._groups[title]
 
     def format_help(self, everything=False):
+        needed = [f"{a.option_strings[0]} {a.metavar}" for a in self._actions if a.required and a.option_strings]
+        self.usage = " ".join(["%(prog)s", *needed, "[--flag value ...]"])
         groups, rare = self._action_groups, [g for g in self._action_groups if g.title == RARE]
         self._action_groups = [g for g in groups if g not in rare] + rare * everything
-        try:
-            return self._format_help()
-        finally:
-            self._action_groups = groups
-
-    def _format_help(self):
-        needed = [[*a.option_strings[:1], a.metavar or a.dest.upper()] for a in self._actions if a.required]
-        self.usage = " ".join(["%(prog)s", *(word for words in needed for word in words), "[--flag value ...]"])
         usage, gap, rest = super().format_help().partition("\n\n")
-        return "\n    ".join([usage, *self._examples()]) + gap + rest
-
-    def _examples(self):
+        self._action_groups = groups
         doc = re.sub(r"\\\n *", "", getattr(sys.modules["__main__"], "__doc__", None) or "")
         commands = [line.strip() for line in doc.split("\n") if line.strip().startswith("python ")]
-        return ([line for line in commands if self.prog in line] or commands)[:2]
+        return "\n    ".join([usage, *commands[:2]]) + gap + rest
 
     def error(self, message):
         end_with(f"{self.prog}: error: {_one_line(message)} (see --help)")
 
     def parse_args(self, args=None, namespace=None):
-        words = _hyphenated(args)
-        unknown = [word for word in words if word.partition("=")[0] not in self._option_string_actions]
-        if not self._subparsers and (flags := [word for word in unknown if word[:2] == "--" != word]):
-            self.error(self._unknown(flags[0]))  # before what is missing
-        flags, rest = self.parse_known_args(words, namespace)
+        flags, rest = self.parse_known_args(args, namespace)
+        if rest and rest[0].startswith("--"):
+            name, known = rest[0].partition("=")[0], [flag[2:] for flag in self._option_string_actions]
+            near = difflib.get_close_matches(name[2:], known, n=1)  # "--" is no likeness
+            self.error(f"unknown flag {name}" + "".join(f": did you mean --{one}?" for one in near))
         if rest:
             self.error(f"{rest[0]!r} belongs to no flag: drop it")
         return flags
@@ -117,17 +99,46 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         return super().parse_known_args(_hyphenated(args), namespace)
 
-    def _unknown(self, word):
-        name, flags = word.partition("=")[0], [flag[2:] for flag in self._option_string_actions]
-        near = difflib.get_close_matches(name[2:], flags, n=1)  # "--" is no likeness
-        return f"unknown flag {name}" + "".join(f": did you mean --{one}?" for one in near)
+    def taken(self, action, value):
+        """What a flag makes of a yaml file's value. Raises: ValueError, argparse.ArgumentError."""
+        if isinstance(value, bool) != (action.nargs == 0) or isinstance(value, list) != (action.nargs == "+"):
+            raise ValueError("not what this flag takes: true or false, one value, or a list")
+        words = value if isinstance(value, list) else [value]
+        return value if action.nargs == 0 else self._get_values(action, [str(word) for word in words])
 
-    def _get_values(self, action, words):
-        """type=str says that '' is a value; else it is refused, as of a shell's variable that is not set."""
-        if action.option_strings and action.nargs != 0 and ("--" in words or "" in words and action.type is None):
-            given = "'--'" if "--" in words else "an empty text"  # of --flag=-- argparse makes an empty list
-            raise argparse.ArgumentError(action, f"{given} is no value of it: give one, or drop the flag")
-        return super()._get_values(action, words)
+
+def apply_config(parser, path, keys, known=(), switches=None):
+    """Makes the values of the yaml file at `path` (--config) the defaults of the flags; null leaves a flag's own.
+
+    Args: keys: {"section.key": name of the flag in the parsed arguments, None where it has no effect}; known: further
+        keys, of other scripts that the same file serves, which are checked for their names only; switches: {flag:
+        (other flag, value)}, switches that only set another flag.
+    Raises UsageError for an unknown key (with the nearest known one), a value of the wrong kind, no yaml file.
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} cannot be read as yaml: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path}: the file must hold keys and values")
+    values = {}
+    for name, value in content.items():
+        values |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {str(name): value}
+    for key, value in values.items():
+        if value is not None and key not in (every := sorted({*keys, *known})):
+            near = difflib.get_close_matches(key, every, n=1, cutoff=0.0)[0]
+            raise UsageError(f"--config {path}: unknown key {key}: did you mean {near}?")
+        dest = keys.get(key)
+        if dest in (switches or {}) and isinstance(value, bool):
+            dest, value = switches[dest][0], switches[dest][1] if value else None
+        for action in [action for action in parser._actions if action.dest == dest and value is not None]:
+            try:
+                parser.set_defaults(**{dest: parser.taken(action, value)})
+            except (ValueError, argparse.ArgumentError) as error:
+                raise UsageError(f"--config {path}: {key}: {value!r}: {error}") from None
 
 
 class _HelpAll(argparse.Action):
@@ -171,8 +182,7 @@ def _number(kind, holds, wanted):
 positive_int = _number(int, lambda v: v >= 1, "an integer of at least 1")
 non_negative_int = _number(int, lambda v: v >= 0, "an integer of at least 0")
 seed_number = _number(int, lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1")
-thread_count = _number(int, lambda v: 0 <= v <= 1024, "an integer from 0 to 1024")
-layer_count = _number(int, lambda v: 1 <= v <= 1000, "an integer from 1 to 1000")
+layer_count = positive_int
 positive_float = _number(float, lambda v: v > 0, "a number above 0")
 non_negative_float = _number(float, lambda v: v >= 0, "a number of at least 0")
 fraction = _number(float, lambda v: 0 < v <= 1, "a number above 0 and at most 1")
@@ -212,14 +222,14 @@ def add_machine_flags(parser, seed=42, federated=False):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     shared = "processes that share a round's clients; 0: one a core (on CUDA a GPU), as clients and memory allow"
     if federated:
-        add("--processes", type=thread_count, default=0, metavar="N", help=shared)
+        add("--processes", type=non_negative_int, default=0, metavar="N", help=shared)
     add("--amp", choices=["off", "auto", "bf16", "fp16"], default="off", help="precision of the products")
     threads = "CPU threads a process; 0: " + ("one" if federated else "all cores")
-    parser.group(RARE).add_argument("--threads", type=thread_count, default=0, metavar="N", help=threads)
+    parser.group(RARE).add_argument("--threads", type=non_negative_int, default=0, metavar="N", help=threads)
 
 
 def end_with(line):
-    """This line on stderr and the end with exit code 2. Under torchrun all end alike, and the main process says it."""
+    """This line on stderr and the end with exit code 2; of several processes that end alike, the main one says it."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)  # torchrun ends this process, unless the main one sees nothing wrong
         line = f"process {os.environ['RANK']}: {line}"
@@ -311,10 +321,6 @@ def outcome(main, args):
         return 2, f"error: {error}", error
     except RunFailed as error:
         return 1, f"failed: {error}", error
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        return 2, f"error: {error.strerror}: {str(error.filename)[:60]}...: give a shorter one", error
     except KeyboardInterrupt as error:
         code, how = (143, "terminated") if isinstance(error, Terminated) else (130, "interrupted")
         return code, ": ".join([how, *getattr(error, "__notes__", ())[:1]]), error
@@ -324,8 +330,7 @@ def outcome(main, args):
 def stoppable():
     """Inside, SIGINT raises KeyboardInterrupt and SIGTERM `Terminated`; once more, later, ends the process at once.
 
-    An error that follows from the interruption (a library turned it into one of its own) is raised as the interruption.
-    C++ code is not broken off: the exception comes when it returns. A signal that was ignored from outside stays so.
+    An error that follows from the interruption is raised as the interruption. A signal that is ignored stays so.
     """
     came = []  # when, and what was raised
 

@@ -49,7 +49,7 @@ class ClientRows(parallel.Follower):
         if k in self._rows:
             row = self._rows[k]
             return self._read(self.path(k)) if row is None else row
-        return self._read(self._saved_path(k)) if k in self._saved else None
+        return self._read(self._files[0] / row_file(self._files[1], k)) if k in self._saved else None
 
     def put(self, k, row):
         """Client k's new row; it counts from the end of the round. Tensors are not copied."""
@@ -97,8 +97,7 @@ class ClientRows(parallel.Follower):
     def save(self, fresh, name, folder):
         """Writes this process's share of the rows into the folder `fresh`, which then becomes the checkpoint `folder`.
 
-        A row that has not changed since the last checkpoint, and a row that is a file, is linked, not copied. Returns
-        {client: SHA-256 of its file} of all clients with a row. Every process calls it.
+        What has not changed is linked, not copied. Every process calls it. Returns {client: SHA-256 of its file}.
         """
         mine = sorted(self._rows.keys() - self._saved.keys())
         changed = sorted({k for part in parallel.all_gather(mine) for k in part})
@@ -107,15 +106,12 @@ class ClientRows(parallel.Follower):
         written = {k: sha256 for part in parallel.all_gather(written) for k, sha256 in part.items()}
         if parallel.is_main():
             for k in self._saved.keys() - written.keys():
-                _link(self._saved_path(k), fresh / row_file(name, k))
+                _link(self._files[0] / row_file(name, k), fresh / row_file(name, k))
         self._saved, self._files = dict(sorted((self._saved | written).items())), (Path(folder), name)
         return dict(self._saved)
 
     def load(self, folder, name, saved):
-        """Goes on from the checkpoint `folder`; rows are read when they are asked for.
-
-        saved: {client: SHA-256 of its file}.
-        """
+        """Goes on from the checkpoint `folder`; rows are read when they are asked for. saved: {client: SHA-256}."""
         self._rows, self._offers = {}, {}
         self._saved, self._files = dict(saved), (Path(folder), name)
 
@@ -126,10 +122,6 @@ class ClientRows(parallel.Follower):
         else:
             save_file({field: t.detach().contiguous() for field, t in self._rows[k].items()}, target)
         return seal(target)
-
-    def _saved_path(self, k):
-        folder, name = self._files
-        return folder / row_file(name, k)
 
     def _read(self, path):
         try:

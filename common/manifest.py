@@ -10,20 +10,25 @@
 Other versions of this code or of a library are a warning.
 """
 
+import contextlib
 import json
 import math
+import platform
+import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+
+import torch
 
 from common.checkpoint import read_json
 from common.cli import UsageError, say
 from common.parallel import is_main, world
-from common.provenance import git_commit, versions
 
 # Flags that say how to run, not what to compute: --resume may change them. What --config says is in the other flags.
 NOT_COMPARED = {"resume", "overwrite", "data_root", "output_dir", "run_name", "track", "log_dir", "num_workers"}
 NOT_COMPARED |= {"use_wandb", "wandb_project", "cache_dir", "processes", "config"}
-KEYS = {"command": str, "args": dict, "status": str, "data": dict, "resolved": dict, "versions": dict}  # of a run.json
+KEYS = {"command", "args", "status", "data", "resolved", "versions", "clients", "parameters", "git_commit"}
 PLACES = ("source", "model", "tokenizer")  # of the data: where they lie may change; the flags compare the last two
 LENGTHS = ("rounds", "num_rounds")
 CONSTANT = {"scheduler": "none", "lr_scheduler": "constant", "warmup_ratio": 0}  # rates that know no last round
@@ -61,17 +66,6 @@ def ended(how, t, by=None, clients=None, reason=None):
     return {"how": how, "by": by, "round": t, "clients": clients, "reason": reason}
 
 
-def read(file):
-    """A run.json, a dict. Raises UsageError where the file has no JSON object, OSError where it cannot be read."""
-    try:
-        value = read_json(file)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UsageError(f"{file} is no JSON object: use --overwrite or another --run-name")
-    return value
-
-
 def check_folder(folder, command, args):
     """The manifest of the run that --resume finds in `folder`, None where a new run begins.
 
@@ -90,9 +84,12 @@ def check_folder(folder, command, args):
                     f"--overwrite would delete {start}, from which the run starts: choose another --run-name"
                 )
         return None
-    before = read(file)
-    if lacking := [key for key, kind in KEYS.items() if not isinstance(before.get(key), kind)]:
-        raise UsageError(f"{file} lacks {', '.join(lacking)}: use --overwrite or another --run-name")
+    try:
+        before = read_json(file)
+    except ValueError:
+        before = {}
+    if not isinstance(before, dict) or not KEYS <= before.keys():
+        raise UsageError(f"{file} is not a run's: use --overwrite or another --run-name")
     if before["command"] != command:
         raise UsageError(f"{folder} is a run of {before['command']}, not of {command}: choose another --run-name")
     if not args.resume:
@@ -121,9 +118,10 @@ def check_same(folder, before, now):
 
     Other versions or another processor are one warning. Args: before, now: the two manifests.
     """
-    facts = [{key: value for key, value in of["data"].items() if key not in PLACES} for of in (before, now)]
-    for of, has in zip((before, now), facts, strict=True):
-        has |= {"clients": of.get("clients"), "parameters": of.get("parameters")}  # shards, frozen weights
+    facts = [  # clients: of their shards; parameters: of the frozen weights too
+        {k: v for k, v in of["data"].items() if k not in PLACES} | {k: of[k] for k in ("clients", "parameters")}
+        for of in (before, now)
+    ]
     if _changes(*facts):
         raise UsageError(
             f"{folder} was started on other data or frozen weights (see its run.json): choose another --run-name"
@@ -131,7 +129,6 @@ def check_same(folder, before, now):
     if changed := _changes(before["resolved"], now["resolved"]):
         raise UsageError(f"{folder} was started with {changed}: name these flags as they were then")
     used = [{"git commit": of["git_commit"], **of["versions"]} for of in (before, now)]
-    used[0].setdefault("cpu", used[1]["cpu"])  # runs of before do not say it
     if (changed := _changes(*used)) and is_main():
         say(f"warning: other versions or another processor than at the start, bits may differ: {changed}")
 
@@ -155,3 +152,35 @@ def _plain(value):
 def _changes(before, now):
     every = {**before, **now}
     return ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in every if before.get(k) != now.get(k))
+
+
+# ---- where a run comes from
+
+
+def git_commit():
+    """The commit of this source tree, with `+changes` where tracked files differ from it; None outside git."""
+
+    def git(*words):
+        line = ["git", "-C", Path(__file__).resolve().parent, *words]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions():
+    """Versions and kinds of what decides the bits of a run."""
+    of = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in "torch numpy transformers tokenizers safetensors peft torchvision mamba-ssm".split():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            of[package] = metadata.version(package)
+    return {**of, "cpu": processor()}
+
+
+def processor():
+    """The kind of processor that torch computes for, such as "AVX512 AMX": another one adds in another order."""
+    about = Path("/proc/cpuinfo")
+    amx = about.exists() and "amx_tile" in about.read_text()
+    return torch.backends.cpu.get_cpu_capability() + amx * " AMX"

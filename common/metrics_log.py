@@ -42,8 +42,7 @@ def peak_memory(device):
     with contextlib.suppress(OSError):  # Linux; its ru_maxrss may be that of the program that started this one
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def shown(line):
@@ -72,10 +71,7 @@ def lines_to(folder, t, due):
         raise UsageError(f"{error}: mend it, or start the run anew with --overwrite") from None
     seen = [row["round"] for row in rows]
     if seen != sorted({*seen, *filter(due, range(t + 1))}):
-        raise UsageError(
-            f"{path} lacks a line that is in the checkpoint of round {t}, or has one twice: put it right, or start the "
-            "run anew with --overwrite"
-        )
+        raise UsageError(f"{path} has not one line a round up to the checkpoint's ({t}): mend it, or use --overwrite")
     return rows
 
 
@@ -88,3 +84,26 @@ def cut(folder, rows):
             fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             checkpoint.sync(fresh)
             os.replace(fresh, path)
+
+
+def tracker(args, folder, command):
+    """A function that takes a line of metrics, for --track; None when off."""
+    if args.track == "off":
+        return None
+    if args.track == "wandb":
+        import wandb
+
+        project = getattr(args, "wandb_project", "fedquartet")
+        session = wandb.init(project=project, id=folder.name, config=vars(args), resume="allow")
+        return lambda line: session.log(line, step=line["round"])
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(line):
+        for key, value in line.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(f"{command}/{key}", value, line["round"])
+        writer.flush()
+
+    return write

@@ -35,18 +35,15 @@ from common.curves import number, read_metrics
 from common.evaluation import pick_device, resolve_amp
 from common.participation import participants, participation_of, per_round
 from common.progress import Progress
-from common.provenance import tracker
 from common.seeding import seed_everything
 
 LEAVING = 5  # seconds that a killed process may need until all its files are closed
 
 
 def start_run(command, args, name, unit="tokens"):
-    """Checks the run folder `args.output_dir/name` against `args` and returns a Run; writes nothing.
+    """Checks the run folder `args.output_dir/name` against `args` and returns a Run; writes nothing but a lock.
 
-    A run that is there is locked from now on, until the Run is left; one that is new, when it begins.
     unit: what the run counts its training examples in: "tokens" or "images".
-
     Raises UsageError if the folder holds another run, or another process works in it. Exits with code 0 if that very
     run is finished already.
     """
@@ -56,8 +53,7 @@ def start_run(command, args, name, unit="tokens"):
         raise UsageError(f"--run-name {name} is not a name of one folder: put the way to it into --output-dir")
     if args.track != "off" and importlib.util.find_spec(args.track) is None:
         raise UsageError(f"--track {args.track} needs the package {args.track}: pip install {args.track}")
-    folder = Path(args.output_dir) / name
-    folder = folder.resolve() if folder.is_symlink() else folder
+    folder = (Path(args.output_dir) / name).resolve()
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         if parallel.is_main() and (folder / "run.json").exists():
@@ -92,10 +88,7 @@ def _give_back(lock):
 
 
 def prepare_machine(args):
-    """Joins the other processes, sets threads and seeds: what comes before anything is computed.
-
-    A federated run has one thread a process, so that its bits do not depend on how many cores a machine has.
-    """
+    """Joins the other processes, sets threads and seeds: what comes before anything is computed."""
     device = pick_device(args.device)
     parallel.init_parallel(device)
     threads = args.threads or (1 if hasattr(args, "processes") else 0)
@@ -203,7 +196,7 @@ class Run:
         self.begun = True
         if parallel.is_main():
             say_waiting()
-        self._tracker = tracker(self.args, self.folder, self.command) if parallel.is_main() else None
+        self._tracker = metrics_log.tracker(self.args, self.folder, self.command) if parallel.is_main() else None
         parallel.barrier()
 
     def _make_folder(self):
@@ -218,10 +211,9 @@ class Run:
     def restore(self, theta, named=None, same_shapes=True, **lasting):
         """The weights to go on with: the checkpoint's, loaded into the `lasting` objects too; `theta` if there is none.
 
-        theta: a vector [n], and named: function of it to {name: view} (`common.vector.Weights.named`), so that files
-        have names; or {name: tensor} without `named`, whose shapes may change from round to round where same_shapes is
-        False. lasting: all else that outlives a round, by name: objects with state_dict() and load_state_dict(tensors),
-        or `ClientRows`. What is named here is exactly what a checkpoint holds.
+        theta: a vector [n], and named: function of it to {name: view} (`common.vector.Weights.named`); or without
+        `named` {name: tensor}, whose shapes may change from round to round where same_shapes is False. lasting: all
+        else that outlives a round, by name: objects with state_dict() and load_state_dict(tensors), or `ClientRows`.
         Raises UsageError for a checkpoint that is damaged or of another model: the folder is then as it was.
         """
         self._lasting, self._named = lasting, named or (lambda tensors: tensors)
@@ -310,8 +302,7 @@ class Run:
         """What follows t rounds: counts the round's clients; where it is due, evaluates, logs and saves.
 
         evaluate: function (theta, t, row) to {metric: value}, called by every process; row: what the line of
-        metrics.jsonl has so far: of the round's clients, and of the probes. Nothing happens for t = 0 in a run that is
-        gone on with. Returns the row, or None.
+        metrics.jsonl has so far. Returns the row, or None. Does nothing for t = 0 in a run that is gone on with.
         """
         if t == 0 and self.start_round:
             return None
@@ -348,20 +339,12 @@ class Run:
         clients: of the federation, those that are not sampled too.
         """
         self.total, self.every, self.save_every = total, every, save_every or every
-        self.note(f"run: {'; '.join(self._facts(clients))}; {total} rounds")
-
-    def _facts(self, clients):
-        """What runs, in words: clients (not of a single one), parameters, device, processes, precision."""
-        if clients > 1:
-            some = per_round(participation_of(self.args), clients)
-            yield f"{clients} clients" + (f", {some} a round" if some < clients else "")
-        sizes = self.manifest["parameters"]
-        trained = f"{sizes['trainable']:,} trained of " if "trainable" in sizes else ""
-        yield f"{trained}{sizes['total']:,} parameters"
-        yield torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        size = parallel.world().size
-        yield "1 process" if size == 1 else f"{size} processes"
-        yield self.manifest["resolved"]["amp"]
+        sizes, some = self.manifest["parameters"], per_round(participation_of(self.args), clients)
+        self.note(
+            f"run: {clients} clients, {some} a round; {sizes.get('trainable', sizes['total']):,} of {sizes['total']:,} "
+            f"parameters trained; {self.device}, {parallel.world().size} processes, "
+            f"{self.manifest['resolved']['amp']}; {total} rounds"
+        )
 
     def rounds(self):
         """The rounds still to do (from 0), with their progress on stderr, until `stop`.
@@ -388,7 +371,7 @@ class Run:
         return None
 
     def count(self, **amounts):
-        """Adds to the run's counters (bytes_up, bytes_down, UNIT, left_out_updates); the same on every process."""
+        """Adds to the run's counters (bytes_up, bytes_down, UNIT, left_out_updates)."""
         for name, amount in amounts.items():
             self.counters[name] += int(amount)
 
@@ -404,11 +387,10 @@ class Run:
         line[rate] = self.counters[self.unit] / max(seconds - self.eval_seconds, 1e-9)
         metrics_log.append(self.folder, line)
         shown = metrics_log.shown(line)
-        text = "  ".join(f"{k} {v}" for k, v in shown.items())
-        left = self._progress.in_line(self._at, self.eval_seconds) if self._progress else ""
-        speed = f"  {line[rate]:.0f} {self.unit}/s" if self._at else ""
-        self.note(f"round {self._at}/{self.total}  {text}{speed}{left}")
         self._shown = ", ".join(f"{k} {v}" for k, v in shown.items() if k.startswith("val_"))
+        left = self._progress.in_line(self._at, self.eval_seconds) if self._progress else ""
+        words = [f"{k} {v}" for k, v in shown.items()] + [f"{line[rate]:.0f} {self.unit}/s"]
+        self.note("  ".join([f"round {self._at}/{self.total}", *words]) + left)
         if self._tracker:
             self._tracker(line)
 
@@ -417,14 +399,8 @@ class Run:
         rows = {name: thing for name, thing in self._lasting.items() if isinstance(thing, ClientRows)}
         states = {name: thing.state_dict() for name, thing in self._lasting.items() if name not in rows}
         shared = {"theta": self._named(theta)} | {name: tensors for name, tensors in states.items() if tensors}
-        meta = {
-            "round": self._at,
-            "counters": self.counters,
-            "seconds": self._seconds(),
-            "eval_seconds": self.eval_seconds,
-            "ended": self._ended,
-            "left_out": self._left_out,
-        }
+        meta = {"round": self._at, "counters": self.counters, "ended": self._ended, "left_out": self._left_out}
+        meta |= {"seconds": self._seconds(), "eval_seconds": self.eval_seconds}
         checkpoint.save(self.folder / "checkpoint", meta, shared, rows)
 
     def metrics(self):

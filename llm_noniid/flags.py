@@ -7,6 +7,7 @@ from common.cli import (
     Parser,
     UsageError,
     add_run_flags,
+    apply_config,
     fraction,
     half_open_fraction,
     non_negative_float,
@@ -14,7 +15,6 @@ from common.cli import (
     positive_float,
     positive_int,
 )
-from common.config_file import apply_config
 from common.participation import check_participation
 
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "local", "central")

@@ -35,7 +35,7 @@ from common.cli import (
 from common.evaluation import perplexity, pick_device, resolve_amp
 from common.hub import quiet
 from common.local import local_steps
-from common.provenance import git_commit, versions
+from common.manifest import git_commit, versions
 from common.runlog import prepare_machine
 from common.seeding import seed_torch
 from common.text import load_tokenizer

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import manifest, parallel
+from common import parallel
 from common.adapter_files import read_adapter, write_adapter
 from common.batches import evaluation_batches
-from common.checkpoint import file_sha256
+from common.checkpoint import file_sha256, read_json
 from common.cli import UsageError, say
 from common.evaluation import amp_context, bits_per_byte, perplexity
 from common.hub import quiet
@@ -127,7 +127,7 @@ def check_base(file, place, name, facts):
     records = [folder / "run.json" for folder in near if (folder / "run.json").is_file()]
     odd = []
     if records:
-        theirs = manifest.read(records[0]).get("parameters") or {}
+        theirs = read_json(records[0]).get("parameters") or {}
         odd = [key for key, value in facts.items() if theirs.get(key, value) != value]
     elif file.base_model and named.is_dir():
         odd = [str(named)] if name == "tiny" or _weights(named) != _weights(find_model(name)) else []

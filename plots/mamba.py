@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 
 from common.cli import UsageError, run_main
-from common.curves import break_lines, log_axis, new_figure, number, set_title, token_unit, tokens_label
+from common.curves import break_lines, log_axis, new_figure, number, set_title
 from common.participation import per_round
 from plots import style
 from plots.pairs import ratio, ratio_cell
@@ -232,17 +232,19 @@ def tokens_panel(axis, lines, shown_from=0.05):
 
     What happens before `shown_from` of the tokens is alike for all and would squeeze the rest: it sets no axis.
     """
-    divisor, word = token_unit(max(row.rounds("val_ppl", "tokens")[0].max(initial=1) for row, *_ in lines))
+    from matplotlib.ticker import EngFormatter
+
     extent = []
     for i, (row, own, name) in enumerate(lines):
         x, values = row.rounds("val_ppl", "tokens")
-        band(axis, x / divisor, values, name, own, markers_at(i, len(x), len(lines)), alpha=0.2)
+        band(axis, x, values, name, own, markers_at(i, len(x), len(lines)), alpha=0.2)
         late = values[:, x >= shown_from * x.max(initial=0)]
         extent += late[np.isfinite(late) & (late > 0)].tolist()
     if extent:
         log_axis(axis, min(extent), max(extent))
     axis.set_xlim(left=0)
-    axis.set_xlabel(tokens_label(word))
+    axis.xaxis.set_major_formatter(EngFormatter())
+    axis.set_xlabel("Tokens seen, all clients together")
     axis.set_ylabel("Validation perplexity")
 
 

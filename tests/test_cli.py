@@ -8,8 +8,7 @@ import harness
 import pytest
 
 from common import cli
-from common.cli import Parser, RunFailed, UsageError, checked, run_main, say, say_waiting
-from common.config_file import apply_config
+from common.cli import Parser, RunFailed, UsageError, apply_config, checked, run_main, say, say_waiting
 from llm_noniid import flags as noniid
 from vit_sparse_fl import flags as vit
 from vit_sparse_fl import train_federated
@@ -27,8 +26,6 @@ def test_an_unknown_flag_names_the_nearest_if_one_is_near(capsys):
         (["--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume"),
         (["--name", ""], "'' is not the name of a folder"),
         (["--name", "a\nb"], "'a\\nb' is not the name of a folder"),
-        (["--output-dir="], "argument --output-dir/--results-dir: an empty text is no value of it"),
-        (["--alpha=--"], "argument --alpha: '--' is no value of it"),  # argparse would make an empty list of it
         (["--seed\n2"], "unknown flag --seed 2: did you mean --seed?"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -38,7 +35,7 @@ def test_an_unknown_flag_names_the_nearest_if_one_is_near(capsys):
 
 
 def test_flags_are_checked_without_importing_what_computes():
-    modules = ["common.cli", "common.config_file", "common.participation"]
+    modules = ["common.cli", "common.participation"]
     modules += [f"{study}.flags" for study in ("mamba_fl", "vit_sparse_fl", "lora_glue_fl", "llm_noniid")]
     heavy = {"torch", "numpy", "scipy", "transformers", "datasets", "peft", "pandas", "safetensors"}
     code = f"import sys, {', '.join(modules)}; print(*{heavy} & set(sys.modules))"
@@ -52,10 +49,10 @@ def test_flags_are_checked_without_importing_what_computes():
 @pytest.mark.parametrize(
     "content, line",
     [
-        ("seed: [3]\n", "must be one value"),
-        ("values: 3\n", "must be a list of values"),
-        ("values: [x]\n", "invalid literal"),
-        ("federated:\n  alpha: -1\n", "federated.alpha: -1 is not a number of at least 0"),
+        ("seed: [3]\n", "seed: [3]: not what this flag takes"),
+        ("values: 3\n", "not what this flag takes"),
+        ("values: [x]\n", "invalid int value: 'x'"),
+        ("federated:\n  alpha: -1\n", "-1 is not a number of at least 0"),
         ("federated:\n  aplha: 1\n", "unknown key federated.aplha: did you mean federated.alpha?"),
         ("seed: 2001-13-01\n", "cannot be read as yaml: month must be in 1..12"),
         ("a: [\n", "cannot be read as yaml"),

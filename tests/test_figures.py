@@ -271,6 +271,8 @@ def test_a_runs_own_curves(tmp_path):
 
 
 @pytest.mark.parametrize("low, high", [(1.2, 1.3), (0.9, 4e3), (17, 300), (99.9, 100.1)])
-def test_round_ticks(low, high):
-    ticks = curves.round_ticks(low, high)
-    assert 2 <= len(ticks) <= 8 and all(low <= tick <= high for tick in ticks)
+def test_a_log_axis_has_round_ticks(low, high):
+    axis = curves.new_figure()[1][0, 0]
+    curves.log_axis(axis, low, high)
+    bottom, top = axis.get_ylim()
+    assert 2 <= sum(bottom <= tick <= top for tick in axis.get_yticks()) <= 13

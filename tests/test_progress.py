@@ -64,7 +64,7 @@ def test_in_a_terminal_the_time_left_is_in_the_bar_only(clock, monkeypatch):
 def test_a_run_says_what_runs_and_what_still_runs_after_its_rounds(tmp_path, capsys):
     train(arguments(tmp_path, participation=0.5), 2)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "run: 4 clients, 2 a round; 2 parameters; cpu; 1 process; float32; 2 rounds"
+    assert lines[0] == "run: 4 clients, 2 a round; 2 of 2 parameters trained; cpu, 1 processes, float32; 2 rounds"
     assert [line.split()[:2] for line in lines[1:]] == [["round", f"{t}/2"] for t in range(3)] + [["writing", "final/"]]
     assert "0 s left" in lines[2] and "left" not in lines[1] + lines[3]
 

@@ -3,22 +3,17 @@
 On the small run of small_run.py; test_faults.py does the same to the studies' scripts.
 """
 
-import contextlib
 import errno
-import json
 import os
 import shutil
-import signal
 
 import harness
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from small_run import arguments, train
 
 from common import checkpoint
 from common.cli import RunFailed, UsageError
-from common.curves import read_metrics
 from common.participation import participants
 from common.runlog import start_run
 
@@ -90,27 +85,6 @@ def test_a_run_that_is_alive_takes_no_second_process(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["r"]
 
 
-SEVERAL = """
-import os, sys
-del os.environ["WORLD_SIZE"]
-sys.path.insert(0, sys.argv[2])
-from small_run import arguments, main
-from common.processes import run_federated
-run_federated(main, arguments(sys.argv[1], resume=True, processes=2), clients=2)
-"""
-
-
-def test_several_processes_are_refused_in_one_line(tmp_path, half):
-    (tmp_path / "script.py").write_text(SEVERAL)
-    words = [tmp_path / "script.py", copied(half, tmp_path).parent, harness.ROOT / "tests"]
-    with start_run("train", arguments(tmp_path, resume=True), "r"):
-        ended = harness.run(words)
-    assert ended.code == 2 and ended.err.startswith("error: ") and ended.err.count("\n") == 1, ended
-    assert "is in use, another process works in it" in ended.err
-    ended = harness.run(words)
-    assert ended.code == 0 and "resumed after round 4" in ended.err, ended.err
-
-
 # ---- a checkpoint and the log up to it are whole or refused
 
 
@@ -128,25 +102,14 @@ def flip(path):
     path.write_bytes(content)
 
 
-def as_int32(path):
-    save_file({name: t.to(torch.int32) for name, t in load_file(path).items()}, path)
-
-
-def edit(**more):
-    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
-
-
 @pytest.mark.parametrize(
     "file, damage",
     [
         ("counter.safetensors", os.remove),
         ("theta.safetensors", flip),
-        ("theta.safetensors", as_int32),
         ("rows_000001.safetensors", lambda path: path.write_bytes(b"")),
         ("state.json", os.remove),
-        ("state.json", edit(round=5)),
         ("state.json", lambda path: path.write_text("[]")),
-        ("state.json", lambda path: path.write_bytes(b"\xff\xfe")),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(file, damage, half, whole, tmp_path, capsys):
@@ -170,14 +133,11 @@ def test_rows_that_did_not_change_are_links_to_the_last_checkpoint(tmp_path):
 def test_a_log_that_is_not_that_of_its_checkpoint_is_refused(half, tmp_path):
     folder = copied(half, tmp_path)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    wrong = "lacks a line that is in the checkpoint of round 4, or has one twice"
+    wrong = "has not one line a round up to the checkpoint's (4)"
     for kept, words in (
-        (lines[:3], wrong),
         ([*lines[:2], *lines[3:]], wrong),
         ([*lines[:3], lines[2], *lines[3:]], wrong),
-        (lines[::-1], wrong),
         ([lines[0], "\0" * 40 + "\n", *lines[1:]], "line 2 is not a JSON object with a round"),
-        (["{}\n", *lines], "line 1 is not a JSON object with a round"),
     ):
         (folder / "metrics.jsonl").write_text("".join(kept), errors="surrogateescape")
         assert words in refusal(tmp_path, folder)
@@ -185,29 +145,14 @@ def test_a_log_that_is_not_that_of_its_checkpoint_is_refused(half, tmp_path):
     assert wrong in refusal(tmp_path, folder)
 
 
-def test_other_versions_are_a_warning(half, tmp_path, capsys):
-    folder = copied(half, tmp_path)
-    facts = json.loads((folder / "run.json").read_text())
-    facts["versions"]["torch"] = "0.1"
-    (folder / "run.json").write_text(json.dumps(facts | {"git_commit": "one"}))
-    resumed(tmp_path)
-    said = (
-        "other versions or another processor than at the start, bits may differ: git commit one -> None, torch 0.1 -> "
-    )
-    assert said in capsys.readouterr().err
-
-
 # ---- the folder
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", "", "[" * 5000, "{}", '{"command": "train", "status": "failed", "args": []}']
-)
-def test_a_run_json_that_is_none_is_refused_in_one_line(content, tmp_path):
+def test_a_run_json_that_is_none_is_refused_in_one_line(tmp_path):
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "run.json").write_text(content)
-    line = refusal(tmp_path, tmp_path / "r")
-    assert "run.json is no JSON object" in line or "run.json lacks " in line
+    for content in ("[]", "", '{"command": "train", "status": "failed"}'):
+        (tmp_path / "r" / "run.json").write_text(content)
+        assert "run.json is not a run's: use --overwrite" in refusal(tmp_path, tmp_path / "r")
     train(arguments(tmp_path, overwrite=True), 1)
 
 
@@ -220,15 +165,6 @@ def test_where_there_can_be_no_run_folder(tmp_path):
             start_run("train", arguments(tmp_path, run_name=name, overwrite=True), "r")
     with pytest.raises(UsageError, match="cannot write .*Not a directory"):
         train(arguments(tmp_path, output_dir=f"{tmp_path}/file/deep"), 1)
-
-
-def test_a_run_in_a_linked_folder_is_overwritten_there(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "r").symlink_to(tmp_path / "real")
-    train(arguments(tmp_path), 2)
-    train(arguments(tmp_path, overwrite=True), 3)
-    assert (tmp_path / "r").is_symlink() and len(read_metrics(tmp_path / "real")) == 4
-    assert sorted(os.listdir(tmp_path)) == ["r", "real"]
 
 
 # ---- how a run ends
@@ -253,47 +189,6 @@ def test_a_run_whose_last_evaluation_is_not_finite_has_failed(value, tmp_path):
         run.finish({})
 
 
-@contextlib.contextmanager
-def read_only(folder, monkeypatch):
-    """Nothing in `folder` can be changed, as on a disk that turned read-only."""
-    import builtins
-    import io
-
-    def guarded(plain, writes=lambda *args: True):
-        def call(path, *args, **more):
-            if str(path).startswith(str(folder)) and writes(*args, *more.values()):
-                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-            return plain(path, *args, **more)
-
-        return call
-
-    def writing(mode="r", *_):
-        return set(mode) & set("wax+") if isinstance(mode, str) else mode & (os.O_WRONLY | os.O_RDWR)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(builtins, "open", guarded(open, writing))
-        patch.setattr(io, "open", guarded(io.open, writing))
-        patch.setattr(os, "open", guarded(os.open, writing))
-        for name in ("replace", "rename", "unlink", "remove", "mkdir", "rmdir", "link"):
-            patch.setattr(os, name, guarded(getattr(os, name)))
-        yield
-
-
-def test_a_disk_that_turns_read_only_is_one_line_and_the_run_goes_on_when_it_can(whole, tmp_path, monkeypatch):
-    for t in (0, 3):
-        with contextlib.ExitStack() as stack:
-            turn = {t: lambda stack=stack: stack.enter_context(read_only(tmp_path, monkeypatch))}
-            with pytest.raises(RunFailed, match="cannot save .*Read-only file system.*make it writable, then --resume"):
-                train(arguments(tmp_path, overwrite=True), 6, turn)
-            with pytest.raises(UsageError, match="cannot write .*Read-only file system"):
-                resumed(tmp_path)
-        resumed(tmp_path)
-        harness.same_run(tmp_path / "r", whole)
-    with read_only(tmp_path, monkeypatch), pytest.raises(SystemExit) as ended:
-        resumed(tmp_path)  # finished
-    assert ended.value.code == 0
-
-
 def test_what_a_study_writes_itself_ends_in_one_line_too(tmp_path):
     def full():
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "r" / "deltas.npz"))
@@ -302,14 +197,3 @@ def test_what_a_study_writes_itself_ends_in_one_line_too(tmp_path):
         train(arguments(tmp_path), 6, {3: full})
     assert checkpoint.read_json(tmp_path / "r" / "run.json")["status"] == "failed"
     resumed(tmp_path)
-
-
-def test_a_figure_that_was_cut_off_leaves_nothing_when_it_is_made_again(tmp_path):
-    (tmp_path / "figure.py").write_text(
-        "import sys\nfrom matplotlib.figure import Figure\nfrom common.curves import save_figure\n"
-        "save_figure(Figure(), sys.argv[1])\n"
-    )
-    words, folder = [tmp_path / "figure.py", tmp_path / "plots" / "a.png"], tmp_path / "plots"
-    ended = harness.run(words, die=(folder, 0, 2, signal.SIGKILL))
-    assert ended.code == -signal.SIGKILL and len(os.listdir(folder)) == 1, ended
-    assert harness.run(words).code == 0 and os.listdir(folder) == ["a.png"]

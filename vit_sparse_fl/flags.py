@@ -9,6 +9,7 @@ from common.cli import (
     Parser,
     UsageError,
     add_run_flags,
+    apply_config,
     fraction,
     half_open_fraction,
     non_negative_float,
@@ -16,7 +17,6 @@ from common.cli import (
     positive_float,
     positive_int,
 )
-from common.config_file import apply_config
 from common.participation import check_participation
 
 DATASETS = ("cifar100", "demo")
@@ -203,7 +203,7 @@ _SWITCHES = {"use_amp": ("amp", "auto"), "use_wandb": ("track", "wandb")}
 
 
 def parse(parser, argv=None):
-    """The flags from the command line over those of --config. Raises UsageError (see `common.config_file`).
+    """The flags from the command line over those of --config. Raises UsageError (see `common.cli.apply_config`).
 
     One file serves all scripts: a key of another script is checked for its name only.
     """
