@@ -12,8 +12,7 @@ def gradients(loss, batch, leaves, amp=None):
     """Puts the gradients of loss(*batch) into the parameters `leaves`. Returns the loss, detached.
 
     Under fp16 (amp torch.float16) the loss is scaled by the largest of four powers of two that leaves the gradients
-    finite, found anew for each batch, so that no scale has to be carried from step to step; the gradients are
-    divided by it again.
+    finite, found anew for each batch, so that no scale is carried from step to step.
     """
     if amp != torch.float16:
         return _backward(loss, batch, leaves, 1.0)
@@ -40,9 +39,8 @@ def _backward(loss, batch, leaves, scale):
 class LocalResult:
     """What `local_steps` did, nothing of it waited for: tensors on the parameters' device.
 
-    Attributes: loss: mean over all examples of their batches' mean losses, FedProx's term not in it; steps: H;
-    mean_gradient [n]: mean over the steps of the raw gradient, and gradient_norms [H]: of the raw gradients; None
-    unless recorded.
+    Attributes: loss: mean of the batches' losses, FedProx's term not in it; steps: H; mean_gradient [n] and
+    gradient_norms [H]: of the raw gradients; None unless recorded.
     """
 
     loss: torch.Tensor

@@ -1,14 +1,12 @@
 """More than one process: which of a round's clients are mine, and how sums stay the same bits.
 
-One process is the trivial case and needs nothing. Several are started by `--processes` or `torchrun`; gloo carries
-CPU tensors and nccl CUDA tensors (gloo too where several processes share a GPU).
+Several processes are started by `--processes` or `torchrun`; gloo carries CPU tensors and nccl CUDA tensors (gloo too
+where several processes share a GPU).
 
 A floating-point sum depends on its order, so the order is that of one process: client after client. With P processes
 the client at position i of the round is trained by process i mod P. After each wave of P clients every process sends
 slice j of what its client gave to process j, and each owner adds the P parts in the order of the clients, in fp64, to
 its slice of the sum; at the end the slices are gathered. The same bits for any number of processes.
-
-Where one process ends, those that wait for it raise `Gone`.
 """
 
 import contextlib
@@ -61,14 +59,13 @@ def is_main():
 def init_parallel(device="cpu"):
     """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
-    Does nothing for one process, and nothing when called again. Returns the `World`.
     Args: device: "cpu" or "cuda": where the tensors to be summed will be.
     Raises: UsageError when the environment names several processes but not where they meet.
     """
     global _world
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or _world.size > 1:
-        return _world
+        return
     kind = torch.device(device)
     if kind.type == "cuda" and kind.index is not None:
         raise UsageError(f"--device {device} with {size} processes: use --device cuda, each takes its own GPU")
@@ -85,14 +82,12 @@ def init_parallel(device="cpu"):
     with ended_at_once(), _with_others():
         dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo", timeout=DAY)
     _world = World(dist.get_rank(), size, local_rank, "nccl" if own_gpu else "gloo")
-    return _world
 
 
 def close_parallel():
-    """Leaves the process group; one process again afterwards. Does nothing for one process."""
+    """Leaves the process group; one process again afterwards."""
     global _world
-    if _world.size > 1:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
     _world = World()
 
 
@@ -117,7 +112,7 @@ def broadcast(thing):
 
 
 def chunks(*tensors, size=CHUNK):
-    """Equal pieces of the flattened tensors (views of contiguous ones), as tuples; on CUDA one piece."""
+    """Equal pieces of the flattened tensors, as tuples of views; on CUDA one piece."""
     flat = [t.reshape(-1) for t in tensors]
     if flat[0].device.type != "cpu":
         return iter([tuple(flat)])
@@ -162,9 +157,6 @@ class Round:
         for k in clients:
             mean.add(train(k))
         theta = mean.result()
-
-    Accumulators that are made with a round exchange between its clients, whatever the loop's body does: a client may
-    be skipped. At the end of the loop every process knows who was left out.
 
     Attributes: clients: all processes' ids, in order; weights: what each id counts in a mean; number: t, from 0;
     left_out: sorted ids of those whose update was not finite (at the end of the loop: all processes'); amount: sum of
@@ -226,20 +218,16 @@ class Round:
         if is_finite(*vectors, *(v for follower in self._followers for v in follower.finite(self))):
             self._sent = sent if self._sent is None else self._sent
             return True
-        self.leave_out(self.current)
+        if self.current not in self.left_out:
+            self.left_out.append(self.current)
         return False
-
-    def leave_out(self, k):
-        """Client k's update is not finite: it does not count in this round."""
-        if k not in self.left_out:
-            self.left_out.append(k)
 
     def work(self, amount):
         """Adds to what the round's clients worked on: tokens, images or examples of this process's client."""
         self.amount += int(amount)
 
     def note(self, k, **values):
-        """Notes what is logged of client k: numbers, or tensors of one element that nothing waits for."""
+        """Notes what is logged of client k: numbers, or tensors of one element, which nothing waits for."""
         self._notes.setdefault(k, {}).update(values)
 
     def notes(self):
@@ -256,11 +244,8 @@ class Round:
         return dict(sorted((k, thing) for part in all_gather(objects) for k, thing in part.items()))
 
     def register(self, total):
-        """Makes an accumulator part of the exchanges between clients.
-
-        Between two clients it is asked for head(), a picklable thing or None, and then given every process's by
-        exchange(heads). What one process alone is given it adds at once. close() tells it that no client follows.
-        """
+        """Makes an accumulator part of the exchanges between clients: it is asked for head(), a picklable thing or
+        None, then given every process's by exchange(heads); close() tells it that no client follows."""
         self._sums.append(total)
 
     def take_turn(self, total):

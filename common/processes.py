@@ -1,7 +1,7 @@
 """Federated scripts start their own processes: --processes N on one machine; torchrun does it on several.
 
-On a CPU the default is a process of one thread for each core: two processes of one thread train clients faster than one
-process of two (0.56 against 0.84 of the bare steps), and bits do not depend on how many cores a machine has.
+On a CPU the default is a process of one thread for each core: that trains clients faster than one process of many
+threads, and bits do not depend on how many cores a machine has.
 
 The processes are torch's own (`torch.multiprocessing`): forked on a CPU, started anew for GPUs. Each tells its starter
 how it ended; that one says the first cause in one line, hands signals on, and lets nobody live on.
@@ -52,21 +52,15 @@ def _at_most(on_cuda, threads, memory):
     """Processes that this machine takes well."""
     if on_cuda:
         return torch.cuda.device_count()
-    return min(cores() // max(1, threads), _free_memory() // memory)
+    free = 2**40  # not Linux
+    with contextlib.suppress(OSError, KeyError), open("/proc/meminfo", encoding="ascii") as file:
+        free = int(dict(line.split(":", 1) for line in file)["MemAvailable"].split()[0]) * 1024
+    return min(cores() // max(1, threads), free // memory)
 
 
 def cores():
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_memory():
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # not Linux
-        return 2**40
 
 
 # ---- who starts them

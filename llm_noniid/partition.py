@@ -16,8 +16,8 @@ import scipy.sparse
 
 from common import sharding
 from common.cli import UsageError
-from common.equal_parts import equal_parts
 from common.seeding import stream
+from common.sharding import equal_parts
 from llm_noniid.flags import SKEW_TYPES, STYLE_CRITERIA
 from llm_noniid.topics import js_divergence
 

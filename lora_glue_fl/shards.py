@@ -11,8 +11,8 @@ import numpy as np
 from common import sharding
 from common.checkpoint import read_json, write_json
 from common.cli import UsageError
-from common.equal_parts import equal_parts
 from common.seeding import stream
+from common.sharding import equal_parts
 from lora_glue_fl.flags import MODES
 from lora_glue_fl.glue_data import load_task
 
@@ -46,7 +46,7 @@ def make_client_splits(
     mode: "iid" (stratified by label; mnli by label and genre, where the data have it; stsb by bins of 0.2),
     "overlap" (iid, then a fraction `overlap_ratio` of each client's examples is drawn from all), "category" (whole
     categories round-robin), "category_overlap", "dirichlet" (each label in proportions of `dirichlet_alpha`, at
-    least `min_samples` a client; with sizes "equal" as `common.equal_parts`). category_key: "label" (the default), or
+    least `min_samples` a client; with sizes "equal" as `sharding.equal_parts`). category_key: "label" (the default), or
     another column such as "genre". bin_stsb: without it every score of stsb is a label of its own. max_examples: deals
     a stratified subset of so many. held_out_examples: sets a stratified subset of the others apart, as `rest_of`.
     dataset, data_root, cache_dir: as `load_task`; data: a `TaskData` that is loaded already.

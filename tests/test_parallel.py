@@ -57,7 +57,7 @@ def scenarios(folder, rounds=ROUNDS):
 
 def process(folder, rank, size, port, answers):
     with as_rank(rank, size, port):
-        assert init_parallel() == init_parallel() == world() == World(rank, size, rank, "gloo")
+        assert world() == World(rank, size, rank, "gloo")
         assert is_main() == (rank == 0)
         assert broadcast({"from": rank}) == {"from": 0}
         answers.put((rank, scenarios(folder / str(size))))
@@ -69,7 +69,7 @@ def alone(tmp_path_factory):
     return scenarios(tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 12])
+@pytest.mark.parametrize("size", [2, 3, 12])
 def test_any_number_of_processes_gives_the_same_bits(size, alone, tmp_path):
     for digest, turns in answers_of(size, partial(process, tmp_path)).values():
         assert digest == alone[0]
@@ -92,7 +92,7 @@ def test_rows_are_kept_by_a_checkpoint_and_dropped_with_a_client_left_out(tmp_pa
             for k in clients:
                 rows.put(k, {"x": torch.full((2,), value + k)})
                 if k in bad:
-                    clients.leave_out(k)
+                    clients.counts(None, torch.tensor([math.nan]))
 
         take(value=10.0)
         fresh = tmp_path / f"checkpoint{in_place}{on_disk}"

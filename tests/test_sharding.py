@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.stats import kstest
 
 from common.cli import UsageError
 from common.seeding import stream
@@ -15,6 +16,7 @@ from common.sharding import (
     classes,
     contiguous,
     dirichlet,
+    equal_parts,
     iid,
     overlap,
     stratified,
@@ -70,14 +72,6 @@ def test_too_many_clients():
         contiguous(3, 2, [5, 0, 0], what="documents")
 
 
-def test_check_finds_what_is_wrong():
-    for bad in ([[0, 1], [1, 2]], [[0], [2]], [[0, 1, 2], [3]]):
-        with pytest.raises(ValueError, match="exactly once"):
-            check(bad, 3)
-    with pytest.raises(ValueError, match="client 1 has 0"):
-        check([[0, 1, 2], []], 3)
-
-
 # ------------------------------------------------------------------------------------------- by label
 
 
@@ -130,17 +124,6 @@ def test_classes_have_equally_many_clients_up_to_one():
             assert np.ptp((counts > 0).sum(axis=0)) <= (k * nc % n_classes > 0)
             dealt = [column[column > 0] for column in counts.T]
             assert all(np.ptp(column) <= 1 for column in dealt)
-
-
-def test_classes_mix_afresh_and_follow_the_generator():
-    labels = make_labels(10, 50)
-    first, again, other = (classes(labels, 20, 2, stream(seed, "sharding")) for seed in (0, 0, 1))
-    assert listed(first) == listed(again) != listed(other)
-    groups = {tuple(np.flatnonzero(row)) for row in class_counts(first, labels, 10)}
-    assert len(groups) > 5  # blocks of 5 clients: one permutation for all would give 5 groups
-    for seed in range(5):  # 3 of 53 left over in each class, 30 in all: they go to the clients that have the fewest
-        sizes = [len(part) for part in classes(make_labels(10, 53), 10, 5, stream(seed, "sharding"))]
-        assert sum(sizes) == 530 and max(sizes) - min(sizes) <= 2
 
 
 def test_classes_that_cannot_be_dealt():
@@ -260,22 +243,6 @@ def test_overlap_shares_what_rho_says(k, rho):
     assert nowhere == pytest.approx(rho * n * missed, abs=4 * np.sqrt(rho * n * missed))
 
 
-def test_overlap_at_zero_is_stratified_and_follows_the_generator():
-    labels = make_labels(3, 100)
-    parts = overlap(labels, 7, 0.0, stream(3, "sharding"))[0]
-    assert listed(parts) == listed(stratified(labels, 7, stream(3, "sharding")))
-    first, again, other = (overlap(labels, 7, 0.3, stream(seed, "sharding"))[0] for seed in (0, 0, 1))
-    assert listed(first) == listed(again) != listed(other)
-
-
-def test_an_overlap_out_of_range():
-    for make, rho in itertools.product((overlap, category_overlap), (-0.1, 1.01, float("nan"))):
-        with pytest.raises(UsageError, match="--overlap-ratio .* is outside 0 to 1"):
-            make(np.zeros(10, dtype=int), 2, rho, stream(0, "sharding"))
-    with pytest.raises(UsageError, match="3 samples .* 4 clients"):
-        overlap(np.zeros(3), 4, 0.5, stream(0, "sharding"))
-
-
 def test_categories_go_round_the_clients_whole():
     names = np.array(["a", "b", "c", "d", "e"])[make_labels(5, 20)]
     parts, notes = category(names, 2, stream(0, "sharding"))
@@ -319,3 +286,40 @@ def test_category_overlap_keeps_most_of_the_category():
     assert "with several clients" in notes[0]
     same, notes = category_overlap(labels, 2, 0.0, stream(0, "sharding"))
     assert listed(same) == listed(plain) and notes == []
+
+
+# ---- equal sizes, as Dirichlet says
+
+
+def labels_of(parts, labels):
+    """[clients, labels]: how many examples."""
+    return np.stack([np.bincount(labels[part], minlength=labels.max() + 1) for part in parts])
+
+
+def test_equal_parts_go_from_one_topic_each_to_the_topics_shares():
+    even, uneven = np.repeat([0, 1, 2, 3], 100), np.repeat([0, 1, 2], [400, 150, 57])
+    for seed in range(3):
+        # two clients' worth of each topic: the best assignment of clients to topics splits none
+        one = labels_of(equal_parts(even, 8, 1e-3, stream(seed, "x")), even)
+        assert (one.max(axis=1) == 50).all() and (one.sum(axis=0) == 100).all()
+        few = labels_of(equal_parts(uneven, 10, 1e-3, stream(seed, "x")), uneven)
+        assert ((few > 0).sum(axis=1) > 1).sum() <= 3 and set(few.sum(axis=1).tolist()) == {60, 61}
+        alike = labels_of(equal_parts(uneven, 10, 1e6, stream(seed, "x")), uneven)
+        assert np.abs(alike - 60.7 * np.array([400, 150, 57]) / 607).max() < 1.5
+    assert not np.array_equal(few, labels_of(equal_parts(uneven, 10, 1e-3, stream(9, "x")), uneven))
+    with pytest.raises(UsageError, match="--alpha inf"):
+        equal_parts(even, 8, np.inf, stream(0, "x"))
+
+
+def test_equal_parts_keep_what_the_dirichlet_draw_says_of_every_client():
+    """Rows and columns are scaled only, so that ratios of ratios are those of q; the draw is Dirichlet's."""
+    labels, k = np.repeat([0, 1, 2], [50_000, 30_000, 40_000]), 6
+    counts = labels_of(equal_parts(labels, k, 1.0, stream(4, "x")), labels).astype(float)
+    assert (counts.sum(axis=1) == 20_000).all() and (counts.sum(axis=0) == [50_000, 30_000, 40_000]).all()
+    generator = stream(4, "x")
+    q = generator.standard_gamma(2.0, (k, 3)) * (1 - generator.random((k, 3)))  # Gamma(1) each
+    odds, wanted = (np.log(x[:, 1:] / x[:, :1]) for x in (counts, q))
+    assert np.allclose(odds - odds[0], wanted - wanted[0], atol=0.05) and np.ptp(wanted) > 2
+    big = stream(5, "x")
+    draws = np.log(big.standard_gamma(1.2, 4000)) + np.log1p(-big.random(4000)) / 0.2
+    assert kstest(np.exp(draws), "gamma", args=(0.2,)).pvalue > 0.01
