@@ -57,7 +57,7 @@ def is_main():
 
 
 def init_parallel(device="cpu"):
-    """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+    """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT): the `World`.
 
     Args: device: "cpu" or "cuda": where the tensors to be summed will be.
     Raises: UsageError when the environment names several processes but not where they meet.
@@ -65,7 +65,7 @@ def init_parallel(device="cpu"):
     global _world
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or _world.size > 1:
-        return
+        return _world
     kind = torch.device(device)
     if kind.type == "cuda" and kind.index is not None:
         raise UsageError(f"--device {device} with {size} processes: use --device cuda, each takes its own GPU")
@@ -82,6 +82,7 @@ def init_parallel(device="cpu"):
     with ended_at_once(), _with_others():
         dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo", timeout=DAY)
     _world = World(dist.get_rank(), size, local_rank, "nccl" if own_gpu else "gloo")
+    return _world
 
 
 def close_parallel():

@@ -111,22 +111,15 @@ OTHERS = {  # another script -> what it needs, a bad value
     "plots/vit.py": ("--out-dir {tmp}/out", "--data-dir {tmp}/none", "{tmp}/none"),
     "plots/tables.py": ("", "{tmp}/none", "{tmp}/none"),
 }
+ONE = [run for run in RUNS if run.endswith(("fed_fisher", "sparse", "svd", "noniid/fedavg"))]  # of each study
 EVERY = [
     *((run, more, [part]) for run, (more, part) in RUNS.items()),
     *((script, f"{flags} {more}", [part]) for script, (flags, more, part) in OTHERS.items()),
-    *((run, "--no-such-flag", ["--no-such-flag"]) for run in RUNS),
-    *(
-        (script, f"{flags} --no-such-flag", ["--no-such-flag"])
-        for script, (flags, *_) in OTHERS.items()
-        if script not in (*GRIDS, "plots/tables.py")
-    ),
-    *((run, "--overwrite", ["is not a run folder", "--run-name"], taken) for run in RUNS),
-    *((run, "", ["r exists (failed)", "--resume", "--overwrite"], run_of(run)) for run in RUNS),
-    *((run, "--resume --seed 77", ["--seed ", " -> 77"], run_of(run)) for run in RUNS),
-    *(
-        (run, "--resume", ["theta.safetensors is damaged", "checkpoint.1"], run_of(run, half_a_checkpoint))
-        for run in RUNS
-    ),
+    *((run, "--no-such-flag", ["--no-such-flag"]) for run in ONE),
+    *((run, "--overwrite", ["is not a run folder", "--run-name"], taken) for run in ONE),
+    *((run, "", ["r exists (failed)", "--resume", "--overwrite"], run_of(run)) for run in ONE),
+    *((run, "--resume --seed 77", ["--seed ", " -> 77"], run_of(run)) for run in ONE),
+    *((run, "--resume", ["theta.safetensors is damaged"], run_of(run, half_a_checkpoint)) for run in ONE),
 ]
 MISSING = [
     ("mamba_fl/fed_avg", "--dataset wikitext2 --data-root {tmp}", ["wiki.train.raw", "--dataset demo"]),
@@ -275,7 +268,7 @@ def test_help_is_grouped_and_complete(script):
     lines = ended.out.splitlines()
     assert lines[0].startswith(f"usage: {script.split('/')[1]} ") and not lines[3]
     assert all(line.startswith("    python ") for line in lines[1:3]), "two examples"
-    assert ended.code == 0 and not ended.err and sum(line.endswith(":") and line[0] != " " for line in lines) >= 1
+    assert ended.code == 0 and not ended.err and sum(line.startswith("  -") for line in lines) <= 30
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith("  -"):
             assert "  " in line.strip() or following.startswith(" " * 20), line
