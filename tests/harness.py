@@ -11,7 +11,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import resource
 import runpy
 import shlex
 import shutil
@@ -210,7 +209,6 @@ def run(words, die=None, env=None):
     die: (folder, lines, changes, what): at change number `changes` of a file in `folder` (made, opened to write,
     renamed, removed), or the first whose path has the text `changes` in it, after metrics.jsonl has `lines` lines, the
     process gets the signal `what`. "full": only what is made or opened counts, and that fails as on a full disk.
-    "limit": no file may be longer than `changes` bytes.
     """
     return Started(words, die, env).ended()
 
@@ -249,9 +247,7 @@ def _script(words, place, env, die):
     os.chdir(place)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [str(ROOT / words[0]), *words[1:]]
-    if die and die[-1] == "limit":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (die[2], die[2]))
-    elif die:
+    if die:
         sys.addaudithook(_death(*die))
     runpy.run_path(sys.argv[0], run_name="__main__")
 

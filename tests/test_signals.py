@@ -44,14 +44,6 @@ def test_a_signal_is_one_line_with_the_advice_that_works(number, line, capsys):
     assert signal.getsignal(number) is before
 
 
-def test_an_interruption_that_a_library_swallows_is_one():
-    with pytest.raises(Terminated), stoppable():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        except KeyboardInterrupt as error:
-            raise ValueError("inside a library") from error
-
-
 def test_a_second_signal_at_once_is_the_same_one_and_a_later_one_ends_the_process(tmp_path):
     script = tmp_path / "keeps.py"
     script.write_text("""
@@ -109,17 +101,6 @@ def test_a_signal_while_run_json_is_written_leaves_no_run_running(status, then, 
     assert read_json(tmp_path / "r" / "run.json")["status"] == then
 
 
-def test_a_refusal_under_torchrun_is_the_main_processs(monkeypatch, capsys):
-    waited = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
-    for rank, line in (("0", "error: no such data\n"), ("1", "process 1: error: no such data\n")):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as stop:
-            cli.end_with("error: no such data")
-        assert stop.value.code == 2 and capsys.readouterr().err == line
-    assert waited == [3]  # in which torchrun ends it, because the main process has refused
-
-
 # ---------------------------------------------------------------------------------------------- several processes
 
 
@@ -128,11 +109,8 @@ ADVICE = "run the same command with --resume to go on"
 CASES = {  # what each process does in its first client of round 2 -> the exit code, the last line
     "0:sleep 1:kill": (1, f"failed: process 1 {KILLED}"),
     "0: 1:kill": (1, f"failed: process 1 {KILLED}"),
-    "0:sleep 1:raise": (1, "failed: process 1: no room"),
     "0: 1:raise": (1, "failed: process 1: no room"),
-    "0:raise 1:raise": (1, "failed: no room"),
     "0: 1:bug": (1, "failed: process 1: ValueError: a bug"),
-    "0:sleep 1:refuse": (2, "error: process 1: no such file"),
     "0:kill 1:": (1, f"failed: process 0 {KILLED}"),
     "0: 1:sleep SIGINT": (130, f"interrupted: {ADVICE}"),
     "0:sleep 1: SIGTERM": (143, f"terminated: {ADVICE}"),

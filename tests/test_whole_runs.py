@@ -1,7 +1,6 @@
 """Every script's run of tests/harness.py: killed and resumed, by two processes, resumed when it had finished."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import sys
 import harness
 import pytest
 
-from common.checkpoint import read_json, write_json
+from common.checkpoint import read_json
 
 pytestmark = pytest.mark.slow
 RESUMED = [name for name, golden in harness.GOLDEN.items() if golden.resumes]
@@ -67,10 +66,8 @@ def test_killed_and_resumed_is_as_if_unbroken(name, changes, tmp_path):
     "name, part",
     [
         ("mamba_fl/fed_avg", "client_1/deltas"),
-        ("mamba_fl/fed_avg", "training_history"),
         ("vit_sparse_fl/federated", "shards.json"),
         ("lora_glue_fl/svd", "round_2"),
-        ("lora_glue_fl/svd", "base/tokenizer"),
         ("llm_noniid/fedavg", "partition.json"),
     ],
 )
@@ -80,23 +77,6 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(
     last = ended.err.strip().splitlines()[-1]
     assert ended.code == 1 and last.startswith("failed: cannot save") and "No space left" in last, ended.err
     assert "Traceback" not in ended.err and status(folder) == "failed" and not list(folder.rglob("*.new"))
-    resume(name, tmp_path)
-    harness.same_run(folder, harness.whole(name))
-
-
-def test_a_file_that_the_kernel_refuses_ends_the_run_in_one_line(tmp_path):
-    """Written by safetensors, which is not Python: the longest file that may be written is 60 kB."""
-    ended = harness.run(harness.command("mamba_fl/fed_avg", tmp_path), die=(str(tmp_path), 0, 60_000, "limit"))
-    last = ended.err.strip().splitlines()[-1]
-    assert ended.code == 1 and last.startswith("failed: cannot save") and "Traceback" not in ended.err, ended.err
-    assert status(tmp_path / "r") == "failed" and not list((tmp_path / "r").glob("*.new"))
-
-
-def test_interrupted_and_resumed_is_as_if_unbroken(tmp_path):
-    name = "llm_noniid/scaffold"
-    ended, folder = run_that_dies(name, tmp_path, 1, 2, signal.SIGINT)
-    assert ended.code == 130 and "--resume" in ended.err and "Traceback" not in ended.err, ended.err
-    assert status(folder) == "interrupted"
     resume(name, tmp_path)
     harness.same_run(folder, harness.whole(name))
 
@@ -125,20 +105,6 @@ def test_processes_that_a_user_starts_give_the_same_bits(tmp_path):
         harness.same_run(folder, whole)
 
 
-@pytest.mark.parametrize("name", ["llm_noniid/fedavg", "vit_sparse_fl/federated"])
-def test_a_refused_resume_leaves_the_folder_as_it_was(name, tmp_path):
-    folder = shutil.copytree(harness.whole(name), tmp_path / harness.GOLDEN[name].folder)
-    write_json(folder / "run.json", read_json(folder / "run.json") | {"status": "interrupted"})
-    (folder / "checkpoint" / "theta.safetensors").write_bytes(b"")
-    before = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
-    ended = harness.run(harness.command(name, tmp_path, "--resume"))
-    assert ended.code == 2 and "theta.safetensors is damaged" in ended.err and ended.err.count("\n") == 1, ended.err
-    after = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
-    assert {p: (s.st_ino, s.st_mtime_ns) for p, s in before.items()} == {
-        p: (s.st_ino, s.st_mtime_ns) for p, s in after.items()
-    }
-
-
 @pytest.mark.parametrize("name", OF_EACH_SCRIPT)
 def test_a_finished_run_is_left_as_it_is(name):
     folder, out = harness.whole(name), harness.whole(name)
@@ -147,6 +113,4 @@ def test_a_finished_run_is_left_as_it_is(name):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     again = resume(name, out)
     assert "already finished" in again.out and again.out.splitlines()[-1] == str(folder)
-    other = harness.run(harness.command(name, out, "--resume", "--seed", 99))
-    assert other.code == 2 and other.err.count("\n") == 1 and "--seed" in other.err and "-> 99" in other.err, other.err
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
