@@ -9,7 +9,6 @@ import torch
 from quadratics import Quadratics, near
 
 from common import checkpoint
-from common.cli import RunFailed
 from common.parallel import Round
 from common.scaffold import ControlVariates
 
@@ -103,12 +102,6 @@ def test_zero_control_variates_are_fedavg_bit_for_bit(kind):
     assert (gradient + correction).signbit().tolist() == gradient.signbit().tolist()
 
 
-def test_identical_clients_are_fedavg():
-    problem = Quadratics(same=True)
-    plain = problem.train(problem.start, 9, STEPS, LR)
-    assert near(problem.train(problem.start, 9, STEPS, LR, in_memory(problem.start)), plain, 1e-14)
-
-
 def test_two_clients_and_two_rounds_by_hand(made):
     variates = made(torch.zeros(1), 4)
 
@@ -164,15 +157,3 @@ def test_a_checkpoint_holds_c_and_the_clients_that_took_part(made, tmp_path):
     again.rows.load(tmp_path / "checkpoint", "rows", meta["rows"]["rows"])
     assert torch.equal(problem.train(theta, 2, STEPS, LR, again, two_or_three), unbroken)
     assert torch.equal(again.c, variates.c)
-
-
-def test_a_folder_that_cannot_be_written_or_read_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    theta = torch.zeros(5)
-    with pytest.raises(RunFailed, match="cannot save.*file.*: File exists"):
-        a_round(ControlVariates(theta, 5, tmp_path / "file", on_disk=True), {0: theta})
-    variates = ControlVariates(theta, 5, tmp_path / "folder", on_disk=True)
-    a_round(variates, {0: theta})
-    variates.rows.path(0).write_bytes(b"short")
-    with pytest.raises(RunFailed, match="cannot read.*--resume"):
-        variates.correction(0)
