@@ -237,16 +237,13 @@ def end_with(line):
     sys.exit(2)
 
 
-class _Waiting:
-    """Lines of information that wait until a run has begun, so that a refusal is the only line on stderr."""
-
-    lines = None  # None: nothing is waited for
+_waiting = None  # lines of information that wait until a run has begun, so that a refusal is the only line on stderr
 
 
 def say(line):
     """A line of information on stderr, above a progress bar: at once, or when the run that is checked has begun."""
-    if _Waiting.lines is not None:
-        _Waiting.lines.append(line)
+    if _waiting is not None:
+        _waiting.append(line)
         return
     from tqdm import tqdm
 
@@ -255,26 +252,26 @@ def say(line):
 
 def say_waiting():
     """Says what waits: nothing can be refused any more."""
-    waiting, _Waiting.lines = _Waiting.lines or [], None
-    for line in waiting:
+    global _waiting
+    lines, _waiting = _waiting or [], None
+    for line in lines:
         say(line)
 
 
 @contextlib.contextmanager
-def _waiting():
+def _said_later():
     """What is said by `say` and `warnings.warn` waits until the run begins, or until the end of what is not refused."""
+    global _waiting
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {_one_line(message)}")
-        _Waiting.lines = []
+        _waiting = []
         try:
             yield
-            if os.environ.get("RANK", "0") == "0":
-                say_waiting()
-        except RunFailed:
-            say_waiting()
+        except UsageError:
+            _waiting = None
             raise
         finally:
-            _Waiting.lines = None
+            say_waiting()
 
 
 def parse(parser, complete=lambda args: args):
@@ -315,7 +312,7 @@ def outcome(main, args):
     What an interruption's notes (`add_note`) say of how to go on is part of its line.
     """
     try:
-        with stoppable(), _waiting():
+        with stoppable(), _said_later():
             return main(args) or 0, "", None
     except UsageError as error:
         return 2, f"error: {error}", error

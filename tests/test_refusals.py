@@ -247,7 +247,7 @@ run_federated(main, argparse.Namespace(processes=2, device="cpu", threads=1), 2)
 def test_what_some_or_all_processes_refuse_is_one_line(ranks, who, tmp_path):
     (tmp_path / "script.py").write_text(OF_SOME)
     ended = harness.run([tmp_path / "script.py", ranks])
-    assert (ended.code, ended.err) == (2, f"error: {who}no data here\n")
+    assert (ended.code, ended.err) == (2, f"{who}error: no data here\n")
 
 
 @pytest.mark.parametrize("name, flags, parts", FAILED)

@@ -109,8 +109,8 @@ ADVICE = "run the same command with --resume to go on"
 CASES = {  # what each process does in its first client of round 2 -> the exit code, the last line
     "0:sleep 1:kill": (1, f"failed: process 1 {KILLED}"),
     "0: 1:kill": (1, f"failed: process 1 {KILLED}"),
-    "0: 1:raise": (1, "failed: process 1: no room"),
-    "0: 1:bug": (1, "failed: process 1: ValueError: a bug"),
+    "0: 1:raise": (1, "process 1: failed: no room"),
+    "0: 1:bug": (1, "process 1: failed: ValueError: a bug"),
     "0:kill 1:": (1, f"failed: process 0 {KILLED}"),
     "0: 1:sleep SIGINT": (130, f"interrupted: {ADVICE}"),
     "0:sleep 1: SIGTERM": (143, f"terminated: {ADVICE}"),
