@@ -71,11 +71,6 @@ class WeightedMean(_Mean):
     w_k = n_k exp(log_weight_k), n_k what the round says that client k counts: the exponent serves weights that span
     orders of magnitude (softmax of entropies); only its differences between clients matter: it cannot overflow.
 
-        mean = WeightedMean(theta, clients)
-        for k in clients:
-            mean.add(theta_k)
-        theta = mean.result()
-
     Args: theta [n], not to be changed while clients are added; clients: `common.parallel.Round`.
     """
 
@@ -112,8 +107,7 @@ class NormalizedMean(_Mean):
 
         theta - (sum_k p_k a_k) sum_k p_k (theta - theta_k) / a_k        p_k = n_k / sum n
 
-    Clients that do more local steps pull no harder than their weights say. Used as `WeightedMean`, with which it
-    agrees where all a_k are equal, but for the rounding of fp64.
+    Clients that do more local steps pull no harder than their weights say. Used as `WeightedMean`.
     """
 
     def add(self, theta_k, a):
@@ -155,8 +149,6 @@ class PrecisionWeightedMean(_Mean):
 
         Raises: ValueError for a negative precision or one of another length, beside what `WeightedMean.add` does.
         """
-        if precision.shape != self.theta.shape:
-            raise ValueError(f"a precision of {tuple(precision.shape)} for weights of {tuple(self.theta.shape)}")
         if not self._counts(theta_k, precision):
             return False
         if (lowest := precision.amin().item()) < 0:

@@ -25,8 +25,8 @@ class ControlVariates(Follower):
     published. Where the global weights are the mean by numbers of examples, give these as `weights`: the published c
     would lead to the minimum of the plain mean of the clients' losses, whatever the weights of theta's mean are.
 
-    c is fp64; the c_k have theta's dtype and lie in `rows`. Checkpoints hold both: `variates` and `variates.rows` are
-    `lasting` objects of a run. A client that is left out offers nothing and keeps its c_k.
+    c is fp64; the c_k have theta's dtype and lie in `rows`. `variates` and `variates.rows` are `lasting` objects of a
+    run. A client that is left out keeps its c_k.
 
     Args: theta [n]: for its size, dtype and device; total_clients: K, ids from 0; folder, on_disk: as for `ClientRows`;
         weights: K numbers of at least 0, their sum above 0.
@@ -74,11 +74,9 @@ class ControlVariates(Follower):
         self.c.add_(change.div_(sum(self.weights)))
 
     def state_dict(self):
-        """c, for a checkpoint."""
         return {"c": self.c}
 
     def load_state_dict(self, state):
-        """Takes c back."""
         self.c.copy_(state["c"])
 
 

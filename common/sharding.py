@@ -1,6 +1,8 @@
-"""Which example belongs to which client: partitions as lists of index arrays, disjoint, complete, no client empty.
+"""Which example belongs to which client: partitions as lists of sorted int64 arrays of indices, no client empty.
 
-Only `overlap` and `category_overlap` are neither disjoint nor complete; no client is empty there either.
+All are disjoint and complete but `overlap` and `category_overlap`. Arguments: n: examples; labels, categories [n]:
+whole numbers (categories also strings), the classes are those that occur; k: clients; generator: of numpy
+(`common.seeding.stream`); what: the word for examples in messages. All raise UsageError for too many clients.
 """
 
 import itertools
@@ -14,12 +16,10 @@ DIRICHLET_DRAWS = 20  # at alpha 0.01 nearly every draw leaves clients without a
 
 
 def contiguous(n, k, sizes=None, what="examples"):
-    """Slices of 0..n-1 in order, one per client.
+    """Slices of 0..n-1 in order, whose counts differ by at most one.
 
-    Args: n: number of items; k: number of clients; sizes: the items' sizes, e.g. tokens per document: each cut then
-        is at the item boundary that is nearest to i/k of all tokens. Without it the counts differ by at most one.
-    Returns: list of k int64 arrays.
-    Raises: UsageError when there are fewer items than clients, or a client would get items of size zero only.
+    Args: sizes: the items' sizes, e.g. tokens per document: each cut then is at the item boundary that is nearest to
+        i/k of all tokens. Raises: UsageError when a client would get items of size zero only.
     """
     check_counts(n, k, what)
     if sizes is None:
@@ -30,11 +30,7 @@ def contiguous(n, k, sizes=None, what="examples"):
 
 
 def iid(n, k, generator, what="examples"):
-    """A random partition of 0..n-1 into k parts whose counts differ by at most one, each sorted.
-
-    Args: generator: a `numpy.random.Generator` (`common.seeding.stream`).
-    Raises: UsageError when there are fewer items than clients.
-    """
+    """A random partition of 0..n-1 into k parts whose counts differ by at most one."""
     check_counts(n, k, what)
     return [np.sort(part) for part in np.array_split(generator.permutation(n), k)]
 
@@ -42,12 +38,9 @@ def iid(n, k, generator, what="examples"):
 def stratified(labels, k, generator, what="samples"):
     """A random partition that keeps the labels' proportions in every part.
 
-    Args: labels: whole numbers [n]; k: the number of parts, whose sizes then differ by at most one, and the counts
-        of a label too; or the list of their sizes, which must sum to n: then each part has its share of each label,
-        rounded so that the sizes hold (two parts: the floor or the ceiling of the share); generator: a
-        `numpy.random.Generator`.
-    Returns: list of sorted int64 arrays.
-    Raises: UsageError when a part would be empty; ValueError for sizes that do not sum to n.
+    Args: k: the number of parts, whose sizes then differ by at most one, and the counts of a label too; or the list of
+        their sizes, which must sum to n: then each part has its share of each label, rounded so that the sizes hold.
+    Raises: ValueError for sizes that do not sum to n.
     """
     labels = np.asarray(labels)
     n = len(labels)
@@ -80,8 +73,6 @@ def classes(labels, k, nc, generator, what="samples"):
     At the seam of two permutations the later one is rearranged so that no client meets a class twice. A class's
     samples are dealt evenly to its clients; those left over go to the clients that have the fewest.
 
-    Args: labels: whole numbers [n], the classes are those that occur; generator: a `numpy.random.Generator`.
-    Returns: list of k sorted int64 arrays.
     Raises: UsageError for nc outside 1..C, for classes without a client (named), and for a class with fewer samples
         than clients.
     """
@@ -127,9 +118,9 @@ def dirichlet(labels, k, alpha, generator, min_samples=1, what="samples", flag="
     again, `DIRICHLET_DRAWS` times at most; then the draw that lacked least is repaired: sample by sample the
     smallest client gets one of the largest client's, of a label that it has already if it can.
 
-    Args: labels: whole numbers [n]; alpha: concentration, > 0 (small: few clients a class; large: like `iid`);
-        generator: a `numpy.random.Generator`; flag, first: what messages call alpha and the first client.
-    Returns: (list of k sorted int64 arrays, notes: lines for the log).
+    Args: alpha: concentration, > 0 (small: few clients a class; large: like `iid`); flag, first: what messages call
+        alpha and the first client.
+    Returns: (partition, notes: lines for the log).
     Raises: UsageError for an alpha that is not positive and finite, and fewer than k * min_samples samples.
     """
     labels = np.asarray(labels)
@@ -173,11 +164,7 @@ def equal_parts(labels, k, alpha, generator, flag="--alpha"):
     one nearest to q in relative entropy, x_ij = u_i q_ij v_j (iterative proportional fitting, Deming and Stephan 1940),
     and whole numbers beside it. No client's place in the order matters. A large alpha gives every client the labels'
     shares of all examples; a small one that assignment of clients to labels that q likes best, in which at most
-    labels - 1 clients have more than one label.
-
-    Args: labels: whole numbers [n], n at least k; alpha: > 0; generator: a `numpy.random.Generator`; flag: what
-        messages call alpha.
-    Raises: UsageError for an alpha that is not positive and finite.
+    labels - 1 clients have more than one label. Raises UsageError for an alpha that is not positive and finite.
     """
     if not (np.isfinite(alpha) and alpha > 0):
         raise UsageError(f"{flag} {alpha} must be a positive number")
@@ -225,10 +212,7 @@ def overlap(labels, k, rho, generator, what="samples"):
     Each client keeps a random (1 - rho) n/k of its part, which no other client keeps, and draws rho n/k from all that
     it did not keep. With rho above 0 the clients overlap, and samples that nobody kept or drew are with no client.
 
-    Args: labels: whole numbers [n]; rho: 0 (no overlap) to 1 (every client's samples are a draw of its own from all);
-        generator: a `numpy.random.Generator`.
-    Returns: (list of k sorted int64 arrays, each without duplicates, notes: lines for the log).
-    Raises: UsageError for a rho outside 0..1 and for fewer samples than clients.
+    Returns: (partition, notes: lines for the log). Raises: UsageError for a rho outside 0..1.
     """
     return _redraw(stratified(labels, k, generator, what), len(labels), rho, generator, what)
 
@@ -239,9 +223,7 @@ def category(categories, k, generator, what="samples"):
     With more clients than categories the clients are dealt to the categories instead, and each category is split
     evenly among its clients; a category with fewer samples than that takes only as many clients as it has samples.
 
-    Args: categories: whole numbers or strings [n]; generator: a `numpy.random.Generator`.
-    Returns: (list of k sorted int64 arrays, disjoint and complete, notes: lines for the log).
-    Raises: UsageError for fewer samples than clients.
+    Returns: (partition, notes: lines for the log).
     """
     categories = np.asarray(categories)
     check_counts(len(categories), k, what)
@@ -265,10 +247,7 @@ def category(categories, k, generator, what="samples"):
 
 
 def category_overlap(categories, k, rho, generator, what="samples"):
-    """`category`, then a fraction `rho` of each client's samples is drawn anew from all, as in `overlap`.
-
-    Arguments, result and errors as there.
-    """
+    """`category`, then a fraction `rho` of each client's samples is drawn anew from all, as in `overlap`."""
     parts, notes = category(categories, k, generator, what)
     parts, more = _redraw(parts, len(categories), rho, generator, what)
     return parts, notes + more
