@@ -1,19 +1,15 @@
 """The cache: files that can be made again, named by the SHA-256 of everything that shapes them."""
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import uuid
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
-
-# What reading a damaged file raises: archives and gzip check CRCs, `unpack` checks the rest
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile)
 
 
 def cache_folder(cache_dir=None):
@@ -34,25 +30,22 @@ def one_line(error):
 def cached(path, make, pack, unpack, again):
     """What `make()` returns, kept at `path` as the bytes `pack(value)`; read by `unpack(bytes)` where it is there.
 
-    unpack raises for bytes that are damaged (ValueError, KeyError, ...): a warning says so and what is done `again`.
-    Another process sees all of a file or nothing. A cache that cannot be written is only a warning.
+    Another process sees all of a file or nothing. A file that `unpack` cannot read is made `again`, with a warning. A
+    cache that cannot be written is only a warning.
     """
-    try:
-        return unpack(path.read_bytes())
-    except FileNotFoundError:
-        pass
-    except _DAMAGED as error:
-        warnings.warn(f"{path} is damaged ({one_line(error)}): {again} again", stacklevel=3)
-    value = make()
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    if path.is_file():
+        try:
+            return unpack(path.read_bytes())
+        except Exception as error:
+            warnings.warn(f"{path} is damaged ({one_line(error)}): {again} again", stacklevel=3)
+    value, part = make(), path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(pack(value))
-            os.replace(part, path)
-        finally:  # Ctrl-C included
-            part.unlink(missing_ok=True)
+        part.write_bytes(pack(value))
+        os.replace(part, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
         warnings.warn(f"cannot write the cache ({error}): the next start does this work again", stacklevel=2)
     return value
 

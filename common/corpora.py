@@ -1,25 +1,24 @@
 """Text corpora as lists of whole documents: WikiText-2, and a demo text that every Python carries."""
 
-import dataclasses
+import functools
 import hashlib
 import io
 import itertools
 import os
 import platform
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from common.cache import one_line
 from common.cli import UsageError
-from common.hub import hub_dataset
+from common.hub import hub_dataset, reading
 
-DATASETS = ("wikitext2", "demo")
 SPLITS = ("train", "validation", "test")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Corpus:
-    """Documents of three splits; `source` says where they are from, `fingerprint` is the SHA-256 of all."""
+    """Documents of three splits; `source` says where they are from."""
 
     name: str
     variant: str
@@ -27,11 +26,12 @@ class Corpus:
     train: list[str]
     validation: list[str]
     test: list[str]
-    fingerprint: str = dataclasses.field(init=False)
 
-    def __post_init__(self):
+    @functools.cached_property
+    def fingerprint(self):
+        """SHA-256 of all documents."""
         hashes = [documents_sha256(getattr(self, split)) for split in SPLITS]
-        object.__setattr__(self, "fingerprint", hashlib.sha256("\n".join(hashes).encode()).hexdigest())
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def documents_sha256(documents):
@@ -52,74 +52,43 @@ def data_folder(data_root=None):
 def load_corpus(dataset, data_root=None):
     """The documents of `dataset`, "wikitext2" or "demo", as a `Corpus`.
 
-    wikitext2: files under the data folder (raw or tokens variant), else the hub, or its library's cache. demo: needs
+    wikitext2: files in the data folder (raw or tokens variant), else the hub, or its library's cache. demo: needs
     neither files nor a network.
-
-    Raises UsageError for an unknown name, an unreadable or incomplete local copy, and when there is no local
-    copy and the hub cannot be reached.
+    Raises: UsageError for an unknown name, an unreadable local copy, and when there is no whole local copy and the hub
+        cannot be reached.
     """
-    if dataset == "wikitext2":
-        return _wikitext2(data_folder(data_root))
-    if dataset == "demo":
-        return _demo()
-    raise UsageError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
+    if dataset not in ("wikitext2", "demo"):
+        raise UsageError(f"unknown dataset {dataset!r}: choose one of wikitext2, demo")
+    return _demo() if dataset == "demo" else _wikitext2(data_folder(data_root) / "wikitext-2")
 
 
-# ---------------------------------------------------------------------------------------------- WikiText-2
+# ---- WikiText-2
 
-_FOLDERS = ("wikitext-2", "wikitext2", "wikitext-2-raw", "wikitext-2-raw-v1", ".")
 RAW_FILES = ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw")
-FILES = (  # variant, then its names of the three splits, in the order of preference
-    ("raw", RAW_FILES),
-    ("tokens", ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens")),
-    ("tokens", ("train.txt", "valid.txt", "test.txt")),
-)
+FILES = {"raw": RAW_FILES, "tokens": ("train.txt", "valid.txt", "test.txt")}  # of the splits, in order of preference
 
 
-def _wikitext2(root):
-    variant, paths = _find_wikitext2(root)
-    if paths:
-        return _wikitext2_corpus(variant, f"data root, {paths[0].name}", [_read_text(path) for path in paths])
-    rows = hub_dataset(
-        ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-        dict.fromkeys(SPLITS, ("text",)),
-        f"no WikiText-2 under {root}",
-        f"{', '.join(RAW_FILES)} (or train.txt, valid.txt, test.txt) into {root / 'wikitext-2'}",
-    )
-    # The hub keeps one line a row, and an empty row for a blank line, which is " \n" in the official files.
-    texts = ["".join(line or " \n" for line in rows[split]["text"]) for split in SPLITS]
-    return _wikitext2_corpus("raw", "hub, Salesforce/wikitext wikitext-2-raw-v1", texts)
-
-
-def _find_wikitext2(root):
-    """(variant, [train, valid, test]) of the first complete copy under `root`, or (None, None)."""
-    incomplete = None
-    for folder in _FOLDERS:
-        for variant, names in FILES:
-            missing = [name for name in names if not (root / folder / name).is_file()]
-            if not missing:
-                return variant, [root / folder / name for name in names]
-            if len(missing) < len(names) and folder != ".":
-                incomplete = incomplete or (root / folder, missing)
-    if incomplete:
-        folder, missing = incomplete
-        raise UsageError(f"WikiText-2 in {folder} is incomplete: put {' and '.join(missing)} there too")
-    return None, None
+def _wikitext2(folder):
+    found = [(variant, names) for variant, names in FILES.items() if all((folder / n).is_file() for n in names)]
+    if found:
+        variant, names = found[0]
+        source, texts = f"data root, {names[0]}", [_read_text(folder / name) for name in names]
+    else:
+        variant, source = "raw", "hub, Salesforce/wikitext wikitext-2-raw-v1"
+        files = f"{', '.join(RAW_FILES)} (or train.txt, valid.txt, test.txt) into {folder}"
+        columns = dict.fromkeys(SPLITS, ("text",))
+        rows = hub_dataset(("Salesforce/wikitext", "wikitext-2-raw-v1"), columns, f"no WikiText-2 in {folder}", files)
+        # The hub keeps one line a row, and an empty row for a blank line, which is " \n" in the official files.
+        texts = ["".join(line or " \n" for line in rows[split]["text"]) for split in SPLITS]
+    splits = [split_articles(text) for text in texts]
+    if not all(splits):
+        raise UsageError(f"WikiText-2 ({source}): no article in the {SPLITS[splits.index([])]} split: get it again")
+    return Corpus("wikitext2", variant, source, *splits)
 
 
 def _read_text(path):
-    try:
+    with reading(f"cannot read {path}", "get the file again"):
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path} ({one_line(error)}): get the file again") from error
-
-
-def _wikitext2_corpus(variant, source, texts):
-    splits = [split_articles(text) for text in texts]
-    for split, documents in zip(SPLITS, splits, strict=True):
-        if not documents:
-            raise UsageError(f"WikiText-2 ({source}): no article in the {split} split: get the file again")
-    return Corpus("wikitext2", variant, source, *splits)
 
 
 def split_articles(text):
@@ -135,7 +104,7 @@ def split_articles(text):
     return ["".join(lines[a:b]) for a, b in itertools.pairwise([*starts, len(lines)])]
 
 
-# ---------------------------------------------------------------------------------------------------- demo
+# ---- demo
 
 _PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\xa0": " "})
 _LIST_MARK = re.compile(r"^(?:\* |\d+\. |\[\d+\] )")  # also of a footnote
@@ -146,17 +115,14 @@ _DEMO_SHARE = 0.1  # of the characters, for validation and for test each
 
 def _demo():
     """English prose of the language reference that comes with every Python, split by topic."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise UsageError("this Python lacks pydoc_data: install its whole standard library") from error
+    from pydoc_data.topics import topics
+
     documents = demo_documents(topics)
     # A topic's place in the queue hangs on its name alone. One that would fill most of a split by itself
     # stays in the training text.
     queue = sorted(documents, key=lambda name: hashlib.sha256(f"demo split {name}".encode()).digest())
     wanted = _DEMO_SHARE * sum(map(len, documents.values()))
-    filled = {"validation": 0, "test": 0}
-    place = {}
+    filled, place = {"validation": 0, "test": 0}, {}
     for name in queue:
         split = min(filled, key=filled.get)
         if filled[split] < wanted and len(documents[name]) < wanted / 2:
@@ -173,8 +139,7 @@ def demo_documents(topics):
     is also in "compound"): a paragraph stays only in the shortest topic that has it, so that no paragraph of
     the validation text is in the training text too.
     """
-    seen = set()
-    documents = {}
+    seen, documents = set(), {}
     for name in sorted(topics, key=lambda name: (len(topics[name]), name)):
         kept = [paragraph for paragraph in _prose(topics[name]) if paragraph not in seen]
         seen.update(kept)
@@ -187,9 +152,7 @@ def demo_documents(topics):
 def _prose(text):
     """Paragraphs of running English in one topic, each unwrapped into one line."""
     for block in re.split(r"\n\s*\n", text.translate(_PLAIN)):
-        paragraph = " ".join(block.split())
-        paragraph = _LIST_MARK.sub("", paragraph)
-        paragraph = _EMPHASIS.sub(r"\1", paragraph)
+        paragraph = _EMPHASIS.sub(r"\1", _LIST_MARK.sub("", " ".join(block.split())))
         if _is_prose(paragraph):
             yield paragraph
 

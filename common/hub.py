@@ -13,7 +13,6 @@ from common.cli import RunFailed, UsageError
 
 # Everything that asks the hub's library for a model gives these: it takes a download with fewer files for incomplete.
 MODEL_FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]  # configuration, tokenizer, weights; no pickles
-_VARIABLES = ("HF_HOME", "HF_HUB_CACHE")
 ANSWER_SECONDS = 5  # for a server's first answer
 
 
@@ -29,7 +28,7 @@ def answers(address):
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:
-        pass  # an answer, if not a friendly one: the client will say what is wrong
+        return True  # if not in a friendly way: the client will say what is wrong
     except (OSError, ValueError):
         return False
     return True
@@ -38,60 +37,35 @@ def answers(address):
 def hub_dataset(name, columns, what, files):
     """{split: {column: list}} of a data set on the hub, or in the cache of its library.
 
-    Args: name: ("owner/name", its configuration if it has some); columns: {split: names of columns}; what, files: what
-        the message says is not there, and which files would do instead of the hub.
-    Raises: UsageError when it is not in the cache and the hub cannot be reached or does not give it.
+    Args: name: ("owner/name", its configuration if it has some); columns: {split: names of columns}.
+    Raises: UsageError where there is none: `what` is not there, and which `files` would do instead.
     """
     online = hub_reachable()
     import datasets  # only here: it takes a second to import
 
+    if not online:  # else the libraries try for a minute; from now on they look into their caches only
+        from huggingface_hub import constants
+
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        with contextlib.nullcontext() if online else _offline(datasets.config):
-            splits = datasets.load_dataset(*name)
+        splits = datasets.load_dataset(*name)
         return {split: {c: list(splits[split][c]) for c in columns[split]} for split in columns}
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:
         why = f"the hub did not give it ({one_line(error)})" if online else "the hub cannot be reached"
         raise UsageError(f"{what} and {why}: put {files}, or give --data-root, or take --dataset demo") from error
 
 
-@contextlib.contextmanager
-def _offline(*settings):
-    """The libraries look into their caches only: else they try a network that is not there for a minute."""
-    from huggingface_hub import constants
-
-    before = [(place, place.HF_HUB_OFFLINE) for place in (constants, *settings)]
-    for place, _ in before:
-        place.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for place, value in before:
-            place.HF_HUB_OFFLINE = value
-
-
-def hub_cache():
-    """The `cache_dir` for the hub's library: the folder that `download_roberta_models.py --hf_home` filled.
-
-    None, the library's own choice, when environment variable HF_HOME or HF_HUB_CACHE is set, when there was no such
-    download, or when its folder is gone.
-    """
-    if winning_variable() or not _record().is_file():
-        return None
-    folder = Path(os.fsdecode(_record().read_bytes())) / "hub"
-    return folder if folder.is_dir() else None
+# ---- models
 
 
 def download(model, revision="main", cache_dir=None, online=True):
     """The folder of `model`, its missing files downloaded; offline: as an earlier download left it.
 
-    Raises: UsageError for a model or revision that does not exist or has no safetensors, and when it is not there and
-        there is no network; RunFailed when a download breaks off.
+    Raises: UsageError for what is not there or has no safetensors; RunFailed when a download breaks off.
     """
     from huggingface_hub import errors, snapshot_download  # only here: it takes a second to import
 
     unknown = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-    # The library has changed its HTTP library before: the first base of its own error is that one's, whichever it is
-    broken = (OSError, ValueError, errors.HfHubHTTPError.__bases__[0])
     places = {"revision": revision, "cache_dir": cache_dir, "local_files_only": not online}
     try:
         folder = Path(snapshot_download(model, allow_patterns=MODEL_FILES, **places))
@@ -102,7 +76,7 @@ def download(model, revision="main", cache_dir=None, online=True):
             f"{model} at revision {revision} is not downloaded yet, or not whole, and the hub cannot be reached: run "
             "lora_glue_fl/download_roberta_models.py where there is a network, or give a folder as --model"
         ) from error
-    except broken as error:
+    except Exception as error:  # of whichever HTTP library the hub's has under it
         raise RunFailed(f"{model}: {one_line(error)}; run the same command again to go on") from error
     if not list(folder.glob("model*.safetensors")):
         raise UsageError(f"{model} has no model.safetensors, and pickled weights are not taken: choose another model")
@@ -113,44 +87,36 @@ def find_model(name, spec=None, advice=""):
     """The folder of a model: `name` itself where it is a folder, else what an earlier download left, else from the hub.
 
     Args: spec: its name on the hub (default: name); advice: what else to do where neither is there.
-
-    Raises UsageError when it is not there, or a folder without config.json or model.safetensors.
+    Raises: UsageError when it is not there, or a folder without config.json or model.safetensors.
     """
     folder, spec = Path(name).expanduser(), spec or name
-    if not os.path.isdir(folder):  # also of a name that is too long
-        try:
-            folder = download(spec, cache_dir=hub_cache(), online=False)
-        except UsageError:
-            if not hub_reachable():
-                raise UsageError(
-                    f"no model {name}: not a folder, not downloaded before, and the hub is out of reach: {advice}"
-                ) from None
-            folder = download(spec, cache_dir=hub_cache())
-    if not (folder / "config.json").is_file() or not list(folder.glob("model*.safetensors")):
-        raise UsageError(
-            f"--model {name}: {folder} has no config.json with model.safetensors: give a folder that transformers "
-            "wrote (pickled weights are not read)"
-        )
-    return folder
+    if os.path.isdir(folder):  # also of a name that is too long
+        if not (folder / "config.json").is_file() or not list(folder.glob("model*.safetensors")):
+            advice = "give a folder that transformers wrote (pickled weights are not read)"
+            raise UsageError(f"--model {name}: {folder} has no config.json with model.safetensors: {advice}")
+        return folder
+    try:
+        return download(spec, cache_dir=hub_cache(), online=False)
+    except UsageError as error:
+        if hub_reachable():
+            return download(spec, cache_dir=hub_cache())
+        what = f"no model {name}: not a folder, not downloaded before, and the hub is out of reach"
+        raise UsageError(f"{what}: {advice}") from error
 
 
 def load_pretrained(kind, source, what, advice, **options):
     """(model, transformers' loading info) of a folder or a name on the hub, in fp32, from safetensors.
 
-    Args: kind: a class of transformers with `from_pretrained`, which gets the options; what, advice: the message's
-        begin and end. Raises: UsageError where the files cannot be read as such a model.
+    Args: kind: a class of transformers with `from_pretrained`, which gets the options; what, advice: as `reading`.
     """
-    import torch
-
-    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True, **options}
+    options = {"use_safetensors": True, "dtype": "float32", "output_loading_info": True, **options}
     with quiet(), reading(what, advice):
         return kind.from_pretrained(source, trust_remote_code=False, **options)
 
 
 def weight_bytes(folder):
     """Bytes of a folder's weights, 0 where it is no folder: for a guess at memory."""
-    files = Path(folder).glob("*.safetensors") if os.path.isdir(folder) else ()
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) if os.path.isdir(folder) else 0
 
 
 @contextlib.contextmanager
@@ -160,14 +126,12 @@ def reading(what, advice):
         yield
     except (UsageError, RunFailed):
         raise
-    except BaseException as error:  # a panic in Rust is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+    except Exception as error:
         raise UsageError(f"{what} ({one_line(error)[:300]}): {advice}") from error
 
 
 def read_config(path):
-    """The JSON object in a config.json. Raises: OSError, ValueError, RecursionError."""
+    """The JSON object in a config.json. Raises: OSError, ValueError."""
     config = json.loads(path.read_text("utf-8"))
     if not isinstance(config, dict):
         raise ValueError(f"{path} is no model's configuration")
@@ -179,15 +143,25 @@ def quiet():
     """Without transformers' own progress bars and warnings."""
     from transformers.utils import logging
 
-    shown, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    shown = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # for good: no script shows them
     try:
         yield
     finally:
         logging.set_verbosity(shown)
-        if bars:
-            logging.enable_progress_bar()
+
+
+# ---- where the models are
+
+
+def hub_cache():
+    """The `cache_dir` for the hub's library: the folder that `download_roberta_models.py --hf_home` filled.
+
+    None, the library's own choice, where a `winning_variable` is set, and without such a folder.
+    """
+    folder = Path(_record().read_text("utf-8")) / "hub" if _record().is_file() else None
+    return folder if folder and folder.is_dir() and not winning_variable() else None
 
 
 def remember_home(hf_home):
@@ -195,15 +169,15 @@ def remember_home(hf_home):
     try:
         _record().unlink(missing_ok=True)
         if hf_home is not None:
-            _record().parent.mkdir(parents=True, exist_ok=True)
-            _record().write_bytes(os.fsencode(hf_home))
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            _record().write_text(str(hf_home), "utf-8")
     except OSError as error:
         warnings.warn(f"cannot write the cache ({error}): give the printed folders as --model", stacklevel=2)
 
 
 def winning_variable():
     """The environment variable that says where the hub's files are, as "NAME=value", None when there is none."""
-    return next((f"{name}={os.environ[name]}" for name in _VARIABLES if os.environ.get(name)), None)
+    return next((f"{name}={os.environ[name]}" for name in ("HF_HOME", "HF_HUB_CACHE") if os.environ.get(name)), None)
 
 
 def _record():

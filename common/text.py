@@ -9,11 +9,9 @@ here, so that a study can deal them to its clients before it packs them into blo
 """
 
 import contextlib
-import dataclasses
-import gzip
 import json
 import re
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +23,9 @@ from common.corpora import SPLITS, data_folder, documents_sha256
 from common.hub import hub_reachable, quiet, reading
 
 END_OF_TEXT = "<|endoftext|>"
-_CACHE_FORMAT = 1  # raise it when the meaning of a cached file changes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TokenizedDocuments:
     """One split: document i is `tokens[offsets[i] : offsets[i + 1]]` and ends with the end-of-text token."""
 
@@ -43,34 +40,32 @@ class TokenizedDocuments:
         return np.diff(self.offsets)
 
 
-# ---------------------------------------------------------------------------------------------- tokenizers
+# ---- tokenizers
 
 
 def load_tokenizer(spec, corpus, data_root=None, cache_dir=None):
     """A fast tokenizer of `transformers` with an end-of-text token.
 
-    spec: "bpe:N" trains a byte-level BPE of N tokens (256 bytes and `<|endoftext|>` among them) on the
-    training split; it is deterministic and kept in the cache. "gpt2", or another name under
-    `data_root`/tokenizers, or a folder, or a tokenizer.json file, is loaded; only "gpt2" is also looked for
-    on the hub.
+    spec: "bpe:N" trains a byte-level BPE of N tokens (256 bytes and `<|endoftext|>` among them) on the training split;
+    it is deterministic and kept in the cache. "gpt2", or another name under `data_root`/tokenizers, or a folder, is
+    loaded; only "gpt2" is also looked for on the hub.
 
-    Raises UsageError when N is too small or not a number, and when the tokenizer is not there, cannot be read
-    or cannot end a document.
+    Raises: UsageError when N is too small or not a number, and when the tokenizer is not there, cannot be read or
+        cannot end a document.
     """
     if spec.startswith("bpe:"):
-        return _wrap(_trained_bpe(spec, corpus, cache_folder(cache_dir)), END_OF_TEXT)
+        return _trained_bpe(spec, corpus, cache_folder(cache_dir))
     named = data_folder(data_root) / "tokenizers" / spec
-    for path in (named, Path(spec).expanduser()):
-        if path.exists():
-            return _with_end_of_text(_load_tokenizer_files(path), spec)
-    if spec != "gpt2":
-        raise UsageError(f"no tokenizer {spec!r}, nor {named}: give gpt2, bpe:N, or a tokenizer's folder")
-    tokenizer = hub_tokenizer(spec)
-    if tokenizer is None:
+    folder = next((path for path in (named, Path(spec).expanduser()) if path.is_dir()), None)
+    if folder:
+        tokenizer = _read_folder(folder)
+    elif spec != "gpt2" or not (tokenizer := hub_tokenizer(spec)):
         raise UsageError(
-            f"no tokenizer in {named} and none from the hub: put gpt2's tokenizer.json there, give --data-root, "
-            "or take --tokenizer bpe:4096"
+            f"no tokenizer {spec!r}, nor {named}: give a tokenizer's folder, gpt2 with its tokenizer.json there, or "
+            "bpe:N, such as bpe:4096"
         )
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"tokenizer {spec!r} has no end-of-text token (eos_token): take gpt2 or bpe:N")
     return tokenizer
 
 
@@ -90,58 +85,44 @@ def hub_tokenizer(name):
     return None
 
 
-def _load_tokenizer_files(path):
+def _read_folder(folder):
     import transformers
 
-    with reading_tokenizer(path), quiet():
-        if (path / "tokenizer_config.json").is_file():
-            return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is not there or no file")
-        backend = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
-        return _wrap(backend, END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else None)
+    with reading_tokenizer(folder), quiet():
+        if (folder / "tokenizer_config.json").is_file():
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return _fast(tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text("utf-8")))
 
 
-def _with_end_of_text(tokenizer, spec):
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UsageError(f"tokenizer {spec!r} has no fast version: give one with a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"tokenizer {spec!r} has no end-of-text token (eos_token): take gpt2 or bpe:N")
-    return tokenizer
-
-
-def _wrap(backend, special):
+def _fast(backend):
+    """A tokenizer of `tokenizers` as one of `transformers`, its end of text `END_OF_TEXT` where it has that."""
     import transformers
 
+    special = END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else None
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=special, eos_token=special, unk_token=special
     )
 
 
 def _trained_bpe(spec, corpus, cache):
-    try:
-        size = int(spec.removeprefix("bpe:"))
-    except ValueError:
-        raise UsageError(f"--tokenizer {spec}: N in bpe:N must be a number, such as bpe:4096") from None
+    size = int(digits) if (digits := spec.removeprefix("bpe:")).isdecimal() else 0
     if size < 257:
-        raise UsageError(f"--tokenizer {spec}: N must be at least 257 (256 bytes and an end-of-text token)")
-    recipe = ["bpe", _CACHE_FORMAT, tokenizers.__version__, size, END_OF_TEXT, documents_sha256(corpus.train)]
-    path = cache / f"tokenizer-bpe{size}-{sha256_of(recipe)[:24]}.json.gz"
-    return cached(
-        path,
+        raise UsageError(f"--tokenizer {spec}: give bpe:N with N of at least 257 (256 bytes and an end-of-text token)")
+    key = sha256_of(["bpe", tokenizers.__version__, size, documents_sha256(corpus.train)])
+    backend = cached(
+        cache / f"tokenizer-bpe{size}-{key[:24]}.json",
         lambda: train_bpe(corpus.train, size),
-        lambda tokenizer: gzip.compress(tokenizer.to_str().encode("utf-8"), mtime=0),
-        lambda stored: tokenizers.Tokenizer.from_str(gzip.decompress(stored).decode("utf-8")),  # which checks its CRC
+        lambda tokenizer: tokenizer.to_str().encode("utf-8"),
+        lambda stored: tokenizers.Tokenizer.from_str(stored.decode("utf-8")),
         "training the tokenizer",
     )
+    return _fast(backend)
 
 
 def train_bpe(documents, size):
-    """A byte-level BPE (GPT-2's pre-tokenizer and byte alphabet) of at most `size` tokens.
+    """A byte-level BPE (GPT-2's pre-tokenizer and byte alphabet) of at most `size` tokens; fewer of a small text.
 
     Deterministic: ties between pairs are broken by their ids, and the 256 byte symbols are there from the start.
-    A text too small for `size` merges gives fewer tokens, with a warning.
     """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -153,8 +134,6 @@ def train_bpe(documents, size):
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(documents, trainer)
-    if tokenizer.get_vocab_size() < size:
-        warnings.warn(f"bpe:{size}: the text gives only {tokenizer.get_vocab_size()} tokens", stacklevel=2)
     return tokenizer
 
 
@@ -171,8 +150,7 @@ def token_byte_lengths(tokenizer):
     """
     lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     added = tokenizer.added_tokens_decoder
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
-    byte_level = "ByteLevel" in json.dumps(decoder)
+    byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
     for token, index in tokenizer.get_vocab().items():
         if index in added:
             lengths[index] = 0 if added[index].special else len(token.encode("utf-8"))
@@ -185,7 +163,16 @@ def token_byte_lengths(tokenizer):
     return lengths
 
 
-# ------------------------------------------------------------------------------------- tokens, and the cache
+def tokenizer_fingerprint(tokenizer):
+    """SHA-256 of the whole tokenizer (rules, vocabulary, added tokens) and of the id that ends a document.
+
+    Truncation and padding are left out: they are settings of the last call, and `encode` uses neither.
+    """
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return sha256_of([{k: v for k, v in rules.items() if k not in ("truncation", "padding")}, tokenizer.eos_token_id])
+
+
+# ---- tokens, and the cache
 
 
 def encode(corpus, tokenizer, cache_dir=None):
@@ -193,49 +180,25 @@ def encode(corpus, tokenizer, cache_dir=None):
 
     Cached under a key of the texts, the tokenizer (all of it) and the version of its library.
     """
-    path = cache_folder(cache_dir) / f"tokens-{corpus.name}-{encoding_key(corpus, tokenizer)[:24]}.npz"
-    vocabulary = vocabulary_size(tokenizer)
+    key = sha256_of(["tokens", corpus.fingerprint, tokenizer_fingerprint(tokenizer), tokenizers.__version__])
+    path = cache_folder(cache_dir) / f"tokens-{corpus.name}-{key[:24]}.npz"
 
     def make():
-        arrays = {}
-        for split in SPLITS:
-            pair = tokenize(getattr(corpus, split), tokenizer, vocabulary)
-            arrays[split], arrays[split + "_offsets"] = pair
-        return arrays
+        pairs = {split: tokenize(getattr(corpus, split), tokenizer) for split in SPLITS}
+        return {f"{split} {i}": array for split, pair in pairs.items() for i, array in enumerate(pair)}
 
     arrays = cached(path, make, pack_arrays, unpack_arrays, "tokenising")
-    return {split: TokenizedDocuments(arrays[split], arrays[split + "_offsets"]) for split in SPLITS}
+    return {split: TokenizedDocuments(arrays[f"{split} 0"], arrays[f"{split} 1"]) for split in SPLITS}
 
 
-def encoding_key(corpus, tokenizer):
-    """SHA-256 of everything that shapes the tokens."""
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    return sha256_of(["tokens", _CACHE_FORMAT, corpus.fingerprint, fingerprint, tokenizers.__version__])
-
-
-def tokenizer_fingerprint(tokenizer):
-    """SHA-256 of the whole tokenizer (rules, vocabulary, added tokens) and of the id that ends a document.
-
-    Truncation and padding are left out: they are settings of the last call, and `encode` uses neither.
-    """
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules.pop("truncation", None)
-    rules.pop("padding", None)
-    return sha256_of([rules, tokenizer.eos_token_id])
-
-
-def tokenize(documents, tokenizer, vocabulary):
+def tokenize(documents, tokenizer):
     """(tokens, offsets) of documents, as `TokenizedDocuments` has them."""
+    kind = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.int32
     with reading("this tokenizer cannot split the texts", "give another --tokenizer"):
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # settings below stay here
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # WikiText's "<unk>" is text, also where a tokenizer has such a token
         encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
-    pieces = [np.array([*e.ids, tokenizer.eos_token_id], dtype=_token_type(vocabulary)) for e in encodings]
-    offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
-    return np.concatenate(pieces), offsets
-
-
-def _token_type(vocabulary):
-    return np.uint16 if vocabulary <= 2**16 else np.int32
+    pieces = [np.array([*e.ids, tokenizer.eos_token_id], dtype=kind) for e in encodings]
+    return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)], dtype=np.int64)
