@@ -17,53 +17,39 @@ from common.hub import quiet
 from common.products import add_to_weight, scaling
 from common.seeding import seed_torch
 
-_QUERY_VALUE, _ATTENTION = ("query", "value"), ("q_proj", "k_proj", "v_proj", "o_proj")
-# The layers that LoRA adapts, by the names that each architecture has for them: encoders' queries and values,
-# decoders' attention
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# The layers that LoRA adapts, by the names that an architecture has for them, where they are not peft's choice
 TARGETS = {
-    **dict.fromkeys(("roberta", "bert", "xlm-roberta", "camembert", "electra", "ernie", "albert"), _QUERY_VALUE),
-    **dict.fromkeys(("roberta-prelayernorm", "xlm-roberta-xl", "megatron-bert", "data2vec-text"), _QUERY_VALUE),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "deberta": ("in_proj",),  # queries, keys and values in one
-    "modernbert": ("Wqkv",),  # the same
+    "gpt2": ("c_attn", "c_proj"),  # c_proj: of attention and of the MLP
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), _ATTENTION),
+    "modernbert": ("Wqkv",),  # queries, keys and values in one
     "distilbert": ("q_lin", "v_lin"),
     "mpnet": ("q", "v"),
-    "gpt2": ("c_attn", "c_proj"),  # c_proj: of attention and of the MLP
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3"), _ATTENTION),
-    "gpt_neox": ("query_key_value", "dense"),
 }
 
 
 def find_targets(model, wanted=None):
     """The module names that LoRA adapts, e.g. ("query", "value"): those wanted, else by architecture.
 
-    Raises UsageError for an architecture that is not in `TARGETS`, or a name that no linear layer has; both list
-    the names that there are.
+    By `TARGETS`, else peft's own table: of roberta, bert, electra and their kin queries and values.
+    Raises: UsageError for an architecture that is in neither, or a name that no linear layer has; both list the names
+        that there are.
     """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as OF_PEFT
     from transformers.pytorch_utils import Conv1D
 
     linear = {
         name.rsplit(".", 1)[-1]
-        for name, part in getattr(model, model.base_model_prefix).named_modules()
+        for name, part in model.base_model.named_modules()
         if isinstance(part, (torch.nn.Linear, Conv1D))
     }
     kind = model.config.model_type
-    names = tuple(wanted or TARGETS.get(kind, ()))
-    wrong = [name for name in names if name not in linear]
-    if names and not wrong:
+    names = tuple(wanted or TARGETS.get(kind) or OF_PEFT.get(kind, ()))
+    if names and linear.issuperset(names):
         return names
-    what = (
-        f"has no linear layer {', '.join(wrong)}" if wrong else "is of an architecture whose layers are not known here"
-    )
+    wrong = f"has no linear layer {', '.join(sorted({*names} - linear))}"
+    what = wrong if names else "is of an architecture whose layers are not known here"
     raise UsageError(f"model type {kind} {what}: choose --target-modules among {', '.join(sorted(linear))}")
-
-
-def check_rank(base, r, targets):
-    """Raises UsageError for a rank above the smaller side of an adapted layer, which costs memory and adds nothing."""
-    layers = (part for name, part in base.named_modules() if name.rsplit(".", 1)[-1] in targets)
-    most = min(min(part.weight.shape) for part in layers)
-    if r > most:
-        raise UsageError(f"rank {r} is above {most}, the smaller side of an adapted layer: lower --lora-r {r}")
 
 
 class LoraModel:
@@ -74,7 +60,7 @@ class LoraModel:
 
     Args: model: wrapped in place; r: rank; alpha: s = alpha / r; dropout: of the adapter's input; targets: as
         `find_targets`; modules_to_save: modules that are trained as a whole, such as a new head; task_type: peft's.
-    Raises: UsageError for targets and ranks that the model has not.
+    Raises: UsageError for targets that the model has not, and a rank above an adapted layer's smaller side.
     """
 
     def __init__(self, model, r, alpha, dropout=0.0, targets=None, modules_to_save=(), task_type="CAUSAL_LM", seed=0):
@@ -82,15 +68,16 @@ class LoraModel:
         from peft.tuners.lora import LoraLayer
 
         self.alpha, self.targets = alpha, find_targets(model, targets)
-        check_rank(model, r, self.targets)
-        self.modules_to_save = list(modules_to_save)
+        sides = [p.weight.shape for name, p in model.named_modules() if name.rsplit(".", 1)[-1] in self.targets]
+        if r > (most := min(map(min, sides))):
+            raise UsageError(f"rank {r} is above {most}, the smaller side of an adapted layer: lower --lora-r {r}")
         config = LoraConfig(
             task_type=task_type,
             r=r,
             lora_alpha=alpha,
             lora_dropout=dropout,
             target_modules=list(self.targets),
-            modules_to_save=self.modules_to_save or None,
+            modules_to_save=list(modules_to_save) or None,
         )
         seed_torch(seed, "adapter")
         with warnings.catch_warnings():
@@ -98,9 +85,8 @@ class LoraModel:
             warnings.filterwarnings("ignore", category=FutureWarning)  # of names that peft uses
             self.model = get_peft_model(model, config)
         prefix = "base_model.model."
-        self.layers = {
-            name.removeprefix(prefix): part for name, part in self.model.named_modules() if isinstance(part, LoraLayer)
-        }
+        parts = self.model.named_modules()
+        self.layers = {name.removeprefix(prefix): part for name, part in parts if isinstance(part, LoraLayer)}
         self.head = {
             name.removeprefix(prefix).replace(".modules_to_save.default", ""): p
             for name, p in self.model.named_parameters()
@@ -110,10 +96,8 @@ class LoraModel:
 
     def factors(self):
         """{layer: (A [r, k], B [d, r])}: the model's own parameters."""
-        return {
-            name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-            for name, layer in self.layers.items()
-        }
+        both = {name: (layer.lora_A["default"], layer.lora_B["default"]) for name, layer in self.layers.items()}
+        return {name: (A.weight, B.weight) for name, (A, B) in both.items()}
 
     def trainable(self, letters=("A", "B")):
         """{name: parameter} of what is trained: `A.<layer>`, `B.<layer>` as asked, `head.<name>`.
@@ -134,13 +118,11 @@ class LoraModel:
         for name, (A, B) in factors.items():
             layer = self.layers[name]
             for part, value in ((layer.lora_A["default"], A), (layer.lora_B["default"], B)):
-                if part.weight.shape == value.shape:
-                    part.weight.copy_(value)
+                old = part.weight
+                if old.shape == value.shape:
+                    old.copy_(value)
                 else:  # another rank
-                    old = part.weight
-                    part.weight = torch.nn.Parameter(
-                        value.detach().to(old.device, old.dtype, copy=True), old.requires_grad
-                    )
+                    part.weight = torch.nn.Parameter(value.detach().to(old, copy=True), old.requires_grad)
             layer.r["default"], layer.scaling["default"] = A.shape[0], scale
         for name, p in self.head.items():
             p.copy_(head[name])
@@ -167,8 +149,8 @@ class LoraModel:
     def about(self):
         """What an adapter's file says of itself beside its factors: options of `write_adapter`."""
         config = self.model.peft_config["default"]
-        options = {name: getattr(config, name) for name in ("fan_in_fan_out", "lora_dropout", "task_type")}
-        return options | {"target_modules": list(self.targets), "modules_to_save": self.modules_to_save}
+        names = ("fan_in_fan_out", "lora_dropout", "task_type", "modules_to_save")
+        return {name: getattr(config, name) for name in names} | {"target_modules": list(self.targets)}
 
     def save_base(self, folder):
         """Writes the model without the adapter, as transformers loads it."""

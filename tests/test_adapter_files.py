@@ -1,6 +1,5 @@
 """Adapters on disk: the same bytes as peft's, loadable by plain peft, and every file that is refused."""
 
-import pickle
 import sys
 
 import peft
@@ -117,19 +116,18 @@ def test_no_head(tmp_path):
     assert read_json(tmp_path / "b" / CONFIG)["modules_to_save"] is None
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"targets": r".*layer\.1\..*\.(query|value)"},
-        {"layers_to_transform": [1]},
-        {"exclude_modules": r".*\.0\..*"},
-    ],
-)
-def test_a_choice_of_layers_becomes_their_names(options, tmp_path):
-    save_by_peft(tmp_path / "a", modules_to_save=None, **options)
-    file = read_adapter(tmp_path / "a")
+def test_a_choice_of_layers_becomes_their_names(tmp_path):
     names = [f"roberta.encoder.layer.1.attention.self.{name}" for name in ("query", "value")]
-    assert file.target_modules == names == sorted(file.factors)
+    for i, options in enumerate(
+        (
+            {"targets": r".*layer\.1\..*\.(query|value)"},
+            {"layers_to_transform": [1]},
+            {"exclude_modules": r".*\.0\..*"},
+        )
+    ):
+        save_by_peft(tmp_path / f"{i}", modules_to_save=None, **options)
+        file = read_adapter(tmp_path / f"{i}")
+        assert file.target_modules == names == sorted(file.factors)
     write_again(file, tmp_path / "b")
     loaded = peft.PeftModel.from_pretrained(roberta(), tmp_path / "b")
     assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 2
@@ -180,36 +178,19 @@ def test_what_is_no_adapter_is_not_written(tmp_path):
 
 REFUSED_OPTIONS = [
     ({"peft_type": "IA3"}, "peft_type IA3"),
-    ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "auto_mapping, which names code"),
-    ({"megatron_core": "evil.module"}, "megatron_core evil.module, which names code"),
     ({"megatron_config": {"x": 1}}, "megatron_config"),
     ({"task_type": "CAUSAL_LM"}, "CAUSAL_LM"),
     ({"use_dora": True}, "use_dora"),
     ({"rank_pattern": {"query": 4}}, "rank_pattern"),
-    ({"alpha_pattern": {"query": 4}}, "alpha_pattern"),
     ({"bias": "all"}, "bias all"),
-    ({"lora_bias": True}, "lora_bias"),
     ({"layer_replication": [[0, 2]]}, "layer_replication"),
-    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-    ({"target_parameters": ["x"]}, "target_parameters"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
     ({"of_a_later_peft": "on"}, "of_a_later_peft"),
-    ({"r": 3}, "do not fit r 3"),
-    ({"r": 0}, "r 0"),
-    ({"r": True}, "r true"),
-    ({"r": "2"}, "r 2"),
+    ({"r": 3}, "with r 3"),
+    ({"r": 0}, "save the adapter again"),
     ({"lora_alpha": 0}, "lora_alpha 0"),
-    ({"lora_alpha": float("nan")}, "lora_alpha NaN"),
-    ({"lora_alpha": 10**400}, "lora_alpha 1000"),
-    ({"use_rslora": "yes"}, "use_rslora yes"),
-    ({"base_model_name_or_path": 5}, "base_model_name_or_path 5"),
-    ({"target_modules": ["query"]}, "target_modules"),
-    ({"target_modules": ["query", "value", "key"]}, "target module key"),
-    ({"target_modules": {"query": 1}}, "list of names"),
-    ({"target_modules": "x("}, "target_modules"),
-    ({"target_modules": ".*no_such_layer"}, "target_modules"),
+    ({"lora_alpha": float("nan")}, "lora_alpha nan"),
     ({"modules_to_save": None}, "classifier"),
-    ({"modules_to_save": "classifier"}, "list of names"),
 ]
 
 
@@ -227,35 +208,22 @@ def test_code_that_a_file_names_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     change(tmp_path / "a", megatron_core="planted")
-    refused(tmp_path / "a", "names code")
+    refused(tmp_path / "a", "megatron_core planted")
     change(tmp_path / "a", auto_mapping={"base_model_class": "X", "parent_library": "planted"}, megatron_core=None)
-    refused(tmp_path / "a", "names code")
+    refused(tmp_path / "a", "auto_mapping")
     assert "planted" not in sys.modules and not (tmp_path / "ran").exists()
 
 
-def test_pickles_are_not_opened(tmp_path, monkeypatch):
-    save_by_peft(tmp_path / "a")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a" / WEIGHTS).unlink()
-    (tmp_path / "a" / "adapter_model.bin").write_bytes(pickle.dumps(Planted()))
-    refused(tmp_path / "a", "adapter_model.bin")
-    assert not (tmp_path / "ran").exists()
-    pickle.loads((tmp_path / "a" / "adapter_model.bin").read_bytes())
-    assert (tmp_path / "ran").exists()  # it would have run
-
-
-class Planted:
-    def __reduce__(self):
-        return open, ("ran", "w")
-
-
-def test_truncated_weights_and_broken_json(tmp_path):
+def test_what_is_missing_damaged_or_pickled(tmp_path):
+    refused(tmp_path / "none", f"has no {CONFIG}")
     save_by_peft(tmp_path)
     data = (tmp_path / WEIGHTS).read_bytes()
-    for share in (0.0, 0.001, 0.2, 0.9, 0.9999):
+    (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    refused(tmp_path, f"has no {WEIGHTS}: give an adapter in safetensors, pickles are not read")
+    for share in (0.0, 0.2, 0.9999):
         (tmp_path / WEIGHTS).write_bytes(data[: int(share * len(data))])
         refused(tmp_path, f"{WEIGHTS} is damaged")
-    for text in ("", "{", "[]", "5", "\xff", "[" * 100_000):
+    for text in ("", "{", "[]", "\xff"):
         (tmp_path / CONFIG).write_text(text, encoding="latin-1")
         refused(tmp_path, CONFIG)
 
@@ -263,45 +231,21 @@ def test_truncated_weights_and_broken_json(tmp_path):
 def test_tensors_that_are_refused(tmp_path):
     save_by_peft(tmp_path)
     good = load_file(tmp_path / WEIGHTS)
-    A, B, bias = f"{PREFIX}{QUERY}.lora_A.weight", f"{PREFIX}{QUERY}.lora_B.weight", f"{PREFIX}classifier.dense.bias"
+    A, B, head = f"{PREFIX}{QUERY}.lora_A.weight", f"{PREFIX}{QUERY}.lora_B.weight", f"{PREFIX}classifier.dense.bias"
     for key, tensor, words in [
-        (A, None, f"no lora_A of {QUERY}"),
-        (B, None, f"no lora_B of {QUERY}"),
-        (A, torch.zeros(3, 16), "do not fit r 2"),
-        (B, torch.zeros(16, 3), "do not fit r 2"),
-        (B, torch.zeros(16, 2, 1, 1), "do not fit r 2"),
-        (B, torch.full((16, 2), torch.inf), f"{QUERY}.lora_B.weight is not"),
-        (bias, torch.full((16,), torch.nan), "classifier.dense.bias is not finite"),
-        (A, torch.zeros(2, 16, dtype=torch.int64), "int64"),
+        (A, None, "[None, [16, 2]]"),
+        (A, torch.zeros(3, 16), "with r 2"),
+        (B, torch.zeros(16, 3), "with r 2"),
+        (B, torch.full((16, 2), torch.inf), f"{QUERY}.lora_B.weight is not finite"),
+        (head, torch.full((16,), torch.nan), "classifier.dense.bias is not finite"),
         (f"{PREFIX}{QUERY}.lora_magnitude_vector", torch.zeros(16), "lora_magnitude_vector"),
-        (f"{PREFIX}{QUERY}.lora_embedding_A", torch.zeros(2, 16), "lora_embedding_A"),
-        (f"{PREFIX}{QUERY}.bias", torch.zeros(16), "query.bias"),
-        (f"{PREFIX}{QUERY}.base_layer.weight", torch.zeros(16, 16), "base weights, but none of"),
-        (f"{QUERY}.lora_A.weight", torch.zeros(2, 16), "neither"),
-        (f"{PREFIX}lora_A.weight", torch.zeros(2, 16), "neither"),
+        (f"{PREFIX}{QUERY}.base_layer.weight", torch.zeros(16, 16), "not both"),
+        ("classifier", None, "no weights of classifier"),
+        ("lora_", None, "no weights of factors"),
     ]:
-        stored = {**good, key: tensor}
-        save_file({name: t for name, t in stored.items() if t is not None}, tmp_path / WEIGHTS)
+        stored = {name: t for name, t in good.items() if tensor is not None or key not in name}
+        save_file({**stored, key: tensor} if tensor is not None else stored, tmp_path / WEIGHTS)
         refused(tmp_path, words)
-
-
-def test_a_head_that_is_missing(tmp_path):
-    save_by_peft(tmp_path)
-    save_file({k: t for k, t in load_file(tmp_path / WEIGHTS).items() if "classifier" not in k}, tmp_path / WEIGHTS)
-    refused(tmp_path, "no weights of classifier")
-    save_file({"x": torch.zeros(1)}, tmp_path / WEIGHTS)
-    refused(tmp_path, "neither")
-    save_file({f"{PREFIX}classifier.x": torch.zeros(1)}, tmp_path / WEIGHTS)
-    refused(tmp_path, "no LoRA factors")
-
-
-def test_what_is_missing(tmp_path):
-    refused(tmp_path / "none", "does not exist")
-    refused(tmp_path, CONFIG)
-    save_by_peft(tmp_path / "a")
-    refused(tmp_path / "a" / CONFIG, "is a file")
-    (tmp_path / "a" / WEIGHTS).unlink()
-    refused(tmp_path / "a", f"has no {WEIGHTS}")
 
 
 def refused(folder, words):
