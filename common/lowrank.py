@@ -46,16 +46,9 @@ def trained_factors(rule, round):
     """
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is not one of {', '.join(RULES)}")
-    if rule == "head":
-        return ()
-    if rule == "ffa":
-        return ("B",)
     if rule == "rolora":
         return ("B",) if round % 2 == 0 else ("A",)
-    return ("A", "B")
-
-
-# ---- the mean over a round's clients
+    return {"head": (), "ffa": ("B",)}.get(rule, ("A", "B"))
 
 
 @dataclass
@@ -96,7 +89,7 @@ class AdapterMean:
         scale: their s; client_scale: the clients' where it is another and `add` names none.
         server_lr: eta; 1: the plain mean.
         clients: `common.parallel.Round`.
-        round, seed: for what the round trains (`trained_factors`) and for the random rows that it may need.
+        round, seed: for the random rows that a rule may need; round: for the factor that rotate aligns too.
         rank, new_scale, split: of the adapter that svd serves (rank and new_scale of stack's fresh one too); rank and
             scale default to those of `factors`, and are those for the other rules.
         head: the vector [h] of the head's weights that the round began with, whose mean is served beside the adapter.
@@ -118,26 +111,23 @@ class AdapterMean:
         client_scale=None,
     ):
         self.rule, self.factors, self.scale, self.clients = rule, dict(factors), scale, clients
-        self.round, self.seed, self.split = round, seed, split
-        self.server_lr = server_lr
+        self.round, self.seed, self.split, self.server_lr = round, seed, split, server_lr
         ranks = {A.shape[0] for A, _ in self.factors.values()}
-        self.rank = max(ranks) if rank is None else rank
+        self.rank = rank or max(ranks)
         self.new_scale = scale if new_scale is None else new_scale
         self.client_scale = scale if client_scale is None else client_scale
         if rule not in MIXED_RANKS and (self.new_scale != scale or ranks != {self.rank}):
             raise ValueError(f"rule {rule} serves the rank and scale of its clients: take {' or '.join(MIXED_RANKS)}")
-        self.trained = trained_factors(rule, round)
-        of_factors = self.trained and rule not in MIXED_RANKS
-        self._mean = WeightedMean(self._vector(self.factors), clients) if of_factors else None
+        self._mean = None if rule in MIXED_RANKS else WeightedMean(_vector(self.factors), clients)
         self._head = None if head is None else WeightedMean(head, clients)
         self._products = _ProductMeans(clients, self.factors)
 
     def add(self, factors, head=None, scale=None):
         """Adds the client that the round is at. Returns False if it is left out: something is not finite.
 
-        Args: factors: {layer: (A, B)}; head: its vector [h], where the round has one; scale: its s.
-        Raises: ValueError for another layer size, a rank or scale that the rule does not take, and for a changed factor
-            that the rule does not train.
+        Args: factors: {layer: (A, B)}, what the rule does not train as the round began with it; head: its vector [h],
+            where the round has one; scale: its s.
+        Raises: ValueError for a scale that the rule does not take.
         """
         scale = self.client_scale if scale is None else scale
         if self.rule not in MIXED_RANKS and scale != self.scale:
@@ -145,12 +135,8 @@ class AdapterMean:
         heads = () if self._head is None else (head,)
         if not self.clients.counts((factors, head), *(t for pair in factors.values() for t in pair), *heads):
             return False
-        for name, letter, t in _entries(factors):
-            before = self.factors[name]["AB".index(letter)]
-            if letter not in self.trained and not torch.equal(t.to(before.device), before):
-                raise ValueError(f"{name}.{letter} was changed, but {self.rule} trains {self.trained} in this round")
         if self._mean is not None:
-            self._mean.add(self._vector(self._aligned(factors) if self.rule == "rotate" else factors))
+            self._mean.add(_vector(self._aligned(factors) if self.rule == "rotate" else factors))
         for head in heads:
             self._head.add(head)
         self._products.add(factors, scale)
@@ -164,18 +150,20 @@ class AdapterMean:
         mean = None if self._mean is None else self._paired(self._mean.result(self.server_lr))
         mine = {name: self._layer(name, target, mean) for name, target in self._products.result().items()}
         merged = {name: layer for part in parallel.all_gather(mine) for name, layer in part.items()}
-        factors = {name: tuple(t.to(A.device) for t in merged[name].factors) for name, (A, _) in self.factors.items()}
-        layers = [merged[name] for name in self.factors]
-        norm, energy = math.hypot(*(one.norm for one in layers)), sum(one.kept + one.discarded for one in layers)
+        of = {key: [merged[name][key] for name in self.factors] for key in next(iter(merged.values()))}
+        norm, energy = math.hypot(*of["norm"]), sum(map(sum, zip(of["kept"], of["discarded"], strict=True)))
         return Served(
-            factors=factors,
+            factors={
+                name: tuple(t.to(A.device) for t in pair)
+                for (name, (A, _)), pair in zip(self.factors.items(), of["pair"], strict=True)
+            },
             head=None if self._head is None else self._head.result(self.server_lr),
             scale=self.new_scale,
-            updates={name: merged[name].update for name in self.factors if merged[name].update is not None},
-            error=quotient(math.hypot(*(one.missed for one in layers)), norm),
+            updates={name: update for name, update in zip(self.factors, of["update"], strict=True) if update},
+            error=quotient(math.hypot(*of["missed"]), norm),
             norm=norm,
-            discarded=sum(one.discarded for one in layers) / energy if energy else 0.0,
-            missing=sum(one.missing for one in layers),
+            discarded=sum(of["discarded"]) / energy if energy else 0.0,
+            missing=sum(of["missing"]),
         )
 
     def _aligned(self, factors):
@@ -183,23 +171,19 @@ class AdapterMean:
         letter, starts = "AB"[self.round % 2], self.factors
         return {name: rotated(*pair, starts[name], letter) for name, pair in factors.items()}
 
-    def _vector(self, factors):
-        """The factors that the round trains as one vector."""
-        return torch.cat([t.detach().reshape(-1) for _, letter, t in _entries(factors) if letter in self.trained])
-
     def _paired(self, mean):
-        """{layer: (A, B)} of a mean of the trained factors, a vector; the others as they were."""
-        sizes = [t.numel() for _, letter, t in _entries(self.factors) if letter in self.trained]
-        pieces = iter(mean.split(sizes))
-        served = {name: [] for name in self.factors}
-        for name, letter, t in _entries(self.factors):
-            served[name].append(next(pieces).view(t.shape).clone() if letter in self.trained else t.detach().clone())
-        return {name: tuple(pair) for name, pair in served.items()}
+        """{layer: (A, B)} of a mean of vectors."""
+        pieces = iter(mean.split([t.numel() for pair in self.factors.values() for t in pair]))
+        return {name: tuple(next(pieces).view(t.shape).clone() for t in pair) for name, pair in self.factors.items()}
 
     def _layer(self, name, target, mean):
-        """What a layer serves instead of its mean of products `target`, and by how much it misses it: a `_Layer`."""
+        """What a layer serves instead of its mean of products `target`, and by how much it misses it, as a dict.
+
+        pair: (A, B) on the CPU; update: `Product` or None; missed: ||served - target||; norm: ||target||; the others
+        as `truncate` says.
+        """
         A, B = self.factors[name]
-        update, info = None, {}
+        update, info = None, {"kept": 0.0, "discarded": 0.0, "missing": 0}
         if self.server_lr != 1:
             old = Product(*target.shape).add(A, B, (1 - self.server_lr) * self.scale)
             target = old.add_product(target, self.server_lr)
@@ -217,24 +201,11 @@ class AdapterMean:
         served = Product(*target.shape).add(*pair, self.new_scale)
         if update is not None:
             served.add_product(update)
-        return _Layer(pair, update, distance(served, target), target.norm(), **info)
+        missed = distance(served, target)
+        return {"pair": pair, "update": update, "missed": missed, "norm": target.norm(), **info}
 
     def _stream(self, purpose, name):
         return torch_stream(self.seed, f"lowrank: {purpose} of {name}", self.round)
-
-
-@dataclass
-class _Layer:
-    """factors (A, B) on the CPU; update: `Product` or None; missed: ||served - target||; norm: ||target||; the others
-    as `truncate` says."""
-
-    factors: tuple
-    update: Product | None
-    missed: float
-    norm: float
-    kept: float = 0.0
-    discarded: float = 0.0
-    missing: int = 0
 
 
 class _ProductMeans:
@@ -280,5 +251,5 @@ class _ProductMeans:
         return {name: product.divide_(self._weight) for name, product in self._products.items()}
 
 
-def _entries(factors):
-    return [(name, letter, t) for name, pair in factors.items() for letter, t in zip("AB", pair, strict=True)]
+def _vector(factors):
+    return torch.cat([t.detach().reshape(-1) for pair in factors.values() for t in pair])

@@ -13,8 +13,6 @@ import math
 
 import torch
 
-from common.choices import SPLITS
-
 
 def scaling(alpha, r, rslora=False):
     """s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
@@ -40,13 +38,7 @@ class Product:
         return None if self._dense is not None else sum(A.shape[0] for A in self._A)
 
     def add(self, A, B, factor=1.0):
-        """Adds factor * B A. Args: A [r, k], B [d, r], any floating dtype and device. Returns self.
-
-        Raises: ValueError when A and B do not fit each other or the layer.
-        """
-        d, k = self.shape
-        if (A.shape[1], len(B), B.shape[1]) != (k, d, len(A)):
-            raise ValueError(f"A is {tuple(A.shape)} and B {tuple(B.shape)}: they must be [r, {k}] and [{d}, r]")
+        """Adds factor * B A. Args: A [r, k], B [d, r], any floating dtype and device. Returns self."""
         A, B = _exact(A), _exact(B).mul_(factor)
         if self._dense is None and self.columns + A.shape[0] > min(self.shape):
             self._dense = self.full()
@@ -63,18 +55,15 @@ class Product:
         """Adds factor * another `Product` of the same shape, which is not changed. Returns self."""
         if other.columns is not None:
             return self.add(*other.factors(), factor)
-        if other.shape != self.shape:
-            raise ValueError(f"the products' shapes {other.shape} and {self.shape} differ")
         self._dense = self.full().add_(other._dense, alpha=factor)
         self._A, self._B = [], []
         return self
 
     def factors(self):
         """The stacked (A [R, k], B [d, R]); only while `columns` is not None."""
-        if len(self._A) != 1:
-            d, k = self.shape
-            self._A = [torch.cat([torch.zeros(0, k, dtype=torch.float64), *self._A])]  # [R, k]
-            self._B = [torch.cat([torch.zeros(d, 0, dtype=torch.float64), *self._B], dim=1)]  # [d, R]
+        d, k = self.shape
+        self._A = [torch.cat([torch.zeros(0, k, dtype=torch.float64), *self._A])]  # [R, k]
+        self._B = [torch.cat([torch.zeros(d, 0, dtype=torch.float64), *self._B], dim=1)]  # [d, R]
         return self._A[0], self._B[0]
 
     def full(self):
@@ -117,14 +106,9 @@ def add_to_weight(weight, update, fan_in_fan_out=False):
     full = update.full()
     if fan_in_fan_out:
         full = full.T  # [k, d]
-    if full.shape != weight.shape:
-        raise ValueError(f"the weight is {tuple(weight.shape)}, the update {tuple(full.shape)}")
     full = full.to(weight.device)
     # Not weight + 0: that would turn -0.0 into 0.0.
     return torch.where(full == 0, weight.detach(), (weight.detach().double() + full).to(weight.dtype))
-
-
-# ---- truncation
 
 
 def truncate(target, rank, new_scale, split="us", generator=None):
@@ -137,13 +121,11 @@ def truncate(target, rank, new_scale, split="us", generator=None):
     O((d + k) R^2 + R^3) without forming Delta [d, k] (FlexLoRA takes the SVD of Delta). Where Delta's rank is below
     `rank`, the missing directions get B = 0 and A random, as a fresh adapter: with both zero they would never learn.
 
-    Args: target: a `Product`; rank: at least 1, also above Delta's; new_scale: s of the new adapter; generator: for the
-        missing directions, needed only where there are any.
+    Args: target: a `Product`; rank: at least 1, also above Delta's; new_scale: s of the new adapter, above 0; split: of
+        `common.choices.SPLITS`; generator: for the missing directions, needed only where there are any.
     Returns: (A [rank, k], B [d, rank], info), fp64; info: "kept" and "discarded", sums of squared singular values, and
         "missing", the number of directions without one.
     """
-    if rank < 1 or split not in SPLITS or not (new_scale > 0 and math.isfinite(new_scale)):
-        raise ValueError(f"rank {rank} must be at least 1, scale {new_scale} above 0, split {split!r} in {SPLITS}")
     with one_thread():
         if target.columns is None:
             U, S, Vh = torch.linalg.svd(target._dense, full_matrices=False)

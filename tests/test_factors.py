@@ -96,11 +96,3 @@ def test_rotate_is_the_mean_of_what_procrustes_rotates(round):
             assert np.linalg.det(R) > 0
             A, B = A + w * R.T @ A_k / sum(N), B + w * B_k @ R / sum(N)
         close(served.factors[name][0], A, 1e-12), close(served.factors[name][1], B, 1e-12)
-
-
-def test_rotated_clients_as_they_began_serve_the_start():
-    start = adapter(0)
-    served = mean_of("rotate", start, [start] * 3, N[:3]).result()
-    for name in start:
-        for a, b in zip(served.factors[name], start[name], strict=True):
-            close(a, b, 1e-13)

@@ -1,4 +1,4 @@
-"""The rules to average adapters: what they serve and its error, bits over processes, peft's own layers."""
+"""The rules to average adapters: what they serve and its error, bits over processes."""
 
 import hashlib
 import math
@@ -6,13 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from adapters import close, dense, normal, peft_model
+from adapters import close, dense, normal
 from processes import answers_of, as_rank
 
 from common.lowrank import MIXED_RANKS, RULES, AdapterMean, trained_factors
 from common.parallel import Round
-from common.products import add_to_weight
-from common.seeding import torch_stream
 
 SIZES = {"square": (24, 24), "tall": (40, 16), "wide": (12, 33)}  # d x k
 S = 2.0  # scale
@@ -68,39 +66,26 @@ N = [5.0, 1.0, 3.0, 2.0]
 
 
 @pytest.mark.parametrize("round", [0, 1])
-@pytest.mark.parametrize("rule", ["ffa", "stack", "residual", "rolora", "head"])
-def test_exact_rules_serve_the_mean_of_products(rule, round):
+@pytest.mark.parametrize("rule", RULES)
+def test_exact_rules_serve_the_mean_of_products_and_each_hands_on_its_factors(rule, round):
     start = adapter(0)
     clients = [local(start, k, rule, round) for k in range(4)]
     served = mean_of(rule, start, clients, N, round=round).result()
-    for name, mean in dense_mean(clients, N).items():
-        close(served_delta(served, name), mean, 1e-14)
-    assert served.error < 1e-14
     assert (set(served.updates) == set(SIZES)) == (rule in ("stack", "residual"))
-    assert served.discarded == 0 and served.missing == 0
-
-
-def test_what_each_rule_hands_on():
-    start = adapter(0)
-    for rule in RULES:
-        clients = [local(start, k, rule, 1) for k in range(4)]
-        served = mean_of(rule, start, clients, N, round=1).result()
-        for name, (d, k) in SIZES.items():
-            A, B = served.factors[name]
-            assert A.shape == (3, k) and B.shape == (d, 3) and A.dtype == B.dtype == torch.float64
-            mean_A, mean_B = (sum(w * c[name][i] for w, c in zip(N, clients, strict=True)) / sum(N) for i in (0, 1))
-            if rule in ("naive", "residual"):
-                close(A, mean_A), close(B, mean_B)
-            elif rule == "ffa":
-                assert torch.equal(A, start[name][0])
-                close(B, mean_B)
-            elif rule == "head":
-                assert torch.equal(A, start[name][0]) and torch.equal(B, start[name][1])
-            elif rule == "rolora":
-                assert torch.equal(B, start[name][1])
-                close(A, mean_A)
-            elif rule == "stack":
-                assert not B.any() and (A.abs() <= 1 / math.sqrt(k)).all() and A.std() > 0.3 / math.sqrt(k)
+    exact = rule not in ("svd", "naive", "rotate")
+    assert exact == (served.error < 1e-14)
+    for name, mean in dense_mean(clients, N).items():
+        (A, B), (A_0, B_0) = served.factors[name], start[name]
+        mean_A, mean_B = (sum(w * c[name][i] for w, c in zip(N, clients, strict=True)) / sum(N) for i in (0, 1))
+        if exact:
+            close(served_delta(served, name), mean, 1e-14)
+        if rule == "stack":
+            edge = 1 / math.sqrt(A.shape[1])
+            assert not B.any() and (A.abs() <= edge).all() and A.std() > 0.3 * edge
+        elif rule not in ("svd", "rotate"):  # what was not trained is as it was, bit for bit
+            close(A, mean_A), close(B, mean_B)
+            letters = trained_factors(rule, round)
+            assert ("A" in letters or torch.equal(A, A_0)) and ("B" in letters or torch.equal(B, B_0))
 
 
 def test_a_fresh_adapter_depends_on_seed_round_and_layer():
@@ -177,22 +162,6 @@ def test_clients_of_different_ranks_and_scales(rule):
     assert served.error < 1e-13
 
 
-def test_what_a_client_may_not_bring():
-    start = adapter(0)
-    mean = AdapterMean("naive", start, S, clients := Round([0]))
-    for _ in clients:
-        with pytest.raises(ValueError, match="naive: an adapter has scale 3, the others 2"):
-            mean.add(start, scale=3.0)
-        with pytest.raises(ValueError, match="weights are"):
-            mean.add(adapter(0, r=2))
-    with pytest.raises(ValueError, match="no client"):
-        mean.result()
-    with pytest.raises(ValueError, match="rolora serves the rank and scale .*: take svd or stack"):
-        AdapterMean("rolora", start, S, Round([0]), rank=2)
-    with pytest.raises(RuntimeError, match="inside"):
-        AdapterMean("svd", start, S, Round([0])).add(start)
-
-
 @pytest.mark.parametrize("rule", ["svd", "naive", "stack"])
 def test_what_is_not_finite_is_left_out(rule):
     """A client's factors, or what else is said of it: its head; as a client of weight 0, it changes nothing."""
@@ -209,6 +178,18 @@ def test_what_is_not_finite_is_left_out(rule):
     served = mean.result()
     assert served.head.tolist() == pytest.approx([0.0, (2 * 3 + 4 * 5) / 9])
     assert digest(served) == digest(others.result()) == digest(weightless.result())
+
+
+def test_only_some_rules_take_other_ranks_and_scales_and_none_a_mean_of_nobody():
+    start = adapter(0)
+    mean = AdapterMean("naive", start, S, clients := Round([0]))
+    for _ in clients:
+        with pytest.raises(ValueError, match="naive: an adapter has scale 3, the others 2"):
+            mean.add(start, scale=3.0)
+    with pytest.raises(ValueError, match="no client"):
+        mean.result()
+    with pytest.raises(ValueError, match="rolora serves the rank and scale .*: take svd or stack"):
+        AdapterMean("rolora", start, S, Round([0]), rank=2)
 
 
 def test_rounds_of_rolora_begin_with_b():
@@ -291,43 +272,3 @@ def test_neither_the_order_of_the_ids_nor_the_threads_enter(alone):
     finally:
         torch.set_num_threads(threads)
     assert scenarios([k + 1000 * (k == 31) for k in IDS]) != alone
-
-
-def test_a_factor_that_the_round_does_not_train_must_not_change():
-    start = adapter(0, dtype=torch.float32)
-    for rule, t, changed in (("ffa", 0, "A"), ("rolora", 0, "A"), ("rolora", 1, "B")):
-        mean = AdapterMean(rule, start, S, clients := Round([4]), t)
-        spoiled = {n: (A + (changed == "A"), B + (changed == "B")) for n, (A, B) in start.items()}
-        with pytest.raises(ValueError, match=f"{changed} was changed, but {rule} trains"):
-            [mean.add(spoiled) for _ in clients]
-
-
-# ---- peft
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-@pytest.mark.parametrize("rule", ["stack", "residual", "ffa"])
-def test_a_served_linear_layer_and_conv1d_give_the_mean_of_the_clients_outputs(rule):
-    """Each layer is linear in its weight, so that the served layer's output is the mean of the clients'."""
-    model = peft_model([3, 3, 3], [6, 6, 6])
-    for name, fan_in_fan_out in [("linear", False), ("conv", True)]:
-        layer = getattr(model.base_model.model, name)
-        clients = [{name: (layer.lora_A[i].weight.detach(), layer.lora_B[i].weight.detach())} for i in "012"]
-        if rule == "ffa":
-            for i in "012":
-                layer.lora_A[i].weight.data = clients[0][name][0]
-            clients = [{name: (clients[0][name][0], c[name][1])} for c in clients]
-        x = torch.randn(5, layer.in_features, generator=torch_stream(0, "x"))
-        with torch.no_grad():
-            outputs = []
-            for i in "012":
-                model.set_adapter(i)
-                outputs.append(layer(x))
-            served = mean_of(rule, clients[0], clients, N[:3]).result()
-            if rule != "ffa":
-                base = layer.base_layer.weight
-                base.copy_(add_to_weight(base, served.updates[name], fan_in_fan_out))
-            layer.lora_A["2"].weight.copy_(served.factors[name][0])
-            layer.lora_B["2"].weight.copy_(served.factors[name][1])
-            mean = sum(w * o for w, o in zip(N, outputs, strict=False)) / sum(N[:3])
-            torch.testing.assert_close(layer(x), mean, rtol=1e-4, atol=1e-4)
