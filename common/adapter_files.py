@@ -65,17 +65,12 @@ class AdapterFile:
 def write_adapter(folder, factors, head, *, alpha, base_model, base=None, more=None, head_pooling="cls", **options):
     """Writes an adapter folder, whole or not at all; an older adapter in its place is replaced.
 
-    Args:
-        factors: {layer: (A [r, k], B [d, r])}, one r; head: {parameter name in the transformers model: tensor}, {} for
-            none. Written as fp32.
-        alpha: peft's lora_alpha. Whole ones are written as integers.
-        base_model: name or folder of the base model, None where there is none.
-        base: {layer: weight}, what differs from that model under the adapter.
-        more: {file name: value}, further JSON files for the folder.
-        head_pooling: "mean" where the head reads the mean over tokens. It stands in adapter_config.json; peft, whose
-            model would read the first token, says that it does not know it.
-        options: of peft.LoraConfig: target_modules, such as ["query", "value"], modules_to_save, such as ["classifier"]
-            (of the head), fan_in_fan_out, lora_dropout, task_type ("SEQ_CLS").
+    Args: factors: {layer: (A [r, k], B [d, r])}, one r; head: {parameter name in the transformers model: tensor}, {}
+        for none; alpha: peft's lora_alpha; base_model: its name or folder, or None; base: {layer: weight}, what differs
+        from that model under the adapter; more: {file name: value}, further JSON files; head_pooling: "mean" where the
+        head reads the mean over tokens (ours: peft, whose model reads the first token, says that it does not know it);
+        options: of peft.LoraConfig: target_modules, modules_to_save (of the head), fan_in_fan_out, lora_dropout,
+        task_type ("SEQ_CLS"). Tensors are written as fp32.
     Raises: RunFailed for numbers that are not finite and for a folder that cannot be written; UsageError for a folder
         with other files in it, which are left alone.
     """

@@ -150,16 +150,14 @@ class AdapterMean:
         mean = None if self._mean is None else self._paired(self._mean.result(self.server_lr))
         mine = {name: self._layer(name, target, mean) for name, target in self._products.result().items()}
         merged = {name: layer for part in parallel.all_gather(mine) for name, layer in part.items()}
-        of = {key: [merged[name][key] for name in self.factors] for key in next(iter(merged.values()))}
-        norm, energy = math.hypot(*of["norm"]), sum(map(sum, zip(of["kept"], of["discarded"], strict=True)))
+        pairs, updates = ({name: merged[name][key] for name in self.factors} for key in ("pair", "update"))
+        of = {key: [merged[name][key] for name in self.factors] for key in ("norm", "missed", "discarded", "missing")}
+        norm, energy = math.hypot(*of["norm"]), sum(merged[n]["kept"] + merged[n]["discarded"] for n in self.factors)
         return Served(
-            factors={
-                name: tuple(t.to(A.device) for t in pair)
-                for (name, (A, _)), pair in zip(self.factors.items(), of["pair"], strict=True)
-            },
+            factors={name: tuple(t.to(A.device) for t in pairs[name]) for name, (A, _) in self.factors.items()},
             head=None if self._head is None else self._head.result(self.server_lr),
             scale=self.new_scale,
-            updates={name: update for name, update in zip(self.factors, of["update"], strict=True) if update},
+            updates={name: update for name, update in updates.items() if update is not None},
             error=quotient(math.hypot(*of["missed"]), norm),
             norm=norm,
             discarded=sum(of["discarded"]) / energy if energy else 0.0,
@@ -194,7 +192,7 @@ class AdapterMean:
             new_A = fresh_A(self.rank, A.shape[1], self._stream("fresh adapter", name))
             new_B, update = torch.zeros(len(B), self.rank), target
         else:
-            new_A, new_B = (A, B) if mean is None else mean[name]
+            new_A, new_B = mean[name]
         pair = tuple(new.to("cpu", old.dtype).contiguous() for new, old in ((new_A, A), (new_B, B)))
         if self.rule == "residual":
             update = Product(*target.shape).add_product(target).add(*pair, -self.new_scale)

@@ -30,7 +30,7 @@ class Product:
 
     def __init__(self, d, k):
         self.shape = (d, k)
-        self._A, self._B, self._dense = [], [], None
+        self._A, self._B, self._dense = [_zeros(0, k)], [_zeros(d, 0)], None
 
     @property
     def columns(self):
@@ -42,7 +42,7 @@ class Product:
         A, B = _exact(A), _exact(B).mul_(factor)
         if self._dense is None and self.columns + A.shape[0] > min(self.shape):
             self._dense = self.full()
-            self._A, self._B = [], []
+            self._A = self._B = None
         if self._dense is not None:
             with one_thread():
                 self._dense.addmm_(B, A)
@@ -56,14 +56,12 @@ class Product:
         if other.columns is not None:
             return self.add(*other.factors(), factor)
         self._dense = self.full().add_(other._dense, alpha=factor)
-        self._A, self._B = [], []
+        self._A = self._B = None
         return self
 
     def factors(self):
         """The stacked (A [R, k], B [d, R]); only while `columns` is not None."""
-        d, k = self.shape
-        self._A = [torch.cat([torch.zeros(0, k, dtype=torch.float64), *self._A])]  # [R, k]
-        self._B = [torch.cat([torch.zeros(d, 0, dtype=torch.float64), *self._B], dim=1)]  # [d, R]
+        self._A, self._B = [torch.cat(self._A)], [torch.cat(self._B, dim=1)]  # [R, k], [d, R]
         return self._A[0], self._B[0]
 
     def full(self):
@@ -77,8 +75,7 @@ class Product:
     def norm(self):
         """The Frobenius norm. Of factors: ||R_B R_A^T||, R_B and R_A^T from QR of B and A^T, as QR keeps norms.
 
-        (Gram matrices, tr(A A^T B^T B), are about twice as fast but square the numbers: differences of products under
-        1e-8 of the products would be lost.)
+        (Gram matrices would lose differences of products under 1e-8 of the products.)
         """
         if self._dense is not None:
             return torch.linalg.vector_norm(self._dense).item()
@@ -183,6 +180,10 @@ def quotient(difference, norm):
     if norm == 0:
         return 0.0 if difference == 0 else math.inf
     return difference / norm
+
+
+def _zeros(*shape):
+    return torch.zeros(shape, dtype=torch.float64)
 
 
 def _exact(tensor):

@@ -176,7 +176,7 @@ def test_demo_splits_share_no_paragraph_and_need_nothing():
 # ------------------------------------------------------------------------------------------------ tokenizers
 
 
-def test_bpe_has_the_size_asked_for_and_is_the_same_in_every_process():
+def test_bpe_has_the_size_asked_for_and_is_the_same_in_every_process(monkeypatch):
     corpus = corpora.load_corpus("demo")
     tokenizer = text.load_tokenizer("bpe:700", corpus)
     assert text.vocabulary_size(tokenizer) == 700 and tokenizer.eos_token == text.END_OF_TEXT
@@ -189,14 +189,8 @@ def test_bpe_has_the_size_asked_for_and_is_the_same_in_every_process():
     fresh = text.train_bpe(corpus.train, 700).to_str()
     assert alone.stdout.strip() == hashlib.sha256(fresh.encode()).hexdigest(), alone.stderr
     assert tokenizer.backend_tokenizer.get_vocab() == tokenizers.Tokenizer.from_str(fresh).get_vocab()
-
-
-def test_bpe_is_cached(tmp_path, monkeypatch):
-    first = text.load_tokenizer("bpe:270", small_corpus())
-    text.load_tokenizer("bpe:270", small_corpus(train=("another text of the same size",) * 3))
-    assert len(list((tmp_path / "cache").glob("tokenizer-*"))) == 2
-    monkeypatch.setattr(text, "train_bpe", None)
-    assert text.load_tokenizer("bpe:270", small_corpus()).get_vocab() == first.get_vocab()
+    monkeypatch.setattr(text, "train_bpe", None)  # it is cached
+    assert text.load_tokenizer("bpe:700", corpus).get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("spec", ["bpe:many", "bpe:256", "bpe:-1", "nowhere/tokenizer", "gpt2"])
@@ -333,15 +327,12 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_leaves_nothing(tmp_p
 
 
 @pytest.mark.skipif(not REAL, reason="FEDQUARTET_DATA is not set")
-def test_real_wikitext2_has_its_articles_and_loads_fast_from_the_cache():
+def test_real_wikitext2_has_its_articles_and_its_bytes():
     corpus = corpora.load_corpus("wikitext2", REAL)
     assert [len(getattr(corpus, split)) for split in corpora.SPLITS] == [600, 60, 60]
     tokenizer = text.load_tokenizer("gpt2", corpus, REAL)
     assert text.vocabulary_size(tokenizer) == 50257
     splits = text.encode(corpus, tokenizer)
-    start = time.monotonic()
-    again = text.encode(corpora.load_corpus("wikitext2", REAL), tokenizer)
-    assert time.monotonic() - start < 2 and same(splits, again)
     lengths = text.token_byte_lengths(tokenizer)
     for split in corpora.SPLITS:
         assert lengths[splits[split].tokens].sum() == sum(len(d.encode()) for d in getattr(corpus, split))
