@@ -13,7 +13,7 @@
 
 from common.cli import UsageError, run_main
 from llm_noniid.grid import STUDY
-from plots import report, runner, tables
+from plots import runner
 
 DIFFERENCES = (("--against", "iid"), ("--against", "fedavg"))
 
@@ -24,6 +24,8 @@ def build_parser():
 
 
 def main(argv=None):
+    from plots import report, tables  # only here: they take a while to import
+
     args, words = build_parser().parse_known_args(argv)
     if args.preset in STUDY["presets"]:
         return runner.run_study(STUDY, args, words)

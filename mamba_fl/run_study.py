@@ -143,7 +143,7 @@ STUDY = {
 
 def main(argv=None):
     parser = runner.build_parser(STUDY, __doc__.split("\n")[0], output_names=["--data-dir"])
-    return runner.main(STUDY, argv, parser)
+    return runner.run_study(STUDY, *parser.parse_known_args(argv))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 Columns: `--FLAG` the flags; the results of run.json by their names (test_ppl_last, ...); `curve` the lines of
 metrics.jsonl, a list of dicts (round 0: before training); name, study, command, kind, seed, tuning, status, ended, data
-(what run.json says of data and shards), commit, versions, resolved, folder or log, and `diverged`: whether the study
+(what run.json says of data and shards), commit, versions, folder or log, and `diverged`: whether the study
 says that it broke down, so that it is counted and part of no mean. None is what a run does not say.
 
 plots/rows.py joins the seeds of a method to a row of a table or a line of a figure.
@@ -18,8 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-
-import pandas as pd
 
 from common.cli import UsageError
 from common.curves import number, read_metrics
@@ -64,47 +62,39 @@ def module(name):
     return import_module(f"plots.{STUDIES[name]}")
 
 
-def read(paths, *studies, unfinished=False, notes=None):
-    """The runs of these studies (all without any) in folders, and those below them, and logs: a DataFrame.
+def read(paths, *studies, notes=None):
+    """The finished runs of these studies (all without any) in folders, and those below them, and logs: a DataFrame.
 
-    unfinished: take runs that have not ended too; notes: a list that gets a line for each run that is left out. Raises
-    UsageError where a path does not exist or there is no run.
+    notes: a list that gets a line for each run that is left out. Raises UsageError where a path does not exist or there
+    is no run.
     """
-    studies = studies or tuple(map(study, STUDIES))
-    notes = [] if notes is None else notes
+    import pandas as pd  # only here: the runner reads no table
+
+    studies, notes = studies or tuple(map(study, STUDIES)), [] if notes is None else notes
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    found = []
-    for path in paths:
-        for where, record in _records(path, notes):
-            one = next((one for one in studies if record.get("command") in one.commands), None)
-            if one is None:
-                continue
-            try:
-                found.append(_row(one, record))
-            except (ValueError, TypeError, AttributeError, LookupError) as error:
-                notes.append(f"left out {where}: damaged ({error})")
-                continue
-            # a run whose updates were not finite is a result
-            ended = found[-1]["status"] == "finished" or not_finite(found[-1])
-            if not (ended or unfinished):
-                notes.append(f"left out {where}: its status is {found.pop()['status']}; --unfinished takes it too")
-            elif ended and not found[-1]["curve"] and not not_finite(found[-1]):
+    found = {one.name: [] for one in studies}
+    for where, record in (each for path in paths for each in _records(path, notes)):
+        for one in (one for one in studies if record.get("command") in one.commands):
+            run = _row(one, record)
+            if run["status"] != "finished" and not not_finite(run):  # a run whose updates were not finite is a result
+                notes.append(f"left out {where}: its status is {run['status']}")
+            elif not run["curve"] and not not_finite(run):
                 notes.append(f"left out {where}: no line in metrics.jsonl")
-                found.pop()
+            else:
+                found[one.name].append(run)
     chosen = []
     for one in studies:
-        mine = [row for row in found if row["study"] == one.name]
-        if not one.tuning and not all(row["tuning"] for row in mine):
-            mine = [row for row in mine if not row["tuning"]]
+        mine = found[one.name]
+        if not one.tuning and not all(run["tuning"] for run in mine):
+            mine = [run for run in mine if not run["tuning"]]
         if mine:
             runs = pd.DataFrame(mine, dtype=object)
             runs = one.adjust(runs.where(runs.notna(), None))
             runs["diverged"] = [bool(one.diverged(run)) for _, run in runs.iterrows()]
             chosen.append(runs)
     if not chosen:
+        where, more = ", ".join(map(str, paths)), f" ({'; '.join(notes[:3])})" if notes else ""
         commands = ", ".join(command for one in studies for command in one.commands)
-        more = f" ({'; '.join(notes[:3])})" if notes else ""
-        where = ", ".join(map(str, paths))
         raise UsageError(f"no finished run of {commands} in {where}{more}: train first, or see --data-dir")
     return pd.concat(chosen, ignore_index=True)
 
@@ -113,11 +103,7 @@ def _records(path, notes):
     """(where, record) of a folder's runs or a log's lines, a record like a log's line with a few words of the place."""
     if path.is_file():
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                record = json.loads(line)
-                yield f"{path}:{i}", record | {"log": path, "written": i}
-            except (ValueError, TypeError):
-                notes.append(f"left out {path}:{i}: damaged")
+            yield f"{path}:{i}", json.loads(line) | {"log": path, "written": i}
         return
     if not path.is_dir():
         raise UsageError(f"--data-dir {path} is not a folder (or a log): give the --output-dir of the runs")
@@ -128,19 +114,20 @@ def _records(path, notes):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
-            place = {"name": folder.name, "folder": folder, "tuning": TUNING in folder.resolve().parts}
-            yield str(folder), record | place | {"curve": lines, "written": file.stat().st_mtime}
-        except (ValueError, TypeError, OSError) as error:
+        except ValueError as error:
             notes.append(f"left out {folder}: damaged ({error})")
+            continue
+        place = {"name": folder.name, "folder": folder, "tuning": TUNING in folder.resolve().parts}
+        yield str(folder), record | place | {"curve": lines, "written": file.stat().st_mtime}
 
 
 def _row(one, record):
-    flags, ended = record["args"], record.get("ended") or {}
+    flags, status = record["args"], record.get("status")
     about = {"study": one.name, "kind": one.kind(record["command"], flags), "seed": flags.get("seed")}
     about |= {key: record.get(key) for key in ("name", "command", "status", "folder", "log", "written", "versions")}
-    about |= {"ended": {"how": record.get("status")} | ended, "tuning": bool(record.get("tuning"))}
+    about |= {"ended": {"how": status} | (record.get("ended") or {}), "tuning": bool(record.get("tuning"))}
     about |= {"data": (record.get("data") or {}) | (record.get("clients") or {}), "curve": record.get("curve") or []}
-    about |= {"commit": record.get("git_commit"), "resolved": record.get("resolved")}
+    about |= {"commit": record.get("git_commit")}
     results = {key: value for key, value in (record.get("results") or {}).items() if key not in about}
     return about | results | {f"--{flag}": value for flag, value in flags.items()}
 

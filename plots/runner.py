@@ -1,13 +1,10 @@
 """Runs a study's grid: rows x seeds, each run one of the study's scripts in a process of its own; rates by --tune.
 
-    STUDY = {"presets": {"gap": preset(rows, shared, seeds=(0, 1, 2))}, "default": "gap", "output": "results/{preset}"}
-    if __name__ == "__main__":
-        run_main(lambda argv: main(STUDY, argv), None)
-
-A row is `row("mamba_fl/fed_avg.py --lr 1e-3", group=, seeds=, tune=, ...)`: {name: row} is a preset's `rows`. Under the
-output folder: a run's own folder; output/NAME.txt with what it printed; results.jsonl, a line for each run that ended.
-Finished runs are skipped and broken ones go on (--resume), so that a command can be given again at any time. Flags that
-are not listed go to every run, a row's own win.
+A study is {"presets": {name: preset(rows, ...)}, "default": a preset, "output": "results/{preset}", "show": commands
+that follow}; a preset's rows are {name: row("mamba_fl/fed_avg.py --lr 1e-3", ...)}. Under the output folder: a run's
+own folder; output/NAME.txt with what it printed; results.jsonl, a line for each run that ended. Finished runs are
+skipped and broken ones go on (--resume), so that a command can be given again at any time. Flags that are not listed
+go to every run, a row's own win.
 
 --tune runs every row at some values of a flag, on a seed that the table does not use, and keeps the best on validation:
 the last `objective` of a run, never of the test split; a run that diverged is worse than any other. A best at the edge
@@ -17,16 +14,14 @@ row's values; its own are tuned after and at them. OUTPUT/tuned.json gets {row: 
 same command without --tune runs the rows with these values as their last flags.
 """
 
-import ctypes
 import json
 import math
 import os
+import runpy
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,97 +34,101 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TUNED = "results.jsonl", "tuned.json"
 EXTENSIONS = 3
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"}  # and one process, as torchrun's only one
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a fork
 HERE = {"output_dir", "run_name", "resume", "overwrite", "data_root", "cache_dir", "hf_home", "track"}
+LOGGED = "command status ended clients git_commit versions processes resolved parameters results".split()
 
 
-def row(line, group="", seeds=None, tune=None, rate_of="", needs=(), objective="", tag="_seed_{seed}", record=""):
+def row(line, group="", seeds=None, tune=None, rate_of="", needs=(), tag="_seed_{seed}", record=""):
     """A row of a grid. line: script and flags, in which {seed} and {output} (and a study's own `values`) are replaced;
     seeds: how many of the seeds it takes (None: all); tune: {flag: values}; needs: rows that are run first, of the same
     seed; tag: what its name ends in; record: the file that says that it ended, of a script that makes no run."""
-    return dict(line=line, group=group, seeds=seeds, tune=tune or {}, rate_of=rate_of, needs=needs) | dict(
-        objective=objective, tag=tag, record=record
-    )
+    about = {"line": line, "group": group, "seeds": seeds, "tune": tune or {}, "rate_of": rate_of}
+    return about | {"needs": needs, "tag": tag, "record": record}
 
 
 def preset(rows, shared="", seeds=(0, 1, 2), objective="val_loss", higher=False, tuned="", name="{row}"):
     """shared: flags of every run; objective: what --tune compares, a field of metrics.jsonl; higher: whether more of it
     is better; tuned: a file of tuned values in the repository; name: of a run, before its tag."""
-    return dict(rows=rows, shared=shared, seeds=seeds, objective=objective, higher=higher, tuned=tuned, name=name)
+    about = {"rows": rows, "shared": shared, "seeds": seeds, "objective": objective}
+    return about | {"higher": higher, "tuned": tuned, "name": name}
 
 
 @dataclass(frozen=True)
 class Run:
-    """name: also its folder below the output folder; needs: names of the runs that must be finished first."""
+    """name: its folder below `output`; words: script and flags; point: {flag: tuned value}; needs: names of the runs
+    that must be finished first; record: the file that says that it ended. A run without a `row` is what others need."""
 
+    output: Path
     name: str
     row: str
-    script: str
     words: tuple
-    place: tuple = ()
+    seed: tuple = ()
     needs: tuple = ()
     record: str = "run.json"
-    about: dict = field(default_factory=dict, compare=False)
+    point: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def folder(self):
+        return self.output / self.name
 
     @property
     def command(self):
-        return (self.script, *self.words, *self.place)
-
-    def at(self, point):
-        """The run with {flag: value} as its last flags of its own."""
-        return replace(self, words=(*self.words, *(w for flag, x in point.items() for w in (f"--{flag}", f"{x:g}"))))
+        tuned = [word for flag, x in self.point.items() for word in (f"--{flag}", f"{x:g}")]
+        place = ["--output-dir", str(self.folder.parent), "--run-name", self.folder.name, "--resume"]
+        return [*self.words, *tuned, *self.seed, *(place if self.record == "run.json" else ())]
 
 
 # ---- the command line and the plan
 
 
 def build_parser(study, description, preset_names=(), output_names=()):
+    """The parser of a study's front. preset_names, output_names: further spellings of --preset and --output-dir."""
     parser = Parser(description)
+    add, folder = parser.add_argument, study["output"].format(preset="PRESET")
     names = {"choices": list(study["presets"]), "default": study["default"]}
-    parser.add_argument("--preset", *preset_names, **names, help="what is run, and at which sizes")
-    parser.add_argument("--seeds", type=non_negative_int, nargs="+", metavar="N", help="default: the preset's")
+    add("--preset", *preset_names, **names, help="what is run, and at which sizes")
+    add("--seeds", type=non_negative_int, nargs="+", metavar="N", help="default: the preset's")
     jobs = "runs at a time, of one thread each; a run alone may take all cores (default: 1; quick: as many as cores)"
-    parser.add_argument("--jobs", type=positive_int, metavar="N", help=jobs)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these rows or groups (default: all)")
-    parser.add_argument(
-        "--plan", action="store_true", help="print the runs' commands and how far they are; run nothing"
-    )
+    add("--jobs", type=positive_int, metavar="N", help=jobs)
+    add("--only", nargs="+", metavar="NAME", help="only these rows or groups (default: all)")
+    add("--plan", action="store_true", help="print the runs' commands and how far they are; run nothing")
     tune = "find each row's best value of a flag on validation, and run no more; alone: the rows' own values"
-    parser.add_argument("--tune", nargs="*", action="append", metavar=("FLAG", "X"), help=tune)
-    parser.add_argument("--tune-seed", type=non_negative_int, default=100, metavar="N", help="none of --seeds")
-    tuned = "tuned values that the runs take; off: none (default: DIR/tuned.json and the preset's)"
-    parser.add_argument("--tuned", metavar="FILE", help=tuned)
-    folder = study["output"].format(preset="PRESET")
-    parser.add_argument("--output-dir", *output_names, metavar="DIR", help=f"run folders (default: {folder})")
+    add("--tune", nargs="*", metavar=("FLAG", "X"), help=tune)
+    add("--tune-seed", type=non_negative_int, default=100, metavar="N", help="none of --seeds")
+    tuned = "tuned values that the runs take; none: the rows' own flags (default: DIR/tuned.json and the preset's)"
+    add("--tuned", metavar="FILE", help=tuned)
+    add("--output-dir", *output_names, metavar="DIR", help=f"run folders (default: {folder})")
     return parser
 
 
-def main(study, argv=None, parser=None):
-    """Runs what a command line asks for. Returns the exit code."""
-    args, words = (parser or build_parser(study, "Runs the study's grid.")).parse_known_args(argv)
-    return run_study(study, args, words)
-
-
 def run_study(study, args, words=()):
-    """words: flags for every run. Raises UsageError where a script refuses its run, RunFailed where runs failed."""
-    one, output = study["presets"][args.preset], output_of(study, args)
+    """Runs what a command line asks for; words: flags for every run. Returns the exit code. Raises UsageError where a
+    script refuses its run, RunFailed where runs failed."""
+    one, output, tuning = study["presets"][args.preset], output_of(study, args), args.tune is not None
     seeds = list(args.seeds or one["seeds"])
-    if args.tune is not None:
-        if args.tune_seed in seeds:
-            raise UsageError(f"--tune-seed {args.tune_seed} is one of the table's --seeds: take another")
-        return tune(study, args, one, runs_of(study, args, [args.tune_seed], words), output)
-    runs = with_tuned(args, one, runs_of(study, args, seeds, words), output, seeds)
+    if tuning and args.tune_seed in seeds:
+        raise UsageError(f"--tune-seed {args.tune_seed} is one of the table's --seeds: take another")
+    runs = runs_of(study, args, [args.tune_seed] if tuning else seeds, words)
+    if words:
+        check_flags(runs)
+    if tuning:
+        return tune(args, one, runs, output)
+    runs = with_tuned(args, one, runs, output, seeds)
     if args.plan:
-        return put_plan(runs, output)
-    failed = run_all(runs, output, jobs_of(args))
+        return put_plan(runs)
+    failed = run_all(runs, jobs_of(args))
     collect(output)
     for line in study.get("show", ()):
-        command = [word.format(output=output) for word in line.split()]
-        subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False)
-    if failed:
-        raise RunFailed(f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed)}): see {output}/output")
+        script, *flags = (word.format(output=output) for word in line.split())
+        subprocess.run([sys.executable, str(ROOT / script), *flags], check=False)
+    stop_where(failed, runs, output)
     print(output)
     return 0
+
+
+def stop_where(failed, runs, output):
+    if failed:
+        raise RunFailed(f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed)}): see {output}/output")
 
 
 def output_of(study, args):
@@ -137,13 +136,12 @@ def output_of(study, args):
 
 
 def jobs_of(args):
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return args.jobs or (cores if args.preset == "quick" else 1)
+    return args.jobs or (os.cpu_count() if args.preset == "quick" else 1)
 
 
 def runs_of(study, args, seeds, words=()):
     """The `Run`s of the rows that the flags choose, seed by seed, each after those that it needs."""
-    one, output, tuning, found = study["presets"][args.preset], output_of(study, args), args.tune is not None, {}
+    one, output, found = study["presets"][args.preset], output_of(study, args), {}
     known = dict.fromkeys(name for row, about in one["rows"].items() for name in (about["group"], row) if name)
     if unknown := [name for name in args.only or () if name not in known]:
         raise UsageError(f"--only {' '.join(unknown)}: not in this preset; choose from {', '.join(known)}")
@@ -152,22 +150,21 @@ def runs_of(study, args, seeds, words=()):
     def add(name, seed):
         about = one["rows"][name]
         needs = tuple(add(other, seed) for other in about["needs"])
-        values = {"seed": seed, "output": output} | study.get("values", lambda *_: {})(seed, tuning)
-        tag = about["tag"].format(**values)
+        values = {"seed": seed, "output": output}
+        values |= study["values"](seed, args.tune is not None) if "values" in study else {}
         script, *own = (word.format(**values) for word in shlex.split(about["line"]))
+        tag = about["tag"].format(**values)
         if about["record"]:
-            places = [(f, last(words, f)) for f in ("--dataset", "--data-root", "--cache-dir") if last(words, f)]
-            called, own = name + tag, (*own, *(word for pair in places for word in pair))
-            run = Run(called, "", script, own, (), needs, about["record"])
+            for flag in ("--dataset", "--data-root", "--cache-dir"):
+                own += [flag, last(words, flag)] if flag in words else []
+            run = Run(output, name + tag, "", (script, *own), needs=needs, record=about["record"])
         else:
             given = {key: Path(last(shared, f"--{key}").format(**values)).name for key in ("dataset", "model")}
             called = one["name"].format(row=name, **given) + tag
             seeded = () if "--seed" in own else ("--seed", str(seed))
-            folder = ("--output-dir", str(output), "--run-name", Path(called).name, "--resume")
-            whole = (*(word.format(**values) for word in shared), *own)
-            run = Run(called, name, script, whole, (*seeded, *folder), needs, "run.json", about)
-        found.setdefault(called, run)
-        return called
+            run = Run(output, called, name, (script, *(w.format(**values) for w in shared), *own), seeded, needs)
+        found.setdefault(run.name, run)
+        return run.name
 
     for i, seed in enumerate(seeds):
         for name, about in one["rows"].items():
@@ -179,217 +176,172 @@ def runs_of(study, args, seeds, words=()):
 
 def last(words, flag):
     """The last value of a flag in a command line, "" without."""
-    return next((words[i + 1] for i in range(len(words) - 2, -1, -1) if words[i] == flag), "")
+    return ["", *(value for word, value in zip(words, words[1:], strict=False) if word == flag)][-1]
 
 
-def put_plan(runs, output):
-    try:
-        for run in runs:
-            print(f"# {run.name}: {state(run, output)}\npython {shlex.join(run.command)}", flush=True)
-    except BrokenPipeError:  # of `--plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
+def check_flags(runs):
+    """Ends with the line of the script that does not know its flags, before any run is started."""
+    for run in {run.words[0]: run for run in runs if run.row}.values():
+        parser = runpy.run_path(str(ROOT / run.words[0]))["build_parser"]()
+        parser.prog = run.words[0]
+        parser.parse_args(run.command[1:])
+
+
+def put_plan(runs):
+    for run in runs:
+        print(f"# {run.name}: {state(run)}\npython {shlex.join(run.command)}")
     return 0
 
 
 # ---- what has become of a run
 
 
-def record_of(run, output):
+def record_of(run):
     """A run's record; its status, where it has none: finished; without the file: not run yet."""
-    path = output / run.name / run.record
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"status": "finished"} | record
-    except FileNotFoundError:
-        return {"status": "not run yet"}
-    except (OSError, ValueError, TypeError):
-        return {"status": "damaged"}
+    path = run.folder / run.record
+    return {"status": "finished"} | json.loads(path.read_text()) if path.exists() else {"status": "not run yet"}
 
 
 def broke_down(record):
     """Whether its training broke down (no client's update was finite): a result like any other."""
-    ended = {"how": record["status"]} | (record.get("ended") or {})
-    return record["status"] == "failed" and not_finite({"ended": ended})
+    return not_finite({"ended": {"how": record["status"]} | (record.get("ended") or {})})
 
 
-def over(run, output):
+def over(run):
     """Whether the very command of `run` has ended with a result."""
-    record = record_of(run, output)
-    said, now = ([w for w in line[1:] if w != "--resume"] for line in (record.get("argv", run.command), run.command))
+    record, now = record_of(run), run.command
+    said, now = ([word for word in line[1:] if word != "--resume"] for line in (record.get("argv", now), now))
     return said == now and (record["status"] == "finished" or broke_down(record))
 
 
-def state(run, output):
-    record = record_of(run, output)
-    if broke_down(record):
-        return record["ended"].get("reason") or "diverged"
-    if record["status"] != "finished":
-        return record["status"] + ("" if record["status"] == "not run yet" else ", goes on")
-    seconds = (record.get("results") or {}).get("seconds")
-    return "finished" if seconds is None else f"finished, took {duration(seconds)}"
+def state(run):
+    record = record_of(run)
+    return ": ".join(filter(None, [record["status"], (record.get("ended") or {}).get("reason")]))
 
 
 def collect(output):
-    """Writes results.jsonl, the log behind a study's table: a line for each run below `output` that ended, by name."""
-    lines, others = [], {path.parent for path in output.rglob(RESULTS)} - {output}
-    for path in sorted(output.rglob("run.json")):
-        record, name = record_of(Run("", "", "", (), record=str(path)), Path()), path.parent.relative_to(output)
-        if record["status"] not in ("finished", "failed") or others & {path.parent, *path.parents}:
-            continue
-        rows = read_metrics(path.parent) if (path.parent / "metrics.jsonl").exists() else []
-        line = {"name": name.as_posix(), "tuning": True} if output.name == TUNING else {"name": name.as_posix()}
-        line["args"] = {k: placeless(v) for k, v in record["args"].items() if k not in HERE}
-        line["data"] = {k: placeless(v) for k, v in (record.get("data") or {}).items() if k != "source"}
-        names = (
-            "command",
-            "status",
-            "ended",
-            "clients",
-            "git_commit",
-            "versions",
-            "processes",
-            "resolved",
-            "parameters",
-        )
-        line |= {key: record.get(key) for key in (*names, "results")}
-        line["curve"] = [{key: value for key, value in one.items() if "second" not in key} for one in rows]
-        lines.append(json.dumps(line) + "\n")
-    write(output / RESULTS, "".join(lines))
+    """Writes results.jsonl, the log behind a study's table: a line for each run in `output` that ended, by name."""
+    lines = []
+    for path in sorted(output.glob("*/run.json")):
+        record, folder = json.loads(path.read_text()), path.parent
+        if record["status"] in ("finished", "failed"):
+            line = {"name": folder.name} | ({"tuning": True} if output.name == TUNING else {})
+            line["args"] = {k: placeless(v) for k, v in record["args"].items() if k not in HERE}
+            line["data"] = {k: placeless(v) for k, v in (record.get("data") or {}).items() if k != "source"}
+            line |= {key: record.get(key) for key in LOGGED}
+            line["curve"] = [{k: v for k, v in one.items() if "second" not in k} for one in metrics_of(folder)]
+            lines.append(json.dumps(line) + "\n")
+    (output / RESULTS).write_text("".join(lines))
+
+
+def metrics_of(folder):
+    return read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
 
 
 def placeless(value):
     """A path's last part: where it lies on a machine says nothing."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() or os.sep in str(value) else value
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+    return Path(value).name if isinstance(value, str) and os.sep in value else value
 
 
 # ---- the runs
 
 
-def run_all(runs, output, jobs):
+def run_all(runs, jobs):
     """Runs what is not finished, `jobs` at a time. Returns the names of those that failed, or waited for one that did.
 
     What is running when this ends early (Ctrl-C, SIGTERM) is terminated too. Raises UsageError where a script refuses
     its run (exit code 2): what is wrong with one is wrong with others.
     """
-    ended = {run.name for run in runs if over(run, output)}
+    ended = {run.name for run in runs if over(run)}
     waiting = [run for run in runs if run.name not in ended]
-    running, failed, todo, began = {}, [], len(waiting), time.monotonic()
-    if ended:
-        print(f"{len(ended)} of {len(runs)} runs are finished", flush=True)
+    running, failed, todo, began = [], [], len(waiting), time.monotonic()
     try:
         while waiting or running:
             for run in [run for run in waiting if ended.issuperset(run.needs)][: jobs - len(running)]:
                 waiting.remove(run)
-                running[run] = start(run.command, log_of(run, output), alone=jobs == 1)
+                running.append((run, *start(run, alone=jobs == 1)))
             if not running:
-                failed += [run.name for run in waiting]
-                print(f"not started, for what they need failed: {', '.join(run.name for run in waiting)}", flush=True)
-                break
+                return [*failed, *(run.name for run in waiting)]
             time.sleep(0.1)
-            for run in [run for run, process in running.items() if process.poll() is not None]:
-                code, log = running.pop(run).returncode, log_of(run, output)
-                said = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1][:300]
-                good = code == 0 or over(run, output)
-                if code == 2 and not good:
+            for run, process, log in [one for one in running if one[1].poll() is not None]:
+                running.remove((run, process, log))
+                said = (log.read_text(errors="replace").strip().splitlines() or [""])[-1][:300]
+                good = process.returncode == 0 or over(run)
+                if process.returncode == 2 and not good:
                     raise UsageError(f"{run.name}: {said.partition('error: ')[2] or said}")
                 (ended.add if good else failed.append)(run.name)
                 n = todo - len(waiting) - len(running)
                 left = duration((time.monotonic() - began) / n * (todo - n))
-                words = state(run, output) if good else f"exit code {code}: {said} (see {log})"
-                print(f"[{n}/{todo}] {run.name}: {words}" + f"; about {left} left" * (n < todo), flush=True)
+                words = state(run) if good else f"exit code {process.returncode}: {said} (see {log})"
+                print(f"[{n}/{todo}] {run.name}: {words}; about {left} left", flush=True)
     finally:
-        terminate(list(running.values()))
+        for _, process, _ in running:
+            process.terminate()
+        for _, process, _ in running:
+            process.wait()
     return failed
 
 
-def log_of(run, output):
-    """The file that gets what the run prints."""
-    return output / "output" / f"{run.name}.txt"
-
-
-def start(command, log, alone=True):
-    """Starts a command line, its output appended to the file `log`, as a group of processes of its own.
-
-    alone: the run may take the whole machine, else it is one process of one thread.
-    """
+def start(run, alone=True):
+    """Starts a run: (its process, the file that gets what it prints). alone: it may take the whole machine, else it is
+    one process of one thread."""
+    log, place = run.output / "output" / f"{run.name}.txt", os.environ | ({} if alone else ONE_THREAD)
     log.parent.mkdir(parents=True, exist_ok=True)
-    line, place = [sys.executable, str(ROOT / command[0]), *command[1:]], os.environ | ({} if alone else ONE_THREAD)
-    with open(log, "a", encoding="utf-8") as file:
-        to = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "env": place}
-        return subprocess.Popen(line, **to, start_new_session=True, preexec_fn=end_with_parent)
-
-
-def end_with_parent():
-    """In a process that begins: SIGTERM when the one that started it dies, of kill -9 too. Linux only."""
-    if LIBC is not None:
-        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def terminate(processes, patience=30):
-    """SIGTERM for these processes and all that they started; after `patience` seconds they are killed."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signum)
-        end = time.monotonic() + patience
-        while time.monotonic() < end and any(process.poll() is None for process in processes):
-            time.sleep(0.05)
+    line = [sys.executable, str(ROOT / run.words[0]), *run.command[1:]]
+    with open(log, "a") as file:
+        return subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=place), log
 
 
 # ---- tuned values
 
 
-def tune(study, args, one, runs, output):
-    """All of --tune: runs, log, tuned.json, table. runs: one of each row, and what these need."""
-    given, kept, found = values_of(args.tune), read_tuned(output / TUNED), {}
-    grids = {run: given or values_of([(f, *xs) for f, xs in run.about["tune"].items()]) for run in runs if run.row}
-    grids = {run: some for run, some in grids.items() if some}
+def tune(args, one, runs, output):
+    """All of --tune: runs, log, tuned.json. runs: one of each row, and what these need."""
+    rows, known, given = one["rows"], tuned_values(args, one, output), values_of(args.tune)
+    grids = {run: given or rows[run.row]["tune"] for run in runs if run.row and (given or rows[run.row]["tune"])}
     if not grids:
         raise UsageError("--tune: none of these rows has values of its own: give --tune FLAG X1 X2")
-    known = {*kept, *(run.row for run in grids)}
-    if lacking := [run for run in grids if run.about["rate_of"] not in ("", *known)]:
-        raise UsageError(f"{lacking[0].row} takes what {lacking[0].about['rate_of']} is tuned to: --tune that first")
-    needed = [run for run in runs if run not in grids and any(run.name in other.needs for other in runs)]
+    of = {run: rows[run.row]["rate_of"] for run in grids}
+    if lacking := [run for run in grids if of[run] not in ("", *known, *(other.row for other in grids))]:
+        raise UsageError(f"{lacking[0].row} takes what {of[lacking[0]]} is tuned to: --tune that first")
+    needed = [run for run in runs if any(run.name in other.needs for other in runs)]
+    points = [(run, flag, x) for run, grid in grids.items() for flag, values in grid.items() for x in values]
     if args.plan:
-        return put_plan(
-            [*needed, *(at(run, {f: x}) for run, some in grids.items() for f in some for x in some[f])], output
-        )
-    for later in (False, True):  # rows whose values others take, then those who take them
-        some = {taking(run, kept): grids[run] for run in grids if bool(run.about["rate_of"]) == later}
-        for run, result in search_all(some, needed, output, one, jobs_of(args)).items():
-            about = {"objective": run.about["objective"] or one["objective"], "seed": args.tune_seed}
-            kept[run.row] = found[run.row] = {flag: result[flag] | about for flag in result}
-    broken = [name for name, result in kept.items() if any(some["best"] is None for some in result.values())]
-    good = {name: result for name, result in kept.items() if name not in broken}
-    write(output / TUNED, json.dumps(good, indent=1) + "\n")
-    print("\n".join(table(found)))
-    if broken:
-        raise RunFailed(f"diverged at every value: {', '.join(broken)}: give lower ones")
+        return put_plan([*needed, *(at(*point) for point in points)])
+
+    def run_them(some):
+        stop_where(run_all(some, jobs_of(args)), some, output)
+        collect(output / TUNING)
+
+    # first all that waits for no other's best value, so that no job is idle
+    run_them([*needed, *(at(run, flag, x) for run, flag, x in points if flag == [*grids[run]][0] and not of[run])])
+    for run in sorted(grids, key=lambda run: of[run] != ""):
+        found, taken = {}, best_of(known.get(of[run], {}))
+        for flag, values in grids[run].items():
+            tried, todo, mine = {}, values, replace(run, point=taken | best_of(found))
+            while todo:
+                run_them([*needed, *(at(mine, flag, x) for x in todo)])
+                tried |= {x: outcome(at(mine, flag, x), one["objective"]) for x in todo}
+                todo = extension(tried, values, one["higher"])
+            found[flag] = found_of(tried, one["higher"]) | {"objective": one["objective"], "seed": args.tune_seed}
+            print(f"{run.row}: {flag} {found[flag]['best']} of {found[flag]['tried']}", flush=True)
+            if found[flag]["best"] is None:
+                raise RunFailed(f"{run.row} diverged at every value of {flag}: give lower ones")
+        known[run.row] = found
+        (output / TUNED).write_text(json.dumps(read_tuned(output / TUNED) | {run.row: found}, indent=1) + "\n")
     print(output / TUNED)
     return 0
 
 
-def values_of(lines):
-    """{flag: values, ascending} of [[flag, value, ...], ...]. Raises UsageError."""
-    found = {}
-    for flag, *words in filter(None, lines):
-        try:
-            values = sorted({rounded(float(word)) for word in words})
-        except ValueError:
-            values = []
-        if len(values) < 2 or len(values) < len(words) or not 0 < values[0] <= values[-1] < math.inf:
-            raise UsageError(
-                f"--tune {' '.join(map(str, (flag, *words)))}: give a flag and two different numbers above 0"
-            )
-        found[flag.replace("_", "-")] = values
-    return found
+def values_of(words):
+    """{flag: values, ascending} of [flag, value, ...]; {} of none. Raises UsageError."""
+    try:
+        values = sorted({rounded(float(word)) for word in words[1:]})
+    except ValueError:
+        values = []
+    if words and len(values) < 2:
+        raise UsageError(f"--tune {' '.join(words)}: give a flag and two different numbers")
+    return {words[0].replace("_", "-"): values} if words else {}
 
 
 def rounded(x):
@@ -397,117 +349,73 @@ def rounded(x):
     return float(f"{x:g}")
 
 
-def taking(run, kept):
-    """The run with the values that its row takes from another."""
-    taken = kept.get(run.about["rate_of"], {})
-    return run.at({flag: one["best"] for flag, one in taken.items() if one["best"] is not None})
+def best_of(result):
+    """{flag: best value} of a row of tuned.json."""
+    return {flag: found["best"] for flag, found in result.items()}
 
 
-def at(run, point):
-    """The run of a row at a point {flag: value}, in the tuning folder."""
+def at(run, flag, x):
+    """The run of a row with one value more, in the tuning folder."""
+    point = run.point | {flag: x}
     end = "".join(f"_{flag.replace('-', '_')}_{x:g}" for flag, x in point.items())
-    *seed, _, output, _, name, resume = run.place
-    place = (*seed, "--output-dir", f"{output}/{TUNING}", "--run-name", name + end, resume)
-    return replace(run.at(point), name=f"{TUNING}/{run.name}{end}", place=place)
+    return replace(run, name=f"{TUNING}/{run.name}{end}", point=point)
 
 
-def search(grids, higher=False):
-    """The search for a row's best values: yields points [{flag: value}], is sent what came out at each: a number, or
-    "diverged". Returns {flag: {best (None: no value gave a number), edge: whether it is at one, tried}}."""
-
-    def badness(end):
-        return math.inf if isinstance(end, str) else -end if higher else end
-
-    chosen, found = {}, {}
-    for flag, todo in grids.items():
-        tried, extended = {}, Counter()
-        while todo:
-            ends = yield [{**chosen, flag: x} for x in todo]
-            tried |= dict(zip(todo, ends, strict=True))
-            order = sorted(tried)
-            best = min(order, key=lambda x: badness(tried[x]))
-            edge, beside = order[:2] if best == order[0] else order[:-3:-1]
-            todo = [rounded(edge * edge / beside)] if best == edge and extended[best < beside] < EXTENSIONS else []
-            extended[best < beside] += 1
-        good = not isinstance(tried[best], str)
-        tried = {f"{x:g}": tried[x] for x in sorted(tried)}
-        found[flag] = {"best": best if good else None, "edge": best == edge, "tried": tried}
-        if not good:
-            break
-        chosen[flag] = best
-    return found
+def best_value(tried, higher):
+    """The best of {value: what came out there, inf where it diverged}; the lowest of several."""
+    return min(sorted(tried), key=lambda x: -tried[x] if higher and tried[x] < math.inf else tried[x])
 
 
-def search_all(rows, needed, output, one, jobs):
-    """Runs the searches of all rows {run: {flag: values}} at once: {run: what was found}."""
-    searches, found = {run: search(grids, one["higher"]) for run, grids in rows.items()}, {}
-    wanted = {run: next(some) for run, some in searches.items()}
-    while wanted:
-        batch = {run: [at(run, point) for point in points] for run, points in wanted.items()}
-        if failed := run_all([*needed, *(r for some in batch.values() for r in some)], output, jobs):
-            raise RunFailed(f"{len(failed)} runs did not finish ({', '.join(failed)}): see {output}/output")
-        collect(output / TUNING)
-        wanted = {}
-        for run, some in batch.items():
-            try:
-                field_ = run.about["objective"] or one["objective"]
-                wanted[run] = searches[run].send([outcome(each, output, field_) for each in some])
-            except StopIteration as stop:
-                found[run] = stop.value
-    return found
+def extension(tried, given, higher):
+    """[the value beyond the edge], where that is the best so far; [] where it is not, or after EXTENSIONS."""
+    values, best = sorted(tried), best_value(tried, higher)
+    if best == values[0] and sum(x < min(given) for x in values) < EXTENSIONS:
+        return [rounded(best * best / values[1])]
+    if best == values[-1] and sum(x > max(given) for x in values) < EXTENSIONS:
+        return [rounded(best * best / values[-2])]
+    return []
 
 
-def outcome(run, output, objective):
-    """The objective at a finished run's last evaluation, or "diverged", as is a run that left out an update."""
-    rows = read_metrics(output / run.name) if (output / run.name / "metrics.jsonl").exists() else []
-    values = [row[objective] for row in rows if row.get(objective) is not None]
-    if broke_down(record_of(run, output)) or any(row.get("left_out_updates") for row in rows):
-        return "diverged"
-    if not values:
-        raise RunFailed(f"{run.name}: metrics.jsonl has no {objective}")
-    return number(values[-1]) if math.isfinite(number(values[-1])) else "diverged"
+def found_of(tried, higher):
+    """best: None where it diverged at every value; edge: whether the best is the lowest or the highest value."""
+    values, best = sorted(tried), best_value(tried, higher)
+    ends = {f"{x:g}": tried[x] if tried[x] < math.inf else "diverged" for x in values}
+    return {"best": best if tried[best] < math.inf else None, "edge": best in (values[0], values[-1]), "tried": ends}
 
 
-def table(found):
-    """Lines of Markdown: what came out at each value of each row's flags, and the best."""
-    yield "| row | flag | at each value | best |\n|---|---|---|---|"
-    for name, result in found.items():
-        for flag, one in result.items():
-            ends = [f"{x}: {end if isinstance(end, str) else f'{end:.4f}'}" for x, end in one["tried"].items()]
-            best = "none" if one["best"] is None else f"{one['best']:g}" + " (at the edge)" * one["edge"]
-            yield f"| {name} | {flag} | {', '.join(ends)} | {best} |"
+def outcome(run, objective):
+    """The objective at a finished run's last evaluation; inf where it diverged, as does who left out an update."""
+    rows = metrics_of(run.folder)
+    if broke_down(record_of(run)) or any(row.get("left_out_updates") for row in rows):
+        return math.inf
+    value = [number(row[objective]) for row in rows if row.get(objective) is not None][-1]
+    return value if math.isfinite(value) else math.inf
 
 
 def read_tuned(path):
-    """tuned.json as a dict, {} without it. Raises UsageError where it is damaged."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        for result in rows.values():
-            for one in result.values():
-                float(one["best"]), int(one["seed"])
-        return rows
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        raise UsageError(f"{path} is damaged: delete it and run with --tune again") from None
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def tuned_values(args, one, output):
+    """{row: {flag: what was found}} of the preset's file and OUTPUT/tuned.json, or of --tuned."""
+    if args.tuned not in (None, "none") and not Path(args.tuned).exists():
+        raise UsageError(f"--tuned {args.tuned}: there is no such file")
+    files = [Path(args.tuned)] if args.tuned else [*([ROOT / one["tuned"]] if one["tuned"] else []), output / TUNED]
+    return {name: result for path in files for name, result in read_tuned(path).items()}
 
 
 def with_tuned(args, one, runs, output, seeds):
     """The runs, those of tuned rows with their values. Raises UsageError where one lacks its own, or a seed is the one
     that it was tuned on."""
-    if args.tuned == "none":
-        return runs
-    if args.tuned and not Path(args.tuned).exists():
-        raise UsageError(f"--tuned {args.tuned}: there is no such file")
-    files = [Path(args.tuned)] if args.tuned else [*([ROOT / one["tuned"]] if one["tuned"] else []), output / TUNED]
-    rows = {name: result for path in files for name, result in read_tuned(path).items()}
+    found = tuned_values(args, one, output)
 
     def tuned(run):
-        other, own = rows.get(run.about["rate_of"], {}), rows.get(run.row, {})
-        if any(flag not in own for flag in run.about["tune"]) or (run.about["rate_of"] and not other):
+        about = one["rows"][run.row]
+        other, own = found.get(about["rate_of"], {}), found.get(run.row, {})
+        if not own.keys() >= about["tune"].keys() or (about["rate_of"] and not other):
             raise UsageError(f"{run.row} has no tuned values: give --tune first, or --tuned none")
         if same := [some for some in (*other.values(), *own.values()) if some["seed"] in seeds]:
             raise UsageError(f"--seeds {same[0]['seed']}: {run.row} was tuned on it: drop it")
-        return run.at({flag: some["best"] for result in (other, own) for flag, some in result.items()})
+        return replace(run, point=best_of(other | own))
 
-    return [tuned(run) if run.row else run for run in runs]
+    return runs if args.tuned == "none" else [tuned(run) if run.row else run for run in runs]

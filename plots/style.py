@@ -32,7 +32,6 @@ def figure_parser(study, figures, more=lambda parser: None):
     parser.add_argument("--data-dir", nargs="+", default=["results"], help="folders with run folders, or logs")
     parser.add_argument("--out-dir", default="results/plots", help="folder for the figures")
     parser.add_argument("--format", choices=["png", "pdf"], default="png", help="of the files")
-    parser.add_argument("--unfinished", action="store_true", help="take runs that have not finished too")
     more(parser)
     return parser
 
@@ -45,7 +44,7 @@ def draw_figures(study, figures, args):
     if unknown := [name for name in args.names if name not in figures]:
         raise UsageError(f"no figure {unknown[0]!r} in {study.name}: choose from {', '.join(figures)}")
     notes, wrote, missing = [], [], []
-    runs = read(args.data_dir, study, unfinished=args.unfinished, notes=notes)
+    runs = read(args.data_dir, study, notes=notes)
     for name, figure in each_figure(study, figures, runs, args, notes, missing):
         wrote.append(save_figure(figure, Path(args.out_dir) / f"{name}.{args.format}"))
     for line in [*(f"wrote {path}" for path in wrote), *(dict.fromkeys([*missing, *notes]) if wrote else ())]:

@@ -147,7 +147,6 @@ def build_parser():
     for name in STUDIES:
         one = each.add_parser(name, description=f"Prints what the runs of {name} reached.")
         one.add_argument("--data-dir", nargs="+", help="run folders or logs (default: the study's committed logs)")
-        one.add_argument("--unfinished", action="store_true", help="take runs that have not finished too")
         one.add_argument("--columns", nargs="+", metavar="HEAD", help="only these columns")
         one.add_argument("--holm", action="store_true", help="p values, and Holm's correction over all of them")
         module(name).TABLE.flags(one)
@@ -159,7 +158,7 @@ def main(args):
     if not paths:
         raise UsageError(f"{args.study}/results has no log: give --data-dir")
     table = module(args.study).TABLE
-    runs = read(paths, table.study, unfinished=args.unfinished, notes=notes)
+    runs = read(paths, table.study, notes=notes)
     print("\n\n".join([text_of(tables_of(table, runs, args, notes), args.holm), *dict.fromkeys(notes)]))
 
 

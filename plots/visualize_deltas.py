@@ -16,5 +16,5 @@ from common.cli import run_main
 from plots.deltas import build_parser, draw_updates
 
 if __name__ == "__main__":
-    args = build_parser("Draws the parameter updates of central runs.", federated=False).parse_args()
-    run_main(lambda args: draw_updates(args, "central"), args)
+    parser = build_parser("Draws the parameter updates of central runs.", federated=False)
+    run_main(lambda args: draw_updates(args, "central"), parser.parse_args())

@@ -21,5 +21,5 @@ from common.cli import run_main
 from plots.deltas import build_parser, draw_updates
 
 if __name__ == "__main__":
-    args = build_parser("Draws the parameter updates of federated runs.", federated=True).parse_args()
-    run_main(lambda args: draw_updates(args, args.entity), args)
+    parser = build_parser("Draws the parameter updates of federated runs.", federated=True)
+    run_main(lambda args: draw_updates(args, args.entity), parser.parse_args())

@@ -12,7 +12,7 @@ import pytest
 from made_runs import ROOT, call, figures, mamba, noniid, run, vit
 
 from common import curves
-from plots.deltas import energy_rank, singular_values
+from plots.deltas import energy_rank
 from plots.noniid import THRESHOLD
 from plots.read import read, study
 from plots.rows import rows_of, with_settings
@@ -148,7 +148,7 @@ def runs(tmp_path_factory):
     for seed in range(2):
         for layers in (1, 2):
             folder = mamba(root, f"central_config_{layers}_seed_{seed}", "central", seed, 90.0 + seed, layers=layers)
-            write_deltas(folder / "deltas", layers, seed)
+            write_deltas(folder / "server" / "deltas", layers, seed)
             folder = mamba(root, f"fed_{layers}_seed_{seed}", "fed_avg", seed, 100.0 + seed, layers=layers)
             write_deltas(folder / "server" / "deltas", layers, seed)
             for k in range(2):
@@ -194,11 +194,7 @@ def test_updates_are_drawn_under_the_sources_names(runs, tmp_path):
     assert code == 2 and "--save-deltas" in err
 
 
-def test_singular_values_and_the_rank_of_their_energy():
-    draw = np.random.default_rng(0)
-    for shape in ((5, 3), (3, 5)):
-        matrix = draw.normal(size=shape)
-        assert singular_values(matrix)[:3] == pytest.approx(np.linalg.svd(matrix, compute_uv=False))
+def test_the_rank_that_holds_the_energy():
     assert energy_rank(np.array([3.0, 1.0, 0.1])) == 2 and energy_rank(np.zeros(3)) == 0  # 9 of 10.01 are 89.9 %
 
 

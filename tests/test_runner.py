@@ -2,18 +2,18 @@
 
 import importlib
 import json
+import math
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import harness
 import pytest
+from made_runs import call
 
 from common.cli import RunFailed, UsageError
 from plots import runner
-from plots.runner import EXTENSIONS, Run, preset, row, search
+from plots.runner import Run, best_value, extension, preset, row
 
 STUDIES = {
     "mamba_fl": "mamba_fl.run_study",
@@ -27,27 +27,36 @@ GRIDS = {name: importlib.import_module(place).STUDY for name, place in STUDIES.i
 
 SCRIPT = """
 import json, os, pathlib, sys, time
-flags = dict(zip(sys.argv[1:-1:2], sys.argv[2::2]))          # all flags but --resume at the end have a value
-out = pathlib.Path(flags["--output-dir"])
-folder = out / flags["--run-name"]
-kind, lr = flags["--kind"], float(flags.get("--lr", 1))
-print("started with", os.environ.get("WORLD_SIZE", "any"), flush=True)
-if kind == "refuses":
-    sys.exit("error: no memory") if os.environ.get("SOFT") else (sys.stderr.write("error: --kind: no\\n"), sys.exit(2))
-folder.mkdir(parents=True, exist_ok=True)
-about = {"command": "fed_avg", "argv": sys.argv, "status": "finished", "data": {"source": "/x"}}
-about["results"] = {"seconds": 1}
-about["args"] = {"lr": lr, "model": "/some/where/small", "output_dir": str(out)}
-with open(folder / "metrics.jsonl", "w") as file:
-    loss = (lr - 0.3) ** 2 + float(flags.get("--mu", 0))
-    print(json.dumps({"round": 1, "val_loss": loss, "tokens_per_second": 9}), file=file)
-if kind == "sleeps":
-    time.sleep(60)
-if kind == "diverges" or lr > 100:
-    ended = {"how": "failed", "by": "left_out", "round": 2, "reason": "round 2: lower --lr"}
-    about |= {"status": "failed", "ended": ended, "results": None}
-(folder / "run.json").write_text(json.dumps(about))
-sys.exit(about["status"] == "failed")
+from common.cli import Parser
+
+def build_parser():
+    parser = Parser("x")
+    for name in "kind lr mu name output-dir run-name seed data-root".split():
+        parser.add_argument("--" + name)
+    parser.add_argument("--resume", action="store_true")
+    return parser
+
+def main(flags):
+    folder = pathlib.Path(flags.output_dir) / flags.run_name
+    lr = float(flags.lr or 1)
+    print("started with", os.environ.get("WORLD_SIZE", "any"), flush=True)
+    if flags.kind == "refuses":
+        sys.exit("error: no memory") if os.environ.get("SOFT") else build_parser().error("--kind: no")
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"command": "fed_avg", "argv": sys.argv, "status": "finished", "data": {"source": "/x"}}
+    about["results"] = {"seconds": 1}
+    about["args"] = {"lr": lr, "model": "/some/where/small", "output_dir": flags.output_dir}
+    with open(folder / "metrics.jsonl", "w") as file:
+        loss = (lr - 0.3) ** 2 + float(flags.mu or 0)
+        print(json.dumps({"round": 1, "val_loss": loss, "tokens_per_second": 9}), file=file)
+    if flags.kind == "diverges":
+        ended = {"how": "failed", "by": "left_out", "round": 2, "reason": "round 2: lower --lr"}
+        about |= {"status": "failed", "ended": ended, "results": None}
+    (folder / "run.json").write_text(json.dumps(about))
+    sys.exit(about["status"] == "failed")
+
+if __name__ == "__main__":
+    main(build_parser().parse_args())
 """
 
 
@@ -59,7 +68,9 @@ def made(tmp_path, monkeypatch):
 
     def make(rows, **more):
         study = {"presets": {"p": preset(rows, **{"seeds": (0, 1)} | more)}, "default": "p", "output": "x"}
-        return lambda line="": runner.main(study, [*line.split(), "--output-dir", str(tmp_path / "out")])
+        parser = runner.build_parser(study, "x")
+        out = str(tmp_path / "out")
+        return lambda line="": runner.run_study(study, *parser.parse_known_args([*line.split(), "--output-dir", out]))
 
     return make
 
@@ -91,7 +102,7 @@ def test_a_grid_runs_goes_on_and_names_what_failed(made, tmp_path, capsys, monke
 
 
 def test_the_plan_needs_nothing_and_runs_nothing(made, tmp_path, capsys):
-    run = made({"a": row("fake.py --kind works --name {seed}"), "b": row("x.py", "other", seeds=1)}, shared="--lr 3")
+    run = made({"a": row("fake.py --kind works --name {seed}"), "b": row("fake.py", "other", seeds=1)}, shared="--lr 3")
     assert run("--plan --data-root /nowhere") == 0 and not (tmp_path / "out").exists()
     said = capsys.readouterr().out
     assert "# a_seed_1: not run yet\npython fake.py --lr 3 --data-root /nowhere --kind works --name 1 --seed 1" in said
@@ -101,7 +112,7 @@ def test_the_plan_needs_nothing_and_runs_nothing(made, tmp_path, capsys):
         run("--only c")
 
 
-def test_what_a_run_needs_is_run_first_and_without_it_nothing_starts(made, tmp_path, capsys, monkeypatch):
+def test_what_a_run_needs_is_run_first_and_without_it_nothing_starts(made, tmp_path, monkeypatch):
     rows = {"first": row("fake.py --kind works", "first", tag=""), "b": row("fake.py --kind works", needs=("first",))}
     assert made(rows)("--jobs 2") == 0
     assert list(lines_of(tmp_path / "out")) == ["b_seed_0", "b_seed_1", "first"]
@@ -109,103 +120,84 @@ def test_what_a_run_needs_is_run_first_and_without_it_nothing_starts(made, tmp_p
     rows = {"c": row("fake.py --kind refuses"), "d": row("fake.py --kind works", needs=("c",))}
     with pytest.raises(RunFailed, match="2 of 2 runs did not finish"):
         made(rows)("--seeds 0")
-    assert "not started, for what they need failed: d_seed_0" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "output" / "d_seed_0.txt").exists()
 
 
-def test_what_a_script_refuses_ends_the_grid_in_its_line(made):
+def test_what_a_script_refuses_ends_the_grid_in_its_line(made, tmp_path, capsys):
+    run = made({"a": row("fake.py --kind refuses"), "b": row("fake.py --kind works")})
     with pytest.raises(UsageError, match="a_seed_0: --kind: no"):
-        made({"a": row("fake.py --kind refuses"), "b": row("fake.py --kind works")})("--jobs 1")
+        run("--jobs 1")
+    with pytest.raises(SystemExit):  # an unknown flag before any run is started
+        run("--only b --no-such-flag 1")
+    assert "fake.py: error: unknown flag --no-such-flag" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "output" / "b_seed_0.txt").exists()
 
 
 def test_what_a_grid_has_started_ends_with_it(tmp_path, monkeypatch):
     started = []
 
-    def start(*command, **how):
-        started.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
-        raise KeyboardInterrupt
+    def start(run, alone):
+        if started:
+            raise KeyboardInterrupt
+        started.append(subprocess.Popen(["sleep", "60"]))
+        return started[0], tmp_path / "log"
 
-    def add(*command, **how):
-        started.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
-        monkeypatch.setattr(runner, "start", start)
-        return started[-1]
-
-    monkeypatch.setattr(runner, "start", add)
+    monkeypatch.setattr(runner, "start", start)
     with pytest.raises(KeyboardInterrupt):
-        runner.run_all([Run("a", "a", "a.py", ()), Run("b", "b", "b.py", ())], tmp_path, jobs=2)
+        runner.run_all([Run(tmp_path, name, name, ("a.py",)) for name in "ab"], jobs=2)
     assert started[0].poll() == -signal.SIGTERM
-    started[1].kill()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
-def test_a_run_ends_when_its_grid_is_killed(tmp_path):
-    (tmp_path / "a.py").write_text("import time; time.sleep(60)")
-    code = "import os; from pathlib import Path; from plots import runner; "
-    code += f"print(runner.start([{str(tmp_path / 'a.py')!r}], Path({str(tmp_path / 'a.txt')!r})).pid, flush=True)"
-    ended = subprocess.run(
-        [sys.executable, "-c", f"{code}; os.kill(os.getpid(), 9)"], stdout=subprocess.PIPE, text=True
-    )
-    assert ended.returncode == -signal.SIGKILL
-    state = Path(f"/proc/{int(ended.stdout)}/stat")
-    for _ in range(100):
-        if not state.exists() or state.read_text().split()[2] == "Z":
-            return
-        time.sleep(0.05)
-    raise AssertionError("the run goes on")
 
 
 # ---- tuning
 
 
-def searched(grids, value, higher=False):
-    """(what a search finds of a function of the point, the points that it tried)."""
-    one, tried = search(grids, higher), []
-    points = next(one)
-    while True:
-        tried += points
-        try:
-            points = one.send([value(**{flag.replace("-", "_"): x for flag, x in point.items()}) for point in points])
-        except StopIteration as stop:
-            return stop.value, tried
+def searched(values, outcome, higher=False):
+    """{value: outcome} of a flag after all extensions."""
+    tried, todo = {}, list(values)
+    while todo:
+        tried |= {x: outcome(x) for x in todo}
+        todo = extension(tried, values, higher)
+    return tried
 
 
 @pytest.mark.parametrize(
-    "where, more, best, edge", [(0.45, [], 0.5, False), (4.0, [2, 4, 8], 4, False), (1e6, [2, 4, 8], 8, True)]
+    "where, more, best",
+    [(0.45, [], 0.5), (4.0, [2, 4, 8], 4), (1e6, [2, 4, 8], 8), (0, [0.125, 0.0625, 0.03125], 0.03125)],
 )
-def test_a_best_at_the_edge_extends_it(where, more, best, edge):
-    found, tried = searched({"lr": [0.25, 0.5, 1.0]}, lambda lr: abs(lr - where))
-    assert (found["lr"]["best"], found["lr"]["edge"]) == (best, edge) and EXTENSIONS == 3
-    assert [point["lr"] for point in tried] == [0.25, 0.5, 1, *more]
+def test_a_best_at_the_edge_extends_it(where, more, best):
+    tried = searched([0.25, 0.5, 1.0], lambda lr: abs(lr - where))
+    assert list(tried) == [0.25, 0.5, 1, *more] and best_value(tried, False) == best
+    assert best_value(searched([0.25, 0.5, 1.0], lambda lr: -abs(lr - where), higher=True), True) == best
 
 
-def test_the_second_flag_is_tuned_at_the_firsts_best_and_what_diverged_is_worst():
-    found, tried = searched(
-        {"lr": [1, 2, 4], "mu": [1, 2, 4]}, lambda lr, mu=2: "diverged" if lr > 2 else (lr - 2) ** 2 + mu
-    )
-    assert found["lr"]["tried"]["4"] == "diverged" and found["lr"]["best"] == 2
-    assert all(point["lr"] == 2 for point in tried if "mu" in point) and found["mu"]["best"] == 0.125
-    found, _ = searched({"lr": [1, 2], "mu": [1, 2]}, lambda lr: "diverged")
-    assert found["lr"]["best"] is None and "mu" not in found
-    assert searched({"lr": [1, 2, 3]}, lambda lr: -abs(lr - 2), higher=True)[0]["lr"]["best"] == 2
+def test_what_diverged_is_worse_than_any_number():
+    for higher in (False, True):
+        assert best_value({1: 5.0, 2: 5.0, 4: math.inf}, higher) == 1
 
 
 def test_tuned_rates_are_what_the_same_command_then_runs_at(made, tmp_path, capsys):
+    both = {"lr": (0.1, 0.3, 0.9), "mu": (0.1, 0.2)}
     rows = {
-        "a": row("fake.py --kind works", tune={"lr": (0.1, 0.3, 0.9)}),
         "b": row("fake.py --kind works", tune={"mu": (0.1, 0.2)}, rate_of="a"),
+        "a": row("fake.py --kind works", tune={"lr": (0.1, 0.3, 0.9)}),
+        "c": row("fake.py --kind works", tune=both),
     }
     run, out = made(rows), tmp_path / "out"
-    with pytest.raises(UsageError, match="a has no tuned values: give --tune first"):
+    with pytest.raises(UsageError, match="b has no tuned values: give --tune first"):
         run("--plan")
     assert run("--tune --jobs 2") == 0
     found = json.loads((out / "tuned.json").read_text())
     assert found["a"]["lr"]["best"] == 0.3 and found["a"]["lr"]["seed"] == 100 and not found["a"]["lr"]["edge"]
     assert found["b"]["mu"]["best"] == 0.0125 and found["b"]["mu"]["edge"]  # 0.1, three times halved
-    assert set(lines_of(out / "tuning")) > {"a_seed_100_lr_0.3", "b_seed_100_mu_0.05"}
-    assert "| a | lr | 0.1: 0.0400, 0.3: 0.0000, 0.9: 0.3600 | 0.3 |" in capsys.readouterr().out
+    assert (found["c"]["lr"]["best"], found["c"]["mu"]["best"]) == (0.3, 0.0125)
+    assert found["c"]["mu"]["tried"]["0.1"] == pytest.approx(0.1)  # at the first's best
+    assert set(lines_of(out / "tuning")) > {"a_seed_100_lr_0.3", "b_seed_100_lr_0.3_mu_0.05"}
+    assert starts(out, "tuning/a_seed_100_lr_0.3") == 1
+    capsys.readouterr()
     assert run("--plan") == 0
     said = capsys.readouterr().out
     assert "--kind works --lr 0.3 --seed 0" in said and "--kind works --lr 0.3 --mu 0.0125 --seed 1" in said
-    with pytest.raises(UsageError, match="a was tuned on it"):
+    with pytest.raises(UsageError, match="was tuned on it"):
         run("--seeds 100")
     assert run("--plan --tuned none") == 0 and "--lr" not in capsys.readouterr().out
 
@@ -213,9 +205,7 @@ def test_tuned_rates_are_what_the_same_command_then_runs_at(made, tmp_path, caps
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("--tune lr 1", "give a flag and two different numbers"),
-        ("--tune lr 1 1", "two different numbers above 0"),
-        ("--tune lr -1 1", "two different numbers above 0"),
+        ("--tune lr 1 1", "give a flag and two different numbers"),
         ("--tune", "none of these rows has values of its own"),
         ("--tune lr 1 2 --seeds 100", "--tune-seed 100 is one of the table's --seeds"),
         ("--tuned nowhere.json", "there is no such file"),
@@ -230,16 +220,15 @@ def test_what_is_refused(words, said, made, tmp_path):
 # ---- the studies' grids
 
 
-@pytest.mark.parametrize("study, name", [(study, name) for study, grid in GRIDS.items() for name in grid["presets"]])
-def test_every_row_of_a_grid_is_accepted_by_its_script(study, name):
-    """Its flags are flags of the script, but for scripts that are not there."""
-    grid = GRIDS[study]
-    args = runner.build_parser(grid, "x").parse_args(["--preset", name, "--tuned", "none", "--output-dir", "out"])
-    for run in runner.runs_of(grid, args, [0], ["--model", "tiny"] if study != "mamba_fl" else []):
-        if (harness.ROOT / run.script).exists() and run.record == "run.json":
-            module = importlib.import_module(run.script.removesuffix(".py").replace("/", "."))
+@pytest.mark.parametrize("study", GRIDS)
+def test_every_row_of_a_grid_is_accepted_by_its_script(study):
+    """Its flags are flags of the script."""
+    for name in GRIDS[study]["presets"]:
+        args = runner.build_parser(GRIDS[study], "x").parse_args(["--preset", name, "--output-dir", "out"])
+        for run in runner.runs_of(GRIDS[study], args, [0]):
+            module = importlib.import_module(run.words[0].removesuffix(".py").replace("/", "."))
             parsed = vars(module.build_parser().parse_args(run.command[1:]))
-            assert parsed["seed"] == 0 and parsed["run_name"] == run.name.rpartition("/")[2]
+            assert not run.row or (parsed["seed"], parsed["run_name"]) == (0, run.folder.name)
 
 
 @pytest.mark.parametrize(
@@ -265,37 +254,24 @@ def test_the_plan_has_the_rates_of_the_log(study, name, log, words):
     assert {run.name: float(runner.last(run.command, flag)) for run in there} == {r.name: rates[r.name] for r in there}
 
 
-def test_a_regime_is_as_many_steps_of_as_many_texts():
-    grid, found = GRIDS["llm_noniid"], {}
-    for name in ("regimes", "regimes-more"):
-        args = runner.build_parser(grid, "x").parse_args(["--preset", name])
-        found |= {run.row: run.command for run in runner.runs_of(grid, args, [0]) if run.row}
-    for name, command in found.items():
-        steps = int(runner.last(command, "--num-rounds")) * int(runner.last(command, "--local-steps"))
-        times = 3 if "rounds_12" in name or "participation" in name else 1
-        assert steps == (20 if name == "central_steps" else 200 * times), name
-
-
 def test_the_fronts_keep_the_sources_flags():
     from vit_sparse_fl.run_all_experiments import parse
 
     args, words = parse("--quick --num-runs 2 --seed 3 --only-sparse --only-extension --data-root x".split())
     assert (args.preset, args.seeds, args.only) == ("quick", [3, 4], ["sparse", "extension"])
     assert words == ["--data-root", "x"]
+    epochs = "failure_scaffold_topic_skew_epochs_5_ag_news_distilgpt2_seed_42"
     for line, part in (
         ("vit_sparse_fl/run_all_experiments.py --full --only-centralized", "centralized_seed_0"),
-        (
-            "llm_noniid/run_experiments.py --mode failure",
-            "failure_scaffold_topic_skew_epochs_5_ag_news_distilgpt2_seed_42",
-        ),
+        ("llm_noniid/run_experiments.py --mode failure", epochs),
         ("mamba_fl/run_study.py --preset quick", "fed_momentum_server_adam_seed_0"),
         ("lora_glue_fl/run_study.py --model M", "sst2_ranks_stack_seed_0"),
     ):
-        ended = harness.run([*line.split(), "--plan"])
-        assert ended.code == 0 and f"# {part}: not run yet" in ended.out, ended.err
+        code, out, err = call(f"{line} --plan")
+        assert code == 0 and f"# {part}: not run yet" in out, err
 
 
 def test_compare_and_analyze_need_runs(tmp_path):
     for mode in ("compare", "analyze"):
-        ended = harness.run(["llm_noniid/run_experiments.py", "--mode", mode, "--results-dir", str(tmp_path)])
-        assert ended.code == 2 and "train first" in ended.err
+        code, _, err = call(f"llm_noniid/run_experiments.py --mode {mode} --results-dir", tmp_path)
+        assert code == 2 and "train first" in err

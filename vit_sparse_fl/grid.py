@@ -2,10 +2,9 @@
 
 full, quick  every setting of the source, one factor at a time from IID, J = 4, dense
 rates        the measured study: every row at its own rate. Half of the classes pretrain, the rest is federated; seed S
-             takes split S mod 3 of SPLITS, each pretrained once, so that seeds 0 to 5 are two seeds of each split.
-             --tune runs on a fourth split: the best accuracy on its validation images (the loss prefers rates at which
-             nothing is learnt). As many images in every row: 153,600, central 157,472 (7 epochs). On 2 cores a run
-             takes 1.1 to 1.4 minutes, a pretraining 6
+             takes split S mod 3 of SPLITS, each pretrained once. --tune runs on a fourth split: the best accuracy on
+             its validation images (the loss prefers rates at which nothing is learnt). As many images in every row:
+             153,600, central 157,472 (7 epochs)
 rates-gpu    the same with ViT-S/8 at 64 px
 """
 
@@ -14,8 +13,6 @@ from plots.runner import preset, row
 STRATEGIES = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude", "random")
 CENTRAL, DENSE = "vit_sparse_fl/train_centralized.py", "vit_sparse_fl/train_federated.py"
 SPARSE, TOPK = "vit_sparse_fl/train_federated_sparse.py", "vit_sparse_fl/train_federated_topk.py"
-
-# ---- the source's
 
 
 def source(rounds, nc, js, sparsities, calibrations, central="", federated="", sparse="", topk="", needs=()):
@@ -102,9 +99,8 @@ CONTROLS = {
     "head_only": (f"{DENSE} --freeze-backbone --no-freeze-head", ALL),
     "least_no_key_bias": (f"{LEAST} --mask-omit key_bias", SLOW),
 }
-# at rates below the best one: the most sensitive mask's diverges on two of the three splits, as dense training's of
-# iid_J4; and dense training has lower ones to see what clients do to each other where they gain as little as under
-# masks
+# below the best rate: the most sensitive mask's diverges on two of three splits, as dense training's of iid_J4; and
+# dense training where clients gain as little as under masks
 LOW = {"lower_dense": ("dense", 0.01), "lowest_dense": ("dense", 0.003)}
 LOWER = {
     FIRST: {"lower_most_sensitive": ("most_sensitive", 0.033), **LOW},
