@@ -1,8 +1,10 @@
 """Run folders with known numbers, without training, and the commands of plots/ called in this process."""
 
 import json
+import re
 import runpy
 import sys
+from collections import defaultdict
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -11,6 +13,15 @@ from unittest.mock import patch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def log(path):
+    """{row of the grid: {seed: line}} of a log, by its names; of --tune the rates are part of them."""
+    found = defaultdict(dict)
+    for line in map(json.loads, (ROOT / path).read_text().splitlines()):
+        name, seed, rate = re.search(r"(.*)_seed_(\d+)(.*)", line["name"]).groups()
+        found[name + rate][int(seed)] = line
+    return found
 
 
 def run(root, name, command, args, rows, results=None, status="finished", **more):
