@@ -21,32 +21,29 @@ import time
 import torch
 from torch.nn import functional as F
 
-from common.cli import Parser, UsageError, positive_int, run_main
+from common.cli import Parser, positive_int, run_main
 from common.fisher import diagonal_fisher
 from common.products import Product, truncate
 from common.seeding import torch_stream
 from common.vector import Weights
 
+REPEATS, WIDTH, IMAGES = 5, 768, 64  # of all; of a square layer; that the Fisher is of
+
 
 def build_parser():
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help="mamba, lora, fisher (default: all)")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which (default: all)")
     parser.add_argument("--threads", type=positive_int, default=1)
-    parser.add_argument("--repeats", type=positive_int, default=5)
     parser.add_argument("--length", type=positive_int, default=256, help="mamba: tokens of each of 8 sequences")
-    parser.add_argument("--width", type=positive_int, default=768, help="lora: of a square layer")
-    parser.add_argument("--samples", type=positive_int, default=64, help="fisher: images")
     return parser
 
 
 def main(args):
-    if unknown := [name for name in args.parts if name not in PARTS]:
-        raise UsageError(f"no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} thread(s), medians of {args.repeats} repeats")
+    print(f"torch {torch.__version__}, {args.threads} thread(s), medians of {REPEATS} repeats")
     for name in args.parts or PARTS:
         ours, contestants, apart = PARTS[name](args)
-        seconds = in_turn(contestants, args.repeats)
+        seconds = in_turn(contestants)
         print(f"{name}: {ours} {1e3 * statistics.median(seconds[ours]):.1f} ms{apart()}")
         for other, times in seconds.items():
             if other != ours:
@@ -54,10 +51,10 @@ def main(args):
                 print(f"  {other}: {ratio:.2f} times as long")
 
 
-def in_turn(contestants, repeats):
+def in_turn(contestants):
     """{name: seconds of each repeat}; one before them warms up."""
     seconds = {name: [] for name in contestants}
-    for _ in range(repeats + 1):
+    for _ in range(REPEATS + 1):
         for name, step in contestants.items():
             start = time.perf_counter()
             step()
@@ -97,18 +94,18 @@ def mamba(args):
     return "ours", steps, lambda: f" (8 x {args.length} tokens, forward and backward)"
 
 
-def lora(args):
+def lora(_):
     """10 clients' factors of rank 8 around a common start, as after local training."""
     generator, rank = torch_stream(0, "factors"), 8
 
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
-    A, B = draw(rank, args.width) / args.width**0.5, draw(args.width, rank) * 1e-2
-    parts = [(A + 0.2 * draw(rank, args.width) / args.width**0.5, B + 5e-3 * draw(args.width, rank)) for _ in range(10)]
+    A, B = draw(rank, WIDTH) / WIDTH**0.5, draw(WIDTH, rank) * 1e-2
+    parts = [(A + 0.2 * draw(rank, WIDTH) / WIDTH**0.5, B + 5e-3 * draw(WIDTH, rank)) for _ in range(10)]
 
     def through_qr():
-        total = Product(args.width, args.width)
+        total = Product(WIDTH, WIDTH)
         for one, other in parts:
             total.add(one, other, 0.1)
         small_A, small_B, _ = truncate(total, rank, 1.0)
@@ -121,12 +118,12 @@ def lora(args):
     def apart():
         expected = dense()
         off = (through_qr() - expected).norm() / expected.norm()
-        return f" ({args.width} x {args.width}; apart by {off:.0e} of the norm)"
+        return f" ({WIDTH} x {WIDTH}; apart by {off:.0e} of the norm)"
 
     return "through QR", {"through QR": through_qr, "dense SVD": dense}, apart
 
 
-def fisher(args):
+def fisher(_):
     from vit_sparse_fl.vit import make_model
 
     model = make_model("tiny", image_size=32, n_classes=100)
@@ -134,8 +131,8 @@ def fisher(args):
     with torch.no_grad():  # a new head may be zero: no gradient would come through
         model.classifier.weight.normal_(0, 0.05, generator=generator)
     weights = Weights(model, dict(model.named_parameters()))
-    images = torch.randn(args.samples, 3, 32, 32, generator=generator)
-    labels = torch.arange(args.samples) % 100
+    images = torch.randn(IMAGES, 3, 32, 32, generator=generator)
+    labels = torch.arange(IMAGES) % 100
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)  # lr 0: all repeats see the same weights
 
     def nll(model, sample):
@@ -168,7 +165,7 @@ def fisher(args):
     def apart():
         expected = batch_one()
         off = (ours("vmap") - expected).abs().max() / expected.max()
-        return f" ({args.samples} images, tiny; off by {off:.0e} of the largest)"
+        return f" ({IMAGES} images, tiny; off by {off:.0e} of the largest)"
 
     return "vmap", steps, apart
 

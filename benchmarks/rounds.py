@@ -10,34 +10,28 @@ batches, is the floor. Both alternate in one run. With several processes the flo
 alone on the machine in its turn: the steps on one thread.
 """
 
-import argparse
+import contextlib
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 
 from common import parallel, runlog
-from common.cli import Parser, parse, positive_int, run_main
+from common.cli import Parser, positive_int, run_main
 from common.processes import run_federated
 
+REPEATS = 7  # timed rounds
 NAMES = ("mamba_fl", "vit_sparse_fl", "lora_glue_fl", "llm_noniid")
 
 
 def build_parser():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("studies", nargs="*", choices=[*NAMES, []], help="which (default: all)")
-    text = "clients, all in every round (default: 10; mamba_fl: 4, more than which the demo text does not feed)"
-    parser.add_argument("--clients", type=positive_int, metavar="K", help=text)
     parser.add_argument("--processes", type=positive_int, nargs="+", default=[1, 2], metavar="N", help="each in turn")
-    parser.add_argument("--repeats", type=positive_int, default=7, metavar="N", help="timed rounds")
-    parser.add_argument("--amp", choices=["off", "bf16"], default="off", help="precision of the products")
     parser.add_argument("--memory", action="store_true", help="peak memory of 100 clients against 10")
-    parser.add_argument("--study", choices=list(NAMES), help=argparse.SUPPRESS)
     return parser
 
 
@@ -94,7 +88,7 @@ STUDIES = dict(zip(NAMES, (mamba, vit, glue, noniid), strict=True))
 class Clock:
     """Times the rounds of a script and the bare steps in them."""
 
-    def __init__(self, module, repeats, keep=True):
+    def __init__(self, module, repeats, keep):
         self.repeats, self.real, self.keep = repeats, module.local_steps, keep
         self.calls, self.batching = [], 0.0
         self.rounds, self.floors = [], []
@@ -149,53 +143,46 @@ def count_only(run, t, theta, evaluate):
         run.count(bytes_up=0, left_out_updates=len(clients.left_out))
 
 
-def measure(options):
+def measure(study, clients, processes, memory):
     """One study on some processes: prints medians and ratio, or the peak memory."""
     with tempfile.TemporaryDirectory() as folder:
-        module, args, main = STUDIES[options.study](options.clients, folder)
-        args.amp, args.threads, args.processes = options.amp, 1, options.processes[0]
+        module, args, main = STUDIES[study](clients, folder)
+        args.threads, args.processes = 1, processes
 
         def timed(args):
-            clock = Clock(module, options.repeats, keep=not options.memory)
+            clock = Clock(module, 1 if memory else REPEATS, keep=not memory)
             runlog.Run.rounds, runlog.Run.report = lambda run: clock.each_round(run), count_only
-            try:
+            with contextlib.suppress(Done):
                 main(args)
-            except Done:
-                pass
             if parallel.is_main():
-                say(options, clock)
+                times = "" if memory else in_words(clock)
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                print(
+                    f"{study:14s} {clients:4d} clients  {processes} processes{times}  peak {peak:.0f} MiB", flush=True
+                )
 
-        run_federated(timed, args, options.clients)
+        run_federated(timed, args, clients)
 
 
-def say(options, clock):
-    name = f"{options.study:14s} {options.clients:4d} clients  {options.processes[0]} processes"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if options.memory:
-        print(f"{name}  peak {peak:.0f} MiB", flush=True)
-        return
+def in_words(clock):
     rounds, floors = statistics.median(clock.rounds), statistics.median(clock.floors)
     ratios = sorted(r / f for r, f in zip(clock.rounds, clock.floors, strict=True))
-    print(
-        f"{name}  steps {1000 * floors:8.1f} ms  "
-        f"round {1000 * rounds:8.1f} ms  ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})  "
-        f"peak {peak:.0f} MiB",
-        flush=True,
+    return (
+        f"  steps {1000 * floors:8.1f} ms  round {1000 * rounds:8.1f} ms"
+        f"  ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
     )
 
 
 def main(options):
-    if options.study:
-        measure(options)
-        return
-    for study in options.studies or STUDIES:
-        sizes = [10, 100] if options.memory else [options.clients or (4 if study == "mamba_fl" else 10)]
+    fresh = multiprocessing.get_context("spawn")  # a process for each: a peak is a process's own
+    for study in options.studies or NAMES:
+        sizes = [10, 100] if options.memory else [4 if study == "mamba_fl" else 10]  # the demo text feeds no more
         for processes in [1] if options.memory else options.processes:
             for clients in sizes:
-                words = ["--study", study, "--clients", clients, "--processes", processes, "--amp", options.amp]
-                words += ["--repeats", 1 if options.memory else options.repeats, *["--memory"] * options.memory]
-                subprocess.run([sys.executable, str(Path(__file__)), *map(str, words)], check=False)
+                one = fresh.Process(target=measure, args=(study, clients, processes, options.memory))
+                one.start()
+                one.join()
 
 
 if __name__ == "__main__":
-    run_main(main, parse(build_parser()))
+    run_main(main, build_parser().parse_args())
