@@ -31,8 +31,7 @@ from common.progress import duration
 from plots.read import TUNING, not_finite
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, TUNED = "results.jsonl", "tuned.json"
-EXTENSIONS = 3
+TUNED, EXTENSIONS = "tuned.json", 3
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"}  # and one process, as torchrun's only one
 HERE = {"output_dir", "run_name", "resume", "overwrite", "data_root", "cache_dir", "hf_home", "track"}
 LOGGED = "command status ended clients git_commit versions processes resolved parameters results".split()
@@ -116,19 +115,15 @@ def run_study(study, args, words=()):
     runs = with_tuned(args, one, runs, output, seeds)
     if args.plan:
         return put_plan(runs)
-    failed = run_all(runs, jobs_of(args))
-    collect(output)
+    try:
+        run_all(runs, jobs_of(args))
+    finally:
+        collect(output)
     for line in study.get("show", ()):
         script, *flags = (word.format(output=output) for word in line.split())
         subprocess.run([sys.executable, str(ROOT / script), *flags], check=False)
-    stop_where(failed, runs, output)
     print(output)
     return 0
-
-
-def stop_where(failed, runs, output):
-    if failed:
-        raise RunFailed(f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed)}): see {output}/output")
 
 
 def output_of(study, args):
@@ -189,7 +184,7 @@ def check_flags(runs):
 
 def put_plan(runs):
     for run in runs:
-        print(f"# {run.name}: {state(run)}\npython {shlex.join(run.command)}")
+        print(f"# {run.name}: {record_of(run)['status']}\npython {shlex.join(run.command)}")
     return 0
 
 
@@ -214,11 +209,6 @@ def over(run):
     return said == now and (record["status"] == "finished" or broke_down(record))
 
 
-def state(run):
-    record = record_of(run)
-    return ": ".join(filter(None, [record["status"], (record.get("ended") or {}).get("reason")]))
-
-
 def collect(output):
     """Writes results.jsonl, the log behind a study's table: a line for each run in `output` that ended, by name."""
     lines = []
@@ -229,12 +219,12 @@ def collect(output):
             line["args"] = {k: placeless(v) for k, v in record["args"].items() if k not in HERE}
             line["data"] = {k: placeless(v) for k, v in (record.get("data") or {}).items() if k != "source"}
             line |= {key: record.get(key) for key in LOGGED}
-            line["curve"] = [{k: v for k, v in one.items() if "second" not in k} for one in metrics_of(folder)]
+            line["curve"] = [{k: v for k, v in one.items() if "second" not in k} for one in metrics(folder)]
             lines.append(json.dumps(line) + "\n")
-    (output / RESULTS).write_text("".join(lines))
+    (output / "results.jsonl").write_text("".join(lines))
 
 
-def metrics_of(folder):
+def metrics(folder):
     return read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
 
 
@@ -247,10 +237,10 @@ def placeless(value):
 
 
 def run_all(runs, jobs):
-    """Runs what is not finished, `jobs` at a time. Returns the names of those that failed, or waited for one that did.
+    """Runs what is not finished, `jobs` at a time; what is running when this ends early (Ctrl-C) is terminated.
 
-    What is running when this ends early (Ctrl-C, SIGTERM) is terminated too. Raises UsageError where a script refuses
-    its run (exit code 2): what is wrong with one is wrong with others.
+    Raises RunFailed, at the end, where runs failed or waited for one that did, and UsageError at once where a script
+    refuses its run (exit code 2): what is wrong with one is wrong with others.
     """
     ended = {run.name for run in runs if over(run)}
     waiting = [run for run in runs if run.name not in ended]
@@ -261,25 +251,29 @@ def run_all(runs, jobs):
                 waiting.remove(run)
                 running.append((run, *start(run, alone=jobs == 1)))
             if not running:
-                return [*failed, *(run.name for run in waiting)]
+                failed += [run.name for run in waiting]
+                break
             time.sleep(0.1)
             for run, process, log in [one for one in running if one[1].poll() is not None]:
                 running.remove((run, process, log))
                 said = (log.read_text(errors="replace").strip().splitlines() or [""])[-1][:300]
-                good = process.returncode == 0 or over(run)
-                if process.returncode == 2 and not good:
+                code, good = process.returncode, process.returncode == 0 or over(run)
+                if code == 2 and not good:
                     raise UsageError(f"{run.name}: {said.partition('error: ')[2] or said}")
                 (ended.add if good else failed.append)(run.name)
                 n = todo - len(waiting) - len(running)
                 left = duration((time.monotonic() - began) / n * (todo - n))
-                words = state(run) if good else f"exit code {process.returncode}: {said} (see {log})"
+                words = record_of(run)["status"] if code == 0 else f"exit code {code}: {said} (see {log})"
                 print(f"[{n}/{todo}] {run.name}: {words}; about {left} left", flush=True)
     finally:
         for _, process, _ in running:
             process.terminate()
         for _, process, _ in running:
             process.wait()
-    return failed
+    if failed:
+        raise RunFailed(
+            f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed)}): see their output/*.txt"
+        )
 
 
 def start(run, alone=True):
@@ -297,7 +291,7 @@ def start(run, alone=True):
 
 def tune(args, one, runs, output):
     """All of --tune: runs, log, tuned.json. runs: one of each row, and what these need."""
-    rows, known, given = one["rows"], tuned_values(args, one, output), values_of(args.tune)
+    rows, known, given, path = one["rows"], tuned_values(args, one, output), values_of(args.tune), output / TUNED
     grids = {run: given or rows[run.row]["tune"] for run in runs if run.row and (given or rows[run.row]["tune"])}
     if not grids:
         raise UsageError("--tune: none of these rows has values of its own: give --tune FLAG X1 X2")
@@ -310,7 +304,7 @@ def tune(args, one, runs, output):
         return put_plan([*needed, *(at(*point) for point in points)])
 
     def run_them(some):
-        stop_where(run_all(some, jobs_of(args)), some, output)
+        run_all(some, jobs_of(args))
         collect(output / TUNING)
 
     # first all that waits for no other's best value, so that no job is idle
@@ -323,13 +317,17 @@ def tune(args, one, runs, output):
                 run_them([*needed, *(at(mine, flag, x) for x in todo)])
                 tried |= {x: outcome(at(mine, flag, x), one["objective"]) for x in todo}
                 todo = extension(tried, values, one["higher"])
-            found[flag] = found_of(tried, one["higher"]) | {"objective": one["objective"], "seed": args.tune_seed}
-            print(f"{run.row}: {flag} {found[flag]['best']} of {found[flag]['tried']}", flush=True)
-            if found[flag]["best"] is None:
+            best, ends = best_value(tried, one["higher"]), {f"{x:g}": tried[x] for x in sorted(tried)}
+            if tried[best] == math.inf:
                 raise RunFailed(f"{run.row} diverged at every value of {flag}: give lower ones")
+            ends = {x: "diverged" if end == math.inf else end for x, end in ends.items()}
+            found[flag] = {"best": best, "edge": best in (min(tried), max(tried)), "tried": ends}
+            found[flag] |= {"objective": one["objective"], "seed": args.tune_seed}
+            print(f"{run.row}: {flag} {best:g} of {ends}", flush=True)
         known[run.row] = found
-        (output / TUNED).write_text(json.dumps(read_tuned(output / TUNED) | {run.row: found}, indent=1) + "\n")
-    print(output / TUNED)
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(kept | {run.row: found}, indent=1) + "\n")
+    print(path)
     return 0
 
 
@@ -376,32 +374,21 @@ def extension(tried, given, higher):
     return []
 
 
-def found_of(tried, higher):
-    """best: None where it diverged at every value; edge: whether the best is the lowest or the highest value."""
-    values, best = sorted(tried), best_value(tried, higher)
-    ends = {f"{x:g}": tried[x] if tried[x] < math.inf else "diverged" for x in values}
-    return {"best": best if tried[best] < math.inf else None, "edge": best in (values[0], values[-1]), "tried": ends}
-
-
 def outcome(run, objective):
     """The objective at a finished run's last evaluation; inf where it diverged, as does who left out an update."""
-    rows = metrics_of(run.folder)
+    rows = metrics(run.folder)
     if broke_down(record_of(run)) or any(row.get("left_out_updates") for row in rows):
         return math.inf
     value = [number(row[objective]) for row in rows if row.get(objective) is not None][-1]
-    return value if math.isfinite(value) else math.inf
-
-
-def read_tuned(path):
-    return json.loads(path.read_text()) if path.exists() else {}
+    return math.inf if math.isnan(value) else value
 
 
 def tuned_values(args, one, output):
     """{row: {flag: what was found}} of the preset's file and OUTPUT/tuned.json, or of --tuned."""
     if args.tuned not in (None, "none") and not Path(args.tuned).exists():
         raise UsageError(f"--tuned {args.tuned}: there is no such file")
-    files = [Path(args.tuned)] if args.tuned else [*([ROOT / one["tuned"]] if one["tuned"] else []), output / TUNED]
-    return {name: result for path in files for name, result in read_tuned(path).items()}
+    files = [Path(args.tuned)] if args.tuned else [ROOT / one["tuned"], output / TUNED]
+    return {name: result for path in files if path.is_file() for name, result in json.loads(path.read_text()).items()}
 
 
 def with_tuned(args, one, runs, output, seeds):

@@ -49,7 +49,7 @@ if __name__ == "__main__":
     about = {"command": "fed_avg", "argv": sys.argv, "status": "failed" if ended else "finished", "ended": ended}
     about |= {"args": {"lr": lr, "model": "/some/where/small", "output_dir": "/x"}, "data": {"source": "/x"}}
     (folder / "run.json").write_text(json.dumps(about))
-    sys.exit(bool(ended))
+    sys.exit(ended.get("reason"))
 """
 
 
