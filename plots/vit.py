@@ -4,12 +4,9 @@
     python plots/vit.py --data-dir results --out-dir results/plots                  # all that the runs allow
     python plots/vit.py gains --data-dir vit_sparse_fl/results/rates.jsonl
 
-    strategies  strategy_comparison.png: test accuracy of the rows of a federation, every seed, mean and spread; of a
-                method with several rates the one with the best validation accuracy
-    gains       gains.png: what the other clients lose, M_ij, against what a client gains by its own update, -M_ii, a
-                panel for each round of --interference-every in which dense training gains 0.2 nats or more; its rates
-                are one line: how far a client moves decides both, so that a mask reduces interference where it lies
-                below the line
+    strategies  strategy_comparison.png: test accuracy of a federation's methods, each at its best validated rate
+    gains       gains.png: what the others lose, M_ij, against what a client gains by its own update, -M_ii; how far a
+                client moves decides both, so that a mask reduces interference where it lies below dense training's line
 
 Runs that diverged are counted where they belong and part of no mean.
 """
@@ -381,32 +378,27 @@ TABLE = Table(
 
 def federations(runs, notes):
     """[(setting, rows)] of each federation: the rows of the table with --against."""
-    return [
-        (setting, rows_of(some, STUDY, ("sparsity",), notes=notes))
-        for setting, some in groups(runs, STUDY, ("sparsity",))
-    ]
-
-
-def methods(runs, args, notes):
-    """The federated rows of each federation, of each method the best rate."""
-    every = [(s, [row for row in rows if not row.central]) for s, rows in federations(runs, notes)]
-    return [(setting, at_best_rate(rows)) for setting, rows in every if len({row.kind for row in rows}) > 1]
+    of = groups(runs, STUDY, ("sparsity",))
+    return [(setting, rows_of(some, STUDY, ("sparsity",), notes=notes)) for setting, some in of]
 
 
 def at_best_rate(rows):
-    """Of rows that differ in their rate only the one with the best validation accuracy."""
+    """Of federated rows that differ in their rate only the one with the best validation accuracy."""
     best = {}
     for row in rows:
         key = row.kind, str({name: value for name, value in row.args.items() if name != "lr"})
         if key not in best or validated(row) > validated(best[key]):
             best[key] = row
-    return [row for row in rows if row in best.values()]
+    return [row for row in rows if row in best.values() and not row.central]
 
 
 def strategies(runs, args, notes):
     """A row per method: every seed a dot, the mean with a bar, and the number."""
     drawn = []
-    for setting, rows in methods(runs, args, notes):
+    for setting, rows in federations(runs, notes):
+        rows = at_best_rate(rows)
+        if len({row.kind for row in rows}) < 2:
+            continue
         figure, axes = new_figure(width=7.2, height=1.9 + 0.42 * len(rows))
         axis, looks = axes[0, 0], looks_of(rows)
         for row in (row for row in rows if is_dense(row) and len(row.counted)):
@@ -433,36 +425,27 @@ def strategies(runs, args, notes):
 # ---- what the others lose against what a client gains
 
 
-def losses_at(runs, args, notes):
-    """[(setting, rows, {round: {label: (gains [S], the others' losses [S])}})], of the rounds where dense training,
-    whose rates are the line, gains enough at one of them."""
-    found = []
-    there = runs[[crossed(run) for _, run in runs.iterrows()]]
-    for setting, rows in federations(there, notes) if len(there) else ():
-        rows, rounds = [row for row in rows if len(row.counted)], {}
-        for row in rows:
-            row.label += f" ({broken(row)})" if broken(row) else ""
-            every = {}
-            for _, run in row.counted.iterrows():
-                for t, pair in gains(run).items():
-                    every.setdefault(t, []).append(pair)
-            for t, pairs in every.items():
-                rounds.setdefault(t, {})[row.label] = np.array(pairs).T
-        line = {row.label for row in rows if is_dense(row)} or {row.label for row in rows}
-        moving = {
-            t: at
-            for t, at in sorted(rounds.items())
-            if any(own.mean() >= LEAST for name, (own, _) in at.items() if name in line)
-        }
-        if moving:
-            found.append((setting, rows, moving))
-    return found
+def losses_at(rows):
+    """{round: {label: (gains [S], the others' losses [S])}}, of rounds where dense training gains enough."""
+    rounds = {}
+    for row in rows:
+        for run in (run for _, run in row.counted.iterrows()):
+            for t, pair in gains(run).items():
+                rounds.setdefault(t, {}).setdefault(row.label, []).append(pair)
+    line = {row.label for row in rows if is_dense(row)} or {row.label for row in rows}
+    rounds = {t: {name: np.array(pairs).T for name, pairs in at.items()} for t, at in sorted(rounds.items())}
+    return {t: at for t, at in rounds.items() if any(at[name][0].mean() >= LEAST for name in line & at.keys())}
 
 
 def equal_gain(runs, args, notes):
     """The others' loss against the own gain, a point a row, dense training's rates joined."""
-    drawn = []
-    for setting, rows, rounds in losses_at(runs, args, notes):
+    drawn, there = [], runs[[crossed(run) for _, run in runs.iterrows()]]
+    for setting, rows in federations(there, notes) if len(there) else ():
+        rows = [row for row in rows if len(row.counted)]
+        for row in rows:
+            row.label += f" ({broken(row)})" if broken(row) else ""
+        if not (rounds := losses_at(rows)):
+            continue
         looks, names = looks_of(rows), {row.label: f"{i}  {row.label}" for i, row in enumerate(rows, 1)}
         figure, axes = panel_axes(len(rounds), width=5.2 * len(rounds), height=4.0, sharex=True, sharey=True)
         for axis, (t, there) in zip(axes, rounds.items(), strict=True):

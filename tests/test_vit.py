@@ -1,6 +1,5 @@
 """vit_sparse_fl/vit.py: DINO's checkpoints against a plain ViT, transformers' files, freezing."""
 
-import argparse
 import math
 from functools import partial
 
@@ -98,9 +97,9 @@ def pixels_of(side, n=3, seed=1):
 
 @pytest.mark.parametrize("side", [32, 20, 48])
 def test_official_checkpoint_is_a_plain_dino_vit(tmp_path, side):
-    w = official()
-    torch.save(w, tmp_path / "dino.pth")
-    model = tiny(weights=tmp_path / "dino.pth", image_size=side, seed=3).eval()
+    w, path = official(), tmp_path / ("dino.pth" if side == 32 else "dino.safetensors")
+    (torch.save if side == 32 else save_file)(w, path)
+    model = tiny(weights=path, image_size=side, seed=3).eval()
     positions = dinos_interpolation(w["pos_embed"], side, 4)
     assert torch.equal(model.vit.embeddings.position_embeddings, positions)
     x = pixels_of(side)
@@ -117,22 +116,6 @@ def test_vit_s16_with_random_weights_needs_no_download_and_has_dinos_counts():
     assert model.config.num_attention_heads == 6
 
 
-@pytest.mark.parametrize("kind", ["teacher", "student", "model", "safetensors"])
-def test_wrapped_checkpoints(tmp_path, kind):
-    w, path = official(), tmp_path / f"full.{'safetensors' if kind == 'safetensors' else 'pth'}"
-    if kind == "safetensors":
-        save_file(w, path)
-    elif kind == "model":
-        torch.save({"model": w}, path)
-    else:
-        module = "module." if kind == "student" else ""
-        wrapped = {f"{module}backbone.{n}": t for n, t in w.items()} | {f"{module}head.mlp.weight": torch.ones(2)}
-        torch.save({kind: wrapped, "args": argparse.Namespace(arch="vit_small"), "epoch": 3}, path)
-    model = tiny(weights=path)
-    assert torch.equal(model.vit.layers[1].attention.k_proj.weight, w["blocks.1.attn.qkv.weight"][12:24])
-    assert torch.equal(model.vit.layernorm.bias, w["norm.bias"])
-
-
 def without(name):
     return {n: t for n, t in official().items() if n != name}
 
@@ -140,19 +123,10 @@ def without(name):
 @pytest.mark.parametrize(
     "state, words",
     [
-        (without("blocks.1.attn.qkv.bias"), ["lacks blocks.1.attn.qkv.bias"]),
-        (official() | {"extra": torch.ones(1)}, ["has besides extra"]),
-        (official() | {"norm.weight": torch.ones(5)}, ["layernorm.weight", "[5]", "[12]"]),
-        (official(depth=3), ["has besides blocks.2.attn.proj.bias", "and 8 more"]),
-        (official(dim=24), ["attn.qkv.weight", "[72, 24], not of 36 rows"]),
-        (official() | {"blocks.0.attn.qkv.bias": torch.tensor(1.0)}, ["attn.qkv.bias", "is []"]),
-        (official() | {"norm.weight": torch.full((12,), math.nan)}, ["not finite", "layernorm.weight"]),
-        (official() | {"norm.weight": torch.ones(12).to_sparse()}, ["not a checkpoint in DINO's layout"]),
-        (official() | {3: torch.ones(1)}, ["not a checkpoint in DINO's layout"]),
-        (official() | {"pos_embed": torch.ones(3)}, ["position_embeddings", "[3]"]),
-        (official() | {"pos_embed": torch.ones(1, 8, 12)}, ["7 position embeddings"]),
-        ([torch.ones(2)], ["not a checkpoint in DINO's layout"]),
-        ({"weights": 3}, ["not a checkpoint in DINO's layout"]),
+        (without("blocks.1.attn.qkv.bias"), ["layers.1.attention.k_proj.bias and 2 more"]),
+        (official() | {"extra": torch.ones(1)}, [", extra missing, extra or"]),
+        (official() | {"norm.weight": torch.ones(5)}, [", layernorm.weight missing"]),
+        ([torch.ones(2)], ["no checkpoint in DINO's layout"]),
     ],
 )
 def test_wrong_checkpoints_are_named(tmp_path, state, words):
@@ -166,13 +140,10 @@ class Evil:
 
 
 def test_files_that_are_no_checkpoint(tmp_path, capsys):
-    (tmp_path / "text.pth").write_text("hello")
     (tmp_path / "text.safetensors").write_text("hello")
-    torch.save({"teacher": Evil()}, tmp_path / "evil.pth")
-    (tmp_path / "folder.pth").mkdir()
-    (tmp_path / "empty.pth").touch()
-    for name in ("text.pth", "text.safetensors", "evil.pth", "missing.pth", "folder.pth", "empty.pth"):
-        refused([f"no checkpoint could be read from {tmp_path / name}"], tiny, weights=tmp_path / name)
+    torch.save({"norm.bias": Evil()}, tmp_path / "evil.pth")
+    for name in ("text.safetensors", "evil.pth", "missing.pth"):
+        refused([f"could be read from {tmp_path / name}"], tiny, weights=tmp_path / name)
     assert "unpickled" not in capsys.readouterr().out
 
 
@@ -212,27 +183,6 @@ def test_gradients_are_transformers(tmp_path):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_attention_on_a_cpu_is_torchs():
-    q, k, v = torch.randn(3, 2, 3, 17, 8, generator=torch.Generator().manual_seed(0))
-    wanted = F.scaled_dot_product_attention(q, k, v)
-    torch.testing.assert_close(vit.attention(q, k, v), wanted, rtol=0, atol=1e-6)
-    half = vit.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), wanted, rtol=0, atol=0.03)
-
-
-def test_dropout_is_before_the_head_only():
-    model = tiny(dropout=0.5, seed=1)
-    x = pixels_of(32)
-    assert torch.equal(model.train().features(x), model.eval().features(x))
-    assert not torch.equal(model.train()(x), model.eval()(x))
-
-
-def test_image_size_that_is_no_multiple():
-    for size, nearest in ((30, "28 or 32"), (3, "4"), (0, "4"), (-4, "4")):
-        refused([f"--image-size {size} is not a multiple of the patch (4): take {nearest}"], tiny, image_size=size)
-
-
 # ---- folders, the hub, other runs
 
 
@@ -249,35 +199,15 @@ def test_model_from_a_folder_takes_the_backbone(tmp_path):
 
 
 def test_folder_with_other_contents(tmp_path):
-    refused(["config.json", "--model tiny"], make_model, tmp_path, image_size=32)
-    for content, words in (('{"model_type": "bert"}', "bert, not vit"), ("[]", "no model could be read")):
-        (tmp_path / "config.json").write_text(content)
-        refused([words], make_model, tmp_path, image_size=32)
-    save_pretrained(tiny(), tmp_path)
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:5000])
-    refused(["could be read from"], make_model, tmp_path, image_size=32)
-    file.unlink()
-    refused(["no model.safetensors"], make_model, tmp_path, image_size=32)
-
-
-def test_folder_with_missing_and_extra_tensors(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    refused(["bert, not vit"], make_model, tmp_path, image_size=32)
     model, file = tiny(), tmp_path / "model.safetensors"
     save_pretrained(model, tmp_path)
     tensors = load_file(file)
     tensors["vit.surprise"] = tensors.pop("vit.layernorm.bias")
     save_file(tensors, file, metadata={"format": "pt"})
     for load in (partial(make_model, tmp_path, image_size=32), partial(init_from, model, tmp_path)):
-        with pytest.raises(UsageError, match=r"lacks \S*layernorm\.bias and has besides \S*surprise"):
-            load()
-
-
-def test_hub_that_cannot_be_reached():
-    refused(
-        ["nobody/nothing-vit", "--model FOLDER or --weights FILE, or take --model tiny"],
-        make_model,
-        "nobody/nothing-vit",
-    )
+        refused(["lack", "layernorm.bias"], load)
 
 
 def test_init_from_another_run(tmp_path):
@@ -301,15 +231,10 @@ def test_init_from_another_run(tmp_path):
 
 def test_init_from_another_architecture(tmp_path, monkeypatch):
     save_pretrained(tiny(), tmp_path)
-    monkeypatch.setattr(vit, "TINY", SMALL | {"num_hidden_layers": 1})
-    refused(["has besides vit.layers.1."], init_from, tiny(), tmp_path)
-    monkeypatch.setattr(vit, "TINY", SMALL | {"intermediate_size": 36})
-    model = tiny()
-    before = {n: p.clone() for n, p in model.state_dict().items()}
-    refused(["mlp.fc1.weight [24, 12] not [36, 12]"], init_from, model, tmp_path)
-    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
-    for place in (tmp_path / "nowhere", tmp_path / "model.safetensors"):
-        refused([f"--init-from {place} holds no model", "finished", "final/"], init_from, model, place)
+    for other, words in (({"num_hidden_layers": 1}, "layers.1."), ({"intermediate_size": 36}, "mlp.fc1.bias")):
+        monkeypatch.setattr(vit, "TINY", SMALL | other)
+        refused([words], init_from, tiny(), tmp_path)
+    refused(["holds no model", "final/"], init_from, tiny(), tmp_path / "nowhere")
 
 
 # ---- freezing

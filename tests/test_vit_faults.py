@@ -6,7 +6,7 @@ import harness
 import pytest
 import torch
 
-from vit_sparse_fl import cross_losses, study, train_centralized, train_federated, train_federated_sparse
+from vit_sparse_fl import interference, study, train_centralized, train_federated_sparse
 from vit_sparse_fl.data import load_images, prepare
 from vit_sparse_fl.flags import parse
 from vit_sparse_fl.vit import Classifier, init_from, make_model
@@ -28,7 +28,6 @@ def run(script, words, monkeypatch, folder):
     "script, words",
     [
         (train_centralized, f"{WORDS} --epochs 2 --warmup-epochs 0 --batch-size 72"),
-        (train_federated, FEDERATED),
         (train_federated_sparse, SPARSE),
     ],
 )
@@ -59,10 +58,9 @@ def test_the_test_images_are_for_the_last_evaluation(script, words, monkeypatch,
     assert results["noise"]["test_accuracy_best"] == pytest.approx(right.double().mean().item())
 
 
-@pytest.mark.parametrize("script, words", [(train_federated, FEDERATED), (train_federated_sparse, SPARSE)])
-def test_the_models_mode_and_the_clients_dropout(script, words, monkeypatch, tmp_path):
+def test_the_models_mode_and_the_clients_dropout(monkeypatch, tmp_path):
     """Training in training mode with a seed of each client and round, all else in evaluation mode, whatever it was."""
-    modes, seeds, place = {}, [], []
+    script, modes, seeds, place = train_federated_sparse, {}, [], []
     features = Classifier.features
 
     def seen(model, pixels):
@@ -86,13 +84,12 @@ def test_the_models_mode_and_the_clients_dropout(script, words, monkeypatch, tmp
 
     for name in ("features", "validate"):
         watched(study, name)
-    watched(cross_losses, "held_losses")
+    watched(interference, "held_losses")
     watched(script, "client_update")
-    if script is train_federated_sparse:
-        watched(script, "make_mask")
+    watched(script, "make_mask")
     monkeypatch.setattr(Classifier, "features", seen)
-    run(script, f"{words} --interference-every 2", monkeypatch, tmp_path)
-    assert modes.pop("client_update") == {True} and len(modes) == 3 + (script is train_federated_sparse)
+    run(script, f"{SPARSE} --interference-every 2", monkeypatch, tmp_path)
+    assert modes.pop("client_update") == {True} and len(modes) == 4
     assert set().union(*modes.values()) == {False}
     drawn = [one for one in seeds if one]
     assert [len(one) for one in drawn] == [1] * len(drawn) and len(set().union(*drawn)) == len(drawn) >= 6

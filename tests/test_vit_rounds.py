@@ -12,22 +12,22 @@ from torch.nn import functional as F
 
 from common.seeding import key, stream, torch_stream
 from vit_sparse_fl import (
-    calibration,
-    cross_losses,
+    interference,
+    run_mask,
     study,
     train_centralized,
     train_federated,
     train_federated_sparse,
     train_federated_topk,
 )
-from vit_sparse_fl.cross_losses import held_rows
 from vit_sparse_fl.data import deal, load_images
 from vit_sparse_fl.flags import parse
-from vit_sparse_fl.mask_files import load_mask
+from vit_sparse_fl.interference import held_rows
+from vit_sparse_fl.run_mask import load_mask
 from vit_sparse_fl.vit import make_model
 
 SEED, CLIENTS, BATCH, STEPS, ROUNDS = 3, 6, 8, 2, 4
-LR, MIN_LR, WARMUP = 0.05, 0.02, 2
+LR, MIN_LR = 0.05, 0.02
 MOMENTUM, DECAY, SMOOTHING, DROPOUT = 0.8, 0.01, 0.1, 0.1
 WORDS = (
     f"--dataset demo --model tiny --classes 0:4 --batch-size {BATCH} --threads 1 --amp off --seed {SEED} --lr {LR} "
@@ -35,7 +35,7 @@ WORDS = (
 )
 FEDERATED = (
     f"{WORDS} --num-clients {CLIENTS} --participation-rate 0.5 --local-steps {STEPS} --num-rounds {ROUNDS} "
-    f"--sharding dirichlet --alpha 0.5 --eval-every 1 --warmup-rounds {WARMUP} --min-lr {MIN_LR}"
+    f"--sharding dirichlet --alpha 0.5 --eval-every 1 --min-lr {MIN_LR}"
 )
 LOST = 1  # the round in which a client's pixels are NaN
 
@@ -44,10 +44,8 @@ LOST = 1  # the round in which a client's pixels are NaN
 
 
 def rate(t):
-    """The learning rate of round t: a line up to LR, then a cosine to MIN_LR."""
-    if t < WARMUP:
-        return LR * (t + 1) / WARMUP
-    return MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * (t - WARMUP) / (ROUNDS - WARMUP))) / 2
+    """The learning rate of round t: a cosine to MIN_LR."""
+    return MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * t / ROUNDS)) / 2
 
 
 def prepared(images):
@@ -193,7 +191,7 @@ def middle(plain, t):
 def test_fedavg(monkeypatch, tmp_path):
     plain = Plain()
     lost = middle(plain, LOST)
-    monkeypatch.setattr(cross_losses, "IMAGES", 8)
+    monkeypatch.setattr(interference, "IMAGES", 8)
     words = f"{FEDERATED} --server-lr 0.5 --interference-every {ROUNDS}"
     folder, lines, shards = call(train_federated, words, monkeypatch, tmp_path, lost)
     assert len({len(rows) for rows in shards.values()}) > 2 and len({tuple(plain.chosen(t)) for t in range(ROUNDS)}) > 2
@@ -271,9 +269,9 @@ def test_sparse_fedavg(monkeypatch, tmp_path):
 @pytest.mark.parametrize("how", ["talos", "seed"])
 def test_clients_calibrate_on_their_own_images_and_count_by_them(how, monkeypatch, tmp_path):
     """Squared gradients of one image at a time, in two rounds; talos: of a drawn label's logit, seed: of the loss."""
-    words = f"{FEDERATED} --alpha 0.1 --num-rounds 1 --warmup-rounds 0 --sparsity-ratio 0.8 --calibration {how}"
+    words = f"{FEDERATED} --alpha 0.1 --num-rounds 1 --sparsity-ratio 0.8 --calibration {how}"
     words += " --calibrate-on clients --calibration-rounds 2 --fisher-samples 105"
-    monkeypatch.setattr(calibration, "CLIENTS", 3)
+    monkeypatch.setattr(run_mask, "CLIENTS", 3)
     folder, _, _ = call(train_federated_sparse, words, monkeypatch, tmp_path)
     plain, talos = Plain(covered), how == "talos"
     labels = plain.data.train_labels
@@ -324,12 +322,16 @@ def cut(delta, share):
 def test_topk_uploads(monkeypatch, tmp_path):
     plain = Plain(covered)
     lost = middle(plain, LOST)
-    words = f"{FEDERATED} --sparsity-ratio 0.8"
+    words = f"{FEDERATED} --sparsity-ratio 0.8 --server-lr 0.7"
     folder, lines, shards = call(train_federated_topk, words, monkeypatch, tmp_path, lost)
-    plain.rounds(shards, lost, sent=lambda delta: cut(delta, 0.2))
+    plain.rounds(shards, lost, sent=lambda delta: cut(delta, 0.2), server_lr=0.7)
     check(folder, plain, swapped=20)
     size = sum(w.numel() for w in plain.theta.values())
     assert lines[-1]["bytes_up"] == ROUNDS * 3 * 8 * (round(0.2 * size) // 2)
+    # down: the whole model to who joins, else what is trained
+    joined = len({k for t in range(ROUNDS) for k in plain.chosen(t)})
+    model = 4 * sum(p.numel() for p in plain.model.parameters())
+    assert lines[-1]["bytes_down"] == joined * model + (3 * ROUNDS - joined) * 4 * size
 
 
 def test_central_training(monkeypatch, tmp_path):

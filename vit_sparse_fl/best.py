@@ -1,14 +1,11 @@
 """The best checkpoints of a run by validation accuracy; others are deleted."""
 
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import parallel
-from common.checkpoint import file_sha256, saving, seal
-from common.cli import RunFailed
+from common.checkpoint import saving
+from common.hub import reading
 
 KEEP = 3
 
@@ -18,73 +15,59 @@ class BestCheckpoints:
 
     Among equal accuracies the earlier round is better. Its state (which rounds, how good) is part of the run's
     checkpoint; a file of a later round than the checkpoint is written anew when its round is done again.
+    Attributes: kept: (accuracy, round), the best first.
     """
 
     def __init__(self, folder):
-        self.folder = Path(folder)
-        self._kept = []  # (accuracy, round), best first
-        self._sums = {}  # {round: SHA-256 of its file}, of the main process
+        self.folder, self.kept = folder, []
 
     @property
     def round(self):
-        """How many rounds the best weights have, None before the first."""
-        return self._kept[0][1] if self._kept else None
+        """How many rounds the best weights have."""
+        return self.kept[0][1]
 
     @property
     def accuracy(self):
-        """The best validation accuracy, None before the first."""
-        return self._kept[0][0] if self._kept else None
+        """The best validation accuracy."""
+        return self.kept[0][0]
 
     def offer(self, t, accuracy, tensors):
-        """Keeps {name: tensor}, the weights after t rounds, if their accuracy is among the best; deletes what falls
-        out."""
-        ranked = sorted([*self._kept, (accuracy, t)], key=lambda kept: (-kept[0], kept[1]))
-        self._kept = ranked[:KEEP]
-        if not parallel.is_main():
-            return
-        if (accuracy, t) in self._kept:
-            fresh = self._file(t).with_suffix(".new")
-            with saving(self._file(t), fresh):
+        """Keeps {name: tensor}, the weights after t rounds, if their accuracy is among the best."""
+        ranked = sorted([*self.kept, (accuracy, t)], key=lambda kept: (-kept[0], kept[1]))
+        self.kept = ranked[:KEEP]
+        if (accuracy, t) in self.kept and parallel.is_main():
+            file = self._file(t)
+            fresh = file.with_suffix(".new")
+            with saving(file, fresh):
                 self.folder.mkdir(exist_ok=True)
                 save_file({name: w.detach().clone() for name, w in tensors.items()}, fresh)
-                self._sums[t] = seal(fresh)
-                fresh.replace(self._file(t))
+                fresh.replace(file)
         self._delete_others()
 
     def load(self, device):
-        """The weights of the best round. Raises RunFailed where its file is not as it was saved."""
+        """The weights of the best round. Raises UsageError where its file cannot be read."""
         parallel.barrier()  # the main process has written them
         file = self._file(self.round)
-        try:
-            if self._sums.get(self.round) in (None, file_sha256(file)):
-                return load_file(file, device=str(device))
-        except (OSError, SafetensorError):
-            pass
-        raise RunFailed(f"{file} is damaged or not there: put it back and --resume, or start anew with --overwrite")
+        with reading(f"{file} is damaged or not there", "put it back and --resume, or start anew with --overwrite"):
+            return load_file(file, device=str(device))
 
     def state_dict(self):
         """Rounds and accuracies as tensors."""
-        if not self._kept:
+        if not self.kept:
             return {}
-        accuracies, rounds = zip(*self._kept, strict=True)
-        sums = [list(bytes.fromhex(self._sums.get(t, ""))) for t in rounds]
-        known = {"sha256": torch.tensor(sums, dtype=torch.uint8)} if all(sums) else {}
-        return {"accuracies": torch.tensor(accuracies, dtype=torch.float64), "rounds": torch.tensor(rounds)} | known
+        accuracies, rounds = zip(*self.kept, strict=True)
+        return {"accuracies": torch.tensor(accuracies, dtype=torch.float64), "rounds": torch.tensor(rounds)}
 
     def load_state_dict(self, state):
         """Takes over what `state_dict` returned; files of other rounds are deleted."""
-        self._kept = []
         if state:
-            self._kept = list(zip(state["accuracies"].tolist(), state["rounds"].tolist(), strict=True))
-            sums = state.get("sha256", torch.empty(0)).tolist()  # not known of before there were some
-            self._sums = {t: bytes(sha256).hex() for (_, t), sha256 in zip(self._kept, sums, strict=False)}
-        if parallel.is_main():
-            self._delete_others()
+            self.kept = list(zip(state["accuracies"].tolist(), state["rounds"].tolist(), strict=True))
+        self._delete_others()
 
     def _delete_others(self):
-        known = {self._file(t) for _, t in self._kept}
+        known = {self._file(t) for _, t in self.kept}
         for file in self.folder.glob("round_*"):
-            if file not in known:
+            if parallel.is_main() and file not in known:
                 file.unlink()
 
     def _file(self, t):

@@ -3,21 +3,17 @@
 import dataclasses
 import hashlib
 import json
-import math
-import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch.nn import functional
 
 from common import sharding as shards
-from common.cache import one_line
 from common.cli import UsageError
 from common.corpora import data_folder
-from common.hub import answers
+from common.hub import answers, reading
 from common.seeding import stream
 from vit_sparse_fl import demo_images
 
@@ -25,10 +21,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which DI
 PAD = 4  # pixels on each side before the random crop
 CIFAR_CLASSES = 100
 CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
-CIFAR_SHAPE = (3, 32, 32)
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 PLACES = ("cifar100.npz", "cifar100/cifar100.npz", "cifar-100/cifar100.npz")
-_TORCHVISION_FOLDER = "cifar-100-python"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +47,12 @@ class ImageSplits:
 def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
     """The data of a run as `ImageSplits`.
 
-    dataset: "cifar100" or "demo". cifar100 is, under the data folder (`data_root`, else environment variable
-    FEDQUARTET_DATA, else ./data): cifar100.npz, there or in cifar100/ or cifar-100/, else torchvision's own folder
-    cifar-100-python, else torchvision downloads that folder. demo is generated.
+    dataset: "cifar100", which is under `common.corpora.data_folder` one of PLACES or torchvision's own folder
+    cifar-100-python, else torchvision downloads that; "demo": generated.
     val_split: the share of the training images that is held out, stratified, by `seed`.
     classes: (low, high) keeps the classes low..high-1 and numbers them from 0, a frozenset those in it. The split is
     made before, so that runs on different classes hold out the same images.
-
-    Raises UsageError for missing data that cannot be downloaded, a file that is not CIFAR-100, and a share or classes
-    out of range.
+    Raises UsageError for missing data, a file that is not CIFAR-100, and a share or classes out of range.
     """
     if dataset == "demo":
         arrays, source, n_classes = demo_images.demo_images(), "generated", demo_images.CLASSES
@@ -69,12 +60,11 @@ def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
         arrays, source = _cifar100(data_folder(data_root))
         n_classes = CIFAR_CLASSES
     several = isinstance(classes, frozenset)
-    low, high = (0, n_classes) if classes is None else (min(classes), max(classes) + 1) if several else classes
-    if not 0 <= low < high <= n_classes:
-        raise UsageError(f"classes {low}:{high} are not in {dataset}: choose FROM:TO within 0:{n_classes}")
-    chosen = np.array(sorted(classes)) if several else np.arange(low, high)
+    chosen = np.array(sorted(classes)) if several else np.arange(*(classes or (0, n_classes)))
+    if not len(chosen) or chosen[0] < 0 or chosen[-1] >= n_classes:
+        raise UsageError(f"classes {classes} are not in {dataset}: choose FROM:TO within 0:{n_classes}")
     images, labels, test, test_labels = arrays
-    held_out = round(val_split * len(labels)) if 0 < val_split < 1 else 0
+    held_out = round(val_split * len(labels))
     if not 0 < held_out < len(labels):
         raise UsageError(f"--val-split {val_split} of {len(labels)} training images: choose a share between 0 and 1")
 
@@ -89,7 +79,7 @@ def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
     ):
         rows = rows[np.isin(truth[rows], chosen)]
         if len(rows) == 0:
-            raise UsageError(f"no image of classes {low}:{high} in the {name} split: raise --val-split ({val_split})")
+            raise UsageError(f"no image of the classes in the {name} split: raise --val-split ({val_split})")
         splits[name] = torch.from_numpy(pixels[rows])
         splits[f"{name}_labels"] = torch.from_numpy(np.searchsorted(chosen, truth[rows]).astype(np.int64))
     return ImageSplits(
@@ -99,7 +89,7 @@ def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
             "dataset": dataset,
             "source": source,
             "sha256": {name: _sha256(array) for name, array in zip(ARRAYS, arrays, strict=True)},
-            "classes": chosen.tolist() if several else [low, high],
+            "classes": chosen.tolist() if several else [int(chosen[0]), int(chosen[-1]) + 1],
             "val_split": val_split,
             "counts": {name: len(splits[name]) for name in ("train", "validation", "test")},
         },
@@ -114,12 +104,10 @@ def classes_of(args):
     if args.classes != "rest":
         return args.classes
     try:
-        record = json.loads(Path(args.init_from, "run.json").read_text(encoding="utf-8"))
-        low, high = record["args"]["classes"]
+        low, high = json.loads(Path(args.init_from, "run.json").read_text(encoding="utf-8"))["args"]["classes"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(
-            f"--classes rest: --init-from {args.init_from} is no run on --classes A:B: give its folder"
-        ) from None
+        message = f"--classes rest: --init-from {args.init_from} is no run on --classes A:B: give its folder"
+        raise UsageError(message) from None
     whole = demo_images.CLASSES if args.dataset == "demo" else CIFAR_CLASSES
     if not (rest := frozenset({*range(whole)} - {*range(low, high)})):
         raise UsageError(f"--classes rest: {args.init_from} was trained on all {whole} classes: give A:B")
@@ -131,108 +119,51 @@ def _sha256(array):
     return hashlib.sha256(np.ascontiguousarray(array, dtype=np.uint8)).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------- CIFAR-100's files
-
-
 def _cifar100(root):
     """((train_images, train_labels, test_images, test_labels), where they are from)."""
     for place in PLACES:
         if (root / place).is_file():
-            return _read_npz(root / place), str(root / place)
-    folder = root / _TORCHVISION_FOLDER
-    if not folder.is_dir():
-        from torchvision.datasets import CIFAR100  # only here: it takes a second to import
-
-        # torchvision itself would wait for minutes
-        if not answers(CIFAR100.url):
-            raise UsageError(
-                f"no CIFAR-100 under {root} and it cannot be downloaded: put cifar100.npz or torchvision's folder "
-                f"{_TORCHVISION_FOLDER} there, or give --data-root, or take --dataset demo"
-            )
-        download_cifar100(root)
-    return _read_torchvision(root), str(folder)
-
-
-def _read_npz(path):
-    """The four arrays of cifar100.npz, checked."""
-    arrays = []
-    try:
-        with zipfile.ZipFile(path) as archive:  # reading a member to its end checks its CRC
-            for name in ARRAYS:
-                with archive.open(f"{name}.npy") as member:
-                    arrays.append(_read_array(member, math.prod(CIFAR_SHAPE) * max(CIFAR_COUNTS.values())))
-                    if member.read(1):
-                        raise ValueError(f"{name} is followed by other bytes")
-    except KeyError as error:
-        raise UsageError(f"{path} lacks {name}: it must hold {', '.join(ARRAYS[:3])} and {ARRAYS[3]}") from error
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UsageError(f"cannot read {path} ({one_line(error)}): get the file again") from error
-    _check_arrays(path, arrays)
-    return arrays
-
-
-def _read_array(member, most):
-    """An array of an npz file, of `most` numbers at most: its header could ask for any memory."""
-    version = np.lib.format.read_magic(member)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(member)
-    if math.prod(shape) > most or dtype.hasobject:
-        raise ValueError(f"{dtype} {list(shape)}")
-    member.seek(0)
-    return np.lib.format.read_array(member, allow_pickle=False)
-
-
-def _check_arrays(path, arrays):
+            path = root / place
+            with reading(f"cannot read {path}", f"it must hold {', '.join(ARRAYS)}: get the file again"):
+                with np.load(path, allow_pickle=False) as file:
+                    arrays = [file[name] for name in ARRAYS]
+            break
+    else:
+        arrays, path = _torchvision(root)
     for name, array in zip(ARRAYS, arrays, strict=True):
-        images = name.endswith("images")
         count = CIFAR_COUNTS[name.partition("_")[0]]
-        shape = (count, *CIFAR_SHAPE) if images else (count,)
-        if array.shape != shape or (array.dtype != np.uint8 if images else array.dtype.kind not in "iu"):
-            kind = f"{array.dtype} {list(array.shape)}"
-            raise UsageError(f"{path}: {name} is {kind}, not uint8 {list(shape)}: get the file again")
-        if not images and not 0 <= array.min() <= array.max() < CIFAR_CLASSES:
-            raise UsageError(
-                f"{path}: {name} goes from {array.min()} to {array.max()}, not from 0 to {CIFAR_CLASSES - 1}: "
-                "get the file again"
+        if name.endswith("images"):
+            wanted, fits = f"uint8 [{count}, 3, 32, 32]", array.dtype == np.uint8 and array.shape == (count, 3, 32, 32)
+        else:
+            wanted = f"{count} labels from 0 to {CIFAR_CLASSES - 1}"
+            fits = (
+                array.dtype.kind in "iu" and array.shape == (count,) and {*np.unique(array)} <= {*range(CIFAR_CLASSES)}
             )
+        if not fits:
+            raise UsageError(f"{path}: {name} is {array.dtype} {list(array.shape)}, not {wanted}: get the file again")
+    return arrays, str(path)
 
 
-def _read_torchvision(root):
-    """The same four arrays from torchvision's folder; torchvision checks the files' MD5 before it reads them."""
+def _torchvision(root):
+    """The same four arrays from torchvision's own folder, downloaded where it is not there, and where it is."""
     from torchvision.datasets import CIFAR100  # only here: it takes a second to import
 
-    arrays = []
-    for train in (True, False):
-        try:
-            split = CIFAR100(str(root), train=train, download=False)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            raise UsageError(
-                f"{root / _TORCHVISION_FOLDER} is incomplete or damaged ({one_line(error)}): remove it and get it again"
-            ) from error
-        arrays += [np.ascontiguousarray(split.data.transpose(0, 3, 1, 2)), np.array(split.targets, dtype=np.uint8)]
-    _check_arrays(root / _TORCHVISION_FOLDER, arrays)
-    return arrays
-
-
-def download_cifar100(root):
-    """Puts torchvision's folder under `root`, all of it or nothing: several processes may do so at once."""
-    from torchvision.datasets import CIFAR100
-
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".cifar-100.") as partial:
-            CIFAR100(partial, download=True)
-            Path(partial, _TORCHVISION_FOLDER).rename(root / _TORCHVISION_FOLDER)
-    except (OSError, RuntimeError, EOFError) as error:
-        if (root / _TORCHVISION_FOLDER).is_dir():
-            return  # another process was faster
+    folder = root / CIFAR100.base_folder
+    if not folder.is_dir() and not answers(CIFAR100.url):  # torchvision itself would wait for minutes
         raise UsageError(
-            f"torchvision could not download CIFAR-100 into {root} ({one_line(error)}): try again, or put "
-            "cifar100.npz there, or take --dataset demo"
-        ) from error
-
-
-# ------------------------------------------------------------------------------------------------- batches
+            f"no CIFAR-100 under {root} and it cannot be downloaded: put cifar100.npz or torchvision's folder "
+            f"{folder.name} there, or give --data-root, or take --dataset demo"
+        )
+    arrays = []
+    with reading(f"{folder} is incomplete or damaged", "remove it and get it again, or put cifar100.npz there"):
+        if not folder.is_dir():
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".cifar-100.lock"):  # of several processes one downloads
+                CIFAR100(str(root), download=True)
+        for train in (True, False):  # torchvision checks the files' MD5 before it reads them
+            split = CIFAR100(str(root), train=train)
+            arrays += [np.ascontiguousarray(split.data.transpose(0, 3, 1, 2)), np.array(split.targets, dtype=np.uint8)]
+    return arrays, folder
 
 
 def prepare(images, image_size):
@@ -240,7 +171,7 @@ def prepare(images, image_size):
 
     Resized bicubically with antialiasing: when enlarging it changes nothing but the kernel's parameter, to the -0.5
     of PIL, with which DINO was trained (torch has -0.75 without it). Values are neither rounded nor clipped between.
-    Normalised before resizing, on the fewer pixels: the kernel's weights sum to one, so the result is the same.
+    Normalised before resizing, on the fewer pixels: the kernel's weights sum to one.
     """
     mean, std = torch.tensor((MEAN, STD), device=images.device)
     scale, shift = 1 / (255 * std), mean / std
@@ -251,10 +182,9 @@ def prepare(images, image_size):
 
 
 def augment(images, image_size, generator):
-    """`prepare` after a random crop (4 black pixels on each side) and a random horizontal flip.
+    """`prepare` of uint8 [B, 3, H, W] after a random crop (4 black pixels on each side) and a random horizontal flip.
 
-    images: uint8 [B, 3, H, W]; generator: a `numpy.random.Generator`, from `stream(seed, "augment", ...)`: two draws,
-    on the CPU whatever the device, so that both devices see the same pictures.
+    generator: numpy's, two draws, on the CPU whatever the device, so that both devices see the same pictures.
     """
     batch, channels, height, width = images.shape
     corner = torch.from_numpy(generator.integers(2 * PAD + 1, size=(2, batch, 1))).to(images.device)
@@ -279,21 +209,13 @@ def mixed(pixels, labels, n_classes, alpha, generator):
     return tuple(lam * t + (1 - lam) * t[order] for t in (pixels, shares))
 
 
-# ------------------------------------------------------------------------------------------------ clients
-
-
 def deal(args, labels):
-    """(parts, notes): the images of each client (sorted int64 arrays) and lines for the log, as the flags say.
-
-    labels: int64 [n], tensor or array. Raises UsageError as `common.sharding` does.
-    """
+    """(parts, notes): the images of each client (sorted int64 arrays) and lines for the log. labels: int64 [n]."""
     labels, generator = np.asarray(labels), stream(args.seed, "sharding")
     if args.sharding == "iid":
         return shards.iid(len(labels), args.num_clients, generator, what="images"), []
     if args.sharding == "non_iid":
         return shards.classes(labels, args.num_clients, args.nc, generator, what="images"), []
-    if args.sharding != "dirichlet":
-        raise ValueError(f"sharding {args.sharding!r} is not iid, non_iid or dirichlet")
     return shards.dirichlet(labels, args.num_clients, args.alpha, generator, args.batch_size, what="images")
 
 
@@ -301,8 +223,7 @@ def check_batch_size(counts, batch_size):
     """Raises UsageError when a client has fewer images than a batch. counts: images of each client."""
     k = int(np.argmin(counts))
     if counts[k] < batch_size:
-        short = sum(count < batch_size for count in counts)
         raise UsageError(
-            f"client {k} has {counts[k]} images, fewer than --batch-size {batch_size}, as have {short} of "
-            f"{len(counts)} clients: lower --batch-size or --num-clients, or deal the images more evenly"
+            f"client {k} has {counts[k]} images, fewer than --batch-size {batch_size}: lower that or --num-clients, "
+            "or deal the images more evenly"
         )

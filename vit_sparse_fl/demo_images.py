@@ -29,10 +29,8 @@ COLOURS = (  # red, green, blue
 
 @functools.cache
 def demo_images():
-    """(train, train_labels, test, test_labels): uint8 [8000, 3, 32, 32], int64 [8000], [2000, 3, 32, 32], [2000].
-
-    The same on every call and for every seed of a run, classes in random order; arrays are read-only.
-    """
+    """(train, train_labels, test, test_labels), the same for every seed, classes in random order, read-only:
+    uint8 [8000, 3, 32, 32], int64 [8000], uint8 [2000, 3, 32, 32], int64 [2000]."""
     generator = stream(0, "demo images")
     count = CLASSES // SHAPES * (TRAIN + TEST)
     colour = np.repeat(np.arange(CLASSES // SHAPES), TRAIN + TEST)  # of the images of one shape: [count]

@@ -16,35 +16,26 @@ SPARSE, TOPK = "vit_sparse_fl/train_federated_sparse.py", "vit_sparse_fl/train_f
 
 
 def source(rounds, nc, js, sparsities, calibrations, central="", federated="", sparse="", topk="", needs=()):
-    """One factor at a time. nc: classes a client; js: local steps; federated: of all but central training; sparse: of
-    masks besides; topk: of the run that trains densely and sends a part."""
-
-    def one(line, group):
-        return row(line, group, needs=needs)
+    """One factor at a time. nc: classes a client; js: local steps; federated: flags of all but central training;
+    sparse: of masks besides; topk: of the run that trains densely and sends a part."""
 
     def dense(words="", t=rounds):
-        return one(f"{DENSE} {federated} --num-rounds {t} {words}", "federated")
+        return row(f"{DENSE} {federated} --num-rounds {t} {words}", "federated", needs=needs)
 
     def masked(words, group="sparse"):
-        return one(f"{SPARSE} {federated} --num-rounds {rounds} {sparse} {words}", group)
+        return row(f"{SPARSE} {federated} --num-rounds {rounds} {sparse} {words}", group, needs=needs)
 
-    rows = {"centralized": one(f"{CENTRAL} {central}", "centralized"), "fedavg_iid": dense()}
+    rows = {"centralized": row(f"{CENTRAL} {central}", "centralized", needs=needs), "fedavg_iid": dense()}
     rows |= {f"fedavg_nc{n}": dense(f"--sharding non_iid --nc {n}") for n in nc}
     rows |= {f"fedavg_J{j}": dense(f"--local-steps {j}", max(1, rounds * 4 // j)) for j in js}
     for name in STRATEGIES:
         group = "sparse" if name == "least_sensitive" else "extension"
         rows[f"{name}_s0.9"] = masked(f"--mask-strategy {name}", group)
-    least = "--mask-strategy least_sensitive"
-    rows |= {f"least_sensitive_s{s:g}": masked(f"{least} --sparsity-ratio {s}") for s in sparsities}
+    rows |= {f"least_sensitive_s{s:g}": masked(f"--sparsity-ratio {s}") for s in sparsities}
     rows |= {f"calibration_rounds_{n}": masked(f"--calibration-rounds {n}") for n in calibrations}
     for name in ("least_sensitive", "random"):
         rows[f"{name}_s0.9_nc5"] = masked(f"--mask-strategy {name} --sharding non_iid --nc 5")
-    if "--freeze-head" in federated:
-        rows["fedavg_iid_head_trained"] = dense("--no-freeze-head")
-    rows["topk_s0.9"] = one(f"{TOPK} {federated} --num-rounds {rounds} {topk}", "extension")
-    rows["per_layer"] = masked("--mask-scope layer", "extension")
-    rows["calibration_seed"] = masked("--calibration seed", "extension")
-    rows["on_clients"] = masked("--calibrate-on clients", "extension")
+    rows["topk_s0.9"] = row(f"{TOPK} {federated} --num-rounds {rounds} {topk}", "extension", needs=needs)
     return rows
 
 
@@ -95,10 +86,6 @@ MAIN |= {
     "least_per_layer": (f"{LEAST} --mask-scope layer", KEPT),
     "topk": (TOPK, ALL),
 }
-CONTROLS = {
-    "head_only": (f"{DENSE} --freeze-backbone --no-freeze-head", ALL),
-    "least_no_key_bias": (f"{LEAST} --mask-omit key_bias", SLOW),
-}
 # below the best rate: the most sensitive mask's diverges on two of three splits, as dense training's of iid_J4; and
 # dense training where clients gain as little as under masks
 LOW = {"lower_dense": ("dense", 0.01), "lowest_dense": ("dense", 0.003)}
@@ -124,8 +111,9 @@ def rates():
             elif name in ("dense", "random", "least_sensitive"):
                 taken = f"{name}_{FIRST}"
                 rows[f"{name}_{federation}"] = row(f"{line} {more}", f"main_{federation}", 3, rate_of=taken, **first)
-        for name, (line, grid) in CONTROLS.items() if federation == FIRST else ():
-            rows[f"{name}_{federation}"] = row(f"{line} {more}", f"controls_{federation}", 3, {"lr": grid}, **first)
+        if federation == FIRST:
+            words = f"{DENSE} --freeze-backbone --no-freeze-head {more}"
+            rows[f"head_only_{FIRST}"] = row(words, f"controls_{FIRST}", 3, {"lr": ALL}, **first)
         for name, (of, rate) in LOWER.get(federation, {}).items():
             rows[f"{name}_{federation}"] = row(f"{MAIN[of][0]} {more} --lr {rate}", f"lower_{federation}", 3, **first)
     return rows

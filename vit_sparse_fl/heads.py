@@ -9,16 +9,13 @@ from torch.nn import functional as F
 PENALTIES = tuple(10.0**e for e in range(-6, 2))  # times the mean eigenvalue of the features' scatter matrix
 
 
-def fit_head(model, features, labels, validation):
-    """Writes `model.classifier`. Returns bytes that a client would send for its part (fp64 sums).
-
-    Args: features: [n, D]; labels: int64 [n]; validation: the same, held out: chooses the penalty.
-    """
-    ridge_head(model, features, labels, validation)
-    size, classes = model.classifier.in_features, model.classifier.out_features
+def sums_bytes(head):
+    """Bytes that a client would send for its part (fp64 sums). Args: head: the nn.Linear that is fitted."""
+    size, classes = head.in_features, head.out_features
     return 8 * (size * (size + 1) // 2 + (size + 1) * (classes + 1))
 
 
+@torch.no_grad()
 def ridge_head(model, features, labels, validation, l2=None):
     """Fits `model.classifier` to features [n, D] and labels [n] in closed form, in fp64; returns (l2, scale).
 
@@ -54,14 +51,9 @@ def ridge_head(model, features, labels, validation, l2=None):
         l2 = max((unit * g for g in PENALTIES), key=lambda p: (outputs(p).argmax(1) == truth).sum().item())
     scale = _best_scale(outputs(l2), truth)
     weight, bias = fit(l2)
-    _write(model.classifier, scale * weight, scale * bias)
+    model.classifier.weight.copy_(scale * weight)
+    model.classifier.bias.copy_(scale * bias)
     return l2, scale
-
-
-@torch.no_grad()
-def _write(head, weight, bias):
-    head.weight.copy_(weight)
-    head.bias.copy_(bias)
 
 
 def _best_scale(z, labels, low=1e-2, high=1e4, halvings=40):
@@ -73,8 +65,5 @@ def _best_scale(z, labels, low=1e-2, high=1e4, halvings=40):
     for _ in range(halvings):
         s = (low * high) ** 0.5
         slope = ((torch.softmax(s * z, dim=1) * z).sum(1) - picked).mean()
-        if slope > 0:
-            high = s
-        else:
-            low = s
+        low, high = (low, s) if slope > 0 else (s, high)
     return (low * high) ** 0.5

@@ -1,13 +1,11 @@
 """Which weights a sparse run may change: the strategies, exact thresholds, calibration over several rounds.
 
-A mask is a bool vector [n] over the weights it covers (`maskable`), True where a weight is trained; in a sparse run
-every other parameter stays as it is. `STRATEGIES` is the one table of strategies: the README's "A rule of your own"
-adds a line to it.
-
-References: Iurada et al. 2025 (TaLoS) and its public code, called so below.
+A mask is a bool vector [n] over the weights it covers (`maskable`), True where a weight is trained; every other
+parameter stays as it is. `STRATEGIES` is the one table of strategies. TaLoS: Iurada et al. 2025 and its public code.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +21,9 @@ from common.fisher import diagonal_fisher
 from common.seeding import stream
 from common.vector import Weights
 
-OMITTED = {"none": None, "key_bias": ".k_proj.bias"}  # ends of names that a mask does not cover
 DAMPING = 0.1  # TaLoS: what an excluded weight is multiplied by while the next round's scores are computed
 BATCH = 64  # images that are prepared, and labelled by the model, at once
 SMALL = 2**21  # weights up to which vmap is faster than the loop on a CPU too (tiny: 2.5x; ViT-S at 224: equal)
-
-
-# ------------------------------------------------------------------------------------------------ strategies
 
 
 @dataclass(frozen=True)
@@ -38,8 +32,7 @@ class Sample:
 
     Attributes: model: in eval mode, images [B, 3, S, S] -> logits [B, C]; weights: of the model (`common.vector`),
     weights.theta [n] are the values to score; draws: a numpy generator of this seed, round and client; images: uint8
-    [m, 3, H, W] and labels: int64 [m]; prepare: function images -> the model's input; form: what `sensitivity` squares
-    the gradient of.
+    [m, 3, H, W] and labels: int64 [m]; prepare: function images -> the model's input; form: of `sensitivity`.
     """
 
     model: nn.Module
@@ -55,8 +48,8 @@ class Sample:
 class Strategy:
     """Keeps the weights with the lowest (or `largest`) scores.
 
-    Attributes: scores: function of a `Sample` to a vector [n]; images: whether it looks at images, so that it is asked
-    in each calibration round, at the server or at clients; otherwise it is asked once.
+    Attributes: scores: function of a `Sample` to a vector [n]; images: whether it looks at images: else it is asked
+    once, not in each calibration round.
     """
 
     scores: Callable
@@ -64,26 +57,23 @@ class Strategy:
     images: bool = True
 
 
-def sensitivity(sample, method="auto", chunk_size=None):
+def sensitivity(sample, method="auto"):
     """S_j = mean over the images of (d f(image) / d theta_j)^2, per image, without label smoothing: fp32 [n].
 
         "logit"  f = the *logit* of a label y drawn from the model: TaLoS's code (its sum is n S_j: the same ranking)
         "nll"    f = -log p(y), y the data's label: the empirical Fisher
-    Args: method, chunk_size: as for `diagonal_fisher`, but "auto" is vmap for a small model on a CPU too.
+    Args: method: as for `diagonal_fisher`, but "auto" is vmap for a small model on a CPU too.
     """
     model, weights = sample.model, sample.weights
-    if method == "auto" and weights.size <= SMALL:
-        method = "vmap"
-    options = {"method": method, "chunk_size": chunk_size}
+    method = "vmap" if method == "auto" and weights.size <= SMALL else method
     total = torch.zeros_like(weights.theta)
     # The fused attention kernels have no rule for vmap, and their backward passes on CUDA are not deterministic.
     with sdpa_kernel(SDPBackend.MATH):
         for images, labels in zip(sample.images.split(BATCH), sample.labels.split(BATCH), strict=True):
-            inputs = sample.prepare(images)  # [b, 3, S, S]
+            inputs, function = sample.prepare(images), _nll  # [b, 3, S, S]
             if sample.form == "logit":
-                labels = _drawn_labels(model, inputs, sample.draws)  # [b]
-            function = _logit if sample.form == "logit" else _nll
-            squares = diagonal_fisher(model, weights, function, (inputs, labels), **options)
+                labels, function = _drawn_labels(model, inputs, sample.draws), _logit  # [b]
+            squares = diagonal_fisher(model, weights, function, (inputs, labels), method=method)
             total += squares * (len(images) / len(sample.images))
     return total
 
@@ -112,7 +102,7 @@ def by_magnitude(sample):
 
 
 def at_random(sample):
-    """A uniform draw, fp64: among 21 million fp32 draws many are equal, and equal ones favour the first layers."""
+    """A uniform draw, fp64: among 21 million fp32 draws many are equal, which favours the first layers."""
     return torch.from_numpy(sample.draws.random(sample.weights.size))
 
 
@@ -125,45 +115,24 @@ STRATEGIES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ the choice
-
-
-def maskable(model, head="classifier", omit="none"):
+def maskable(model, head="classifier"):
     """Names of the parameters that a mask covers, in the order of `named_parameters`.
 
     Weights and biases of linear, convolution and layer-norm modules that are trainable; not the head, nor what another
     module holds itself (class token, position embedding). So the patch projection, a convolution, is maskable unless
     the embeddings are frozen, as in TaLoS.
-    omit: "key_bias": nor the keys' biases of attention, whose gradient is zero whatever the loss: they add the same
-    number to all of a query's scores.
     """
     kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm)
     covered = {name for name, module in model.named_modules() if isinstance(module, kinds) and name != head}
-    names = [name for name, p in model.named_parameters() if p.requires_grad and name.rpartition(".")[0] in covered]
-    return [name for name in names if not (OMITTED[omit] and name.endswith(OMITTED[omit]))]
+    return [name for name, p in model.named_parameters() if p.requires_grad and name.rpartition(".")[0] in covered]
 
 
-def check_sparsity(sparsity):
-    """Raises UsageError unless 0 < sparsity < 1, sparsity being the fraction of weights that is frozen."""
-    if sparsity == 0:
-        raise UsageError("sparsity 0 freezes nothing: use train_federated.py, or a sparsity between 0 and 1")
-    if sparsity == 1:
-        raise UsageError("sparsity 1 freezes every weight, nothing would be trained: use one below 1, such as 0.99")
-    if not 0 < sparsity < 1:
-        raise UsageError(f"sparsity {sparsity} is the fraction of weights that is frozen: use one between 0 and 1")
-
-
-def check_kept(sparsity, sizes, scope="global"):
-    """Raises UsageError for a sparsity outside (0, 1), one that keeps no weight, and where there is nothing to mask.
-
-    Args: sizes: elements of each tensor that a mask covers.
-    """
-    check_sparsity(sparsity)
-    if not sizes:
+def check_kept(sparsity, size):
+    """Raises UsageError for a sparsity that keeps none of `size` weights, and where there is none to mask."""
+    if not size:
         raise UsageError("every weight is frozen, there is nothing to mask: thaw layers (--freeze-layers)")
-    parts = sizes if scope == "layer" else [sum(sizes)]
-    if not any(round((1 - sparsity) * part) for part in parts):
-        raise UsageError(f"sparsity {sparsity} keeps 0 of {max(parts)} weights: use a lower one")
+    if not round((1 - sparsity) * size):
+        raise UsageError(f"sparsity {sparsity} keeps 0 of {size} weights: use a lower one")
 
 
 def choose(scores, keep, sizes, *, largest=False, scope="global", allowed=None):
@@ -173,38 +142,22 @@ def choose(scores, keep, sizes, *, largest=False, scope="global", allowed=None):
     Among equal scores the one that comes first wins. (A threshold from a quantile keeps every tied weight: 40 % where
     10 % was asked for, if these are zeros.)
 
-    Args: scores [n]; keep: fraction; sizes: elements of each tensor, they add up to n; allowed: bool [n], only
-        these weights may be kept (m still counts all).
-    Returns: bool [n] on the CPU, the same bits for any number of threads.
-    Raises: RunFailed for scores that are not finite.
+    Args: scores [n]; keep: fraction; sizes: elements of each tensor; allowed: bool [n], only these weights may be kept
+        (m still counts all, so that k of them must be allowed).
+    Returns: bool [n] on the CPU. Raises: RunFailed for scores that are not finite.
     """
-    values = scores.detach().to("cpu", torch.float64 if scores.dtype == torch.float64 else torch.float32).numpy()
-    if not np.isfinite(values).all():
-        odd = values.size - np.count_nonzero(np.isfinite(values))
+    values = scores.detach().cpu().double().numpy()
+    if odd := int(values.size - np.isfinite(values).sum()):
         raise RunFailed(f"the scores of {odd} weights are not finite: the model's weights or the images are broken")
     values = -values if largest else values
-    free = np.ones(values.size, dtype=bool) if allowed is None else allowed.cpu().numpy()
-    parts = [slice(None)]
-    if scope == "layer":
-        parts = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes).tolist(), strict=True)]
+    if allowed is not None:
+        values = np.where(allowed.cpu().numpy(), values, np.inf)
     kept = np.zeros(values.size, dtype=bool)
-    for part in parts:
-        of_part, open_ = values[part], free[part]
-        chosen = np.zeros(of_part.size, dtype=bool)
-        chosen[open_] = _lowest(of_part[open_], round(keep * of_part.size))
-        kept[part] = chosen
+    ends = np.cumsum(sizes) if scope == "layer" else [values.size]
+    for start, end in itertools.pairwise([0, *ends]):
+        order = np.argsort(values[start:end], kind="stable")
+        kept[start + order[: round(keep * (end - start))]] = True
     return torch.from_numpy(kept)
-
-
-def _lowest(values, k):
-    """bool [m]: the k lowest values, among equal ones the first. O(m)."""
-    if k in (0, values.size):
-        return np.full(values.size, k > 0)
-    edge = np.partition(values, k - 1)[k - 1]
-    kept = values < edge
-    ties = np.flatnonzero(values == edge)
-    kept[ties[: k - np.count_nonzero(kept)]] = True
-    return kept
 
 
 def calibrate(theta, scores, sizes, *, sparsity, method="talos", rounds=4, **rule):
@@ -244,41 +197,32 @@ def calibration_rows(n, samples, rounds, seed, *, method="talos", client=0):
     return [order[:size] if method == "talos" else order[r * size : (r + 1) * size] for r in range(rounds)]
 
 
-# ------------------------------------------------------------------------------------------------ sets of masks
-
-
 def merge(masks, how):
     """The "union" or "intersection" of masks [n]. It keeps more, or fewer, weights than each."""
     return functools.reduce(torch.logical_or if how == "union" else torch.logical_and, masks)
 
 
-def jaccard(a, b):
-    """|a and b| / |a or b| of two masks [n]; 1 for two empty ones. Two random ones: (1-s) / (1+s)."""
-    either = int((a | b).sum())
-    return int((a & b).sum()) / either if either else 1.0
-
-
-def kept_per_layer(masks):
-    """Kept fraction of each module (its weight and bias together): {module: float} of {name: bool tensor}."""
-    kept, size = {}, {}
+def kept_shares(masks, group):
+    """{group: kept fraction of its tensors' elements} of {name: bool tensor}. Args: group: function of a name."""
+    parts = {}
     for name, mask in masks.items():
-        layer = name.rpartition(".")[0] or name
-        kept[layer] = kept.get(layer, 0) + int(mask.sum())
-        size[layer] = size.get(layer, 0) + mask.numel()
-    return {layer: kept[layer] / size[layer] for layer in kept}
+        parts.setdefault(group(name), []).append(mask)
+    return {g: sum(int(m.sum()) for m in some) / sum(m.numel() for m in some) for g, some in parts.items()}
 
 
-def kept_apart(masks):
-    """{"weights", "biases"}: kept fraction of all weights and of all biases of {name: bool tensor}, where there are."""
-    of = {"weights": [], "biases": []}
-    for name, mask in masks.items():
-        of["biases" if name.endswith("bias") else "weights"].append(mask)
-    return {kind: sum(int(m.sum()) for m in some) / sum(m.numel() for m in some) for kind, some in of.items() if some}
+def layer_of(name):
+    """The module of a parameter: its weight and bias together."""
+    return name.rpartition(".")[0]
+
+
+def kind_of(name):
+    """ "weights" or "biases"."""
+    return "biases" if name.endswith("bias") else "weights"
 
 
 def facts_of(masks):
     """What a run's results say of its mask {name: bool tensor}: kept shares, and for each tensor [kept, all]."""
-    shares = {f"kept_{kind}": share for kind, share in kept_apart(masks).items()}
+    shares = {f"kept_{kind}": share for kind, share in kept_shares(masks, kind_of).items()}
     return shares | {"kept": {name: [int(part.sum()), part.numel()] for name, part in masks.items()}}
 
 

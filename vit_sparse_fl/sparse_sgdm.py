@@ -14,9 +14,6 @@ class SparseSGDM:
     -0.0 or a NaN gradient at a masked place cannot reach it. With a full mask it is torch.optim.SGD, bit for bit.
     Momentum starts at zero in each new optimiser, so that one mask's is never another's.
 
-        kept = mask.nonzero().view(-1)        # once: for each client anew it would cost as much as some steps
-        optimizer = SparseSGDM(weights, kept, lr=0.01, momentum=0.9)
-
     Args: weights: `common.vector.Weights`; kept: int64 [kept], the kept weights' places in its vector, ascending.
     """
 

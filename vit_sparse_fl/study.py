@@ -1,18 +1,11 @@
-"""What the scripts of this study share: the `Study`, its data, clients and model, and functions of it.
+"""What the scripts of this study share: the `Study`, its data, clients and model; a client's work, evaluation."""
 
-The round loop is in each script; sparse fine-tuning differs from FedAvg only there and in what a client trains.
-"""
-
-import hashlib
 import logging
 import math
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from common import parallel
@@ -20,7 +13,7 @@ from common.aggregation import fp64_sum
 from common.allocator import reuse_large_memory
 from common.batches import pass_after_pass
 from common.checkpoint import saving, write_json
-from common.cli import UsageError, say
+from common.cli import UsageError
 from common.curves import draw_accuracy
 from common.evaluation import amp_context
 from common.local import client_optimizer, local_steps
@@ -30,72 +23,101 @@ from common.seeding import seed_torch, stream
 from common.sharding import class_counts
 from common.vector import Weights, fingerprint
 from vit_sparse_fl.best import BestCheckpoints
-from vit_sparse_fl.calibration import check_mask
-from vit_sparse_fl.cross_losses import CrossLosses
-from vit_sparse_fl.data import ImageSplits, augment, check_batch_size, classes_of, deal, load_images, prepare
-from vit_sparse_fl.heads import fit_head
-from vit_sparse_fl.interference import Interference
+from vit_sparse_fl.data import augment, check_batch_size, classes_of, deal, load_images, prepare
+from vit_sparse_fl.heads import ridge_head, sums_bytes
+from vit_sparse_fl.interference import CrossLosses, Interference
 from vit_sparse_fl.masks import maskable
+from vit_sparse_fl.run_mask import check_mask
 from vit_sparse_fl.sparse_sgdm import SparseSGDM
 from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, save_pretrained
 
 
-@dataclass
 class Study:
-    """Data, clients and model of a run.
+    """Data, clients and model of a run, whose folder it begins; bad input ends here, with nothing written.
 
     Attributes: args: flags; run; data: `ImageSplits` on the device; rows: int64 rows of each client's images; examples:
-    their numbers n_k; model; weights: what is trained, as one vector (`common.vector`); loss: function
-    (pixels [B, 3, S, S], labels [B]) -> mean cross-entropy in nats with label smoothing; log: the text log; best: the
-    best rounds' weights; turns: who took part before; first: theta before the first round; lasting: with theta, all
-    that outlives a round; traffic: bytes that a client sends, that it receives, and that one receives who joins.
+    their numbers n_k; model; weights: what is trained, as one vector (`common.vector`); log: the text log; best: the
+    best rounds' weights; turns: who took part before; up, down, joining: bytes that a client sends in a round, that it
+    receives, and that it receives in its first; first: theta before the first round; lasting: with theta, all that
+    outlives a round.
+    Args: federated: False: one client with everybody's images; sparse: only what a mask may cover is trained.
+    Raises: UsageError.
     """
 
-    args: object
-    run: object
-    data: ImageSplits
-    rows: list
-    examples: list
-    model: nn.Module
-    weights: Weights
-    loss: object
-    log: logging.Logger
-    best: BestCheckpoints
-    turns: Turns | None
-    first: torch.Tensor = None
-    lasting: dict = None
-    traffic: tuple = (0, 0, 0)
+    def __init__(self, args, run, federated=True, sparse=False):
+        reuse_large_memory()
+        self.args, self.run = args, run
+        data = load_images(args.dataset, args.seed, args.val_split, classes_of(args), args.data_root)
+        shards, notes = deal(args, data.train_labels) if federated else ([np.arange(len(data.train_labels))], [])
+        self.examples = [len(rows) for rows in shards]
+        check_batch_size(self.examples, args.batch_size)
+        self.model, more = _make_model(args, data.n_classes)
+        shapes = _freeze(self.model, args, sparse)
+        if "mask" in args:
+            check_mask(args, shapes, len(data.validation), min(self.examples))
+        self.model.to(run.device)
+        self.weights = Weights(self.model)
+        sizes = {
+            "total": _count(self.model),
+            "trainable": self.weights.size,
+            "backbone": _count(self.model.vit),
+            "head": _count(self.model.classifier),
+            "maskable": shapes,
+        }
+        facts = {"clients": len(shards), "weights_sha256": fingerprint(dict(self.model.named_parameters()))}
+        self.log = open_log(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
+        run.begin(data.fingerprint, sizes, clients=facts)
+        self.data, self.rows = data.to(run.device), [torch.from_numpy(rows).to(run.device) for rows in shards]
+        self.best = BestCheckpoints(run.folder / "best")
+        self.up = self.down = self.weights.bytes
+        self.joining = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        if run.before is None:  # a run that goes on has said it, and may yet be refused
+            for note in notes + more:
+                self.tell(note)
+        if federated:
+            _keep_shards(self, class_counts(shards, data.train_labels.numpy(), data.n_classes), notes)
+            self.turns = Turns(args.seed, args.num_clients, args.participation_rate)
+            run.plan(args.num_rounds, args.eval_every, args.save_every, len(shards))
+        else:
+            run.plan(args.epochs, 1, args.save_every)
+        self.first, fitted = fit_first(self)
+        self.lasting = {"best": self.best, **fitted}
 
     @property
     def device(self):
         return self.run.device
 
     @property
-    def amp(self):
-        return self.run.amp
-
-    @property
     def client_weights(self):
         """What each client counts in a mean: n_k, its images."""
         return self.examples
 
-    def sends(self, up, down=None, joining=None):
-        """Says how many bytes a client sends and receives in a round (down: as many), and receives in its first."""
-        self.traffic = up, up if down is None else down, self.model_bytes if joining is None else joining
-
     def bytes_of(self, t):
         """(up, down [K]): what a client sends and receives in round t."""
-        up, down, joining = self.traffic
-        return up, np.where(self.turns.before(t), down, joining)
+        return self.up, np.where(self.turns.before(t), self.down, self.joining)
+
+    def loss(self, pixels, labels):
+        """Mean cross-entropy in nats, with label smoothing. Args: pixels [B, 3, S, S]; labels [B], or shares [B, C]."""
+        with amp_context(self.run.amp, self.device):
+            logits = self.model(pixels)  # [B, C]
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.args.label_smoothing)
 
     def evaluate(self, theta, t, row):
-        """What is logged of theta [n] after t rounds, see `evaluate`."""
-        return evaluate(self, theta, t, row)
+        """{field: value} of theta [n] after t rounds (epochs) on the validation images; keeps the best, stops early.
 
-    @property
-    def model_bytes(self):
-        """Of all parameters: what a client that joins is sent."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        row: what is logged besides; the text log gets a line of all.
+        """
+        best, patience = self.best, self.args.early_stopping_patience
+        self.weights.load(theta)
+        fields = {"lr": learning_rate(self.args, t - 1)} if t else {}
+        fields |= validate(self, "validation", "val")
+        shown = [f"{name} {v:.4f}" for name, v in {**row, **fields}.items() if isinstance(v, float)]
+        self.log.info(f"round {t}  " + "  ".join(shown))
+        if t:
+            best.offer(t, fields["val_accuracy"], dict(self.model.named_parameters()))
+            if patience and t - best.round >= patience and t < self.run.total:
+                self.run.stop("early_stopping", f"no better validation accuracy since {best.round}")
+        return fields
 
     def frozen_squares(self):
         """Sum of squares of the weights that are not trained, in fp64."""
@@ -106,75 +128,10 @@ class Study:
         """uint8 [B, 3, H, W] as the model takes them: float32 [B, 3, S, S]."""
         return prepare(images, self.args.image_size)
 
-
-def load_study(args, run, federated=True, sparse=False):
-    """The `Study` of a run, whose folder it begins; bad input ends here, with nothing written.
-
-    federated: False: one client with everybody's images; sparse: only what a mask may cover is trained.
-    Raises: UsageError.
-    """
-    reuse_large_memory()
-    data = load_images(args.dataset, args.seed, args.val_split, classes_of(args), args.data_root)
-    if args.num_classes is not None and args.classes is None and args.num_classes != data.n_classes:
-        raise UsageError(
-            f"--num-classes {args.num_classes}, but {args.dataset} has {data.n_classes} (--classes A:B takes a part)"
-        )
-    shards, notes = [torch.arange(len(data.train_labels)).numpy()], []
-    if federated:
-        shards, notes = deal(args, data.train_labels)
-    examples = [len(rows) for rows in shards]
-    check_batch_size(examples, args.batch_size)
-    model, more = _make_model(args, data.n_classes)
-    freeze(model, backbone=args.freeze_backbone, layers=args.freeze_layers, head=args.freeze_head)
-    covered = []
-    if sparse:  # a head that is not frozen is under the mask like the rest; what no mask covers is frozen
-        omit = getattr(args, "mask_omit", "none")
-        covered = maskable(model, "classifier" if args.freeze_head else "", omit)
-        shapes = {name: p.shape for name, p in model.named_parameters() if name in covered}
-        if "mask" in args:
-            check_mask(args, shapes, len(data.validation), min(examples))
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in covered)
-    model.to(run.device)
-    parameters = dict(model.named_parameters())
-    weights = Weights(model)
-    sizes = {
-        "total": _count(model),
-        "trainable": weights.size,
-        "backbone": _count(model.vit),
-        "head": _count(model.classifier),
-        "maskable": {name: list(parameters[name].shape) for name in covered},
-    }
-    facts = {"clients": len(examples), "weights_sha256": fingerprint(parameters)}
-    if getattr(args, "mask", None):
-        facts["mask_sha256"] = hashlib.sha256(Path(args.mask).read_bytes()).hexdigest()
-    log = open_log(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
-    run.begin(data.fingerprint, sizes, clients=facts)
-    for note in notes + more if run.before is None else ():  # a run that goes on may yet be refused
-        log.info(note)
-    if federated:
-        _log_shards(run, log, class_counts(shards, data.train_labels.numpy(), data.n_classes), examples, notes)
-    study = Study(
-        args=args,
-        run=run,
-        data=data.to(run.device),
-        rows=[torch.from_numpy(rows).to(run.device) for rows in shards],
-        examples=examples,
-        model=model,
-        weights=weights,
-        loss=batch_loss(model, run.amp, run.device, args.label_smoothing),
-        log=log,
-        best=BestCheckpoints(run.folder / "best"),
-        turns=Turns(args.seed, args.num_clients, args.participation_rate) if federated else None,
-    )
-    study.sends(weights.bytes)
-    if federated:
-        run.plan(args.num_rounds, args.eval_every, args.save_every, len(examples))
-    else:
-        run.plan(args.epochs, 1, args.save_every)
-    study.first, fitted = fit_first(study)
-    study.lasting = {"best": study.best, **fitted}
-    return study
+    def tell(self, text):
+        """A line in the text log, and on stderr."""
+        self.log.info(text)
+        self.run.note(text)
 
 
 def _make_model(args, n_classes):
@@ -189,35 +146,34 @@ def _make_model(args, n_classes):
     return model, notes
 
 
+def _freeze(model, args, sparse):
+    """Returns {name: shape} of what a mask may cover (a head that is not frozen too): in sparse runs nothing else is
+    trained."""
+    freeze(model, backbone=args.freeze_backbone, layers=args.freeze_layers, head=args.freeze_head)
+    if not sparse:
+        return {}
+    covered = maskable(model, "classifier" if args.freeze_head else "")
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in covered)
+    return {name: list(p.shape) for name, p in model.named_parameters() if name in covered}
+
+
 def _count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def _log_shards(run, log, counts, examples, notes):
-    n, classes = sorted(examples), (counts > 0).sum(1)
-    if run.before is None:  # a run that goes on may still be refused
-        log.info(
-            f"{len(n)} clients, images a client {n[0]} to {n[-1]} (median {n[len(n) // 2]}), "
-            f"classes a client {classes.min()} to {classes.max()}"
-        )
-    path = run.folder / "shards.json"
-    if parallel.is_main() and not path.exists():
-        with saving(path):
-            write_json(path, {"counts": counts.tolist(), "notes": notes})
-
-
-def batch_loss(model, amp, device, label_smoothing=0.0):
-    """The function (pixels [B, 3, S, S], labels [B]) -> mean cross-entropy, in nats."""
-
-    def loss(pixels, labels):
-        with amp_context(amp, device):
-            logits = model(pixels)  # [B, C]
-        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-
-    return loss
-
-
-# ------------------------------------------------------------------------------------------------ local work
+def _keep_shards(study, counts, notes):
+    """Writes shards.json. Args: counts: images of each class at each client, [K, C]."""
+    path = study.run.folder / "shards.json"
+    if not parallel.is_main() or path.exists():
+        return
+    n, classes = sorted(study.examples), (counts > 0).sum(1)
+    study.tell(
+        f"{len(n)} clients, images a client {n[0]} to {n[-1]} (median {n[len(n) // 2]}), "
+        f"classes a client {classes.min()} to {classes.max()}"
+    )
+    with saving(path):
+        write_json(path, {"counts": counts.tolist(), "notes": notes})
 
 
 def client_batches(study, k, t, first, steps):
@@ -235,10 +191,9 @@ def client_batches(study, k, t, first, steps):
 
 
 def client_update(study, theta, k, t, kept=None):
-    """Client k's J steps of SGD with momentum in round t from theta [n]. Returns theta_k [n]: the model's own vector,
-    valid until the next client.
+    """Client k's J steps of SGD with momentum in round t from theta [n], at the places `kept` (int64; None: all).
 
-    Args: kept: int64 [kept]: the places that are trained, None: all.
+    Returns theta_k [n]: the model's own vector, valid until the next client.
     """
     args, weights, clients = study.args, study.weights, study.run.clients
     weights.load(theta)
@@ -248,7 +203,7 @@ def client_update(study, theta, k, t, kept=None):
     else:
         optimizer = SparseSGDM(weights, kept, lr, args.momentum, args.weight_decay)
     batches = client_batches(study, k, t, study.turns.before(t)[k] * steps, steps)
-    done = local_steps(study.loss, batches, weights, optimizer, amp=study.amp)
+    done = local_steps(study.loss, batches, weights, optimizer, amp=study.run.amp)
     clients.note(k, train_loss=done.loss)
     clients.work(steps * args.batch_size)
     return weights.theta
@@ -262,33 +217,24 @@ def probes(study, kept=None):
 
 def learning_rate(args, t):
     """The clients' learning rate in round t (central training's in epoch t), both from 0."""
-    if "num_rounds" in args:
-        total, warmup = args.num_rounds, args.warmup_rounds
-    else:
-        total, warmup = args.epochs, min(args.warmup_epochs, args.epochs - 1)
+    total, warmup = (args.num_rounds, 0) if "num_rounds" in args else (args.epochs, args.warmup_epochs)
+    warmup = min(warmup, total - 1)
     return lr_at(t, total, args.lr, args.scheduler, warmup=warmup, min_lr=min(args.min_lr, args.lr))
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
-
-
 def fit_first(study):
-    """theta before the first round. Fits the head first (--head ridge), but not in a run that is gone on with.
+    """(theta [n] before the first round, what else a checkpoint must hold of the model: a fitted head that is frozen).
 
-    Returns (theta [n], what else a checkpoint must hold of the model: {"head": the fitted head} where it is frozen).
+    Fits the head first (--head ridge), but not in a run that is gone on with.
     """
     args, run, data = study.args, study.run, study.data
     fitted = args.head == "ridge"
     if fitted and not any(run.folder.glob("checkpoint*/state.json")):
-        started = time.perf_counter()
         held = (features(study, data.validation), data.validation_labels)
-        sums = fit_head(study.model, features(study, data.train), data.train_labels, held)
-        run.count(bytes_up=sums * len(study.examples))
+        ridge_head(study.model, features(study, data.train), data.train_labels, held)
+        run.count(bytes_up=sums_bytes(study.model.classifier) * len(study.examples))
         accuracy = validate(study, "validation", "val")["val_accuracy"]
-        study.log.info(
-            f"head fitted on {len(data.train)} images in "
-            f"{time.perf_counter() - started:.1f} s: validation accuracy {accuracy:.4f}"
-        )
+        study.tell(f"head fitted on {len(data.train)} images: validation accuracy {accuracy:.4f}")
     frozen = fitted and "classifier.weight" not in study.weights.shapes
     return study.weights.snapshot(), {"head": study.model.classifier} if frozen else {}
 
@@ -297,7 +243,7 @@ def fit_first(study):
 def features(study, images):
     """The CLS features of uint8 images [n, 3, H, W], without augmentation: float32 [n, D]."""
     study.model.eval()
-    with amp_context(study.amp, study.device):
+    with amp_context(study.run.amp, study.device):
         parts = [study.model.features(study.pixels(part)).float() for part in images.split(_batch(study))]
     return torch.cat(parts)  # [n, D]
 
@@ -309,7 +255,7 @@ def validate(study, split, name):
     size, sums = _batch(study), []
     images, labels = getattr(study.data, split).split(size), getattr(study.data, f"{split}_labels").split(size)
     for part, truth in parallel.my_share(list(zip(images, labels, strict=True))):
-        with amp_context(study.amp, study.device):
+        with amp_context(study.run.amp, study.device):
             logits = study.model(study.pixels(part)).float()  # [B, C]
         loss = F.cross_entropy(logits, truth, reduction="sum").item()
         sums.append((loss, (logits.argmax(1) == truth).sum().item(), len(truth)))
@@ -322,35 +268,13 @@ def _batch(study):
     return 125 if study.device.type == "cpu" else 500
 
 
-def evaluate(study, theta, t, row):
-    """{field: value} of theta [n] after t rounds (epochs) on the validation images; keeps the best, stops early.
-
-    row: what is logged besides; the text log gets a line of all.
-    """
-    args, run, best = study.args, study.run, study.best
-    study.weights.load(theta)
-    fields = {"lr": learning_rate(args, t - 1)} if t else {}
-    fields |= validate(study, "validation", "val")
-    for round, k in row.get("left_out", ()):  # the run has told the terminal
-        study.log.warning(f"round {round}: update not finite, left out: client {k}", extra={"quiet": True})
-    shown = [f"{name} {v:.4f}" for name, v in {**row, **fields}.items() if isinstance(v, float)]
-    study.log.info(f"round {t}  " + "  ".join(shown), extra={"quiet": True})
-    if t:
-        best.offer(t, fields["val_accuracy"], dict(study.model.named_parameters()))
-        if args.early_stopping_patience and t - best.round >= args.early_stopping_patience and t < run.total:
-            run.stop("early_stopping", f"no better validation accuracy since {best.round}")
-    return fields
-
-
 def finish(study, theta, **facts):
-    """Test accuracy of the last and of the best weights, final/ (--final says whose), the run's curves.
-
-    facts: more results.
-    """
-    run, best = study.run, study.best
+    """Test accuracy of the last and of the best weights, final/ (--final says whose), curves. facts: more results."""
+    run, best, args = study.run, study.best, study.args
     run.note("evaluating the last and the best weights on the test images")
-    args, kept, test = study.args, best.load(study.device), {}
+    kept = best.load(study.device)
     kept = study.weights.vector({name: kept[name] for name in study.weights.shapes})
+    test = {}
     for which, vector in (("last", theta), ("best", kept)):
         study.weights.load(vector)
         test[which] = validate(study, "test", "test")
@@ -360,46 +284,29 @@ def finish(study, theta, **facts):
         **facts,
         "test_accuracy_last": test["last"]["test_accuracy"],
         "test_loss_last": test["last"]["test_loss"],
+        "best_round": best.round,
+        "val_accuracy_best": best.accuracy,
+        "test_accuracy_best": test["best"]["test_accuracy"],
     }
-    results |= {"best_round": best.round, "val_accuracy_best": best.accuracy}
-    results["test_accuracy_best"] = test["best"]["test_accuracy"]
     if parallel.is_main():
         last = run.metrics()[-1]
         results |= {"rounds": last["round"], "final_round": best.round if args.final == "best" else last["round"]}
         results |= {key: last[key] for key in ("bytes_up", "bytes_down", "images", "seconds")}
         with saving(run.folder):
             draw_accuracy(run.folder, run.folder / f"{run.folder.name}_curves.png")
-        study.log.info(
-            f"test accuracy {results['test_accuracy_last']:.4f} (weights of the best round, "
-            f"{results['best_round']}: {results['test_accuracy_best']:.4f})"
-        )
+    accuracies = [results[f"test_accuracy_{which}"] for which in ("last", "best")]
+    study.tell(f"test accuracy {accuracies[0]:.4f} (weights of the best round, {best.round}: {accuracies[1]:.4f})")
     run.finish(results)
 
 
-# ------------------------------------------------------------------------------------------------ the text log
-
-
-class _BesideTheBar(logging.Handler):
-    """Messages on stderr, above a progress bar; those with extra={"quiet": True} are for the file alone."""
-
-    def emit(self, record):
-        if not getattr(record, "quiet", False):
-            say(record.getMessage())
-
-
 def open_log(folder, name):
-    """The study's logger: LOG_DIR/NAME.log, a line `timestamp | level | message` each, and stderr; the main process's.
+    """The text log of a run: LOG_DIR/NAME.log, a line `timestamp | level | message` each; the main process's.
 
     Raises UsageError when the folder cannot be made.
     """
-    log = logging.getLogger("vit_sparse_fl")
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for handler in list(log.handlers):  # of the run before this one
-        log.removeHandler(handler)
-        handler.close()
+    log = logging.Logger("vit_sparse_fl")
+    log.addHandler(logging.NullHandler())
     if not parallel.is_main():
-        log.addHandler(logging.NullHandler())
         return log
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -408,5 +315,4 @@ def open_log(folder, name):
     file = logging.FileHandler(Path(folder) / f"{name}.log", encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(file)
-    log.addHandler(_BesideTheBar())
     return log

@@ -11,7 +11,7 @@ A round of its metrics is an epoch.
 import math
 
 from common import parallel
-from common.cli import RunFailed, UsageError, checked, non_negative_float, positive_int, run_main
+from common.cli import RARE, RunFailed, UsageError, checked, non_negative_float, positive_int, run_main
 from common.evaluation import pick_device
 from common.local import OptimizerState, client_optimizer, local_steps
 from common.runlog import start_run
@@ -19,24 +19,25 @@ from common.seeding import stream
 from vit_sparse_fl import flags
 from vit_sparse_fl.data import mixed
 from vit_sparse_fl.experiments import classes_name, repeated, run_each, variant
-from vit_sparse_fl.study import client_batches, finish, learning_rate, load_study
+from vit_sparse_fl.study import Study, client_batches, finish, learning_rate
 
 RATES, DECAYS = (3e-4, 1e-3, 3e-3, 1e-2), (1e-4, 1e-3)  # of --hp-search
 
 
 def build_parser():
-    parser, own = flags.make_parser(__doc__.split("\n")[0], federated=False)
+    parser = flags.make_parser(__doc__.split("\n")[0], federated=False)
+    own = parser.group("experiments")
     text = "mix pairs of images and their labels in shares of Beta(A, A); off: 0"
     flags.number(own, "--mixup", non_negative_float, 0.0, "A", text)
     grid = f"a run for each rate of {RATES} and weight decay of {DECAYS}"
     own.add_argument("--hp-search", action="store_true", help=grid)
-    flags.number(own, "--hp-epochs", positive_int, 10, "N", "epochs of each of these runs")
+    flags.number(parser.group(RARE), "--hp-epochs", positive_int, 10, "N", "epochs of each of these runs")
     return parser
 
 
 def train(args):
     with start_run("train_centralized", args, args.run_name, unit="images") as run:
-        study = load_study(args, run, federated=False)
+        study = Study(args, run, federated=False)
         weights = study.weights
         steps = study.examples[0] // args.batch_size  # an epoch's; a short last batch waits for the next
         optimizer = client_optimizer("sgdm", weights.parameters, args.lr, args.momentum, args.weight_decay)
@@ -51,7 +52,7 @@ def train(args):
                 draws = stream(args.seed, "mixup", epoch)
                 batches = (mixed(*batch, study.data.n_classes, args.mixup, draws) for batch in batches)
             rates = [learning_rate(args, epoch)] * steps
-            loss = local_steps(study.loss, batches, weights, optimizer, amp=study.amp, lrs=rates).loss.item()
+            loss = local_steps(study.loss, batches, weights, optimizer, amp=study.run.amp, lrs=rates).loss.item()
             if not math.isfinite(loss):
                 raise RunFailed(f"epoch {epoch + 1}: the loss is {loss}: lower --lr ({args.lr}) or --amp off")
             run.count(images=steps * args.batch_size)
@@ -78,7 +79,7 @@ def settings(args):
 def main(args):
     if parallel.init_parallel(pick_device(args.device)).size > 1:
         raise UsageError("central training is one process: start it without torchrun")
-    run_each("train_centralized", train, repeated(args, settings(args)))
+    run_each(train, repeated(args, settings(args)))
 
 
 if __name__ == "__main__":

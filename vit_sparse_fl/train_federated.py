@@ -16,18 +16,16 @@ from common.processes import run_federated
 from common.runlog import start_run
 from vit_sparse_fl import flags
 from vit_sparse_fl.experiments import federated_settings, repeated, run_each
-from vit_sparse_fl.study import client_update, finish, load_study, probes
+from vit_sparse_fl.study import Study, client_update, finish, probes
 
 
 def build_parser():
-    parser, own = flags.make_parser(__doc__.split("\n")[0])
-    flags.add_experiment_flags(own)
-    return parser
+    return flags.make_parser(__doc__.split("\n")[0])
 
 
 def train(args):
     with start_run("train_federated", args, args.run_name, unit="images") as run:
-        study = load_study(args, run)
+        study = Study(args, run)
         theta = run.restore(study.first, study.weights.named, **study.lasting)
         run.watch(*probes(study))
         run.report(0, theta, study.evaluate)
@@ -45,7 +43,7 @@ def train(args):
 
 
 def main(args):
-    run_each("train_federated", train, repeated(args, federated_settings(args)))
+    run_each(train, repeated(args, federated_settings(args)))
 
 
 if __name__ == "__main__":

@@ -12,40 +12,48 @@ Iurada et al. 2025), from the weights' magnitude, or at random. Clients then tra
 A weight outside of the mask keeps its bits for the whole run.
 """
 
-from common import parallel
+from pathlib import Path
+
 from common.aggregation import WeightedMean
-from common.cli import checked, non_negative_float
+from common.cli import RARE, UsageError, checked, half_open_fraction, positive_int
 from common.participation import per_round
 from common.processes import run_federated
 from common.runlog import start_run
 from vit_sparse_fl import flags
-from vit_sparse_fl.calibration import make_mask, overlap_table
-from vit_sparse_fl.experiments import repeated, run_each, sparse_settings
-from vit_sparse_fl.mask_files import sparsity_of
-from vit_sparse_fl.mask_flags import add_mask_flags, check_flags
-from vit_sparse_fl.masks import check_sparsity, facts_of, index_bytes
-from vit_sparse_fl.study import client_update, finish, load_study, probes
+from vit_sparse_fl.experiments import federated_settings, repeated, run_each, variant
+from vit_sparse_fl.masks import STRATEGIES, facts_of, index_bytes
+from vit_sparse_fl.run_mask import make_mask, sparsity_of
+from vit_sparse_fl.study import Study, client_update, finish, probes
 
 
 def build_parser():
-    parser, own = flags.make_parser(__doc__.split("\n")[0], sparse=True)
-    flags.add_sparsity_flag(own)
-    add_mask_flags(own)
+    parser = flags.make_parser(__doc__.split("\n")[0], sparse=True)
+    own, rare, number = parser.group("the method"), parser.group(RARE), flags.number
+    own.add_argument("--mask-strategy", choices=STRATEGIES, default="least_sensitive", help="which weights it keeps")
+    number(own, "--calibration-rounds", positive_int, None, "R", "calibration rounds (default: 4; seed: 5)")
+    where = "server: on its validation images; clients: the mean of scores that clients send"
+    own.add_argument("--calibrate-on", choices=["server", "clients"], default="server", help=where)
+    own.add_argument("--mask", metavar="FILE", help="use this mask.safetensors of another run")
     own.add_argument("--compare-strategies", action="store_true", help="a run for each strategy")
     own.add_argument("--sparsity-experiment", action="store_true", help="a run for each of --sparsity-values")
+    number(rare, "--fisher-samples", positive_int, 512, "N", "images a calibration round")
+    scope = "one threshold for all; one a tensor"
+    rare.add_argument("--mask-scope", choices=["global", "layer"], default="global", help=scope)
+    how = "talos: rounds exclude step by step; seed: the source's mean over rounds"
+    rare.add_argument("--calibration", choices=["talos", "seed"], default="talos", help=how)
     shares = [0.5, 0.7, 0.9, 0.95, 0.99]
-    flags.number(own, "--sparsity-values", non_negative_float, shares, "X", "shares", nargs="+")
-    flags.add_experiment_flags(own)
+    number(rare, "--sparsity-values", half_open_fraction, shares, "X", "shares", nargs="+")
     return parser
 
 
 def train(args):
     with start_run("train_federated_sparse", args, args.run_name, unit="images") as run:
-        study = load_study(args, run, sparse=True)
+        study = Study(args, run, sparse=True)
         theta = run.restore(study.first, study.weights.named, **study.lasting)
         mask = make_mask(study, run, study.first)
         kept = mask.nonzero().view(-1)  # [kept]
-        study.sends(4 * len(kept), joining=study.model_bytes + index_bytes(mask))  # who joins learns what is kept
+        study.up = study.down = 4 * len(kept)
+        study.joining += index_bytes(mask)  # who joins learns what is kept
         run.watch(*probes(study, kept))
         run.report(0, theta, study.evaluate)
 
@@ -61,17 +69,33 @@ def train(args):
         finish(study, theta, **facts_of(study.weights.named(mask)))
 
 
-def main(args):
-    check_flags(args)
+def settings(args):
+    """(name, flags) of every setting that the command line asks for."""
+    asked = [args]
+    if args.compare_strategies:
+        asked = [variant(args, mask_strategy=strategy) for strategy in STRATEGIES]
+    if args.sparsity_experiment:
+        asked = [variant(args, sparsity_ratio=sparsity) for sparsity in args.sparsity_values]
+    return [setting for one in asked for setting in federated_settings(one, mask_name(one))]
+
+
+def mask_name(args):
+    """sparse_STRATEGY_s0.9, with what differs from the default marked."""
     if args.mask:
+        return f"mask_of_{Path(args.mask).resolve().parent.name}_s{args.sparsity_ratio:g}"
+    name = f"sparse_{args.mask_strategy}_s{args.sparsity_ratio:g}"
+    if STRATEGIES[args.mask_strategy].images:
+        name += f"_{args.calibration}{args.calibration_rounds}"
+        name += "_clients" if args.calibrate_on == "clients" else ""
+    return name + (f"_per_{args.mask_scope}" if args.mask_scope != "global" else "")
+
+
+def main(args):
+    if args.mask:
+        if args.compare_strategies or args.sparsity_experiment:
+            raise UsageError(f"--mask {args.mask} decides the weights: drop the sweep")
         args.sparsity_ratio = sparsity_of(args.mask)  # the mask's own
-    else:
-        for sparsity in [args.sparsity_ratio, *(args.sparsity_values if args.sparsity_experiment else [])]:
-            check_sparsity(sparsity)
-    runs = repeated(args, sparse_settings(args))
-    run_each("train_federated_sparse", train, runs)
-    if args.compare_strategies and parallel.is_main():
-        print("\n" + overlap_table(runs))
+    run_each(train, repeated(args, settings(args)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ The plain alternative to a mask at equal bytes up: k is such that values and the
 values that a mask of --sparsity-ratio keeps.
 """
 
+import torch
+
 from common.aggregation import WeightedMean
 from common.cli import checked
 from common.participation import per_round
@@ -16,24 +18,29 @@ from common.processes import run_federated
 from common.runlog import start_run
 from vit_sparse_fl import flags
 from vit_sparse_fl.experiments import federated_settings, repeated, run_each
-from vit_sparse_fl.masks import check_sparsity
-from vit_sparse_fl.study import client_update, finish, load_study, probes
-from vit_sparse_fl.topk import top_k
+from vit_sparse_fl.study import Study, client_update, finish, probes
 
 
 def build_parser():
-    parser, own = flags.make_parser(__doc__.split("\n")[0], sparse=True)
-    flags.add_sparsity_flag(own)
-    flags.add_experiment_flags(own)
-    return parser
+    return flags.make_parser(__doc__.split("\n")[0], sparse=True)
+
+
+def top_k(theta, theta_k, size):
+    """theta [n] with the `size` largest changes of the client, among equal ones the first: what the server gets."""
+    change = (theta_k - theta).abs()
+    edge = change.topk(size).values[-1]
+    sent = ~(change <= edge)  # with a nan among them all: the client is then seen not to be finite
+    ties = (change == edge).nonzero().view(-1)
+    sent[ties[: size - int(sent.sum())]] = True
+    return torch.where(sent, theta_k, theta)
 
 
 def train(args):
     with start_run("train_federated_topk", args, args.run_name, unit="images") as run:
-        study = load_study(args, run, sparse=True)
+        study = Study(args, run, sparse=True)
         theta = run.restore(study.first, study.weights.named, **study.lasting)
         size = max(1, round((1 - args.sparsity_ratio) * study.weights.size) // 2)
-        study.sends(8 * size, down=study.weights.bytes)  # a value and its place are 8 bytes
+        study.up = 8 * size  # a value and its place
         run.watch(*probes(study))
         run.report(0, theta, study.evaluate)
 
@@ -50,9 +57,7 @@ def train(args):
 
 
 def main(args):
-    check_sparsity(args.sparsity_ratio)
-    runs = repeated(args, federated_settings(args, f"topk_s{args.sparsity_ratio:g}"))
-    run_each("train_federated_topk", train, runs)
+    run_each(train, repeated(args, federated_settings(args, f"topk_s{args.sparsity_ratio:g}")))
 
 
 if __name__ == "__main__":
