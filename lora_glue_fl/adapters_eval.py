@@ -8,17 +8,16 @@ from pathlib import Path
 
 from common.checkpoint import write_json
 from common.cli import Parser, UsageError, add_machine_flags, parse, run_main
-from lora_glue_fl.flags import add_evaluation_flags, add_task_flags, model_name, size_label
-from lora_glue_fl.task_model import evaluate_adapter, print_values
+from lora_glue_fl.flags import add_task_flags, model_name, size_label
+from lora_glue_fl.models import evaluate_adapter, print_values
 
 
 def build_parser():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--adapter-path", required=True, metavar="DIR", help="an adapter in peft's format")
     add_task_flags(parser)
-    run = parser.add_argument_group("the evaluation")
-    run.add_argument("--output-dir", default="./out_eval", metavar="DIR", help="where metrics.json goes")
-    add_evaluation_flags(run)
+    text = "where metrics.json goes"
+    parser.group("the run").add_argument("--output-dir", default="./out_eval", metavar="DIR", help=text)
     add_machine_flags(parser)
     return parser
 

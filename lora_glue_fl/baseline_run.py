@@ -14,7 +14,7 @@ from lora_glue_fl.flags import complete_central, make_central_parser, size_label
 
 
 def build_parser():
-    return make_central_parser(__doc__.split("\n")[0], "./out_baseline", 2e-5)[0]
+    return make_central_parser(__doc__.split("\n")[0], "./out_baseline", 2e-5)
 
 
 def main(args):

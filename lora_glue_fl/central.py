@@ -11,12 +11,12 @@ import numpy as np
 from common import parallel
 from common.best import Best, best_line
 from common.cli import RunFailed, UsageError
-from common.local import OptimizerState, local_steps
+from common.local import OptimizerState, client_optimizer, local_steps
 from common.seeding import seed_torch
 from common.vector import Weights
-from lora_glue_fl.data_prep import MAX_GRAD_NORM, adamw, batches, learning_rates, plan_steps
-from lora_glue_fl.shards import load_manifest, subset
-from lora_glue_fl.task_model import TaskModel, print_values
+from lora_glue_fl.data_prep import MAX_GRAD_NORM, batches, learning_rates, plan_steps
+from lora_glue_fl.models import TaskModel, print_values
+from lora_glue_fl.sharding import subset_of
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,7 @@ def load_study(args, run, lora=None):
         raise UsageError("central training is one process: start it without torchrun")
     model = TaskModel(a, lora, train=a.do_train)
     trained = model.adapted.trainable() if lora else dict(model.model.named_parameters())
-    rows = np.empty(0, dtype=np.int64)
-    if a.do_train:
-        rows = load_manifest(a.shard, model.data)["indices"] if a.shard else subset(model.data, a.max_examples, a.seed)
+    rows = subset_of(model.data, a.max_examples, a.seed) if a.do_train else np.empty(0, dtype=np.int64)
     clients = {"examples": len(rows)} if a.do_train else {}
     if lora and a.init_adapter:
         adapted = model.adapted
@@ -59,9 +57,8 @@ def train(study):
     Leaves the last epoch's weights in the model, with --final best those of the best validation metric.
     """
     a, run, model, weights = study.args, study.run, study.model, study.weights
-    optimizer = adamw(a, model.model, weights.parameters)
-    moments = OptimizerState(optimizer, weights.parameters)
-    lasting, best = {"optimizer": moments}, Best()
+    optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate)
+    lasting, best = {"optimizer": OptimizerState(optimizer, weights.parameters)}, Best()
     if a.final == "best":
         lasting["best"] = best
     weights.load(run.restore(weights.snapshot(), weights.named, **lasting))
@@ -75,18 +72,16 @@ def train(study):
     run.report(0, weights.theta, evaluate)
     if not a.do_train:
         return
-    encoded = model.encoded["train"]
-    batch = a.batch_size * a.gradient_accumulation_steps
-    plan = plan_steps(encoded, study.rows, a, a.num_train_epochs)
-    lrs, epoch = learning_rates(a, len(plan)), math.ceil(len(study.rows) / batch)  # steps of an epoch
+    plan = plan_steps(model.encoded["train"], study.rows, a, a.num_train_epochs)
+    lrs, epoch = learning_rates(a, len(plan)), math.ceil(len(study.rows) / a.batch_size)  # steps of an epoch
     for t in run.rounds():
         now = slice(t * epoch, (t + 1) * epoch)
         model.model.train()
         seed_torch(a.seed, "dropout", t)
-        steps = batches(encoded, plan[now], model.device)
+        steps = batches(model.encoded["train"], plan[now], model.device)
         options = {"amp": run.amp, "max_norm": MAX_GRAD_NORM, "lrs": lrs[now]}
         done = local_steps(model.loss, steps, weights, optimizer, **options).loss.item()
-        run.count(examples=sum(len(rows) for step in plan[now] for rows in step))
+        run.count(examples=sum(map(len, plan[now])))
         if not math.isfinite(done):
             hint = f"lower --learning-rate ({a.learning_rate:g}) or --amp off"
             raise RunFailed(f"epoch {t + 1}: the loss is {done}: {hint}")

@@ -1,7 +1,7 @@
-"""A task's examples as tokens and batches: tokenised once, cached, padded per batch; what an optimiser step takes.
+"""A task of GLUE as tokens and batches: its official tsv files, the hub's or generated ones, tokenised once, cached.
 
-tokenizer = load_tokenizer("roberta-base")
-encoded = encode(data, tokenizer, max_length=128)          # of `lora_glue_fl.glue_data.load_task`
+data = load_task("rte", data_root=None)                    # official files, else the hub; dataset="demo": neither
+encoded = encode(data, load_tokenizer("roberta-base"), max_length=128)
 for rows in training_batches(encoded["train"].lengths(), 32, epochs, seed, round, client):
     batch = encoded["train"].batch(rows)                   # input_ids, attention_mask, labels
 """
@@ -15,16 +15,20 @@ import tokenizers
 import torch
 
 from common.batches import padded
-from common.cache import cache_folder, cached, pack_arrays, sha256_of, unpack_arrays
+from common.cache import cache_folder, cached, one_line, pack_arrays, sha256_of, unpack_arrays
 from common.cli import UsageError
 from common.corpora import data_folder
-from common.hub import reading
-from common.local import client_optimizer
+from common.hub import hub_dataset, reading
 from common.schedules import lr_at
 from common.seeding import stream
 from common.text import hub_tokenizer, reading_tokenizer, tokenizer_fingerprint, vocabulary_size
-from lora_glue_fl.demo_glue import demo_tokenizer
+from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
+from lora_glue_fl.flags import DATASETS, refuse
+from lora_glue_fl.glue_tasks import Split, Task, find_task, make_split
 
+HUB_NAME = "nyu-mll/glue"
+_COLA_HEADER = ["source", "label", "star", "sentence"]  # CoLA's train and dev have no header line
+_MOST_SKIPPED = 1e-3  # of a file's rows; QQP's train file has three broken ones
 # Batches that are sorted by length together; half of them where there are few, so that batches mix every epoch
 POOL = 16
 _CACHE_FORMAT = 1  # raise it when the meaning of a cached file changes
@@ -32,7 +36,101 @@ MAX_GRAD_NORM = 1.0  # to which a step's gradients are clipped, as transformers'
 CHUNK = 10_000  # examples tokenised at a time: the library's own form of them is large
 
 
-# ---------------------------------------------------------------------------------------------- tokenizer
+# ---- the examples
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A task's splits. notes: lines for the log; fingerprint: for run.json (SHA-256 and examples of each split)."""
+
+    task: Task
+    splits: dict[str, Split]
+    notes: list[str]
+    fingerprint: dict
+
+
+def load_task(name, dataset="glue", data_root=None, splits=None):
+    """The task `name` ("cola" ... "wnli") as `TaskData`.
+
+    dataset: "glue" (the official tsv files under the data folder, else the hub) or "demo" (generated). splits: which
+    are needed, all by default.
+    Raises UsageError for an unknown task or dataset, and for data that are missing or damaged.
+    """
+    task = find_task(name)
+    splits = splits or task.splits
+    refuse(dataset not in DATASETS, f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
+    if dataset == "demo":
+        generated = demo_task(task.name)
+        there, source, notes = {split: generated[split] for split in splits}, "generated", []
+    else:
+        there, source, notes = _read_task(task, splits, data_root)
+    fingerprint = {
+        "dataset": dataset,
+        "task": task.name,
+        "source": source,
+        "sha256": {split: there[split].sha256() for split in splits},
+        "counts": {split: len(there[split]) for split in splits},
+    }
+    return TaskData(task, there, notes, fingerprint)
+
+
+def _read_task(task, splits, data_root):
+    """({split: Split}, source, notes): the asked splits of an official task.
+
+    From the folder `data_root`/glue/FOLDER where that is there, else the hub or its library's cache.
+    """
+    root, notes = data_folder(data_root), []
+    folder = root / "glue" / task.folder
+    if folder.is_dir():
+        return {split: _read_tsv(task, folder / _file_name(split), notes) for split in splits}, str(folder), notes
+    rows = hub_dataset(
+        (HUB_NAME, task.name),
+        dict.fromkeys(task.splits, (*task.columns, "label")),
+        f"no GLUE task {task.name} under {root}",
+        f"{', '.join(map(_file_name, task.splits))} into {root / 'glue' / task.folder}",
+    )
+
+    def of(split):
+        texts = {column: rows[split][column] for column in task.columns}
+        return make_split(task, texts, rows[split]["label"], {}, lambda i: f"{HUB_NAME} {split} example {i}")
+
+    return {split: of(split) for split in splits}, f"hub, {HUB_NAME} {task.name}", notes
+
+
+def _file_name(split):
+    return split.replace("validation", "dev") + ".tsv"
+
+
+def _read_tsv(task, path, notes):
+    """One file as a `Split`. Quotes are literal; a row that lacks a column that is needed is skipped and noted."""
+    if not path.is_file():
+        raise UsageError(f"{path.parent} lacks {path.name}: put it there, or take another --data-root or task")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # MRPC's files start with a byte-order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path} ({one_line(error)}): get the file again") from error
+    # Only "\n" ends a line: splitlines would also cut at the rarer separators that stand inside sentences.
+    rows = [line.removesuffix("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
+    bare = task.name == "cola" and len(rows[0]) == len(_COLA_HEADER) and rows[0] != _COLA_HEADER
+    header, first = (_COLA_HEADER, 0) if bare else (rows[0], 1)
+    missing = [name for name in task.file_columns.values() if name not in header and name != "genre"]
+    if missing:
+        raise UsageError(f"{path} has no column {' nor '.join(missing)}: it is not the official file of {task.name}")
+    places = {column: header.index(name) for column, name in task.file_columns.items() if name in header}
+    needed = 1 + max(places.values())
+    lines = [i for i in range(first, len(rows)) if len(rows[i]) >= needed]
+    skipped = len(rows) - first - len(lines)
+    if not lines or skipped > max(3, _MOST_SKIPPED * len(rows)):
+        raise UsageError(f"{path}: {skipped} of {len(rows) - first} rows lack columns: get the file again")
+    if skipped:
+        notes.append(f"{path.name}: {skipped} rows without all columns are skipped")
+    columns = {column: [rows[i][place] for i in lines] for column, place in places.items()}
+    texts = {column: columns[column] for column in task.columns}
+    categories = {name: columns[name] for name in columns if name not in (*task.columns, "label")}
+    return make_split(task, texts, columns["label"], categories, lambda i: f"{path} line {lines[i] + 1}")
+
+
+# ---- tokenizer
 
 
 def load_tokenizer(spec, data_root=None):
@@ -41,40 +139,30 @@ def load_tokenizer(spec, data_root=None):
     spec: "demo" (the words of the generated sentences), a name under `data_root`/tokenizers, a folder, or a name on
     the hub (what an earlier download left first). No code from a tokenizer's folder is run.
 
-    Raises UsageError when it is not there, cannot be read, or has no fast version or padding token.
+    Raises UsageError when it is not there, cannot be read, or has no padding token or words.
     """
     if spec == "demo":
         return demo_tokenizer()
     named = data_folder(data_root) / "tokenizers" / spec
-    for path in (named, Path(spec).expanduser()):
-        if path.is_dir():
+    folder = next((path for path in (named, Path(spec).expanduser()) if path.is_dir()), None)
+    with reading_tokenizer(folder or spec):
+        if folder:
             import transformers
 
-            with reading_tokenizer(path):
-                how = {"local_files_only": True, "trust_remote_code": False}
-                return _checked(transformers.AutoTokenizer.from_pretrained(path, **how), spec)
-    with reading_tokenizer(spec):
-        tokenizer = hub_tokenizer(spec)
-    if tokenizer is None:
-        raise UsageError(
-            f"no tokenizer {spec!r}: not a folder, not in {named.parent}, and not from the hub; give a folder with "
-            "tokenizer.json and tokenizer_config.json, or take the tokenizer demo"
-        )
-    return _checked(tokenizer, spec)
-
-
-def _checked(tokenizer, spec):
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UsageError(f"tokenizer {spec!r} has no fast version: give one with a tokenizer.json")
-    if tokenizer.pad_token_id is None:
-        raise UsageError(f"tokenizer {spec!r} has no padding token: give an encoder's, such as roberta-base")
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        # what transformers makes of a folder without the tokenizer's files
-        raise UsageError(f"tokenizer {spec!r} knows no words: give a folder with tokenizer.json, or a name")
+            how = {"local_files_only": True, "trust_remote_code": False}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
+        else:
+            tokenizer = hub_tokenizer(spec)
+    advice = "give a folder with tokenizer.json and tokenizer_config.json, or take the tokenizer demo"
+    missing = f"no tokenizer {spec!r}: not a folder, not in {named.parent}, and not from the hub; {advice}"
+    refuse(tokenizer is None, missing)
+    # without the tokenizer's files transformers makes one that knows no words
+    useless = tokenizer.pad_token_id is None or len(tokenizer) <= len(set(tokenizer.all_special_ids))
+    refuse(useless, f"tokenizer {spec!r} has no padding token or knows no words: give an encoder's folder or name")
     return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------- tokenised
+# ---- tokenised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,22 +199,19 @@ class Encoded:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def encode(data, tokenizer, max_length=128, cache_dir=None):
+def encode(data, tokenizer, max_length=128):
     """{split: `Encoded`} of a `TaskData`. Of a pair the longer sentence is cut first; max_length counts all tokens.
 
     Cached under a key of the texts, the tokenizer (all of it), max_length and the version of the library. A file
     that is damaged is built again, with a warning.
     Raises UsageError for a max_length below 8 or above what the tokenizer's model takes.
     """
-    if not 8 <= max_length <= tokenizer.model_max_length:
-        raise UsageError(
-            f"--max-length {max_length} is outside 8 to {tokenizer.model_max_length}, the most that this tokenizer's "
-            "model takes: choose one in between"
-        )
+    most = tokenizer.model_max_length
+    refuse(not 8 <= max_length <= most, f"--max-length {max_length} is outside 8 to {most}, what the model takes")
     rules = [tokenizer_fingerprint(tokenizer), tokenizer.model_input_names, tokenizer.truncation_side]
     hashes = sorted(data.fingerprint["sha256"].items())
     key = sha256_of(["glue", _CACHE_FORMAT, data.task.name, hashes, rules, max_length, tokenizers.__version__])
-    path = cache_folder(cache_dir) / f"glue-{data.task.name}-{key[:24]}.npz"
+    path = cache_folder() / f"glue-{data.task.name}-{key[:24]}.npz"
 
     def make():
         every = {split: tokenize(examples, tokenizer, max_length) for split, examples in data.splits.items()}
@@ -165,7 +250,12 @@ def tokenize(split, tokenizer, max_length):
     return arrays | ({"types": np.concatenate(types)} if with_types else {})
 
 
-# -------------------------------------------------------------------------------------------- training steps
+# ---- training steps
+
+
+def plan_steps(encoded, rows, args, epochs, t=0, client=0):
+    """Which of the examples `rows` (int64) each optimiser step takes: a list of int64 arrays."""
+    return [rows[i] for i in training_batches(encoded.lengths()[rows], args.batch_size, epochs, args.seed, t, client)]
 
 
 def training_batches(lengths, batch_size, epochs, seed, round=0, client=0):
@@ -193,30 +283,6 @@ def training_batches(lengths, batch_size, epochs, seed, round=0, client=0):
     return batches[:wanted]
 
 
-def plan_steps(encoded, rows, args, epochs, t=0, client=0):
-    """Which examples each optimiser step takes: a list (a step) of lists of row arrays (its micro-batches).
-
-    The last step of an epoch has fewer micro-batches where they do not come out even. rows: int64, those to train on.
-    """
-    cut = training_batches(encoded.lengths()[rows], args.batch_size, epochs, args.seed, t, client)
-    n, per_epoch = args.gradient_accumulation_steps, math.ceil(len(rows) / args.batch_size)
-    parts = [[rows[batch] for batch in cut[i : i + per_epoch]] for i in range(0, len(cut), per_epoch)]
-    return [part[i : i + n] for part in parts for i in range(0, len(part), n)]
-
-
-def adamw(args, model, parameters):
-    """AdamW over {name: parameter} of `model`; as in transformers' Trainer biases and norms do not decay."""
-    spared = ()  # without a decay one group
-    if args.weight_decay:
-        from transformers.trainer_pt_utils import get_parameter_names
-
-        named = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-        decayed = {id(model.get_parameter(name)) for name in get_parameter_names(model, [torch.nn.LayerNorm], named)}
-        spared = [name for name, p in parameters.items() if id(p) not in decayed]
-    decay = {"weight_decay": args.weight_decay, "not_decayed": spared}
-    return client_optimizer("adamw", parameters, args.learning_rate, **decay)
-
-
 def learning_rates(args, total):
     """The rate of each of `total` steps, as transformers' schedules: a warm-up from 0, then constant or linear to 0."""
     schedule = {"kind": args.lr_scheduler, "warmup": math.ceil(args.warmup_ratio * total), "from_zero": True}
@@ -224,7 +290,6 @@ def learning_rates(args, total):
 
 
 def batches(encoded, steps, device):
-    """For each of `steps` (`plan_steps`) the micro-batches [(examples, (batch,))] that `local_steps` takes."""
-    for step in steps:
-        parts = [(len(rows), encoded.batch(rows)) for rows in step]
-        yield [(n, ({name: t.to(device, non_blocking=True) for name, t in batch.items()},)) for n, batch in parts]
+    """For each of `steps`, arrays of rows, the batch (in a tuple) that `common.local.local_steps` takes."""
+    for rows in steps:
+        yield ({name: t.to(device, non_blocking=True) for name, t in encoded.batch(rows).items()},)

@@ -28,20 +28,10 @@ _SHOWS = "film story plot cast script ending scene movie".split()
 _FAR = "ocean rocket violin desert tiger thunder pepper glacier lantern comet".split()
 _NUMBERS = "1812 1875 1903 1948 twelve thirty forty".split()
 _VAGUE = "generally perhaps reportedly sometimes widely hardly mostly".split()
-_GENRES = {  # mnli's own; the mismatched half of its validation has genres that are not in train
-    "fiction": "once",
-    "government": "officially",
-    "slate": "arguably",
-    "telephone": "yeah",
-    "travel": "nearby",
-    "facetoface": "well",
-    "letters": "dear",
-    "nineeleven": "that morning",
-    "oup": "historically",
-    "verbatim": "etymologically",
-}
-
-
+_GENRES = {"fiction": "once", "government": "officially", "slate": "arguably", "telephone": "yeah", "travel": "nearby"}
+# mnli's own; the mismatched half of its validation has genres that are not in train
+_OTHERS = {"facetoface": "well", "letters": "dear", "nineeleven": "that morning"}
+_OTHERS |= {"oup": "historically", "verbatim": "etymologically"}
 _FREQUENCIES = {"cola": (0.3, 0.7), "mrpc": (0.33, 0.67), "qqp": (0.63, 0.37)}  # of the classes, where uneven
 
 
@@ -55,9 +45,7 @@ def demo_task(name):
         kinds = generator.choice(6 if task.regression else len(task.labels), size=n, p=_FREQUENCIES.get(name))
         genres = [None] * n
         if "genre" in task.file_columns:
-            genres = generator.choice(
-                list(_GENRES)[5:] if "mismatched" in split else list(_GENRES)[:5], size=n
-            ).tolist()
+            genres = generator.choice(list(_OTHERS if "mismatched" in split else _GENRES), size=n).tolist()
         examples = [_WRITERS[name](_Picker(generator), kind, genre) for kind, genre in zip(kinds, genres, strict=True)]
         texts = {column: [example[i] for example in examples] for i, column in enumerate(task.columns)}
         splits[split] = Split(texts, _noisy(kinds, task, generator), {"genre": genres} if genres[0] else {})
@@ -122,13 +110,13 @@ def _stsb(w, score, genre):
     far = w(range(5), 5)[score:]  # these of the five words are replaced
     near = [w(_PEOPLE), w(_DID), w(_THINGS), w(_PLACES), w(_DAYS)]
     words = [w(_FAR) if i in far else word for i, word in enumerate(near)]
-    sentence = _GENRES[genre] + " the {} {} the {} at the {} on {} ."
+    sentence = (_GENRES | _OTHERS)[genre] + " the {} {} the {} at the {} on {} ."
     return sentence.format(*near), sentence.format(*words)
 
 
 def _mnli(w, label, genre):
     who, did, what, where = w(_PEOPLE), w(_DID), w(_THINGS), w(_PLACES)
-    premise = f"{_GENRES[genre]} , the {who} {did} the {what} at the {where} ."
+    premise = f"{(_GENRES | _OTHERS)[genre]} , the {who} {did} the {what} at the {where} ."
     hypothesis = (
         f"someone {did} something at the {where} .",
         f"the {who} {did} the {what} because it was {w(_GOOD + _BAD)} .",

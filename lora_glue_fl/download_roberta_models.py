@@ -17,33 +17,28 @@ MODELS = ("roberta-base", "roberta-large")
 
 def main(args):
     home = Path(args.hf_home).expanduser().absolute() if args.hf_home else None
-    if home and not home.is_dir() and home.exists():
+    if home and home.is_file():
         raise UsageError(f"--hf-home {home} is a file: give a folder")
     online = hub_reachable()
     try:
         for model in dict.fromkeys(args.models):
             folder = download(model, args.revision, home and home / "hub", online)
             print(f"{model}: {folder}", flush=True)
-            # After the first model, so that a command that finds nothing changes nothing
-            remember_home(home)
+            remember_home(home)  # here, so that a command that finds nothing changes nothing
     except KeyboardInterrupt as error:
         error.add_note("run the same command again to go on")
         raise
     if home and winning_variable():
         print(f"{winning_variable()} is set and wins over --hf-home: unset it, or give the folders above as --model")
-    if args.revision != "main":
-        print(f"scripts look for revision main: for {args.revision} give the folders above as --model")
 
 
 def build_parser():
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument(
-        "--hf-home", metavar="DIR", help="where the models go, for the other scripts too (default: the library's cache)"
-    )
+    text = "where the models go, for the other scripts too (default: the library's cache)"
+    parser.add_argument("--hf-home", metavar="DIR", help=text)
     parser.add_argument("--revision", default="main", metavar="NAME", help="branch, tag or commit")
-    parser.add_argument(
-        "--models", nargs="+", default=list(MODELS), metavar="NAME", help="names on the hub (default: both RoBERTas)"
-    )
+    text = "names on the hub (default: both RoBERTas)"
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help=text)
     return parser
 
 

@@ -8,28 +8,26 @@ from round to round), `head` [h], all of the head's parameters in one vector, an
 """
 
 import math
-import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from common import parallel
-from common.cli import UsageError
+from common.best import Best, best_line
 from common.hub import weight_bytes
-from common.local import local_steps
+from common.local import client_optimizer, local_steps
 from common.lowrank import MIXED_RANKS, AdapterMean, Served, trained_factors
 from common.parallel import Follower
 from common.participation import check_participation, per_round
 from common.products import scaling
 from common.seeding import seed_torch
 from common.vector import Weights
-from lora_glue_fl.data_prep import MAX_GRAD_NORM, adamw, batches, learning_rates, plan_steps
-from lora_glue_fl.models import named_head
-from lora_glue_fl.round_folders import RoundFolders, fuse_manifest, size_on_disk
-from lora_glue_fl.shards import client_files, load_held_out, load_shards
-from lora_glue_fl.task_model import TaskModel, print_values, resized
+from lora_glue_fl.data_prep import MAX_GRAD_NORM, batches, learning_rates, plan_steps
+from lora_glue_fl.flags import refuse
+from lora_glue_fl.models import TaskModel, named_views, print_values, resized
+from lora_glue_fl.round_folders import RoundFolders
+from lora_glue_fl.sharding import client_files, load_held_out, load_shards
 
 CHANGES_BASE = ("stack", "residual")
 
@@ -41,8 +39,8 @@ class Study:
     model: task, tokens and encoder with its adapter; rows: each client's examples, int64 [n_k] of the training split;
     held_out: examples of it that no client has, int64 [n], or None; ranks: each client's; scale: s of every client's
     adapter; served_as: what the rule serves where it chooses, and the server's learning rate, keywords of
-    `common.lowrank.AdapterMean`; theta: before the first round; folders: of the rounds;
-    served: the last round's `common.lowrank.Served`.
+    `common.lowrank.AdapterMean`; theta: before the first round; folders: of the rounds; best: the best round's theta as
+    one vector, for --final best; served: the last round's `common.lowrank.Served`.
     """
 
     args: object
@@ -55,6 +53,7 @@ class Study:
     served_as: dict
     theta: dict
     folders: RoundFolders
+    best: Best
     served: Served | None = None
 
     @property
@@ -67,7 +66,7 @@ class Study:
     @property
     def lasting(self):
         """With theta, all that outlives a round, and what goes along with the rounds."""
-        return {"folders": self.folders, "adapters": Adapters(self)}
+        return {"adapters": Adapters(self)} | ({"best": self.best} if self.args.final == "best" else {})
 
     def bytes_of(self, t):
         """(up, down): what a client sends and receives in round t."""
@@ -77,16 +76,20 @@ class Study:
         """The rule's mean of a round."""
         t, a = clients.number, self.args
         pairs, scale = factors(theta), self.served_scale(t)
-        served_as = {"head": theta["head"], "client_scale": self.scale, **self.served_as}
-        return AdapterMean(a.aggregate, pairs, scale, clients, t, a.seed, **served_as)
-
-    def evaluate(self, theta, t, row):
-        """What is logged of theta after t rounds; what is served is written too."""
-        return publish(self, theta, t, row) if t else evaluate(self, theta, t)
+        return AdapterMean(a.aggregate, pairs, scale, clients, t, a.seed, head=theta["head"], **self.served_as)
 
     def evaluates(self, t):
         """Whether what is served after t rounds is evaluated."""
         return t in (0, self.args.rounds) or self.args.eval_each_round
+
+    def evaluate(self, theta, t, row):
+        """{field: value} that is logged after t rounds; what is served is written too."""
+        metrics = {}
+        if self.evaluates(t):
+            load(self, theta, t)
+            held_out = {} if self.held_out is None else self.model.held_out(self.held_out)
+            metrics = self.model.evaluate() | held_out
+        return metrics | publish(self, theta, t, metrics) if t else metrics
 
     def served_scale(self, t):
         """s of theta's adapter before round t: the clients', from the second on that of what svd serves."""
@@ -99,7 +102,7 @@ class Study:
 
     def named_head(self, vector):
         """{name: view} of a head's vector [h]."""
-        return named_head(vector, self.model.adapted.head)
+        return named_views(vector, self.model.adapted.head)
 
 
 def load_study(args, run):
@@ -108,10 +111,9 @@ def load_study(args, run):
     model = TaskModel(a, (a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules))
     shards = load_shards(a.shard_dir, model.data)
     check_participation(a.participation, len(shards))
-    ranks = client_ranks(a, len(shards))
-    check_ranks(a, ranks, model.adapted)
-    scale, least = scaling(a.lora_alpha, a.lora_r), min(a.lora_r, *ranks)
-    start = a.init_adapter and model.start(a.init_adapter, a.lora_r, scale, least)
+    ranks = client_ranks(a, len(shards), model.adapted)
+    scale = scaling(a.lora_alpha, a.lora_r)
+    start = a.init_adapter and model.start(a.init_adapter, a.lora_r, scale, min(a.lora_r, *ranks))
     served_as = {"rank": a.lora_r, "server_lr": a.server_lr}
     if a.aggregate == "svd":
         served_as |= {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
@@ -127,12 +129,11 @@ def load_study(args, run):
         served_as=served_as,
         theta=first_theta(a, model, start),
         folders=RoundFolders(run.folder, a.keep, fused, model.about(run.folder)),
+        best=Best(),
     )
     first, n = shards[0], sorted(study.examples)
     data = model.facts() | {"clients": len(n), "client_examples": sum(n)}
-    data |= {key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key")}
-    if first.get("sizes") == "equal":
-        data["sizes"] = "equal"
+    data |= {key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key", "sizes")}
     if study.held_out is not None:
         data["held_out"] = len(study.held_out)
     clients = {"examples": study.examples, "ranks": ranks, "shard_seed": first.get("seed")}
@@ -141,64 +142,46 @@ def load_study(args, run):
     run.begin(data, model.sizes(model.adapted.trainable()), clients=clients)
     run.plan(a.rounds, clients=len(n))
     notes = [f"{len(n)} clients, examples a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})", *model.notes]
-    if a.aggregate == "svd" and a.svd_rank > min(ranks):
-        notes.append(f"clients of rank {min(ranks)} get the leading directions of what is served at {a.svd_rank}")
-    for line in (*notes, size_on_disk(study)):
+    for line in notes:
         run.note(line)
     if parallel.is_main():
         model.save_base(run.folder)
     return study
 
 
-def client_ranks(args, clients):
-    """--client-ranks, in turn, of so many clients."""
-    given = args.client_ranks or [args.lora_r]
-    if len(given) > clients:
-        raise UsageError(f"{len(given)} --client-ranks for {clients} clients: give one a client, or fewer")
-    return [given[k % len(given)] for k in range(clients)]
-
-
-def check_ranks(args, ranks, adapted):
-    """Raises UsageError for ranks that a layer or the rule does not take."""
-    a = args
+def client_ranks(args, clients, adapted):
+    """--client-ranks, in turn, of so many clients. Raises UsageError for ranks that do not fit."""
+    a, given = args, args.client_ranks or [args.lora_r]
+    refuse(len(given) > clients, f"{len(given)} --client-ranks for {clients} clients: give one a client, or fewer")
+    ranks = [given[k % len(given)] for k in range(clients)]
     most = min(min(B.shape[0], A.shape[1]) for A, B in adapted.factors().values())
-    highest = max([*ranks, a.svd_rank] if a.aggregate == "svd" else ranks)
-    if highest > most:
-        raise UsageError(
-            f"rank {highest} is above {most}, the smaller side of an adapted layer: lower --lora-r, --client-ranks or "
-            "--svd-rank"
-        )
-    if a.aggregate not in MIXED_RANKS and set(ranks) != {a.lora_r}:
-        raise UsageError(
-            f"--client-ranks {' '.join(map(str, a.client_ranks))}: rule {a.aggregate} needs rank {a.lora_r} of all "
-            f"clients: take --aggregate {' or '.join(MIXED_RANKS)}"
-        )
-    if a.aggregate == "svd" and a.svd_rank > sum(ranks):
-        raise UsageError(
-            f"--svd-rank {a.svd_rank} is above {sum(ranks)}, the rank of the mean of {len(ranks)} clients of rank "
-            f"{min(ranks)} to {max(ranks)}: lower it"
-        )
+    served = a.svd_rank if a.aggregate == "svd" else 0
+    highest, together = max(*ranks, served), sum(ranks)
+    refuse(highest > most, f"rank {highest} is above {most}, the smaller side of an adapted layer: lower it")
+    odd = a.aggregate not in MIXED_RANKS and set(ranks) != {a.lora_r}
+    advice = f"take --aggregate {' or '.join(MIXED_RANKS)}"
+    refuse(odd, f"--client-ranks: rule {a.aggregate} needs --lora-r {a.lora_r} of all clients: {advice}")
+    refuse(served > together, f"--svd-rank {served} is above {together}, all clients' ranks together: lower it")
+    return ranks
 
 
 def first_theta(args, model, start):
     """theta before the first round: peft's adapter (A random, B zero), or what `TaskModel.start` returned."""
-    a, adapted = args, model.adapted
-    pairs = {name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in adapted.factors().items()}
-    pairs, head, _ = start or (pairs, adapted.head, None)
-    theta = named_factors(pairs) | {"head": torch.cat([head[name].detach().reshape(-1) for name in adapted.head])}
-    if a.aggregate in CHANGES_BASE:
-        theta |= {f"base.{name}": w.detach().clone() for name, w in adapted.base_weights().items()}
-    return {name: t.to(model.device) for name, t in theta.items()}
+    adapted = model.adapted
+    pairs, head, _ = start or (adapted.factors(), adapted.head, None)
+    theta = named_factors(pairs) | {"head": torch.cat([head[name].reshape(-1) for name in adapted.head])}
+    if args.aggregate in CHANGES_BASE:
+        theta |= {f"base.{name}": w for name, w in adapted.base_weights().items()}
+    return {name: t.detach().to(model.device, copy=True) for name, t in theta.items()}
 
 
 def footprint(args):
     """(clients that take part in a round, bytes that a process takes at a guess) of the flags."""
-    folder, model = Path(args.shard_dir), args.model or args.model_size or "base"
-    clients = len(client_files(folder)) if os.path.isdir(folder) else 1
-    size, width = {"large": (1.5e9, 24 * 1024), "tiny": (0, 2 * 64)}.get(model, (5e8, 12 * 768))  # layers x hidden
-    size = weight_bytes(model) or size
+    name = args.model or args.model_size or "base"
+    clients = max(1, len(client_files(args.shard_dir)))
+    size, width = {"large": (1.5e9, 24 * 1024), "tiny": (0, 2 * 64)}.get(name, (5e8, 12 * 768))  # layers x hidden
     activations = 70 * width * args.batch_size * args.max_length
-    return per_round(args.participation, max(1, clients)), int(6e8 + 2 * size + activations)
+    return per_round(args.participation, clients), int(6e8 + 2 * (weight_bytes(name) or size) + activations)
 
 
 # ---- theta
@@ -245,8 +228,8 @@ def client_update(study, theta, k, t):
     seed_torch(a.seed, "dropout", t, k)
     train = model.encoded["train"]
     plan = plan_steps(train, study.rows[k], a, a.local_epochs, t, k)
-    options = {"amp": run.amp, "mu": a.mu, "max_norm": MAX_GRAD_NORM, "lrs": learning_rates(a, len(plan))}
-    optimizer = adamw(a, model.model, weights.parameters)
+    options = {"amp": run.amp, "max_norm": MAX_GRAD_NORM, "lrs": learning_rates(a, len(plan))}
+    optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate)
     done = local_steps(model.loss, batches(train, plan, model.device), weights, optimizer, **options)
     run.clients.work(math.ceil(len(study.rows[k]) * a.local_epochs))
     run.clients.note(k, train_loss=done.loss)
@@ -316,37 +299,25 @@ def _sizes(study):
     return [(B.shape[0], A.shape[1]) for A, B in study.model.adapted.factors().values()]
 
 
-# ---- evaluation and folders
+# ---- what is served
 
 
-def evaluate(study, theta, t):
-    """{field: value} of what is served after t rounds; {} where it is not asked for."""
-    if not study.evaluates(t):
-        return {}
-    load(study, theta, t)
-    return study.model.evaluate() | ({} if study.held_out is None else study.model.held_out(study.held_out))
-
-
-def publish(study, theta, t, row):
-    """Evaluates what is served after t rounds where asked, and writes the server's folder. Returns what is logged."""
-    metrics, served = evaluate(study, theta, t), study.served
-    if metrics:
-        study.folders.offer(t - 1, metrics[study.model.headline], theta if study.args.final == "best" else {})
-    fields = {"aggregation_error": served.error, "delta_norm": served.norm}
-    if study.args.aggregate == "svd":
-        fields |= {"discarded_energy": served.discarded, "missing_directions": served.missing}
-    adapter = study.adapter(theta, t)
-    manifest = fuse_manifest(study, row, adapter[-1], metrics, t)
-    study.folders.server(t - 1, (*adapter, base_of(theta)), manifest)
-    return metrics | fields
+def publish(study, theta, t, metrics):
+    """Writes what is served after t rounds. Returns what is logged of it. metrics: of it, {} where not evaluated."""
+    served = study.served
+    if metrics and study.args.final == "best":  # it keeps the lowest
+        study.best.offer(t, -metrics[study.model.headline], torch.cat([x.reshape(-1) for x in theta.values()]))
+    study.folders.server(t - 1, *study.adapter(theta, t), base_of(theta))
+    discarded = {"discarded_energy": served.discarded} if study.args.aggregate == "svd" else {}
+    return {"aggregation_error": served.error, "delta_norm": served.norm} | discarded
 
 
 def finish(study, theta):
     """final/ and the results: an adapter, or for stack and residual the merged model. theta: after the last round."""
     run, model, folders, rounds = study.run, study.model, study.folders, study.args.rounds
     if study.args.final == "best":
-        theta, rounds = folders.theta, folders.best + 1
-        run.note(f"final/ holds the best round's, {rounds}: {model.headline} {folders.value:.4g}")
+        theta, rounds = named_views(study.best.theta, theta), study.best.round
+        run.note(f"final/ holds the best round's, {rounds}: {model.headline} {-study.best.loss:.4g}")
 
     def write(folder):
         if study.args.aggregate in CHANGES_BASE:
@@ -359,7 +330,8 @@ def finish(study, theta):
     run.write_final(write)
     folders.prune(study.args.rounds - 1)
     if parallel.is_main():
-        line = run.metrics()[-1]
-        results = print_values(line) | {"best_round": folders.best + 1, f"best_{model.headline}": folders.value}
+        line, evaluated = run.metrics()[-1], [row for row in run.metrics() if model.headline in row]
+        best = best_line(evaluated, model.headline, highest=True)
+        results = print_values(line) | {"best_round": best["round"], f"best_{model.headline}": best[model.headline]}
         results |= {name: line[name] for name in ("aggregation_error", "bytes_up", "bytes_down", "examples", "seconds")}
         run.finish(results | {"rounds": line["round"], "final_round": rounds})

@@ -6,82 +6,59 @@
 
     svd      Delta = sum_k p_k s_k B_k A_k, truncated to rank --svd_rank     (ranks and alphas may differ)
     naive    A = sum_k p_k A_k,  B = sum_k p_k B_k                            (--skip_svd; not the mean of products)
-    rotate   the same of R_k^T A_k and B_k R_k, R_k a rotation that takes A_k nearest to the first adapter's A
 
 p_k: from --weights, the clients' numbers of examples (--shard_manifests), or equal. The heads are averaged too. Writes
 a peft adapter with fuse_manifest.json beside it; prints each rule's ||served - Delta|| / ||Delta||, then the folder.
 """
 
-import argparse
-import tempfile
+import math
 from pathlib import Path
 
 import torch
 
-from common.adapter_files import write_adapter
-from common.aggregation import WeightedMean
-from common.cli import Parser, add_machine_flags, parse, positive_float, positive_int, run_main
-from common.evaluation import pick_device
+from common.adapter_files import refuse_other_files, write_adapter
+from common.cli import Parser, UsageError, parse, positive_float, positive_int, run_main, seed_number
 from common.lowrank import AdapterMean
 from common.parallel import Round
-from lora_glue_fl.flags import add_evaluation_flags, add_split_flag, add_task_flags, refuse
+from lora_glue_fl.flags import SIZES, add_data_flags, add_model_flags, refuse
 from lora_glue_fl.glue_tasks import find_task
-from lora_glue_fl.merging import base_model, check_alike, check_place, check_ranks, client_weights, error_lines
-from lora_glue_fl.models import named_head
-from lora_glue_fl.round_folders import read_served
-from lora_glue_fl.task_model import evaluate_adapter
-
-RULES = ("svd", "naive", "rotate")
+from lora_glue_fl.models import named_views, read_served
+from lora_glue_fl.sharding import load_manifest
 
 
 def build_parser():
     parser = Parser(__doc__.split("\n")[0])
-    own = parser.add_argument_group("the merge")
-    own.add_argument("--adapters", nargs="+", required=True, metavar="DIR", help="the clients' adapter folders")
-    own.add_argument("--weights", nargs="+", type=float, metavar="X", help="of the adapters (default: equal)")
-    own.add_argument(
-        "--shard-manifests", nargs="+", metavar="FILE", help="client_1.json ...: weights are numbers of examples"
-    )
-    own.add_argument("--aggregate", choices=RULES, default="svd", help="the rule")
-    own.add_argument("--skip-svd", action="store_true", help="the same as --aggregate naive")
-    own.add_argument("--svd-rank", type=positive_int, required=True, metavar="R", help="rank of the result")
-    own.add_argument("--alpha", type=positive_float, metavar="X", help="alpha of the result (default: --svd-rank)")
-    add_split_flag(own)
-    own.add_argument("--save-adapter", required=True, metavar="DIR", help="folder of the result")
-    own.add_argument("--overwrite", action="store_true", help="replace an adapter in that folder")
-    own.add_argument("--eval", action="store_true", help="the task's metrics of the result on its validation split")
-    add_task_flags(parser, task_required=False)
-    run = parser.group("the run")
-    run.add_argument(
-        "--task-name", default="glue", metavar="TASK", help="a GLUE task, checked against the manifests; glue: any"
-    )
-    add_evaluation_flags(run)
-    add_machine_flags(parser)
+    add = parser.group("the merge").add_argument
+    add("--adapters", nargs="+", required=True, metavar="DIR", help="the clients' adapter folders")
+    add("--weights", nargs="+", type=float, metavar="X", help="of the adapters (default: equal)")
+    text = "client_1.json ...: weights are numbers of examples"
+    add("--shard-manifests", nargs="+", metavar="FILE", help=text)
+    add("--aggregate", choices=["svd", "naive"], default="svd", help="the rule")
+    add("--skip-svd", action="store_true", help="the same as --aggregate naive")
+    add("--svd-rank", type=positive_int, required=True, metavar="R", help="rank of the result")
+    add("--alpha", type=positive_float, metavar="X", help="alpha of the result (default: --svd-rank)")
+    add("--save-adapter", required=True, metavar="DIR", help="folder of the result")
+    text = "a GLUE task, checked against the manifests; glue: any"
+    add("--task-name", default="glue", metavar="TASK", help=text)
+    add("--seed", type=seed_number, default=42, metavar="N", help="of directions that a mean of lower rank lacks")
+    add_model_flags(parser)
+    add_data_flags(parser)
     return parser
 
 
 def main(args):
     rule = "naive" if args.skip_svd else args.aggregate
     task = None if args.task_name == "glue" else find_task(args.task_name).name
-    refuse(args.eval and task is None, "--eval needs the task: give --task-name, such as sst2")
-    pick_device(args.device)  # one that is not there is refused without --eval too
     place, weights = check_place(args), client_weights(args, task)
     adapters = [read_served(path) for path in args.adapters]
     check_alike(adapters)
     first, base = adapters[0], base_model(args, adapters)
-    refuse(args.eval and base is None, "--eval needs the base model, which the adapters do not name: give --model")
-    without = f"{first.path} has no head to evaluate with: train it with modules_to_save, or drop --eval"
-    refuse(args.eval and not first.head, without)
     alpha = check_ranks(args, adapters, rule)
 
-    alike = len({(a.r, a.scale) for a in adapters}) == 1
-    by_svd = {"rank": args.svd_rank, "new_scale": alpha / args.svd_rank, "split": args.svd_split}
-    served = {"svd": average("svd", adapters, weights, seed=args.seed, **by_svd)}
-    if alike:
-        served["naive"] = average("naive", adapters, weights, rank=first.r)
-        served["rotate"] = average("rotate", adapters, weights, rank=first.r)
-    lines = error_lines(adapters, served)
-    head = mean_head(adapters, weights)
+    served = {"svd": average("svd", adapters, weights, args.seed, rank=args.svd_rank, new_scale=alpha / args.svd_rank)}
+    if len({(a.r, a.scale) for a in adapters}) == 1:
+        served["naive"] = average("naive", adapters, weights)
+    head = named_views(served[rule].head, first.head) if first.head else {}
     about = {"target_modules": first.target_modules, "base_model": base, "fan_in_fan_out": first.fan_in_fan_out}
     about["head_pooling"] = first.head_pooling
     about["modules_to_save"] = sorted({name for a in adapters for name in a.modules_to_save}) if head else []
@@ -99,44 +76,112 @@ def main(args):
         "sha256": [adapter.sha256 for adapter in adapters],
         "relative_error": served[rule].error,
         "discarded": served[rule].discarded,
-        "svd_split": args.svd_split if rule == "svd" else None,
         "seed": args.seed,
     }
-
-    def write(folder):
-        more = {"fuse_manifest.json": manifest}
-        write_adapter(folder, served[rule].factors, head, alpha=alpha, base=first.base, more=more, **about)
-
-    if args.eval:
-        # Before anything is written where the user asked for it: evaluation finds bad input too
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "adapter"
-            write(folder)
-            manifest["eval"] = evaluate_adapter(folder, argparse.Namespace(**{**vars(args), "model": base}))
-        lines += [f"{name}: {value:.6g}" for name, value in manifest["eval"].items()]
-    write(place)
-    print("\n".join([*lines, str(place)]))
+    more = {"fuse_manifest.json": manifest}
+    write_adapter(place, served[rule].factors, head, alpha=alpha, base=first.base, more=more, **about)
+    for name, each in served.items():
+        print(f"{name}: relative error {each.error:.4g}")
+    print(place)
 
 
-def average(rule, adapters, weights, **served_as):
-    """What the rule serves, a `common.lowrank.Served`."""
-    clients = Round(range(len(adapters)), weights)
-    mean = AdapterMean(rule, adapters[0].factors, adapters[0].scale, clients, **served_as)
+def average(rule, adapters, weights, seed=0, **served_as):
+    """What the rule serves, a `common.lowrank.Served`; its head is None where the adapters have none."""
+    first, clients = adapters[0], Round(range(len(adapters)), weights)
+    heads = [torch.cat([a.head[name].reshape(-1) for name in first.head]) if first.head else None for a in adapters]
+    mean = AdapterMean(rule, first.factors, first.scale, clients, seed=seed, head=heads[0], **served_as)
     for k in clients:
-        mean.add(adapters[k].factors, scale=adapters[k].scale)
+        mean.add(adapters[k].factors, heads[k], adapters[k].scale)
     return mean.result()
 
 
-def mean_head(adapters, weights):
-    """{name: sum_k p_k head_k}; {} where the adapters have no head."""
-    first = adapters[0].head
-    if not first:
-        return {}
-    vectors = [torch.cat([adapter.head[name].reshape(-1) for name in first]) for adapter in adapters]
-    mean = WeightedMean(vectors[0], clients := Round(range(len(adapters)), weights))
-    for k in clients:
-        mean.add(vectors[k])
-    return named_head(mean.result(), first)
+# ---- what is refused, and what follows from the flags
+
+
+def check_place(args):
+    """Where the result goes, a `Path`. Raises UsageError for a folder with other files or of one of the adapters."""
+    place = Path(args.save_adapter).expanduser()
+    refuse_other_files(place)
+    read = [Path(path).expanduser().resolve() / part for path in args.adapters for part in ("", "final", "adapter")]
+    refuse(place.resolve() in read, f"--save-adapter {place} is one of --adapters: choose another folder")
+    return place
+
+
+def client_weights(args, task):
+    """p_k, a list of numbers with sum 1. Raises UsageError for weights or manifests that do not fit."""
+    k, weights, files = len(args.adapters), args.weights, args.shard_manifests
+    refuse(weights and files, "--weights and --shard-manifests are both given: give one of them")
+    if files:
+        manifests = [load_manifest(path, task_name=task) for path in files]
+        odd = len({(m["task"], m.get("fingerprint")) for m in manifests if m.get("fingerprint")}) > 1
+        refuse(odd, "--shard-manifests are of other tasks or data: give shards of one data set")
+        weights = [float(len(manifest["indices"])) for manifest in manifests]
+    weights = weights or [1.0] * k
+    flag = "--shard-manifests" if files else "--weights"
+    refuse(len(weights) != k, f"{len(weights)} {flag} for {k} --adapters: give one for each")
+    total, shown = sum(weights), " ".join(f"{w:g}" for w in weights)
+    wrong = not all(w >= 0 and math.isfinite(w) for w in weights) or not 0 < total < math.inf
+    refuse(wrong, f"--weights {shown}: give finite numbers of at least 0 with a sum above 0")
+    return [w / total for w in weights]
+
+
+def check_alike(adapters):
+    """Raises UsageError, with the two folders' names, for adapters that cannot be averaged."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        there, here = facts(other), facts(first)
+        odd = [what for what in here if there[what] != here[what]]
+        if odd:
+            shown = f"{odd[0]} ({str(there[odd[0]])[:200]}; {str(here[odd[0]])[:200]})"
+            raise UsageError(f"{other.path} and {first.path} differ in their {shown}: merge adapters that agree in it")
+        changed = any(not torch.equal(weight, first.base[layer]) for layer, weight in other.base.items())
+        pair = f"{other.path} and {first.path} belong to other base weights"
+        refuse(changed, f"{pair}, those of other rounds or runs: merge clients of one round")
+
+
+def facts(adapter):
+    """{what: value} of what adapters that are averaged must agree in."""
+    return {
+        "base model": (_normal(adapter.base_model), adapter.config.get("revision")),
+        "targets": sorted(adapter.factors),
+        "pooling of the head": adapter.head_pooling,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "layers' sizes": {layer: (len(B), A.shape[1]) for layer, (A, B) in adapter.factors.items()},
+        "changed base weights": sorted(adapter.base),
+        "head": {name: tuple(t.shape) for name, t in adapter.head.items()},
+    }
+
+
+def _normal(name):
+    """The hub knows roberta-base as FacebookAI/roberta-base too."""
+    return name and name.rstrip("/").removeprefix("FacebookAI/")
+
+
+def base_model(args, adapters):
+    """The base model of the result: --model, else the adapters' own, else by --model-size."""
+    own, wanted = adapters[0].base_model, SIZES.get(args.model_size)
+    wrong = wanted and not args.model and _normal(own) in set(SIZES.values()) - {wanted}
+    refuse(wrong, f"--model-size {args.model_size}, but the adapters are of {own}: give the other size")
+    return args.model or own or wanted
+
+
+def check_ranks(args, adapters, rule):
+    """The result's alpha. Raises UsageError for a rank or an alpha that the rule does not serve."""
+    ranks, scales = {a.r for a in adapters}, {a.scale for a in adapters}
+    rank, together = args.svd_rank, sum(a.r for a in adapters)
+    widest = max(min(len(B), A.shape[1]) for A, B in adapters[0].factors.values())
+    refuse(rank > widest, f"--svd-rank {rank} is above the layers' {widest}: lower it")
+    shown = f"--svd-rank {rank} is above {together}, the rank of {len(adapters)} adapters together"
+    refuse(rank > together, f"{shown}: lower it")
+    if rule == "svd":
+        return rank if args.alpha is None else args.alpha
+    mixed = ranks != {rank} or len(scales) > 1
+    shown = f"the adapters have ranks {sorted(ranks)} and scales {sorted(scales)}"
+    refuse(mixed, f"without SVD {shown}, not one rank --svd-rank {rank} and one scale: take --aggregate svd")
+    alpha = adapters[0].scale * rank
+    other = args.alpha is not None and not math.isclose(args.alpha, alpha, rel_tol=1e-9)
+    refuse(other, f"without SVD alpha stays {alpha:g}, not --alpha {args.alpha}: drop it, or take svd")
+    return alpha
 
 
 if __name__ == "__main__":

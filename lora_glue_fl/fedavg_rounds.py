@@ -10,14 +10,8 @@ Bai et al. 2024), the other rules are in common/lowrank.py. The head is averaged
 
 import argparse
 
-from common.choices import RULES
-from common.cli import (
-    fraction,
-    non_negative_float,
-    parse,
-    positive_float,
-    positive_int,
-)
+from common.choices import RULES, SPLITS
+from common.cli import RARE, fraction, parse, positive_float, positive_int
 from common.processes import run_federated
 from common.runlog import start_run
 from lora_glue_fl import flags
@@ -26,55 +20,36 @@ from lora_glue_fl.replay import Replay
 
 
 def build_parser():
-    parser, own = flags.make_parser(__doc__.split("\n")[0], "./out_fedavg", "--output-root", federated=True)
-
-    own.add_argument("--aggregate", choices=RULES, help="the server's rule, see common/lowrank.py (default: svd)")
-    own.add_argument("--skip-svd", action="store_true", help="the same as --aggregate naive")
-    own.add_argument("--svd-rank", type=positive_int, default=8, metavar="R", help="svd: rank it serves")
-    own.add_argument("--alpha", type=positive_float, metavar="X", help="svd: alpha it serves (default: R)")
-    flags.add_split_flag(own)
-    flags.add_lora_flags(own)
-    own.add_argument(
-        "--client-ranks",
-        type=positive_int,
-        nargs="+",
-        metavar="R",
-        help="svd, stack: rank of each client, repeated in turn (default: --lora-r)",
-    )
-    flags.add_init_flag(own)
-    own.add_argument("--mu", type=non_negative_float, default=0.0, metavar="X", help="FedProx's mu; off: 0")
-    eta = {"default": 1.0, "metavar": "X", "help": "eta of theta + eta (mean - theta) (off: 1, the plain mean)"}
-    own.add_argument("--server-lr", type=positive_float, **eta)
-    federated = parser.add_argument_group("rounds")
-    federated.add_argument("--shard-dir", required=True, metavar="DIR", help="manifests that sharding.py wrote")
-    federated.add_argument("--rounds", "--num-rounds", type=positive_int, default=5, metavar="T", help="rounds")
-    federated.add_argument(
-        *("--participation", "--participation-rate"),
-        type=fraction,
-        default=1.0,
-        metavar="X",
-        help="share of the clients that trains in a round",
-    )
-    federated.add_argument(
-        "--local-epochs", type=positive_float, default=1.0, metavar="X", help="passes over a client's examples a round"
-    )
+    parser = flags.make_parser(__doc__.split("\n")[0], "./out_fedavg", "--output-root", federated=True)
+    add = parser.group("the method").add_argument
+    add("--aggregate", choices=RULES, help="the server's rule, see common/lowrank.py (default: svd)")
+    add("--skip-svd", action="store_true", help="the same as --aggregate naive")
+    add("--svd-rank", type=positive_int, default=8, metavar="R", help="svd: rank it serves")
+    add("--alpha", type=positive_float, metavar="X", help="svd: alpha it serves (default: R)")
+    flags.add_lora_flags(parser)
+    add = parser.group("rounds").add_argument
+    add("--shard-dir", required=True, metavar="DIR", help="manifests that sharding.py wrote")
+    add("--rounds", "--num-rounds", type=positive_int, default=5, metavar="T", help="rounds")
+    text = "share of the clients that trains in a round"
+    add("--participation", "--participation-rate", type=fraction, default=1.0, metavar="X", help=text)
+    text = "passes over a client's examples a round"
+    add("--local-epochs", type=positive_float, default=1.0, metavar="X", help=text)
     flags.add_training_flags(parser, 2e-4)
-    report = parser.add_argument_group("what is kept")
-    report.add_argument("--eval-each-round", action="store_true", help="evaluate every round (else only the last)")
+    add = parser.group("what is measured").add_argument
+    add("--eval-each-round", action="store_true", help="evaluate every round (else only the last)")
+    add("--eval-clients", action="store_true", help="evaluate each client's adapter too")
     text = "evaluate what the other rules would serve of the same clients (off: without)"
-    report.add_argument("--replay", action="store_true", help=text)
-    report.add_argument("--eval-clients", action="store_true", help="evaluate each client's adapter too")
-    report.add_argument(
-        "--keep",
-        nargs="+",
-        choices=["all", "last", "best"],
-        default=["last", "best"],
-        metavar="WHICH",
-        help="folders of rounds that stay: all, last, best (default: last best)",
-    )
-    report.add_argument(
-        "--save-clients", action=argparse.BooleanOptionalAction, default=True, help="write the clients' adapters too"
-    )
+    add("--replay", action="store_true", help=text)
+    add = parser.group(RARE).add_argument
+    text = "svd: B = U S, A = V^T, or (balanced) the root of S in both"
+    add("--svd-split", choices=SPLITS, default="us", help=text)
+    text = "svd, stack: rank of each client, repeated in turn (default: --lora-r)"
+    add("--client-ranks", type=positive_int, nargs="+", metavar="R", help=text)
+    text = "eta of theta + eta (mean - theta) (off: 1, the plain mean)"
+    add("--server-lr", type=positive_float, default=1.0, metavar="X", help=text)
+    add("--keep", choices=["last", "all"], default="last", help="folders of rounds that stay")
+    text = "write the clients' adapters too"
+    add("--save-clients", action=argparse.BooleanOptionalAction, default=True, help=text)
     return parser
 
 
@@ -91,7 +66,7 @@ def main(args):
             mean = study.mean(theta, clients)
             for k in clients:
                 factors_k, head_k = client_update(study, theta, k, t)
-                mean.add(factors_k, head_k)
+                mean.add(factors_k, head_k, study.scale)
             theta = serve(study, theta, mean)
             run.report(t + 1, theta, study.evaluate)
 

@@ -9,18 +9,17 @@ W + s B A with s = alpha / r; A random, B zero, W frozen   (Hu et al. 2022), tra
 from pathlib import Path
 
 from common.adapter_files import write_adapter
-from common.checkpoint import saving
 from common.cli import parse, run_main
 from common.runlog import start_run
 from lora_glue_fl import central
-from lora_glue_fl.flags import add_init_flag, add_lora_flags, complete_central, make_central_parser, size_label
+from lora_glue_fl.flags import add_lora_flags, complete_central, make_central_parser, size_label
 
 
 def build_parser():
-    parser, own = make_central_parser(__doc__.split("\n")[0], "./out", 2e-4)
-    add_lora_flags(own)
-    add_init_flag(own)
-    own.add_argument("--adapter-output-dir", metavar="DIR", help="where the adapter goes (default: RUN/adapter)")
+    parser = make_central_parser(__doc__.split("\n")[0], "./out", 2e-4)
+    add_lora_flags(parser)
+    text = "where the adapter goes (default: RUN/adapter)"
+    parser.group("the run").add_argument("--adapter-output-dir", metavar="DIR", help=text)
     return parser
 
 
@@ -44,8 +43,7 @@ def save(study, folder):
     model, adapted = study.model, study.model.adapted
     about = model.about(study.run.folder)
     write_adapter(folder, adapted.factors(), adapted.head, alpha=study.args.lora_alpha, **about)
-    with saving(study.run.folder / "base"):
-        model.save_base(study.run.folder)
+    model.save_base(study.run.folder)
 
 
 def write_manifest(study, results):
@@ -62,8 +60,7 @@ def write_manifest(study, results):
         **results,
     }
     path = study.run.folder / "manifest.txt"
-    with saving(path):
-        path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()), encoding="utf-8")
+    path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()), encoding="utf-8")
 
 
 if __name__ == "__main__":

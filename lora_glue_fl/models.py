@@ -1,21 +1,36 @@
-"""The encoders of this study.
+"""The encoders of this study, and a task of GLUE with a model for it: loss, evaluation, what run.json says of both.
 
 encoder = load_encoder(spec, task, tokenizer, seed)                  # spec: roberta-base, a folder, tiny, ...
-adapted = encoder.adapted(r=8, alpha=8)                              # a `common.lora.LoraModel` around it
+model = TaskModel(args, (r, alpha, dropout, targets))                # the task of `args`, with an adapter
 """
 
+import copy
 import dataclasses
+import time
+from pathlib import Path
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
-from common import hub
+from common import hub, parallel
+from common.adapter_files import CONFIG, read_adapter, read_tensors
+from common.batches import evaluation_batches
+from common.checkpoint import saving
 from common.cli import UsageError
 from common.corpora import data_folder
+from common.evaluation import amp_context, pick_device, resolve_amp
 from common.lora import LoraModel
-from common.seeding import seed_torch
+from common.products import fit_rank
+from common.runlog import prepare_machine
+from common.seeding import seed_torch, torch_stream
 from common.text import vocabulary_size
-from lora_glue_fl.data_prep import load_tokenizer
-from lora_glue_fl.flags import SIZES
+from common.vector import fingerprint
+from lora_glue_fl.data_prep import encode, load_task, load_tokenizer
+from lora_glue_fl.flags import SIZES, model_name, refuse
+from lora_glue_fl.glue_tasks import evaluate, find_task
+
+# ---- encoders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +53,8 @@ class Encoder:
 
 def find_model(spec):
     """The folder of a model (`common.hub.find_model`)."""
-    return hub.find_model(
-        spec,
-        advice="run lora_glue_fl/download_roberta_models.py where there is a network, or take --model tiny "
-        "--dataset demo",
-    )
+    advice = "run lora_glue_fl/download_roberta_models.py where there is a network, or take --model tiny --dataset demo"
+    return hub.find_model(spec, advice=advice)
 
 
 def find_tokenizer(spec, dataset, data_root=None, model="tiny"):
@@ -73,13 +85,11 @@ def load_encoder(spec, task, tokenizer, seed, pooling="cls"):
         model, fresh = tiny_encoder(task, tokenizer), set()
     else:
         model, fresh = _pretrained(spec, task)
-    if model.get_input_embeddings().num_embeddings < vocabulary_size(tokenizer):
-        raise UsageError(
-            f"model {spec} knows {model.get_input_embeddings().num_embeddings} tokens, the tokenizer has "
-            f"{vocabulary_size(tokenizer)}: give the model's own --tokenizer"
-        )
-    if pooling == "cls" and getattr(model.config, "head_pooling", pooling) == "mean":
-        raise UsageError(f"model {spec} was trained with --pooling mean: give it")
+    known, tokens = model.get_input_embeddings().num_embeddings, vocabulary_size(tokenizer)
+    shown = f"model {spec} knows {known} tokens, the tokenizer has {tokens}"
+    refuse(known < tokens, f"{shown}: give the model's own --tokenizer")
+    other = pooling == "cls" and getattr(model.config, "head_pooling", pooling) == "mean"
+    refuse(other, f"model {spec} was trained with --pooling mean: give it")
     if pooling == "mean":
         model.config.head_pooling = pooling
         read_mean(model)
@@ -136,31 +146,238 @@ def tiny_encoder(task, tokenizer):
 def _pretrained(spec, task):
     from transformers import AutoModelForSequenceClassification
 
-    folder = find_model(spec)
     model, info = hub.load_pretrained(
         AutoModelForSequenceClassification,
-        folder,
+        find_model(spec),
         f"model {spec} cannot be read as an encoder",
         "give a folder that transformers wrote, or copy it again",
         ignore_mismatched_sizes=True,  # a head of another task; anything else is refused below
         **_labels(task),
     )
-    wrong = [key[0] for key in info["mismatched_keys"] if key[0].startswith(model.base_model_prefix + ".")]
-    if wrong:
-        raise UsageError(f"model {spec}: {wrong[0]} has another size in its file than in its config.json")
-    return model, set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+    other = {key[0] for key in info["mismatched_keys"]}
+    if wrong := [name for name in other if name.startswith(model.base_model_prefix + ".")]:
+        raise UsageError(f"model {spec}: {min(wrong)} has another size in its file than in its config.json")
+    return model, set(info["missing_keys"]) | other
 
 
-def most_tokens(model):
-    """The most tokens of an example that the encoder's learned positions take, None where it has no such positions."""
-    for name, part in getattr(model, model.base_model_prefix).named_modules():
-        if name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe") and isinstance(part, torch.nn.Embedding):
-            # RoBERTa counts positions from behind the padding token's number
-            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
-    return None
+# ---- a task with a model
 
 
-def named_head(vector, head):
-    """{name: view} of a vector [h] of all numbers of a head, in the order and shapes of {name: tensor} `head`."""
-    pieces = vector.split([t.numel() for t in head.values()])
-    return {name: piece.view(t.shape) for (name, t), piece in zip(head.items(), pieces, strict=True)}
+class TaskModel:
+    """Data, tokens and model of a command line.
+
+    Attributes: task, data (`TaskData`), encoded {split: `Encoded`}, encoder, adapted (`common.lora.LoraModel`, None
+    without LoRA), model (what is called), device, amp, notes (lines for the log).
+
+    Args: args: the flags of any of this study's scripts; lora: (r, alpha, dropout, targets), None: all weights train;
+        train: whether the training split is needed.
+    """
+
+    def __init__(self, args, lora, train=True):
+        self.args, self.device = args, pick_device(args.device)
+        self.amp = resolve_amp(args.amp, self.device)
+        self.task, name = find_task(args.task_name), model_name(args)
+        splits = self.task.splits if train else self.task.evaluation_splits
+        self.data = load_task(self.task.name, args.dataset, args.data_root, splits)
+        self.tokenizer = find_tokenizer(args.tokenizer, args.dataset, args.data_root, name)
+        self.encoded = encode(self.data, self.tokenizer, args.max_length)
+        self.encoder = load_encoder(name, self.task, self.tokenizer, args.seed, args.pooling)
+        self.adapted = self.encoder.adapted(*lora, args.seed) if lora else None
+        self.model = (self.adapted or self.encoder).model.to(self.device)
+        self.notes = self.data.notes + self.encoder.notes
+
+    def loss(self, batch):
+        """Mean loss over the examples of {input_ids, attention_mask, (token_type_ids): [B, L], labels: [B]}: nats of
+        the label, or (regression) the squared error of the score."""
+        return self._loss(self._outputs(batch), batch["labels"])
+
+    def _outputs(self, batch):
+        with amp_context(self.amp, self.device):
+            logits = self.model(**{name: t for name, t in batch.items() if name != "labels"}).logits
+        return logits.float()  # [B, num_labels]
+
+    def _loss(self, outputs, labels):
+        if self.task.regression:
+            return F.mse_loss(outputs[:, 0], labels)
+        return F.cross_entropy(outputs, labels)
+
+    @torch.no_grad()
+    def outputs(self, split, share=True, rows=None):
+        """The model's outputs on a split: float32 [n, num_labels] on the CPU.
+
+        share: the processes share the batches; without it this process computes all (where the others have other
+        weights in their models). rows: int64 [n], only these of its examples.
+        """
+        self.model.eval()
+        encoded = self.encoded[split]
+        rows = np.arange(len(encoded)) if rows is None else rows
+        every = evaluation_batches(encoded.lengths()[rows], self.args.eval_batch_size)
+        parts = []
+        for places in parallel.my_share(every) if share else every:
+            batch = {name: t.to(self.device) for name, t in encoded.batch(rows[places]).items()}
+            parts.append((places, self._outputs(batch).cpu()))
+        outputs = torch.empty(len(rows), self.task.num_labels)  # [n, num_labels]
+        for part in parallel.all_gather(parts) if share else [parts]:
+            for places, values in part:
+                outputs[places] = values
+        return outputs
+
+    def mean_loss(self, outputs, labels):
+        """The mean loss of outputs [n, num_labels] and numpy's labels [n], in fp64."""
+        kind = torch.float64 if self.task.regression else torch.int64
+        return self._loss(outputs.double(), torch.from_numpy(labels).to(kind)).item()
+
+    def evaluate(self, share=True):
+        """{val_loss, val_<metric> ...} on the task's validation examples; mnli: on both parts, the loss on the matched.
+
+        Raises RunFailed for outputs that are not finite.
+        """
+        result = {}
+        for split in self.task.evaluation_splits:
+            result = self.measures(split, self.outputs(split, share), self.encoded[split].labels) | result
+        return result
+
+    def measures(self, split, outputs, labels):
+        """{val_loss, val_<metric> ...} of outputs [n, num_labels]. Raises RunFailed where they are not finite."""
+        return {"val_loss": self.mean_loss(outputs, labels)} | evaluate(self.task, split, outputs.numpy(), labels)
+
+    def held_out(self, rows):
+        """{held_out_loss, held_out_<metric> ...} on these examples, int64 [n], of the training split."""
+        outputs, labels = self.outputs("train", rows=rows), self.encoded["train"].labels[rows]
+        values = self.measures("train", outputs, labels)
+        return {name.replace("val", "held_out", 1): value for name, value in values.items()}
+
+    @property
+    def headline(self):
+        """The field of the task's first metric."""
+        return f"val_{self.task.metrics[0]}"
+
+    def facts(self):
+        """What run.json says of the data."""
+        return {**self.data.fingerprint, "model": self.encoder.name}
+
+    def sizes(self, trainable):
+        """Counts for run.json, and a fingerprint of what is frozen. Args: trainable: {name: parameter}."""
+        # peft keeps the head that it replaced
+        used = {name: p for name, p in self.model.named_parameters() if ".original_module." not in name}
+        frozen = {name: p for name, p in used.items() if not p.requires_grad}
+        return {
+            "total": sum(p.numel() for p in used.values()),
+            "trainable": sum(p.numel() for p in trainable.values()),
+            "head": sum(p.numel() for name, p in trainable.items() if name.startswith("head.")),
+            "frozen_sha256": fingerprint(frozen) if frozen else None,
+        }
+
+    def about(self, folder):
+        """Keyword arguments of `write_adapter` for adapters of the run in `folder`, but alpha."""
+        base = str(folder / "base") if self.encoder.name == "tiny" else self.encoder.name
+        return self.adapted.about() | {"base_model": base, "head_pooling": self.args.pooling}
+
+    def save_base(self, folder):
+        """Writes the tiny model, which can be loaded from nowhere else, with its tokenizer to folder/base, once."""
+        base = folder / "base"
+        whole = (base / "tokenizer_config.json").is_file()  # written last
+        if self.encoder.name == "tiny" and not whole:
+            with saving(base, base):
+                self.adapted.save_base(base)
+                self.tokenizer.save_pretrained(base)
+
+    def start(self, path, rank, scale, least):
+        """What --init-from names, for adapters of this rank and scale: ({layer: (A, B)}, head, the file's SHA-256).
+
+        Raises: UsageError where it does not fit the model or its base, or has a rank above `least`.
+        """
+        file = read_served(path)
+        self.check_fits(file)
+        shown = f"was trained with --pooling {file.head_pooling}, not {self.args.pooling}"
+        refuse(file.head_pooling != self.args.pooling, f"--init-from {path} {shown}: give the other")
+        refuse(file.base, f"--init-from {path} belongs to a changed base: give its run's final/ as --model")
+        advice = f"raise --lora-r and --client-ranks, or compress it with fedavg_merge.py --svd-rank {least}"
+        refuse(file.r > least, f"--init-from {path} has rank {file.r}, above {least}: {advice}")
+        return resized(file.factors, file.scale, rank, scale, self.args.seed, 0), file.head, file.sha256
+
+    def check_fits(self, file):
+        """Raises UsageError unless the `AdapterFile` has the adapted model's layers and head, their sizes, and its base
+        weights, where these are there to compare."""
+        under, name = self.adapted.base_weights(), self.encoder.name
+        there, here = _shapes(file.factors, file.head), _shapes(self.adapted.factors(), self.adapted.head)
+        if odd := sorted(part for part in there | here if there.get(part) != here.get(part)):
+            shown = f"{odd[0]} is {there.get(odd[0])}, in {name} {here.get(odd[0])}"
+            raise UsageError(f"{file.path}: {shown}: give its --model and --task-name")
+        weights = Path(file.base_model or name).expanduser() / "model.safetensors"
+        if file.base or file.base_model in (None, name) or not weights.is_file():
+            return
+        stored = read_tensors(weights)[0]
+        for layer, weight in under.items():
+            key = next((key for key in stored if f".{layer}.weight".endswith(f".{key}")), None)
+            if key is None or not torch.equal(stored[key].to(weight), weight):
+                shown = f"{file.path} was trained on {file.base_model}, whose {layer} differs from that of {name}"
+                raise UsageError(f"{shown}: give --model {file.base_model}")
+
+
+def _shapes(factors, head):
+    """{part: its shape} of an adapter, whatever its rank."""
+    sizes = {layer: (B.shape[0], A.shape[1]) for layer, (A, B) in factors.items()}
+    return sizes | {name: tuple(t.shape) for name, t in head.items()}
+
+
+def named_views(vector, like):
+    """{name: view} of a vector of all numbers of {name: tensor} `like`, in its order and shapes."""
+    pieces = vector.split([t.numel() for t in like.values()])
+    return {name: piece.view(t.shape) for (name, t), piece in zip(like.items(), pieces, strict=True)}
+
+
+def resized(pairs, scale, rank, new_scale, seed, t):
+    """An adapter for clients of another rank or scale; new rows of A are the same for all clients of round t."""
+    if scale == new_scale and all(A.shape[0] == rank for A, _ in pairs.values()):
+        return pairs
+    return {
+        name: fit_rank(A, B, rank, torch_stream(seed, f"new rows of {name}", t), scale / new_scale)
+        for name, (A, B) in pairs.items()
+    }
+
+
+# ---- saved adapters
+
+
+def read_served(path):
+    """`read_adapter` of a folder, of a run's (what it ended with), or of a round's client or fused folder.
+
+    Raises: UsageError as `read_adapter`, and for a run that has no adapter (yet).
+    """
+    path = Path(path).expanduser()
+    if not (path / CONFIG).exists():
+        path = next((path / part for part in ("final", "adapter") if (path / part).is_dir()), path)
+    unfinished = f"{path} has no final/: end that run with --resume, or give a round's fused folder"
+    refuse((path / "run.json").exists(), unfinished)
+    whole = (path / "config.json").exists() and not (path / CONFIG).exists()
+    refuse(whole, f"{path} is a whole model, as of stack and residual, no adapter: give it as --model")
+    return read_adapter(path)
+
+
+def evaluate_adapter(path, args):
+    """A saved adapter on its task's validation examples: {"val_loss", "val_<metric>", ..., "seconds"}.
+
+    path: folder in peft's format; args: of adapters_eval.py.
+    Raises UsageError for an adapter that cannot be read, or of another model or task.
+    """
+    started = time.perf_counter()
+    prepare_machine(args)
+    file, args = read_served(path), copy.copy(args)
+    args.pooling = file.head_pooling
+    if model_name(args) == "tiny" and file.base_model and Path(file.base_model).is_dir():
+        # its weights follow from a seed: take those that the adapter was trained on
+        args.model, args.tokenizer = file.base_model, args.tokenizer or file.base_model
+    model = TaskModel(args, (file.r, file.alpha, 0.0, file.target_modules), train=False)
+    model.check_fits(file)
+    model.adapted.load_base(file.base)
+    model.adapted.load(file.factors, file.head, file.scale)
+    return {**model.evaluate(), "seconds": time.perf_counter() - started}
+
+
+def print_values(row):
+    """Prints the val_ fields of a row of metrics, and returns them."""
+    values = {name: v for name, v in row.items() if name.startswith("val_")}
+    if values:
+        print("  ".join(f"{name} {v:.4f}" for name, v in values.items()))
+    return values

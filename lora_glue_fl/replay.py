@@ -8,14 +8,12 @@ of metrics.jsonl gets `replay`, {row: {error, moved, train_loss, val_loss, val_<
     svd, naive, rotate    as `common.lowrank`, of the rank that the clients train
     exact                 the mean product itself in the base's weights, no adapter
     residual_1            mean A, mean B and residual's correction of the base: differs from exact by rounding alone
-    exact_half, naive_half    start + (exact - start) / 2, and naive's, the head too: the same at a shorter step, for
-                          rounds in which all rules go too far
+    exact_half, naive_half    half of the way from start, the head too: for rounds in which all rules go too far
 
-error is ||served - mean(BA)|| / ||mean(BA)||; moved is ||served - start|| / ||mean(BA) - start||, start: the product
-s B A that the round began with, norms over all layers; train_loss is over the training examples of all clients,
-val_loss over the task's validation examples, both computed in fp32 whatever --amp: under bf16 exact and residual_1
-differed by a tenth of what lies between naive and exact. The head is the one that the run serves, but for start and
-the halves.
+error is ||served - mean(BA)|| / ||mean(BA)||; moved is ||served - start|| / ||mean(BA) - start||, of the products s B A
+of all layers. train_loss is over all clients' training examples, val_loss over the validation examples (mnli: of the
+matched part), in fp32 whatever --amp: under bf16 exact and residual_1 differed by a tenth of what lies between naive
+and exact. The head is the one that the run serves, but for start and the halves.
 """
 
 import math
@@ -57,15 +55,12 @@ class Replay(Follower):
         if not self.means:
             return {}
         means, self.means = self.means, {}
-        return rows(self.study, means, self.began, self.base, self.head, theta["head"])
+        served = {rule: mean.result() for rule, mean in means.items()}
+        return {"replay": rows(self.study, served, self.began, self.base, self.head, theta["head"])}
 
 
-def rows(study, means, began, base, head_before, head):
-    """{"replay": {row: values}} of a round: of the `means` of its clients, and of what it began with.
-
-    head: the vector [h] that the run serves.
-    """
-    served = {rule: mean.result() for rule, mean in means.items()}
+def rows(study, served, began, base, head_before, head):
+    """{row: values} of what each rule `served` and of what the round began with; head: [h], that the run serves."""
     residual = served["residual"]
     naive = length(residual.updates) / residual.norm if residual.norm else 0.0
     found, adapted = {}, study.model.adapted
@@ -107,7 +102,7 @@ def rows(study, means, began, base, head_before, head):
     merged("exact_half", scaled(exact, 0.5), middle)
     merged("naive_half", scaled(near, 0.5), middle)
     adapted.load_base(base)
-    return {"replay": found}
+    return found
 
 
 def scaled(products, factor):
@@ -120,8 +115,7 @@ def length(products):
 
 
 def losses(study):
-    """{train_loss, val_loss, val_<metric>} of what is in the model; train_loss: of all clients'
-    training examples; mnli: of the matched part."""
+    """{train_loss, val_loss, val_<metric>} of what is in the model."""
     model = study.model
     pooled, split = np.unique(np.concatenate(study.rows)), model.task.evaluation_splits[0]
     amp, model.amp = model.amp, None

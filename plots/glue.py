@@ -7,11 +7,9 @@ python plots/glue.py --data-dir out_fedavg --out-dir results/plots          # al
 losses    losses.png: validation loss after the last round minus naive's, seed by seed: mean, 95 % interval of a
           paired t test, a dot a seed; a panel per federation
 replay    replay_error.png, of runs with --replay: validation loss of what a rule serves minus that of the exact
-          mean product, against the rule's aggregation error as a share of the exact mean's step; a panel per number
-          of local epochs. Both losses are of the same clients, trained once. A point is of a setting: the mean over
-          its seeds with its interval, which may leave the axes. The grey band is the largest difference between
-          two ways to serve the exact mean (in the base's weights, and as an adapter beside a corrected base): what
-          rounding does
+          mean product, of the same clients, against the rule's aggregation error as a share of the exact mean's
+          step; a panel per number of local epochs, a point per setting: mean over its seeds with 95 % interval.
+          The grey band is what rounding does: the largest difference between two ways to serve the exact mean
 """
 
 import json
@@ -213,21 +211,27 @@ def columns(rows, args):
     # a headline is before the others of its task in METRICS
     there = [name for name in METRICS if any(np.isfinite(row.results(name)).any() for row in rows)]
 
-    def losses(row, all_rows):
-        base = base_of(all_rows, against)
-        same = base in (None, row)
-        return "-" if same else pairs_cell(paired(row.results("val_loss"), base.results("val_loss")), 4)
+    def against_base(cell):
+        """A column of `cell(row, base)`, "-" for the base itself."""
 
-    def metrics(row, all_rows):
-        base = base_of(all_rows, against)
-        return "-" if base in (None, row) else difference(100 * row.results(field), 100 * base.results(field))
+        def text(row, all_rows):
+            base = base_of(all_rows, against)
+            return "-" if base in (None, row) else cell(row, base)
+
+        return text
+
+    def loss(row, base):
+        return pairs_cell(paired(row.results("val_loss"), base.results("val_loss")), 4)
+
+    def metric(row, base):
+        return difference(100 * row.results(field), 100 * base.results(field))
 
     return {
         **{METRICS[name]: result(name, 100, 2) for name in there},
         "best": result(f"best_{field}", 100, 2),
-        f"vs {against}": metrics,
+        f"vs {against}": against_base(metric),
         "val loss": result("val_loss", 1, 4),
-        f"val loss vs {against}": losses,
+        f"val loss vs {against}": against_base(loss),
         "error %": small("aggregation_error"),
         "discarded %": small("discarded_energy"),
         "MB up": sent("bytes_up"),
@@ -306,14 +310,7 @@ TABLE = Table(STUDY, columns, WORDS, flags=add_flags, select=of_tasks, groups=gr
 
 VARIED = ("clients", "shards", "local_epochs", "rank", "lora_alpha", "svd_rank", "served_scale", "learning_rate")
 VARIED += ("rounds", "examples")
-RULES = {  # label and look, but for exact, which all are compared with
-    "naive": ("Naive", look(0)),
-    "svd": ("SVD", look(1)),
-    "rotate": ("Rotate", look(2)),
-    "florana": ("FLoRA-NA", look(3)),
-    "exact_as_far": ("Exact, as far as naive", look(6)),
-    "noise": ("Noise as long as naive's miss", look(5, 1)),
-}
+RULES = {"naive": ("Naive", look(0)), "svd": ("SVD", look(1)), "rotate": ("Rotate", look(2))}  # label and look
 PAIRS = {  # column of the table -> rules whose losses' difference it is
     "naive - start": ("naive", "start"),
     "naive - exact": ("naive", "exact"),
@@ -397,18 +394,17 @@ def half(values):
 def replay_error(runs, args, notes):
     drawn, split = [], "val_loss"
     for setting, found in replays(runs):
-        columns = defaultdict(dict)
+        columns = defaultdict(list)
         for cell, every in found.items():
-            columns[dict(cell)["local_epochs"]][cell] = every
-        wide = len(columns)
-        figure, axes = new_figure(1, wide, width=5.6 if wide == 1 else 2.8 * wide + 0.6, height=3.5)
+            columns[dict(cell)["local_epochs"]].append(every)
+        figure, axes = new_figure(1, len(columns), width=2.8 * len(columns) + 0.6, height=3.5)
         for axis, epochs in zip(axes[0], sorted(columns), strict=True):
             axis.axhline(0, color=GREY, linewidth=1, zorder=1)
-            rounding = [np.abs(losses(every, "residual_1", split)) for every in columns[epochs].values()]
-            noise, means = np.nanmax(np.concatenate(rounding), initial=0.0), [0.0]
+            rounding = np.concatenate([np.abs(losses(every, "residual_1", split)) for every in columns[epochs]])
+            noise, means = np.nanmax(rounding, initial=0.0), [0.0]
             axis.axhspan(-noise, noise, color=GREY, alpha=0.3, linewidth=0, zorder=0, label="rounding")
             for name, (label, own) in RULES.items():
-                points = [(errors(every, name), losses(every, name, split)) for every in columns[epochs].values()]
+                points = [(errors(every, name), losses(every, name, split)) for every in columns[epochs]]
                 points = [(x.mean(), y) for x, y in points if np.isfinite([*x, *y]).all()]
                 if points:
                     x, y = [x for x, _ in points], [y.mean() for _, y in points]
@@ -422,10 +418,7 @@ def replay_error(runs, args, notes):
             axis.set_xlabel("Averaging error (% of the step)")
         axes[0, 0].set_ylabel("Validation examples\nLoss - exact mean's (nats)", fontsize=9)
         legend_below(figure, axes[0])
-        counts = sorted({len(every) for every in found.values()})
-        count = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-        about = f"{len(found)} settings, {count} seeds, mean and 95 % interval over them (paired t test)"
-        set_title(figure, f"What the averaging error costs: {about}\n{describe(STUDY, setting)}")
+        set_title(figure, f"What the averaging error costs: mean and 95 % interval\n{describe(STUDY, setting)}")
         drawn.append(figure)
     yield from numbered("replay_error", drawn)
 
@@ -442,31 +435,28 @@ def apart_of_naive(rows):
 def losses_against_naive(runs, args, notes):
     by_model = defaultdict(list)
     for setting, _, rows in federations(runs, notes):
-        if apart_of_naive(rows):
-            by_model[model_of(setting)].append((setting, rows))
+        if apart := apart_of_naive(rows):
+            by_model[model_of(setting)].append((setting, apart))
     drawn = []
     for every in by_model.values():
         figure, axes = panel_axes(len(every), height=3.2, extra=1.6)
         looks = looks_of([row for _, rows in every for row in rows])
         titles = titles_of([setting for setting, _ in every])
         for axis, (_, rows), title in zip(axes, every, titles, strict=True):
-            for i, (row, apart) in enumerate(apart_of_naive(rows).items()):
-                aside = i + 0.25 * (np.arange(len(apart)) * 0.618 % 1 - 0.5)  # parts dots of equal value
-                axis.plot(apart, aside, ".", color=GREY, markersize=4, zorder=2, label="a seed")
-                bar = np.abs(np.reshape(interval(apart), (2, 1)) - apart.mean())
+            for i, (row, apart) in enumerate(rows.items()):
+                axis.plot(apart, np.full(len(apart), i), ".", color=GREY, markersize=4, zorder=2, label="a seed")
                 own = looks[row.label] | {"linestyle": "", "capsize": 3, "markersize": 6, "zorder": 3}
-                axis.errorbar(apart.mean(), i, xerr=bar, **own)
-            names = [re.sub(r" \(.*?\)", "", row.label) for row in apart_of_naive(rows)]
+                axis.errorbar(apart.mean(), i, xerr=half(apart), **own)
+            names = [re.sub(r" \(.*?\)", "", row.label) for row in rows]
             axis.axvline(0, color=GREY, linewidth=1, zorder=1)
             axis.set_yticks(range(len(names)), names, fontsize=8)
             axis.set_ylim(len(names) - 0.4, -0.6)
             axis.locator_params(axis="x", nbins=5)
             axis.set_xlabel("Validation loss minus naive's (nats)")
-            axis.set_title(style.folded(f"{title} ({seeds_range(rows)} seeds)"), fontsize=9.5)
+            axis.set_title(style.folded(f"{title} ({seeds_range([*rows])} seeds)"), fontsize=9.5)
         legend_below(figure, axes)
-        shown = "bars: 95 % interval of a paired t test"
         setting = {key: value for key, value in every[0][0].items() if key in MODEL}
-        title = f"Validation loss against naive's, last round: mean over seeds, {shown}"
+        title = "Validation loss against naive's, last round: mean over seeds, bars: 95 % interval of a paired t test"
         set_title(figure, f"{title}\n{describe(STUDY, setting)}")
         drawn.append(figure)
     yield from numbered("losses", drawn)

@@ -19,12 +19,11 @@ def words(task="wnli"):
 
 def make_tokenizer(kind):
     """A tokenizer of the class, special tokens and types of this kind of encoder."""
-    if kind in ("roberta", "gpt2"):  # bytes
+    if kind == "roberta":  # bytes
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        name = {"roberta": "RobertaTokenizer", "gpt2": "GPT2Tokenizer"}[kind]
-        more = {"pad_token": "<pad>"} if kind == "gpt2" else {}
-        vocabulary = {piece: i for i, piece in enumerate([*_ROBERTA, *letters])}
-        return getattr(transformers, name)(vocab=vocabulary, merges=[], **more)
+        return transformers.RobertaTokenizer(
+            vocab={piece: i for i, piece in enumerate([*_ROBERTA, *letters])}, merges=[]
+        )
     if kind == "mpnet":
         return transformers.MPNetTokenizer(vocab={piece: i for i, piece in enumerate([*_ROBERTA, *words(), "[UNK]"])})
     if kind == "deberta-v2":  # pieces with scores
@@ -40,15 +39,9 @@ def make_tokenizer(kind):
 def make_config(kind, tokenizer, **more):
     """d 16, two layers of two heads, feed-forward 24."""
     about = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **more}
-    if kind == "gpt2":
-        sizes = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 2}
-        return transformers.GPT2Config(**sizes, **about)
     if kind == "distilbert":
         sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 64}
         return transformers.DistilBertConfig(**sizes, **about)
-    if kind == "funnel":
-        sizes = {"block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24}
-        return transformers.FunnelConfig(**sizes, **about)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     sizes |= {"max_position_embeddings": 64}
     if kind == "deberta-v2":

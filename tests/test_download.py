@@ -70,13 +70,6 @@ def test_both_models_into_a_folder_that_later_scripts_find(asked, tmp_path, monk
     assert hub.hub_cache() is None
 
 
-def test_without_a_folder_it_is_the_librarys_own(asked, tmp_path):
-    assert call("--hf_home", tmp_path / "a") == 0 and hub.hub_cache() is not None
-    assert call("--models", "roberta-base", "--revision", "v1") == 0
-    assert asked[-1][1]["cache_dir"] is None and asked[-1][1]["revision"] == "v1"
-    assert hub.hub_cache() is None
-
-
 def test_no_pickles_and_the_same_files_as_the_scripts_ask_for(asked, tmp_path):
     """Another list than the download's, and the library would take the download for incomplete."""
     from huggingface_hub.utils import filter_repo_objects
@@ -118,20 +111,3 @@ def test_a_download_that_breaks_off_goes_on(asked, tmp_path, capsys):
         assert said.out.startswith("roberta-base: ") and hub.hub_cache() is not None
     asked.error = None
     assert call("--hf_home", tmp_path / "home") == 0
-
-
-def test_what_the_hub_does_not_have(asked, tmp_path, capsys):
-    asked.error = errors.HFValidationError("Repo id must be\nin the form")
-    assert call("--models", "a/b/c") == 2 and "the hub has no a/b/c" in capsys.readouterr().err
-    asked.error, asked.file = None, "pytorch_model.bin"
-    assert call("--models", "old") == 2 and "no model.safetensors" in capsys.readouterr().err
-    assert hub.hub_cache() is None
-    (tmp_path / "file").write_text("")
-    assert call("--hf_home", tmp_path / "file") == 2 and "is a file" in capsys.readouterr().err
-
-
-def test_a_record_that_cannot_be_written_is_a_warning(asked, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "file"))
-    assert call("--hf_home", tmp_path / "home") == 0
-    assert "warning: cannot write the cache" in capsys.readouterr().err

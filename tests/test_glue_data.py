@@ -9,8 +9,7 @@ import pytest
 
 import common.hub
 from common.cli import UsageError
-from lora_glue_fl.data_prep import encode, load_tokenizer
-from lora_glue_fl.glue_data import load_task
+from lora_glue_fl.data_prep import encode, load_task, load_tokenizer
 from lora_glue_fl.glue_tasks import TASKS, evaluate
 
 FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI"}
@@ -94,39 +93,7 @@ def test_official_files(task, end, start, tmp_path):
     genres = {"stsb": ["main-news", "main-forums"], "mnli": ["fiction", "slate"]}.get(task)
     assert data.splits["train"].categories == ({"genre": genres} if genres else {})
     assert data.fingerprint["counts"] == {split: len(rows) for split in TASKS[task].splits}
-    of_labels = [labels.count(label) for label in range(TASKS[task].num_labels)]
-    wanted = {} if task == "stsb" else {"label_counts": dict.fromkeys(TASKS[task].splits, of_labels)}
-    assert {key: data.fingerprint[key] for key in data.fingerprint if key == "label_counts"} == wanted
-    official = f"{task} train: {len(rows)} examples, officially {TASKS[task].sizes['train']} ({folder})"
-    assert official in data.notes
     assert data.fingerprint == json.loads(json.dumps(data.fingerprint))
-
-
-def test_the_table_of_tasks():
-    assert list(TASKS) == "cola sst2 mrpc stsb qqp mnli qnli rte wnli".split()
-    assert {t.name: t.num_labels for t in TASKS.values() if t.num_labels != 2} == {"stsb": 1, "mnli": 3}
-    assert sum(t.sizes["train"] for t in TASKS.values()) == 949_733
-
-
-def test_the_fingerprint_tells_texts_labels_and_order_apart(tmp_path):
-    folder = write_files(tmp_path, "rte")
-    hashes = {load_task("rte", data_root=tmp_path).fingerprint["sha256"]["train"]}
-    header = line(FILES["rte"][0])
-    for rows in (
-        ["0 A B entailment", "1 C D entailment"],
-        ["1 C D not_entailment", "0 A B entailment"],
-        ["0 B A entailment", "1 C D not_entailment"],
-        ["0 A B entailment"],
-    ):
-        (folder / "train.tsv").write_text("\n".join([header, *map(line, rows)]))  # no newline at the end
-        hashes.add(load_task("rte", data_root=tmp_path).fingerprint["sha256"]["train"])
-    assert len(hashes) == 5
-
-
-def test_unusual_line_separators_stay_in_a_sentence(tmp_path):
-    folder = write_files(tmp_path, "cola")
-    (folder / "train.tsv").write_text("x\t1\t\tA\u2028b\x0bc\x85d\n", encoding="utf-8")
-    assert load_task("cola", data_root=tmp_path).splits["train"].texts["sentence"] == ["A\u2028b\x0bc\x85d"]
 
 
 def test_files_that_are_not_right(tmp_path):
@@ -155,13 +122,6 @@ def test_files_that_are_not_right(tmp_path):
     for score in ("5.1", "nan", "x"):
         (folder / "dev.tsv").write_text(line(STS_HEADER) + "\n" + line(f"0 g f y o n n A B {score}"))
         refuse(f"dev.tsv line 2: label '{score}' is not a number from 0 to 5", "stsb", data_root=tmp_path)
-
-
-def test_what_is_unknown_or_missing(tmp_path):
-    refuse("unknown task 'sst3': choose one of cola, sst2", "sst3")
-    refuse("unknown dataset 'superglue': choose one of glue, demo", "rte", "superglue")
-    message = refuse("no GLUE task mnli under .* the hub cannot be reached", "mnli", data_root=tmp_path)
-    assert "dev_matched.tsv, dev_mismatched.tsv" in message and "--dataset demo" in message
 
 
 # ---------------------------------------------------------------------------------------------- the hub
@@ -201,16 +161,6 @@ def test_the_hub_gives_the_same_as_the_files(task, hub, tmp_path):
     assert hub["calls"] == [("nyu-mll/glue", task)]
 
 
-def test_a_hub_that_fails_is_one_line(hub):
-    hub["rows"] = ConnectionError("gone\nin the middle")
-    assert "gone" in refuse("the hub did not give it", "rte")
-    hub["rows"] = {"train": {"sentence1": [], "sentence2": [], "label": []}}
-    refuse("the hub did not give it \\('?validation", "rte")
-    rows = {"sentence1": ["a"], "sentence2": ["b"], "label": [-1]}
-    hub["rows"] = {"train": rows, "validation": rows}
-    refuse("train example 0: label -1 is not", "rte")
-
-
 # ------------------------------------------------------------------------------------------------ demo
 
 
@@ -236,22 +186,6 @@ def test_the_demo_can_be_learned(task):
         assert max(found.values()) < 0.995  # noise in the labels
 
 
-def test_the_demo_is_in_each_tasks_form():
-    for name, task in TASKS.items():
-        data = load_task(name, "demo")
-        assert (data.fingerprint["source"], data.notes) == ("generated", [])
-        share = 3 if name == "wnli" else 1
-        assert data.fingerprint["counts"] == {s: (1200 if s == "train" else 300) // share for s in task.splits}
-        assert len(set(data.fingerprint["sha256"].values())) == len(task.splits)
-        assert (name in ("mnli", "stsb")) == ("genre" in data.splits["train"].categories)
-        for split in data.splits.values():
-            assert list(split.texts) == list(task.columns)
-            assert task.regression or np.bincount(split.labels, minlength=task.num_labels).min() > 0.2 * len(split)
-    genres = {split: set(part.categories["genre"]) for split, part in load_task("mnli", "demo").splits.items()}
-    assert genres["train"] == genres["validation_matched"] and len(genres["train"]) == 5
-    assert not genres["train"] & genres["validation_mismatched"]
-
-
 def test_the_demo_is_the_same_on_every_machine():
     # Any change of the sentences changes the figures of every demo run.
     scores = load_task("stsb", "demo").splits["train"].labels
@@ -267,21 +201,11 @@ REAL = Path(os.environ.get("FEDQUARTET_DATA") or "no data")
 
 @pytest.mark.skipif(not (REAL / "glue").is_dir(), reason="no glue under FEDQUARTET_DATA")
 @pytest.mark.parametrize(
-    "task, first",
-    [
-        ("cola", "Our friends won't buy this analysis, let alone the next one we propose."),
-        ("sst2", "hide new secretions from the parental units "),
-        ("rte", "No Weapons of Mass Destruction Found in Iraq Yet."),
-        ("wnli", "I stuck a pin through a carrot. When I pulled the pin out, it had a hole."),
-        ("mrpc", None),
-        ("stsb", None),
-        ("qnli", None),
-    ],
+    "task, first", [("cola", "Our friends won't buy this analysis, let alone the next one we propose."), ("mrpc", None)]
 )
 def test_the_official_files(task, first):
-    data = load_task(task, data_root=REAL, splits=["validation"] if task == "qnli" else None)
-    assert data.notes == []  # official sizes, no row skipped
+    data = load_task(task, data_root=REAL)
+    assert data.notes == []  # no row skipped
     assert first is None or next(iter(data.splits["train"].texts.values()))[0] == first
-    if not data.task.regression:
-        for split in data.splits.values():
-            assert (np.bincount(split.labels, minlength=2) > 0.25 * len(split)).all()
+    for split in data.splits.values():
+        assert (np.bincount(split.labels, minlength=2) > 0.25 * len(split)).all()

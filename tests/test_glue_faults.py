@@ -8,7 +8,7 @@ from harness import read_lines
 from safetensors.torch import load_file
 from test_glue_rounds import EVAL, call, words
 
-from lora_glue_fl import glue_data, shards
+from lora_glue_fl import data_prep, sharding
 from lora_glue_fl.glue_tasks import Split
 
 CENTRAL = [*EVAL, *"--seed 7 --do-train --do-eval --num-train-epochs 2 --max-examples 60 --learning-rate 5e-3".split()]
@@ -18,8 +18,8 @@ CENTRAL = [*EVAL, *"--seed 7 --do-train --do-eval --num-train-epochs 2 --max-exa
 def two_clients(tmp_path_factory):
     """Shards of two clients."""
     folder = tmp_path_factory.mktemp("two")
-    info = shards.make_client_splits("sst2", 2, seed=1, max_examples=60, dataset="demo")
-    shards.save_shard_manifests(folder, info)
+    info = sharding.make_client_splits("sst2", 2, seed=1, max_examples=60, dataset="demo")
+    sharding.save_shard_manifests(folder, info)
     return folder
 
 
@@ -38,7 +38,7 @@ def central(script, out):
 
 def noisy(monkeypatch):
     """Makes the validation examples random words with random labels."""
-    real, draw = glue_data.demo_task, np.random.default_rng(0)
+    real, draw = data_prep.demo_task, np.random.default_rng(0)
 
     def demo_task(name):
         splits = real(name)
@@ -47,7 +47,7 @@ def noisy(monkeypatch):
         drawn = [" ".join(draw.choice(vocabulary, 9)) for _ in sentences]
         return splits | {"validation": Split({"sentence": drawn}, draw.integers(0, 2, len(labels)))}
 
-    monkeypatch.setattr(glue_data, "demo_task", demo_task)
+    monkeypatch.setattr(data_prep, "demo_task", demo_task)
 
 
 def trained(folder):

@@ -1,6 +1,5 @@
 """Encoders of seven architectures with LoRA: what is adapted, trained, saved, loaded and refused."""
 
-import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,19 +7,14 @@ import peft
 import pytest
 import torch
 import transformers
-from comparing import same_bits
 from encoders import KINDS, make_tokenizer, save_encoder
 from safetensors.torch import load_file
 
 from common.adapter_files import read_adapter, write_adapter
 from common.cli import UsageError
-from common.lora import find_targets
-from common.products import Product
-from lora_glue_fl.data_prep import adamw, plan_steps
 from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
 from lora_glue_fl.glue_tasks import TASKS
-from lora_glue_fl.models import find_tokenizer, load_encoder, most_tokens
-from lora_glue_fl.task_model import TaskModel
+from lora_glue_fl.models import TaskModel, find_tokenizer, load_encoder
 
 PREFIX = "base_model.model."
 # the two layers' adapted modules, and the modules that are trained whole, where the file has no head
@@ -170,89 +164,10 @@ def test_a_head_reads_the_first_token_or_the_mean_of_those_that_are_no_padding(k
     assert torch.stack(expected).std(dim=0).min() > 1e-2
 
 
-@pytest.mark.parametrize("lora", [(2, 4, 0.0, None), None], ids=["lora", "all weights"])
-@pytest.mark.parametrize("kind", ["bert", "modernbert"])
-def test_weight_decay_spares_what_transformers_trainer_spares(kind, lora, folders):
-    model = TaskModel(args_of(folders(kind), learning_rate=0.1, weight_decay=0.3), lora, train=False)
-    trained = model.adapted.trainable() if lora else dict(model.model.named_parameters())
-    groups = adamw(model.args, model.model, trained).param_groups
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
-    trainer = transformers.Trainer.get_decay_parameter_names(None, model.model)
-    decayed = {id(p) for name, p in model.model.named_parameters() if p.requires_grad and name in trainer}
-    assert {id(p) for p in groups[0]["params"]} == decayed
-    assert len(groups[0]["params"]) + len(groups[1]["params"]) == len(trained)
-    model.args.weight_decay = 0.0
-    assert len(adamw(model.args, model.model, trained).param_groups) == 1
-
-
-def test_an_architecture_that_is_not_known_lists_its_layers(tmp_path):
-    folder = save_encoder(
-        tmp_path / "funnel", "funnel", "AutoModelForSequenceClassification", tokenizer=make_tokenizer("bert")
-    )
-    with pytest.raises(UsageError, match="funnel is of .*not known.* --target-modules among k_head, linear_1.* v_head"):
-        encoder(folder).adapted(r=2, alpha=2)
-    model = encoder(folder).model
-    assert find_targets(model, ["q_head", "v_head"]) == ("q_head", "v_head")
-    with pytest.raises(UsageError, match="has no linear layer query: choose --target-modules among k_head"):
-        find_targets(model, ["q_head", "query"])
-
-
-def test_target_names_inside_the_head_leave_the_head_whole():
-    # the tiny model's classifier has a layer `dense` too
-    adapted = load_encoder("tiny", TASKS["rte"], demo_tokenizer(), 0).adapted(2, 2, targets=["dense"])
-    assert len(adapted.layers) == 6 and not any(name.startswith("classifier") for name in adapted.layers)
-    assert set(adapted.head) == {f"classifier.{x}.{y}" for x in ("dense", "out_proj") for y in ("weight", "bias")}
-
-
-def test_rotary_positions_have_no_most_tokens(folders):
-    assert most_tokens(encoder(folders("modernbert")).model) is None
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "modernbert"])
-def test_the_most_tokens_are_those_that_the_model_takes(kind, folders):
-    model = encoder(folders(kind)).model.eval()
-    most = most_tokens(model)
-    tokens = torch.full((1, most + 1), 5)
-    with torch.no_grad():
-        model(input_ids=tokens[:, :most])
-        with pytest.raises((IndexError, RuntimeError)):
-            model(input_ids=tokens)
-
-
-def test_long_examples_are_one_line(tmp_path):
-    folder = save_encoder(tmp_path / "short", "bert", max_position_embeddings=12)
-    with pytest.raises(UsageError, match="tokens, model .* takes 12: lower --max-length 24 to 12"):
-        TaskModel(args_of(folder), (2, 2, 0.0, None))
-    assert TaskModel(args_of(folder, max_length=12), (2, 2, 0.0, None)).encoded["train"].lengths().max() == 12
-
-
 # ---- heads and files
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "tiny"])
-def test_new_weights_follow_from_the_seed_alone(kind, folders):
-    def made(seed):
-        torch.manual_seed(np.random.default_rng().integers(2**31))  # what ran before does not matter
-        if kind == "tiny":
-            found = load_encoder("tiny", TASKS["wnli"], demo_tokenizer(), seed)
-        else:
-            found = encoder(folders(kind), seed=seed)
-        torch.manual_seed(np.random.default_rng().integers(2**31))
-        adapted = found.adapted(2, 2, seed=seed)
-        return state(adapted.model), adapted
-
-    (first, adapted), (again, _), (other, _) = made(1), made(1), made(2)
-    same_bits(first, again)
-    differ = {name for name in first if not torch.equal(first[name], other[name])}
-    head = ("bert.pooler", "classifier") if kind == "bert" else ("classifier",)
-    parts = {name.replace(".modules_to_save.default", "").replace(".original_module", "") for name in differ}
-    new = {PREFIX + name for name in adapted.head if name.startswith(head) and name.endswith("weight")}
-    assert new <= parts and any("lora_A" in name for name in differ) and not any("lora_B" in name for name in differ)
-    if kind != "tiny":
-        assert parts == new | {name for name in differ if "lora_A" in name}  # the rest is the file's
-
-
-@pytest.mark.parametrize("kind, labels, task", [("bert", 5, "wnli"), ("roberta", 1, "mnli"), ("bert", 3, "stsb")])
+@pytest.mark.parametrize("kind, labels, task", [("roberta", 1, "mnli"), ("bert", 3, "stsb")])
 def test_a_head_for_other_labels_is_new(kind, labels, task, tmp_path):
     folder = save_encoder(tmp_path / "m", kind, "AutoModelForSequenceClassification", num_labels=labels)
     found, stored = encoder(folder, task), load_file(folder / "model.safetensors")
@@ -264,13 +179,6 @@ def test_a_head_for_other_labels_is_new(kind, labels, task, tmp_path):
     assert all(torch.equal(own[name], t) for name, t in stored.items() if not name.startswith(last))
     outputs = TaskModel(args_of(folder, task), None, train=False).outputs(TASKS[task].evaluation_splits[0])
     assert outputs.shape[1] == TASKS[task].num_labels
-
-
-def test_a_head_that_fits_is_taken(tmp_path):
-    folder = save_encoder(tmp_path / "m", "bert", "AutoModelForSequenceClassification", num_labels=2)
-    found = encoder(folder, seed=5)
-    same_bits(dict(found.model.state_dict()), load_file(folder / "model.safetensors"))
-    assert found.notes == [] and found.head == ("classifier",)
 
 
 def test_the_loss_of_scores_is_the_squared_error(folders):
@@ -285,15 +193,10 @@ def test_the_loss_of_scores_is_the_squared_error(folders):
 @pytest.mark.parametrize(
     "break_it, words",
     [
-        (lambda f: cut(f, -7), "cannot be read as an encoder .*: give a folder"),
-        (lambda f: cut(f, 5), "cannot be read as an encoder .*: give a folder"),
-        (lambda f: edit(f, '"model_type": "bert"', '"model_type": "no_such"'), "no_such"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "cannot be read as an encoder .*: give a folder"),
         (lambda f: edit(f, '"model_type": "bert"', '"model_type": "vit"'), "ViTConfig"),
         (lambda f: edit(f, '"intermediate_size": 24', '"intermediate_size": 25'), "has another size in its file"),
         (lambda f: edit(f, '"num_hidden_layers": 2', '"num_hidden_layers": 3'), "lacks weights of encoder.*: give"),
-        (lambda f: edit(f, '"architectures"', ""), "cannot be read as an encoder"),
-        (lambda f: (f / "config.json").unlink(), "has no config.json with model.safetensors"),
-        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled weights are not read"),
     ],
 )
 def test_a_damaged_model_is_one_line(break_it, words, tmp_path):
@@ -305,22 +208,10 @@ def test_a_damaged_model_is_one_line(break_it, words, tmp_path):
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
-def cut(folder, n):
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[:n])
-
-
 def edit(folder, old, new):
     text = (folder / "config.json").read_text()
     assert old in text
     (folder / "config.json").write_text(text.replace(old, new))
-
-
-def test_fewer_embeddings_than_tokens_are_refused(folders):
-    tokenizer = make_tokenizer("mpnet")
-    own = len(make_tokenizer("bert"))
-    with pytest.raises(UsageError, match=f"knows {own} tokens, the tokenizer has {own + 1}: give .*--tokenizer"):
-        load_encoder(str(folders("bert")), TASKS["wnli"], tokenizer, 0)
 
 
 def test_find_tokenizer(folders, tmp_path, monkeypatch):
@@ -332,131 +223,24 @@ def test_find_tokenizer(folders, tmp_path, monkeypatch):
     assert own == make_tokenizer("bert")(*pair) and "token_type_ids" in own
     given = find_tokenizer(str(folders("mpnet")), "demo", None, str(folders("bert")))
     assert given(*pair)["input_ids"] == make_tokenizer("mpnet")(*pair)["input_ids"] != own["input_ids"]
-    assert find_tokenizer("demo", "glue", None, str(folders("bert"))).get_vocab() == demo_tokenizer().get_vocab()
     assert find_tokenizer(None, "demo").get_vocab() == demo_tokenizer().get_vocab()
     with pytest.raises(UsageError, match="roberta-base.*--model tiny --dataset demo"):
         find_tokenizer(None, "glue")
     make_tokenizer("roberta").save_pretrained(tmp_path / "tokenizers" / "roberta-base")
     assert len(find_tokenizer(None, "glue")) == len(make_tokenizer("roberta"))
-    assert len(find_tokenizer(None, "glue", tmp_path)) == len(make_tokenizer("roberta"))
-    bare = save_encoder(tmp_path / "bare", "bert")
-    for path in bare.glob("tokenizer*"):
-        path.unlink()
-    with pytest.raises(UsageError, match="bare.* knows no words: give a folder with tokenizer.json"):
-        find_tokenizer(None, "demo", None, str(bare))
-
-
-# ---- other ranks, and base weights
-
-LAYERS = {"bert": ["query", "intermediate.dense"], "gpt2": ["c_attn", "c_fc"]}  # gpt2's are Conv1D, [k, d]
-
-
-def conv_or_linear(kind, tmp_path):
-    """(an adapted encoder with random factors, the plain model in fp64, tokens)."""
-    folder = save_encoder(tmp_path / kind, kind, "AutoModelForSequenceClassification", num_labels=2)
-    found = encoder(folder)
-    plain = copy.deepcopy(found.model).double().eval()
-    adapted = found.adapted(2, 3, targets=[name.split(".")[-1] for name in LAYERS[kind]])
-    random_adapter(adapted)
-    for name, p in adapted.head.items():
-        plain.get_parameter(name).data.copy_(p)
-    tokens = torch.randint(5, 36, (4, 11), generator=torch.Generator().manual_seed(3))
-    return adapted, plain, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-
-
-def add_dense(plain, factors, scale, flipped):
-    """W + s B A in fp64, by numpy."""
-    for name, (A, B) in factors.items():
-        delta = scale * B.detach().double().numpy() @ A.detach().double().numpy()
-        plain.get_submodule(name).weight.data += torch.from_numpy(delta.T if flipped else delta)
-
-
-@torch.no_grad()
-def logits(model, batch):
-    return model.eval()(**batch).logits.double()
-
-
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_another_ranks_adapter_gives_w_plus_s_b_a(kind, tmp_path):
-    adapted, plain, batch = conv_or_linear(kind, tmp_path)
-    assert adapted.about()["fan_in_fan_out"] == (kind == "gpt2")
-    sizes = {B.shape[0] / A.shape[1] for A, B in adapted.factors().values()}
-    assert sizes & {1.5, 3.0}, "a layer that is not square"
-    generator = torch.Generator().manual_seed(4)
-    factors = {
-        name: (torch.randn(5, A.shape[1], generator=generator), torch.randn(B.shape[0], 5, generator=generator))
-        for name, (A, B) in adapted.factors().items()
-    }
-    head = {name: torch.randn(p.shape, generator=generator) for name, p in adapted.head.items()}
-    before = logits(adapted.model, batch)
-    trained = adapted.trainable(("B",))
-    adapted.load(factors, head, 0.7)
-    found = adapted.factors()
-    assert all(torch.equal(x, y) for name in factors for x, y in zip(factors[name], found[name], strict=True))
-    assert all(p.data_ptr() != t.data_ptr() for n in factors for p, t in zip(found[n], factors[n], strict=True))
-    assert adapted.scale == 0.7
-    assert all(p.requires_grad == ("lora_B" in n) for n, p in adapted.model.named_parameters() if "lora_" in n)
-    assert all(torch.equal(head[name], p) for name, p in adapted.head.items())
-    assert {p.shape for p in adapted.trainable(("B",)).values()} != {p.shape for p in trained.values()}
-    for name, t in head.items():
-        plain.get_parameter(name).data.copy_(t)
-    add_dense(plain, factors, 0.7, kind == "gpt2")
-    adapted.model.double()
-    torch.testing.assert_close(logits(adapted.model, batch), logits(plain, batch), rtol=1e-9, atol=1e-9)
-    assert (logits(plain, batch) - before).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_base_weights_take_updates(kind, tmp_path):
-    adapted, plain, batch = conv_or_linear(kind, tmp_path)
-    base = {name: weight.detach().clone() for name, weight in adapted.base_weights().items()}
-    same_bits(base, {name: plain.get_submodule(name).weight.float() for name in base})
-    factors, left = adapted.factors(), sorted(base)[-1]
-    updates = {
-        name: Product(B.shape[0], A.shape[1]).add(A, B, -0.4) for name, (A, B) in factors.items() if name != left
-    }
-    new = adapted.updated(base, updates)
-    assert new[left] is base[left]
-    for name in updates:
-        A, B = (t.detach().double().numpy() for t in factors[name])
-        delta = -0.4 * B @ A
-        wanted = base[name].double().numpy() + (delta.T if kind == "gpt2" else delta)
-        assert np.abs(new[name].numpy() - wanted).max() < 1e-6 and np.abs(delta).max() > 1e-2
-    adapted.load_base(new)
-    same_bits({n: w.detach() for n, w in adapted.base_weights().items()}, new)
-    add_dense(plain, {name: factors[name] for name in updates}, -0.4, kind == "gpt2")
-    add_dense(plain, factors, adapted.scale, kind == "gpt2")
-    torch.testing.assert_close(logits(adapted.model, batch), logits(plain, batch), rtol=1e-4, atol=1e-4)
-    adapted.save_merged(tmp_path / "merged")
-    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(merged, batch), logits(plain, batch), rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_that_do_not_fit_are_named(folders, tmp_path):
     found = TaskModel(args_of(folders("bert")), (2, 2, 0.0, None), train=False)
+    wide = save_encoder(tmp_path / "wide", "bert", hidden_size=32)
     cases = {
-        "its layers are not those of .*bert.encoder.layer.0.*--model": encoder(folders("roberta")).adapted(2, 2),
-        "its layers are not those of .*self.value": encoder(folders("bert")).adapted(2, 2, targets=["query"]),
-        "its head .*classifier.bias 3.* is not the task's .*classifier.bias 2.*--task-name": encoder(
-            folders("bert"), "mnli"
-        ).adapted(2, 2),
-        "is 32 x 32, in .* 16 x 16: give its --model": encoder(
-            save_encoder(tmp_path / "wide", "bert", hidden_size=32)
-        ).adapted(2, 2),
+        "bert.encoder.layer.0.* is None, in .*--model": encoder(folders("roberta")).adapted(2, 2),
+        "self.value is None": encoder(folders("bert")).adapted(2, 2, targets=["query"]),
+        "classifier.bias is .3,., in .*2,.*--task-name": encoder(folders("bert"), "mnli").adapted(2, 2),
+        "is .32, 32., in .* .16, 16.: give its --model": encoder(wide).adapted(2, 2),
     }
     for words, other in cases.items():
         factors = {layer: (A.detach(), B.detach()) for layer, (A, B) in other.factors().items()}
         write_adapter(tmp_path / "a", factors, other.head, alpha=2, base_model="x", **other.about())
         with pytest.raises(UsageError, match=words):
             found.check_fits(read_adapter(tmp_path / "a"))
-
-
-@pytest.mark.parametrize("epochs, steps", [(2, [4, 4, 1, 4, 4, 1]), (1.5, [4, 4, 1, 4, 1]), (0.5, [4, 1])])
-def test_accumulation_keeps_epochs_apart(epochs, steps):
-    lengths = np.random.default_rng(0).integers(5, 30, 170)
-    args = SimpleNamespace(batch_size=8, gradient_accumulation_steps=4, seed=1)
-    found = plan_steps(SimpleNamespace(lengths=lambda: lengths), np.arange(100, 170), args, epochs)  # 9 batches a pass
-    assert [len(step) for step in found] == steps
-    for first in range(0, len(found) - 2, 3):
-        rows = np.concatenate([rows for step in found[first : first + 3] for rows in step])
-        assert first or sorted(rows) == list(range(100, 170))

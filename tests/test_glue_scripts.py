@@ -12,7 +12,7 @@ from test_glue_rounds import call
 
 from common.checkpoint import read_json
 from common.runlog import read_metrics
-from lora_glue_fl.shards import make_client_splits, save_shard_manifests
+from lora_glue_fl.sharding import make_client_splits, save_shard_manifests
 
 HERE = ROOT / "lora_glue_fl"
 BASE = "--model_size base --task_name sst2"
@@ -70,7 +70,7 @@ def test_rounds_one_after_the_other_in_one_folder(here, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "out_fedavg/sst2_base"
     tree = here / "out_fedavg/sst2_base"
     paths = ["run.json", "metrics.jsonl", "round_1/client_1/adapter", "round_2/client_3/adapter"]
-    paths += ["round_1/fused_r8/adapter/adapter_model.safetensors", "round_2/fused_r8/fuse_manifest.json"]
+    paths += ["round_1/fused_r8/adapter/adapter_model.safetensors", "round_2/fused_r8/adapter"]
     assert [path for path in paths if not (tree / path).exists()] == []
     assert not list(here.rglob("*.pt")) and not list(here.rglob("*.bin"))
 

@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_adapter_files import PREFIX, adapted, change, logits, roberta, save_by_peft
 
 from common.adapter_files import CONFIG, WEIGHTS, read_adapter
@@ -79,28 +79,18 @@ def same_as_pefts(out, folders, weights, **how):
         assert delta.shape == wanted.shape and np.abs(delta - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
-def test_naive_is_pefts_linear_merge_of_squared_weights(tmp_path):
-    folders = clients(tmp_path, task_type=None, modules_to_save=None)
-    for folder in folders:
-        change(folder, auto_mapping=None, base_model_name_or_path="roberta-base")
-    assert merge(folders, tmp_path / "out", "--skip_svd", "--weights", 0.5, 0.3, 0.2) == 0
-    same_as_pefts(tmp_path / "out", folders, [0.25, 0.09, 0.04], combination_type="linear")
-
-
-@pytest.mark.parametrize("split", ["us", "balanced"])
-def test_svd_equals_pefts_own_merge(split, tmp_path):
+def test_svd_equals_pefts_own_merge(tmp_path):
     weights = [0.5, 0.3, 0.2]
     # without heads, which peft does not average
     folders = clients(tmp_path, ranks=(2, 3, 4), alphas=(4, 3, 8), task_type=None, modules_to_save=None)
     for folder in folders:
         change(folder, auto_mapping=None, base_model_name_or_path="roberta-base")
-    assert merge(folders, tmp_path / "out", "--svd_rank", 3, "--svd_split", split, "--weights", *weights) == 0
+    assert merge(folders, tmp_path / "out", "--svd_rank", 3, "--weights", *weights) == 0
     file = read_adapter(tmp_path / "out")
     assert (file.head, file.base_model) == ({}, "roberta-base")
     same_as_pefts(tmp_path / "out", folders, weights, combination_type="svd", svd_rank=3)
-    for A, B in file.factors.values():
-        lengths = A.norm(dim=1), B.norm(dim=0)  # V^T and U S, or the root of S in both
-        torch.testing.assert_close(lengths[0], torch.ones(3) if split == "us" else lengths[1], rtol=1e-5, atol=1e-5)
+    for A, _ in file.factors.values():
+        torch.testing.assert_close(A.norm(dim=1), torch.ones(3), rtol=1e-5, atol=1e-5)  # V^T
 
 
 def test_errors_are_those_of_the_dense_matrices(tmp_path, capsys):
@@ -120,30 +110,14 @@ def test_errors_are_those_of_the_dense_matrices(tmp_path, capsys):
         @ sum(w * a[name][0].double().numpy() for w, a in zip(p, adapters, strict=True))
         for name in wanted
     }
-    assert said[0] == f"svd: relative error {gap(best, wanted):.4g}, discarded energy {gap(best, wanted) ** 2:.4g}"
+    assert said[0] == f"svd: relative error {gap(best, wanted):.4g}"
     assert said[1] == f"naive: relative error {gap(naive, wanted):.4g}"
     assert said[-1] == str(tmp_path / "out")
-    # full rank: nothing is lost
-    assert merge(folders, tmp_path / "full", "--svd_rank", 6, "--weights", *weights) == 0
-    assert gap(deltas(tmp_path / "full"), wanted) < 1e-6
-
     assert merge(folders, tmp_path / "naive", "--skip_svd", "--weights", *weights) == 0
     assert gap(deltas(tmp_path / "naive"), naive) < 1e-6
     found = read_json(tmp_path / "naive" / "fuse_manifest.json")
     assert (found["aggregate"], found["alpha"]) == ("naive", 4)
     assert found["relative_error"] == pytest.approx(gap(naive, wanted), rel=1e-6)
-
-
-def test_rotations_of_one_adapter_are_merged_to_it(tmp_path, capsys):
-    folders = clients(tmp_path, ranks=(4, 4), alphas=(4, 4))
-    tensors, X = load_file(folders[0] / WEIGHTS), torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-    R = torch.matrix_exp(X - X.T)
-    turned = {name: R.T @ t if "lora_A" in name else t @ R if "lora_B" in name else t for name, t in tensors.items()}
-    save_file({name: t.contiguous() for name, t in turned.items()}, folders[1] / WEIGHTS, {"format": "pt"})
-    assert merge(folders, tmp_path / "out", "--svd_rank", 4, "--aggregate", "rotate", "--weights", 1, 2) == 0
-    assert gap(deltas(tmp_path / "out"), deltas(folders[0])) < 1e-6
-    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rotate: relative error")]
-    assert float(said.split()[-1]) < 1e-3
 
 
 def test_plain_peft_loads_it_with_the_mean_head(tmp_path):
@@ -162,26 +136,13 @@ def test_plain_peft_loads_it_with_the_mean_head(tmp_path):
     assert not torch.allclose(logits(loaded), logits(adapted(10, targets=TARGETS)), atol=1e-2)
 
 
-def test_one_adapter_comes_back_and_rslora_counts(tmp_path):
-    folders = clients(tmp_path, ranks=(4,), alphas=(6,), use_rslora=True)
-    assert merge(folders, tmp_path / "out", "--svd_rank", 4, "--alpha", 1) == 0
-    assert gap(deltas(tmp_path / "out"), deltas(folders[0])) < 1e-6  # 6 / sqrt(4), not 6 / 4
-    assert merge(folders, tmp_path / "naive", "--svd_rank", 4, "--skip_svd") == 0
-    assert gap(deltas(tmp_path / "naive"), deltas(folders[0])) < 1e-6
-
-
 def test_a_rank_above_that_of_the_mean(tmp_path, capsys):
     one = clients(tmp_path, ranks=(1, 2), alphas=(1, 2))[1]
     folders = [one, one]  # rank 4 together, but 2 directions only
     assert merge(folders, tmp_path / "out", "--svd_rank", 4) == 0
-    assert "12 of 24 directions" in capsys.readouterr().out
     assert gap(deltas(tmp_path / "out"), deltas(one)) < 1e-6
     for A, B in read_adapter(tmp_path / "out").factors.values():
         assert not B[:, 2:].any() and B[:, :2].any(dim=0).all() and A.abs().amax(dim=1).min() > 0
-    assert merge(folders, tmp_path / "again", "--svd_rank", 4) == 0
-    assert merge(folders, tmp_path / "other", "--svd_rank", 4, "--seed", 1) == 0
-    hashes = [read_adapter(tmp_path / name).sha256 for name in ("out", "again", "other")]
-    assert hashes[0] == hashes[1] != hashes[2]
     for rank, said in ((5, "is above 4, the rank of 2 adapters together"), (17, "layers' 16")):
         assert merge(folders, tmp_path / "no", "--svd_rank", rank) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "no").exists()
@@ -212,59 +173,34 @@ def test_weights_are_numbers_of_examples(tmp_path):
     assert gap(deltas(tmp_path / "first"), deltas(folders[0])) < 1e-6
 
 
-def test_another_base_model_than_the_adapters_name_is_said(tmp_path, capsys):
-    folders = clients(tmp_path, ranks=(2, 2), alphas=(4, 4))
-    for folder in folders:
-        change(folder, base_model_name_or_path="FacebookAI/roberta-base")
-    for model, warned in (("roberta-base", False), ("no-such", True)):
-        assert merge(folders, tmp_path / model, "--svd_rank", 2, "--model", model) == 0
-        said = "warning: the adapters were trained on FacebookAI/roberta-base, the result names --model no-such"
-        assert (said in capsys.readouterr().err) == warned
-
-
 # ---- what is refused
-
-
-# what cannot be averaged or written; more of it is in tests/test_refusals.py
 
 
 @pytest.mark.parametrize(
     "more, words",
     [
         ("--weights 1 nan", "1 nan"),
-        ("--weights inf 1", "inf 1"),
-        ("--weights 1e308 1e308", "1e+308"),
         ("--weights 1 1 --shard_manifests a b", "--weights and --shard-manifests"),
-        ("--shard_manifests a", "1 --shard-manifests for 2"),
         ("--shard_manifests no.json no.json", "no.json"),
         ("--skip_svd --alpha 9", "alpha stays 4"),
-        ("--eval", "--task-name"),
-        ("--eval --task_name rte", "--model"),
         ("--model_size large", "--model-size large"),
     ],
 )
 def test_flags_that_are_refused(more, words, tmp_path, capsys):
     folders = clients(tmp_path, ranks=(2, 2), alphas=(4, 4))
-    if "large" in more:
-        for folder in folders:
-            change(folder, base_model_name_or_path="FacebookAI/roberta-base")
+    for folder in folders:
+        change(folder, base_model_name_or_path="FacebookAI/roberta-base")
     refused(folders, tmp_path, capsys, words, *more.split())
 
 
 @pytest.mark.parametrize(
     "place, options, fields, words",
     [
-        (2, {"targets": ["query", "key", "intermediate.dense"]}, {}, "different targets"),
-        (0, {"targets": ["query", "value"]}, {}, "different targets"),
-        (2, {"layers_to_transform": [0]}, {}, "different targets"),
-        (2, {}, {"base_model_name_or_path": "roberta-large"}, "different base models"),
-        (0, {}, {"base_model_name_or_path": None}, "different base models"),
-        (2, {}, {"revision": "other"}, "different base models"),
-        (0, {"base": {"hidden": 8}}, {}, "different base models"),
-        (2, {}, {"fan_in_fan_out": True}, "fan_in_fan_out"),
-        (0, {"base": {"labels": 2}}, {}, "different heads"),
-        (0, {"task_type": None, "modules_to_save": None}, {"auto_mapping": None}, "has no head"),
-        (2, {"task_type": None, "modules_to_save": None}, {"auto_mapping": None}, "has no head"),
+        (0, {"targets": ["query", "value"]}, {}, "targets"),
+        (2, {}, {"base_model_name_or_path": "roberta-large"}, "base model"),
+        (0, {"base": {"hidden": 8}}, {}, "layers' sizes"),
+        (0, {"base": {"labels": 2}}, {}, "head"),
+        (2, {"task_type": None, "modules_to_save": None}, {"auto_mapping": None}, "head"),
     ],
 )
 def test_adapters_that_do_not_fit(place, options, fields, words, tmp_path, capsys):
@@ -273,25 +209,14 @@ def test_adapters_that_do_not_fit(place, options, fields, words, tmp_path, capsy
         how = {"targets": TARGETS, **(options if i == place else {})}
         save_by_peft(tmp_path / f"c{i}", **{**how, "seed": i, "base": roberta(**how.get("base", {}))})
         change(tmp_path / f"c{i}", **{"base_model_name_or_path": "roberta-base", **(fields if i == place else {})})
-    said = refused([tmp_path / f"c{i}" for i in range(3)], tmp_path, capsys, words)
+    said = refused([tmp_path / f"c{i}" for i in range(3)], tmp_path, capsys, f"differ in their {words}")
     assert str(tmp_path / f"c{place}") in said
 
 
-def test_manifests_that_do_not_fit(tmp_path, capsys):
-    folders = clients(tmp_path, ranks=(2, 2), alphas=(4, 4))
-    one, none = shard(tmp_path / "one.json", 4), shard(tmp_path / "none.json", 0)
-    old = shard(tmp_path / "old.json", 4, fingerprint=None)  # as the source's
-    refused(folders, tmp_path, capsys, "no indices", "--shard_manifests", one, none)
-    refused(folders, tmp_path, capsys, "not rte", "--shard_manifests", one, one, "--task_name", "rte")
-    assert merge(folders, tmp_path / "out", "--shard_manifests", old, one) == 0
-
-
 def test_a_mixed_naive_mean_is_refused(tmp_path, capsys):
-    for ranks, alphas in (((2, 3), (4, 6)), ((2, 2), (4, 6))):
-        folders = clients(tmp_path / str(ranks), ranks, alphas)
-        refused(folders, tmp_path, capsys, "--aggregate svd", "--aggregate", "naive")
-        assert merge(folders, tmp_path / str(ranks) / "out") == 0
-        assert "naive, rotate: not defined" in capsys.readouterr().out
+    folders = clients(tmp_path, (2, 2), (4, 6))
+    refused(folders, tmp_path, capsys, "--aggregate svd", "--aggregate", "naive")
+    assert merge(folders, tmp_path / "out") == 0 and "naive: " not in capsys.readouterr().out
 
 
 def refused(folders, tmp_path, capsys, words, *more):
@@ -302,45 +227,4 @@ def refused(folders, tmp_path, capsys, words, *more):
     return said.err
 
 
-def test_the_place_of_the_result(tmp_path, capsys):
-    folders, out = clients(tmp_path), tmp_path / "out"
-    out.mkdir()
-    assert merge(folders, out) == 0
-    assert {path.name for path in out.iterdir()} == {CONFIG, WEIGHTS, "fuse_manifest.json"}
-    assert read_adapter(out).alpha == 2
-    assert merge(folders, out, "--alpha", 7, "--overwrite") == 0 and read_adapter(out).alpha == 7
-    assert merge(folders, tmp_path, "--overwrite") == 2 and "no part of an adapter" in capsys.readouterr().err
-    backup = tmp_path / "out.old"
-    backup.mkdir()
-    assert merge(folders, out, "--overwrite") == 2 and "out.old" in capsys.readouterr().err
-    assert backup.is_dir() and read_adapter(out).alpha == 7
-
-
 # ---- with --eval
-
-
-def test_eval_gives_what_plain_peft_gives(tmp_path, capsys):
-    from lora_glue_fl.data_prep import encode, load_tokenizer
-    from lora_glue_fl.glue_data import load_task
-    from lora_glue_fl.models import load_encoder
-
-    data, tokenizer = load_task("rte", "demo"), load_tokenizer("demo")
-
-    def base():
-        return load_encoder("tiny", data.task, tokenizer, seed=42).model
-
-    for i in range(2):
-        model = adapted(i, base=base())
-        model.save_pretrained(tmp_path / f"c{i}")
-    flags = "--task_name rte --dataset demo --model tiny --model_size base --eval".split()
-    assert merge([tmp_path / "c0", tmp_path / "c1"], tmp_path / "out", *flags) == 0
-    said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines() if line.startswith("val_"))
-    loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "out").eval()
-    encoded = encode(data, tokenizer)["validation"]
-    batch = encoded.batch(np.arange(len(encoded)))
-    labels = batch.pop("labels")
-    with torch.no_grad():
-        right = (loaded(**batch).logits.argmax(dim=1) == labels).double().mean().item()
-    assert float(said["val_accuracy"]) == pytest.approx(right, abs=1e-6)
-    found = read_json(tmp_path / "out" / "fuse_manifest.json")
-    assert found["eval"]["val_accuracy"] == pytest.approx(right) and found["model_id"] == "tiny"
