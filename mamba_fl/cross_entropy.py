@@ -6,8 +6,7 @@ With hidden h_i (D numbers), head W (V x D) and label y_i:
 
 The plain form keeps fp32 logits, their log-softmax and their gradient: three times N x V x 4 bytes. Here a chunk
 of tokens makes its logits once (in the autocast dtype where autocast is on), a few rows at a time are turned to
-fp32 and overwritten by their own gradient, and two products finish the chunk: nothing is computed twice.
-All results are exact, not sampled, and have the same bits in every run.
+fp32 and overwritten by their own gradient, and two products finish the chunk. All results are exact, not sampled.
 """
 
 import torch
@@ -24,10 +23,6 @@ def linear_cross_entropy(hidden, weight, labels, vocab_size):
     Columns of the vocabulary from `vocab_size` on (padding) are cropped: they get probability and gradient zero.
     fp32 (fp64 for fp64 inputs); with no counted label it is zero.
     """
-    if torch._C._are_functorch_transforms_active():  # vmap cannot write into the slices of a tensor
-        logits = torch.nn.functional.linear(hidden, weight[:vocab_size])  # [N, V']
-        logits = logits.to(_wide(logits.dtype))
-        return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, torch.is_grad_enabled())
 
 

@@ -44,9 +44,7 @@ def inputs_and_labels(blocks):
 
     A causal model never looks from a real token to the padding, which is all behind it.
     """
-    inputs = blocks[:, :-1].clamp(min=0)  # [B, T]
-    labels = blocks[:, 1:]  # [B, T]
-    return inputs, labels
+    return blocks[:, :-1].clamp(min=0), blocks[:, 1:]
 
 
 def build_data(dataset, tokenizer, sequence_length, num_clients, sharding="contiguous", seed=0, data_root=None):
@@ -64,13 +62,11 @@ def build_data(dataset, tokenizer, sequence_length, num_clients, sharding="conti
     splits = text.encode(corpus, encoder)
     streams = {split: torch.from_numpy(splits[split].tokens.astype(np.int64)) for split in SPLITS}
     lengths = splits["train"].lengths()
-    documents = streams["train"].split(lengths.tolist())
+    documents, what = streams["train"].split(lengths.tolist()), "training documents"
     if sharding == "iid":
-        shards = iid(len(lengths), num_clients, stream(seed, "sharding", 0, 0), what="training documents")
-    elif sharding == "contiguous":
-        shards = contiguous(len(lengths), num_clients, sizes=lengths, what="training documents")
+        shards = iid(len(lengths), num_clients, stream(seed, "sharding", 0, 0), what=what)
     else:
-        raise ValueError(f"sharding {sharding!r} is not contiguous or iid")
+        shards = contiguous(len(lengths), num_clients, sizes=lengths, what=what)
 
     train, held_out, client_tokens = [], [], []
     for k, shard in enumerate(shards):
@@ -112,7 +108,6 @@ def build_data(dataset, tokenizer, sequence_length, num_clients, sharding="conti
             "client_documents": [len(shard) for shard in shards],
             "client_tokens": client_tokens,
             "client_blocks": [len(blocks) for blocks in train],
-            "client_held_out_blocks": [len(blocks) for blocks in held_out],
         },
     )
 

@@ -1,35 +1,32 @@
 """FedAvg: the clients' weights averaged by their number of examples.
 
-    python mamba_fl/fed_avg.py --layers 2
-    python mamba_fl/fed_avg.py --layers 2 --dataset demo      # offline, a CPU, about a minute
+    python mamba_fl/fed_avg.py --layers 2         # with --dataset demo: offline, a CPU, about a minute
 
 theta <- theta + eta_s sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMahan et al. 2017, algorithm 1)
 """
 
-from common.aggregation import WeightedMean
+from common import aggregation
 from common.cli import parse
 from common.processes import run_federated
 from common.runlog import start_run
+from mamba_fl import flags
 from mamba_fl.fed_core import client_update, load_study
-from mamba_fl.flags import SERVER_LR, complete_flags, footprint, make_parser, run_name
 from mamba_fl.measuring import finish
 
 
 def build_parser():
-    parser, add = make_parser(__doc__)
-    add("--server-lr", **SERVER_LR)
-    return parser
+    return flags.make_parser(__doc__, flags.average_flags)
 
 
 def main(args):
-    with start_run("fed_avg", args, run_name("fed_avg", args)) as run:
+    with start_run("fed_avg", args, flags.run_name("fed_avg", args)) as run:
         study = load_study(args, run)
         theta = run.restore(study.weights.snapshot(), study.weights.named, **study.lasting)
         run.report(0, theta, study.evaluate)
 
         for t in run.rounds():
             clients = run.sample(study, t)
-            mean = WeightedMean(theta, clients)
+            mean = aggregation.WeightedMean(theta, clients)
             for k in clients:
                 theta_k = client_update(study, theta, k, t)
                 mean.add(theta_k)
@@ -40,5 +37,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = parse(build_parser(), complete_flags)
-    run_federated(main, args, *footprint(args))
+    args = parse(build_parser(), flags.complete_flags)
+    run_federated(main, args, *flags.footprint(args))

@@ -3,32 +3,34 @@
 The round loop is in each script; an algorithm differs from FedAvg only there. What is measured is in `measuring.py`.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from common.aggregation import ServerAdam, ServerMomentum
 from common.allocator import reuse_large_memory
 from common.batches import pass_after_pass
 from common.best import Best
-from common.cli import UsageError, say
+from common.cli import UsageError
 from common.client_rows import ClientRows, rows_on_disk
 from common.evaluation import amp_context, perplexity
+from common.fisher import diagonal_fisher
 from common.local import Moments, client_optimizer, local_steps
 from common.participation import Turns, per_round
 from common.schedules import lr_at
-from common.seeding import stream
+from common.seeding import stream, torch_stream
 from common.shared_moments import PooledMoments
-from common.text import load_tokenizer, tokenizer_fingerprint
 from common.vector import Weights
+from mamba_fl.cross_entropy import entropies, sample_labels
 from mamba_fl.data import FederatedText, build_data, inputs_and_labels
-from mamba_fl.flags import final_of
 from mamba_fl.mamba2 import Mamba2Config
 from mamba_fl.measuring import evaluate, save_deltas, statistics
-from mamba_fl.ssm_config import make_model, read_pretrained
+from mamba_fl.ssm_config import make_model
 
 NOT_DECAYED = ("dt_bias", "A_log", "D")  # Dao & Gu's recipe: no weight decay on the recurrence's own parameters
-MOST_PADDING = 128  # rows that an embedding has beyond the tokens, at most, in the models that there are
+ENTROPY_SEQUENCES = 8  # of a client's held-out text, for its entropy
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,8 @@ class Study:
     """Data and model of a run.
 
     train: each client's blocks [n_k, T + 1] on the device (central: one client with all); weights: theta's live vector
-    and names; loss: mean NLL (nats a token) of blocks [B, T + 1]; total_steps of a client that is always there;
-    moments: the clients' optimiser and its moments from round to round (--client-state); sent_vectors: of theta's
-    length that a client sends in a round; uniform: whether clients count alike in a mean.
+    and names; client_weights: what each client counts in a mean, n_k or 1; total_steps: of a client that is always
+    there; moments: the clients' optimiser, --client-state; sent_vectors: of theta's length that a client sends a round.
     """
 
     args: object
@@ -47,28 +48,18 @@ class Study:
     train: list
     model: torch.nn.Module
     weights: Weights
-    loss: object
+    client_weights: list
     turns: Turns
     total_steps: int
     best: Best
     moments: Moments | PooledMoments
     sent_vectors: int
-    uniform: bool
-
-    @property
-    def optimizer(self):
-        """The one of all clients."""
-        return self.moments.optimizer
-
-    @property
-    def examples(self):
-        """n_k: each client's sequences, what it counts in a mean."""
-        return [len(blocks) for blocks in self.train]
+    evaluate = evaluate  # what is logged of theta [n] after t rounds
 
     @property
     def lasting(self):
         """With theta, all that outlives a round. A script adds its server optimiser."""
-        moments = self.moments if isinstance(self.moments, PooledMoments) else self.moments.rows
+        moments = getattr(self.moments, "rows", self.moments)  # each client's own, or those that all share
         return {"best": self.best} | ({} if moments is None else {"moments": moments})
 
     @property
@@ -80,19 +71,16 @@ class Study:
         """The context of a forward pass in the run's precision."""
         return amp_context(self.run.amp, self.run.device)
 
-    @property
-    def client_weights(self):
-        """What each client counts in a mean: n_k, or 1."""
-        return [1] * len(self.train) if self.uniform else self.examples
+    def loss(self, blocks):
+        """The mean NLL (nats a token) of blocks [B, T + 1]."""
+        inputs, labels = inputs_and_labels(blocks)
+        with self.autocast():
+            return self.model.nll(inputs, labels) / labels.numel()
 
     def bytes_of(self, t):
         """(up, down): what a client sends and receives in round t."""
         up, down = self.moments.bytes
         return self.sent_vectors * self.weights.bytes + up, self.weights.bytes + down
-
-    def evaluate(self, theta, t, row):
-        """What is logged of theta [n] after t rounds, see `measuring.evaluate`."""
-        return evaluate(self, theta, t, row)
 
     def learning_rates(self, t):
         """The rate of each step of round t, the same for all its clients: --lr where the schedule is the server's."""
@@ -102,20 +90,21 @@ class Study:
     def server_rate(self, t):
         """The server's rate in round t: --server-lr, with --scheduled server times the schedule's share of --lr."""
         args = self.args
-        shared = args.scheduled == "server" and args.lr
-        return args.server_lr * (self._scheduled(t)[0] / args.lr if shared else 1)
+        return args.server_lr * (self._scheduled(t)[0] / args.lr if args.scheduled == "server" and args.lr else 1)
 
     def _scheduled(self, t):
         """The schedule of round t's steps, of a client that is always there: by its own steps, one that is drawn rarely
         would be in its warm-up when the others end."""
         args, total = self.args, self.total_steps
         steps = range(t * args.local_updates, min((t + 1) * args.local_updates, total))
-        schedule = {"kind": args.lr_scheduler, "warmup": args.warmup_steps, "min_lr": args.min_lr}
-        return [lr_at(step, total, args.lr, **schedule) for step in steps]
+        return [lr_at(step, total, args.lr, args.lr_scheduler, warmup=args.warmup_steps) for step in steps]
 
 
 def load_study(args, run, federated=True, sent_vectors=1, uniform=False):
-    """Reads the data, builds the model and begins the run. Raises: UsageError for what is not there or does not fit."""
+    """Reads the data, builds the model and begins the run. Raises: UsageError for what is not there or does not fit.
+
+    uniform: whether clients count alike in a mean.
+    """
     reuse_large_memory()
     data = build_data(
         args.dataset, args.tokenizer, args.sequence_length, args.num_clients, args.sharding, args.seed, args.data_root
@@ -123,15 +112,12 @@ def load_study(args, run, federated=True, sent_vectors=1, uniform=False):
     train = [blocks.to(run.device) for blocks in data.train]
     if not federated:  # one client with everybody's text
         train = [torch.cat(train)]
-    rounds, total_steps = plan_rounds(args, [len(blocks) for blocks in train])
-    model = start_model(args, data, run.device)
+    examples = [len(blocks) for blocks in train]
+    rounds, total_steps = plan_rounds(args, examples)
+    sizes = {"d_model": args.d_model, "n_layer": args.layers, "d_state": args.d_state, "headdim": args.headdim}
+    config = Mamba2Config(vocab_size=data.vocab_size, **sizes)
+    model = make_model(config, kernel=args.kernel, device=run.device, seed=args.seed)
     weights = Weights(model)
-
-    def loss(blocks):
-        inputs, labels = inputs_and_labels(blocks)
-        with amp_context(run.amp, run.device):
-            return model.nll(inputs, labels) / labels.numel()
-
     study = Study(
         args=args,
         run=run,
@@ -139,13 +125,12 @@ def load_study(args, run, federated=True, sent_vectors=1, uniform=False):
         train=train,
         model=model,
         weights=weights,
-        loss=loss,
+        client_weights=[1] * len(train) if uniform else examples,
         turns=Turns(args.seed, len(train), args.participation),
         total_steps=total_steps,
         best=Best(),
         moments=client_moments(args, run, weights, len(train) if federated else 0),
         sent_vectors=sent_vectors,
-        uniform=uniform,
     )
     run.begin(data.fingerprint, {"total": weights.size}, run.resolved() | {"kernel": type(model).__name__}, data.shards)
     run.plan(rounds, args.val_freq, args.save_freq, len(train))
@@ -158,9 +143,8 @@ def client_moments(args, run, weights, clients):
     clients: how many there are, 0 in central training, which keeps its optimiser itself.
     """
     state = args.client_state if args.client_optimizer == "adamw" else "reset"  # SGD has no moments
-    decay = {"weight_decay": args.weight_decay, "not_decayed": NOT_DECAYED}
-    betas = (args.beta1, args.beta2)
-    optimizer = client_optimizer(args.client_optimizer, weights.parameters, args.lr, 0.0, **decay, betas=betas)
+    more = {"weight_decay": args.weight_decay, "not_decayed": NOT_DECAYED, "betas": (args.beta1, args.beta2)}
+    optimizer = client_optimizer(args.client_optimizer, weights.parameters, args.lr, 0.0, **more)
     if state == "pooled":
         return PooledMoments(optimizer, weights)
     rows = None
@@ -168,45 +152,6 @@ def client_moments(args, run, weights, clients):
         on_disk = rows_on_disk(clients, per_round(args.participation, clients), 2 * weights.bytes)
         rows = ClientRows(run.folder / "clients" / "moments", on_disk, in_place=True, device=run.device)
     return Moments(optimizer, weights, rows)
-
-
-def start_model(args, data, device):
-    """The model with fresh weights, or those of --init-from.
-
-    Raises: UsageError where these are of another tokenizer.
-    """
-    config = Mamba2Config(
-        d_model=args.d_model,
-        n_layer=args.layers,
-        vocab_size=data.vocab_size,
-        d_state=args.d_state,
-        headdim=args.headdim,
-    )
-    if args.init_from is None:
-        return make_model(config, kernel=args.kernel, device=device, seed=args.seed)
-    folder = final_of(args.init_from)
-    theirs, tensors = read_pretrained(folder)
-    if (folder / "tokenizer.json").is_file():
-        ids = [data.fingerprint["tokenizer_sha256"], tokenizer_fingerprint(load_tokenizer(str(folder), None))]
-        if ids[0] != ids[1]:
-            raise UsageError(
-                f"--tokenizer {args.tokenizer} ({ids[0][:12]}) is not that of --init-from {args.init_from} "
-                f"({ids[1][:12]}): drop --tokenizer"
-            )
-    else:
-        say(f"note: --init-from {args.init_from} has no tokenizer.json: --tokenizer {args.tokenizer} is not compared")
-    rows = theirs.padded_vocab_size
-    if not 0 <= rows - data.vocab_size < MOST_PADDING:
-        raise UsageError(
-            f"--tokenizer {args.tokenizer} has {data.vocab_size} tokens, the model of --init-from {args.init_from} "
-            f"{rows}: give its own --tokenizer"
-        )
-    same = theirs.vocab_size == data.vocab_size  # else it is known with its padding only
-    others = {name: getattr(theirs, name) for name in ("expand", "d_conv", "ngroups", "norm_eps")}
-    config = replace(config, **others, pad_vocab_size_multiple=theirs.pad_vocab_size_multiple if same else rows)
-    model = make_model(config, kernel=args.kernel, device=device)
-    model.load_state_dict(tensors)
-    return model
 
 
 def plan_rounds(args, examples):
@@ -236,7 +181,7 @@ def client_update(study, theta, k, t):
     args, run, weights, moments = study.args, study.run, study.weights, study.moments
     weights.load(theta)
     moments.load(k)
-    options = {"amp": run.amp, "lrs": study.learning_rates(t), "max_norm": args.max_grad_norm}
+    options = {"amp": run.amp, "lrs": study.learning_rates(t)}
     done = local_steps(study.loss, client_batches(study, k, t), weights, moments.optimizer, **options)
     moments.store(k)
     run.clients.work(done.steps * args.batch_size * args.sequence_length)
@@ -262,7 +207,54 @@ def client_batches(study, k, t):
     return ((blocks[batch.to(blocks.device)],) for batch in torch.from_numpy(rows))
 
 
+# ---- what a client counts in a mean, at the weights in the model
+
+
+@torch.no_grad()
+def entropy(study, k, t):
+    """H_k: mean entropy (nats a token) of the model's next-token distribution on client k's held-out text."""
+    held_out = sampled_blocks(study, "entropy", study.data.held_out[k], ENTROPY_SEQUENCES, k, t)
+    sums = []
+    for blocks in held_out.split(study.eval_batch):
+        inputs, _ = inputs_and_labels(blocks)
+        with study.autocast():
+            hidden = study.model.hidden(inputs).flatten(0, 1)  # [B T, D]
+            sums.append(entropies(hidden, study.model.head_weight, study.data.vocab_size).sum().item())
+    value = math.fsum(sums) / (len(held_out) * study.args.sequence_length)
+    study.run.clients.note(k, entropy=value)
+    return value
+
+
+def fisher(study, k, t):
+    """F_k [n]: the diagonal of the Fisher information, per sequence, over some training sequences of client k."""
+    blocks = sampled_blocks(study, "fisher", study.train[k], study.args.fisher_samples, k, t)  # [n, T + 1]
+    inputs, labels = inputs_and_labels(blocks)
+    if study.args.fisher_labels == "model":  # else the text's: the empirical Fisher
+        generator = torch_stream(study.args.seed, "fisher labels", t, k)
+        with torch.no_grad(), study.autocast():
+            hidden = study.model.hidden(inputs).flatten(0, 1)  # [n T, D]
+            labels = sample_labels(hidden, study.model.head_weight, study.data.vocab_size, generator).view_as(inputs)
+
+    def nll(model, sample):  # summed over one sequence
+        with study.autocast():
+            return model.nll(*(part[None] for part in sample))
+
+    return diagonal_fisher(study.model, study.weights, nll, (inputs, labels), method="loop")
+
+
 def sampled_blocks(study, purpose, blocks, n, k, t):
     """n of client k's blocks (all where it has fewer), in their order, drawn by the seed and the round."""
     rows = stream(study.args.seed, purpose, t, k).choice(len(blocks), min(n, len(blocks)), replace=False)
     return blocks[torch.from_numpy(np.sort(rows)).to(blocks.device)].to(study.run.device)
+
+
+# ---- the server's optimiser
+
+
+def server_optimizer(args):
+    """What FedMomentum's flags ask for."""
+    kind, lr, b1 = args.server_optimizer, args.server_lr, args.server_momentum
+    if kind == "adam":
+        more = {"tau": args.server_tau, "bias_correction": args.server_bias_correction}
+        return ServerAdam(kind, lr, b1=b1, b2=args.server_beta2, **more)
+    return ServerMomentum(lr, b1, nesterov=kind == "nesterov", form=args.momentum_form)

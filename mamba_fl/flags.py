@@ -1,20 +1,6 @@
 """The flags of this study's scripts: the source's names and defaults, and ours."""
 
-import os
-from pathlib import Path
-
-from common.cli import (
-    Parser,
-    UsageError,
-    add_run_flags,
-    fraction,
-    half_open_fraction,
-    layer_count,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_int,
-)
+from common import cli
 from common.participation import check_participation, per_round
 
 LAYERS = {f"pure_ssm_{n}_layer": n for n in (1, 2, 4)}  # the source's configurations
@@ -23,143 +9,128 @@ DEFAULTS = {
     "wikitext2": {"tokenizer": "gpt2", "d_model": 512, "sequence_length": 256, "n_epochs": 1.0, "val_freq": 30},
     "demo": {"tokenizer": "bpe:1024", "d_model": 128, "sequence_length": 128, "n_epochs": 3.0, "val_freq": 10},
 }
-SIZES = {  # flag -> its default, its names in a config.json: mamba-ssm's and transformers'
-    "layers": (1, "n_layer", "num_hidden_layers"),
-    "d_model": (None, "d_model", "hidden_size"),  # the data set's
-    "d_state": (128, "d_state", "state_size"),
-    "headdim": (64, "headdim", "head_dim"),
-}
-SERVER_LR = {
-    "type": positive_float,
-    "default": 1.0,
-    "metavar": "X",
-    "help": "eta_s, of the mean update; the plain mean: 1",
-}
 
 
-def make_parser(doc, *, federated=True):
-    """The parser of one script: the source's flags and ours. doc: the script's docstring.
-
-    Returns (parser, the function that adds a flag to the method's own).
-    """
-    parser = Parser(doc.split("\n")[0])
-    add_to_method = parser.add_argument_group("the method").add_argument if federated else None
-
-    add = parser.add_argument_group("the model").add_argument
-    add("--layers", type=layer_count, metavar="N", help="Mamba-2 layers (default: 1)")
-    add("--config", choices=LAYERS, help="the same by name: pure_ssm_1_layer is --layers 1")
-    add("--d-model", type=positive_int, metavar="N", help="width (default: 512; demo: 128)")
-    add("--d-state", type=positive_int, metavar="N", help="state size per head (default: 128)")
-    add("--headdim", type=positive_int, metavar="N", help="channels per head (default: 64)")
-    start = "start from another run's weights (its folder, or its final/): sizes and tokenizer are then those"
-    start += " (default: fresh weights)"
-    add("--init-from", metavar="RUN", help=start)
-    add("--kernel", choices=["auto", "torch", "mamba_ssm"], default="auto", help="auto: mamba_ssm on CUDA if installed")
-
-    add = parser.add_argument_group("the data").add_argument
-    add("--dataset", default="wikitext2", metavar="NAME", help="wikitext2, or demo (needs no network)")
-    add("--tokenizer", help="gpt2, bpe:N (trained on the training text) or a path (default: gpt2; demo: bpe:1024)")
-    add("--sequence-length", type=positive_int, metavar="T", help="tokens (default: 256; demo: 128)")
-    add("--data-root", "--cache-dir", metavar="DIR", help="folder of the data (default: $FEDQUARTET_DATA, else data)")
-    dealt = "documents in corpus order, or shuffled"
-    add("--sharding", choices=["contiguous", "iid"], default="contiguous", help=dealt)
-    shards = "clients that the text is dealt to" if federated else "shards that are trained on together"
-    add("--num-clients", type=positive_int, default=4, metavar="K", help=shards)
-
-    add = parser.add_argument_group("training").add_argument
-    add("--n-epochs", type=positive_float, metavar="X", help="passes over the text (default: 1; demo: 3)")
-    add("--lr", type=non_negative_float, default=5e-4, metavar="X", help="learning rate")
-    add("--weight-decay", type=non_negative_float, default=0.01, metavar="X", help="not on dt_bias, A_log, D; off: 0")
-    schedules = ["constant", "cosine", "linear"]
-    add("--lr-scheduler", choices=schedules, default="constant", help="of the rate, after the warm-up")
-    rise = "steps in which it rises to --lr; off: 0"
-    add("--warmup-steps", type=non_negative_int, default=0, metavar="N", help=rise)
-    lowest = "the rate that cosine and linear end at"
-    add("--min-lr", type=non_negative_float, default=0.0, metavar="X", help=lowest)
-    for name, usual, words in (("beta1", 0.9, "b1 of AdamW; off: 0"), ("beta2", 0.999, "b2 of AdamW")):
-        add(f"--{name}", type=half_open_fraction, default=usual, metavar="X", help=words)
-    clip = "norm that a step's gradient is clipped to; off: 0"
-    add("--max-grad-norm", type=non_negative_float, default=0.0, metavar="X", help=clip)
+def make_parser(doc, add_method=None):
+    """The parser of one script. doc: its docstring; add_method: adds a method's own flags; None: central training."""
+    parser, federated = cli.Parser(doc.split("\n")[0]), add_method is not None
     if federated:
-        add("--batch-size", type=positive_int, default=4, metavar="B", help="sequences a step and client")
-        add("--local-updates", type=positive_int, default=1, metavar="H", help="steps a client and round")
-        add("--rounds", "--num-rounds", type=positive_int, metavar="R", help="rounds (default: what --n-epochs needs)")
-        spelled, share = ("--participation", "--participation-rate"), "share of clients a round"
-        add(*spelled, type=fraction, default=1.0, metavar="C", help=share)
+        add_method(parser)
+    rare = parser.group(cli.RARE).add_argument
+
+    add = parser.group("the model").add_mutually_exclusive_group().add_argument
+    add("--layers", type=cli.layer_count, metavar="N", help="Mamba-2 layers (default: 1)")
+    add("--config", choices=LAYERS, help="the same by name: pure_ssm_1_layer is --layers 1")
+    rare("--d-model", type=cli.positive_int, metavar="N", help="width (default: 512; demo: 128)")
+    rare("--d-state", type=cli.positive_int, default=128, metavar="N", help="state size per head")
+    rare("--headdim", type=cli.positive_int, default=64, metavar="N", help="channels per head")
+    rare("--kernel", choices=["auto", "torch", "mamba_ssm"], default="auto", help="auto: mamba_ssm on CUDA if there")
+
+    add = parser.group("the data").add_argument
+    add("--dataset", choices=DEFAULTS, default="wikitext2", help="demo needs no network")
+    add("--data-root", "--cache-dir", metavar="DIR", help="folder of the data (default: $FEDQUARTET_DATA, else data)")
+    add("--sequence-length", type=cli.positive_int, metavar="T", help="tokens (default: 256; demo: 128)")
+    shards = "clients that the text is dealt to" if federated else "shards that are trained on together"
+    add("--num-clients", type=cli.positive_int, default=4, metavar="K", help=shards)
+    rare("--tokenizer", help="gpt2, bpe:N (trained on the training text) or a path (default: gpt2; demo: bpe:1024)")
+    dealt = "documents in corpus order, or shuffled"
+    rare("--sharding", choices=["contiguous", "iid"], default="contiguous", help=dealt)
+
+    add = parser.group("training").add_argument
+    add("--n-epochs", type=cli.positive_float, metavar="X", help="passes over the text (default: 1; demo: 3)")
+    add("--lr", type=cli.non_negative_float, default=5e-4, metavar="X", help="learning rate")
+    decayed = "not on dt_bias, A_log, D; off: 0"
+    add("--weight-decay", type=cli.non_negative_float, default=0.01, metavar="X", help=decayed)
+    rare("--lr-scheduler", choices=["constant", "cosine"], default="constant", help="of the rate, after the warm-up")
+    rise = "steps in which it rises to --lr; off: 0"
+    rare("--warmup-steps", type=cli.non_negative_int, default=0, metavar="N", help=rise)
+    rare("--beta1", type=cli.half_open_fraction, default=0.9, metavar="X", help="b1 of AdamW; off: 0")
+    rare("--beta2", type=cli.half_open_fraction, default=0.999, metavar="X", help="b2 of AdamW")
+    if federated:
+        add("--batch-size", type=cli.positive_int, default=4, metavar="B", help="sequences a step and client")
+        add("--local-updates", type=cli.positive_int, default=1, metavar="H", help="steps a client and round")
+        add("--rounds", "--num-rounds", type=cli.positive_int, metavar="R", help="default: what --n-epochs needs")
+        share, words = ("--participation", "--participation-rate"), "share of clients a round"
+        rare(*share, type=cli.fraction, default=1.0, metavar="C", help=words)
         add("--client-optimizer", choices=["adamw", "sgd"], default="adamw", help="local optimiser")
-        add(
-            "--client-state",
-            choices=["keep", "reset", "pooled"],
-            default="keep",
-            help="AdamW's moments from round to round: a client's own, none, or sent: as of the pooled batch",
-        )
+        states = "AdamW's moments from round to round: a client's own, none, or sent: as of the pooled batch"
+        add("--client-state", choices=["keep", "reset", "pooled"], default="keep", help=states)
     else:
-        add("--batch-size", type=positive_int, default=16, metavar="B", help="sequences a step")
-        add("--rounds", "--steps", type=positive_int, metavar="N", help="steps (default: what --n-epochs needs)")
+        add("--batch-size", type=cli.positive_int, default=16, metavar="B", help="sequences a step")
+        add("--rounds", "--steps", type=cli.positive_int, metavar="N", help="steps (default: what --n-epochs needs)")
         # central training is one client with all of the text, one step a round
         parser.set_defaults(client_optimizer="adamw", client_state="keep", local_updates=1, participation=1.0)
 
-    add = parser.add_argument_group("what is measured").add_argument
+    add = parser.group("what is measured").add_argument
+    evaluated = "evaluate every N " + ("rounds (default: 30; demo: 10)" if federated else "steps")
+    add("--val-freq", type=cli.positive_int, default=None if federated else 10, metavar="N", help=evaluated)
+    saved = "checkpoint every N " + ("rounds (default: as --val-freq)" if federated else "steps")
+    rare("--save-freq", type=cli.positive_int, default=None if federated else 100, metavar="N", help=saved)
     if federated:
-        add("--val-freq", type=positive_int, metavar="N", help="evaluate every N rounds (default: 30; demo: 10)")
-        add("--save-freq", type=positive_int, metavar="N", help="checkpoint every N rounds (default: as --val-freq)")
         own = "validation sequences for each client's own model; off: 0"
-        add("--client-val-sequences", type=non_negative_int, default=32, metavar="N", help=own)
-    else:
-        add("--val-freq", type=positive_int, default=10, metavar="N", help="evaluate every N steps")
-        add("--save-freq", type=positive_int, default=100, metavar="N", help="checkpoint every N steps")
+        rare("--client-val-sequences", type=cli.non_negative_int, default=32, metavar="N", help=own)
     while_training = "validation sequences used while training (the end uses all); 0: all"
-    add("--val-sequences", type=non_negative_int, default=256, metavar="N", help=while_training)
+    rare("--val-sequences", type=cli.non_negative_int, default=256, metavar="N", help=while_training)
     add("--save-deltas", action="store_true", help="store the updates of the state-space parameters")
-    add("--prompt", type=str, default="Once upon a time,", help="text that the samples go on from; off: ''")
+    rare("--prompt", type=str, default="Once upon a time,", help="text that the samples go on from; off: ''")
 
-    add_run_flags(parser, 0, federated, folders=["--data-dir"])
-    return parser, add_to_method
+    cli.add_run_flags(parser, 0, federated, folders=["--data-dir"])
+    return parser
+
+
+# ---- of one method
+
+
+def average_flags(parser):
+    """The server's rate, of all methods whose server only averages."""
+    add = parser.group("the method").add_argument
+    rate = "eta_s, of the mean update; the plain mean: 1"
+    add("--server-lr", type=cli.positive_float, default=1.0, metavar="X", help=rate)
+
+
+def entropy_flags(parser):
+    add = parser.group("the method").add_argument
+    add("--temperature", type=cli.positive_float, default=1.0, metavar="T", help="T, in nats; small: the surest client")
+    average_flags(parser)
+
+
+def fisher_flags(parser):
+    add, rare = parser.group("the method").add_argument, parser.group(cli.RARE).add_argument
+    add("--fisher-samples", type=cli.positive_int, default=8, metavar="N", help="training sequences for a client's F_k")
+    rare("--fisher-damping", type=cli.non_negative_float, default=0.1, metavar="RHO", help="adds rho mean(F_k); off: 0")
+    rare("--fisher-labels", choices=["model", "data"], default="model", help="model: the Fisher; data: the empirical")
+    average_flags(parser)
+
+
+def momentum_flags(parser):
+    add, rare = parser.group("the method").add_argument, parser.group(cli.RARE).add_argument
+    kinds = ["momentum", "nesterov", "adam"]
+    add("--server-optimizer", choices=kinds, default="momentum", help="what the server does with the mean update")
+    add("--server-lr", type=cli.positive_float, metavar="X", help="eta_s (default: 1; adam: 0.01)")
+    add("--server-momentum", type=cli.half_open_fraction, default=0.9, metavar="X", help="beta; Adam's b1; off: 0")
+    add("--momentum-form", choices=["heavy_ball", "ema"], default="heavy_ball", help="ema: the source's average")
+    rare("--server-beta2", type=cli.half_open_fraction, default=0.99, metavar="X", help="Adam's b2")
+    rare("--server-tau", type=cli.positive_float, default=1e-3, metavar="X", help="Adam's tau")
+    corrected = "Adam's m and v over 1 - b^t, as in Adam; Reddi's has none"
+    rare("--server-bias-correction", action="store_true", help=corrected)
+    whose = "whose rate --lr-scheduler and --warmup-steps change, as --lr's share"
+    rare("--scheduled", choices=["clients", "server"], default="clients", help=whose)
+
+
+# ---- what follows from the flags
 
 
 def complete_flags(args):
-    """Fills in the defaults that depend on other flags. Raises UsageError where two flags contradict each other."""
-    if args.dataset not in DEFAULTS:
-        raise UsageError(f"unknown dataset {args.dataset!r}: choose {' or '.join(DEFAULTS)}")
-    by_name = LAYERS.get(args.config)
-    if by_name and args.layers and by_name != args.layers:
-        raise UsageError(f"--config {args.config} and --layers {args.layers} contradict each other: give one")
-    args.layers = args.layers or by_name
-    if args.init_from is not None:
-        _complete_from(args, final_of(args.init_from))
-    sizes = {flag: default for flag, (default, *_) in SIZES.items()}
-    for name, value in (sizes | DEFAULTS[args.dataset]).items():
+    """Fills in the defaults that depend on other flags. Raises UsageError for a share of clients that is nobody."""
+    args.layers = args.layers or LAYERS.get(args.config, 1)
+    args.config = f"pure_ssm_{args.layers}_layer"
+    for name, value in DEFAULTS[args.dataset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.config = f"pure_ssm_{args.layers}_layer"
-    if args.lr_scheduler != "constant" and args.min_lr > args.lr:
-        raise UsageError(f"--min-lr {args.min_lr:g} is above --lr {args.lr:g}: lower it")
+    if vars(args).get("server_lr", 1) is None:
+        args.server_lr = 0.01 if args.server_optimizer == "adam" else 1.0
     check_participation(args.participation, args.num_clients)
     return args
-
-
-def final_of(run):
-    """The folder of the model that a run ended with: RUN/final, or RUN itself."""
-    return Path(run) / "final" if os.path.isdir(Path(run) / "final") else Path(run)  # also of a name that is too long
-
-
-def _complete_from(args, folder):
-    """The sizes of the model in `folder`, and its tokenizer where --tokenizer is not given."""
-    from common.hub import read_config, reading  # numpy, which flags must not wait for
-
-    with reading(f"--init-from {args.init_from} has no model", "give the folder of a finished run, or its final/"):
-        description = read_config(folder / "config.json")
-        sizes = {**description, **description.get("mamba_ssm", {})}
-        there = {flag: sizes.get(ours, sizes.get(theirs)) for flag, (_, ours, theirs) in SIZES.items()}
-        if odd := [flag for flag, size in there.items() if type(size) is not int or size < 1]:
-            raise ValueError(f"{odd[0]} is {there[odd[0]]}")
-    for flag, size in there.items():
-        if getattr(args, flag) not in (None, size):
-            name = f"--{flag.replace('_', '-')} {getattr(args, flag)}"
-            raise UsageError(f"{name} contradicts --init-from {args.init_from}, which has {size}: drop {name}")
-        setattr(args, flag, size)
-    if args.tokenizer is None and (folder / "tokenizer.json").is_file():
-        args.tokenizer = str(folder)
 
 
 def footprint(args):
@@ -171,10 +142,10 @@ def footprint(args):
 
 
 def run_name(command, args):
-    """The source's name of a run; other server optimisers than the default, a start and the demo are marked."""
+    """The source's name of a run; other server optimisers than the default and the demo are marked."""
     updates = f"_lu_{args.local_updates}" if command != "central" else ""
     method = "federated" if command == "fed_avg" else command
-    suffix = ("_init" if args.init_from else "") + ("_demo" if args.dataset == "demo" else "")
+    suffix = "_demo" if args.dataset == "demo" else ""
     if command == "fed_momentum" and (args.server_optimizer, args.momentum_form) != ("momentum", "heavy_ball"):
         form = args.momentum_form if args.server_optimizer == "momentum" else args.server_optimizer
         suffix = f"_{form}{suffix}"

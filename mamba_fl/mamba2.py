@@ -5,12 +5,14 @@ SSMs", section 6)
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T        y_t = C_t^T h_t + D x_t
 
-Sizes: B batch, T length, D d_model, H heads, P headdim, N d_state, G groups, Q chunk, V vocabulary.
+Sizes: B batch, T length, D d_model, H heads, P headdim, N d_state, Q chunk, V vocabulary. B_t and C_t are those of all
+heads (one group, mamba-ssm's default).
 Under autocast only the products with weight matrices change dtype; recurrence, norms and residual stay in fp32.
 """
 
+import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +24,7 @@ from mamba_fl.cross_entropy import linear_cross_entropy
 
 @dataclass(frozen=True)
 class Mamba2Config:
-    """Sizes of a Mamba-2 language model, in the names of mamba-ssm.
-
-    chunk_size: length of the chunks of the recurrence; 0 picks it by the sequence's length. It changes the speed,
-    and the result by no more than rounding.
-    """
+    """Sizes of a Mamba-2 language model, in the names of mamba-ssm."""
 
     d_model: int = 512
     n_layer: int = 1
@@ -35,26 +33,12 @@ class Mamba2Config:
     d_conv: int = 4
     expand: int = 2
     headdim: int = 64
-    ngroups: int = 1
-    chunk_size: int = 0
     pad_vocab_size_multiple: int = 8
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "headdim", "ngroups"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not 0 < self.norm_eps < 1:
-            raise UsageError(f"norm_eps is {self.norm_eps}: it must be above 0 and below 1")
-        if self.chunk_size < 0:
-            raise UsageError(f"the chunk is {self.chunk_size}: give a length of at least 1, or auto")
         if self.d_inner % self.headdim:
-            raise UsageError(
-                f"expand x d_model ({self.expand} x {self.d_model} = {self.d_inner}) is not a multiple of "
-                f"headdim ({self.headdim}): change --headdim or --d-model"
-            )
-        if self.n_heads % self.ngroups:
-            raise UsageError(f"{self.n_heads} heads do not divide into {self.ngroups} groups: change ngroups")
+            raise UsageError(f"--headdim {self.headdim} does not divide {self.d_inner}, twice --d-model: change one")
 
     @property
     def d_inner(self):
@@ -69,25 +53,6 @@ class Mamba2Config:
         """Rows of the embedding: vocab_size rounded up to a multiple of pad_vocab_size_multiple."""
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
-    def to_dict(self):
-        return asdict(self)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in at least fp32."""
-
-    def __init__(self, size, eps, groups=1):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.groups = eps, groups
-
-    def forward(self, x):
-        x = _at_least_fp32(x)
-        if self.groups == 1:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        grouped = x.unflatten(-1, (self.groups, -1))  # [..., G, d_inner / G]
-        return F.rms_norm(grouped, grouped.shape[-1:], None, self.eps).flatten(-2) * self.weight
-
 
 class Mamba2Mixer(nn.Module):
     """in_proj -> causal depthwise convolution, SiLU -> state recurrence -> gated norm -> out_proj."""
@@ -95,7 +60,7 @@ class Mamba2Mixer(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.conv_dim = c.d_inner + 2 * c.ngroups * c.d_state
+        self.conv_dim = c.d_inner + 2 * c.d_state
         self.in_proj = nn.Linear(c.d_model, c.d_inner + self.conv_dim + c.n_heads, bias=False)
         self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, c.d_conv, groups=self.conv_dim, padding=c.d_conv - 1)
         step = torch.exp(torch.rand(c.n_heads) * (math.log(1e-1) - math.log(1e-3)) + math.log(1e-3))
@@ -103,9 +68,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
         self.A_log = nn.Parameter(torch.log(torch.empty(c.n_heads).uniform_(1, 16)))
         self.D = nn.Parameter(torch.ones(c.n_heads))
-        for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True  # the mark that mamba-ssm sets
-        self.norm = RMSNorm(c.d_inner, c.norm_eps, c.ngroups)
+        self.norm = nn.RMSNorm(c.d_inner, eps=c.norm_eps)
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=False)
         nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
         with torch.no_grad():
@@ -117,9 +80,10 @@ class Mamba2Mixer(nn.Module):
         Returns (output [B, T, D], state), where state (None unless `keep_state`) is the last d_conv - 1 inputs of
         the convolution [B, d_conv - 1, conv_dim] and the recurrent state [B, H, N, P].
         """
-        zxbcdt = _at_least_fp32(self.in_proj(u))  # [B, T, d_inner + conv_dim + H]
+        zxbcdt = self.in_proj(u)  # [B, T, d_inner + conv_dim + H]
+        zxbcdt = zxbcdt if zxbcdt.dtype == torch.float64 else zxbcdt.float()
         with torch.autocast(u.device.type, enabled=False):
-            if keep_state or self._needs_plain_operations(zxbcdt):
+            if keep_state or u.device.type != "cpu":
                 y, state = self.scan(zxbcdt, state)
             else:
                 from mamba_fl.mamba2_cpu import mixer_scan  # the same as `scan`, faster; that module imports this one
@@ -127,25 +91,18 @@ class Mamba2Mixer(nn.Module):
                 y = mixer_scan(self, zxbcdt)  # [B, T, d_inner]
         return self.out_proj(y), state if keep_state else None
 
-    def _needs_plain_operations(self, zxbcdt):
-        """Whether the pass that is written by hand for CPUs cannot serve: devices, torch.func, torch.compile."""
-        transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-        return zxbcdt.device.type != "cpu" or transformed or self.config.ngroups > 1
-
     def scan(self, zxbcdt, state=None):
         """From the columns of in_proj to the input of out_proj: (y [B, T, d_inner], state)."""
         c = self.config
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias  # [conv_dim, d_conv]
         z, xbc, dt = zxbcdt.split([c.d_inner, self.conv_dim, c.n_heads], -1)
         xbc, window = causal_conv(xbc, weight, bias, None if state is None else state[0])
-        x, B, C = F.silu(xbc).split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], -1)
+        x, B, C = F.silu(xbc).split([c.d_inner, c.d_state, c.d_state], -1)  # B, C: [B, T, N]
         x = x.unflatten(-1, (c.n_heads, c.headdim))  # [B, T, H, P]
-        B = B.unflatten(-1, (c.ngroups, c.d_state))  # [B, T, G, N]
-        C = C.unflatten(-1, (c.ngroups, c.d_state))  # [B, T, G, N]
         dt = F.softplus(dt + self.dt_bias)  # [B, T, H]
         A = -torch.exp(self.A_log)  # [H]
         if state is None:
-            y, recurrent = ssd_chunked(x, dt, A, B, C, self.D, c.chunk_size or auto_chunk(x.shape[1]))
+            y, recurrent = ssd_chunked(x, dt, A, B, C, self.D, auto_chunk(x.shape[1]))
         else:
             y, recurrent = ssd_step(x, dt, A, B, C, self.D, state[1])
         return self.norm(y.flatten(-2) * F.silu(z)), (window, recurrent)
@@ -156,7 +113,7 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = Mamba2Mixer(config)
 
     def forward(self, x, state=None, keep_state=False):
@@ -172,10 +129,10 @@ class Backbone(nn.Module):
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
     def forward(self, input_ids, states=None, keep_states=False):
-        x = _at_least_fp32(self.embedding(input_ids))  # [B, T, D]
+        x = self.embedding(input_ids)  # [B, T, D]
         new_states = []
         for i, layer in enumerate(self.layers):
             x, state = layer(x, None if states is None else states[i], keep_states)
@@ -184,29 +141,25 @@ class Backbone(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """What every kernel's model offers; subclasses set `config`, `backbone`, `lm_head` and `hidden`."""
+    """What every kernel's model offers; subclasses set `config`, `backbone`, `lm_head` and `hidden`.
 
-    @property
-    def vocab_size(self):
-        """The tokenizer's vocabulary; the head has `config.padded_vocab_size` columns."""
-        return self.config.vocab_size
+    `config.vocab_size` is the tokenizer's; the head has `config.padded_vocab_size` columns.
+    """
 
     @property
     def head_weight(self):
         """The tied embedding, [V padded, D]."""
         return self.backbone.embedding.weight
 
-    def forward(self, input_ids, labels=None):
-        """input_ids: [B, T]. Logits [B, T, V padded]; with labels [B, T] the summed NLL, as `nll`."""
-        if labels is not None:
-            return self.nll(input_ids, labels)
+    def forward(self, input_ids):
+        """[B, T] token ids -> logits [B, T, V padded]."""
         return F.linear(self.hidden(input_ids), self.head_weight)  # [B, T, V]
 
     def nll(self, input_ids, labels):
         """Summed NLL in nats of labels [B, T] (-100: not counted) given input_ids [B, T]: labels[t] follows
         input_ids[..t], they are not shifted here. Scalar, fp32."""
         hidden = self.hidden(input_ids).flatten(0, 1)  # [B*T, D]
-        return linear_cross_entropy(hidden, self.head_weight, labels.flatten(), vocab_size=self.vocab_size)
+        return linear_cross_entropy(hidden, self.head_weight, labels.flatten(), self.config.vocab_size)
 
 
 class Mamba2LM(LanguageModel):
@@ -226,12 +179,10 @@ class Mamba2LM(LanguageModel):
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens):
         """Greedy continuation: [B, T] -> [B, T + max_new_tokens]. A token costs the same at any position."""
-        if input_ids.shape[1] < 1:
-            raise UsageError("the prompt is empty: give at least one token")
         hidden, states = self.backbone(input_ids, keep_states=True)
         tokens = [input_ids]
         for i in range(max_new_tokens):
-            logits = F.linear(hidden[:, -1:], self.head_weight)[..., : self.vocab_size]  # [B, 1, V]
+            logits = F.linear(hidden[:, -1:], self.head_weight)[..., : self.config.vocab_size]  # [B, 1, V]
             tokens.append(logits.argmax(-1))  # [B, 1]
             if i + 1 < max_new_tokens:
                 hidden, states = self.backbone(tokens[-1], states, keep_states=True)
@@ -263,9 +214,7 @@ def auto_chunk(length):
     return -(-length // (4 * chunks)) * 4
 
 
-_SEGMENTS = {}
-
-
+@functools.cache
 def segment_weights(q, dtype, device):
     """0/1 weights [Q, (Q + 1) * Q] that sum a_k over j < k <= i for every start j = -1 .. Q-1 and end i = 0 .. Q-1,
     and an offset [(Q + 1) * Q], -inf where i < j.
@@ -273,32 +222,28 @@ def segment_weights(q, dtype, device):
     The sums are made as one product, and each holds only its own terms: a difference of two cumulative sums would
     lose digits, and could make exp of a positive number.
     """
-    key = (q, dtype, device)
-    if key not in _SEGMENTS:
-        j = torch.arange(-1, q, device=device)[:, None]  # [Q + 1, 1]
-        i = torch.arange(q, device=device)  # [Q]
-        k = torch.arange(q, device=device)[:, None, None]  # [Q, 1, 1]
-        weights = ((k > j) & (k <= i)).to(dtype).flatten(1)  # [Q, (Q + 1) * Q]
-        offset = torch.zeros(q + 1, q, dtype=dtype, device=device).masked_fill_(i < j, -math.inf)
-        _SEGMENTS[key] = weights, offset.flatten()
-    return _SEGMENTS[key]
+    j = torch.arange(-1, q, device=device)[:, None]  # [Q + 1, 1]
+    i = torch.arange(q, device=device)  # [Q]
+    k = torch.arange(q, device=device)[:, None, None]  # [Q, 1, 1]
+    weights = ((k > j) & (k <= i)).to(dtype).flatten(1)  # [Q, (Q + 1) * Q]
+    offset = torch.zeros(q + 1, q, dtype=dtype, device=device).masked_fill_(i < j, -math.inf)
+    return weights, offset.flatten()
 
 
 def ssd_chunked(x, dt, A, B, C, D, chunk):
     """The recurrence in chunks (Dao & Gu 2024, section 6): inside a chunk as products, between chunks by its state.
 
-    x: [B, T, H, P]; dt: [B, T, H], positive; A: [H], negative; B, C: [B, T, G, N]; D: [H]; any T >= 1.
+    x: [B, T, H, P]; dt: [B, T, H], positive; A: [H], negative; B, C: [B, T, N]; D: [H]; any T >= 1.
     Returns (y [B, T, H, P], the state after the last token [B, H, N, P]).
     """
     length = x.shape[1]
     pad = -length % chunk
     if pad:
         # dt = 0 in the padding: it neither decays the state nor adds to it.
-        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, pad))
+        x = F.pad(x, (0, 0, 0, 0, 0, pad))
+        dt, B, C = (F.pad(t, (0, 0, 0, pad)) for t in (dt, B, C))
     x, dt, B, C = (t.unflatten(1, (-1, chunk)) for t in (x, dt, B, C))  # [B, c, Q, ...]
     b, c, q, h, p = x.shape
-    g, n = B.shape[-2:]
 
     weights, offset = segment_weights(q, x.dtype, x.device)
     a = (dt * A).transpose(2, 3)  # [B, c, H, Q]
@@ -306,47 +251,33 @@ def ssd_chunked(x, dt, A, B, C, D, chunk):
     decay = decay.view(b, c, h, q + 1, q)
     from_start, inside = decay[..., 0, :], decay[..., 1:, :]  # [B, c, H, Q], [B, c, H, Q(from), Q(to)]
     to_end = inside[..., -1]  # [B, c, H, Q]
-    total = from_start[..., -1]  # [B, c, H]
 
     # Inside the chunk: y_i = sum_{j <= i} (C_i . B_j) exp(a_{j+1} + .. + a_i) dt_j x_j, and D x_i on the diagonal.
-    Bg, Cg = B.permute(0, 1, 3, 2, 4), C.permute(0, 1, 3, 2, 4)  # [B, c, G, Q, N]
-    scores = Bg @ Cg.transpose(-1, -2)  # [B, c, G, Q(from), Q(to)]
+    scores = B @ C.transpose(-1, -2)  # [B, c, Q(from), Q(to)]
     dt_heads = dt.transpose(2, 3)  # [B, c, H, Q]
-    mix = inside.unflatten(2, (g, -1)) * scores.unsqueeze(3)  # [B, c, G, H/G, Q, Q]
-    mix = mix.flatten(2, 3) * dt_heads.unsqueeze(-1)  # [B, c, H, Q(from), Q(to)]
+    mix = inside * scores.unsqueeze(2) * dt_heads.unsqueeze(-1)  # [B, c, H, Q(from), Q(to)]
     mix = mix + torch.diag_embed(D[:, None].expand(h, q))
-    y = mix.transpose(-1, -2) @ x.transpose(2, 3)  # [B, c, H, Q, P]
-    y = y.transpose(2, 3)  # [B, c, Q, H, P]
+    y = (mix.transpose(-1, -2) @ x.transpose(2, 3)).transpose(2, 3)  # [B, c, Q, H, P]
 
     # What each chunk adds to the state, then the state at the start of each chunk.
     kept = (dt_heads * to_end).transpose(2, 3).unsqueeze(-1) * x  # [B, c, Q, H, P]
-    kept = kept.unflatten(3, (g, -1)).transpose(2, 3).flatten(-2)  # [B, c, G, Q, H/G * P]
-    added = (Bg.transpose(-1, -2) @ kept).unflatten(-1, (-1, p))  # [B, c, G, N, H/G, P]
-    total = total.unflatten(2, (g, 1, -1)).unsqueeze(-1)  # [B, c, G, 1, H/G, 1]
-    state = torch.zeros_like(added[:, 0])
-    before = []
+    added = (B.transpose(-1, -2) @ kept.flatten(-2)).unflatten(-1, (h, p))  # [B, c, N, H, P]
+    total = from_start[:, :, None, :, -1:]  # [B, c, 1, H, 1]
+    state, before = torch.zeros_like(added[:, 0]), []
     for i in range(c):
         before.append(state)
-        state = torch.addcmul(added[:, i], state, total[:, i])  # [B, G, N, H/G, P]
+        state = torch.addcmul(added[:, i], state, total[:, i])  # [B, N, H, P]
     if c > 1:
-        carried = Cg @ torch.stack(before, 1).flatten(-2)  # [B, c, G, Q, H/G * P]
-        carried = carried.unflatten(-1, (-1, p)).transpose(2, 3).flatten(3, 4)  # [B, c, Q, H, P]
+        carried = (C @ torch.stack(before, 1).flatten(-2)).unflatten(-1, (h, p))  # [B, c, Q, H, P]
         y = torch.addcmul(y, carried, from_start.transpose(2, 3).unsqueeze(-1))
     y = y.flatten(1, 2)[:, :length]  # [B, T, H, P]
-    return y, state.permute(0, 1, 3, 2, 4).flatten(1, 2).detach()
+    return y, state.transpose(1, 2).detach()
 
 
 def ssd_step(x, dt, A, B, C, D, state):
     """One token of the recurrence. Shapes as `ssd_chunked` with T = 1; state: [B, H, N, P]."""
-    heads_per_group = x.shape[2] // B.shape[2]
-    B = B[:, 0].repeat_interleave(heads_per_group, 1)  # [B, H, N]
-    C = C[:, 0].repeat_interleave(heads_per_group, 1)  # [B, H, N]
     x, dt = x[:, 0], dt[:, 0, :, None]  # [B, H, P], [B, H, 1]
     decay = torch.exp(dt[..., None] * A[:, None, None])  # [B, H, 1, 1]
     state = decay * state + (dt * B)[..., None] * x[..., None, :]  # [B, H, N, P]
-    y = (C.unsqueeze(-2) @ state).squeeze(-2) + D[:, None] * x  # [B, H, P]
+    y = (C.unsqueeze(1) @ state).squeeze(-2) + D[:, None] * x  # [B, H, P]
     return y.unsqueeze(1), state
-
-
-def _at_least_fp32(x):
-    return x if x.dtype == torch.float64 else x.float()

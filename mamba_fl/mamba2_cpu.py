@@ -1,7 +1,7 @@
 """The inside of a Mamba-2 mixer for a CPU: forward and backward by hand, fewer passes over memory than autograd.
 
-Computes what `Mamba2Mixer.scan` in mamba2.py computes for one group (G = 1), from the columns [z, x, B, C, dt] of
-in_proj to the input of out_proj, and is tested against it. What makes it fast:
+Computes what `Mamba2Mixer.scan` in mamba2.py computes, from the columns [z, x, B, C, dt] of in_proj to the input of
+out_proj, and is tested against it. What makes it fast:
 
 - the depthwise convolution is four shifted multiply-adds, one sequence at a time, so that it stays in the cache;
 - slices are read and written where they lie in larger tensors: nothing is padded, split, transposed or joined;
@@ -26,17 +26,17 @@ CHANNEL_BLOCK = 2**18  # numbers in a block of rows of the gated norm: 1 MiB
 
 def mixer_scan(mixer, zxbcdt):
     """[z, x, B, C, dt] [B, T, W] -> the gated, normalised output of the recurrence [B, T, d_inner]."""
-    chunk = mixer.config.chunk_size or auto_chunk(zxbcdt.shape[1])
     conv = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
     vectors = mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.weight
-    return _MixerScan.apply(zxbcdt, *conv, *vectors, mixer.config, chunk)
+    return _MixerScan.apply(zxbcdt, *conv, *vectors, mixer.config)
 
 
 class _MixerScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, config, chunk):
+    def forward(ctx, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, config):
         inner, heads = config.d_inner, config.n_heads
         b, length, width = zxbcdt.shape
+        chunk = auto_chunk(length)
         padded = length + -length % chunk
         z, xbc, dt_raw = zxbcdt.split([inner, width - inner - heads, heads], -1)
 
@@ -75,7 +75,7 @@ class _MixerScan(torch.autograd.Function):
         torch.addcmul(d_log_dt * ratio, d_a * A, slope, out=d_dt_raw)
         d_A_log = (d_a * dt).sum((0, 1)) * A
         d_conv_weight, d_conv_bias = _conv_backward(d_act, pre, xbc, conv_weight, d_xbc)
-        return d_all, d_conv_weight, d_conv_bias, d_dt_raw.sum((0, 1)), d_A_log, d_D, d_norm, None, None
+        return d_all, d_conv_weight, d_conv_bias, d_dt_raw.sum((0, 1)), d_A_log, d_D, d_norm, None
 
 
 def _conv_forward(x, weight, bias, padded):

@@ -1,11 +1,9 @@
 """What is measured of a run's models, and what a run leaves behind: functions of `fed_core.Study`.
 
-A loss is the summed NLL of a text over its number of tokens (nats a token), whatever the batches; perplexity is its
-exponential.
+A loss is the summed NLL of a text over its number of tokens (nats a token), whatever the batches.
 """
 
 import math
-import os
 
 import numpy as np
 import torch
@@ -40,11 +38,8 @@ def validate(study, blocks, split):
     mine = [statistics(study, batch) for batch in parallel.my_share(blocks.split(study.eval_batch))]
     sums = [values for part in parallel.all_gather(mine) for values in part]
     nll, tokens, size = (math.fsum(column) for column in zip(*sums, strict=True))
-    return {
-        f"{split}_loss": nll / tokens,
-        f"{split}_ppl": perplexity(nll, tokens),
-        f"{split}_bits_per_byte": bits_per_byte(nll, size),
-    }
+    metrics = {"loss": nll / tokens, "ppl": perplexity(nll, tokens), "bits_per_byte": bits_per_byte(nll, size)}
+    return {f"{split}_{name}": value for name, value in metrics.items()}
 
 
 @torch.no_grad()
@@ -83,11 +78,10 @@ def save_deltas(study, who, before, after, t):
     """Stores the state-space parameters and their change in round t."""
     for kind, vector in (("params", after), ("deltas", after - before)):
         path = study.run.folder / who / kind / f"step_{t + 1:06d}.npz"
-        fresh = path.with_suffix(".new.npz")
-        with saving(path, fresh):
+        arrays = {name: tensor.cpu().numpy() for name, tensor in state_space(study, vector).items()}
+        with saving(path, path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(fresh, **{name: tensor.cpu().numpy() for name, tensor in state_space(study, vector).items()})
-            os.replace(fresh, path)
+            np.savez(path, **arrays)
 
 
 def finish(study, theta):
@@ -97,7 +91,7 @@ def finish(study, theta):
     study.weights.load(theta)
     test_ppl = validate(study, study.data.test, "test")["test_ppl"]
     results = {"best_round": best.round, "best_val_ppl": perplexity(best.loss, 1)}
-    results.update(test_ppl_best=test_ppl, test_ppl_last=test_ppl)
+    results |= {"test_ppl_best": test_ppl, "test_ppl_last": test_ppl}
     results["final_val_ppl"] = validate(study, study.data.validation, "val")["val_ppl"]
     if best.round < run.total:
         study.weights.load(best.theta)
@@ -113,8 +107,7 @@ def finish(study, theta):
             write_json(run.folder / "training_history.json", training_history(run.command, lines))
             draw_curve(run.folder)
         print(
-            f"test perplexity {results['test_ppl_last']:.2f} (weights of the best round, "
-            f"{results['best_round']}: {results['test_ppl_best']:.2f})"
+            f"test perplexity {test_ppl:.2f} (weights of round {best.round}, the best: {results['test_ppl_best']:.2f})"
         )
     run.finish(results)
 

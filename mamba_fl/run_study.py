@@ -20,6 +20,8 @@ LR = {"lr": (8e-3, 1.6e-2, 3.2e-2)}
 SERVER_LR = {"server-lr": LR["lr"]}
 TEXT = "--lr-scheduler cosine --amp auto --threads 1 --prompt ''"
 WIKITEXT = f"--d-model 64 --tokenizer bpe:2048 --val-sequences 128 --warmup-steps 77 {TEXT}"
+SHORT = "--val-sequences 64 --warmup-steps 3"
+QUICK = "--dataset demo --n-epochs 1 --lr 5e-3 --val-freq 5 --val-sequences 32 --threads 1 --prompt ''"
 DEMO = f"--dataset demo --d-model 64 --val-sequences 64 --warmup-steps 26 {TEXT}"
 # Adam at the server on one gradient of each client: --lr is the gradient's factor, which Adam divides out again
 POOLED = "fed_momentum --client-optimizer sgd --lr 1 --weight-decay 0 --scheduled server --server-optimizer adam"
@@ -82,56 +84,44 @@ DEMO_ROWS["entropy_lu1"] = of_steps("fed_entropy", 256, 1, rate_of="keep_lu1")
 DEMO_ROWS["fisher_lu1"] = of_steps("fed_fisher --fisher-samples 4", 256, 1, rate_of="keep_lu1")
 
 SOURCE_TUNED = {}
-for layers in (1, 2, 4):
-    for name, line, lu, rate_of in (
-        ("central", "central", None, "central"),
-        ("keep", "fed_avg", 1, "keep"),
-        ("fisher", "fed_fisher --fisher-samples 2", 1, "keep"),
-    ):
-        SOURCE_TUNED[f"layers_{layers}_{name}"] = of_steps(
-            f"{line} --layers {layers}",
-            34,
-            lu,
-            group="layers",
-            seeds=1,
-            tune={"lr": (2e-3, 4e-3, 8e-3)},
-            rate_of="" if (layers, name) == (1, rate_of) else f"layers_1_{rate_of}",
-        )
+FEW = {"group": "layers", "seeds": 1, "tune": {"lr": (2e-3, 4e-3, 8e-3)}}
+for n in (1, 2, 4):
+    central, keep = ("", "") if n == 1 else ("layers_1_central", "layers_1_keep")
+    depth = {
+        "central": of_steps(f"central --layers {n}", 34, rate_of=central, **FEW),
+        "keep": of_steps(f"fed_avg --layers {n}", 34, 1, rate_of=keep, **FEW),
+        "fisher": of_steps(f"fed_fisher --fisher-samples 2 --layers {n}", 34, 1, rate_of="layers_1_keep", **FEW),
+    }
+    SOURCE_TUNED |= {f"layers_{n}_{name}": one for name, one in depth.items()}
 
 
-def source(val_freq):
-    """The source's methods; val_freq: of those with 8 local steps, whose rounds are longer."""
+def source(names, val_freq):
+    """The source's methods by their names; val_freq: of those with 8 local steps, whose rounds are longer."""
     lu8 = f"--local-updates 8 --val-freq {val_freq}"
     adam = "--client-optimizer sgd --lr 1 --weight-decay 0 --server-optimizer adam --server-lr 5e-3"
     lines = {
-        "central": "central",
-        "fed_avg_lu1": "fed_avg",
-        "fed_avg_lu8": f"fed_avg {lu8}",
-        "fed_momentum_source": "fed_momentum --momentum-form ema",
-        "fed_momentum_diloco": f"fed_momentum {lu8} --server-optimizer nesterov --server-lr 0.7",
-        "fed_momentum_server_adam": f"fed_momentum {adam} --server-beta2 0.99 --server-tau 1e-8",
-        "fed_entropy": "fed_entropy",
-        "fed_fisher": "fed_fisher",
+        "central": "central.py ",
+        "fed_avg_lu1": "fed_avg.py ",
+        "fed_avg_lu8": f"fed_avg.py {lu8}",
+        "fed_momentum_source": "fed_momentum.py --momentum-form ema",
+        "fed_momentum_diloco": f"fed_momentum.py {lu8} --server-optimizer nesterov --server-lr 0.7",
+        "fed_momentum_server_adam": f"fed_momentum.py {adam} --server-beta2 0.99 --server-tau 1e-8",
+        "fed_entropy": "fed_entropy.py ",
+        "fed_fisher": "fed_fisher.py ",
     }
-    return {name: row("mamba_fl/{}.py {}".format(*line.partition(" ")[::2])) for name, line in lines.items()}
+    return {name: row(f"mamba_fl/{lines[name]}") for name in names or lines}
 
 
-FISHER = {"fed_fisher": row("mamba_fl/fed_fisher.py --fisher-samples 2")}
-SOURCE = {name: one for name, one in source(10).items() if name in ("central", "fed_avg_lu1", "fed_avg_lu8")}
+SOURCE = source(("central", "fed_avg_lu1", "fed_avg_lu8"), 10)
+SOURCE["fed_fisher"] = row("mamba_fl/fed_fisher.py --fisher-samples 2")
 RESULTS = "mamba_fl/results/tuning"
 PRESETS = {
     "gap": preset(GAP, WIKITEXT, range(5), tuned=f"{RESULTS}/gap.json"),
     "gap-more": preset(MORE, WIKITEXT, range(5), tuned=f"{RESULTS}/gap.json"),
     "gap-demo": preset(DEMO_ROWS, DEMO, range(5), tuned=f"{RESULTS}/gap_demo.json"),
-    "source-tuned": preset(
-        SOURCE_TUNED, f"--val-sequences 64 --warmup-steps 3 {TEXT}", tuned=f"{RESULTS}/source_tuned.json"
-    ),
-    "source": preset(SOURCE | FISHER, "--layers 1 --amp auto --val-freq 60 --val-sequences 256 --threads 1"),
-    "quick": preset(
-        source(1),
-        "--dataset demo --n-epochs 1 --lr 5e-3 --val-freq 5 --val-sequences 32 --threads 1 --prompt ''",
-        seeds=(0,),
-    ),
+    "source-tuned": preset(SOURCE_TUNED, f"{SHORT} {TEXT}", tuned=f"{RESULTS}/source_tuned.json"),
+    "source": preset(SOURCE, "--layers 1 --amp auto --val-freq 60 --val-sequences 256 --threads 1"),
+    "quick": preset(source((), 1), QUICK, seeds=(0,)),
 }
 STUDY = {
     "presets": PRESETS,

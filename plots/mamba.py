@@ -7,7 +7,7 @@
     central_vs_fed           1_central_vs_fed_{config}.png: central and FedAvg at the fewest local updates (LU)
     lu_comparison            2_lu_comparison_{config}.png: FedAvg at each LU
     method_comparison        3_method_comparison_{config}.png: the federated methods at the fewest LU
-    multi_config_comparison  4_multi_config_comparison.png: depths, central and federated
+    multi_config_comparison  4_multi_config_comparison.png: depths, central and FedAvg at the fewest LU
     gap                      5_gap.png: FedAvg's test perplexity over central training's against LU, a line for each
                              form of --client-state: left all at central training's lowest rate, right each at its best
     frontier                 6_frontier.png: test perplexity against the bytes that a client sends and receives
@@ -27,26 +27,27 @@ from common.participation import per_round
 from plots import style
 from plots.pairs import ratio, ratio_cell
 from plots.read import Study
-from plots.rows import base_name, describe, groups, label, lines_of, nearest, rows_of
+from plots.rows import base_name, describe, groups, label, nearest, rows_of
 from plots.style import REFERENCE, band, caption, look, looks_of, markers_at, numbered, seeds_text
 from plots.tables import Table, result, seeds, whole
 
 # ---- the study
 
+KINDS = {"central": "Central"}
+KINDS |= {f"fed_{name.lower()}": f"Fed{name}" for name in ("Avg", "Momentum", "Entropy", "Fisher")}
 SIZES = {"d_model": None, "d_state": 128, "headdim": 64, "expand": 2}  # and the values that go without saying
-KEYS = ("dataset", "data", "tokenizer", "config", "shape", "val_sequences", "sequence_length", "budget")
-KEYS += ("sync",)
-FEDERATED = ("local_updates", "rounds", "participation", "client_weights", "client_optimizer", "client_state", "sync")
-FEDERATED += ("budget", "alpha_global", "personal")
+KEYS = ("dataset", "data", "tokenizer", "config", "shape", "val_sequences", "sequence_length", "budget", "sync")
+# what a federated run and the central one that it is measured by may differ in
+FREE = {"local_updates", "rounds", "participation", "client_weights", "client_optimizer", "client_state", "sync"}
+FREE |= {"budget", "alpha_global", "personal", "lr", "batch_size", "n_epochs"}
 
 
 def setting_of(run):
-    data, central = run["data"], run["kind"] == "central"
-    values = {key: run.get(f"--{key}") for key in ("dataset", "sequence_length", "val_sequences")}
-    values |= {} if central else {key: run.get(f"--{key}") for key in ("budget", "sync")}
+    data, flags = run["data"], ["dataset", "sequence_length", "val_sequences"]
+    flags += [] if run["kind"] == "central" else ["budget", "sync"]
+    values = {key: run.get(f"--{key}") for key in flags}
     values["config"] = f"pure_ssm_{run['--layers']}_layer" if run.get("--layers") else str(run.get("--config"))
-    if not run.get("--init_from"):  # else it is that run's
-        values["tokenizer"] = base_name(str(run.get("--tokenizer") or data.get("tokenizer")))
+    values["tokenizer"] = base_name(str(run.get("--tokenizer") or data.get("tokenizer")))
     sums = [str(data[key])[:8] for key in ("sha256", "tokenizer_sha256") if data.get(key)]
     values["data"] = " ".join(sums) or None
     if data.get("variant") not in (None, values["dataset"]):
@@ -63,22 +64,14 @@ def layers_words(config):
 
 STUDY = Study(
     name="mamba_fl",
-    commands=("central", "fed_avg", "fed_momentum", "fed_entropy", "fed_fisher"),
-    kinds={
-        "central": "Central",
-        "fed_avg": "FedAvg",
-        "fed_momentum": "FedMomentum",
-        "fed_entropy": "FedEntropy",
-        "fed_fisher": "FedFisher",
-    },
+    commands=tuple(KINDS),
+    kinds=KINDS,
     kind=lambda command, flags: command,
     setting=setting_of,
     keys=KEYS,
     said=frozenset((*KEYS, *SIZES, "layers", "client_val_sequences")),
     words={
         "local_updates": "LU {}",  # says most, so it comes first
-        "alpha_global": "alpha {}",
-        "amp": "amp {}",
         "batch_size": "batch {}",
         "beta1": "b1 {}",
         "beta2": "b2 {}",
@@ -87,7 +80,6 @@ STUDY = Study(
         "init_from": "from {}",
         "lr": "lr {}",
         "lr_scheduler": "{} rate",
-        "max_grad_norm": "clipped to {}",
         "momentum_form": "{}",
         "n_epochs": "{} epochs",
         "num_clients": "{} clients",
@@ -136,8 +128,7 @@ def central_of(row, rows):
         return one["batch_size"] * (1 if one.central else per_round(one["participation"] or 1.0, one["num_clients"]))
 
     def apart(one):
-        names = {*row.args, *one.args} - {*FEDERATED, "lr", "batch_size", "n_epochs"}
-        unlike = sum(row[name] != one[name] for name in names)
+        unlike = sum(row[name] != one[name] for name in {*row.args, *one.args} - FREE)
         return batch(one) != batch(row), unlike, one.results("final_val_ppl").mean()
 
     return min((one for one in of_as_many_tokens(row, rows) if one.central), key=apart, default=None)
@@ -199,46 +190,40 @@ TABLE = Table(STUDY, COLUMNS, WORDS, flags=add_config, select=lambda runs, args:
 # ---- figures 1 to 4, perplexity against tokens: the source's
 
 
-def measured(runs, args):
-    """The runs that --config asks for, without those of --tune."""
-    runs = of_config(runs, getattr(args, "config", None))
-    return runs if runs["tuning"].all() else runs[~runs["tuning"].astype(bool)]
+def fewest_updates(rows, kinds=tuple(KINDS)):
+    """Of these kinds central rows and the federated ones with the fewest local updates of any."""
+    fewest = min((row["local_updates"] for row in rows if not row.central), default=None)
+    return [row for row in rows if row.kind in kinds and (row.central or row["local_updates"] == fewest)]
 
 
-def fewest_updates(runs):
-    """The federated runs with the fewest local updates of any, and central ones."""
-    updates = [run.get("--local_updates") if run["kind"] != "central" else None for _, run in runs.iterrows()]
-    fewest = min((n for n in updates if n), default=None)
-    return runs[[n in (None, fewest) for n in updates]]
-
-
-def each_config(stem, choose, fits, draw):
-    """A figure for every group of each configuration: choose(runs) -> its runs, fits(rows): whether they say it."""
+def perplexities(draw, stem, title, choose, varied, free=()):
+    """A figure for every group of runs. choose(rows) -> its rows, if varied(row) has two values; free: the settings in
+    which they may differ."""
 
     def figures(runs, args, notes):
         by_config = defaultdict(list)
-        for setting, members in groups(measured(runs, args), STUDY):
-            rows = rows_of(choose(members), STUDY, notes=notes)
-            if fits(rows):
-                by_config[setting["config"]].append(draw(setting, rows))
+        for setting, members in groups(of_config(runs, getattr(args, "config", None)), STUDY, free):
+            tuned = members["tuning"].astype(bool)
+            rows = choose(rows_of(members if tuned.all() else members[~tuned], STUDY, free, notes=notes))
+            if len({varied(row) for row in rows} - {None}) > 1:
+                label(rows)
+                by_config[setting.get("config")].append(draw(title, setting, rows))
         for config, drawn in sorted(by_config.items()):
-            yield from numbered(f"{stem}_{config}", drawn)
+            yield from numbered("_".join(filter(None, [stem, config])), drawn)
 
     return figures
 
 
-def tokens_panel(axis, lines, shown_from=0.05):
-    """Perplexity against tokens: a line with its band per (row, look, label).
-
-    What happens before `shown_from` of the tokens is alike for all and would squeeze the rest: it sets no axis.
-    """
+def tokens_panel(axis, rows, names):
+    """Perplexity against tokens: a line with its band per row. What happens in the first twentieth of the tokens is
+    alike for all and would squeeze the rest: it sets no axis."""
     from matplotlib.ticker import EngFormatter
 
-    extent = []
-    for i, (row, own, name) in enumerate(lines):
+    looks, extent = looks_of(rows), []
+    for i, (row, name) in enumerate(zip(rows, names, strict=True)):
         x, values = row.rounds("val_ppl", "tokens")
-        band(axis, x, values, name, own, markers_at(i, len(x), len(lines)), alpha=0.2)
-        late = values[:, x >= shown_from * x.max(initial=0)]
+        band(axis, x, values, name, looks[row.label], markers_at(i, len(x), len(rows)), alpha=0.2)
+        late = values[:, x >= 0.05 * x.max(initial=0)]
         extent += late[np.isfinite(late) & (late > 0)].tolist()
     if extent:
         log_axis(axis, min(extent), max(extent))
@@ -248,89 +233,32 @@ def tokens_panel(axis, lines, shown_from=0.05):
     axis.set_ylabel("Validation perplexity")
 
 
-def draw_curves(title):
-    """Figures 1 and 2; the legend has the final perplexities."""
-
-    def draw(setting, rows):
-        figure, axes = new_figure(height=4.4)
-        looks = looks_of(rows)
-        finals = [row.results("final_val_ppl").mean() for row in rows]
-        names = [f"{row.label}: {final:.4g}" for row, final in zip(rows, finals, strict=True)]
-        tokens_panel(axes[0, 0], [(r, looks[r.label], name) for r, name in zip(rows, names, strict=True)])
-        style.legend_below(figure, axes.flat)
-        caption(figure, f"{title}, at the end: all validation text; {seeds_text(rows)}", setting, rows)
-        return figure
-
-    return draw
+def draw_curves(title, setting, rows):
+    """Figures 1, 2 and 4; the legend has the final perplexities."""
+    figure, axes = new_figure(height=4.4)
+    tokens_panel(axes[0, 0], rows, [f"{row.label}: {row.results('final_val_ppl').mean():.4g}" for row in rows])
+    style.legend_below(figure, axes.flat)
+    caption(figure, f"{title}, at the end: all validation text; {seeds_text(rows)}", setting, rows)
+    return figure
 
 
-def draw_methods(setting, rows):
-    """Figure 3: left, perplexity against tokens; right, the final perplexity, each seed and the mean.
+def draw_methods(title, setting, rows):
+    """Figure 3: left, perplexity against tokens; right, which names the lines, the final one of each seed and the mean.
 
-    The right panel names the lines of the left one. Methods often differ by less than a line's width on the left.
+    Methods often differ by less than a line's width on the left.
     """
     figure, axes = new_figure(columns=2, width=10.0, height=max(4.2, 1.6 + 0.4 * len(rows)))
     (axis, ends), looks = axes[0], looks_of(rows)
-    tokens_panel(axis, [(row, looks[row.label], row.label) for row in rows], shown_from=0.1)
+    tokens_panel(axis, rows, [row.label for row in rows])
     for place, row in enumerate(rows):
-        values, own = row.results("final_val_ppl").dropna(), looks[row.label]
-        if len(values):
-            ends.plot(values, [place] * len(values), "|", color=own["color"], markersize=9)
-            ends.plot([values.mean()], [place], **own | {"markersize": 7, "linestyle": ""})
-            place_of = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "size": 8.5}
-            ends.annotate(f"{values.mean():.4g}", (values.max(), place), **place_of)
+        values, own = row.results("final_val_ppl"), looks[row.label]
+        ends.plot(values, [place] * len(values), "|", color=own["color"], markersize=9)
+        ends.plot([values.mean()], [place], **own | {"markersize": 7, "linestyle": ""})
     ends.set_yticks(range(len(rows)), [break_lines(row.label, 32) for row in rows])
-    ends.set_ylim(len(rows) - 0.4, -0.6)
-    ends.margins(x=0.2)
+    ends.invert_yaxis()
     ends.set_xlabel("Final validation perplexity (bars: seeds)")
-    caption(figure, f"Federated methods: {seeds_text(rows)}", setting, rows)
+    caption(figure, f"{title}: {seeds_text(rows)}", setting, rows)
     return figure
-
-
-def depths(runs, args, notes):
-    """Figure 4: left, perplexity against tokens for each depth; right, the final perplexity against depth."""
-    drawn = []
-    for setting, members in groups(fewest_updates(measured(runs, args)), STUDY, ("config",)):
-        rows = rows_of(members, STUDY, ("config",), ("config",), notes)
-        lines = [line for line in lines_of(rows) if len(line) > 1]
-        if any(not line[0].central for line in lines):
-            label([row for line in lines for row in line])
-            drawn.append(draw_depths(setting, lines))
-    yield from numbered("4_multi_config_comparison", drawn)
-
-
-def draw_depths(setting, lines):
-    figure, axes = new_figure(columns=2, width=10.0, height=4.6, gridspec_kw={"width_ratios": [3, 2]})
-    (axis, summary), methods = axes[0], looks_of([line[0] for line in lines])
-    places = sorted({row.place["config"] for line in lines for row in line})
-    left = []
-    for i, line in enumerate(lines):
-        at = [places.index(row.place["config"]) for row in line]
-        values = [row.results("final_val_ppl") for row in line]
-        bars = [style.seed_spread(seeds) for seeds in values]
-        # side by side, so that no bar hides another
-        x = [place + (i - (len(lines) - 1) / 2) * 0.08 for place in at]
-        means = [seeds.mean() for seeds in values]
-        summary.errorbar(x, means, bars, capsize=3, label=line[0].label, **methods[line[0].label])
-        for row, depth in zip(line, at, strict=True):
-            if row.kind in ("central", "fed_avg"):
-                own = methods[row.label] | {"linestyle": look(0, depth)["linestyle"]}
-                left.append((row, own, f"{layers_words(row.place['config'])}: {row.label}"))
-    tokens_panel(axis, left)
-    axis.legend()
-    summary.set_xticks(range(len(places)), [layers_words(config) for config in places])
-    summary.set_ylabel("Final validation perplexity")
-    summary.legend()
-    caption(figure, f"Depth of the model: {seeds_text([row for row, *_ in left])}", setting, [r for r, *_ in left])
-    return figure
-
-
-def of_two_kinds(rows):
-    return {row.kind for row in rows} == {"central", "fed_avg"}
-
-
-def of_two_methods(rows):
-    return len({row.kind for row in rows if not row.central}) > 1
 
 
 # ---- figures 5 and 6: what is left of the federated gap when every row has its own rate
@@ -346,56 +274,41 @@ CENTRALLY = ("central", 0)
 VARIED = {"client_state", "alpha_global", "local_updates", "lr", "rounds"}
 
 
-def cells(rows):
+def rates_of(runs):
     """{(form, LU): {rate: its row}} of FedAvg, CENTRALLY of central training: of those alike in all else, most.
 
     Of two rows at one rate the one of more seeds.
     """
+    rows, found = rows_of(runs, STUDY), defaultdict(dict)
 
     def rest(row):
-        flags = frozenset((key, value) for key, value in row.args.items() if key not in VARIED)
-        return flags, row.results("tokens").mean()
+        return frozenset((key, value) for key, value in row.args.items() if key not in VARIED)
 
-    federated = [row for row in rows if row.kind == "fed_avg"]
-    if not federated:
-        return {}
-    most = Counter(map(rest, federated)).most_common(1)[0][0]
-    federated = [row for row in federated if rest(row) == most]
-    if (central := central_of(federated[0], rows)) is None:
-        return {}
-    found = defaultdict(dict)
-    for row in federated + [row for row in rows if row.central and rest(row) == rest(central)]:
-        rates = found[CENTRALLY if row.central else (row["client_state"], row["local_updates"])]
-        if len(row.runs) > len(getattr(rates.get(row["lr"]), "runs", ())):
-            rates[row["lr"]] = row
+    alike = Counter((rest(row), row.results("tokens").mean()) for row in rows if row.kind == "fed_avg").most_common(1)
+    federated = [
+        row for row in rows if row.kind == "fed_avg" and (rest(row), row.results("tokens").mean()) == alike[0][0]
+    ]
+    central = central_of(federated[0], rows) if federated else None
+    for row in rows:
+        if row in federated or central and row.central and rest(row) == rest(central):
+            rates = found[CENTRALLY if row.central else (row["client_state"], row["local_updates"])]
+            rates[row["lr"]] = max(rates.get(row["lr"], row), row, key=lambda one: len(one.runs))
     return found
 
 
-def at_best(rows):
-    """{(form, LU): row}: each at the rate that has most seeds, of these the best on validation."""
-
-    def order(row):
-        return -len(row.runs), row.results("final_val_ppl").mean()
-
-    return {place: min(rates.values(), key=order) for place, rates in cells(rows).items()}
-
-
-def tried(rows):
-    """{(form, LU): {rate: validation perplexity, nan: not finite}} of the runs of --tune."""
-    return {
-        place: {lr: number(row.first["curve"][-1]["val_ppl"]) for lr, row in sorted(rates.items())}
-        for place, rates in cells(rows).items()
-    }
-
-
-def of_gap(draw, needs_tuning, stem):
+def of_gap(draw, stem):
     def figures(runs, args, notes):
         drawn = []
         for setting, members in groups(of_config(runs, getattr(args, "config", None)), STUDY):
             tuned = members["tuning"].astype(bool)
-            kept, rates = at_best(rows_of(members[~tuned], STUDY)), tried(rows_of(members[tuned], STUDY))
-            if len(kept) > 2 and (CENTRALLY in rates or not needs_tuning):
-                drawn.append(draw(setting, kept, rates))
+            kept, rates = rates_of(members[~tuned]), rates_of(members[tuned])
+            if CENTRALLY in rates and CENTRALLY in kept:
+                # each at the rate that has most seeds, of these the best on validation
+                best = {
+                    at: min(rows.values(), key=lambda row: (-len(row.runs), row.results("final_val_ppl").mean()))
+                    for at, rows in kept.items()
+                }
+                drawn.append(draw(setting, best, rates))
         yield from numbered(stem, drawn)
 
     return figures
@@ -408,21 +321,24 @@ def forms(places):
             yield form, lus, look(i) | {"markersize": 6}
 
 
+def last(row):
+    """The last validation perplexity of a run of --tune, nan where it is not finite."""
+    return number(row.first["curve"][-1]["val_ppl"])
+
+
 def draw_gap(setting, kept, rates):
     figure, axes = new_figure(columns=2, width=6.9, height=3.5, sharey=True)
     left, right = axes[0]
-    common = min(rates[CENTRALLY])
+    common, base = min(rates[CENTRALLY]), kept[CENTRALLY].results("test_ppl_last")
     for form, lus, own in forms(rates):
         at = [lu for lu in lus if common in rates[form, lu]]
-        left.plot(at, [rates[form, lu][common] / rates[CENTRALLY][common] for lu in at], **own)
-    left.set_title(f"All at one rate, {common:g} (validation)", fontsize=9)
+        left.plot(at, [last(rates[form, lu][common]) / last(rates[CENTRALLY][common]) for lu in at], **own)
     for form, lus, own in forms(kept):
-        base = kept[CENTRALLY].results("test_ppl_last")
         points = np.array([ratio(kept[form, lu].results("test_ppl_last"), base)[:3] for lu in lus])  # [LU, 3]
         bars = np.abs(points[:, 1:] - points[:, :1]).T
         right.errorbar(lus, points[:, 0], bars, capsize=3, label=FORMS[form], **own)
-    seeds = style.seeds_range(list(kept.values()))
-    right.set_title(f"Each at its best rate ({seeds} seeds, 95 %)", fontsize=9)
+    left.set_title(f"All at one rate, {common:g} (validation)", fontsize=9)
+    right.set_title(f"Each at its best rate ({style.seeds_range(list(kept.values()))} seeds, 95 %)", fontsize=9)
     ticks = sorted({lu for form, lu in kept if form in FORMS})
     for axis in (left, right):
         axis.axhline(1, color="black", linewidth=0.9, linestyle=(0, (6, 2)))
@@ -432,8 +348,8 @@ def draw_gap(setting, kept, rates):
         axis.set_xlabel("Local updates a round (LU)")
         axis.tick_params(labelleft=True)
     left.set_ylabel("Perplexity over central training's")
-    handles, labels = right.get_legend_handles_labels()
-    left.legend(handles, labels, loc="upper left", title="AdamW's moments", title_fontsize=8, fontsize=8)
+    named = right.get_legend_handles_labels()
+    left.legend(*named, loc="upper left", title="AdamW's moments", title_fontsize=8, fontsize=8)
     set_title(figure, f"FedAvg against central training on as many tokens\n{describe(STUDY, setting)}")
     return figure
 
@@ -464,33 +380,42 @@ def sent(row):
     return (last["bytes_up"] + last["bytes_down"]) / row["num_clients"] / 1e6
 
 
-NEEDS = "runs of fed_avg.py and central.py with as many tokens"
+def two_kinds(rows):
+    return fewest_updates(rows, ("central", "fed_avg"))
+
+
+def fed_avg(rows):
+    return [row for row in rows if row.kind == "fed_avg"]
+
+
+def method(row):
+    return None if row.central else row.kind
+
+
+CENTRAL_VS_FED = "1_central_vs_fed", "Central and federated training", two_kinds, lambda row: row.kind
+LU_COMPARISON = "2_lu_comparison", "Local updates (LU) per round", fed_avg, lambda row: row["local_updates"]
+METHOD_COMPARISON = "3_method_comparison", "Federated methods", fewest_updates, method
+CONFIGS = "4_multi_config_comparison", "Depth of the model", two_kinds, lambda row: row.args["config"], ("config",)
+ENOUGH = "runs of fed_avg.py and central.py with as many tokens, and runs of --tune"
 FIGURES = {
     "central_vs_fed": (
-        each_config(
-            "1_central_vs_fed",
-            lambda runs: fewest_updates(runs[runs["kind"].isin(["central", "fed_avg"])]),
-            of_two_kinds,
-            draw_curves("Central and federated training"),
-        ),
+        perplexities(draw_curves, *CENTRAL_VS_FED),
         "runs of central.py and of fed_avg.py with the same data, model and length",
     ),
     "lu_comparison": (
-        each_config(
-            "2_lu_comparison",
-            lambda runs: runs[runs["kind"] == "fed_avg"],
-            lambda rows: len({row["local_updates"] for row in rows}) > 1,
-            draw_curves("Local updates (LU) per round"),
-        ),
+        perplexities(draw_curves, *LU_COMPARISON),
         "runs of fed_avg.py with two values of --local_updates, such as 1 and 8",
     ),
     "method_comparison": (
-        each_config("3_method_comparison", fewest_updates, of_two_methods, draw_methods),
+        perplexities(draw_methods, *METHOD_COMPARISON),
         "runs of two federated methods at the same --local_updates",
     ),
-    "multi_config_comparison": (depths, "runs of one method with two depths, such as --layers 1 and --layers 2"),
-    "gap": (of_gap(draw_gap, True, "5_gap"), f"{NEEDS}, and runs of --tune"),
-    "frontier": (of_gap(draw_frontier, False, "6_frontier"), NEEDS),
+    "multi_config_comparison": (
+        perplexities(draw_curves, *CONFIGS),
+        "runs of one method with two depths, such as --layers 1 and --layers 2",
+    ),
+    "gap": (of_gap(draw_gap, "5_gap"), ENOUGH),
+    "frontier": (of_gap(draw_frontier, "6_frontier"), ENOUGH),
 }
 
 
