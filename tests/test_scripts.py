@@ -83,7 +83,6 @@ def test_equal_budget_gives_central_and_clients_the_same_tokens(tmp_path):
         ("fed_avg", "--participation 0.5 --local-updates 2 --client-state reset --amp bf16"),
         ("fed_momentum", "--server-optimizer nesterov --server-lr 0.7"),
         ("fed_momentum", "--server-optimizer adam --server-lr 1e-3"),
-        ("fed_momentum", "--server-optimizer adagrad --server-lr 1e-3"),
         ("fed_momentum", "--server-optimizer adam --server-lr 1e-3 --server-bias-correction"),
         ("fed_entropy", "--client-state pooled --beta1 0 --beta2 0.99"),
         ("fed_fisher", "--fisher-samples 2 --client-state pooled"),
