@@ -163,9 +163,9 @@ class LabelClusters(FedAvg):
 
 
 class UpdateClusters(FedAvg, Follower):
-    """FedAvg within groups of clients whose updates of round --cluster-round are alike     (Sattler et al. 2020)
+    """FedAvg within groups of clients whose updates of the first round are alike     (Sattler et al. 2020)
 
-    Until then all train one model, from whose mean every group begins.
+    In it all train one model, from whose mean every group begins.
     """
 
     def __init__(self, study):
@@ -174,10 +174,10 @@ class UpdateClusters(FedAvg, Follower):
         self.lasting = {"clusters": self}
 
     def open_round(self, clients, thetas):
-        self.groups, self.seen = clients.number + 1 == self.study.args.cluster_round, {}
+        self.first, self.seen = clients.number == 0, {}
 
     def accept(self, clients, theta_k):
-        if self.groups:
+        if self.first:
             self.seen[clients.current] = theta_k.to("cpu", copy=True)
 
     def close_round(self, clients):
@@ -185,7 +185,7 @@ class UpdateClusters(FedAvg, Follower):
 
     def server(self, thetas, means):
         after = super().server(thetas, means)
-        if not self.groups:
+        if not self.first:
             return after
         seen, self.seen = self.seen, {}
         self.study.groups.of = group_by_updates(self.study, thetas[0], seen, self.models)

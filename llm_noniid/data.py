@@ -3,8 +3,7 @@
     texts = load_texts("ag_news", max_samples=2000)           # what lies on disk, else the hub; "demo": neither
     tokenizer = common.text.load_tokenizer("bpe:2048", as_corpus(texts))
     tokens = encode(texts, tokenizer, max_length=128)         # cached
-    for rows in training_batches(len(part), 8, epochs=1, seed=42, t=3, client=k):
-        batch = tokens["train"].batch(part[rows])             # input_ids, attention_mask, labels
+    batch = tokens["train"].batch(rows)                       # input_ids, attention_mask, labels
 
 A label is a text's topic. Training of the language model never sees it; partitions and figures per topic do.
 """
@@ -13,7 +12,6 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
-from itertools import permutations
 
 import numpy as np
 import torch
@@ -51,17 +49,13 @@ class Texts:
 def load_texts(dataset, data_root=None, cache_dir=None, max_samples=0, seed=42):
     """The texts of `dataset` with their topics, as `Texts`.
 
-    ag_news: four topics; `llm_noniid.ag_news` says from where. A random twentieth of the training texts, 2,000 at
-    most, topics in proportion, is the validation split. wikitext: a text is a paragraph of WikiText-2 (headings and
-    fragments dropped); its topic is its article's (`article_topics`), because the corpus has none. demo: prose of the
-    Python language reference, which every Python carries, cut into a few sentences each; its pages belong to four
-    topics, splits are `common.corpora`'s.
+    ag_news: four topics (`llm_noniid.ag_news`); a random twentieth of the training texts, 2,000 at most, topics in
+    proportion, is the validation split. wikitext: a text is a paragraph of WikiText-2 (headings and fragments dropped);
+    its topic is its article's (`article_topics`), because the corpus has none. demo: prose of the Python language
+    reference, cut into a few sentences each; its pages belong to four topics.
 
     max_samples: above 0 only so many training texts, a random choice that keeps the topics' shares; validation and test
     stay whole. seed: of that choice and of AG News' validation split, which does not depend on max_samples.
-
-    Raises UsageError for files that are missing, incomplete or broken (file and line named), and when there are neither
-    files nor a hub.
     """
     splits, labels, names, source, notes = LOADERS[dataset](data_root, cache_dir, seed)
     n = len(splits["train"])
@@ -70,13 +64,13 @@ def load_texts(dataset, data_root=None, cache_dir=None, max_samples=0, seed=42):
         chosen = stratified(labels["train"], [max_samples, n - max_samples], generator, "texts")[0]
         splits, labels = splits | {"train": _take(splits["train"], chosen)}, labels | {"train": labels["train"][chosen]}
         notes.append(f"--max-samples {max_samples}: that many of {n} training texts, topics in proportion")
-    elif max_samples > n:
-        notes.append(f"--max-samples {max_samples}: all {n} training texts, there are no more")
-    content = {split: (documents_sha256(splits[split]), labels[split].astype("<i8").tobytes()) for split in SPLITS}
+    content = {
+        split: documents_sha256(splits[split]).encode() + labels[split].astype("<i8").tobytes() for split in SPLITS
+    }
     fingerprint = {
         "dataset": dataset,
         "source": source,
-        "sha256": {split: hashlib.sha256(of.encode() + packed).hexdigest() for split, (of, packed) in content.items()},
+        "sha256": {split: hashlib.sha256(of).hexdigest() for split, of in content.items()},
         "counts": {split: len(splits[split]) for split in SPLITS},
         "label_names": list(names),
     }
@@ -96,8 +90,6 @@ def _ag_news(data_root, cache_dir, seed):
     splits, source, notes = ag_news.read(data_root)
     items, labels = splits["train"]
     n = len(items)
-    if n < 2:
-        raise UsageError(f"{n} training text in {source}: at least 2 are needed, one of them for validation")
     held_out = max(1, min(MOST_VALIDATION, int(VALIDATION_SHARE * n)))
     rows, held = stratified(labels, [n - held_out, held_out], stream(seed, "validation texts"), "texts")
     notes.append(f"ag_news: {held_out} of {n} training texts are the validation split")
@@ -114,8 +106,6 @@ def _wikitext(data_root, cache_dir, seed):
     for split, documents, of_article in zip(SPLITS, articles, topics, strict=True):
         parts = [(part, topic) for d, topic in zip(documents, of_article, strict=True) for part in _paragraphs(d)]
         kept = [(part, topic) for part, topic in parts if len(part.split()) >= SHORTEST_PARAGRAPH]
-        if not kept:
-            raise UsageError(f"WikiText-2 ({corpus.source}): no paragraph in the {split} split: get the file again")
         dropped += len(parts) - len(kept)
         splits[split] = [part for part, _ in kept]
         labels[split] = np.array([topic for _, topic in kept], dtype=np.int64)
@@ -145,10 +135,8 @@ def _demo(data_root, cache_dir, seed):
 
 
 def sentences(document, characters=DEMO_CHARACTERS):
-    """A document (a paragraph a line) as pieces of whole sentences, each the shortest run of `characters` or more.
-
-    What is left at the end joins the piece before it; nothing but white space between sentences is lost.
-    """
+    """A document (a paragraph a line) as pieces of whole sentences, each the shortest run of `characters` or more; what
+    is left at the end joins the piece before it."""
     pieces, current = [], ""
     for sentence in re.split(r"(?<=[.!?:;)])\s*\n|(?<=[.!?])\s+(?=[\"(]?[A-Z])", document.strip()):
         current = f"{current} {sentence}".strip()
@@ -170,14 +158,12 @@ LOADERS = {"ag_news": _ag_news, "wikitext": _wikitext, "demo": _demo}
 class TokenizedTexts(text.TokenizedDocuments):
     """A tokenised split: text i is `tokens[offsets[i] : offsets[i + 1]]`, end of text last unless the text was cut.
 
-    tokens: uint16 or int32; offsets: int64 [n + 1]; byte_lengths: int64 [n], UTF-8 bytes of the tokens that are
-    scored, which are all but a text's first (end of text counts 0); eos: the id of end of text, also the padding; cut:
-    how many texts were longer than max_length.
+    byte_lengths: int64 [n], UTF-8 bytes of the tokens that are scored, which are all but a text's first (end of text
+    counts 0); eos: the id of end of text, also the padding.
     """
 
     byte_lengths: np.ndarray
     eos: int
-    cut: int
 
     def scored(self, rows):
         """How many tokens of each of the texts `rows` are scored, all but its first: int64 [n]."""
@@ -194,25 +180,27 @@ class TokenizedTexts(text.TokenizedDocuments):
         labels[:, 1:], each text's own end included.
         """
         inputs, mask = padded(self.tokens, self.offsets, rows, self.eos)
-        batch = {"input_ids": inputs, "attention_mask": mask.astype(np.int64), "labels": np.where(mask, inputs, IGNORE)}
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        return as_tensors(inputs, mask, mask)
+
+
+def as_tensors(inputs, mask, scored, **more):
+    """A batch, whose labels are -100 where nothing is scored."""
+    labels = np.where(scored, inputs, IGNORE)
+    batch = {"input_ids": inputs, "attention_mask": mask.astype(np.int64), "labels": labels, **more}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def encode(texts, tokenizer, max_length=128, cache_dir=None):
     """{split: `TokenizedTexts`} of `Texts`: each text's tokens, then one end of text, `max_length` in all at most.
 
     A longer text keeps its first max_length tokens, without an end, which would teach the model to stop in the middle
-    of a sentence; `cut` counts such texts. Words such as "<unk>" or "<|endoftext|>" inside a text are ordinary
-    characters. Cached before the cut, under a key of the texts, the tokenizer (all of it) and the version of its
-    library (`common.text.encode`).
+    of a sentence. Words such as "<|endoftext|>" inside a text are ordinary characters. Cached before the cut.
 
     Raises UsageError for a max_length below 2 or above what the tokenizer's model takes.
     """
     if not 2 <= max_length <= tokenizer.model_max_length:
-        raise UsageError(
-            f"--max-length {max_length} is outside 2 to {min(tokenizer.model_max_length, 10**9)}, the most that this "
-            "tokenizer's model takes: choose one in between"
-        )
+        most = min(tokenizer.model_max_length, 10**9)
+        raise UsageError(f"--max-length {max_length} is outside 2 to {most}, the most of this tokenizer: change it")
     whole = text.encode(as_corpus(texts), tokenizer, cache_dir)
     token_bytes = text.token_byte_lengths(tokenizer)
     return {split: _cut(whole[split], max_length, token_bytes, int(tokenizer.eos_token_id)) for split in SPLITS}
@@ -226,93 +214,61 @@ def _cut(documents, max_length, token_bytes, eos):
     offsets = np.concatenate([[0], np.cumsum(kept)])
     sums = np.concatenate([[0], np.cumsum(token_bytes[tokens])])
     scored = sums[offsets[1:]] - sums[offsets[:-1] + 1]
-    return TokenizedTexts(tokens, offsets, scored, eos, int((lengths > max_length).sum()))
+    return TokenizedTexts(tokens, offsets, scored, eos)
 
 
 @dataclass(frozen=True)
 class LabelledTexts(TokenizedTexts):
-    """A tokenised split whose task is the label: each text, " Topic:", the label's words, which alone are scored.
+    """A tokenised split whose task is the label: each text, " Topic:", its label's words, which alone are scored.
 
-    tokens, offsets: texts up to " Topic:"; answers: the tokens of each label's words; labels: int64 [n]; byte_lengths:
-    of the answers; cut: texts that were longer than what max_length leaves them.
+    starts: where these begin, int64 [n]; answers: the tokens of each label's words; labels: int64 [n].
     """
 
+    starts: np.ndarray
     answers: tuple[np.ndarray, ...]
     labels: np.ndarray
 
-    def lengths(self):
-        return super().lengths() + self.scored(slice(None))
-
     def scored(self, rows):
-        return np.array([len(answer) for answer in self.answers])[self.labels[rows]]
+        return self.lengths()[rows] - self.starts[rows]
 
     def units(self, rows):
         return np.ones(len(rows), dtype=np.int64)
 
     def questions(self, rows):
-        """The texts `rows` up to " Topic:": int64 [B, L] padded on the right, bool [B, L] where text is."""
-        return padded(self.tokens, self.offsets, rows, self.eos)
+        """The texts `rows` up to " Topic:": int64 [B, L], bool [B, L] where these are."""
+        inputs, n = padded(self.tokens, self.offsets, rows, self.eos)[0], self.starts[rows]
+        return inputs[:, : n.max()], np.arange(n.max()) < n[:, None]
 
     def batch(self, rows):
-        """As `TokenizedTexts.batch`, labels -100 on all but the answers.
+        """As `TokenizedTexts.batch`, labels -100 on all but the label's words.
 
         Besides "before_scored" int64 [N]: the places of [B L] whose logits predict a scored token.
         """
-        answers = [self.answers[c] for c in self.labels[rows]]
-        asked = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in rows]
-        whole = [np.concatenate(pair) for pair in zip(asked, answers, strict=True)]
-        ends = np.cumsum([0, *map(len, whole)])
-        inputs, mask = padded(np.concatenate(whole), ends, np.arange(len(rows)), self.eos)
-        starts = np.array([len(tokens) for tokens in asked])
-        scored = mask & (np.arange(inputs.shape[1]) >= starts[:, None])
-        batch = {
-            "input_ids": inputs,
-            "attention_mask": mask.astype(np.int64),
-            "labels": np.where(scored, inputs, IGNORE),
-            "before_scored": np.flatnonzero(scored) - 1,
-        }
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        inputs, mask = padded(self.tokens, self.offsets, rows, self.eos)
+        scored = mask & (np.arange(inputs.shape[1]) >= self.starts[rows][:, None])
+        return as_tensors(inputs, mask, scored, before_scored=np.flatnonzero(scored) - 1)
 
 
 def encode_labelled(texts, tokenizer, max_length=128, cache_dir=None):
     """{split: `LabelledTexts`} of `Texts`; a text is cut so that " Topic:" and the longest label fit into max_length.
 
-    Raises UsageError for a max_length that leaves no token of a text, and for a label whose tokens another begins
-    with: that one would never be the likelier.
+    Raises UsageError for a max_length that leaves no token of a text.
     """
-    asks, *answers = (
-        np.array(tokenizer.encode(words, add_special_tokens=False))
-        for words in (" Topic:", *(f" {name}" for name in texts.label_names))
-    )
+    words = (" Topic:", *(f" {name}" for name in texts.label_names))
+    asks, *answers = (np.array(tokenizer.encode(one, add_special_tokens=False)) for one in words)
     room = max_length - len(asks) - max(map(len, answers))
     if room < 1:
-        raise UsageError(
-            f"--max-length {max_length} leaves no token of a text beside its label: raise it by {1 - room}"
-        )
-    for a, b in permutations(range(len(answers)), 2):
-        if answers[a].tolist() == answers[b][: len(answers[a])].tolist():
-            a, b = (repr(texts.label_names[i]) for i in (a, b))
-            raise UsageError(
-                f"the labels of {texts.name}: {b} begins with all of {a} and is never likelier: rename one"
-            )
-    token_bytes = text.token_byte_lengths(tokenizer)
+        raise UsageError(f"--max-length {max_length} leaves a text no room beside its label: raise it by {1 - room}")
+    token_bytes, splits = text.token_byte_lengths(tokenizer), {}
     answer_bytes = np.array([token_bytes[answer].sum() for answer in answers])
-    splits = {}
     for split, whole in text.encode(as_corpus(texts), tokenizer, cache_dir).items():
-        lengths = whole.lengths() - 1  # without the end of text
-        starts = whole.offsets[:-1]
-        kept = [whole.tokens[a : a + min(n, room)] for a, n in zip(starts, lengths, strict=True)]
-        asked = [np.concatenate([tokens, asks.astype(tokens.dtype)]) for tokens in kept]
-        labels = texts.labels[split]
-        splits[split] = LabelledTexts(
-            np.concatenate(asked),
-            np.concatenate([[0], np.cumsum([len(tokens) for tokens in asked])]),
-            answer_bytes[labels],
-            int(tokenizer.eos_token_id),
-            int((lengths > room).sum()),
-            tuple(answer.astype(whole.tokens.dtype) for answer in answers),
-            labels,
-        )
+        labels, kept = texts.labels[split], np.minimum(whole.lengths() - 1, room)  # without the end of text
+        pieces = [whole.tokens[a : a + n] for a, n in zip(whole.offsets[:-1], kept, strict=True)]
+        joined = [np.concatenate([piece, asks, answers[c]]) for piece, c in zip(pieces, labels, strict=True)]
+        tokens = np.concatenate(joined).astype(whole.tokens.dtype)
+        offsets = np.cumsum([0, *map(len, joined)])
+        eos, starts = int(tokenizer.eos_token_id), kept + len(asks)
+        splits[split] = LabelledTexts(tokens, offsets, answer_bytes[labels], eos, starts, tuple(answers), labels)
     return splits
 
 

@@ -4,7 +4,7 @@ The rounds are in `train.py`, the algorithms in `algorithms.py`, the model and i
 has one or more models, thetas [G, n]: one for all clients, one for each group of them, or one for each client.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from common import parallel
 from common.allocator import reuse_large_memory
 from common.best import Best, best_line
 from common.checkpoint import saving, write_json
-from common.cli import UsageError
 from common.curves import number
 from common.local import client_optimizer, local_steps
 from common.parallel import Follower
@@ -21,23 +20,23 @@ from common.participation import per_round
 from common.runlog import Run
 from common.seeding import seed_torch, stream
 from common.sharding import class_counts
-from llm_noniid import clustering, detectors, diagnostics, text_model
+from llm_noniid import clustering, diagnostics, text_model
 from llm_noniid.data import Texts, load_texts, training_batches
+from llm_noniid.detectors import alarms_of
 from llm_noniid.partition import partition, statistics
 from llm_noniid.text_model import TextModel
 
 HELD_OUT = 10  # one of so many of a client's texts is not trained on: what its model is judged by
-WATCHED = 64  # clients whose updates are compared with each other in a round, at most
+WATCHED = 64  # clients whose updates are compared with each other in a round, at most, drawn
 
 
 @dataclass(frozen=True)
 class Study:
-    """Data and model of a run.
+    """Data and model of a run; texts are rows of their split, int64.
 
     rows, held: each client's training texts and those that it is judged by; trained: the texts of each client that
-    trains, rows but in central training, which has one client with all; seen: validation texts that are evaluated,
-    tested: test texts, learnt: as many of the clients' training texts, of each client. All are rows of their split,
-    int64. groups: which model is whose; best: with --final best, else None.
+    trains, rows but in central training, which has one client with all; seen, tested: validation and test texts that
+    are evaluated, learnt: as many of each client's training texts. best: with --final best, else None.
     """
 
     args: object
@@ -79,15 +78,12 @@ class Study:
         return class_counts(self.rows, self.texts.labels["train"], len(self.texts.label_names))
 
     def names(self, thetas):
-        """{"g/A.<layer>", "g/B.<layer>": view} of thetas [G, n]."""
+        """{"g/<name>": view} of thetas [G, n]."""
         return {f"{g}/{name}": t for g, theta in enumerate(thetas) for name, t in self.weights.named(theta).items()}
 
     def evaluate(self, thetas, t, row):
         """What is logged of thetas [G, n] after t rounds, see `evaluate` and `judge`. Before the first all are one."""
-        if t == 0:
-            fields = evaluate(self, thetas[:1], 0 * self.groups.of)
-        else:
-            fields = evaluate(self, thetas, self.groups.of)
+        fields = evaluate(self, thetas, self.groups.of) if t else evaluate(self, thetas[:1], 0 * self.groups.of)
         return fields | judge(self, t, {**row, **fields}, thetas)
 
 
@@ -114,37 +110,18 @@ def load_study(args, run):
     model = text_model.load_text_model(a, texts, run.device, run.amp)
     rows, held = deal(parts, a.seed)
     seen, tested = (evaluated(len(model.tokens[s]), a.eval_samples, a.seed, s) for s in ("validation", "test"))
-    for split, chosen in (("validation", seen), ("test", tested)):
-        if not model.tokens[split].byte_lengths[chosen].any():
-            raise UsageError(
-                f"the {len(chosen)} {split} texts have one token each: give longer ones, or --eval-samples 0"
-            )
     every = np.concatenate(rows)
-    learnt = np.zeros(len(every), dtype=bool)
-    learnt[evaluated(len(every), len(seen), a.seed, "training")] = True
-    cuts = np.cumsum(list(map(len, rows)))[:-1]
-    learnt = [mine[of] for mine, of in zip(rows, np.split(learnt, cuts), strict=True)]
-    study = Study(
-        args=a,
-        run=run,
-        texts=texts,
-        model=model,
-        rows=rows,
-        held=held,
-        trained=[np.sort(every)] if a.algorithm == "central" else rows,
-        seen=seen,
-        tested=tested,
-        learnt=learnt,
-        groups=Groups(np.zeros(len(rows))),
-        best=Best() if a.final == "best" else None,
-    )
+    chosen = np.isin(np.arange(len(every)), evaluated(len(every), len(seen), a.seed, "training"))
+    ends = np.cumsum([len(mine) for mine in rows])
+    learnt = [mine[of] for mine, of in zip(rows, np.split(chosen, ends[:-1]), strict=True)]
+    trained = [np.sort(every)] if a.algorithm == "central" else rows
+    groups, best = Groups(np.zeros(len(rows))), Best() if a.final == "best" else None
+    study = Study(a, run, texts, model, rows, held, trained, seen, tested, learnt, groups, best)
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
     data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
-    cut = {split: tokens.cut for split, tokens in model.tokens.items()}
-    shards = {"examples": [len(part) for part in parts], "sha256": splits, "cut": cut}
+    shards = {"examples": [len(part) for part in parts], "sha256": splits}
     total = sum(p.numel() for p in model.module.parameters())
-    parameters = {"total": total, "trainable": model.weights.size}
-    run.begin(data, parameters | text_model.base_facts(model.module, model.tokenizer), clients=shards)
+    run.begin(data, {"total": total, "trainable": model.weights.size}, clients=shards)
     n = sorted(study.examples)
     sizes = f"{len(n)} clients, training texts a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})"
     for line in [*texts.notes, *notes, sizes]:
@@ -155,9 +132,10 @@ def load_study(args, run):
 def describe_clients(run, study):
     """Writes partition.json."""
     if parallel.is_main():
-        path, parts = run.folder / "partition.json", map(np.concatenate, zip(study.rows, study.held, strict=True))
+        path = run.folder / "partition.json"
+        parts = [np.sort(np.concatenate(both)) for both in zip(study.rows, study.held, strict=True)]
         with saving(path):
-            write_json(path, statistics(study.texts, study.model.tokens, list(map(np.sort, parts)), study.args.seed))
+            write_json(path, statistics(study.texts, parts))
 
 
 def deal(parts, seed):
@@ -173,7 +151,7 @@ def deal(parts, seed):
 
 def evaluated(n, wanted, seed, split):
     """The texts of a split that are evaluated: all n (wanted 0), or so many drawn once."""
-    if not wanted or wanted >= n:
+    if not 0 < wanted < n:
         return np.arange(n)
     return np.sort(stream(seed, f"evaluated {split}").choice(n, wanted, replace=False))
 
@@ -209,14 +187,17 @@ def client_update(study, theta, k, t, optimizer=None, **method):
 
 
 class Drift(Follower):
-    """How far the clients' updates of a round pull apart, a probe: see `compare`. At most `WATCHED` clients, drawn."""
+    """How far the clients' updates of a round pull apart, a probe: `diagnostics.update_figures`, the source's
+    weight_cosine_drift, and mean_cka of the clients' hidden states with those of the model after the round."""
 
     def __init__(self, study):
         self.study = study
 
     def open_round(self, clients, thetas):
-        self.start, self.seen = thetas[0], {}
-        self.wanted = watched(self.study.args.seed, clients, clients.number)
+        self.start, self.seen, self.wanted = thetas[0], {}, set(clients.clients)
+        if len(clients) > WATCHED:  # drawn: by number they may be sorted by their skew
+            draw = stream(self.study.args.seed, "watched", clients.number)
+            self.wanted = set(draw.choice(sorted(self.wanted), WATCHED, replace=False).tolist())
 
     def accept(self, clients, theta_k):
         k = clients.current
@@ -224,15 +205,23 @@ class Drift(Follower):
             self.seen[k] = theta_k.to("cpu", copy=True), probe(self.study)
 
     def result(self, clients, thetas):
-        start, seen, self.start, self.seen = self.start, clients.gather(self.seen), None, {}
-        return compare(self.study, start, thetas[0], seen, clients.weights)
+        study, start, seen = self.study, self.start, clients.gather(self.seen)
+        self.start = self.seen = None
+        if len(seen) < 2:
+            return {}
+        updated, states = zip(*seen.values(), strict=True)
+        figures = diagnostics.update_figures(gram_of(study, start, updated), [clients.weights[k] for k in seen])
+        figures["weight_cosine_drift"] = diagnostics.weight_cosine_drift(thetas[0], updated)
+        if study.args.probe_samples:
+            study.weights.load(thetas[0])
+            figures["mean_cka"] = diagnostics.mean_cka(probe(study), states)
+        return figures
 
 
-def watched(seed, clients, t):
-    """Ids of the round's clients whose updates are compared, drawn: by number they may be sorted by their skew."""
-    if len(clients) <= WATCHED:
-        return set(clients.clients)
-    return set(stream(seed, "watched", t).choice(sorted(clients.clients), WATCHED, replace=False).tolist())
+def probe(study):
+    """Hidden states of --probe-samples validation texts' tokens under what the model has loaded; None of no texts."""
+    rows = study.seen[: study.args.probe_samples]
+    return text_model.hidden_states(study.model, "validation", rows) if len(rows) else None
 
 
 def gram_of(study, theta, updated):
@@ -252,39 +241,9 @@ def group_by_updates(study, theta, seen, clusters):
     labels = clustering.cluster_updates(cosines, clusters)
     of = np.full(len(study.rows), np.bincount(labels).argmax())
     of[list(seen)] = labels
-    study.run.note(f"groups: {of.tolist()}")
-    if absent := len(of) - len(seen):
-        study.run.note(f"warning: {absent} of {len(of)} clients had no update to go by: they are in the largest group")
+    absent = f" ({len(of) - len(seen)} clients were absent: in the largest)" if len(seen) < len(of) else ""
+    study.run.note(f"groups: {of.tolist()}{absent}")
     return of
-
-
-def compare(study, theta, after, seen, weights):
-    """How far the clients' updates of a round pull apart, as fields of metrics.jsonl.
-
-    Args: theta, after [n]: as the round began and ended; seen: {client: (theta_k, hidden states of the probed texts)};
-        weights: of each client in the mean.
-    """
-    if len(seen) < 2:
-        return {}
-    updated = [theta_k for theta_k, _ in seen.values()]
-    gram = gram_of(study, theta, updated)
-    figures = {
-        "compared": list(seen),
-        **diagnostics.update_figures(gram, [weights[k] for k in seen]),
-        "update_cosines": np.round(diagnostics.cosine_matrix(gram), 4).tolist(),
-        "weight_cosine_drift": diagnostics.weight_cosine_drift(after, updated),
-    }
-    if study.args.probe_samples:
-        study.weights.load(after)
-        clients = [hidden for _, hidden in seen.values()]
-        figures |= diagnostics.cka_figures(probe(study), clients, study.args.seed)
-    return figures
-
-
-def probe(study):
-    """Hidden states of --probe-samples validation texts' tokens under what the model has loaded; None of no texts."""
-    rows = study.seen[: study.args.probe_samples]
-    return text_model.hidden_states(study.model, "validation", rows, study.args.seed) if len(rows) else None
 
 
 # ---- what is reported
@@ -293,63 +252,53 @@ def probe(study):
 def evaluate(study, thetas, group):
     """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts.
 
-    train_eval_loss: on as many of the texts that the clients train on, drawn once, in eval mode; generalization_gap:
-    val_loss less that.
+    train_eval_loss: on as many of the texts that the clients train on, in eval mode; generalization_gap: val_loss less
+    that.
     """
     weights = np.bincount(group, study.examples, len(thetas))
-    quality = text_model.quality(study.model, study.texts, thetas, weights, "validation", study.seen, "val")
+    quality = text_model.quality(study.model, thetas, weights, "validation", study.seen, "val")
     learnt = text_model.own_loss(study.model, thetas, group, study.learnt)
     return {
         **quality,
         "train_eval_loss": learnt,
-        "generalization_gap": diagnostics.generalization_gap(learnt, quality["val_loss"]),
+        "generalization_gap": quality["val_loss"] - learnt,
         **text_model.clients_quality(study.model, thetas, group, study.held),
         **({"group": group.tolist()} if len(thetas) > 1 else {}),
     }
 
 
 def judge(study, t, row, thetas):
-    """What follows from a line of metrics.jsonl: figures of the clients, and "alarms" since the evaluation before.
-
-    Ends the run at an alarm that --stop-on names. Offers thetas to `study.best`.
-    """
-    run = study.run
+    """What follows from a line of metrics.jsonl: the variance of the clients' gradient norms, and "alarms" since the
+    evaluation before. Offers thetas to `study.best`."""
+    run, figures = study.run, {}
     if study.best:
         study.best.offer(t, row["val_loss"], thetas)
-    figures, alarms = {}, ()
     if t:
         norms = [norm for norm in row["client_gradient_norm"] if norm is not None]
         figures["gradient_norm_variance"] = diagnostics.gradient_norm_variance(norms)
     if parallel.is_main():
-        rows = run.metrics() if t else []
-        curves, planned = detectors.curves_of([*rows, {"round": t, **row, **figures}]), 1 - -run.total // run.every
-        every = detectors.run_detectors(curves, planned)
-        alarms = [alarm for alarm in every if not rows or alarm.round > rows[-1]["round"]]
-    alarms = parallel.broadcast(alarms)
-    for alarm in alarms:
-        run.note(f"alarm: {alarm.message}")
-    if ending := detectors.stops(alarms, run.args.stop_on):
-        run.stop(ending.detector, ending.message)
-    return figures | ({"alarms": [asdict(alarm) for alarm in alarms]} if alarms else {})
+        before = run.metrics() if t else []
+        every = alarms_of([*before, {"round": t, **row}], 1 - -run.total // run.every)
+        alarms = [alarm for alarm in every if not before or alarm["round"] > before[-1]["round"]]
+        for alarm in alarms:
+            run.note(f"alarm: {alarm['message']}")
+        figures |= {"alarms": alarms} if alarms else {}
+    return figures
 
 
 def finish(study, thetas):
     """final/ (peft adapters), test metrics, results: of the last round; with --final best final/ and test_..._best are
-    the best round's.
-
-    Where one model serves all clients, also before there are groups, that one is written.
-    """
-    run, model, a, group, best = study.run, study.model, study.args, study.groups.of, study.best
+    the best round's. Where one model serves all clients that one is written."""
+    run, model, group, best = study.run, study.model, study.groups.of, study.best
 
     def tested(thetas, group):
         weights = np.bincount(group, study.examples, len(thetas))
-        return text_model.quality(model, study.texts, thetas, weights, "test", study.tested, "test")
+        return text_model.quality(model, thetas, weights, "test", study.tested, "test")
 
     run.note("evaluating on the test texts")
     quality = tested(thetas, group)
     if best:
-        ungrouped = a.cluster == "updates" and best.round < a.cluster_round
-        thetas, group = best.theta, 0 * group if ungrouped else group
+        thetas = best.theta
         quality |= {f"{name}_best": value for name, value in tested(thetas, group).items()}
     served = thetas if group.any() else thetas[:1]
     run.write_final(lambda folder: text_model.write(model, folder, served, run.folder / "base"))
@@ -361,6 +310,6 @@ def finish(study, thetas):
         results = {key: last[key] for key in (*names, "bytes_up", "bytes_down", "tokens", "seconds")} | quality
         results |= {"best_round": lowest["round"], "best_val_loss": number(lowest["val_loss"])}
         results |= {"rounds": last["round"], "final_round": best.round if best else last["round"]}
-        results["alarms"] = [alarm for line in lines if line["round"] for alarm in line.get("alarms", [])]
+        results["alarms"] = [alarm for line in lines for alarm in line.get("alarms", [])]
         print(f"val_ppl {float(results['val_ppl']):.2f}  test_ppl {results['test_ppl']:.2f}")
     run.finish(results)

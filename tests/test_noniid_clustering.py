@@ -34,9 +34,7 @@ def test_by_hand():
     assert cluster_updates(cosines_of(updates), 3).dtype == np.int64
 
 
-@pytest.mark.parametrize(
-    ("m", "groups", "noise", "bare", "least"), [(10, 2, 1, 0, 0.97), (30, 3, 3, 0, 0.97), (20, 4, 3, 2, 0.85)]
-)
+@pytest.mark.parametrize(("m", "groups", "noise", "bare", "least"), [(30, 3, 3, 0, 0.97), (20, 4, 3, 2, 0.85)])
 def test_made_up_groups_are_found_beside_clients_of_mere_noise_too(m, groups, noise, bare, least):
     scores = []
     for seed in range(10):
@@ -54,14 +52,6 @@ def test_identical_clients_stay_together():
     for num_clusters in (2, 3, 5):
         assert cluster_updates(cosines_of(updates), num_clusters).tolist() == [0, 1, 1, 0, 1]
     assert cluster_updates(np.eye(4), 4).tolist() == [0, 1, 2, 3]
-    assert len(set(cluster_updates(np.eye(4), 2).tolist())) == 2  # all alike in their difference: still two groups
-
-
-def test_clients_that_did_not_move_join_the_largest_group():
-    updates = np.array([[0.0, 0], [1, 0], [0, 1], [0, 2], [0, 0], [0, 3]])
-    assert cluster_updates(cosines_of(updates), 2).tolist() == [0, 1, 0, 0, 0, 0]
-    assert cluster_updates(np.zeros((3, 3)), 2).tolist() == [0, 0, 0]
-    assert cluster_updates(cosines_of(updates), 6).tolist() == [0, 1, 0, 0, 0, 0]
 
 
 def test_cluster_labels():

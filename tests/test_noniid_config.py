@@ -56,11 +56,6 @@ def test_our_default_file_holds_the_source_s_keys_and_the_flags_own_defaults():
     assert {name: plain[name] for name in DEFAULTS} == DEFAULTS
 
 
-def test_numbers_as_the_document_writes_them_are_read(tmp_path):
-    (tmp_path / "mine.yaml").write_text("federated:\n  learning_rate: 5e-5\n")  # yaml's own rules make it a text
-    assert flags.parse(train.build_parser(), ["--config", str(tmp_path / "mine.yaml")]).learning_rate == 5e-5
-
-
 @pytest.mark.parametrize(
     "line, groups",
     [
@@ -68,7 +63,6 @@ def test_numbers_as_the_document_writes_them_are_read(tmp_path):
         ("--cluster labels --dataset wikitext", 8),
         ("--cluster labels --dataset demo --num-clients 3", 3),
         ("--cluster labels --num-clusters 2", 2),
-        ("", 2),  # as older runs have it, which can be gone on with
     ],
 )
 def test_there_are_as_many_clusters_as_topics(line, groups):

