@@ -13,7 +13,7 @@ Client k's adapter adds Delta_k = s_k B_k A_k to a layer (see `common.products`)
                                                                           inexact (FedRot-LoRA, Zhang et al. 2026)
     head       A and B stay as they are, only the head trains             exact; a control
 
-FedRot-LoRA's R_k leaves B_k R_k R_k^T A_k as it is (`common.factors.rotated`): the first, third, ... round takes A
+FedRot-LoRA's R_k leaves B_k R_k R_k^T A_k as it is (`common.lowrank.rotated`): the first, third, ... round takes A
 nearest to the round's start, the others B. (Its public code counts rounds from 0 and rotates none in the first. Here a
 first round aligns A, so that a round from a given adapter is the rule's.)
 
@@ -31,10 +31,45 @@ import torch
 
 from common import parallel
 from common.aggregation import WeightedMean
-from common.choices import RULES
-from common.factors import rotated
-from common.products import Product, distance, fresh_A, quotient, truncate
+from common.cli import RULES
+from common.products import Product, distance, fresh_A, one_thread, quotient, truncate
 from common.seeding import torch_stream
+
+NEAR = 1e-12  # of a correlation's norm: which rotation where several are best
+
+
+def rotation(correlation):
+    """The rotation R [r, r] that maximises tr(R^T M), M = `correlation` [r, r]: R^T R = I, det R = 1   (Kabsch 1976).
+
+        M = U S V^T,  R = U diag(1, ..., 1, det(U V^T)) V^T
+
+    Where several are best (M has no full rank) it is the one next to I.
+    """
+    M = correlation.detach().to("cpu", torch.float64)
+    one = torch.eye(len(M), dtype=torch.float64)
+    norm = torch.linalg.vector_norm(M)
+    with one_thread():
+        U, _, Vh = torch.linalg.svd((M / norm if norm else M) + NEAR * one)
+        signs = torch.ones(len(M), dtype=torch.float64)
+        signs[-1] = torch.linalg.det(U @ Vh).sign()
+        return U * signs @ Vh
+
+
+def rotated(A, B, reference, letter="A"):
+    """(R^T A, B R), R the `rotation` that takes the factor `letter` nearest to the reference's, in A's and B's dtype.
+
+        A:  min_R ||R^T A - A_ref||_F,  M = A A_ref^T          B:  min_R ||B R - B_ref||_F,  M = B^T B_ref
+
+    FedRot-LoRA (Zhang et al. 2026, arXiv 2602.23638, from summaries of the paper and its public code): the reference
+    are the factors that the server sent, rounds align A and B in turn (`common.lowrank`).
+
+    Args: A [r, k], B [d, r]; reference: (A_ref [r, k], B_ref [d, r]); letter: "A" or "B".
+    """
+    a, b, ref_a, ref_b = (t.detach().to("cpu", torch.float64) for t in (A, B, *reference))
+    with one_thread():
+        R = rotation(a @ ref_a.T if letter == "A" else b.T @ ref_b)
+        return (R.T @ a).to(A), (b @ R).to(B)
+
 
 MIXED_RANKS = ("svd", "stack")  # the rules that take clients of different ranks and scales
 

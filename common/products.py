@@ -119,7 +119,7 @@ def truncate(target, rank, new_scale, split="us", generator=None):
     `rank`, the missing directions get B = 0 and A random, as a fresh adapter: with both zero they would never learn.
 
     Args: target: a `Product`; rank: at least 1, also above Delta's; new_scale: s of the new adapter, above 0; split: of
-        `common.choices.SPLITS`; generator: for the missing directions, needed only where there are any.
+        `common.cli.SPLITS`; generator: for the missing directions, needed only where there are any.
     Returns: (A [rank, k], B [d, rank], info), fp64; info: "kept" and "discarded", sums of squared singular values, and
         "missing", the number of directions without one.
     """

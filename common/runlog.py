@@ -53,7 +53,8 @@ def start_run(command, args, name, unit="tokens"):
         raise UsageError(f"--run-name {name} is not a name of one folder: put the way to it into --output-dir")
     if args.track != "off" and importlib.util.find_spec(args.track) is None:
         raise UsageError(f"--track {args.track} needs the package {args.track}: pip install {args.track}")
-    folder = (Path(args.output_dir) / name).resolve()
+    folder = Path(args.output_dir) / name
+    folder = folder.resolve() if folder.is_symlink() else folder
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         if parallel.is_main() and (folder / "run.json").exists():

@@ -5,10 +5,9 @@ import io
 
 import numpy as np
 
-from common.cache import one_line
 from common.cli import UsageError
-from common.corpora import data_folder
-from common.hub import hub_dataset
+from common.hub import hub_dataset, one_line
+from common.text import data_folder
 
 TOPICS = ("World", "Sports", "Business", "Sci/Tech")  # classes 1 to 4 of the files, labels 0 to 3 here
 HUB_NAME = "fancyzhx/ag_news"

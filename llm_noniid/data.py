@@ -19,9 +19,9 @@ import torch
 from common import text
 from common.batches import padded
 from common.cli import UsageError
-from common.corpora import SPLITS, Corpus, documents_sha256, load_corpus
 from common.seeding import stream
 from common.sharding import stratified
+from common.text import SPLITS, Corpus, documents_sha256, load_corpus
 from llm_noniid import ag_news
 from llm_noniid.topics import DEMO_TOPICS, article_topics, demo_topics
 
@@ -78,7 +78,7 @@ def load_texts(dataset, data_root=None, cache_dir=None, max_samples=0, seed=42):
 
 
 def as_corpus(texts):
-    """`Texts` as a `common.corpora.Corpus` whose documents are the texts; `common.text.load_tokenizer` takes it."""
+    """`Texts` as a `common.text.Corpus` whose documents are the texts; `common.text.load_tokenizer` takes it."""
     return Corpus(texts.name, "texts", texts.fingerprint["source"], *(texts.splits[split] for split in SPLITS))
 
 

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from common import parallel
-from common.allocator import reuse_large_memory
-from common.best import Best, best_line
 from common.checkpoint import saving, write_json
 from common.curves import number
+from common.evaluation import Best, best_line, reuse_large_memory
 from common.local import client_optimizer, local_steps
 from common.parallel import Follower
 from common.participation import per_round

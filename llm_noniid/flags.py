@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from common.choices import CLIENT_OPTIMIZERS, SIZES
 from common.cli import (
+    CLIENT_OPTIMIZERS,
     RARE,
+    SIZES,
     Parser,
     UsageError,
     add_run_flags,

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.allocator import reuse_large_memory
 from common.checkpoint import saving, swap, write_json
 from common.cli import (
     Parser,
@@ -32,7 +31,7 @@ from common.cli import (
     run_main,
     say,
 )
-from common.evaluation import perplexity, pick_device, resolve_amp
+from common.evaluation import perplexity, pick_device, resolve_amp, reuse_large_memory
 from common.hub import quiet
 from common.local import local_steps
 from common.manifest import git_commit, versions

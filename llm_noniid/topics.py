@@ -3,7 +3,7 @@
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from common.corpora import demo_documents
+from common.text import demo_documents
 
 ARTICLE_TOPICS = 8  # of WikiText-2
 TOPICS_SEED = 2016  # of the data, not of a run: every run sees the same topics

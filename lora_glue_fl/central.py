@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from common import parallel
-from common.best import Best, best_line
 from common.cli import RunFailed, UsageError
+from common.evaluation import Best, best_line
 from common.local import OptimizerState, client_optimizer, local_steps
 from common.seeding import seed_torch
 from common.vector import Weights

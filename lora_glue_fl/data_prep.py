@@ -15,13 +15,11 @@ import tokenizers
 import torch
 
 from common.batches import padded
-from common.cache import cache_folder, cached, one_line, pack_arrays, sha256_of, unpack_arrays
 from common.cli import UsageError
-from common.corpora import data_folder
-from common.hub import hub_dataset, reading
-from common.schedules import lr_at
+from common.hub import cache_folder, cached, hub_dataset, one_line, pack_arrays, reading, sha256_of, unpack_arrays
+from common.local import lr_at
 from common.seeding import stream
-from common.text import hub_tokenizer, reading_tokenizer, tokenizer_fingerprint, vocabulary_size
+from common.text import data_folder, hub_tokenizer, reading_tokenizer, tokenizer_fingerprint, vocabulary_size
 from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
 from lora_glue_fl.flags import DATASETS, refuse
 from lora_glue_fl.glue_tasks import Split, Task, find_task, make_split

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from common import parallel
-from common.best import Best, best_line
+from common.evaluation import Best, best_line
 from common.hub import weight_bytes
 from common.local import client_optimizer, local_steps
 from common.lowrank import MIXED_RANKS, AdapterMean, Served, trained_factors

@@ -10,8 +10,7 @@ Bai et al. 2024), the other rules are in common/lowrank.py. The head is averaged
 
 import argparse
 
-from common.choices import RULES, SPLITS
-from common.cli import RARE, fraction, parse, positive_float, positive_int
+from common.cli import RARE, RULES, SPLITS, fraction, parse, positive_float, positive_int
 from common.processes import run_federated
 from common.runlog import start_run
 from lora_glue_fl import flags

@@ -6,9 +6,9 @@ import warnings
 
 import numpy as np
 
-from common.cache import sha256_of
 from common.cli import RunFailed, UsageError
-from common.corpora import documents_sha256
+from common.hub import sha256_of
+from common.text import documents_sha256
 
 
 @dataclasses.dataclass(frozen=True)

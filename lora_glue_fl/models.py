@@ -18,13 +18,12 @@ from common.adapter_files import CONFIG, read_adapter, read_tensors
 from common.batches import evaluation_batches
 from common.checkpoint import saving
 from common.cli import UsageError
-from common.corpora import data_folder
 from common.evaluation import amp_context, pick_device, resolve_amp
 from common.lora import LoraModel
 from common.products import fit_rank
 from common.runlog import prepare_machine
 from common.seeding import seed_torch, torch_stream
-from common.text import vocabulary_size
+from common.text import data_folder, vocabulary_size
 from common.vector import fingerprint
 from lora_glue_fl.data_prep import encode, load_task, load_tokenizer
 from lora_glue_fl.flags import SIZES, model_name, refuse

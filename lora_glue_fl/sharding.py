@@ -17,8 +17,17 @@ import numpy as np
 
 from common import sharding
 from common.checkpoint import read_json, write_json
-from common.choices import SIZES
-from common.cli import Parser, UsageError, non_negative_int, parse, positive_float, positive_int, run_main, seed_number
+from common.cli import (
+    SIZES,
+    Parser,
+    UsageError,
+    non_negative_int,
+    parse,
+    positive_float,
+    positive_int,
+    run_main,
+    seed_number,
+)
 from common.seeding import stream
 from common.sharding import equal_parts
 from lora_glue_fl.data_prep import load_task

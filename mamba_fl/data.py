@@ -12,9 +12,9 @@ import torch
 
 from common import text
 from common.cli import UsageError
-from common.corpora import SPLITS, load_corpus
 from common.seeding import stream
 from common.sharding import contiguous, iid
+from common.text import SPLITS, load_corpus
 from mamba_fl.cross_entropy import IGNORE
 
 HELD_OUT = 0.1  # the share of a client's blocks that no method trains on

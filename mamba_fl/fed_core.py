@@ -10,16 +10,13 @@ import numpy as np
 import torch
 
 from common.aggregation import ServerAdam, ServerMomentum
-from common.allocator import reuse_large_memory
 from common.batches import pass_after_pass
-from common.best import Best
 from common.cli import UsageError
 from common.client_rows import ClientRows, rows_on_disk
-from common.evaluation import amp_context, perplexity
+from common.evaluation import Best, amp_context, perplexity, reuse_large_memory
 from common.fisher import diagonal_fisher
-from common.local import Moments, client_optimizer, local_steps
+from common.local import Moments, client_optimizer, local_steps, lr_at
 from common.participation import Turns, per_round
-from common.schedules import lr_at
 from common.seeding import stream, torch_stream
 from common.shared_moments import PooledMoments
 from common.vector import Weights

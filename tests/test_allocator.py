@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import resource
-from common.allocator import reuse_large_memory
+from common.evaluation import reuse_large_memory
 took_effect = reuse_large_memory()
 import torch
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from adapters import close, normal
 from scipy.linalg import orthogonal_procrustes
 from test_lowrank import N, S, adapter, local, mean_of, served_delta
 
-from common.factors import rotated, rotation
+from common.lowrank import rotated, rotation
 
 SIZES = [(24, 16), (12, 33)]  # d x k
 

@@ -8,7 +8,7 @@ import torch
 
 from common import text
 from common.cli import UsageError
-from common.corpora import Corpus
+from common.text import Corpus
 from mamba_fl import data
 
 pytestmark = pytest.mark.usefixtures("alone")

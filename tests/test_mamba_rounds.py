@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from common.best import Best, best_line
 from common.cli import RunFailed, UsageError
+from common.evaluation import Best, best_line
 from common.runlog import read_metrics
 from common.seeding import stream, torch_stream
 from common.vector import Weights

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import common.hub
-from common import corpora
 from common.cli import UsageError
+from common.text import load_corpus
 from llm_noniid import ag_news, data, topics
 
 REAL = os.environ.get("FEDQUARTET_DATA")
@@ -206,7 +206,7 @@ def test_article_topics_find_three_vocabularies_and_degenerate_cases():
 
 def test_the_demo_is_the_prose_of_mamba_with_four_topics():
     texts = data.load_texts("demo")
-    corpus = corpora.load_corpus("demo")
+    corpus = load_corpus("demo")
     for split in SPLITS:
         pieces = " ".join(texts.splits[split])
         assert pieces.split() == " ".join(getattr(corpus, split)).split()  # nothing lost, nothing doubled

@@ -123,7 +123,7 @@ EVERY = [
 ]
 MISSING = [
     ("mamba_fl/fed_avg", "--dataset wikitext2 --data-root {tmp}", ["wiki.train.raw", "--dataset demo"]),
-    ("mamba_fl/central", "--tokenizer gpt2 --data-root {tmp}", ["no tokenizer in {tmp}", "bpe:"]),
+    ("mamba_fl/central", "--tokenizer gpt2 --data-root {tmp}", ["no tokenizer 'gpt2'", "{tmp}", "bpe:"]),
     ("vit_sparse_fl/federated", "--dataset cifar100 --data-root {tmp}", ["cifar100.npz", "--dataset demo"]),
     ("vit_sparse_fl/federated", "--init-from {tmp}/none", ["{tmp}/none"]),
     ("lora_glue_fl/sharding.py", f"{SST2} --k 2 --out-dir {{tmp}}/out", ["train.tsv", "--dataset demo"]),
@@ -266,8 +266,7 @@ def test_a_run_that_cannot_go_on_says_why(name, flags, parts, tmp_path):
 def test_help_is_grouped_and_complete(script):
     ended = harness.run([script, "--help"])
     lines = ended.out.splitlines()
-    assert lines[0].startswith(f"usage: {script.split('/')[1]} ") and not lines[3]
-    assert all(line.startswith("    python ") for line in lines[1:3]), "two examples"
+    assert lines[0].startswith(f"usage: {script.split('/')[1]} ") and lines[1].startswith("    python ")
     assert ended.code == 0 and not ended.err and sum(line.startswith("  -") for line in lines) <= 30
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith("  -"):

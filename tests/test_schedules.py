@@ -5,7 +5,7 @@ import torch
 from torch.optim import lr_scheduler
 from transformers import get_linear_schedule_with_warmup
 
-from common.schedules import lr_at
+from common.local import lr_at
 
 
 def torch_rates(make, steps, base):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from common import corpora, hub, text
+from common import hub, text
 from common.cli import UsageError
 
 ARTICLE = " \n = {0} = \n \n The {0} is a thing . It was seen in 1907 , naïvely . \n \n = = History = = \n \n Old . \n"
@@ -22,7 +22,7 @@ REAL = os.environ.get("FEDQUARTET_DATA")
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-def write_wikitext(root, names=corpora.RAW_FILES, change=lambda data: data):
+def write_wikitext(root, names=text.RAW_FILES, change=lambda data: data):
     folder = root / "wikitext-2"
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
@@ -33,7 +33,7 @@ def write_wikitext(root, names=corpora.RAW_FILES, change=lambda data: data):
 
 def small_corpus(train=("one two three two one . " * 20, "deux naïve trois . " * 20), **changes):
     splits = {"train": list(train), "validation": ["one two ."], "test": ["three two .", "\u6771 one"]}
-    return corpora.Corpus("small", "none", **{"source": "a test", **splits, **changes})
+    return text.Corpus("small", "none", **{"source": "a test", **splits, **changes})
 
 
 def one_line(error):
@@ -47,7 +47,7 @@ def one_line(error):
 
 def test_an_article_starts_at_a_heading_between_blank_lines_and_nothing_is_lost():
     content = ARTICLE.format("A") + TABLE + ARTICLE.format("B = C")
-    articles = corpora.split_articles(content)
+    articles = text.split_articles(content)
     assert len(articles) == 2
     assert articles[0].startswith(" = A = \n") and articles[1].startswith(" = B = C = \n")
     assert " \n" + "".join(articles) == content
@@ -55,21 +55,21 @@ def test_an_article_starts_at_a_heading_between_blank_lines_and_nothing_is_lost(
 
 
 def test_a_line_separator_inside_a_line_is_no_line_end():
-    assert len(corpora.split_articles(" = A = \n \n one\u2028\u2028 = B = \n \n two \n")) == 1
+    assert len(text.split_articles(" = A = \n \n one\u2028\u2028 = B = \n \n two \n")) == 1
 
 
 def test_local_files_raw_ones_first_and_the_environment_names_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDQUARTET_DATA", str(tmp_path))
-    folder = write_wikitext(tmp_path, corpora.FILES["tokens"])
+    folder = write_wikitext(tmp_path, text.FILES["tokens"])
     (folder / "wiki.train.raw").write_text("an incomplete copy beside a complete one")
-    assert corpora.load_corpus("wikitext2").variant == "tokens"
+    assert text.load_corpus("wikitext2").variant == "tokens"
     write_wikitext(tmp_path)
-    corpus = corpora.load_corpus("wikitext2")
+    corpus = text.load_corpus("wikitext2")
     assert (corpus.name, corpus.variant) == ("wikitext2", "raw")
-    assert [len(getattr(corpus, split)) for split in corpora.SPLITS] == [3, 3, 3]
+    assert [len(getattr(corpus, split)) for split in text.SPLITS] == [3, 3, 3]
     assert "Thing 0 0" in corpus.train[0] and "Thing 1 0" in corpus.validation[0] and "Thing 2" in corpus.test[0]
     write_wikitext(tmp_path, change=lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"))
-    assert corpora.load_corpus("wikitext2").fingerprint == corpus.fingerprint
+    assert text.load_corpus("wikitext2").fingerprint == corpus.fingerprint
 
 
 def test_the_fingerprint_sees_every_text_and_every_boundary():
@@ -91,11 +91,11 @@ def test_files_that_are_not_a_whole_wikitext_are_one_line_with_the_way_out(tmp_p
     ):
         write_wikitext(tmp_path, change=change)
         with pytest.raises(UsageError) as error:
-            corpora.load_corpus("wikitext2", tmp_path)
+            text.load_corpus("wikitext2", tmp_path)
         assert part in one_line(error)
     (tmp_path / "wikitext-2" / "wiki.valid.raw").unlink()
     with pytest.raises(UsageError, match="wiki.train.raw.*train.txt.*--data-root.*--dataset demo") as error:
-        corpora.load_corpus("wikitext2", tmp_path)
+        text.load_corpus("wikitext2", tmp_path)
     one_line(error)
 
 
@@ -115,17 +115,17 @@ def test_the_hub_gives_the_official_bytes_or_one_line(tmp_path, monkeypatch):
     import datasets
 
     folder = write_wikitext(tmp_path / "local")
-    local = corpora.load_corpus("wikitext2", tmp_path / "local")
+    local = text.load_corpus("wikitext2", tmp_path / "local")
 
     def load_dataset(*name):
         assert name == ("Salesforce/wikitext", "wikitext-2-raw-v1")
-        texts = [(folder / raw).read_text("utf-8").splitlines(True) for raw in corpora.RAW_FILES]
+        texts = [(folder / raw).read_text("utf-8").splitlines(True) for raw in text.RAW_FILES]
         rows = [{"text": [line if line.strip() else "" for line in lines]} for lines in texts]
-        return dict(zip(corpora.SPLITS, rows, strict=True))
+        return dict(zip(text.SPLITS, rows, strict=True))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(hub, "hub_reachable", lambda: True)
-    first = corpora.load_corpus("wikitext2", tmp_path / "empty")
+    first = text.load_corpus("wikitext2", tmp_path / "empty")
     assert first.fingerprint == local.fingerprint
     assert first.variant == "raw" and first.source.startswith("hub")
 
@@ -134,7 +134,7 @@ def test_the_hub_gives_the_official_bytes_or_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UsageError, match="gone.*--dataset demo") as error:
-        corpora.load_corpus("wikitext2", tmp_path / "empty")
+        text.load_corpus("wikitext2", tmp_path / "empty")
     one_line(error)
 
 
@@ -151,10 +151,10 @@ def test_demo_keeps_prose_and_drops_the_rest():
         "   >>> Some words that are printed by this example here.\n\n1. First this happens, then that, and so on.\n\n"
         f"+{'-' * 9}+{'-' * 9}+\n| Table   | row and more words of it. |\n\n   {PROSE}\n"
     )
-    documents = corpora.demo_documents({"with": page * 4})
+    documents = text.demo_documents({"with": page * 4})
     assert documents == {}  # repeated paragraphs count once, and what is left is too short
     longer = "Another sentence of this page that makes it long enough. " * 5
-    documents = corpora.demo_documents({"with": page + "\n" + longer})
+    documents = text.demo_documents({"with": page + "\n" + longer})
     assert documents["with"].splitlines() == [
         CLEAN,
         "First this happens, then that, and so on.",
@@ -163,25 +163,25 @@ def test_demo_keeps_prose_and_drops_the_rest():
 
 
 def test_demo_splits_share_no_paragraph_and_need_nothing():
-    corpus = corpora.load_corpus("demo", "/nonexistent")
-    paragraphs = [{line for d in getattr(corpus, split) for line in d.splitlines()} for split in corpora.SPLITS]
+    corpus = text.load_corpus("demo", "/nonexistent")
+    paragraphs = [{line for d in getattr(corpus, split) for line in d.splitlines()} for split in text.SPLITS]
     train, validation, test = paragraphs
     assert not train & validation and not train & test and not validation & test
-    sizes = [sum(map(len, getattr(corpus, split))) for split in corpora.SPLITS]
+    sizes = [sum(map(len, getattr(corpus, split))) for split in text.SPLITS]
     assert sizes[0] > 150_000 and all(0.05 * sum(sizes) < size < 0.2 * sum(sizes) for size in sizes[1:])
     assert len(corpus.train) >= 30 and min(map(len, corpus.train)) >= 300
-    assert corpus == corpora.load_corpus("demo")
+    assert corpus == text.load_corpus("demo")
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
 
 
 def test_bpe_has_the_size_asked_for_and_is_the_same_in_every_process(monkeypatch):
-    corpus = corpora.load_corpus("demo")
+    corpus = text.load_corpus("demo")
     tokenizer = text.load_tokenizer("bpe:700", corpus)
     assert text.vocabulary_size(tokenizer) == 700 and tokenizer.eos_token == text.END_OF_TEXT
     program = (
-        "import hashlib; from common import corpora, text; c = corpora.load_corpus('demo');"
+        "import hashlib; from common import text; c = text.load_corpus('demo');"
         "print(hashlib.sha256(text.train_bpe(c.train, 700).to_str().encode()).hexdigest())"
     )
     environment = {**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
@@ -254,7 +254,7 @@ def test_byte_lengths_of_a_sentencepiece_vocabulary():
 
 def same(a, b):
     return all(
-        np.array_equal(a[s].tokens, b[s].tokens) and np.array_equal(a[s].offsets, b[s].offsets) for s in corpora.SPLITS
+        np.array_equal(a[s].tokens, b[s].tokens) and np.array_equal(a[s].offsets, b[s].offsets) for s in text.SPLITS
     )
 
 
@@ -262,7 +262,7 @@ def test_documents_come_back_whole_each_with_its_end():
     corpus = small_corpus()
     tokenizer = text.load_tokenizer("bpe:270", corpus)
     splits = text.encode(corpus, tokenizer)
-    for split in corpora.SPLITS:
+    for split in text.SPLITS:
         documents = splits[split]
         assert len(documents) == len(getattr(corpus, split)) and documents.tokens.dtype == np.uint16
         for i, document in enumerate(getattr(corpus, split)):
@@ -328,11 +328,11 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_leaves_nothing(tmp_p
 
 @pytest.mark.skipif(not REAL, reason="FEDQUARTET_DATA is not set")
 def test_real_wikitext2_has_its_articles_and_its_bytes():
-    corpus = corpora.load_corpus("wikitext2", REAL)
-    assert [len(getattr(corpus, split)) for split in corpora.SPLITS] == [600, 60, 60]
+    corpus = text.load_corpus("wikitext2", REAL)
+    assert [len(getattr(corpus, split)) for split in text.SPLITS] == [600, 60, 60]
     tokenizer = text.load_tokenizer("gpt2", corpus, REAL)
     assert text.vocabulary_size(tokenizer) == 50257
     splits = text.encode(corpus, tokenizer)
     lengths = text.token_byte_lengths(tokenizer)
-    for split in corpora.SPLITS:
+    for split in text.SPLITS:
         assert lengths[splits[split].tokens].sum() == sum(len(d.encode()) for d in getattr(corpus, split))

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from common import sharding as shards
 from common.cli import UsageError
-from common.corpora import data_folder
 from common.hub import answers, reading
 from common.seeding import stream
+from common.text import data_folder
 from vit_sparse_fl import demo_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which DINO was trained with
@@ -47,7 +47,7 @@ class ImageSplits:
 def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
     """The data of a run as `ImageSplits`.
 
-    dataset: "cifar100", which is under `common.corpora.data_folder` one of PLACES or torchvision's own folder
+    dataset: "cifar100", which is under `common.text.data_folder` one of PLACES or torchvision's own folder
     cifar-100-python, else torchvision downloads that; "demo": generated.
     val_split: the share of the training images that is held out, stratified, by `seed`.
     classes: (low, high) keeps the classes low..high-1 and numbers them from 0, a frozenset those in it. The split is

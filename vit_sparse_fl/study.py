@@ -10,15 +10,13 @@ from torch.nn import functional as F
 
 from common import parallel
 from common.aggregation import fp64_sum
-from common.allocator import reuse_large_memory
 from common.batches import pass_after_pass
 from common.checkpoint import saving, write_json
 from common.cli import UsageError
 from common.curves import draw_accuracy
-from common.evaluation import amp_context
-from common.local import client_optimizer, local_steps
+from common.evaluation import amp_context, reuse_large_memory
+from common.local import client_optimizer, local_steps, lr_at
 from common.participation import Turns
-from common.schedules import lr_at
 from common.seeding import seed_torch, stream
 from common.sharding import class_counts
 from common.vector import Weights, fingerprint
