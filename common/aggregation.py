@@ -11,7 +11,6 @@ import math
 
 import torch
 
-from common.cli import UsageError
 from common.parallel import CHUNK, OrderedSum, chunks
 
 
@@ -176,30 +175,19 @@ def _difference(new, old):
     return new.to(torch.float64, copy=True).sub_(old)
 
 
-def effective_steps(steps, kind, momentum=0.0, lr=0.0, mu=0.0):
+def effective_steps(steps, kind, momentum=0.0):
     """FedNova's a: how far `steps` local steps go, in steps of plain SGD   (Wang et al. 2020, sec. 4):
 
-        sgd: H      sgdm: [H - rho (1 - rho^H) / (1 - rho)] / (1 - rho)      sgd, FedProx: [1 - (1 - lr mu)^H] / (lr mu)
+        sgd: H      sgdm: [H - rho (1 - rho^H) / (1 - rho)] / (1 - rho)
 
-    By the recursion behind these three, which serves momentum and FedProx together too: under a gradient of 1 at
-    every step the weights move by lr a. Momentum starts at zero in each round, lr is constant within it; weight
-    decay is not counted.
-
-    Args: steps: H, at least 1; kind: "sgd" or "sgdm"; momentum: rho in [0, 1), of "sgdm" only; lr, mu: of FedProx.
-    Raises: UsageError for "adamw", whose steps do not add up from gradients; ValueError for another kind.
+    Under a gradient of 1 at every step the weights move by lr a. Momentum starts at zero in each round, lr is constant
+    within it; weight decay is not counted. Args: momentum: rho in [0, 1), of "sgdm" only.
+    Raises: ValueError for "adamw", whose steps are no sums of gradients, and any other kind.
     """
-    if kind == "adamw":
-        raise UsageError(
-            "FedNova with adamw: its steps are not sums of gradients, so that a is undefined: use sgd or sgdm"
-        )
     if kind not in ("sgd", "sgdm"):
-        raise ValueError(f"kind {kind!r} is not sgd, sgdm or adamw")
+        raise ValueError(f"FedNova with {kind}: a is defined for sgd and sgdm only")
     rho = momentum if kind == "sgdm" else 0.0
-    moved = velocity = 0.0
-    for _ in range(steps):
-        velocity = rho * velocity + 1.0 - lr * mu * moved
-        moved += velocity
-    return moved
+    return (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
 
 
 class _ServerOptimizer:
@@ -248,27 +236,20 @@ class ServerMomentum(_ServerOptimizer):
 
 
 class ServerAdam(_ServerOptimizer):
-    """FedAdam, FedYogi, FedAdagrad   (Reddi et al. 2021, Alg. 2), on Delta = sum_k p_k delta_k:
+    """FedAdam   (Reddi et al. 2021, Alg. 2), on Delta = sum_k p_k delta_k:
 
-        m <- b1 m + (1 - b1) Delta        theta <- theta + lr m / (sqrt(v) + tau)
-        adam:     v <- b2 v + (1 - b2) Delta^2
-        yogi:     v <- v - (1 - b2) Delta^2 sign(v - Delta^2)
-        adagrad:  v <- v + Delta^2
+        m <- b1 m + (1 - b1) Delta        v <- b2 v + (1 - b2) Delta^2        theta <- theta + lr m / (sqrt(v) + tau)
 
-    v starts at tau^2, m at 0; no bias correction, as published. With bias_correction (adam only) v starts at 0 too and
+    v starts at tau^2, m at 0; no bias correction, as published. With bias_correction v starts at 0 too and
     m / (1 - b1^t), v / (1 - b2^t) take their places: on one SGD step of the clients that is Adam on the pooled gradient
     (Kingma & Ba 2015, with tau as its epsilon). State: m, v [n], fp64, and with bias_correction t.
     """
 
-    def __init__(self, kind="adam", lr=1e-2, b1=0.9, b2=0.99, tau=1e-3, bias_correction=False):
-        if kind not in ("adam", "yogi", "adagrad"):
-            raise ValueError(f"kind {kind!r} is not 'adam', 'yogi' or 'adagrad'")
-        if bias_correction and kind != "adam":
-            raise ValueError(f"bias correction is adam's, not {kind}'s")
+    def __init__(self, lr=1e-2, b1=0.9, b2=0.99, tau=1e-3, bias_correction=False):
         if not (lr > 0 and tau > 0 and 0 <= b1 < 1 and 0 <= b2 < 1):
             raise ValueError(f"lr {lr} and tau {tau} must be above 0, b1 {b1} and b2 {b2} in [0, 1)")
         super().__init__()
-        self.kind, self.lr, self.b1, self.b2, self.tau, self.bias_correction = kind, lr, b1, b2, tau, bias_correction
+        self.lr, self.b1, self.b2, self.tau, self.bias_correction = lr, b1, b2, tau, bias_correction
 
     def step(self, theta, delta):
         """The new theta [n]. Args: delta [n], fp64: a mean's `delta()`."""
@@ -283,12 +264,6 @@ class ServerAdam(_ServerOptimizer):
         change = torch.empty_like(delta)
         for c, d, m, v in chunks(change, delta, self.state["m"], self.state["v"]):
             m.mul_(self.b1).add_(d * (1 - self.b1))
-            squared = d * d
-            if self.kind == "adam":
-                v.mul_(self.b2).add_(squared * (1 - self.b2))
-            elif self.kind == "yogi":
-                v.sub_(squared * torch.sign(v - squared) * (1 - self.b2))
-            else:
-                v.add_(squared)
+            v.mul_(self.b2).add_(d * d * (1 - self.b2))
             c.copy_(m * (self.lr / of_m) / ((v / of_v).sqrt() + self.tau))
         return apply_delta(theta, change)

@@ -74,12 +74,11 @@ def local_steps(
     gradient 0.
     What is off (correction None, mu 0, max_norm 0) changes no bit, nor does a correction of -0.0.
 
-    Args: loss: function of a batch's items that returns the mean over its examples; steps: iterable of H steps, each a
-        batch (tuple of the loss's arguments) or a list of (examples, batch): micro-batches whose gradients are averaged
-        by their examples (accumulation); weights: `common.vector.Weights` of the optimiser's parameters; amp: as for
-        `gradients`; correction [n]; lrs: learning rate of each step, by default what the optimiser has; record:
-        whether to return the mean raw gradient (summed in fp64, rounded once); norms: whether to return the gradients'
-        norms; after_step: called after each step.
+    Args: loss: function of a batch's items that returns the mean over its examples; steps: iterable of H batches, each a
+        tuple of the loss's arguments; weights: `common.vector.Weights` of the optimiser's parameters; amp: of `gradients`;
+        correction [n]; lrs: learning rate of each step, by default what the optimiser has; record: whether to return
+        the mean raw gradient (summed in fp64, rounded once); norms: and the gradients' norms; after_step: called after
+        each step.
     Raises: ValueError without a step, or when `lrs` has another length.
     """
     leaves = list(weights.parameters.values())
@@ -87,17 +86,12 @@ def local_steps(
     starts = list(weights.named(weights.snapshot()).values()) if mu else None
     whole = torch.zeros_like(weights.theta, dtype=torch.float64) if record else None
     sums = list(weights.named(whole).values()) if record else None
-    total, examples, count, norm_list = 0.0, 0, 0, []
-    for step, lr in ((s, None) for s in steps) if lrs is None else zip(steps, lrs, strict=True):
+    total, count, norm_list = 0.0, 0, []
+    for batch, lr in ((batch, None) for batch in steps) if lrs is None else zip(steps, lrs, strict=True):
         if lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        if isinstance(step, list):
-            size = sum(n for n, _ in step)
-            value = _accumulated(loss, step, leaves, amp, size)
-        else:
-            size, value = 1, gradients(loss, step, leaves, amp)
-        total, examples, count = total + value * size, examples + size, count + 1
+        total, count = total + gradients(loss, batch, leaves, amp), count + 1
         for p in leaves:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -121,40 +115,21 @@ def local_steps(
     for p in leaves:
         p.grad = None
     mean = whole.div_(count).to(weights.theta.dtype) if record else None
-    return LocalResult(total / examples, count, mean, torch.stack(norm_list) if norms else None)
-
-
-def _accumulated(loss, parts, leaves, amp, size):
-    """The gradients of the mean loss over all examples of the micro-batches [(examples, batch)]. Returns that loss."""
-    if len(parts) == 1:
-        return gradients(loss, parts[0][1], leaves, amp)
-    total, sums = 0.0, None
-    for n, batch in parts:
-        total = total + gradients(loss, batch, leaves, amp) * (n / size)
-        scaled = [torch.zeros_like(p) if p.grad is None else p.grad * (n / size) for p in leaves]
-        sums = scaled if sums is None else torch._foreach_add(sums, scaled)
-    for p, gradient in zip(leaves, sums, strict=True):
-        p.grad = gradient
-    return total
-
-
-def parameter_groups(parameters, weight_decay, not_decayed=()):
-    """{name: parameter} as a torch optimiser's groups. not_decayed: endings of names that weight decay leaves alone."""
-    decayed = [p for name, p in parameters.items() if not name.endswith(tuple(not_decayed))]
-    rest = [p for name, p in parameters.items() if name.endswith(tuple(not_decayed))]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return LocalResult(total / count, count, mean, torch.stack(norm_list) if norms else None)
 
 
 def client_optimizer(kind, parameters, lr, momentum=0.9, weight_decay=0.0, not_decayed=(), betas=(0.9, 0.999)):
     """A new optimiser over {name: parameter}: "sgd", "sgdm" (momentum as torch's: u <- rho u + g), or "adamw".
 
     New in every round: FedNova's and SCAFFOLD's formulas hold for momentum that starts at zero.
-    Args: not_decayed: as for `parameter_groups`; betas: AdamW's.
+    Args: not_decayed: endings of names that weight decay leaves alone; betas: AdamW's.
     """
     if kind not in CLIENT_OPTIMIZERS:
         raise ValueError(f"kind {kind!r} is none of {', '.join(CLIENT_OPTIMIZERS)}")
-    groups = parameter_groups(parameters, weight_decay, not_decayed)
+    rest = [p for name, p in parameters.items() if name.endswith(tuple(not_decayed))]
+    decayed = [p for name, p in parameters.items() if not name.endswith(tuple(not_decayed))]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr, betas, fused=True)  # one pass over memory a step
     return torch.optim.SGD(groups, lr, momentum=momentum if kind == "sgdm" else 0.0, fused=True)

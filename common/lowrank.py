@@ -121,7 +121,7 @@ class AdapterMean:
     Args:
         rule: one of `RULES`.
         factors: {layer: (A, B)} that the round began with, not to be changed while clients are added.
-        scale: their s; client_scale: the clients' where it is another and `add` names none.
+        scale: their s.
         server_lr: eta; 1: the plain mean.
         clients: `common.parallel.Round`.
         round, seed: for the random rows that a rule may need; round: for the factor that rotate aligns too.
@@ -143,14 +143,12 @@ class AdapterMean:
         split="us",
         server_lr=1.0,
         head=None,
-        client_scale=None,
     ):
         self.rule, self.factors, self.scale, self.clients = rule, dict(factors), scale, clients
         self.round, self.seed, self.split, self.server_lr = round, seed, split, server_lr
         ranks = {A.shape[0] for A, _ in self.factors.values()}
         self.rank = rank or max(ranks)
         self.new_scale = scale if new_scale is None else new_scale
-        self.client_scale = scale if client_scale is None else client_scale
         if rule not in MIXED_RANKS and (self.new_scale != scale or ranks != {self.rank}):
             raise ValueError(f"rule {rule} serves the rank and scale of its clients: take {' or '.join(MIXED_RANKS)}")
         self._mean = None if rule in MIXED_RANKS else WeightedMean(_vector(self.factors), clients)
@@ -164,7 +162,7 @@ class AdapterMean:
             where the round has one; scale: its s.
         Raises: ValueError for a scale that the rule does not take.
         """
-        scale = self.client_scale if scale is None else scale
+        scale = self.scale if scale is None else scale
         if self.rule not in MIXED_RANKS and scale != self.scale:
             raise ValueError(f"rule {self.rule}: an adapter has scale {scale:g}, the others {self.scale:g}")
         heads = () if self._head is None else (head,)

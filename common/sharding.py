@@ -1,6 +1,6 @@
 """Which example belongs to which client: partitions as lists of sorted int64 arrays of indices, no client empty.
 
-All are disjoint and complete but `overlap` and `category_overlap`. Arguments: n: examples; labels, categories [n]:
+All are disjoint and complete but `overlap`. Arguments: n: examples; labels, categories [n]:
 whole numbers (categories also strings), the classes are those that occur; k: clients; generator: of numpy
 (`common.seeding.stream`); what: the word for examples in messages. All raise UsageError for too many clients.
 """
@@ -214,7 +214,20 @@ def overlap(labels, k, rho, generator, what="samples"):
 
     Returns: (partition, notes: lines for the log). Raises: UsageError for a rho outside 0..1.
     """
-    return _redraw(stratified(labels, k, generator, what), len(labels), rho, generator, what)
+    if not 0 <= rho <= 1:
+        raise UsageError(f"--overlap-ratio {rho} is outside 0 to 1: choose one in between")
+    n = len(labels)
+    mixed, holders = [], np.zeros(n, dtype=np.int64)
+    for part in stratified(labels, k, generator, what):
+        kept = generator.permutation(part)[round(rho * len(part)) :]
+        others = np.setdiff1d(np.arange(n), kept, assume_unique=True)
+        drawn = generator.choice(others, len(part) - len(kept), replace=False)
+        mixed.append(np.sort(np.concatenate([kept, drawn])))
+        holders[mixed[-1]] += 1
+    if (holders == 1).all():
+        return mixed, []
+    shared, nowhere = (holders > 1).sum(), (holders == 0).sum()
+    return mixed, [f"--overlap-ratio {rho}: {shared} of {n} {what} are with several clients, {nowhere} with none"]
 
 
 def category(categories, k, generator, what="samples"):
@@ -246,13 +259,6 @@ def category(categories, k, generator, what="samples"):
     return parts, [f"{k} clients share {len(names)} categories: each is split evenly among its clients"]
 
 
-def category_overlap(categories, k, rho, generator, what="samples"):
-    """`category`, then a fraction `rho` of each client's samples is drawn anew from all, as in `overlap`."""
-    parts, notes = category(categories, k, generator, what)
-    parts, more = _redraw(parts, len(categories), rho, generator, what)
-    return parts, notes + more
-
-
 def class_counts(parts, labels, n_classes):
     """How many samples of each class each client has: int64 [clients, classes]."""
     labels = np.asarray(labels)
@@ -275,23 +281,6 @@ def check_counts(n, k, what):
         raise UsageError(f"{k} clients: --num-clients must be at least 1")
     if n < k:
         raise UsageError(f"{n} {what} cannot be dealt to {k} clients: lower --num-clients ({k}) to at most {n}")
-
-
-def _redraw(parts, n, rho, generator, what):
-    """(parts, notes): each part with round(rho * its size) samples given up for as many drawn from all others."""
-    if not 0 <= rho <= 1:
-        raise UsageError(f"--overlap-ratio {rho} is outside 0 to 1: choose one in between")
-    mixed, holders = [], np.zeros(n, dtype=np.int64)
-    for part in parts:
-        kept = generator.permutation(part)[round(rho * len(part)) :]
-        others = np.setdiff1d(np.arange(n), kept, assume_unique=True)
-        drawn = generator.choice(others, len(part) - len(kept), replace=False)
-        mixed.append(np.sort(np.concatenate([kept, drawn])))
-        holders[mixed[-1]] += 1
-    if (holders == 1).all():
-        return mixed, []
-    shared, nowhere = (holders > 1).sum(), (holders == 0).sum()
-    return mixed, [f"--overlap-ratio {rho}: {shared} of {n} {what} are with several clients, {nowhere} with none"]
 
 
 def _dealt(labels, names, counts, generator):

@@ -123,7 +123,7 @@ class FedAdam(FedAvgM):
     """Adam of the server on sum_k p_k (theta_k - theta)     (Reddi et al. 2021, algorithm 2)"""
 
     def optimizer(self, args):
-        return ServerAdam("adam", args.server_lr)
+        return ServerAdam(args.server_lr)
 
 
 class Local(FedAvg):

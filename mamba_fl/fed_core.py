@@ -253,5 +253,5 @@ def server_optimizer(args):
     kind, lr, b1 = args.server_optimizer, args.server_lr, args.server_momentum
     if kind == "adam":
         more = {"tau": args.server_tau, "bias_correction": args.server_bias_correction}
-        return ServerAdam(kind, lr, b1=b1, b2=args.server_beta2, **more)
+        return ServerAdam(lr, b1=b1, b2=args.server_beta2, **more)
     return ServerMomentum(lr, b1, nesterov=kind == "nesterov", form=args.momentum_form)

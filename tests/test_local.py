@@ -148,22 +148,6 @@ def test_fedprox_ends_at_the_minimum_of_its_own_objective():
         assert w.item() == pytest.approx(minimum, abs=1e-12)
 
 
-def test_micro_batches_are_one_step_of_the_mean_over_their_examples():
-    whole = batches(2)
-    parts = [[(2, (x[:2], y[:2])), (3, (x[2:], y[2:]))] for x, y in whole]
-    options = {"mu": 0.3, "max_norm": 0.4, "record": True}
-    ours, done = run("adamw", data=parts, **options)
-    expected, other = run("adamw", data=whole, **options)
-    assert near(ours, expected, 1e-5) and near(done.mean_gradient, other.mean_gradient, 1e-6)
-    assert done.loss.item() == pytest.approx(other.loss.item(), rel=1e-6) and done.steps == 2
-    # steps of different sizes: the loss is the mean over examples; plain steps count alike
-    one = tuple(t[:1] for t in whole[1])
-    first = run(data=whole[:1])[1].loss.item()
-    second = 2 * run(data=[whole[0], one])[1].loss.item() - first
-    uneven = run(data=[[(5, whole[0])], [(1, one)]])[1].loss.item()
-    assert uneven == pytest.approx((5 * first + second) / 6) != pytest.approx((first + second) / 2)
-
-
 def test_a_client_goes_on_with_its_own_moments(tmp_path):
     """Two clients in turn, through `Moments`, equal two optimisers of torch; without rows each turn starts anew."""
     for keeps in (True, False):

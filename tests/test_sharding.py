@@ -10,7 +10,6 @@ from common.cli import UsageError
 from common.seeding import stream
 from common.sharding import (
     category,
-    category_overlap,
     check,
     class_counts,
     classes,
@@ -271,21 +270,6 @@ def test_more_clients_than_categories_split_them_evenly():
     check(category(np.array([0] * 9 + [1]), 10, stream(0, "sharding"))[0], 10)
     with pytest.raises(UsageError, match="10 samples .* 11 clients"):
         category(np.array([0] * 9 + [1]), 11, stream(0, "sharding"))
-
-
-def test_category_overlap_keeps_most_of_the_category():
-    labels = make_labels(2, 500)
-    plain, _ = category(labels, 2, stream(0, "sharding"))
-    parts, notes = category_overlap(labels, 2, 0.2, stream(0, "sharding"))
-    assert_sorted_int64(parts)
-    for before, after in zip(plain, parts, strict=True):
-        own = labels[before[0]]
-        assert len(after) == 500 and (labels[after] == own).sum() >= 400  # 80 % kept
-        # 100 drawn from 600: 100 given up and 500 of the other label
-        assert (labels[after] != own).sum() == pytest.approx(500 / 6, abs=16)
-    assert "with several clients" in notes[0]
-    same, notes = category_overlap(labels, 2, 0.0, stream(0, "sharding"))
-    assert listed(same) == listed(plain) and notes == []
 
 
 # ---- equal sizes, as Dirichlet says
