@@ -254,6 +254,14 @@ def say(line):
     tqdm.write(line, file=sys.stderr)
 
 
+def duration(seconds):
+    """`45 s`, `12 min` or `3 h 20 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def say_waiting():
     """Says what waits: nothing can be refused any more."""
     global _waiting
@@ -298,10 +306,6 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which queues send before they take a machine away: like Ctrl-C (SIGINT), but for the exit code."""
 
 
-class _Stop:
-    waiting = None  # signals that came while `undisturbed`
-
-
 def run_main(main, args):
     """Calls `main(args)` and ends the process with the exit code and the one line that users can rely on."""
     code, line, _ = outcome(main, args)
@@ -331,39 +335,20 @@ def outcome(main, args):
 def stoppable():
     """Inside, SIGINT raises KeyboardInterrupt and SIGTERM `Terminated`; once more, later, ends the process at once.
 
-    An error that follows from the interruption is raised as the interruption. A signal that is ignored stays so.
+    A signal that is ignored stays so.
     """
-    came = []  # when, and what was raised
+    came = []  # when
 
     def stop(number, frame):
-        if _Stop.waiting is not None:
-            _Stop.waiting.append(number)
-        elif not came:
-            came.extend((time.monotonic(), Terminated("SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt()))
-            raise came[1]
-        elif time.monotonic() > came[0] + AGAIN:
+        if not came:
+            came.append(time.monotonic())
+            raise Terminated("SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt()
+        if time.monotonic() > came[0] + AGAIN:
             os._exit(128 + number)
 
     with _handled_by(stop):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # who started this process may have held them back
-        try:
-            yield
-        except Exception as error:
-            if came and error is not came[1]:
-                raise came[1] from error
-            raise
-
-
-@contextlib.contextmanager
-def undisturbed():
-    """Inside, what `stoppable` raises waits; other programs that are started inside get their signals as ever."""
-    outer, _Stop.waiting = _Stop.waiting, []
-    try:
         yield
-    finally:
-        came, _Stop.waiting = _Stop.waiting, outer
-        if came:
-            signal.raise_signal(came[0])
 
 
 def ended_at_once():

@@ -74,11 +74,11 @@ def local_steps(
     gradient 0.
     What is off (correction None, mu 0, max_norm 0) changes no bit, nor does a correction of -0.0.
 
-    Args: loss: function of a batch's items that returns the mean over its examples; steps: iterable of H batches, each a
-        tuple of the loss's arguments; weights: `common.vector.Weights` of the optimiser's parameters; amp: of `gradients`;
-        correction [n]; lrs: learning rate of each step, by default what the optimiser has; record: whether to return
-        the mean raw gradient (summed in fp64, rounded once); norms: and the gradients' norms; after_step: called after
-        each step.
+    Args: loss: function of a batch's items that returns the mean over its examples; steps: iterable of H batches, each
+        a tuple of the loss's arguments; weights: `common.vector.Weights` of the optimiser's parameters; amp: of
+        `gradients`; correction [n]; lrs: learning rate of each step, by default what the optimiser has; record: whether
+        to return the mean raw gradient (summed in fp64, rounded once); norms: and the gradients' norms; after_step:
+        called after each step.
     Raises: ValueError without a step, or when `lrs` has another length.
     """
     leaves = list(weights.parameters.values())

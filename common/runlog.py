@@ -27,14 +27,14 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from common import checkpoint, manifest, metrics_log, parallel
-from common.cli import UsageError, say, say_waiting, undisturbed
+from common.cli import UsageError, duration, say, say_waiting
 from common.client_rows import ClientRows
 from common.curves import number, read_metrics
 from common.evaluation import pick_device, resolve_amp
 from common.participation import participants, participation_of, per_round
-from common.progress import Progress
 from common.seeding import seed_everything
 
 LEAVING = 5  # seconds that a killed process may need until all its files are closed
@@ -116,16 +116,15 @@ class Run:
         self._lasting, self._named, self._ended, self._left_out = {}, None, None, []
         self._probes, self._watching, self._theta = (), (), None  # theta: as the round begins
         self._lock = lock
-        self._progress = self._tracker = None
+        self._tracker = self._bar = None
         self._shown = ""  # of the last evaluation
 
     def __enter__(self):
         return self
 
-    @undisturbed()  # a signal must not cut off what says how the run ended
     def __exit__(self, kind, error, trace):
-        if self._progress is not None:
-            self._progress.close()
+        if self._bar is not None:
+            self._bar.close()
         try:
             if self.begun and kind is not None and parallel.is_main():
                 self._note_end(kind, error)
@@ -187,9 +186,7 @@ class Run:
                     raise UsageError(f"{self.folder} was made by another process meanwhile: choose another --run-name")
                 if self.before is None:
                     self._make_folder()
-                with undisturbed():  # what run.json calls running says how it ends
-                    checkpoint.write_json(self.folder / "run.json", self.manifest)
-                    self.begun = True
+                checkpoint.write_json(self.folder / "run.json", self.manifest)
             except OSError as error:
                 raise UsageError(
                     f"cannot write {self.folder}: {error.strerror or error}; choose --output-dir"
@@ -352,14 +349,16 @@ class Run:
 
         Raises RunFailed after them where the last evaluation's val_loss is not finite.
         """
-        silent, evaluating = not parallel.is_main(), self.eval_seconds
-        self._progress = Progress(self.start_round, self.total, self.every, evaluating, self.note, silent)
-        for t in range(self.start_round, self.total):
+        silent = None if parallel.is_main() else True  # None: where stderr is no terminal
+        start, total = self.start_round, self.total
+        self._bar = tqdm(total=total, initial=start, unit="round", disable=silent, dynamic_ncols=True)
+        for t in range(start, total):
             if self._ended:
                 break
             yield t
-            self._progress.after_round(t + 1, self.eval_seconds, self._shown)
-        self._progress.close()
+            self._bar.set_postfix_str(self._shown, refresh=False)
+            self._bar.update()
+        self._bar.close()
         if broken := parallel.broadcast(self._broken()):
             raise parallel.AllFailed(broken)
 
@@ -389,9 +388,11 @@ class Run:
         metrics_log.append(self.folder, line)
         shown = metrics_log.shown(line)
         self._shown = ", ".join(f"{k} {v}" for k, v in shown.items() if k.startswith("val_"))
-        left = self._progress.in_line(self._at, self.eval_seconds) if self._progress else ""
-        words = [f"{k} {v}" for k, v in shown.items()] + [f"{line[rate]:.0f} {self.unit}/s"]
-        self.note("  ".join([f"round {self._at}/{self.total}", *words]) + left)
+        words = [f"round {self._at}/{self.total}", *(f"{k} {v}" for k, v in shown.items())]
+        if done := self._at - self.start_round:
+            left = (time.perf_counter() - self._t0) / done * (self.total - self._at)
+            words += [f"{line[rate]:.0f} {self.unit}/s", f"{duration(left)} left"]
+        self.note("  ".join(words))
         if self._tracker:
             self._tracker(line)
 

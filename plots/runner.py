@@ -25,9 +25,8 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int
+from common.cli import Parser, RunFailed, UsageError, duration, non_negative_int, positive_int
 from common.curves import number, read_metrics
-from common.progress import duration
 from plots.read import TUNING, not_finite
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_run import arguments, train
 
-from common import checkpoint
+from common import checkpoint, parallel
 from common.cli import (
     Parser,
     RunFailed,
@@ -211,3 +211,23 @@ def test_exit_codes(error, code, line, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(main, None)
     assert stop.value.code == code and line in capsys.readouterr().err
+
+
+# ---- what is said
+
+
+def test_a_run_says_what_runs_and_what_still_runs_after_its_rounds(tmp_path, capsys):
+    train(arguments(tmp_path, participation=0.5), 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "run: 4 clients, 2 a round; 2 of 2 parameters trained; cpu, 1 processes, float32; 2 rounds"
+    assert [line.split()[:2] for line in lines[1:]] == [["round", f"{t}/2"] for t in range(3)] + [["writing", "final/"]]
+    assert lines[2].endswith("s left") and "0 s left" in lines[3] and "left" not in lines[1]
+
+
+def test_a_line_of_metrics_has_the_peak_memory_of_the_process_that_takes_most(tmp_path, monkeypatch):
+    train(arguments(tmp_path), 2)
+    peaks = [row["peak_memory"] for row in read_metrics(tmp_path / "r")]
+    assert peaks == sorted(peaks) and 2**26 < peaks[0] and peaks[-1] < 2**36  # bytes, of a process with torch
+    monkeypatch.setattr(parallel, "all_gather", lambda one: [one, 2**40] if isinstance(one, int) else [one])
+    train(arguments(tmp_path, overwrite=True), 2)
+    assert read_metrics(tmp_path / "r")[-1]["peak_memory"] == 2**40

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 import time
 
 import harness
@@ -10,9 +9,8 @@ import pytest
 import torch
 from small_run import arguments, train
 
-from common import checkpoint, cli
+from common import cli
 from common.checkpoint import read_json
-from common.cli import Terminated, stoppable
 
 
 @pytest.fixture(autouse=True)
@@ -76,29 +74,6 @@ def test_sigterm_keeps_what_can_be_kept_and_the_run_goes_on(tmp_path):
     assert harness.run([*small, "--resume"]).code == 0
     assert harness.run(["tests/small_run.py", tmp_path / "whole"]).code == 0
     harness.same_run(tmp_path / "r", tmp_path / "whole" / "r")
-
-
-@pytest.mark.parametrize(("status", "then"), [("running", "interrupted"), ("failed", "failed")])
-def test_a_signal_while_run_json_is_written_leaves_no_run_running(status, then, tmp_path, monkeypatch):
-    """Another thread is alive, as torch's are: what the main one blocks comes by way of that."""
-    write, done = checkpoint.write_json, threading.Event()
-
-    def signalled(path, value):
-        if value["status"] == "running":
-            write(path, value)
-        if value["status"] == status:
-            os.kill(os.getpid(), signal.SIGTERM)
-        write(path, value)
-
-    def fail():
-        raise cli.RunFailed("a reason")
-
-    threading.Thread(target=done.wait).start()
-    monkeypatch.setattr(checkpoint, "write_json", signalled)
-    with pytest.raises((Terminated, cli.RunFailed)), stoppable():
-        train(arguments(tmp_path), 3, {1: fail})
-    done.set()
-    assert read_json(tmp_path / "r" / "run.json")["status"] == then
 
 
 # ---------------------------------------------------------------------------------------------- several processes
