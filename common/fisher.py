@@ -15,8 +15,7 @@ def diagonal_fisher(model, weights, nll, samples, *, method="auto", chunk_size=N
         model: an nn.Module. It is put in eval mode meanwhile; modes and `.grad` are as before afterwards.
         weights: `common.vector.Weights` of the model, those that are wanted.
         nll: function (model, sample) -> scalar: the plain summed NLL of one sample, a tuple of tensors without the
-            leading dimension. `model` is the module itself (under vmap its parameters are exchanged for the time
-            of the call), so that nll may use any of its methods.
+            leading dimension.
         samples: tuple of tensors, all with leading dimension n, at least 1.
         method: "loop" (one backward pass a sample), "vmap" (`chunk_size` samples at once; every operation must
             support torch.func) or "auto": vmap where the parameters are on CUDA, else the loop.

@@ -1,11 +1,9 @@
 """SCAFFOLD's control variates   (Karimireddy et al. 2020, Alg. 1): what corrects a client's gradients for its drift.
 
-    variates = ControlVariates(theta, num_clients, folder)     # `lasting`, as `variates.rows`: rounds open and close it
     for k in clients:
         done = local_steps(..., correction=variates.correction(k), record=True)        # y <- y - lr (g + c - c_k)
         variates.offer(k, done.mean_gradient)                                          # c_k+
         mean.add(theta_k)
-    theta = mean.result(server_lr)                                 # theta + eta_g mean_S(theta_k - theta), line 17
     # the end of the loop over the clients: c += (1/K) sum_S (c_k+ - c_k)
 
 c_k+ is the mean of the round's raw local gradients. Under plain SGD with a constant learning rate that is the paper's

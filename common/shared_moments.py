@@ -1,11 +1,5 @@
 """AdamW's moments that the clients of a round share, those of the pooled batch, beside each client's own.
 
-    moments = PooledMoments(optimizer, weights)          # a `lasting` object of the run: its rounds open and close it
-    for k in clients:
-        moments.load(k)                                  # all clients of a round begin with the same m, v and step
-        local_steps(...)
-        mean.add(theta_k)                                # the round hands it who counts
-
 A client's second moment is that of its own gradient, whose noise is larger than that of the pooled batch: with moments
 of their own (`common.local.Moments`) clients take steps that are too short.
 """

