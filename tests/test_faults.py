@@ -142,7 +142,9 @@ def main():
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     args = parser.parse_args()
     struck, gone = Counter(), Counter()
-    with harness.scratch(), tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place:
+        os.environ |= {"FEDQUARTET_TEST_RUNS": f"{place}/runs", "FEDQUARTET_CACHE": f"{place}/cache"}
+        os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         for name in args.study:
             (Path(place) / name).mkdir()
             study = Study(name, Path(place) / name)
