@@ -9,7 +9,6 @@ from comparing import same_bits
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2ForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from common import adapter_files
 from common.adapter_files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from common.checkpoint import read_json, write_json
 from common.cli import RunFailed, UsageError
@@ -106,47 +105,7 @@ def test_rslora_and_half_precision(tmp_path):
     assert {t.dtype for pair in file.factors.values() for t in pair} == {torch.float32}
 
 
-def test_no_head(tmp_path):
-    save_by_peft(tmp_path / "a", task_type=None, modules_to_save=None)
-    change(tmp_path / "a", auto_mapping=None)  # which peft writes for adapters without a task
-    file = read_adapter(tmp_path / "a")
-    assert file.head == {} and file.modules_to_save == []
-    write_again(file, tmp_path / "b", base_model="some/model")
-    assert read_adapter(tmp_path / "b").base_model == "some/model"
-    assert read_json(tmp_path / "b" / CONFIG)["modules_to_save"] is None
-
-
-def test_a_choice_of_layers_becomes_their_names(tmp_path):
-    names = [f"roberta.encoder.layer.1.attention.self.{name}" for name in ("query", "value")]
-    for i, options in enumerate(
-        (
-            {"targets": r".*layer\.1\..*\.(query|value)"},
-            {"layers_to_transform": [1]},
-            {"exclude_modules": r".*\.0\..*"},
-        )
-    ):
-        save_by_peft(tmp_path / f"{i}", modules_to_save=None, **options)
-        file = read_adapter(tmp_path / f"{i}")
-        assert file.target_modules == names == sorted(file.factors)
-    write_again(file, tmp_path / "b")
-    loaded = peft.PeftModel.from_pretrained(roberta(), tmp_path / "b")
-    assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 2
-
-
 # ---- whole or not at all
-
-
-def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
-    save_by_peft(tmp_path / "a")
-    file = read_adapter(tmp_path / "a")
-    monkeypatch.setattr(adapter_files, "write_json", full_disk)
-    with pytest.raises(RunFailed, match="No space"):
-        write_again(file, tmp_path / "a", alpha=99, more={"fuse_manifest.json": {}})
-    assert read_adapter(tmp_path / "a").alpha == 4 and [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
-def full_disk(*_):
-    raise OSError(28, "No space left on device")
 
 
 def test_an_adapter_is_replaced_but_nothing_else_and_only_by_finite_numbers(tmp_path):

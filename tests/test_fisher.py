@@ -124,19 +124,3 @@ def test_the_model_is_left_as_it_was(model, samples, method):
     assert all(torch.equal(first[n], second[n]) for n in first)  # eval mode: no dropout
     assert [m.training for m in (model, model.embedding, model.mixer, model.drop)] == [True, True, False, True]
     assert all((p.grad == 7).all() and torch.equal(p, before[n]) for n, p in model.named_parameters())
-
-
-@pytest.mark.parametrize("method", ["loop", "vmap"])
-def test_frozen_parameters_are_left_out_and_no_grad_around_does_not_matter(model, samples, method):
-    whole = diagonal_fisher(model, sequence_nll, samples, method=method)
-    model.embedding.weight.requires_grad_(False)
-    with torch.no_grad():
-        fisher = diagonal_fisher(model, sequence_nll, samples, method=method)
-    assert list(fisher) == ["unused", "mixer.weight", "mixer.bias"]
-    torch.testing.assert_close(fisher["mixer.weight"], whole["mixer.weight"])
-
-
-def test_bad_arguments_are_refused(model, samples):
-    for bad in ((), (samples[0], samples[1][:3]), tuple(s[:0] for s in samples)):
-        with pytest.raises(ValueError, match="leading dimension"):
-            diagonal_fisher(model, sequence_nll, bad)

@@ -88,16 +88,6 @@ def test_exact_rules_serve_the_mean_of_products_and_each_hands_on_its_factors(ru
             assert ("A" in letters or torch.equal(A, A_0)) and ("B" in letters or torch.equal(B, B_0))
 
 
-def test_a_fresh_adapter_depends_on_seed_round_and_layer():
-    start = {"a": adapter(0)["square"], "b": adapter(0)["square"]}
-    draws = []
-    for seed, round in [(0, 0), (1, 0), (0, 1), (0, 0)]:
-        served = mean_of("stack", start, [start], [1.0], seed=seed, round=round).result()
-        draws += [served.factors["a"][0], served.factors["b"][0]]
-    assert torch.equal(draws[0], draws[6]) and torch.equal(draws[1], draws[7])
-    assert all(not torch.equal(draws[i], draws[j]) for i in range(6) for j in range(i))
-
-
 def test_naive_misses_by_the_covariance_of_the_factors():
     """mean(BA) - mean(B) mean(A) = mean((B - mean B)(A - mean A))."""
     start = adapter(0)
@@ -178,18 +168,6 @@ def test_what_is_not_finite_is_left_out(rule):
     served = mean.result()
     assert served.head.tolist() == pytest.approx([0.0, (2 * 3 + 4 * 5) / 9])
     assert digest(served) == digest(others.result()) == digest(weightless.result())
-
-
-def test_only_some_rules_take_other_ranks_and_scales_and_none_a_mean_of_nobody():
-    start = adapter(0)
-    mean = AdapterMean("naive", start, S, clients := Round([0]))
-    for _ in clients:
-        with pytest.raises(ValueError, match="naive: an adapter has scale 3, the others 2"):
-            mean.add(start, scale=3.0)
-    with pytest.raises(ValueError, match="no client"):
-        mean.result()
-    with pytest.raises(ValueError, match="rolora serves the rank and scale .*: take svd or stack"):
-        AdapterMean("rolora", start, S, Round([0]), rank=2)
 
 
 def test_rounds_of_rolora_begin_with_b():

@@ -48,12 +48,6 @@ def test_a_small_difference_of_large_products_is_measured():
     assert quotient(gap, total.norm()) == pytest.approx(1e-12, rel=1e-2)
 
 
-def test_zero_products():
-    nothing = Product(4, 3)
-    assert nothing.norm() == 0 and nothing.columns == 0 and torch.equal(nothing.full(), torch.zeros(4, 3).double())
-    assert distance(nothing, nothing) == 0 and quotient(0.0, 0.0) == 0 and quotient(2.0, 0.0) == math.inf
-
-
 # ---- truncation
 
 

@@ -59,18 +59,6 @@ def test_documents_are_cut_where_the_tokens_are_most_even():
         check(contiguous(5, 4, sizes), 5)
 
 
-def test_too_many_clients():
-    for sizes in (None, [4, 4, 4]):
-        with pytest.raises(UsageError, match=r"3 documents .* 5 clients: lower --num-clients \(5\) to at most 3"):
-            contiguous(3, 5, sizes, "documents")
-    with pytest.raises(UsageError, match="at most 3"):
-        iid(3, 5, stream(0, "sharding"))
-    with pytest.raises(UsageError, match="at least 1"):
-        contiguous(3, 0)
-    with pytest.raises(UsageError, match="client 1 has 2 empty documents"):
-        contiguous(3, 2, [5, 0, 0], what="documents")
-
-
 # ------------------------------------------------------------------------------------------- by label
 
 
@@ -152,21 +140,6 @@ def test_dirichlet_is_a_partition_without_empty_clients(alpha):
         assert len(notes) <= 1 and bool(notes) >= (alpha <= 0.01)
 
 
-def test_dirichlet_notes_what_it_repaired():
-    labels = make_labels(4, 100)
-    parts, notes = dirichlet(labels, 10, 0.01, stream(0, "sharding"), min_samples=3)
-    assert notes[0].startswith("--alpha 0.01: each of 20 draws left clients with fewer than 3 samples; ")
-    moved = int(notes[0].split("; ")[1].split()[0])
-    short = [int(c) for c in notes[0].split("clients ")[-1].split(", ")]
-    sizes = np.array([len(part) for part in parts])
-    # They were filled up to 3, not further, and one that was short held nothing or part of the 3.
-    assert set(short) == set(np.flatnonzero(sizes == 3)) and len(short) <= moved <= 3 * len(short)
-    assert (sizes == 3).sum() >= 4
-    named = dirichlet(labels, 10, 0.01, stream(0, "sharding"), 3, flag="--evenness", first=1)[1]  # as the caller says
-    assert named[0].startswith("--evenness") and named[0].endswith(", ".join(str(c + 1) for c in short))
-    assert dirichlet(labels, 10, 100.0, stream(0, "sharding"))[1] == []
-
-
 def test_dirichlet_keeps_the_best_draw_and_takes_from_the_largest():
     """A plain loop over the same draws; and a class's samples are dealt in random order, not in the corpus'."""
     labels, k, least = np.repeat(np.arange(4), 100), 10, 12
@@ -199,21 +172,6 @@ def test_dirichlet_is_as_skewed_as_alpha_says():
         assert shares.var() == pytest.approx(0.09 / (10 * alpha + 1), rel=0.25)
     even = class_counts(dirichlet(labels, 10, 1e9, stream(0, "sharding"))[0], labels, 20)
     assert np.ptp(even) <= 1
-
-
-def test_dirichlet_cannot():
-    labels = make_labels(4, 10)
-    for alpha in (0.0, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="--alpha .* must be a positive number"):
-            dirichlet(labels, 4, alpha, stream(0, "sharding"))
-    with pytest.raises(UsageError, match="40 samples cannot give 9 clients 5 each: lower --num-clients to at most 8"):
-        dirichlet(labels, 9, 1.0, stream(0, "sharding"), min_samples=5)
-    check(dirichlet(labels, 8, 0.01, stream(0, "sharding"), min_samples=5)[0], 40)
-
-
-def test_class_counts_by_hand():
-    counts = class_counts([np.array([0, 1]), np.array([2, 3, 4])], np.array([2, 2, 0, 1, 0]), 4)
-    assert counts.tolist() == [[0, 0, 2, 0], [2, 1, 0, 0]]
 
 
 # ------------------------------------------------------------------------------------ overlap, category

@@ -54,10 +54,6 @@ def test_an_article_starts_at_a_heading_between_blank_lines_and_nothing_is_lost(
     assert "= = History = =" in articles[0] and "Losses" in articles[0]
 
 
-def test_a_line_separator_inside_a_line_is_no_line_end():
-    assert len(text.split_articles(" = A = \n \n one\u2028\u2028 = B = \n \n two \n")) == 1
-
-
 def test_local_files_raw_ones_first_and_the_environment_names_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDQUARTET_DATA", str(tmp_path))
     folder = write_wikitext(tmp_path, text.FILES["tokens"])
@@ -237,18 +233,6 @@ def test_byte_lengths_add_up_to_the_bytes_of_the_text():
         assert lengths[ids].sum() == len(document.encode("utf-8"))
 
 
-def test_byte_lengths_of_a_sentencepiece_vocabulary():
-    import transformers
-
-    vocab = {"<s>": 0, "▁a": 1, "é": 2, "<0xE2>": 3, "▁": 4}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<s>"))
-    backend.decoder = tokenizers.decoders.Sequence(
-        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback()]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<s>")
-    assert text.token_byte_lengths(tokenizer).tolist() == [0, 2, 2, 1, 1]
-
-
 # ----------------------------------------------------------------------------------------- tokens, the cache
 
 
@@ -297,33 +281,6 @@ def test_the_cache_is_used_and_a_damaged_file_is_rebuilt(tmp_path, monkeypatch):
         with pytest.warns(UserWarning, match="damaged"):
             assert same(text.encode(corpus, tokenizer), first)
         assert path.read_bytes() == good
-
-
-def test_every_input_has_a_cached_file_of_its_own(tmp_path, monkeypatch):
-    corpus = small_corpus()
-    tokenizer, other_end = (text.load_tokenizer("bpe:270", corpus) for _ in range(2))
-    other_end.eos_token = "a"
-    longer = text.load_tokenizer("bpe:271", corpus)
-    for input in (corpus, tokenizer), (small_corpus(test=["x"]), tokenizer), (corpus, longer), (corpus, other_end):
-        text.encode(*input)
-    monkeypatch.setattr(tokenizers, "__version__", "0")
-    text.encode(corpus, tokenizer)
-    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 5
-
-
-def test_a_cache_that_cannot_be_written_costs_a_warning_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    corpus = small_corpus()
-    tokenizer = text.load_tokenizer("bpe:270", corpus)
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="No space left"):
-        patch.setattr(os, "replace", full)
-        first = text.encode(corpus, tokenizer, tmp_path / "new")
-    assert os.listdir(tmp_path / "new") == [] and same(first, text.encode(corpus, tokenizer))
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.warns(UserWarning, match="cannot write the cache"):
-        assert same(text.encode(corpus, tokenizer, tmp_path / "file"), first)
 
 
 @pytest.mark.skipif(not REAL, reason="FEDQUARTET_DATA is not set")
