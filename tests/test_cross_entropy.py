@@ -45,46 +45,24 @@ def test_value_and_gradients_equal_the_plain_form(cut):
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))  # nothing was overwritten
 
 
-def test_only_one_of_the_two_needs_a_gradient():
-    hidden, weight, labels = make()
-    loss = linear_cross_entropy(hidden, weight, labels, 40)
-    both = torch.autograd.grad(loss, (hidden, weight))
-    only_hidden = torch.autograd.grad(linear_cross_entropy(hidden, weight.detach(), labels, 40), hidden)
-    only_weight = torch.autograd.grad(linear_cross_entropy(hidden.detach(), weight, labels, 40), weight)
-    assert torch.equal(both[0], only_hidden[0]) and torch.equal(both[1], only_weight[0])
-    with torch.no_grad():
-        assert linear_cross_entropy(hidden, weight, labels, 40) == loss
-
-
-def test_extreme_logits_stay_finite():
+def test_extreme_logits_stay_finite_and_no_counted_label_is_zero():
     hidden, weight, labels = make(n=400, v=101, dtype=torch.float32)
     loss = linear_cross_entropy(hidden * 1e4, weight, labels, 101)
-    gradients = torch.autograd.grad(loss, (hidden, weight))
-    assert all(torch.isfinite(t).all() for t in (loss, *gradients))
+    assert all(torch.isfinite(t).all() for t in (loss, *torch.autograd.grad(loss, (hidden, weight))))
+    loss = linear_cross_entropy(hidden, weight, labels.fill_(-100), 101)
+    assert loss == 0 and all(g.abs().max() == 0 for g in torch.autograd.grad(loss, (hidden, weight)))
 
 
-def test_no_counted_label_is_zero_with_zero_gradients():
-    hidden, weight, labels = make()
-    loss = linear_cross_entropy(hidden, weight, labels.fill_(-100), 37)
-    assert loss == 0
-    assert all(g.abs().max() == 0 for g in torch.autograd.grad(loss, (hidden, weight)))
-
-
-def test_bf16_autocast_is_close_repeatable_and_returns_fp32():
+def test_bf16_autocast_is_close_and_returns_fp32():
     hidden, weight, labels = make(n=64, d=32, v=500, dtype=torch.float32)
     weight = (weight.detach() * 0.2).requires_grad_()
     exact = plain(hidden, weight, labels, 490)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels, 490)
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-3)
     expected = torch.autograd.grad(exact, (hidden, weight))
-    runs = []
-    for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = linear_cross_entropy(hidden, weight, labels, 490)
-        runs.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert all(t.dtype == torch.float32 for t in runs[0])
-    assert runs[0][0].item() == pytest.approx(exact.item(), rel=2e-3)
-    for mine, reference in zip(runs[0][1:], expected, strict=True):
-        assert (mine - reference).norm() < 2e-2 * reference.norm()
+    for mine, reference in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
+        assert mine.dtype == torch.float32 and (mine - reference).norm() < 2e-2 * reference.norm()
 
 
 def test_entropies_against_their_definition(cut):

@@ -29,27 +29,29 @@ def bars_of(axis):
 
 
 def test_the_gap_is_the_ratio_of_the_logs_perplexities(tmp_path):
-    drawn = figures("plots/mamba.py gap frontier --data-dir", *GAP, out=tmp_path)
-    left, right = drawn["5_gap.png"].axes
+    (axis,) = figures("plots/mamba.py gap --data-dir", *GAP, out=tmp_path)["gap.png"].axes
     every = log(GAP[0])
-    points = bars_of(right)["each client its own (keep)"]
-    for lu, ratio, low, high in points:
+    points = bars_of(axis)["each at its best rate"]
+    for lu, above, low, high in points:
         pairs = [
             (line["results"]["test_ppl_last"], every["central"][seed]["results"]["test_ppl_last"])
             for seed, line in every[f"keep_lu{lu:g}"].items()
         ]
-        assert ratio == pytest.approx(math.exp(statistics.fmean(math.log(a / b) for a, b in pairs)))
-        assert low < ratio < high
-    assert [lu for lu, *_ in points] == [1, 8, 64, 256, 768]
-    # left: the runs of --tune at central training's lowest rate
+        assert above == pytest.approx(100 * math.exp(statistics.fmean(math.log(a / b) for a, b in pairs)) - 100)
+        assert low < above < high
+    assert [lu for lu, *_ in points] == [1, 8, 64, 256]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["1\n768", "8\n96", "64\n12", "256\n3"]
+    # the runs of --tune at central training's lowest rate, by the same measure
     tried = [line for lines in log(GAP[1]).values() for line in lines.values()]
     at = min(line["args"]["lr"] for line in tried if line["name"].startswith("central"))
     last = {
-        line["name"].partition("_seed")[0]: line["curve"][-1]["val_ppl"] for line in tried if line["args"]["lr"] == at
+        line["name"].partition("_seed")[0]: line["results"]["test_ppl_last"]
+        for line in tried
+        if line["args"]["lr"] == at
     }
-    (line,) = [line for line in left.lines if line.get_marker() == "o"]
+    (line,) = [line for line in axis.lines if line.get_marker() == "x"]
     for lu, y in zip(*line.get_data(), strict=True):
-        assert y == pytest.approx(last[f"keep_lu{lu:g}"] / last["central"])
+        assert y == pytest.approx(100 * last[f"keep_lu{lu:g}"] / last["central"] - 100)
 
 
 def test_the_replay_is_the_logs(tmp_path):
@@ -133,7 +135,7 @@ def test_figures_1_to_4_have_the_sources_names_and_final_perplexities(runs, tmp_
     assert [text.get_text() for text in labels] == ["Central: 90.5", "FedAvg: 100.5"]
     (x, y) = drawn[both[0]].axes[0].lines[0].get_data()
     assert y.tolist() == [181, 135.75, 90.5] and x.tolist() == [0, 1000, 2000]
-    names = [label.get_text() for label in drawn[one[1]].axes[1].get_yticklabels()]
+    names = [text.get_text().partition(":")[0] for text in drawn[one[1]].legends[0].get_texts()]
     assert names == ["Central", "FedAvg", "FedFisher"]
 
 

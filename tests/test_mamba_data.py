@@ -1,6 +1,5 @@
 """Blocks and clients: documents dealt before packing, every token a label once, nothing held out is trained on."""
 
-import json
 import string
 
 import pytest
@@ -73,13 +72,7 @@ def test_contiguous_clients_have_their_documents_in_a_row_and_tokens_balanced(ma
         stream = stream_of(built, k)
         assert torch.equal(stream, mine[: len(stream)]) and len(stream) >= len(mine) - 16
     assert max(tokens) - min(tokens) <= max(map(len, marked.train)) + 1
-    assert max(built.shards["client_documents"]) > min(built.shards["client_documents"])
-
-
-def test_iid_follows_the_seed(marked):
-    first, again, other = build(4, "iid", 1), build(4, "iid", 1), build(4, "iid", 2)
-    assert all(torch.equal(a, b) for a, b in zip(first.train, again.train, strict=True))
-    assert letters(first, 0) != letters(other, 0)
+    assert letters(build(4, "iid", 1), 0) != letters(build(4, "iid", 2), 0)
 
 
 def test_the_last_tenth_of_a_client_is_held_out(marked):
@@ -94,20 +87,14 @@ def test_the_last_tenth_of_a_client_is_held_out(marked):
 
 def test_validation_and_test_are_all_of_their_tokens_and_bytes(marked):
     built = build()
-    fingerprint = json.loads(json.dumps(built.fingerprint))
-    assert (fingerprint["sha256"], fingerprint["tokenizer"]) == (marked.fingerprint, "bpe:257")
-    assert fingerprint["tokens"]["validation"] == 34 and fingerprint["tokens"]["test"] == 41
-    assert built.token_bytes.dtype == torch.int64 and len(built.token_bytes) == built.vocab_size == 257
-    for blocks, split in ((built.validation, "validation"), (built.test, "test")):
+    for blocks, tokens in ((built.validation, 34), (built.test, 41)):
         labels = data.inputs_and_labels(blocks)[1]
         labels = labels[labels != data.IGNORE]
-        assert len(labels) == built.fingerprint["tokens"][split] - 1
+        assert len(labels) == tokens - 1
         assert built.token_bytes[labels].sum() == len(labels) - 1  # a byte a letter, none for the end of text
 
 
-def test_more_clients_than_documents_or_a_sequence_longer_than_a_clients_text(marked):
-    with pytest.raises(UsageError, match="26 training documents cannot be dealt to 27 clients: lower --num-clients"):
-        build(27)
+def test_a_sequence_longer_than_a_clients_text(marked):
     build(26, sequence_length=30)
     # the shortest document has 61 tokens: two blocks need 63
     with pytest.raises(UsageError, match="^client 0 has 61 tokens, .* --sequence-length 31: lower it, .*$"):

@@ -15,17 +15,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from running import flags, run
 from safetensors.torch import load_file
 
 from common.cli import RunFailed, UsageError
-from common.evaluation import Best, best_line
-from common.runlog import read_metrics
 from common.seeding import stream, torch_stream
 from common.vector import Weights
 from mamba_fl import central, fed_avg, fed_core, fed_entropy, fed_fisher, fed_momentum, measuring
 from mamba_fl.data import build_data
 from mamba_fl.fed_core import plan_rounds
-from mamba_fl.flags import complete_flags
 from mamba_fl.mamba2 import Mamba2Config
 from mamba_fl.ssm_config import make_model
 from plots.read import not_finite
@@ -55,17 +53,6 @@ def quick(monkeypatch):
 @pytest.fixture(scope="module")
 def data():
     return few("demo", f"bpe:{V}", T, K, "iid", SEED, None)
-
-
-def flags(module, words):
-    return complete_flags(module.build_parser().parse_args(words.split()))
-
-
-def run(module, folder, words):
-    """(theta after the last round {name: fp64}, lines of metrics.jsonl) of a run in `folder`/r."""
-    module.main(flags(module, f"{words} --output-dir {folder} --run-name r"))
-    theta = load_file(folder / "r" / "checkpoint" / "theta.safetensors")
-    return {name: t.double() for name, t in theta.items()}, read_metrics(folder / "r")
 
 
 @pytest.fixture
@@ -340,6 +327,13 @@ def test_central_trains_on_the_clients_text_in_one_order(data, tmp_path):
     assert norms["layers.0.A_log"] == pytest.approx((last - before).norm().item(), rel=1e-2)
 
 
+def test_one_client_is_central_training_bitwise(tmp_path):
+    words = f"{TINY} --num-clients 1 --batch-size 4 --rounds 4"
+    fed, _ = run(fed_avg, tmp_path / "fed", f"{words} --client-val-sequences 2")
+    whole, _ = run(central, tmp_path / "central", words)
+    assert all(torch.equal(fed[name], whole[name]) for name in whole)
+
+
 def test_the_servers_rate_follows_the_schedule(data, tmp_path):
     """Clients' SGD at a constant rate, bias-corrected Adam at the server: torch's Adam on the mean update."""
     rates = torch_rates(6, 0.01)[::H]  # as the share of --lr that a round begins with
@@ -372,28 +366,24 @@ def test_central_training_that_diverges_is_told_from_one_that_failed(tmp_path):
 
 
 def test_final_holds_the_best_weights_if_asked(tmp_path):
-    words = f"{FEDERATED} --lr 0.3 --val-freq 1"  # of which the second round is worse than the first
+    words, losses = f"{FEDERATED} --lr 0.3 --val-freq 1 --final best", []  # the second round is worse than the first
     first, _ = run(fed_avg, tmp_path / "1", f"{words} --rounds 1")
-    second, _ = run(fed_avg, tmp_path / "2", f"{words} --rounds 2 --final best")
-    assert not torch.equal(first["backbone.norm_f.weight"], second["backbone.norm_f.weight"])
-    losses = []
-    for rounds in (1, 2):
-        folder = tmp_path / f"{rounds}" / "r"
-        final = load_file(folder / "final" / "model.safetensors")
+    run(fed_avg, tmp_path / "2", f"{words} --rounds 2")
+    for rounds in "12":
+        final = load_file(tmp_path / rounds / "r" / "final" / "model.safetensors")
         assert all(torch.equal(final[n.replace("embedding.", "embeddings.")].double(), t) for n, t in first.items())
-        results = json.loads((folder / "run.json").read_text())["results"]
-        losses.append(results["test_ppl_last"])
-        assert results["best_round"] == results["final_round"] == 1 and results["test_ppl_best"] == losses[0]
-    assert losses[0] != losses[1]
+        results = harness.read_results(tmp_path / rounds / "r")
+        assert results["best_round"] == results["final_round"] == 1
+        losses.append((results["test_ppl_best"], results["test_ppl_last"]))
+    assert losses[0][0] == losses[0][1] == losses[1][0] != losses[1][1]
 
 
-@pytest.mark.parametrize("module", [central, fed_entropy])
-def test_the_test_text_changes_nothing_before_the_final_evaluation(module, tmp_path, monkeypatch):
-    words = f"{TINY if module is central else FEDERATED} --rounds 2 --val-freq 1"
-    run(module, tmp_path / "text", words)
+def test_the_test_text_changes_nothing_before_the_final_evaluation(tmp_path, monkeypatch):
+    words = f"{FEDERATED} --rounds 2 --val-freq 1"
+    run(fed_entropy, tmp_path / "text", words)
     noise = torch.randint(V, (4, T + 1))
     monkeypatch.setattr(fed_core, "build_data", lambda *args: replace(few(*args), test=noise))
-    run(module, tmp_path / "noise", words)
+    run(fed_entropy, tmp_path / "noise", words)
     text, other = tmp_path / "text" / "r", tmp_path / "noise" / "r"
     assert harness.read_lines(text) == harness.read_lines(other) and harness.digest(text) == harness.digest(other)
     text, other = harness.read_results(text), harness.read_results(other)
@@ -411,6 +401,11 @@ def test_the_plan_of_rounds():
     assert plan_rounds(args, n) == (11, 21)  # the last round has what is left of the budget
     with pytest.raises(UsageError, match="client 1 has 1 sequences.*--batch-size 2"):
         plan_rounds(args, [5, 1])
+    clients, whole = [31, 30, 29], flags(central, f"{TINY} --n-epochs 1.5 --batch-size 6")
+    tokens = plan_rounds(whole, [90])[1] * 6  # which the clients train on too, whatever their local updates
+    for lu in (1, 8):
+        more = flags(fed_avg, f"{TINY} --n-epochs 1.5 --num-clients 3 --local-updates {lu}")
+        assert plan_rounds(more, clients)[1] * 3 * B == tokens
     args.warmup_steps = 22
     with pytest.raises(UsageError, match="--warmup-steps 22 is more than the run's 21 steps: lower it"):
         plan_rounds(args, n)
@@ -419,26 +414,13 @@ def test_the_plan_of_rounds():
 def test_gradient_watch_is_the_mean_of_the_last_ten_cosines():
     weights = Weights(torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(2))}))
     watch, angles = central.GradientWatch(weights), np.cumsum(np.linspace(0, 0.5, 15))
-    assert watch.mean_cosine() is None
     for i, angle in enumerate(angles):
         weights.parameters["w"].grad = torch.tensor([3 * math.cos(angle), 3 * math.sin(angle)])
         watch.see()
-        if i in (0, 8):  # a checkpoint in between
+        if i == 8:  # a checkpoint in between
             state, watch = watch.state_dict(), central.GradientWatch(weights)
             watch.load_state_dict(state)
     assert watch.mean_cosine() == pytest.approx(np.cos(np.diff(angles)[-10:]).mean())
-
-
-def test_best_keeps_a_copy_of_the_first_lowest():
-    best, again, theta = Best(), Best(), torch.zeros(2)
-    losses = (1.0, math.nan, 3.0, 2.0, 2.0, 2.5)  # of which the first is before training
-    for t, loss in enumerate(losses):
-        best.offer(t, loss, theta.fill_(t))
-    again.load_state_dict(best.state_dict())
-    assert (again.round, again.loss) == (best.round, best.loss) == (3, 2.0) and again.theta.tolist() == [3, 3]
-    lines = [{"round": t, "loss": str(x) if math.isnan(x) else x, "score": -x} for t, x in enumerate(losses)]
-    assert best_line(lines, "loss") == best_line(lines, "score", highest=True) == lines[3]
-    assert best_line(lines[:1], "loss") == lines[0] and best_line(lines[:2], "loss") == lines[1]
 
 
 def test_training_history_has_the_sources_fields():

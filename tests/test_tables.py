@@ -35,18 +35,42 @@ def by_hand(values):
 
 
 def test_mambas_ratios_are_those_of_the_log():
+    """From five seeds on with the spread of their own; of three it is pooled over the rows of the table."""
     every = log("mamba_fl/results/gap.jsonl")
-    central = {seed: line["results"]["test_ppl_last"] for seed, line in every["central"].items()}
     ((_, rows),) = tables("mamba_fl --data-dir", GAP)
-    shown = [numbers(row["test ratio to central"]) for row in rows.values()]
-    for name in ("keep_lu8", "keep_lu256", "pooled_lu1", "pooled_lu64", "reset_lu64", "diloco_lu64"):
-        logs = [math.log(line["results"]["test_ppl_last"] / central[seed]) for seed, line in every[name].items()]
-        assert [round(math.exp(x), 3) for x in by_hand(logs)] in shown, name
+
+    def logs(name):
+        base = "three_central" if name.startswith("three") else "central_topics" if "topics" in name else "central"
+        base = base if base in every else "topics_central"
+        pairs = [(line["results"], every[base][seed]["results"]) for seed, line in every[name].items()]
+        return [math.log(mine["test_ppl_last"] / central["test_ppl_last"]) for mine, central in pairs]
+
+    federated = [name for name in every if "central" not in name]
+    df = sum(len(every[name]) - 1 for name in federated)
+    sd = math.sqrt(sum((len(x) - 1) * statistics.variance(x) for x in map(logs, federated)) / df)
+    shown = {tuple(numbers(row["test ratio to central"])): row for row in rows.values()}
+    for name in federated:
+        mean, low, high = by_hand(x := logs(name))
+        if len(x) == 3:
+            half = student.ppf(0.975, df) * sd / math.sqrt(3)
+            low, high = mean - half, mean + half
+        row = shown[*(round(math.exp(end), 3) for end in (mean, low, high)), *([df] if len(x) == 3 else [])]
         final = [line["results"]["final_val_ppl"] for line in every[name].values()]
-        assert f"{statistics.fmean(final):.2f} ± {statistics.stdev(final):.2f}" in [
-            r["final val ppl"] for r in rows.values()
-        ]
+        assert row["final val ppl"] == f"{statistics.fmean(final):.2f} ± {statistics.stdev(final):.2f}"
+        assert numbers(row["averages"]) == [line["curve"][-1]["round"] for line in every[name].values()][:1]
+    assert {row["to FedAvg at its LU"] for name, row in rows.items() if name.startswith("Central")} == {"-"}
     assert len(rows) == len(every) and sum(int(row["seeds"]) for row in rows.values()) == sum(map(len, every.values()))
+
+
+def test_mambas_words_have_the_printed_tables():
+    folder, few = ROOT / "mamba_fl", ["averages", "test ppl", "test ratio to central", "to FedAvg at its LU", "seeds"]
+    _, whole, _ = call("plots/tables.py mamba_fl")
+    assert [line for line in whole.splitlines() if line and line not in (folder / "RESULTS.md").read_text()] == []
+    _, printed, _ = call("plots/tables.py mamba_fl --data-dir", GAP, "--columns", *few)
+    shown = [
+        line for line in (folder / "README.md").read_text().splitlines() if re.match(r"\| (method|Central|Fed)", line)
+    ]
+    assert len(shown) == 9 and set(shown) <= set(printed.splitlines())
 
 
 def test_vits_differences_are_those_of_the_log():
@@ -142,6 +166,17 @@ def test_holm_over_the_comparisons_of_a_table(tmp_path):
     assert about == "Holm's correction over 3 comparisons"
     assert {row["row"] for row in rows.values()} <= {"FedAvg", "FedEntropy"}
     assert all(float(row["after Holm"]) >= float(row["p"]) for row in rows.values())
+
+
+def test_mambas_base_has_as_many_tokens_as_large_a_batch_and_the_best_rate(tmp_path):
+    mamba(tmp_path, "fed", ppl=60.0)
+    mamba(tmp_path, "central", "central", ppl=50.0)
+    mamba(tmp_path, "worse", "central", ppl=55.0, lr=0.5)
+    mamba(tmp_path, "batch", "central", ppl=45.0, batch_size=32)
+    longer = mamba(tmp_path, "longer", "central", ppl=40.0, rounds=4) / "run.json"
+    longer.write_text(longer.read_text().replace('"tokens": 2000', '"tokens": 4000'))
+    ((_, rows),) = tables("mamba_fl --data-dir", tmp_path)
+    assert rows["FedAvg"]["test ratio to central"] == "1.200"
 
 
 # ---- rows
