@@ -30,9 +30,10 @@ class PooledMoments(Follower):
     that is B: the pooled gradient squared, and the mean of the clients' steps is central AdamW's up to (1 - b2) g_k^2
     in each v_k. Where clients differ, the differences of their mean gradients count as noise: v is too small by up to
     their spread.
-    Ours: the second moment of the pooled batch is estimated from the clients' averaged moments, without another gradient
-    pass. Related: Mime and MimeLite (arXiv 2008.03606) keep server statistics of the averaged gradient for local steps;
-    DES-LOC (arXiv 2505.22549) synchronises moments less often than weights; QSR (arXiv 2310.14423) chooses H by the rate.
+    Ours: the pooled batch's second moment is estimated from the clients' averaged moments, without another gradient
+    pass. Related: Mime and MimeLite (arXiv 2008.03606) keep server statistics of the averaged gradient for local
+    steps; DES-LOC (arXiv 2505.22549) synchronises moments less often than weights; QSR (arXiv 2310.14423) chooses H by
+    the rate.
 
     Args: optimizer: torch.optim.AdamW over the parameters of `weights`; weights: `common.vector.Weights`.
     """
