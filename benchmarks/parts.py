@@ -8,7 +8,6 @@ mamba    a training step of mamba_fl's model on a CPU, whose backward is written
 lora     the truncation of a mean of LoRA products through QR (`common.products`, fp64) over the dense SVD of the
          product, formed and factored in fp64
 fisher   the per-sample Fisher of a ViT, by `common.fisher`'s loop and vmap, over the batch-1 loop with `.backward()`
-         and over a training epoch on the same images
 
 Every contestant takes its turn in every repeat, so that what else the machine does falls on all alike; a ratio is the
 median over repeats of the ratio within a repeat.
@@ -133,7 +132,6 @@ def fisher(_):
     weights = Weights(model, dict(model.named_parameters()))
     images = torch.randn(IMAGES, 3, 32, 32, generator=generator)
     labels = torch.arange(IMAGES) % 100
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)  # lr 0: all repeats see the same weights
 
     def nll(model, sample):
         return F.cross_entropy(model(sample[0][None]), sample[1][None])
@@ -153,14 +151,7 @@ def fisher(_):
                 square.add_(weights.parameters[name].grad.square(), alpha=1 / len(images))
         return total
 
-    def epoch():
-        model.train()
-        for x, y in zip(images.split(64), labels.split(64), strict=True):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-
-    steps = {"vmap": lambda: ours("vmap"), "loop": lambda: ours("loop"), "batch-1 loop": batch_one, "an epoch": epoch}
+    steps = {"vmap": lambda: ours("vmap"), "loop": lambda: ours("loop"), "batch-1 loop": batch_one}
 
     def apart():
         expected = batch_one()

@@ -5,9 +5,8 @@
     python benchmarks/rounds.py --memory                 # peak memory of 100 clients against 10
 
 The rounds are the scripts' own, without evaluation and checkpoint. After each, its batches are trained again in a bare
-loop (zero_grad, loss, backward, clipping where the study has it, optimizer.step); its time, and that of making the
-batches, is the floor. Both alternate in one run. With several processes the floor is the sum over processes, each
-alone on the machine in its turn: the steps on one thread.
+loop; its time, and that of making the batches, is the floor. Both alternate in one run. With several processes the
+floor is the sum over processes, each alone on the machine in its turn: the steps on one thread.
 """
 
 import contextlib
@@ -155,11 +154,9 @@ def measure(study, clients, processes, memory):
             with contextlib.suppress(Done):
                 main(args)
             if parallel.is_main():
-                times = "" if memory else in_words(clock)
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                print(
-                    f"{study:14s} {clients:4d} clients  {processes} processes{times}  peak {peak:.0f} MiB", flush=True
-                )
+                peak = f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+                said = peak if memory else in_words(clock)
+                print(f"{study:14s} {clients:4d} clients  {processes} processes  {said}", flush=True)
 
         run_federated(timed, args, clients)
 
@@ -167,10 +164,8 @@ def measure(study, clients, processes, memory):
 def in_words(clock):
     rounds, floors = statistics.median(clock.rounds), statistics.median(clock.floors)
     ratios = sorted(r / f for r, f in zip(clock.rounds, clock.floors, strict=True))
-    return (
-        f"  steps {1000 * floors:8.1f} ms  round {1000 * rounds:8.1f} ms"
-        f"  ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-    )
+    spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+    return f"steps {1000 * floors:8.1f} ms  round {1000 * rounds:8.1f} ms  ratio {spread}"
 
 
 def main(options):

@@ -21,6 +21,7 @@ TOP = 80  # rows and columns of a heat map
 STEPS = 10  # panels of a heat map
 SINGULAR_VALUES = 8  # lines of an evolution
 ENERGY = 0.95
+FILES = ("svd_evolution", "svd_spectrum"), ("averaged_svd_evolution", "averaged_final_spectrum")  # central ones last
 WHOSE = {"central": "Updates", "server": "Server's updates", "client": "Clients' updates"}
 
 
@@ -56,9 +57,9 @@ def draw_updates(args, entity):
 
 def file_name(row, entity, taken):
     """`fed_fisher_pure_ssm_1_layer_lu_1`, as in the source; of central runs the configuration."""
-    config = setting_of(row.first)["config"]
-    method = "federated" if row.kind == "fed_avg" else row.kind
-    name = config if entity == "central" else f"{method}_{config}_lu_{row['local_updates']}"
+    name = setting_of(row.first)["config"]
+    if entity != "central":
+        name = f"{'federated' if row.kind == 'fed_avg' else row.kind}_{name}_lu_{row['local_updates']}"
     return next(one for one in (name, *(f"{name}_{i}" for i in range(2, 100))) if one not in taken)
 
 
@@ -104,10 +105,7 @@ def heat_maps(folder, files, name, entity):
 
 
 def heat_map(panels, title):
-    """One panel per (name, |update|): the TOP rows and columns with the largest norm over all panels, the same in each.
-
-    One colour scale, dark to light, that prints in grey.
-    """
+    """One panel per (name, |update|): the TOP rows and columns with the largest norm over all panels, on one scale."""
     energy = sum(np.nan_to_num(matrix) ** 2 for _, matrix in panels)  # [rows, columns]
     rows, columns = (np.sort(np.argsort(-energy.sum(axis=axis), kind="stable")[:TOP]) for axis in (1, 0))
     zoomed = [matrix[np.ix_(rows, columns)] for _, matrix in panels]
@@ -153,52 +151,40 @@ def of_seeds(setting, row, files, name, entity):
         histories = [spectra(one, some) for one in several]
         steps = sorted(set.intersection(*map(set, histories)))
         panels.append((words, steps, np.array([[history[step] for step in steps] for history in histories])))
-    title = f"{WHOSE[entity]} of in_proj, {row.label}: {describe(STUDY, setting)}\n"
-    title += "mean over layers; " * central + f"{len(several)} stored, band: minimum to maximum"
-    first, second = (
-        ("averaged_svd_evolution", "averaged_final_spectrum") if central else ("svd_evolution", "svd_spectrum")
-    )
+    title = f"{WHOSE[entity]} of in_proj, {row.label}: mean of {len(several)} stored, band: standard deviation\n"
+    title += describe(STUDY, setting)
+    first, second = FILES[central]
     end = name + "_client" * (entity == "client")
     yield f"{first}_{end}", evolution(panels, title, "Optimiser step" if central else "Round")
-    yield f"{second}_{end}", spectrum(panels, f"{title}; at {panels[0][1][-1]:,}")
-
-
-def svd_panels(panels, title):
-    """(figure, its axes) of one panel per layer, under a title."""
-    figure, axes = style.panel_axes(len(panels), 2, 6.2 if len(panels) == 1 else 9.6, 3.0, 0.9)
-    set_title(figure, title)
-    return figure, axes
+    yield f"{second}_{end}", spectrum(panels, title)
 
 
 def evolution(panels, title, step_name):
     """The largest singular values of each update over training. panels: [(name, steps, values [n, steps, r])]."""
-    figure, axes = svd_panels(panels, title)
+    figure, axes = style.panel_axes(len(panels), 2)
     for axis, (name, steps, values) in zip(axes, panels, strict=True):
-        top = values[:, :, :SINGULAR_VALUES]  # [n, steps, 8]
-        for k in range(top.shape[2]):
-            look = {
-                "color": str(round(0.1 * k, 1)),
-                "marker": MARKERS[k],
-            }  # the order of the values is that of the greys
+        for k in range(min(SINGULAR_VALUES, values.shape[2])):
+            look = {"color": str(round(0.1 * k, 1)), "marker": MARKERS[k]}  # the largest is the darkest
             every = style.markers_at(k, len(steps), SINGULAR_VALUES)
-            style.band(axis, steps, top[:, :, k], f"$\\sigma_{k + 1}$", look, every, "range", 0.15)
+            style.band(axis, steps, values[:, :, k], f"$\\sigma_{k + 1}$", look, every)
         style.whole_numbers(axis.xaxis)
-        axis.set_title(name, fontsize=9)
-        axis.set(xlabel=step_name, ylabel="Singular value of the update", yscale="log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+        axis.set(xlabel=step_name, ylabel="Singular value of the update", yscale="log", title=name)
+    style.legend_below(figure, axes)
+    set_title(figure, title)
     return figure
 
 
 def spectrum(panels, title):
     """The last update's singular values, and the rank that holds 95 % of the energy (sum of squares), averaged."""
-    figure, axes = svd_panels(panels, title)
-    for axis, (name, _, history) in zip(axes, panels, strict=True):
+    figure, axes = style.panel_axes(len(panels), 2)
+    for axis, (name, steps, history) in zip(axes, panels, strict=True):
         values = history[:, -1]  # [n, r]
         rank = np.mean([energy_rank(sigma) for sigma in values])
-        style.band(axis, np.arange(1, values.shape[1] + 1), values, None, {"color": COLORS[2]}, None, "range", 0.2)
+        style.band(axis, np.arange(1, values.shape[1] + 1), values, None, {"color": COLORS[2]})
         axis.axvline(rank, color=COLORS[1], linestyle=DASHES[1])
-        words = f"dashed: 95 % of the energy, rank {rank:.3g} of {values.shape[1]}"
+        words = f"at {steps[-1]:,}, dashed: 95 % of the energy, rank {rank:.3g} of {values.shape[1]}"
         axis.set_title(", ".join(filter(None, [name, words])), fontsize=9)
         axis.set(xlabel="Index", ylabel="Singular value", yscale="log")
         axis.set_ylim(bottom=values.max() * 1e-6)  # what lies below is rounding
+    set_title(figure, title)
     return figure

@@ -6,10 +6,8 @@
 
 Columns: `--FLAG` the flags; the results of run.json by their names (test_ppl_last, ...); `curve` the lines of
 metrics.jsonl, a list of dicts (round 0: before training); name, study, command, kind, seed, tuning, status, ended, data
-(what run.json says of data and shards), commit, versions, folder or log, and `diverged`: whether the study
-says that it broke down, so that it is counted and part of no mean. None is what a run does not say.
-
-plots/rows.py joins the seeds of a method to a row of a table or a line of a figure.
+(what run.json says of data and shards), commit, folder; `diverged`: whether it broke down, and is counted but part of
+no mean. None is what a run does not say.
 """
 
 import json
@@ -25,14 +23,15 @@ from common.curves import number, read_metrics
 TUNING = "tuning"  # the folder of the runs of --tune
 # folder -> the module that declares its STUDY, TABLE and FIGURES; imported when asked for, as they import this one
 STUDIES = {"mamba_fl": "mamba", "vit_sparse_fl": "vit", "lora_glue_fl": "glue", "llm_noniid": "noniid"}
+TUNED_FIGURES = {"mamba_fl"}  # whose figures compare the runs of --tune with the others
 
 
 @dataclass(frozen=True)
 class Study:
     """What the runs of a study are called and what tells them apart, in which words.
 
-    setting(run) -> dict over `keys`: runs of one table or figure agree on these, apart from what it varies. A key that
-    a run lacks (None) agrees with anything: a central run joins every federation on its data.
+    setting(run) -> dict over `keys`, on which the runs of one table agree, apart from what it varies. A key that a run
+    lacks (None) agrees with anything: a central run joins every federation on its data.
     """
 
     name: str
@@ -72,19 +71,12 @@ def read(paths, *studies, notes=None):
 
     studies, notes = studies or tuple(map(study, STUDIES)), [] if notes is None else notes
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    found = {one.name: [] for one in studies}
-    for where, record in (each for path in paths for each in _records(path, notes)):
-        for one in (one for one in studies if record.get("command") in one.commands):
-            run = _row(one, record)
-            if run["status"] != "finished" and not not_finite(run):  # a run whose updates were not finite is a result
-                notes.append(f"left out {where}: its status is {run['status']}")
-            elif not run["curve"] and not not_finite(run):
-                notes.append(f"left out {where}: no line in metrics.jsonl")
-            else:
-                found[one.name].append(run)
-    chosen = []
+    records, chosen = [record for path in paths for record in _records(path, notes)], []
     for one in studies:
-        mine = found[one.name]
+        every = [_row(one, record) for record in records if record.get("command") in one.commands]
+        mine = [run for run in every if not_finite(run) or (run["status"] == "finished" and run["curve"])]
+        left_out = [run for run in every if run not in mine]
+        notes += [f"left out {run['where']}: {run['status']}, {len(run['curve'])} evaluations" for run in left_out]
         if not one.tuning and not all(run["tuning"] for run in mine):
             mine = [run for run in mine if not run["tuning"]]
         if mine:
@@ -94,16 +86,15 @@ def read(paths, *studies, notes=None):
             chosen.append(runs)
     if not chosen:
         where, more = ", ".join(map(str, paths)), f" ({'; '.join(notes[:3])})" if notes else ""
-        commands = ", ".join(command for one in studies for command in one.commands)
-        raise UsageError(f"no finished run of {commands} in {where}{more}: train first, or see --data-dir")
+        raise UsageError(f"no finished run in {where}{more}: train first, or see --data-dir")
     return pd.concat(chosen, ignore_index=True)
 
 
 def _records(path, notes):
-    """(where, record) of a folder's runs or a log's lines, a record like a log's line with a few words of the place."""
+    """The records of a folder's runs or a log's lines, each like a line of a log with a few words of its place."""
     if path.is_file():
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            yield f"{path}:{i}", json.loads(line) | {"log": path, "written": i}
+            yield json.loads(line) | {"where": f"{path}:{i}", "written": i}
         return
     if not path.is_dir():
         raise UsageError(f"--data-dir {path} is not a folder (or a log): give the --output-dir of the runs")
@@ -117,14 +108,14 @@ def _records(path, notes):
         except ValueError as error:
             notes.append(f"left out {folder}: damaged ({error})")
             continue
-        place = {"name": folder.name, "folder": folder, "tuning": TUNING in folder.resolve().parts}
-        yield str(folder), record | place | {"curve": lines, "written": file.stat().st_mtime}
+        place = {"name": folder.name, "folder": folder, "where": folder, "tuning": TUNING in folder.resolve().parts}
+        yield record | place | {"curve": lines, "written": file.stat().st_mtime}
 
 
 def _row(one, record):
     flags, status = record["args"], record.get("status")
     about = {"study": one.name, "kind": one.kind(record["command"], flags), "seed": flags.get("seed")}
-    about |= {key: record.get(key) for key in ("name", "command", "status", "folder", "log", "written", "versions")}
+    about |= {key: record.get(key) for key in ("name", "command", "status", "folder", "where", "written")}
     about |= {"ended": {"how": status} | (record.get("ended") or {}), "tuning": bool(record.get("tuning"))}
     about |= {"data": (record.get("data") or {}) | (record.get("clients") or {}), "curve": record.get("curve") or []}
     about |= {"commit": record.get("git_commit")}
@@ -136,11 +127,6 @@ def not_finite(run):
     """Whether it ended because clients' updates, or an evaluation, were not finite: it diverged in that round."""
     how, by, reason = (run["ended"].get(key) for key in ("how", "by", "reason"))
     return how == "failed" and (by in ("left_out", "not_finite") or "not finite" in (reason or ""))
-
-
-def flags_of(run):
-    """{flag: value} of a row of the table."""
-    return {key[2:]: value for key, value in run.items() if key.startswith("--") and value is not None}
 
 
 def result(run, name):

@@ -1,23 +1,24 @@
-"""One self-contained page from runs of any study: tables, flags side by side, how runs ended, figures.
+"""One self-contained page from runs of any study: its tables and figures.
 
     python plots/report.py results                              # writes results/report.html
     python plots/report.py runs_a runs_b --out page.html
-    python plots/report.py llm_noniid/results/study.jsonl --out page.html
+    python plots/report.py mamba_fl/results/gap.jsonl --out page.html
 
-DIR is a folder with run folders, at any depth, or a committed log. The page holds all it shows (figures as data URIs,
-no script, no font, no link to elsewhere), so that it can be mailed and read offline.
+DIR is a folder with run folders, at any depth, or a committed log; the log of --tune with its name is read with it. The
+page holds all it shows (figures as data URIs, no script, no font, no link to elsewhere), so that it can be mailed and
+read offline.
 """
 
 import base64
 import html
 import io
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from common.cli import Parser, run_main
 from plots import tables
-from plots.read import STUDIES, module, read
-from plots.rows import plain
+from plots.read import STUDIES, TUNED_FIGURES, TUNING, module, read
 from plots.style import each_figure
 
 CSS = """
@@ -35,12 +36,12 @@ def write(paths, out, more=()):
     notes, out = [], Path(out)
     runs = read(paths, notes=notes)
     names = [name for name in STUDIES if name in set(runs["study"])]
+    endings = ", ".join(f"{n} {how}" for how, n in sorted(Counter(end["how"] for end in runs["ended"]).items()))
     title = f"Runs of {' and '.join(names)}"
-    parts = [f"<h1>{title}</h1>", paragraph(f"{len(runs)} runs.")]
+    parts = [f"<h1>{title}</h1>", paragraph(f"{len(runs)} runs: {endings}.")]
     for name in names:
         mine = runs[runs["study"] == name].dropna(axis="columns", how="all")
-        parts += [f"<h2>{name}</h2>", *table_parts(name, mine, notes, more), *flag_parts(mine), *ending_parts(mine)]
-        parts += figure_parts(name, paths, mine, notes)
+        parts += [f"<h2>{name}</h2>", *figure_parts(name, paths, notes), *table_parts(name, mine, notes, more)]
     commits = sorted({str(commit)[:12] for commit in runs["commit"]})
     parts += ["<h2>Notes</h2>", *map(paragraph, dict.fromkeys([f"commits: {'; '.join(commits)}", *notes]))]
     head = f'<meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,"><style>{CSS}</style>'
@@ -56,57 +57,35 @@ def table_parts(name, runs, notes, more):
     table = module(name).TABLE
     for words in ((), *more):
         args = tables.build_parser().parse_args([name, *words])
-        for about, shared, cells in tables.tables_of(table, runs, args, notes):
+        for about, shared, (head, *rows) in tables.tables_of(table, runs, args, notes):
             yield f"<h3>{html.escape(about)}</h3>"
             yield paragraph(f"Unless said otherwise: {shared}.") if shared else ""
-            yield table_html(cells)
+            lines = [cells("th", head), *(cells("td", row) for row in rows)]
+            yield f'<div class="wide"><table>{"".join(lines)}</table></div>'
     yield from map(paragraph, (tables.__doc__.split("\n\n")[2], *table.words.split("\n\n")))
 
 
-def flag_parts(runs):
-    """A table of the flags in which runs differ, a row for all seeds; the others in a line."""
-    flags = {f: [str(plain(v)) for v in runs[f]] for f in runs if f.startswith("--") and f != "--seed"}
-    differ, rows = [flag for flag, values in flags.items() if len(set(values)) > 1], {}
-    for i, (seed, kind) in enumerate(zip(runs["seed"], runs["kind"], strict=True)):
-        rows.setdefault((kind, *(flags[flag][i] for flag in differ)), []).append(str(seed))
-    cells = [["method", *differ, "seeds"], *([*values, " ".join(seeds)] for values, seeds in rows.items())]
-    same = ", ".join(f"{flag} {values[0]}" for flag, values in flags.items() if flag not in differ)
-    return ["<h3>Flags</h3>", table_html(cells), paragraph(f"in all runs: {same}")]
-
-
-def ending_parts(runs):
-    """How many runs ended how; a table of those that did not simply finish."""
-    counts = Counter(ended["how"] for ended in runs["ended"])
-    columns = ("how", "by", "round", "clients", "reason")
-    ends = [(name, end) for name, end in zip(runs["name"], runs["ended"], strict=True) if end["how"] != "finished"]
-    rows = [[name, *(str(end.get(key, "-")) for key in columns)] for name, end in ends]
-    said = paragraph(", ".join(f"{n} {how}" for how, n in sorted(counts.items())) + ".")
-    return ["<h3>How runs ended</h3>", said, table_html([["run", *columns], *rows]) if rows else ""]
-
-
-def figure_parts(name, paths, runs, notes):
+def figure_parts(name, paths, notes):
     """HTML of every figure that the runs allow."""
-    one, parts, missing = module(name), ["<h3>Figures</h3>"], []
+    one, paths = module(name), [Path(path) for path in paths]
+    beside = [path.parent / TUNING / path.name for path in paths if name in TUNED_FIGURES]
+    paths += [path for path in beside if path.is_file()]
+    study = replace(one.STUDY, tuning=name in TUNED_FIGURES)
     args = one.build_parser().parse_args(["--data-dir", *map(str, paths)])
-    for stem, figure in each_figure(one.STUDY, one.FIGURES, runs, args, notes, missing):
+    for stem, figure in each_figure(study, one.FIGURES, read(paths, study), args, notes, []):
         data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=100)
+        figure.savefig(data, format="webp", dpi=90)
         words = html.escape(" ".join(f"{figure.get_suptitle()} ({stem})".split()))
-        source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
-        parts.append(f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>')
-    return [*parts, *map(paragraph, missing)]
+        source = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
+        yield f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
 
 
 def paragraph(words):
     return f"<p>{html.escape(words)}</p>"
 
 
-def table_html(rows):
-    """Rows of cells, the head first."""
-    import pandas as pd
-
-    with pd.option_context("display.max_colwidth", None):
-        return f'<div class="wide">{pd.DataFrame(rows[1:], columns=rows[0]).to_html(index=False)}</div>'
+def cells(tag, row):
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
 
 
 def main(args):

@@ -7,13 +7,14 @@ flags in which the row differs from most of its table, in the study's words.
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from common.curves import number
-from plots.read import flags_of, result
+from plots.read import result
 
 # flags that say where and how a run was computed, not what
 WHERE = frozenset(
@@ -28,29 +29,22 @@ WHERE = frozenset(
 class Row:
     """The seeds of one method in one setting: `runs`, a DataFrame indexed by seed; `counted`, without diverged ones.
 
-    args: what sets it apart, {flag or varied key of the setting: value}; place: the values of what lies on a figure's
-    axis; label: set by `label`.
+    args: what sets it apart, {flag or varied key of the setting: value}; label: set by `label`.
     """
 
-    def __init__(self, study, runs, free=(), axis=()):
+    def __init__(self, study, runs, free=()):
         self.study, self.runs = study, runs.set_index("seed", drop=False).sort_index(key=lambda seeds: seeds.map(str))
         self.counted = self.runs[~self.runs["diverged"].astype(bool)]
         self.first = self.runs.iloc[0]
         self.kind, self.central = self.first["kind"], self.first["kind"] in study.central
         setting = self.first["setting"]
-        varied = [key for key in study.keys if key in free and key not in axis and key in setting]
-        self.args = {key: setting[key] for key in varied} | self.first["variant"]
-        self.place = {key: setting.get(key) for key in axis}
-        self.label = self.name = study.kinds.get(self.kind, str(self.kind).replace("_", " ").capitalize())
+        self.args = {key: setting[key] for key in study.keys if key in free and key in setting} | self.first["variant"]
+        self.label = self.name = study.kinds.get(self.kind, self.kind)
         self.unlike = []
 
     def __getitem__(self, flag):
         """The value of a flag, None where the runs have none."""
         return self.first.get(f"--{flag}")
-
-    @property
-    def method(self):
-        return self.kind, tuple(self.args.items())
 
     def results(self, name):
         """A number a seed of run.json's results: a Series."""
@@ -58,32 +52,27 @@ class Row:
 
     def mean_over_rounds(self, name):
         """The mean of a field over the rounds that have it, a number a seed: nan without any or with one not finite."""
-        given = {s: [number(row[name]) for row in rows if row.get(name) is not None] for s, rows in self.curves.items()}
-        return pd.Series({s: np.mean(values) if values else math.nan for s, values in given.items()}, dtype=float)
-
-    @property
-    def curves(self):
-        return self.counted["curve"]
+        curves = self.counted["curve"].items()
+        given = {seed: [number(line[name]) for line in curve if line.get(name) is not None] for seed, curve in curves}
+        return pd.Series({seed: np.mean(values) if values else math.nan for seed, values in given.items()}, dtype=float)
 
     def rounds(self, name, x="round"):
         """(x [E], values [S, E]) of a field at the rounds where every seed has it; x: the mean over the seeds."""
-        tables = [pd.DataFrame([r for r in rows if r.get(name) is not None]) for rows in self.curves]
-        tables = [table.set_index("round")[list({name, x} - {"round"})] for table in tables if len(table)]
-        if not tables or len(tables) < len(self.curves):
-            return np.empty(0), np.empty((len(self.curves), 0))
-        shared = sorted(set.intersection(*(set(table.index) for table in tables)))
-        values = np.array([[number(v) for v in table.loc[shared, name]] for table in tables])
-        at = shared if x == "round" else np.mean([table.loc[shared, x].astype(float) for table in tables], axis=0)
-        return np.array(at, dtype=float), values
+        curves = [[line for line in curve if line.get(name) is not None] for curve in self.counted["curve"]]
+        each = [{line["round"]: (number(line[x]), number(line[name])) for line in curve} for curve in curves]
+        shared = sorted(set.intersection(*map(set, each))) if each else []
+        both = np.array([[seed[t] for t in shared] for seed in each]).reshape(len(each), len(shared), 2)
+        return both[..., 0].mean(axis=0), both[..., 1]
 
 
 def with_settings(runs, study):
     """The table with two columns more: `setting`, and `variant`, the flags that set a run apart from its kind."""
-    runs, hidden = runs.copy(), study.said | WHERE
-    runs["setting"] = [{k: v for k, v in study.setting(run).items() if v is not None} for _, run in runs.iterrows()]
-    flags = [{k: plain(v) for k, v in sorted(flags_of(run).items()) if k not in hidden} for _, run in runs.iterrows()]
-    runs["variant"] = flags
-    return runs
+    settings, variants, hidden = [], [], study.said | WHERE
+    for _, run in runs.iterrows():
+        settings.append({key: value for key, value in study.setting(run).items() if value is not None})
+        flags = {key[2:]: value for key, value in run.items() if key.startswith("--") and value is not None}
+        variants.append({flag: plain(value) for flag, value in sorted(flags.items()) if flag not in hidden})
+    return runs.assign(setting=settings, variant=variants)
 
 
 def plain(value):
@@ -118,25 +107,32 @@ def groups(runs, study, free=()):
     return [(setting, runs.iloc[sorted(members)]) for setting, members in found]
 
 
-def rows_of(runs, study, free=(), axis=(), notes=None):
+def rows_of(runs, study, free=(), notes=None):
     """The runs of a group as labelled `Row`s, in the order of their kinds, the usual variant of each first.
 
     Of two runs with the same setting, flags and seed the one that was written later counts; a note says so.
     """
-    alike = {}
+    alike, rows = {}, []
     for i, (_, run) in enumerate(runs.iterrows()):
         varied = [str(run["setting"].get(key)) for key in study.keys if key in free]
         alike.setdefault(json.dumps([run["kind"], run["variant"], varied], sort_keys=True), []).append(i)
-    rows = []
     for members in alike.values():
         same = runs.iloc[members].sort_values("written", kind="stable")
         for _, other in same[same["seed"].duplicated(keep="last")].iterrows():
             note = f"left out {other['folder'] or other['name']}: a later run has the same flags and seed"
             notes is not None and note not in notes and notes.append(note)
-        rows.append(Row(study, same.drop_duplicates("seed", keep="last"), free, axis))
-    rows.sort(key=lambda row: (kind_order(row), _order(row, row.args), _order(row, row.place)))
+        rows.append(Row(study, same.drop_duplicates("seed", keep="last"), free))
+
+    def by_values(row):
+        values = [(word_order(row, key), study.order(key, value)) for key, value in sorted(row.args.items())]
+        return kind_order(row), values
+
+    def by_words(row):
+        return kind_order(row), len(row.unlike), [word_order(row, name) for name in row.unlike]
+
+    rows.sort(key=by_values)
     label(rows)
-    return sorted(rows, key=lambda row: (kind_order(row), len(row.unlike), [word_order(row, n) for n in row.unlike]))
+    return sorted(rows, key=by_words)
 
 
 def kind_order(row):
@@ -151,18 +147,6 @@ def place_in(name, names):
     return list(names).index(name) if name in names else len(names)
 
 
-def _order(row, values):
-    return [(word_order(row, key), row.study.order(key, value)) for key, value in sorted(values.items())]
-
-
-def lines_of(rows):
-    """The rows as lines along a figure's axis: lists of rows with equal method."""
-    lines = {}
-    for row in rows:
-        lines.setdefault(json.dumps(row.method, default=str), []).append(row)
-    return list(lines.values())
-
-
 # ---- labels
 
 
@@ -173,7 +157,7 @@ def label(rows):
             row.unlike = [name for name in names_of([row]) if _differs(row, name, rows, omit_usual)]
             words = [word for name in row.unlike for word in words_for(row.study, name, row.args[name])]
             row.label = ", ".join([row.name, *words])
-        if len({row.label for row in rows}) == len(lines_of(rows)):
+        if len({row.label for row in rows}) == len(rows):
             return
 
 
@@ -182,31 +166,29 @@ def names_of(rows):
 
 
 def _differs(row, name, rows, omit_usual):
-    """Whether a label says a flag. The same flag means another thing to a central run: a batch, a rate, an epoch."""
+    """Whether a label says a flag. The same flag means another thing to a central run."""
     values = [str(one.args[name]) for one in rows if one.central == row.central and name in one.args]
-    if len(set(values)) < 2 or (name in row.study.lengths and not differing(rows, row.study.budget)):
+    if len(set(values)) < 2 or (name in row.study.lengths and _as_long(rows)):
         return False
     most = 2 * values.count(str(row.args[name])) > len(values)
     return not (omit_usual and most and name not in row.study.spoken)
+
+
+def _as_long(rows):
+    """Whether all runs had the same budget, up to 2 %."""
+    values = [value for row in rows for value in row.results(row.study.budget) if value > 0]
+    return not values or max(values) <= 1.02 * min(values)
 
 
 def usual(rows):
     """What most of the federated rows have of the flags that tell some apart, in words."""
     federated, words = [row for row in rows if not row.central], []
     for name in names_of(federated) if federated else ():
-        values = [str(row.args[name]) for row in federated if name in row.args]
-        most = max(values, key=values.count)
-        several = len(set(values)) > 1 and name not in rows[0].study.spoken
-        if several and 2 * values.count(most) > len(values):
-            value = next(row.args[name] for row in federated if str(row.args.get(name)) == most)
-            words += words_for(rows[0].study, name, value)
+        values = [row.args[name] for row in federated if name in row.args]
+        most = Counter(map(str, values)).most_common()
+        if len(most) > 1 and name not in rows[0].study.spoken and 2 * most[0][1] > len(values):
+            words += words_for(rows[0].study, name, next(value for value in values if str(value) == most[0][0]))
     return ", ".join(words)
-
-
-def differing(rows, name):
-    """The lowest and highest value of a result over the rows' runs where they differ by over 2 %, else None."""
-    values = [value for row in rows for value in row.results(name) if value > 0]
-    return (min(values), max(values)) if values and max(values) > 1.02 * min(values) else None
 
 
 def shared_setting(setting, rows):
@@ -223,13 +205,13 @@ def describe(study, setting, keys=None):
 
 def words_for(study, name, value):
     """[`J 4`], [`sparsity 0.9`], ... in the study's words; [] for a value that says nothing."""
-    if value is None or value == "":
-        return []
     form = study.words.get(name, name.replace("_", " ") + " {}")
-    if not isinstance(form, str):
-        return [word for word in [form and form(value)] if word]
-    words = form.format(value)
-    return [words[:-1] if value == 1 and words.endswith("s") and form != "{}" else words]
+    if value in (None, "") or form is None:
+        return []
+    words = form.format(value) if isinstance(form, str) else form(value)
+    if value == 1 and isinstance(form, str) and form.endswith("s"):
+        words = words[:-1]
+    return [words] if words else []
 
 
 def nearest(row, others):

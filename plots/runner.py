@@ -7,17 +7,15 @@ skipped and broken ones go on (--resume), so that a command can be given again a
 go to every run, a row's own win.
 
 --tune runs every row at some values of a flag, on a seed that the table does not use, and keeps the best on validation:
-the last `objective` of a run, never of the test split; a run that diverged is worse than any other. A best at the edge
-of the values extends them there, by the ratio of the last two, at most EXTENSIONS times a side. Of two flags the first
-is tuned at the row's own value of the second, then the second at the first's best. A row with `rate_of` takes that
-row's values; its own are tuned after and at them. OUTPUT/tuned.json gets {row: {flag: {best, edge, tried, ...}}}; the
-same command without --tune runs the rows with these values as their last flags.
+the last `objective` of a run; a run that diverged is worse than any other. A best at the edge of the values extends
+them there, by the ratio of the last two, at most EXTENSIONS times a side. Of two flags the second is tuned at the
+first's best. A row with `rate_of` takes that row's values; its own are tuned after and at them. OUTPUT/tuned.json gets
+{row: {flag: {best, edge, tried, ...}}}; the same command without --tune runs the rows with these values as last flags.
 """
 
 import json
 import math
 import os
-import runpy
 import shlex
 import subprocess
 import sys
@@ -40,15 +38,13 @@ def row(line, group="", seeds=None, tune=None, rate_of="", needs=(), tag="_seed_
     """A row of a grid. line: script and flags, in which {seed} and {output} (and a study's own `values`) are replaced;
     seeds: how many of the seeds it takes (None: all); tune: {flag: values}; needs: rows that are run first, of the same
     seed; tag: what its name ends in; record: the file that says that it ended, of a script that makes no run."""
-    about = {"line": line, "group": group, "seeds": seeds, "tune": tune or {}, "rate_of": rate_of}
-    return about | {"needs": needs, "tag": tag, "record": record}
+    return locals() | {"tune": tune or {}}
 
 
 def preset(rows, shared="", seeds=(0, 1, 2), objective="val_loss", higher=False, tuned="", name="{row}"):
     """shared: flags of every run; objective: what --tune compares, a field of metrics.jsonl; higher: whether more of it
     is better; tuned: a file of tuned values in the repository; name: of a run, before its tag."""
-    about = {"rows": rows, "shared": shared, "seeds": seeds, "objective": objective}
-    return about | {"higher": higher, "tuned": tuned, "name": name}
+    return locals()
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,6 @@ class Run:
     name: str
     row: str
     words: tuple
-    seed: tuple = ()
     needs: tuple = ()
     record: str = "run.json"
     point: dict = field(default_factory=dict, compare=False)
@@ -73,7 +68,7 @@ class Run:
     def command(self):
         tuned = [word for flag, x in self.point.items() for word in (f"--{flag}", f"{x:g}")]
         place = ["--output-dir", str(self.folder.parent), "--run-name", self.folder.name, "--resume"]
-        return [*self.words, *tuned, *self.seed, *(place if self.record == "run.json" else ())]
+        return [*self.words, *tuned, *(place if self.record == "run.json" else ())]
 
 
 # ---- the command line and the plan
@@ -82,44 +77,35 @@ class Run:
 def build_parser(study, description, preset_names=(), output_names=()):
     """The parser of a study's front. preset_names, output_names: further spellings of --preset and --output-dir."""
     parser = Parser(description)
-    add, folder = parser.add_argument, study["output"].format(preset="PRESET")
-    names = {"choices": list(study["presets"]), "default": study["default"]}
-    add("--preset", *preset_names, **names, help="what is run, and at which sizes")
+    add, names = parser.add_argument, list(study["presets"])
+    add("--preset", *preset_names, choices=names, default=study["default"], help="what is run, and at which sizes")
     add("--seeds", type=non_negative_int, nargs="+", metavar="N", help="default: the preset's")
-    jobs = "runs at a time, of one thread each; a run alone may take all cores (default: 1; quick: as many as cores)"
-    add("--jobs", type=positive_int, metavar="N", help=jobs)
+    add("--jobs", type=positive_int, metavar="N", help="runs at a time (default: 1; quick: one a core)")
     add("--only", nargs="+", metavar="NAME", help="only these rows or groups (default: all)")
     add("--plan", action="store_true", help="print the runs' commands and how far they are; run nothing")
-    tune = "find each row's best value of a flag on validation, and run no more; alone: the rows' own values"
-    add("--tune", nargs="*", metavar=("FLAG", "X"), help=tune)
+    text = "find each row's best value of a flag on validation, and run no more; alone: the rows' own values"
+    add("--tune", nargs="*", metavar=("FLAG", "X"), help=text)
     add("--tune-seed", type=non_negative_int, default=100, metavar="N", help="none of --seeds")
-    tuned = "tuned values that the runs take; none: the rows' own flags (default: DIR/tuned.json and the preset's)"
-    add("--tuned", metavar="FILE", help=tuned)
-    add("--output-dir", *output_names, metavar="DIR", help=f"run folders (default: {folder})")
+    add("--output-dir", *output_names, metavar="DIR", help=f"run folders (default: {study['output']})")
     return parser
 
 
 def run_study(study, args, words=()):
-    """Runs what a command line asks for; words: flags for every run. Returns the exit code. Raises UsageError where a
-    script refuses its run, RunFailed where runs failed."""
-    one, output, tuning = study["presets"][args.preset], output_of(study, args), args.tune is not None
+    """Runs what a command line asks for; words: flags for every run. Returns the exit code. Raises as `run_all`."""
+    one, output = study["presets"][args.preset], output_of(study, args)
+    args.jobs = args.jobs or (os.cpu_count() if args.preset == "quick" else 1)
+    if args.tune is not None:
+        return tune(args, one, runs_of(study, args, [args.tune_seed], words), output)
     seeds = list(args.seeds or one["seeds"])
-    if tuning and args.tune_seed in seeds:
-        raise UsageError(f"--tune-seed {args.tune_seed} is one of the table's --seeds: take another")
-    runs = runs_of(study, args, [args.tune_seed] if tuning else seeds, words)
-    if words:
-        check_flags(runs)
-    if tuning:
-        return tune(args, one, runs, output)
-    runs = with_tuned(args, one, runs, output, seeds)
+    runs = with_tuned(one, runs_of(study, args, seeds, words), output, seeds)
     if args.plan:
         return put_plan(runs)
     try:
-        run_all(runs, jobs_of(args))
+        run_all(runs, args.jobs)
     finally:
         collect(output)
     for line in study.get("show", ()):
-        script, *flags = (word.format(output=output) for word in line.split())
+        script, *flags = line.format(output=output).split()
         subprocess.run([sys.executable, str(ROOT / script), *flags], check=False)
     print(output)
     return 0
@@ -127,10 +113,6 @@ def run_study(study, args, words=()):
 
 def output_of(study, args):
     return Path(args.output_dir or study["output"].format(preset=args.preset.replace("-", "_")))
-
-
-def jobs_of(args):
-    return args.jobs or (os.cpu_count() if args.preset == "quick" else 1)
 
 
 def runs_of(study, args, seeds, words=()):
@@ -142,21 +124,19 @@ def runs_of(study, args, seeds, words=()):
     shared = [*shlex.split(one["shared"]), *words]
 
     def add(name, seed):
-        about = one["rows"][name]
+        about, values = one["rows"][name], {"seed": seed, "output": output}
         needs = tuple(add(other, seed) for other in about["needs"])
-        values = {"seed": seed, "output": output}
         values |= study["values"](seed, args.tune is not None) if "values" in study else {}
         script, *own = (word.format(**values) for word in shlex.split(about["line"]))
         tag = about["tag"].format(**values)
         if about["record"]:
-            for flag in ("--dataset", "--data-root", "--cache-dir"):
-                own += [flag, last(words, flag)] if flag in words else []
-            run = Run(output, name + tag, "", (script, *own), needs=needs, record=about["record"])
+            own += [w for f in ("--dataset", "--data-root", "--cache-dir") if f in words for w in (f, last(words, f))]
+            run = Run(output, name + tag, "", (script, *own), needs, about["record"])
         else:
             given = {key: Path(last(shared, f"--{key}").format(**values)).name for key in ("dataset", "model")}
+            own += [] if "--seed" in own else ["--seed", str(seed)]
             called = one["name"].format(row=name, **given) + tag
-            seeded = () if "--seed" in own else ("--seed", str(seed))
-            run = Run(output, called, name, (script, *(w.format(**values) for w in shared), *own), seeded, needs)
+            run = Run(output, called, name, (script, *(word.format(**values) for word in shared), *own), needs)
         found.setdefault(run.name, run)
         return run.name
 
@@ -171,14 +151,6 @@ def runs_of(study, args, seeds, words=()):
 def last(words, flag):
     """The last value of a flag in a command line, "" without."""
     return ["", *(value for word, value in zip(words, words[1:], strict=False) if word == flag)][-1]
-
-
-def check_flags(runs):
-    """Ends with the line of the script that does not know its flags, before any run is started."""
-    for run in {run.words[0]: run for run in runs if run.row}.values():
-        parser = runpy.run_path(str(ROOT / run.words[0]))["build_parser"]()
-        parser.prog = run.words[0]
-        parser.parse_args(run.command[1:])
 
 
 def put_plan(runs):
@@ -214,17 +186,14 @@ def collect(output):
     for path in sorted(output.glob("*/run.json")):
         record, folder = json.loads(path.read_text()), path.parent
         if record["status"] in ("finished", "failed"):
+            curve = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
             line = {"name": folder.name} | ({"tuning": True} if output.name == TUNING else {})
-            line["args"] = {k: placeless(v) for k, v in record["args"].items() if k not in HERE}
-            line["data"] = {k: placeless(v) for k, v in (record.get("data") or {}).items() if k != "source"}
+            line["args"] = {key: placeless(value) for key, value in record["args"].items() if key not in HERE}
+            line["data"] = {key: placeless(v) for key, v in (record.get("data") or {}).items() if key != "source"}
             line |= {key: record.get(key) for key in LOGGED}
-            line["curve"] = [{k: v for k, v in one.items() if "second" not in k} for one in metrics(folder)]
+            line["curve"] = [{key: v for key, v in one.items() if "second" not in key} for one in curve]
             lines.append(json.dumps(line) + "\n")
     (output / "results.jsonl").write_text("".join(lines))
-
-
-def metrics(folder):
-    return read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
 
 
 def placeless(value):
@@ -270,14 +239,11 @@ def run_all(runs, jobs):
         for _, process, _ in running:
             process.wait()
     if failed:
-        raise RunFailed(
-            f"{len(failed)} of {len(runs)} runs did not finish ({', '.join(failed)}): see their output/*.txt"
-        )
+        raise RunFailed(f"{len(failed)} of {len(runs)} runs did not finish: {', '.join(failed)}: see output/*.txt")
 
 
 def start(run, alone=True):
-    """Starts a run: (its process, the file that gets what it prints). alone: it may take the whole machine, else it is
-    one process of one thread."""
+    """Starts a run: (its process, the file that gets what it prints). alone: it may take the whole machine."""
     log, place = run.output / "output" / f"{run.name}.txt", os.environ | ({} if alone else ONE_THREAD)
     log.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, str(ROOT / run.words[0]), *run.command[1:]]
@@ -290,43 +256,40 @@ def start(run, alone=True):
 
 def tune(args, one, runs, output):
     """All of --tune: runs, log, tuned.json. runs: one of each row, and what these need."""
-    rows, known, given, path = one["rows"], tuned_values(args, one, output), values_of(args.tune), output / TUNED
+    rows, higher, given = one["rows"], one["higher"], values_of(args.tune)
     grids = {run: given or rows[run.row]["tune"] for run in runs if run.row and (given or rows[run.row]["tune"])}
+    needed = [run for run in runs if any(run.name in other.needs for other in runs)]
     if not grids:
         raise UsageError("--tune: none of these rows has values of its own: give --tune FLAG X1 X2")
-    of = {run: rows[run.row]["rate_of"] for run in grids}
-    if lacking := [run for run in grids if of[run] not in ("", *known, *(other.row for other in grids))]:
-        raise UsageError(f"{lacking[0].row} takes what {of[lacking[0]]} is tuned to: --tune that first")
-    needed = [run for run in runs if any(run.name in other.needs for other in runs)]
-    points = [(run, flag, x) for run, grid in grids.items() for flag, values in grid.items() for x in values]
     if args.plan:
+        points = [(run, flag, x) for run, grid in grids.items() for flag, values in grid.items() for x in values]
         return put_plan([*needed, *(at(*point) for point in points)])
 
     def run_them(some):
-        run_all(some, jobs_of(args))
+        run_all([*needed, *some], args.jobs)
         collect(output / TUNING)
 
     # first all that waits for no other's best value, so that no job is idle
-    run_them([*needed, *(at(run, flag, x) for run, flag, x in points if flag == [*grids[run]][0] and not of[run])])
-    for run in sorted(grids, key=lambda run: of[run] != ""):
-        found, taken = {}, best_of(known.get(of[run], {}))
+    firsts = [(run, *next(iter(grid.items()))) for run, grid in grids.items() if not rows[run.row]["rate_of"]]
+    run_them([at(run, flag, x) for run, flag, values in firsts for x in values])
+    for run in sorted(grids, key=lambda run: rows[run.row]["rate_of"] != ""):
+        taken, found = point_of(one, run, output, own=False), {}
         for flag, values in grids[run].items():
-            tried, todo, mine = {}, values, replace(run, point=taken | best_of(found))
+            tried, todo = {}, values
+            mine = replace(run, point=taken | {name: about["best"] for name, about in found.items()})
             while todo:
-                run_them([*needed, *(at(mine, flag, x) for x in todo)])
+                run_them([at(mine, flag, x) for x in todo])
                 tried |= {x: outcome(at(mine, flag, x), one["objective"]) for x in todo}
-                todo = extension(tried, values, one["higher"])
-            best, ends = best_value(tried, one["higher"]), {f"{x:g}": tried[x] for x in sorted(tried)}
+                todo = extension(tried, values, higher)
+            best = best_value(tried, higher)
             if tried[best] == math.inf:
                 raise RunFailed(f"{run.row} diverged at every value of {flag}: give lower ones")
-            ends = {x: "diverged" if end == math.inf else end for x, end in ends.items()}
+            ends = {f"{x:g}": "diverged" if tried[x] == math.inf else tried[x] for x in sorted(tried)}
             found[flag] = {"best": best, "edge": best in (min(tried), max(tried)), "tried": ends}
             found[flag] |= {"objective": one["objective"], "seed": args.tune_seed}
             print(f"{run.row}: {flag} {best:g} of {ends}", flush=True)
-        known[run.row] = found
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(kept | {run.row: found}, indent=1) + "\n")
-    print(path)
+        (output / TUNED).write_text(json.dumps(tuned_in(output / TUNED) | {run.row: found}, indent=1) + "\n")
+    print(output / TUNED)
     return 0
 
 
@@ -346,11 +309,6 @@ def rounded(x):
     return float(f"{x:g}")
 
 
-def best_of(result):
-    """{flag: best value} of a row of tuned.json."""
-    return {flag: found["best"] for flag, found in result.items()}
-
-
 def at(run, flag, x):
     """The run of a row with one value more, in the tuning folder."""
     point = run.point | {flag: x}
@@ -366,42 +324,40 @@ def best_value(tried, higher):
 def extension(tried, given, higher):
     """[the value beyond the edge], where that is the best so far; [] where it is not, or after EXTENSIONS."""
     values, best = sorted(tried), best_value(tried, higher)
-    if best == values[0] and sum(x < min(given) for x in values) < EXTENSIONS:
-        return [rounded(best * best / values[1])]
-    if best == values[-1] and sum(x > max(given) for x in values) < EXTENSIONS:
-        return [rounded(best * best / values[-2])]
+    for edge, beside, beyond in (
+        (values[0], values[1], [x for x in values if x < min(given)]),
+        (values[-1], values[-2], [x for x in values if x > max(given)]),
+    ):
+        if best == edge and len(beyond) < EXTENSIONS:
+            return [rounded(edge * edge / beside)]
     return []
 
 
 def outcome(run, objective):
     """The objective at a finished run's last evaluation; inf where it diverged, as does who left out an update."""
-    rows = metrics(run.folder)
-    if broke_down(record_of(run)) or any(row.get("left_out_updates") for row in rows):
+    if broke_down(record_of(run)) or any(line.get("left_out_updates") for line in read_metrics(run.folder)):
         return math.inf
-    value = [number(row[objective]) for row in rows if row.get(objective) is not None][-1]
+    value = [number(line[objective]) for line in read_metrics(run.folder) if line.get(objective) is not None][-1]
     return math.inf if math.isnan(value) else value
 
 
-def tuned_values(args, one, output):
-    """{row: {flag: what was found}} of the preset's file and OUTPUT/tuned.json, or of --tuned."""
-    if args.tuned not in (None, "none") and not Path(args.tuned).exists():
-        raise UsageError(f"--tuned {args.tuned}: there is no such file")
-    files = [Path(args.tuned)] if args.tuned else [ROOT / one["tuned"], output / TUNED]
-    return {name: result for path in files if path.is_file() for name, result in json.loads(path.read_text()).items()}
+def tuned_in(path):
+    """{row: {flag: what was found}} of a file of tuned values, {} without it."""
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def with_tuned(args, one, runs, output, seeds):
-    """The runs, those of tuned rows with their values. Raises UsageError where one lacks its own, or a seed is the one
-    that it was tuned on."""
-    found = tuned_values(args, one, output)
+def point_of(one, run, output, own=True, seeds=()):
+    """{flag: best value} of a run's row and of the row whose values it takes. Raises UsageError where they are lacking,
+    or were tuned on one of the seeds."""
+    about, found = one["rows"][run.row], tuned_in(ROOT / one["tuned"]) | tuned_in(output / TUNED)
+    other, mine = found.get(about["rate_of"], {}), found.get(run.row, {}) if own else {}
+    if (about["rate_of"] and not other) or (own and not mine.keys() >= about["tune"].keys()):
+        raise UsageError(f"{run.row} has no tuned values: give --tune first, with {about['rate_of'] or run.row}")
+    if same := [result for result in (other | mine).values() if result["seed"] in seeds]:
+        raise UsageError(f"--seeds {same[0]['seed']}: {run.row} was tuned on it: drop it")
+    return {flag: result["best"] for flag, result in (other | mine).items()}
 
-    def tuned(run):
-        about = one["rows"][run.row]
-        other, own = found.get(about["rate_of"], {}), found.get(run.row, {})
-        if not own.keys() >= about["tune"].keys() or (about["rate_of"] and not other):
-            raise UsageError(f"{run.row} has no tuned values: give --tune first, or --tuned none")
-        if same := [some for some in (*other.values(), *own.values()) if some["seed"] in seeds]:
-            raise UsageError(f"--seeds {same[0]['seed']}: {run.row} was tuned on it: drop it")
-        return replace(run, point=best_of(other | own))
 
-    return runs if args.tuned == "none" else [tuned(run) if run.row else run for run in runs]
+def with_tuned(one, runs, output, seeds):
+    """The runs, those of tuned rows with their values."""
+    return [replace(run, point=point_of(one, run, output, seeds=seeds)) if run.row else run for run in runs]

@@ -2,8 +2,11 @@
 
 A study declares FIGURES: {name: (function, the runs that it needs, in words)}; function(runs, args, notes) yields
 (file name, matplotlib's Figure) for each file. It takes the rows of the study's table (plots.tables.grouped, rows_of).
-A look (colour, marker, dash) follows the method, the same in all figures of a study; its variants differ in dash and
-filling, so that a figure says the same in grey. Bands and bars of seeds are one standard deviation each way.
+A colour and a marker belong to a method, in all figures of a study; its variants differ in dash and filling, so that a
+figure says the same in grey.
+
+Bands and bars are one thing everywhere: one sample standard deviation over seeds each way (`seed_spread`). Only what
+shows paired differences or ratios has their 95 % t interval instead (plots.pairs), and says so.
 """
 
 import math
@@ -16,7 +19,7 @@ import numpy as np
 from common.cli import Parser, UsageError
 from common.curves import COLORS, DASHES, GREY, MARKERS, new_figure, save_figure, set_title, style
 from plots.read import read
-from plots.rows import describe, differing, usual, with_settings
+from plots.rows import describe, with_settings
 
 REFERENCE = {"color": GREY, "linestyle": (0, (6, 2))}  # a line that others are measured by
 
@@ -31,7 +34,6 @@ def figure_parser(study, figures, more=lambda parser: None):
     parser.add_argument("names", nargs="*", metavar="FIGURE", help=f"any of {names} (default: all that the runs allow)")
     parser.add_argument("--data-dir", nargs="+", default=["results"], help="folders with run folders, or logs")
     parser.add_argument("--out-dir", default="results/plots", help="folder for the figures")
-    parser.add_argument("--format", choices=["png", "pdf"], default="png", help="of the files")
     more(parser)
     return parser
 
@@ -46,7 +48,7 @@ def draw_figures(study, figures, args):
     notes, wrote, missing = [], [], []
     runs = read(args.data_dir, study, notes=notes)
     for name, figure in each_figure(study, figures, runs, args, notes, missing):
-        wrote.append(save_figure(figure, Path(args.out_dir) / f"{name}.{args.format}"))
+        wrote.append(save_figure(figure, Path(args.out_dir) / f"{name}.png"))
     for line in [*(f"wrote {path}" for path in wrote), *(dict.fromkeys([*missing, *notes]) if wrote else ())]:
         print(line)
     if not wrote:
@@ -77,12 +79,8 @@ def numbered(stem, figures):
 
 
 def caption(figure, title, setting, rows):
-    """The title over a figure: what it shows, the setting that all share, what its labels leave unsaid, budgets."""
-    study, shared = rows[0].study, usual(rows)
-    words = [title, describe(study, setting), f"unless said otherwise: {shared}" if shared else ""]
-    if ends := differing([row for row in rows if not row.central], study.budget):
-        words.append(f"{study.budget} differ: {ends[0]:,.0f} to {ends[1]:,.0f}")
-    set_title(figure, "\n".join(filter(None, words)))
+    """The title over a figure: a line of what it shows, a line of the setting that all share."""
+    set_title(figure, f"{title}\n{describe(rows[0].study, setting)}")
 
 
 def seeds_text(rows, shown="band: standard deviation"):
@@ -93,8 +91,8 @@ def seeds_text(rows, shown="band: standard deviation"):
 
 def seeds_range(rows):
     """`3`, or `1 to 3` where rows have different numbers of seeds."""
-    counts = sorted({len(row.runs) for row in rows})
-    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    counts = [len(row.runs) for row in rows]
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def legend_below(figure, axes):
@@ -119,20 +117,17 @@ def folded(title, letters=42):
 
 
 def looks_of(rows):
-    """{label: colour, marker, dash, filling} of rows, by their method.
+    """{label: colour, marker, dash, filling} of rows, those of their method's place in its study.
 
-    Colour and marker are those of the kind's place in its study; further variants of a kind have the next dashes and
-    open markers. In a figure of one kind its rows have looks of their own, in their order.
+    Further variants of a method have the next dashes and open markers; central training is grey.
     """
-    factor = len({row.kind for row in rows if not row.central}) == 1
     looks, seen = {}, Counter()
     for row in rows:
-        kinds = [kind for kind in row.study.kinds if kind not in row.study.central]
-        i = kinds.index(row.kind) if row.kind in kinds else len(kinds)
-        variant = seen[row.kind]
-        own = look(0, variant) | {"color": GREY, "marker": "*"} if row.central else None
+        federated = [kind for kind in row.study.kinds if kind not in row.study.central]
+        i = federated.index(row.kind) if row.kind in federated else len(federated)
         if row.label not in looks:
-            looks[row.label] = own or (look(i + variant) if factor else look(i, variant))
+            own = {"color": GREY, "marker": "*"} if row.central else {}
+            looks[row.label] = look(0 if row.central else i, seen[row.kind]) | own
             seen[row.kind] += 1
     return looks
 
@@ -160,39 +155,36 @@ def panel_axes(count, wide=None, width=None, height=2.9, extra=1.5, **kwargs):
     height: of a row of panels, extra: of title and legend, inches.
     """
     wide = min(wide or (2 if count == 4 else 3), count)
-    rows = math.ceil(count / wide)
-    width = width or (6.4 if wide == 1 else 4.0 * wide + 0.4 if wide < 3 else 3.5 * wide + 0.4)
+    rows, width = math.ceil(count / wide), width or {1: 6.4, 2: 8.4}.get(wide, 3.5 * wide + 0.4)
     figure, axes = new_figure(rows, wide, width=width, height=height * rows + extra, **kwargs)
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, list(axes.flat[:count])
 
 
-def band(axis, x, values, label, look, every=None, spread="sd", alpha=0.1):
-    """The mean of values [S, E] over x [E] and a band: one sample standard deviation each way, or spread="range"."""
-    mean = values.mean(axis=0)
+def band(axis, x, values, label, look, every=None, alpha=0.1):
+    """The mean of values [S, E] over x [E], and a band of a standard deviation each way."""
+    mean, spread = values.mean(axis=0), seed_spread(values)
     axis.plot(x, mean, label=label, markevery=every, **look)
-    if len(values) > 1:
-        low, high = values.min(axis=0), values.max(axis=0)
-        if spread == "sd":
-            low, high = mean - values.std(axis=0, ddof=1), mean + values.std(axis=0, ddof=1)
-        axis.fill_between(x, low, high, color=look["color"], alpha=alpha, linewidth=0)
+    axis.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=alpha, linewidth=0)
+
+
+def seed_spread(values):
+    """Sample standard deviation over seeds, of values [S, ...] (n - 1 in the denominator); 0 for one seed."""
+    return np.std(values, axis=0, ddof=1) if len(values) > 1 else 0.0
 
 
 def draw_rounds(axis, rows, looks, name, factor=1.0):
-    """A line with its band per row: `factor` * field `name` against the round."""
+    """A line with its band per row: `factor` * field `name` against the round; a factor of 100: per cent, up to 100."""
     for i, row in enumerate(rows):
         at, values = row.rounds(name)
         if values.size:
             band(axis, at, factor * values, row.label, looks[row.label], markers_at(i, len(at), len(rows)))
     axis.set_xlim(left=0)
+    if factor == 100:
+        axis.set_ylim(top=min(100, axis.get_ylim()[1]))
     whole_numbers(axis.xaxis)
     axis.set_xlabel("Round")
-
-
-def seed_spread(values):
-    """Sample standard deviation over seeds (n - 1 in the denominator); 0 for one seed."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def whole_numbers(axis):
@@ -206,8 +198,8 @@ def heat_map(axis, values, low, high, colors="cividis"):
     """A heat map of a (masked) array [rows, columns], white where it is masked. Returns the image."""
     from matplotlib import colormaps
 
-    colors = (colormaps[colors] if isinstance(colors, str) else colors).with_extremes(bad="white")
-    shown = np.ma.masked_array(values)
-    image = axis.imshow(shown, cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    colors = colormaps[colors].with_extremes(bad="white")
+    image = axis.imshow(np.ma.masked_array(values), cmap=colors, vmin=low, vmax=high, aspect="auto")
+    image.set_interpolation("nearest")
     axis.grid(False)
     return image

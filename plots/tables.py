@@ -2,16 +2,14 @@
 
     python plots/tables.py vit_sparse_fl                           # from the study's committed logs
     python plots/tables.py vit_sparse_fl --data-dir results        # from run folders, or from a log
-    python plots/tables.py lora_glue_fl --data-dir out_fedavg --against svd
-    python plots/tables.py llm_noniid --columns "val loss" "vs FedAvg" failed
     python plots/tables.py mamba_fl --data-dir mamba_fl/results/gap.jsonl --holm
 
 One table per group of runs that may be compared; a row is one method with the settings and flags that set it apart,
 what most rows share is said above it. `±` is the sample standard deviation over seeds (n - 1 in the denominator), `-` a
 value that a seed lacks or that is not finite. Differences (`vs ...`) are taken seed by seed over the seeds that both
-rows have. --holm prints every comparison of the tables with its p value, and that after Holm's correction over all of
-them. The columns are declared in plots/mamba.py, vit.py, glue.py and noniid.py, each as `TABLE`, which says what they
-mean.
+rows have; the number behind them says how many. --holm prints every comparison of the tables with its p value, and
+that after Holm's correction over all of them. The columns are declared in plots/mamba.py, vit.py, glue.py and
+noniid.py, each as `TABLE`, which says what they mean.
 """
 
 from collections.abc import Callable
@@ -54,11 +52,8 @@ def tables_of(table, runs, args, notes):
     found = []
     for about, rows in grouped(table, runs, args, notes):
         columns = table.columns(rows, args) if callable(table.columns) else table.columns
-        if unknown := set(args.columns or ()) - set(columns):
-            raise UsageError(f"--columns {' '.join(sorted(unknown))}: the table of {about} has {', '.join(columns)}")
-        chosen = {head: cell for head, cell in columns.items() if head in (args.columns or columns)}
-        cells = [[row.label, *(cell(row, rows) for cell in chosen.values())] for row in rows]
-        found.append((about, usual(rows), [[table.first, *chosen], *cells]))
+        cells = [[row.label, *(cell(row, rows) for cell in columns.values())] for row in rows]
+        found.append((about, usual(rows), [[table.first, *columns], *cells]))
     return found
 
 
@@ -68,9 +63,7 @@ def grouped(table, runs, args, notes):
         return table.groups(runs, args, notes)
     free = table.free(args) if callable(table.free) else table.free
     every = groups(runs, table.study, free)
-    return [
-        (describe(table.study, setting), rows_of(members, table.study, free, notes=notes)) for setting, members in every
-    ]
+    return [(describe(table.study, given), rows_of(some, table.study, free, notes=notes)) for given, some in every]
 
 
 def text_of(tables, with_holm=False):
@@ -78,23 +71,27 @@ def text_of(tables, with_holm=False):
     parts = []
     for about, shared, cells in tables:
         parts += [f"### {about}", *([f"Unless said otherwise: {shared}."] if shared else []), layout(cells)]
-    if with_holm:
-        found = [
-            (about, row[0], head, cell)
-            for about, _, (heads, *rows) in tables
-            for row in rows
-            for head, cell in zip(heads, row, strict=True)
-            if isinstance(cell, Cell) and cell.p == cell.p
-        ]
-        corrected = holm([cell.p for *_, cell in found])
-        rows = [[*one, f"{one[-1].p:.3g}", f"{p:.3g}"] for one, p in zip(found, corrected, strict=True)]
-        parts += [f"### Holm's correction over {len(found)} comparisons"]
-        parts += [layout([["table", "row", "column", "comparison", "p", "after Holm"], *rows])]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *(holm_parts(tables) if with_holm else [])])
+
+
+def holm_parts(tables):
+    """A heading with the number of comparisons, and a table that names the row and column of each."""
+    found = [
+        (about, row[0], head, cell)
+        for about, _, (heads, *rows) in tables
+        for row in rows
+        for head, cell in zip(heads, row, strict=True)
+        if isinstance(cell, Cell) and cell.p == cell.p
+    ]
+    corrected = holm([cell.p for *_, cell in found])
+    rows = [[*one, f"{one[-1].p:.3g}", f"{p:.3g}"] for one, p in zip(found, corrected, strict=True)]
+    names = len({one[:2] for one in found})
+    heading = f"### Holm's correction over {len(found)} comparisons of {names} rows"
+    return [heading, layout([["table", "row", "column", "comparison", "p", "after Holm"], *rows])]
 
 
 def layout(rows):
-    """Rows of cells, the head first, as a Markdown table: the first column to the left, the others to the right."""
+    """Rows of cells, the head first, as a Markdown table."""
     head, *rest = rows
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] + ["---:"] * (len(head) - 1), *rest])
 
@@ -147,7 +144,6 @@ def build_parser():
     for name in STUDIES:
         one = each.add_parser(name, description=f"Prints what the runs of {name} reached.")
         one.add_argument("--data-dir", nargs="+", help="run folders or logs (default: the study's committed logs)")
-        one.add_argument("--columns", nargs="+", metavar="HEAD", help="only these columns")
         one.add_argument("--holm", action="store_true", help="p values, and Holm's correction over all of them")
         module(name).TABLE.flags(one)
     return parser

@@ -80,7 +80,7 @@ def test_a_grid_runs_goes_on_and_names_what_failed(made, tmp_path, capsys, monke
     monkeypatch.setenv("SOFT", "1")
     kinds, out = ("works", "diverges", "refuses"), tmp_path / "out"
     run = made({kind: row(f"fake.py --kind {kind}") for kind in kinds})
-    with pytest.raises(RunFailed, match=r"2 of 6 runs did not finish \(refuses_seed_0, refuses_seed_1\)"):
+    with pytest.raises(RunFailed, match="2 of 6 runs did not finish: refuses_seed_0, refuses_seed_1"):
         run("--jobs 2")
     said, lines = capsys.readouterr().out, lines_of(out)
     assert "exit code 1: error: no memory (see" in said and "round 2: lower --lr" in said and "left" in said
@@ -114,51 +114,37 @@ def test_what_a_run_needs_is_run_first_and_without_it_nothing_starts(made, tmp_p
     assert not (tmp_path / "out" / "output" / "d_seed_0.txt").exists()
 
 
-def test_what_a_script_refuses_ends_the_grid_in_its_line(made, tmp_path, capsys):
+def test_what_a_script_refuses_ends_the_grid_in_its_line(made, tmp_path):
     run = made({"a": row("fake.py --kind refuses"), "b": row("fake.py --kind works")})
     with pytest.raises(UsageError, match="a_seed_0: --kind: no"):
         run("--jobs 1")
-    with pytest.raises(SystemExit):  # an unknown flag before any run is started
-        run("--only b --no-such-flag 1")
-    assert "fake.py: error: unknown flag --no-such-flag" in capsys.readouterr().err
     assert not (tmp_path / "out" / "output" / "b_seed_0.txt").exists()
 
 
 def test_what_a_grid_has_started_ends_with_it(tmp_path, monkeypatch):
-    started = []
-
-    def start(run, alone):
-        if started:
-            raise KeyboardInterrupt
-        started.append(subprocess.Popen(["sleep", "60"]))
-        return started[0], tmp_path / "log"
-
-    monkeypatch.setattr(runner, "start", start)
-    with pytest.raises(KeyboardInterrupt):
+    sleeping = subprocess.Popen(["sleep", "60"])
+    started = iter([(sleeping, tmp_path / "log")])
+    monkeypatch.setattr(runner, "start", lambda run, alone: next(started))
+    with pytest.raises(StopIteration):
         runner.run_all([Run(tmp_path, name, name, ("a.py",)) for name in "ab"], jobs=2)
-    assert started[0].poll() == -signal.SIGTERM
+    assert sleeping.poll() == -signal.SIGTERM
 
 
 # ---- tuning
 
 
-def searched(values, outcome, higher=False):
-    """{value: outcome} of a flag after all extensions."""
-    tried, todo = {}, list(values)
-    while todo:
-        tried |= {x: outcome(x) for x in todo}
-        todo = extension(tried, values, higher)
-    return tried
-
-
-@pytest.mark.parametrize(
-    "where, more, best",
-    [(0.45, [], 0.5), (4.0, [2, 4, 8], 4), (1e6, [2, 4, 8], 8), (0, [0.125, 0.0625, 0.03125], 0.03125)],
-)
-def test_a_best_at_the_edge_extends_it(where, more, best):
-    tried = searched([0.25, 0.5, 1.0], lambda lr: abs(lr - where))
-    assert list(tried) == [0.25, 0.5, 1, *more] and best_value(tried, False) == best
-    assert best_value(searched([0.25, 0.5, 1.0], lambda lr: -abs(lr - where), higher=True), True) == best
+def test_a_best_at_the_edge_extends_it():
+    for lowest, more, best in (
+        (0.45, [], 0.5),
+        (4.0, [2, 4, 8], 4),
+        (1e6, [2, 4, 8], 8),
+        (0, [0.125, 0.0625, 0.03125], 0.03125),
+    ):
+        for higher in (False, True):
+            values, tried = [0.25, 0.5, 1.0], {}
+            while todo := extension(tried, values, higher) if tried else values:
+                tried |= {x: abs(x - lowest) * (-1 if higher else 1) for x in todo}
+            assert list(tried) == [0.25, 0.5, 1, *more] and best_value(tried, higher) == best
     assert best_value({1: 5.0, 2: 5.0, 4: math.inf}, True) == 1  # inf: it diverged
 
 
@@ -183,18 +169,15 @@ def test_tuned_rates_are_what_the_same_command_then_runs_at(made, tmp_path, caps
     capsys.readouterr()
     assert run("--plan") == 0
     said = capsys.readouterr().out
-    assert "--kind works --lr 0.3 --seed 0" in said and "--kind works --lr 0.3 --mu 0.0125 --seed 1" in said
+    assert "--kind works --seed 0 --lr 0.3 --out" in said and "--kind works --seed 1 --lr 0.3 --mu 0.0125" in said
     with pytest.raises(UsageError, match="was tuned on it"):
         run("--seeds 100")
-    assert run("--plan --tuned none") == 0 and "--lr" not in capsys.readouterr().out
 
 
 def test_what_is_refused(made, tmp_path):
     for words, said in (
         ("--tune lr 1 1", "give a flag and two different numbers"),
         ("--tune", "none of these rows has values of its own"),
-        ("--tune lr 1 2 --seeds 100", "--tune-seed 100 is one of the table's --seeds"),
-        ("--tuned nowhere.json", "there is no such file"),
         ("--only c", "--only c: not in this preset; choose from a"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -233,7 +216,7 @@ def test_the_plan_has_the_rates_of_the_log(study, name, log, words):
     args = runner.build_parser(grid, "x").parse_args(["--preset", name])
     one, seeds = grid["presets"][name], list(grid["presets"][name]["seeds"])
     args.only = [row for row in one["rows"] if any(f"{row}_" in run for run in rates)]  # those that were measured
-    runs = runner.with_tuned(args, one, runner.runs_of(grid, args, seeds, words), Path("nowhere"), seeds)
+    runs = runner.with_tuned(one, runner.runs_of(grid, args, seeds, words), Path("nowhere"), seeds)
     there = [run for run in runs if run.name in rates and runner.last(run.command, flag)]
     assert len(there) > 20
     assert {run.name: float(runner.last(run.command, flag)) for run in there} == {r.name: rates[r.name] for r in there}
@@ -254,9 +237,6 @@ def test_the_fronts_keep_the_sources_flags():
     ):
         code, out, err = call(f"{line} --plan")
         assert code == 0 and f"# {part}: not run yet" in out, err
-
-
-def test_compare_and_analyze_need_runs(tmp_path):
     for mode in ("compare", "analyze"):
-        code, _, err = call(f"llm_noniid/run_experiments.py --mode {mode} --results-dir", tmp_path)
-        assert code == 2 and "train first" in err
+        code, _, err = call(f"llm_noniid/run_experiments.py --mode {mode} --results-dir /nowhere")
+        assert code == 2 and "/nowhere" in err
