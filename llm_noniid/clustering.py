@@ -1,9 +1,8 @@
 """Groups of clients that fit together: by the directions of their updates, or by their labels.
 
-Both cut Ward's tree of clients: the same clients in the same order give the same groups, without any draw. Labels count
-from 0 in the order of each group's first client; there are fewer groups than asked for where fewer clients differ.
-(With average, single or complete linkage one client of mere noise becomes a group of its own, and real groups stay
-together.)
+Both cut Ward's tree of clients, without any draw. (With average, single or complete linkage one client of mere noise
+becomes a group of its own.) Labels count from 0 in the order of each group's first client; there are fewer groups than
+asked for where fewer clients differ.
 """
 
 import numpy as np

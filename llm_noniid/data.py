@@ -1,11 +1,8 @@
 """Labelled texts for language models, tokenised once and padded per batch: AG News, WikiText-2, a demo.
 
-    texts = load_texts("ag_news", max_samples=2000)           # what lies on disk, else the hub; "demo": neither
-    tokenizer = common.text.load_tokenizer("bpe:2048", as_corpus(texts))
-    tokens = encode(texts, tokenizer, max_length=128)         # cached
-    batch = tokens["train"].batch(rows)                       # input_ids, attention_mask, labels
-
-A label is a text's topic. Training of the language model never sees it; partitions and figures per topic do.
+texts = load_texts("ag_news", max_samples=2000)           # what lies on disk, else the hub; "demo": neither
+tokenizer = common.text.load_tokenizer("bpe:2048", as_corpus(texts))
+batch = encode(texts, tokenizer)["train"].batch(rows)     # input_ids, attention_mask, labels
 """
 
 import hashlib
@@ -54,8 +51,8 @@ def load_texts(dataset, data_root=None, cache_dir=None, max_samples=0, seed=42):
     its topic is its article's (`article_topics`), because the corpus has none. demo: prose of the Python language
     reference, cut into a few sentences each; its pages belong to four topics.
 
-    max_samples: above 0 only so many training texts, a random choice that keeps the topics' shares; validation and test
-    stay whole. seed: of that choice and of AG News' validation split, which does not depend on max_samples.
+    max_samples: above 0 only so many training texts, drawn, topics in proportion. seed: of that and of AG News'
+    validation split, which does not depend on max_samples.
     """
     splits, labels, names, source, notes = LOADERS[dataset](data_root, cache_dir, seed)
     n = len(splits["train"])
@@ -63,10 +60,7 @@ def load_texts(dataset, data_root=None, cache_dir=None, max_samples=0, seed=42):
         generator = stream(seed, "choice of training texts")
         chosen = stratified(labels["train"], [max_samples, n - max_samples], generator, "texts")[0]
         splits, labels = splits | {"train": _take(splits["train"], chosen)}, labels | {"train": labels["train"][chosen]}
-        notes.append(f"--max-samples {max_samples}: that many of {n} training texts, topics in proportion")
-    content = {
-        split: documents_sha256(splits[split]).encode() + labels[split].astype("<i8").tobytes() for split in SPLITS
-    }
+    content = {s: documents_sha256(splits[s]).encode() + labels[s].astype("<i8").tobytes() for s in SPLITS}
     fingerprint = {
         "dataset": dataset,
         "source": source,
@@ -92,7 +86,6 @@ def _ag_news(data_root, cache_dir, seed):
     n = len(items)
     held_out = max(1, min(MOST_VALIDATION, int(VALIDATION_SHARE * n)))
     rows, held = stratified(labels, [n - held_out, held_out], stream(seed, "validation texts"), "texts")
-    notes.append(f"ag_news: {held_out} of {n} training texts are the validation split")
     texts = {"train": _take(items, rows), "validation": _take(items, held), "test": splits["test"][0]}
     labels = {"train": labels[rows], "validation": labels[held], "test": splits["test"][1]}
     return texts, labels, ag_news.TOPICS, source, notes
@@ -102,18 +95,13 @@ def _wikitext(data_root, cache_dir, seed):
     corpus = load_corpus("wikitext2", data_root)
     articles = [getattr(corpus, split) for split in SPLITS]
     topics, names = article_topics(articles[0], articles[1:])
-    splits, labels, dropped = {}, {}, 0
+    splits, labels = {}, {}
     for split, documents, of_article in zip(SPLITS, articles, topics, strict=True):
         parts = [(part, topic) for d, topic in zip(documents, of_article, strict=True) for part in _paragraphs(d)]
         kept = [(part, topic) for part, topic in parts if len(part.split()) >= SHORTEST_PARAGRAPH]
-        dropped += len(parts) - len(kept)
         splits[split] = [part for part, _ in kept]
         labels[split] = np.array([topic for _, topic in kept], dtype=np.int64)
-    notes = [
-        f"wikitext has no topics: {len(articles[0])} training articles are clustered into {len(names)} by their words",
-        f"wikitext: {dropped} lines of fewer than {SHORTEST_PARAGRAPH} words are dropped",
-    ]
-    return splits, labels, names, f"{corpus.source} ({corpus.variant})", notes
+    return splits, labels, names, f"{corpus.source} ({corpus.variant})", []
 
 
 def _paragraphs(article):
@@ -135,8 +123,7 @@ def _demo(data_root, cache_dir, seed):
 
 
 def sentences(document, characters=DEMO_CHARACTERS):
-    """A document (a paragraph a line) as pieces of whole sentences, each the shortest run of `characters` or more; what
-    is left at the end joins the piece before it."""
+    """A document as pieces of whole sentences, each of `characters` or more; the rest joins the last."""
     pieces, current = [], ""
     for sentence in re.split(r"(?<=[.!?:;)])\s*\n|(?<=[.!?])\s+(?=[\"(]?[A-Z])", document.strip()):
         current = f"{current} {sentence}".strip()
@@ -158,11 +145,9 @@ LOADERS = {"ag_news": _ag_news, "wikitext": _wikitext, "demo": _demo}
 class TokenizedTexts(text.TokenizedDocuments):
     """A tokenised split: text i is `tokens[offsets[i] : offsets[i + 1]]`, end of text last unless the text was cut.
 
-    byte_lengths: int64 [n], UTF-8 bytes of the tokens that are scored, which are all but a text's first (end of text
-    counts 0); eos: the id of end of text, also the padding.
+    eos: the id of end of text, also the padding.
     """
 
-    byte_lengths: np.ndarray
     eos: int
 
     def scored(self, rows):
@@ -202,19 +187,15 @@ def encode(texts, tokenizer, max_length=128, cache_dir=None):
         most = min(tokenizer.model_max_length, 10**9)
         raise UsageError(f"--max-length {max_length} is outside 2 to {most}, the most of this tokenizer: change it")
     whole = text.encode(as_corpus(texts), tokenizer, cache_dir)
-    token_bytes = text.token_byte_lengths(tokenizer)
-    return {split: _cut(whole[split], max_length, token_bytes, int(tokenizer.eos_token_id)) for split in SPLITS}
+    return {split: _cut(whole[split], max_length, int(tokenizer.eos_token_id)) for split in SPLITS}
 
 
-def _cut(documents, max_length, token_bytes, eos):
+def _cut(documents, max_length, eos):
     lengths = documents.lengths()
     kept = np.minimum(lengths, max_length)
     inside = np.arange(len(documents.tokens)) - np.repeat(documents.offsets[:-1], lengths)  # each token's place
     tokens = documents.tokens[inside < np.repeat(kept, lengths)]
-    offsets = np.concatenate([[0], np.cumsum(kept)])
-    sums = np.concatenate([[0], np.cumsum(token_bytes[tokens])])
-    scored = sums[offsets[1:]] - sums[offsets[:-1] + 1]
-    return TokenizedTexts(tokens, offsets, scored, eos)
+    return TokenizedTexts(tokens, np.concatenate([[0], np.cumsum(kept)]), eos)
 
 
 @dataclass(frozen=True)
@@ -234,10 +215,10 @@ class LabelledTexts(TokenizedTexts):
     def units(self, rows):
         return np.ones(len(rows), dtype=np.int64)
 
-    def questions(self, rows):
-        """The texts `rows` up to " Topic:": int64 [B, L], bool [B, L] where these are."""
-        inputs, n = padded(self.tokens, self.offsets, rows, self.eos)[0], self.starts[rows]
-        return inputs[:, : n.max()], np.arange(n.max()) < n[:, None]
+    def ending_in(self, c):
+        """The same texts, each with label c."""
+        questions = [self.tokens[a : a + n] for a, n in zip(self.offsets[:-1], self.starts, strict=True)]
+        return with_answers(questions, self.answers, np.full(len(self), c), self.eos)
 
     def batch(self, rows):
         """As `TokenizedTexts.batch`, labels -100 on all but the label's words.
@@ -259,17 +240,20 @@ def encode_labelled(texts, tokenizer, max_length=128, cache_dir=None):
     room = max_length - len(asks) - max(map(len, answers))
     if room < 1:
         raise UsageError(f"--max-length {max_length} leaves a text no room beside its label: raise it by {1 - room}")
-    token_bytes, splits = text.token_byte_lengths(tokenizer), {}
-    answer_bytes = np.array([token_bytes[answer].sum() for answer in answers])
+    splits = {}
     for split, whole in text.encode(as_corpus(texts), tokenizer, cache_dir).items():
         labels, kept = texts.labels[split], np.minimum(whole.lengths() - 1, room)  # without the end of text
-        pieces = [whole.tokens[a : a + n] for a, n in zip(whole.offsets[:-1], kept, strict=True)]
-        joined = [np.concatenate([piece, asks, answers[c]]) for piece, c in zip(pieces, labels, strict=True)]
-        tokens = np.concatenate(joined).astype(whole.tokens.dtype)
-        offsets = np.cumsum([0, *map(len, joined)])
-        eos, starts = int(tokenizer.eos_token_id), kept + len(asks)
-        splits[split] = LabelledTexts(tokens, offsets, answer_bytes[labels], eos, starts, tuple(answers), labels)
+        asks = asks.astype(whole.tokens.dtype)
+        questions = [np.append(whole.tokens[a : a + n], asks) for a, n in zip(whole.offsets[:-1], kept, strict=True)]
+        splits[split] = with_answers(questions, tuple(answers), labels, int(tokenizer.eos_token_id))
     return splits
+
+
+def with_answers(questions, answers, labels, eos):
+    """`LabelledTexts` of each text up to " Topic:" and its label."""
+    joined = [np.append(asked, answers[c]).astype(asked.dtype) for asked, c in zip(questions, labels, strict=True)]
+    starts, offsets = np.array([len(asked) for asked in questions]), np.cumsum([0, *map(len, joined)])
+    return LabelledTexts(np.concatenate(joined), offsets, eos, starts, answers, labels)
 
 
 def training_batches(n, batch_size, epochs=1, seed=0, t=0, client=0, steps=None):

@@ -22,8 +22,7 @@ def update_gram(theta, clients, scale):
         d_k = s (B_k A_k - B A) = s U_k V_k,   U_k = [B_k - B, B] [d, 2r],   V_k = [A_k; A_k - A] [2r, k]
         <d_i, d_j> = s^2 tr((U_j^T U_i)(V_i V_j^T)) = s^2 sum_ab (U_i^T U_j)_ab (V_i V_j^T)_ab
 
-    No d x k matrix is formed, and B A itself never enters, so that a small update of a large adapter loses no digits.
-    On one thread: the same clients in the same order give the same bits everywhere.
+    No d x k matrix is formed. On one thread: the same clients in the same order give the same bits everywhere.
 
     Args:
         theta: {"A.<layer>": [r, k], "B.<layer>": [d, r]}, the factors that the clients started from.
@@ -33,24 +32,13 @@ def update_gram(theta, clients, scale):
     gram = np.zeros((len(clients), len(clients)))
     with one_thread():
         for layer in (name[2:] for name in theta if name.startswith("A.")):
-            pairs = [[_exact(f[f"{letter}.{layer}"]) for letter in "AB"] for f in (theta, *clients)]
-            gram += scale**2 * _layer_gram(pairs[0], pairs[1:])
+            (A, B), *pairs = ([_exact(f[f"{letter}.{layer}"]) for letter in "AB"] for f in (theta, *clients))
+            U = torch.stack([torch.cat([B_k - B, B], dim=1) for _, B_k in pairs])  # [m, d, 2r]
+            V = torch.stack([torch.cat([A_k, A_k - A]) for A_k, _ in pairs])  # [m, 2r, k]
+            products = torch.einsum("ida,jdb->ijab", U, U) * torch.einsum("iak,jbk->ijab", V, V)  # [m, m, 2r, 2r]
+            gram += scale**2 * products.sum((2, 3)).numpy()
     np.fill_diagonal(gram, np.maximum(np.diag(gram), 0))  # of a change of gauge alone it can round to below
-    return gram
-
-
-def _layer_gram(start, pairs):
-    (A, B), m = start, len(pairs)
-    r = 2 * len(A)
-    left = torch.cat([torch.cat([B_k - B, B], dim=1) for _, B_k in pairs], dim=1)  # [d, m 2r]
-    right = torch.cat([torch.cat([A_k, A_k - A]) for A_k, _ in pairs])  # [m 2r, k]
-    gram = np.zeros((m, m))
-    for i in range(m):
-        these, rest = slice(i * r, (i + 1) * r), slice(i * r, None)
-        products = (left[:, these].T @ left[:, rest]) * (right[these] @ right[rest].T)  # [2r, (m - i) 2r]
-        gram[i, i:] = products.view(r, m - i, r).sum((0, 2)).numpy()  # [m - i]
-        gram[i:, i] = gram[i, i:]
-    return gram
+    return (gram + gram.T) / 2
 
 
 def plain_gram(theta, clients):
@@ -77,19 +65,15 @@ def update_figures(gram, weights):
     """A round's figures, {name: float}, None where one is undefined; d = sum_k p_k d_k.
 
     relative_drift: sqrt(sum_k p_k ||d_k - d||^2) / ||d||, of m orthogonal updates of equal norm and weight
-    sqrt(m - 1); gradient_diversity: sum_k ||d_k||^2 / ||sum_k d_k||^2 (Yin et al. 2018), 1/m all alike, 1 orthogonal;
-    mean_cosine: of the clients that moved with d; update_cosine: mean over the pairs of clients that moved.
+    sqrt(m - 1); update_cosine: mean over the pairs of clients that moved.
 
     Args: weights: of the clients in the mean, p_k times any number.
     """
     p, norms = np.array(weights, dtype=np.float64) / np.sum(weights), np.diag(gram)
     square, moved = float(p @ gram @ p), np.flatnonzero(norms > 0)
-    figures = dict.fromkeys(("relative_drift", "gradient_diversity", "mean_cosine", "update_cosine"))
+    figures = dict.fromkeys(("relative_drift", "update_cosine"))
     if square > _ROUNDING * float(p @ norms):
         figures["relative_drift"] = math.sqrt(max(float(p @ norms) / square - 1, 0))
-        figures["mean_cosine"] = float(((gram @ p)[moved] / np.sqrt(norms[moved] * square)).mean())
-    if gram.sum() > _ROUNDING * norms.sum():
-        figures["gradient_diversity"] = float(norms.sum() / gram.sum())
     if len(moved) > 1:
         pairs = cosine_matrix(gram)[np.ix_(moved, moved)][np.triu_indices(len(moved), 1)]
         figures["update_cosine"] = float(pairs.mean())
@@ -98,7 +82,7 @@ def update_figures(gram, weights):
 
 def weight_cosine_drift(mean, clients):
     """The source's "weight cosine drift": 1 - the mean cosine of the clients' weights (A and B, not products) with the
-    mean's. Nearly always 0, as weights share what they started from: use the figures of updates.
+    mean's. Nearly always 0, as weights share what they started from.
 
     Args: mean [n]; clients: list of vectors [n].
     """
@@ -107,10 +91,7 @@ def weight_cosine_drift(mean, clients):
 
 
 def gradient_norm_variance(norms):
-    """The variance over clients (divided by m) of their mean gradient norms [m].
-
-    None for fewer than two clients, and where a norm is not finite.
-    """
+    """The variance over clients (divided by m) of their mean gradient norms [m]; None of one, or if one is infinite."""
     return float(np.var(norms)) if len(norms) > 1 and np.isfinite(norms).all() else None
 
 
@@ -119,8 +100,7 @@ def linear_cka(X, Y):
 
         ||Y_c^T X_c||_F^2 / (||X_c^T X_c||_F ||Y_c^T Y_c||_F),   columns centred; between 0 and 1
 
-    1 where one is a rotation and a scaling of the other. Take n well above the widths p and q: representations that
-    have nothing in common have about p/n. fp64 on the CPU.
+    1 where one is a rotation and a scaling of the other; about p/n for representations with nothing in common.
 
     Args: X [n, p], Y [n, q]: floating-point tensors, any device.
     Returns: a float, None where either is constant over the tokens.

@@ -22,10 +22,9 @@ from common.sharding import class_counts
 from llm_noniid import clustering, diagnostics, text_model
 from llm_noniid.data import Texts, load_texts, training_batches
 from llm_noniid.detectors import alarms_of
-from llm_noniid.partition import partition, statistics
+from llm_noniid.partition import clients_of, statistics
 from llm_noniid.text_model import TextModel
 
-HELD_OUT = 10  # one of so many of a client's texts is not trained on: what its model is judged by
 WATCHED = 64  # clients whose updates are compared with each other in a round, at most, drawn
 
 
@@ -35,7 +34,7 @@ class Study:
 
     rows, held: each client's training texts and those that it is judged by; trained: the texts of each client that
     trains, rows but in central training, which has one client with all; seen, tested: validation and test texts that
-    are evaluated, learnt: as many of each client's training texts. best: with --final best, else None.
+    are evaluated. best: with --final best, else None.
     """
 
     args: object
@@ -47,7 +46,6 @@ class Study:
     trained: list[np.ndarray]
     seen: np.ndarray
     tested: np.ndarray
-    learnt: list[np.ndarray]
     groups: "Groups"
     best: Best | None
 
@@ -83,7 +81,7 @@ class Study:
     def evaluate(self, thetas, t, row):
         """What is logged of thetas [G, n] after t rounds, see `evaluate` and `judge`. Before the first all are one."""
         fields = evaluate(self, thetas, self.groups.of) if t else evaluate(self, thetas[:1], 0 * self.groups.of)
-        return fields | judge(self, t, {**row, **fields}, thetas)
+        return fields | judge(self, t, row | fields, thetas)
 
 
 class Groups:
@@ -104,48 +102,28 @@ def load_study(args, run):
     a = args
     reuse_large_memory()
     texts = load_texts(a.dataset, a.data_root, a.cache_dir, a.max_samples, a.seed)
-    skew = {"alpha": a.alpha, "style_criterion": a.style_criterion, "skew_type": a.skew_type, "sizes": a.sizes}
-    parts, notes = partition(texts, a.partition, a.num_clients, a.seed, min_samples=max(2, a.min_samples), **skew)
+    rows, held, notes = clients_of(a, texts)
     model = text_model.load_text_model(a, texts, run.device, run.amp)
-    rows, held = deal(parts, a.seed)
     seen, tested = (evaluated(len(model.tokens[s]), a.eval_samples, a.seed, s) for s in ("validation", "test"))
-    every = np.concatenate(rows)
-    chosen = np.isin(np.arange(len(every)), evaluated(len(every), len(seen), a.seed, "training"))
-    ends = np.cumsum([len(mine) for mine in rows])
-    learnt = [mine[of] for mine, of in zip(rows, np.split(chosen, ends[:-1]), strict=True)]
-    trained = [np.sort(every)] if a.algorithm == "central" else rows
+    trained = [np.sort(np.concatenate(rows))] if a.algorithm == "central" else rows
     groups, best = Groups(np.zeros(len(rows))), Best() if a.final == "best" else None
-    study = Study(a, run, texts, model, rows, held, trained, seen, tested, learnt, groups, best)
+    study = Study(a, run, texts, model, rows, held, trained, seen, tested, groups, best)
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
     data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
-    shards = {"examples": [len(part) for part in parts], "sha256": splits}
+    shards = {"examples": [len(mine) + len(kept) for mine, kept in zip(rows, held, strict=True)], "sha256": splits}
     total = sum(p.numel() for p in model.module.parameters())
     run.begin(data, {"total": total, "trainable": model.weights.size}, clients=shards)
-    n = sorted(study.examples)
-    sizes = f"{len(n)} clients, training texts a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})"
-    for line in [*texts.notes, *notes, sizes]:
+    for line in [*texts.notes, *notes]:
         run.note(line)
     return study
 
 
 def describe_clients(run, study):
-    """Writes partition.json."""
+    """Writes partition.json: which topics each client has, and what always saying its commonest one would score."""
     if parallel.is_main():
         path = run.folder / "partition.json"
-        parts = [np.sort(np.concatenate(both)) for both in zip(study.rows, study.held, strict=True)]
         with saving(path):
-            write_json(path, statistics(study.texts, parts))
-
-
-def deal(parts, seed):
-    """(rows, held): of each client's texts those that it trains on, and a tenth that it is judged by."""
-    rows, held = [], []
-    for k, part in enumerate(parts):
-        order = stream(seed, "held out", 0, k).permutation(len(part))
-        n = max(1, len(part) // HELD_OUT)
-        held.append(np.sort(part[order[:n]]))
-        rows.append(np.sort(part[order[n:]]))
-    return rows, held
+            write_json(path, statistics(study.texts, study.rows, study.held))
 
 
 def evaluated(n, wanted, seed, split):
@@ -240,8 +218,6 @@ def group_by_updates(study, theta, seen, clusters):
     labels = clustering.cluster_updates(cosines, clusters)
     of = np.full(len(study.rows), np.bincount(labels).argmax())
     of[list(seen)] = labels
-    absent = f" ({len(of) - len(seen)} clients were absent: in the largest)" if len(seen) < len(of) else ""
-    study.run.note(f"groups: {of.tolist()}{absent}")
     return of
 
 
@@ -249,45 +225,37 @@ def group_by_updates(study, theta, seen, clusters):
 
 
 def evaluate(study, thetas, group):
-    """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts.
-
-    train_eval_loss: on as many of the texts that the clients train on, in eval mode; generalization_gap: val_loss less
-    that.
-    """
+    """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts."""
     weights = np.bincount(group, study.examples, len(thetas))
-    quality = text_model.quality(study.model, thetas, weights, "validation", study.seen, "val")
-    learnt = text_model.own_loss(study.model, thetas, group, study.learnt)
     return {
-        **quality,
-        "train_eval_loss": learnt,
-        "generalization_gap": quality["val_loss"] - learnt,
+        **text_model.quality(study.model, thetas, weights, "validation", study.seen, "val"),
         **text_model.clients_quality(study.model, thetas, group, study.held),
         **({"group": group.tolist()} if len(thetas) > 1 else {}),
     }
 
 
 def judge(study, t, row, thetas):
-    """What follows from a line of metrics.jsonl: the variance of the clients' gradient norms, and "alarms" since the
-    evaluation before. Offers thetas to `study.best`."""
+    """What follows from a line of metrics.jsonl: generalization_gap (val_loss less train_loss), variance of
+    the clients' gradient norms, "alarms" where one is new. Offers thetas to `study.best`."""
     run, figures = study.run, {}
     if study.best:
         study.best.offer(t, row["val_loss"], thetas)
     if t:
         norms = [norm for norm in row["client_gradient_norm"] if norm is not None]
         figures["gradient_norm_variance"] = diagnostics.gradient_norm_variance(norms)
+        figures["generalization_gap"] = row["val_loss"] - row["train_loss"]
     if parallel.is_main():
         before = run.metrics() if t else []
-        every = alarms_of([*before, {"round": t, **row}], 1 - -run.total // run.every)
-        alarms = [alarm for alarm in every if not before or alarm["round"] > before[-1]["round"]]
-        for alarm in alarms:
-            run.note(f"alarm: {alarm['message']}")
-        figures |= {"alarms": alarms} if alarms else {}
+        alarms = alarms_of([*before, {"round": t, **row}], 1 - -run.total // run.every)
+        if alarms and alarms[0]["round"] == t:
+            run.note(f"alarm: {alarms[0]['message']}")
+            figures["alarms"] = alarms
     return figures
 
 
 def finish(study, thetas):
-    """final/ (peft adapters), test metrics, results: of the last round; with --final best final/ and test_..._best are
-    the best round's. Where one model serves all clients that one is written."""
+    """final/, test metrics, results: of the last round; with --final best final/ and test_..._best are the best's.
+    Where one model serves all clients that one is written."""
     run, model, group, best = study.run, study.model, study.groups.of, study.best
 
     def tested(thetas, group):
@@ -305,10 +273,13 @@ def finish(study, thetas):
     if parallel.is_main():
         lines = run.metrics()
         last, lowest = lines[-1], best_line(lines, "val_loss")
-        names = ("val_loss", "val_ppl", "val_bits_per_byte", "mean_client_val_loss", "worst_client_val_loss")
+        names = ("val_loss", "val_ppl", "mean_client_val_loss")
         results = {key: last[key] for key in (*names, "bytes_up", "bytes_down", "tokens", "seconds")} | quality
         results |= {"best_round": lowest["round"], "best_val_loss": number(lowest["val_loss"])}
         results |= {"rounds": last["round"], "final_round": best.round if best else last["round"]}
+        results["commonest_topic_accuracy"] = statistics(study.texts, study.rows, study.held)[
+            "commonest_topic_accuracy"
+        ]
         results["alarms"] = [alarm for line in lines for alarm in line.get("alarms", [])]
         print(f"val_ppl {float(results['val_ppl']):.2f}  test_ppl {results['test_ppl']:.2f}")
     run.finish(results)

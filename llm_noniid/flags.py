@@ -95,8 +95,6 @@ def build_parser(description):
     number(rare, "--lora-r", positive_int, 8, "rank of the adapter", "R")
     number(rare, "--lora-alpha", positive_float, 16, "its scale is alpha / r")
     number(rare, "--lora-dropout", half_open_fraction, 0.05, "dropout; off: 0")
-    text = "begin with another run's adapter: its folder, or the adapter's (default: a new one)"
-    rare.add_argument("--init-from", metavar="RUN", help=text)
     rare.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt (default: attention's)")
 
     number(train, "--num-rounds", positive_int, 50, "rounds", "T", "--rounds")
@@ -140,8 +138,6 @@ def complete(args):
         raise UsageError(
             "--algorithm fednova with --client-optimizer adamw: its steps are not sums of gradients: take sgd or sgdm"
         )
-    if args.train == "full" and args.init_from:
-        raise UsageError("--init-from is an adapter: with --train full begin with --model RUN/final/model")
     if args.cluster != "none" and args.algorithm != "fedavg":
         raise UsageError(f"--cluster {args.cluster} is FedAvg within groups: drop it, or --algorithm {args.algorithm}")
     if args.cluster != "none":

@@ -7,7 +7,7 @@ study    one factor at a time from FedAvg, topic skew, alpha 0.1
 regimes  when training on labels breaks, and what repairs it: every row at its own rate (--tune, then without), tuned by
          the validation accuracy (by the loss, rates would win at which a model of skewed clients says the prior and no
          more). Groups: map (H x alpha), repair (other algorithms), longer (three times the rounds), lora, clients (a
-         share of them, unequal sizes, SGD), alone (models for a part of them), ends (central training); -more: the rest
+         share of them, unequal sizes), alone (models for a part of them), ends (central training); -more: what followed
 """
 
 from plots.runner import preset, row
@@ -71,7 +71,7 @@ SHARED = (
 EVERY = {10: 5, 50: 1, 100: 1}  # rounds between evaluations
 BASE, EXTREME = 0.3, 0.03  # alphas
 ADAMW = {"learning-rate": (3e-4, 1e-3, 3e-3)}
-ADAPTER, SGD = {"learning-rate": (1e-3, 3e-3, 1e-2)}, {"learning-rate": (0.03, 0.1, 0.3)}
+ADAPTER = {"learning-rate": (1e-3, 3e-3, 1e-2)}
 
 
 def one(group, algorithm="fedavg", alpha=BASE, words="", h=50, seeds=3, tune=ADAMW, rate_of=""):
@@ -83,7 +83,7 @@ def one(group, algorithm="fedavg", alpha=BASE, words="", h=50, seeds=3, tune=ADA
 
 
 IID, SKEWED, SCAFFOLD = "fedavg_h50_iid", "fedavg_h50_alpha_0.3", "scaffold_h50_alpha_0.3"
-LORA, PLAIN = "--train lora --lora-dropout 0 --learning-rate 3e-3", "--client-optimizer sgd --learning-rate 0.1"
+LORA = "--train lora --lora-dropout 0 --learning-rate 3e-3"
 LONGER = "--num-rounds 12 --eval-every 3"
 SHARE, REGIMES = f"--participation-rate 0.3 {LONGER}", {}  # a client makes 180 steps, in the mean
 for h, seeds in {10: 3, 50: 5, 100: 3}.items():
@@ -111,7 +111,6 @@ REGIMES |= {
 }
 F3, S3 = "fedavg_h50_alpha_0.03", "scaffold_h50_alpha_0.03"
 MORE = {
-    "scaffold_h100_alpha_0.3": one("repair", "scaffold", h=100),
     "fedavgm_h50_alpha_0.3": one("repair", "fedavgm", tune={"server-lr": (0.1, 0.3, 1.0)}, rate_of=SKEWED),
     # at 4 rounds no rate is far from chance, so here both
     f"{F3}_rounds_12": one("longer", "fedavg", EXTREME, LONGER, rate_of=F3),
@@ -119,14 +118,6 @@ MORE = {
     f"{F3}_rounds_12_lr_0.001": one("longer", "fedavg", EXTREME, f"{LONGER} --learning-rate 0.001", tune={}),
     f"{S3}_rounds_12_lr_0.0003": one("longer", "scaffold", EXTREME, f"{LONGER} --learning-rate 0.0003", tune={}),
     "participation_scaffold_alpha_0.3": one("clients", "scaffold", words=SHARE, rate_of=SCAFFOLD),
-    "participation_scaffold_iid": one("clients", "scaffold", None, SHARE, rate_of="scaffold_h50_iid"),
-    "lora_scaffold_alpha_0.3": one("lora", "scaffold", words=LORA, tune=ADAPTER),
-    "lora_scaffold_iid": one("lora", "scaffold", None, LORA, tune=ADAPTER),
-    "sgd_fedavg_alpha_0.3": one("clients", "fedavg", words=PLAIN, tune=SGD),
-    "sgd_fedavg_iid": one("clients", "fedavg", None, PLAIN, tune=SGD),
-    "sgd_scaffold_alpha_0.3": one("clients", "scaffold", words=PLAIN, tune=SGD),
-    "sgd_scaffold_iid": one("clients", "scaffold", None, PLAIN, tune=SGD),
-    "central_examples": one("ends", "central", None, "--local-steps 50 --batch-size 8"),
 }
 
 SIZES = "--local-steps 10 --num-rounds 12 --max-samples 4000 --eval-samples 300 --probe-samples 32 --max-length 64"

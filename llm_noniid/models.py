@@ -2,7 +2,6 @@
 
 tokenizer = find_tokenizer("distilgpt2", texts)
 base = load_base("distilgpt2", tokenizer, max_length=128, seed=42)
-lora = LoraModel(base, r=8, alpha=16, dropout=0.05)                    # common.lora
 """
 
 import re
@@ -27,9 +26,7 @@ TINY_TOKENS = "bpe:2048"  # byte-level BPE, learnt from the training texts
 def find_model(name):
     """The folder of a model (`common.hub.find_model`)."""
     spec = MODELS.get(name, name)
-    return hub.find_model(
-        name, spec, f"download {spec} where there is a network, make one with pretrain.py, or take --model tiny"
-    )
+    return hub.find_model(name, spec, f"download {spec} elsewhere, make one with pretrain.py, or take --model tiny")
 
 
 def find_tokenizer(name, texts, tokenizer=None, data_root=None, cache_dir=None):
@@ -58,9 +55,8 @@ def tiny_config(tokenizer, max_length, d_model=64, layers=2, heads=2):
 def load_base(name, tokenizer, max_length, seed, dropout=None):
     """A transformers causal language model on the CPU, in fp32.
 
-    name: "tiny" (random weights that follow from seed), a key of `MODELS`, a folder, or a name on the hub; dropout: of
-    its layers, by default what its config says.
-    Raises UsageError for a model that is not there, cannot be read, or fits neither the tokenizer nor max_length.
+    name: "tiny" (random weights that follow from seed), a key of `MODELS`, a folder, or a name on the hub; dropout:
+    None is its config's. Raises UsageError for a model that is not there or does not fit tokenizer or max_length.
     """
     from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -69,15 +65,10 @@ def load_base(name, tokenizer, max_length, seed, dropout=None):
         return with_dropout(GPT2LMHeadModel(tiny_config(tokenizer, max_length)), dropout)
     folder = find_model(name)
     what = f"--model {name} cannot be read as a causal language model"
-    model, info = hub.load_pretrained(AutoModelForCausalLM, folder, what, "give another")
-    if info["missing_keys"]:
-        raise UsageError(f"--model {name}: its file lacks {sorted(info['missing_keys'])[0]}: give a whole model")
+    model, _ = hub.load_pretrained(AutoModelForCausalLM, folder, what, "give another")
     embeddings = model.get_input_embeddings().num_embeddings
     if embeddings < vocabulary_size(tokenizer):
-        raise UsageError(
-            f"--model {name} knows {embeddings} tokens, the tokenizer has {vocabulary_size(tokenizer)}: give the "
-            "model's own --tokenizer"
-        )
+        raise UsageError(f"--tokenizer has more tokens than the {embeddings} that --model {name} knows: give its own")
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise UsageError(f"--max-length {max_length} is above the model's {positions} positions: lower it")

@@ -1,22 +1,26 @@
-"""Which client has which training text.
+"""Which client has which training text; as a script, what train.py's flags give each client, as JSON.
 
-    parts, notes = partition(texts, "topic_skew", num_clients=10, seed=42, alpha=0.1)
+    python llm_noniid/partition.py --dataset demo --partition topic_skew --alpha 0.1
 
 A word is a run of letters, digits, inner apostrophes and hyphens, in lower case. Partitions know no tokens: the same
 texts go to the same clients whatever the tokenizer.
 """
 
 import itertools
+import json
 import re
 from collections import Counter
 
 import numpy as np
 
 from common import sharding
-from common.cli import UsageError
+from common.cli import UsageError, checked, run_main
 from common.seeding import stream
 from common.sharding import equal_parts
+from llm_noniid import flags
+from llm_noniid.data import load_texts
 
+HELD_OUT = 10  # one of so many of a client's texts is not trained on: what its model is judged by
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 
@@ -65,6 +69,20 @@ def partition(
     return parts, notes
 
 
+def clients_of(args, texts):
+    """(rows, held, notes) of a command line: of each client's texts those that it trains on, and a tenth that it is
+    judged by; `partition`'s notes."""
+    a, rows, held = args, [], []
+    skew = {"alpha": a.alpha, "style_criterion": a.style_criterion, "skew_type": a.skew_type, "sizes": a.sizes}
+    parts, notes = partition(texts, a.partition, a.num_clients, a.seed, min_samples=max(2, a.min_samples), **skew)
+    for k, part in enumerate(parts):
+        order = stream(a.seed, "held out", 0, k).permutation(len(part))
+        n = max(1, len(part) // HELD_OUT)
+        held.append(np.sort(part[order[:n]]))
+        rows.append(np.sort(part[order[n:]]))
+    return rows, held, notes
+
+
 def words(text):
     """The words of a text in lower case."""
     return _WORD.findall(text.lower())
@@ -97,15 +115,27 @@ def scores(texts, criterion):
     return np.array(sums) / np.maximum(counts, 1)
 
 
-def statistics(texts, parts):
-    """The clients' training texts as JSON values: counts [K], label_names, label_histograms [K, topics].
+def statistics(texts, rows, held):
+    """The clients' training texts as JSON values; rows, held: which of them each client trains on, and is judged by.
 
-    Raises: ValueError when a part is empty or texts are missing or doubled.
+    label_histograms: [K, topics], of both. commonest_topic_accuracy: of always saying the topic that is commonest in a
+    client's rows, on its held texts; mean over clients.
     """
-    sharding.check(parts, len(texts.splits["train"]))
-    counts = sharding.class_counts(parts, texts.labels["train"], len(texts.label_names))
+    labels, classes = texts.labels["train"], len(texts.label_names)
+    learnt, judged = (sharding.class_counts(parts, labels, classes) for parts in (rows, held))
+    right = judged[np.arange(len(rows)), learnt.argmax(1)] / judged.sum(1)
     return {
-        "counts": [len(part) for part in parts],
+        "counts": (learnt + judged).sum(1).tolist(),
         "label_names": list(texts.label_names),
-        "label_histograms": counts.tolist(),
+        "label_histograms": (learnt + judged).tolist(),
+        "commonest_topic_accuracy": float(right.mean()),
     }
+
+
+def main(args):
+    texts = load_texts(args.dataset, args.data_root, args.cache_dir, args.max_samples, args.seed)
+    print(json.dumps(statistics(texts, *clients_of(args, texts)[:2])))
+
+
+if __name__ == "__main__":
+    run_main(main, checked(flags.parse, flags.build_parser(__doc__.split("\n")[0])))

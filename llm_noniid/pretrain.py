@@ -20,7 +20,6 @@ from tqdm import tqdm
 from common.checkpoint import saving, swap, write_json
 from common.cli import (
     Parser,
-    RunFailed,
     UsageError,
     add_machine_flags,
     layer_count,
@@ -110,8 +109,6 @@ def train(args, model):
             lrs = [args.learning_rate * schedule(epoch * per_epoch + i, total, warmup) for i in range(per_epoch)]
             options = {"amp": model.amp, "max_norm": 1.0, "lrs": lrs, "after_step": bar.update}
             loss = local_steps(model.loss, steps, model.weights, optimizer, **options).loss.item()
-            if not math.isfinite(loss):
-                raise RunFailed(f"epoch {epoch + 1}: the loss is {loss}: lower --learning-rate or --amp off")
             nll = math.fsum(text_losses(model, "validation", validation))
             row = {"epoch": epoch + 1, "train_loss": loss, "val_loss": nll / scored, "val_ppl": perplexity(nll, scored)}
             history.append(row | {"seconds": time.perf_counter() - started})

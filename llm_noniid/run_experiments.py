@@ -5,7 +5,7 @@
     python llm_noniid/run_experiments.py --mode failure                              # the source's failure settings
     python llm_noniid/run_experiments.py --mode study --model models/small --jobs 2  # one factor at a time: 2 hours
     python llm_noniid/run_experiments.py --mode regimes --model models/small --tune  # then without --tune
-    python llm_noniid/run_experiments.py --mode compare                              # tables of what is there
+    python llm_noniid/run_experiments.py --mode compare                              # the tables of what is there
     python llm_noniid/run_experiments.py --mode analyze                              # report.html
 
 --preset is another spelling of --mode. Flags that are not listed are train.py's and go to every run; a row's own win.
@@ -14,8 +14,6 @@
 from common.cli import UsageError, run_main
 from llm_noniid.grid import STUDY
 from plots import runner
-
-DIFFERENCES = (("--against", "iid"), ("--against", "fedavg"))
 
 
 def build_parser():
@@ -33,10 +31,9 @@ def main(argv=None):
         raise UsageError(f"{words[0]}: --mode {args.preset} runs nothing, so it takes no flag of train.py: drop it")
     output = runner.output_of(STUDY, args)
     if args.preset == "analyze":
-        print(report.write([output], output / "report.html", more=DIFFERENCES))
-        return 0
-    for more in ((), *DIFFERENCES):
-        tables.main(tables.build_parser().parse_args(["llm_noniid", "--data-dir", str(output), *more]))
+        print(report.write([output], output / "report.html"))
+    else:
+        tables.main(tables.build_parser().parse_args(["llm_noniid", "--data-dir", str(output)]))
     return 0
 
 

@@ -6,18 +6,16 @@ tokens, with --target label over texts, of the summed NLL of the label's words (
 """
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from common import parallel
-from common.adapter_files import read_adapter, write_adapter
+from common.adapter_files import write_adapter
 from common.batches import evaluation_batches
-from common.cli import UsageError
-from common.evaluation import amp_context, bits_per_byte, perplexity
+from common.evaluation import amp_context, perplexity
 from common.hub import quiet
 from common.lora import LoraModel
 from common.vector import Weights
@@ -25,7 +23,6 @@ from llm_noniid.data import IGNORE, LabelledTexts, TokenizedTexts, encode, encod
 from llm_noniid.models import find_tokenizer, load_base, with_one_gelu
 
 EVAL_BATCH = 16  # fixed: sums over other batches would round differently
-WORST_OF = 30  # held-out texts that the worst client has at least: of fewer, the worst is the noisiest
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class TextModel:
 
 
 def load_text_model(args, texts, device, amp):
-    """The model, with --train lora its adapter (a new one or --init-from's), and the tokens that a command line names.
+    """The model, with --train lora its adapter, and the tokens that a command line names.
 
     Raises: UsageError for a model or tokenizer that is not there or does not fit.
     """
@@ -70,25 +67,8 @@ def load_text_model(args, texts, device, amp):
         module = base.to(device)
         return TextModel(a.model, tokenizer, tokens, module, Weights(module), device, amp)
     lora = LoraModel(base, a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules, seed=a.seed)
-    if a.init_from is not None:
-        init_from(lora, a.init_from)
     module = lora.model.to(device)
     return TextModel(a.model, tokenizer, tokens, module, Weights(module, lora.trainable()), device, amp, lora)
-
-
-def init_from(lora, place):
-    """Puts the adapter of another run, whose product s B A is kept, into the model.
-
-    Raises: UsageError for a place without an adapter, and for an adapter that does not fit the model's.
-    """
-    path = Path(place).expanduser()
-    path = path / "final" / "adapter" if (path / "final").is_dir() else path
-    file, here = read_adapter(path, "CAUSAL_LM"), lora.factors()
-    sizes = [{layer: (A.shape, B.shape) for layer, (A, B) in pairs.items()} for pairs in (file.factors, here)]
-    if file.head or file.base or sizes[0] != sizes[1]:
-        flags = f"--lora-r {file.r} --target-modules {' '.join(file.target_modules)}"
-        raise UsageError(f"--init-from {place} does not fit the model: give its --model and {flags}")
-    lora.load({layer: (A, B * (file.scale / lora.scale)) for layer, (A, B) in file.factors.items()}, {}, lora.scale)
 
 
 def head_at(module, places):
@@ -131,37 +111,11 @@ def text_losses(model, split, rows):
     return over_batches(model, split, rows, losses)
 
 
-@torch.no_grad()
 def answer_losses(model, split, rows):
-    """Summed NLL of each label's words after each text, fp64 [n, C]: the text is read once, its keys and values serve
-    the words of every label."""
-    answers = [torch.from_numpy(answer.astype(np.int64)).to(model.device) for answer in model.tokens[split].answers]
-
-    def losses(rows):
-        inputs, mask = (torch.from_numpy(array).to(model.device) for array in model.tokens[split].questions(rows))
-        length, n = inputs.shape[1], mask.sum(1)  # n [B]
-        last = torch.arange(len(rows), device=model.device) * length + n - 1
-        with amp_context(model.amp, model.device), head_at(model.module, last):
-            read = model.module(input_ids=inputs, attention_mask=mask.long(), use_cache=True)
-        first, kept = -read.logits.float().log_softmax(-1), read.past_key_values  # [B, V]
-        nll = torch.stack([first[:, answer[0]] for answer in answers], 1).double()  # [B, C]
-        for c, answer in enumerate(answers):
-            said, wanted = answer[:-1].expand(len(rows), -1), answer[1:].expand(len(rows), -1)  # [B, m]
-            if not said.shape[1]:
-                continue
-            with amp_context(model.amp, model.device):
-                logits = model.module(
-                    input_ids=said,
-                    attention_mask=torch.cat([mask, torch.ones_like(said, dtype=torch.bool)], 1).long(),
-                    position_ids=n[:, None] + torch.arange(said.shape[1], device=model.device),
-                    past_key_values=kept,
-                    use_cache=True,
-                ).logits
-            kept.crop(-said.shape[1])
-            nll[:, c] += F.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none").double().sum(1)
-        return nll
-
-    return over_batches(model, split, rows, losses)
+    """Summed NLL of each label's words after each text, fp64 [n, C]."""
+    tokens = model.tokens[split]
+    each = [replace(model, tokens={split: tokens.ending_in(c)}) for c in range(len(tokens.answers))]
+    return np.stack([text_losses(one, split, rows) for one in each], 1)
 
 
 def over_batches(model, split, rows, losses):
@@ -204,7 +158,7 @@ def hidden_states(model, split, rows):
 
 
 def quality(model, thetas, weights, split, rows, name):
-    """{name_loss, name_ppl, name_bits_per_byte} of texts of a split; of labels name_accuracy too.
+    """{name_loss, name_ppl} of texts of a split; of labels name_accuracy too.
 
     Losses in nats a token, of labels a text; name_ppl is exp(name_loss). Each text's NLL is the weighted mean of those
     under the thetas; a theta of weight 0 is not looked at.
@@ -216,18 +170,12 @@ def quality(model, thetas, weights, split, rows, name):
             scores = scores + weight / sum(weights) * judged(model, split, rows)
     tokens, total = model.tokens[split], math.fsum(scores[:, 0])
     units = int(tokens.units(rows).sum())
-    figures = {
-        f"{name}_loss": total / units,
-        f"{name}_ppl": perplexity(total, units),
-        f"{name}_bits_per_byte": bits_per_byte(total, int(tokens.byte_lengths[rows].sum())),
-    }
+    figures = {f"{name}_loss": total / units, f"{name}_ppl": perplexity(total, units)}
     return figures | ({f"{name}_accuracy": float(scores[:, 1].mean())} if isinstance(tokens, LabelledTexts) else {})
 
 
 def clients_quality(model, thetas, group, held):
-    """{client_val_loss [K], worst_client_val_loss, mean_client_val_loss}; of labels mean_client_val_accuracy too.
-
-    The worst client is one of those with `WORST_OF` held-out texts or more; None where there is none.
+    """{client_val_loss [K], mean_client_val_loss}; of labels mean_client_val_accuracy too.
 
     Args: group [K]: which theta serves client k; held: its own held-out texts, rows of the training split.
     """
@@ -240,29 +188,9 @@ def clients_quality(model, thetas, group, held):
         for k, mine in zip(served, np.split(scores, ends), strict=True):
             losses[k] = math.fsum(mine[:, 0]) / int(tokens.units(held[k]).sum())
             accuracies[k] = mine[:, 1].mean()
-    large = [loss for loss, rows in zip(losses, held, strict=True) if len(rows) >= WORST_OF]
-    figures = {
-        "client_val_loss": losses,
-        "worst_client_val_loss": float(np.max(large)) if large else None,  # nan where one is
-        "mean_client_val_loss": sum(losses) / len(losses),
-    }
+    figures = {"client_val_loss": losses, "mean_client_val_loss": sum(losses) / len(losses)}
     labels = isinstance(tokens, LabelledTexts)
     return figures | ({"mean_client_val_accuracy": float(np.mean(accuracies))} if labels else {})
-
-
-def own_loss(model, thetas, group, rows):
-    """Mean NLL a token, of labels a text, of training texts, each under the theta of its client.
-
-    Args: rows: of each client, or none.
-    """
-    nll, units = 0.0, 0
-    for g in np.unique(group):
-        mine = np.concatenate([rows[k] for k in np.flatnonzero(group == g)])
-        if len(mine):
-            model.weights.load(thetas[g])
-            nll += math.fsum(text_losses(model, "train", mine))
-            units += int(model.tokens["train"].units(mine).sum())
-    return nll / units
 
 
 # ---- files

@@ -32,13 +32,12 @@ def demo_topics(documents):
 def article_topics(train, others=(), k=ARTICLE_TOPICS, seed=TOPICS_SEED):
     """Unsupervised topics of articles: k-means of their TF-IDF vectors, rows of length 1, both scikit-learn's.
 
-    x_iw proportional to (1 + log count_iw) (1 + log(n / df_w)); words of three letters or more, in n // 120 or more and
-    in at most 30 % of the training articles (a word in more of them tells no topic). The best of 20 starts, on one
-    thread: the order of sums cannot change a topic.
+    x_iw proportional to (1 + log count_iw) (1 + log(n / df_w)); words of three letters or more that are in n // 120 to
+    30 % of the training articles. On one thread: the order of sums cannot change a topic.
 
     Args: train: the articles that make the topics; others: further lists, which take the nearest centre; k: topics.
-    Returns: (labels: int64 [articles] of train, then one array for each of `others`; names: each topic's three most
-        telling words). Topics are numbered in the order of their first training article.
+    Returns: (labels: int64 [articles] of train, then of each of `others`; names: each topic's three most telling
+        words). Topics are numbered in the order of their first training article.
     """
     from sklearn.cluster import KMeans  # only here: it takes a while to import
     from sklearn.feature_extraction.text import TfidfVectorizer

@@ -1,46 +1,43 @@
 """Tables and figures of llm_noniid.
 
-python plots/tables.py llm_noniid --against iid --fields val_loss val_accuracy
+python plots/tables.py llm_noniid                                               # from the committed logs
 python plots/noniid.py --data-dir results --out-dir results/plots               # all that the runs allow
 python plots/noniid.py cost_map --data-dir llm_noniid/results/regimes.jsonl
 
-curves      noniid_curves.png: validation loss against rounds (of labels their accuracy), a panel per partition, each
-            method at its best rate
-cost_map    noniid_cost_map.png: what skew costs, a panel per algorithm and budget, a row per number of local steps
-            H, a column per alpha. A cell is the mean over seeds of
-
-                cost = outcome(alpha, H) - outcome(IID, H)     each at its own learning rate and mu
-
-            in validation accuracy (--target label: the opposite, in points) or loss (of texts, nats a token). It is
-            broken, with a frame, if the mean is above 5 points, of texts 0.05 nats, and the paired 95 % interval
-            excludes 0, or if a run diverged (hatched; their number stands in it, they are no part of the mean). Of
-            fewer than 3 pairs, or above that with 0 in the interval, nothing is decided. The column IID has its outcome
+curves      validation accuracy, of texts loss, against rounds: a panel per setting that two methods share, each at its
+            best rate; a loss is cut off where it is above the one before training
+cost_map    what skew costs, a panel per algorithm, a row per number of local steps, a column per alpha. A cell is the
+            table's difference to IID with its 95 % interval, turned so that above 0 is worse
 """
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 
-from common.cli import positive_float, run_main
-from common.curves import GREY, number, set_title
+from common.cli import run_main
+from common.curves import number, set_title
 from plots import style
-from plots.pairs import difference, interval, paired, pairs_cell, spread
+from plots.pairs import interval, paired, pairs_cell, spread
 from plots.read import Study, not_finite, order_of
-from plots.read import result as result_of
-from plots.rows import base_name, describe, distance, groups, nearest, rows_of, shared_setting, words_for
+from plots.rows import base_name, words_for
 from plots.style import caption, heat_map, legend_below, looks_of, numbered, panel_axes, seeds_range, seeds_text
-from plots.tables import Table, over_rounds, result, seeds, sent, whole
+from plots.tables import Table, grouped, over_rounds, result, seeds
 
 # ---- the study
 
 KEYS = ("dataset", "target", "texts", "evaluated", "model", "train", "lora_r", "lora_alpha", "clients", "partition")
 KEYS += ("alpha", "participation", "local", "learning_rate", "rounds")
-PLACE = ("partition", "alpha")  # in what the panels of one figure differ
-FREE = ("partition", "alpha", "participation", "learning_rate", "local")  # what the rows of one table may differ in
-WIDE = (*FREE, "rounds")  # of paired differences and costs: the same budget in fewer rounds of more steps too
+# what rows of one table may differ in
+FREE = ("partition", "alpha", "participation", "learning_rate", "local", "rounds")
 TUNED = {"learning_rate", "server_lr", "mu"}  # of each row
-DIFFER = {"iid": {*PLACE, "min_samples"}, "fedavg": {"personal"}}  # in what a row and its baseline differ
+DIFFER = {"iid": {"partition", "alpha", "min_samples"}, "fedavg": {"personal"}}  # in what a row and its baseline differ
+COMMONEST = Path(__file__).resolve().parents[1] / "llm_noniid" / "results" / "commonest.json"
+OUTCOMES = {  # --target: (what decides, which way is worse, factor, its name, unit, digits)
+    "text": ("val_loss", 1, 1, "validation loss", "nats a token", 3),
+    "label": ("test_accuracy", -1, 100, "test accuracy", "points", 1),
+}
 
 
 def kind_of(command, flags):
@@ -64,13 +61,8 @@ def setting_of(run):
         "rounds": run.get("--num_rounds"),
     }
     values |= {key: run.get(f"--{key}") for key in ("lora_r", "lora_alpha", "learning_rate")}
-    return values if run["kind"] == "central" else values | place_of(run)
-
-
-def place_of(run):
-    """The settings of PLACE that the flags name; a central run's too, which has no partition."""
     alpha = {"alpha": run.get("--alpha")} if run.get("--partition") == "topic_skew" else {}
-    return {"partition": partition_name(run)} | alpha
+    return values if run["kind"] == "central" else values | {"partition": partition_name(run)} | alpha
 
 
 def local_work(run):
@@ -101,17 +93,21 @@ def order(key, value):
     return order_of(value)
 
 
-def with_last_round(runs):
-    """The runs; where updates were not finite that round is the last line, and no result counts."""
-    runs = runs.copy()
+def adjusted(runs):
+    """The runs; where updates were not finite that round is the last line, and no result counts. Those of the committed
+    logs get what always saying a client's commonest topic scores, as newer runs have it."""
+    runs, committed = runs.copy(), json.loads(COMMONEST.read_text())
     for i, run in runs.iterrows():
         t = run["ended"].get("round")
         if not_finite(run) and not (run["curve"] and run["curve"][-1]["round"] == t):
-            alarm = {"detector": "diverged", "round": t}
-            line = {"round": t, "val_loss": "nan", "worst_client_val_loss": "nan", "alarms": [alarm]}
+            line = {"round": t, "val_loss": "nan", "alarms": [{"detector": "diverged", "round": t}]}
             runs.at[i, "curve"] = [*run["curve"], line]
-            for name in set(run.index) & {"val_loss", "val_ppl", "val_accuracy", "test_loss", "test_accuracy"}:
+            for name in set(run.index) & {"val_loss", "val_accuracy", "test_loss", "test_accuracy"}:
                 runs.at[i, name] = None
+        place = "--partition iid" if run.get("--partition") == "iid" else f"--alpha {run.get('--alpha'):g}"
+        place += " --sizes equal" * (run.get("--sizes") == "equal")
+        if run["log"] and run.get("--max_samples") == 8000 and place in committed and run["seed"] < 5:
+            runs.loc[i, "commonest_topic_accuracy"] = committed[place][run["seed"]]
     return runs
 
 
@@ -157,42 +153,13 @@ STUDY = Study(
         "rounds": "{} rounds",
         "mu": "mu {:g}",
         "server_lr": "server lr {:g}",
-        "init_from": "from {}",
-        "dropout": "dropout {}",
         "personal": lambda part: None if part == "none" else f"personal {part}",
-        "client_optimizer": "client {}",
-        "batch_size": "batch {}",
-        "max_length": "{} tokens at most",
     },
     order=order,
-    adjust=with_last_round,
+    adjust=adjusted,
 )
 
 # ---- the table
-
-
-def plain_fedavg(row):
-    """Whether it is FedAvg of all parameters."""
-    return row.kind == "fedavg" and row["personal"] in (None, "none")
-
-
-def usual_fedavg(rows):
-    """The plain FedAvg row that differs least from the federated ones, None without any."""
-
-    def apart(one):
-        return sum(distance(one, row) for row in rows if not row.central)
-
-    return min(filter(plain_fedavg, rows), key=apart, default=None)
-
-
-def against_fedavg(row, rows):
-    """To the FedAvg in the row's setting that differs least from it; of FedAvg itself to the usual one."""
-    base = usual_fedavg(rows)
-    if not (plain_fedavg(row) or row.central):
-        there = [one for one in rows if plain_fedavg(one) and all(one.args.get(k) == row.args.get(k) for k in FREE)]
-        base = nearest(row, there)
-    same = base in (None, row)
-    return "-" if same else difference(row.results("val_loss"), base.results("val_loss"), 3)
 
 
 def baseline(row, rows, against):
@@ -201,7 +168,7 @@ def baseline(row, rows, against):
     def fits(other):
         if against == "iid" and (other.kind != row.kind or other.args.get("partition") != "IID"):
             return False
-        if against == "fedavg" and not plain_fedavg(other):
+        if against == "fedavg" and (other.kind != "fedavg" or other["personal"] not in (None, "none")):
             return False
         names = {*other.args, *row.args} - TUNED - DIFFER[against]
         return all(other.args.get(name) == row.args.get(name) for name in names)
@@ -217,31 +184,6 @@ def tuned_rank(row, seeds=None):
     return n, -np.nan_to_num(row.results("val_loss").mean(skipna=False), nan=math.inf)
 
 
-def losses(run):
-    """[(round, validation loss)] of its evaluations after a round, nan where it is not finite."""
-    return [(row["round"], number(row["val_loss"])) for row in run["curve"] if "val_loss" in row and row["round"]]
-
-
-def first_at(run, target):
-    return next((t for t, loss in losses(run) if loss <= target), None)
-
-
-def best(row, _):
-    lowest = [min((x for _, x in losses(run) if x == x), default=math.nan) for _, run in row.runs.iterrows()]
-    return spread(np.array(lowest), 3)
-
-
-def to_target(target):
-    """A cell: the rounds to this loss, `>40` where a seed never had it."""
-
-    def cell(row, _):
-        rounds = [first_at(run, target) for _, run in row.runs.iterrows()]
-        longest = max(lines[-1]["round"] for lines in row.runs["curve"])
-        return f">{longest}" if None in rounds else spread(np.array(rounds, dtype=float), 1)
-
-    return cell
-
-
 def failure(rows):
     """Why a run of these lines of metrics.jsonl failed, in words; "" if it did not.
 
@@ -250,7 +192,7 @@ def failure(rows):
     """
     if any(alarm["detector"] == "diverged" for row in rows for alarm in row.get("alarms") or []):
         return "diverged"
-    after = [loss for _, loss in losses({"curve": rows})]
+    after = [number(row["val_loss"]) for row in rows if "val_loss" in row and row["round"]]
     if not after or math.isnan(after[-1]):
         return "the loss is not finite" if after else "no evaluation"
     if after[-1] > after[0]:
@@ -264,238 +206,152 @@ def failed(row, _):
     return f"{sum(map(bool, said))} of {len(said)}"
 
 
-GRADIENTS = {"gradient drift": "drift_ratio", "chance drift": "drift_ratio_chance", "correction": "correction_ratio"}
-GRADIENTS |= {"correction cosine": "correction_cosine"}
-
-
-def logged(rows, name):
-    return any(np.isfinite(row.mean_over_rounds(name)).any() for row in rows)
-
-
 def columns(rows, args):
-    if args.against:
-        return differences(rows, args)
-    target = getattr(args, "target", None)
-    return {
-        "val loss": result("val_loss", digits=3),
-        **({"accuracy": result("val_accuracy", 100, 1)} if rows[0].first["setting"]["target"] == "label" else {}),
-        "best": best,
-        "vs FedAvg": against_fedavg,
-        "val ppl": result("val_ppl"),
-        "test ppl": result("test_ppl"),
-        "bits/byte": result("val_bits_per_byte", digits=3),
-        "mean client": result("mean_client_val_loss", digits=3),
-        "worst client": result("worst_client_val_loss", digits=3),
-        "gap": result("generalization_gap", digits=3),
-        "drift": over_rounds("relative_drift", digits=2),
-        **{head: over_rounds(name, digits=2) for head, name in GRADIENTS.items() if logged(rows, name)},
-        "cosine": over_rounds("update_cosine", digits=3),
-        "1 - CKA": lambda row, _: spread(np.maximum(1 - row.mean_over_rounds("mean_cka"), 0), 3),
-        **({f"to {target:g}": to_target(target)} if target else {}),
-        "failed": failed,
-        "MB up": lambda row, rows: "-" if row.kind == "local" else sent("bytes_up")(row, rows),
-        "rounds": whole("rounds"),
-        "minutes": result("seconds", 1 / 60, 1),
-        "seeds": seeds,
-    }
-
-
-def differences(rows, args):
-    def pair(name):
+    def to(against, name, factor=1, digits=3):
         def cell(row, rows):
-            base = baseline(row, rows, args.against)
-            return pairs_cell(paired(row.results(name), base.results(name))) if base else "-"
+            base = baseline(row, rows, against)
+            return pairs_cell(factor * paired(row.results(name), base.results(name)), digits) if base else "-"
 
         return cell
 
-    found, words = {}, {"iid": "vs IID", "fedavg": "vs FedAvg"}[args.against]
-    for name in args.fields:
-        head = name.replace("_", " ")
-        found |= {head: result(name, digits=3), f"{head} {words}": pair(name)}
-    return found | {"seeds": seeds}
+    def to_commonest(row, _):
+        share = row.results("commonest_topic_accuracy")
+        own = row.kind in ("local", "clusters_labels", "clusters_updates") or row["personal"] not in (None, "none")
+        gain = 100 * (row.results("mean_client_val_accuracy") - share)
+        return pairs_cell(gain, 1) if own and share.notna().all() else "-"
+
+    name, _, factor, words, _, digits = OUTCOMES[rows[0].first["setting"]["target"]]
+    found = {words.replace("validation", "val"): result(name, factor, digits)}
+    found |= {f"vs {head}": to(head.lower(), name, factor, digits) for head in ("IID", "FedAvg")}
+    if name == "test_accuracy":
+        found |= {"val loss": result("val_loss", digits=3), "val loss vs FedAvg": to("fedavg", "val_loss")}
+        found |= {"own texts": result("mean_client_val_accuracy", 100, 1), "vs commonest": to_commonest}
+    else:
+        found |= {"mean client": result("mean_client_val_loss", digits=3), "cosine": over_rounds("update_cosine", 1, 3)}
+        found["1 - CKA"] = lambda row, _: spread(np.maximum(1 - row.mean_over_rounds("mean_cka"), 0), 3)
+    return found | {"failed": failed, "seeds": seeds}
 
 
-def groups_of(runs, args, notes):
-    free, found = WIDE if args.against else FREE, []
-    for setting, members in groups(runs, STUDY, free):
-        rows = rows_of(members, STUDY, free, notes=notes)
-        found.append((describe(STUDY, shared_setting(setting, rows)), rows))
-    return found
-
-
-WORDS = """Losses are in nats per token (of labels: per text), after the last round; `accuracy` of labels in %. `vs
-FedAvg` is the difference in validation loss to FedAvg in the same setting; of FedAvg and central training, to FedAvg in
-the setting that most runs share. `mean client`, `worst client`: losses on the clients' own held-out texts; `gap`:
-generalisation gap. drift, cosine (mean over pairs of updates) and 1 - CKA are means over the
-evaluated rounds. --target: the first round with that loss. `failed`: the alarm `diverged`, no finite update, or a last
-loss that is not finite, above the first evaluation's or above that before training.
-
---against iid, fedavg: instead the paired differences of any fields to the same algorithm under IID, or to FedAvg on the
-same partition, at the same local work, rounds and other flags. Learning rates and mu may differ, as each row's are
-tuned: of several baselines that with most seeds in common counts, of those the one with the lowest validation loss.
+WORDS = """`test accuracy` and `own texts` (each client's own held-out texts, mean over clients) in %; losses in nats
+a token, of labels a text, after the last round. `vs IID`, `vs FedAvg`: paired differences to the same algorithm under
+IID, and to FedAvg on the same partition, at the same local work, rounds and other flags, with 95 % intervals and the
+number of pairs. Learning rates and mu may differ, as each row's are tuned: of several baselines the one with most
+seeds in common counts, then the one with the lowest validation loss. `vs commonest`, of models of the clients' own:
+`own texts` less what always saying a client's commonest topic scores there. `cosine` (mean over pairs of updates) and
+`1 - CKA` are means over rounds. `failed`: the alarm `diverged`, or a last loss that is not finite, above the first
+evaluation's or above that before training.
 """
+TABLE = Table(STUDY, columns, WORDS, free=FREE)
+
+# ---- figures: of the rows of the table
 
 
-def add_flags(parser):
-    text = "say how many rounds a run took to it"
-    parser.add_argument("--target", type=positive_float, metavar="LOSS", help=text)
-    text = "paired differences with 95 %% intervals, to IID or to FedAvg (default: the table of results)"
-    parser.add_argument("--against", choices=DIFFER, help=text)
-    text = "results or fields of metrics.jsonl that --against compares (default: val_loss)"
-    parser.add_argument("--fields", nargs="+", default=["val_loss"], metavar="FIELD", help=text)
+def at_best_rate(rows):
+    """Of rows that differ in TUNED alone the one that counts, labelled by its method."""
+    found = {}
+    for row in (row for row in rows if not row.central):
+        key = row.kind, str({name: value for name, value in row.args.items() if name not in TUNED})
+        if key not in found or tuned_rank(row) > tuned_rank(found[key]):
+            found[key] = row
+    for row in found.values():
+        said = [name for name in row.unlike if name not in {*TUNED, *FREE}]
+        row.label = ", ".join([row.name, *(w for name in said for w in words_for(STUDY, name, row.args[name]))])
+    return list(found.values())
 
 
-TABLE = Table(STUDY, columns, WORDS, flags=add_flags, groups=groups_of)
-
-# ---- curves
+def place_of(row):
+    """Where a row stands: its settings in FREE but for the rate, in words."""
+    return ", ".join(w for key in FREE if key not in TUNED for w in words_for(STUDY, key, row.args.get(key)))
 
 
 def curves(runs, args, notes):
-    """Validation loss, of labels accuracy, against rounds: a panel per partition, each method at its best rate."""
     drawn = []
-    for setting, members in groups(runs[runs["kind"] != "central"], STUDY, (*PLACE, "learning_rate")):
-        name, _, factor, words, *_ = OUTCOMES[setting["target"]]
-        panels = groups(members, STUDY, ("learning_rate",))
-        panels.sort(key=lambda panel: [order(key, panel[0][key]) for key in PLACE if key in panel[0]])
-        panels = [
-            (place, at_best_rate(rows_of(some, STUDY, ("learning_rate",), notes=notes))) for place, some in panels
-        ]
-        every = [row for _, rows in panels for row in rows]
-        if len(every) < 2:
+    for about, rows in grouped(TABLE, runs, args, notes):
+        panels = {}
+        for row in at_best_rate(rows):
+            panels.setdefault(place_of(row), []).append(row)
+        panels = {place: some for place, some in panels.items() if len(some) > 1}
+        if not panels:
             continue
+        every = [row for some in panels.values() for row in some]
+        name, _, factor, words, *_ = OUTCOMES[every[0].first["setting"]["target"]]
+        name, words = name.replace("test", "val"), words.replace("test", "validation")  # what each round has
         figure, axes = panel_axes(len(panels), sharey=True)
         looks = looks_of(every)
-        for axis, (place, rows) in zip(axes, panels, strict=True):
-            style.draw_rounds(axis, rows, looks, name, factor)
-            axis.set_title(describe(STUDY, place, PLACE), fontsize=9.5)
+        for axis, (place, some) in zip(axes, panels.items(), strict=True):
+            style.draw_rounds(axis, some, looks, name, factor)
+            axis.set_title(style.folded(place), fontsize=8.5)
             axis.set_ylabel(f"{words.capitalize()} ({'%' if factor == 100 else 'nats'})")
+        start = [number(run["curve"][0]["val_loss"]) for row in every for _, run in row.runs.iterrows() if run["curve"]]
+        if name == "val_loss" and axes[0].get_ylim()[1] > max(start):
+            axes[0].set_ylim(top=1.02 * max(start))
         legend_below(figure, axes)
-        caption(figure, f"{words.capitalize()}: {seeds_text(every)}", setting, every)
+        caption(figure, f"{words.capitalize()}: {seeds_text(every)}\n{about}", {}, every)
         drawn.append(figure)
     yield from numbered("noniid_curves", drawn)
 
 
-def at_best_rate(rows):
-    """Of rows of one method that differ in TUNED only the one that counts, labelled by the method."""
-    found = {}
-    for row in rows:
-        key = row.kind, str({name: value for name, value in row.args.items() if name not in TUNED})
-        if key not in found or tuned_rank(row) > tuned_rank(found[key]):
-            found[key] = row
-    chosen = [row for row in rows if row in found.values()]
-    for row in chosen:
-        said = [name for name in row.unlike if name not in TUNED]
-        row.label = ", ".join([row.name, *(w for name in said for w in words_for(STUDY, name, row.args[name]))])
-    return chosen
-
-
-# ---- what skew costs
-
-THRESHOLD = 0.05  # of accuracy (--target label), nats a token (text): a mean cost above it is broken
-PAIRS = 3  # that decide
 IN_MAP = {"alpha", "local", "rounds", "min_samples"} | TUNED  # what may differ within a panel
-OUTCOMES = {  # --target: (field that decides, which way is worse, factor, name, unit, digits)
-    "text": ("val_loss", 1, 1, "validation loss", "nats a token", 3),
-    "label": ("val_accuracy", -1, 100, "validation accuracy", "points", 1),
-}
-
-
-def outcomes(row):
-    """The deciding result a seed, without runs that diverged."""
-    field = OUTCOMES[row.first["setting"]["target"]][0]
-    return row.results(field)[[not has_diverged(run) for _, run in row.runs.iterrows()]]
-
-
-def has_diverged(run):
-    """Whether its updates or last loss were not finite or, of --target text, that loss is above that before training.
-
-    Of labels a model knows less than nothing before training: that loss says nothing, and accuracy decides.
-    """
-    start = next((row.get("val_loss") for row in run["curve"] if row["round"] == 0), None)
-    last = result_of(run, "val_loss")
-    return bool(not_finite(run) or np.isnan(last) or setting_of(run)["target"] == "text" and last > number(start))
-
-
-def cost_of(row, control):
-    """(costs by seed, of the pairs without a run that diverged; how many runs did; broken: None is not decided)."""
-    worse = OUTCOMES[row.first["setting"]["target"]][1]
-    costs = (worse * paired(outcomes(row), outcomes(control))).dropna()
-    diverged = sum(has_diverged(run) for _, run in row.runs.iterrows())
-    high = len(costs) > 0 and costs.mean() > THRESHOLD
-    undecided = len(costs) < PAIRS or (high and interval(costs)[0] <= 0)
-    return costs, diverged, True if diverged else None if undecided else bool(high)
 
 
 def cost_map(runs, args, notes):
-    """A figure for each group of like runs in which a setting has its IID control."""
     drawn = []
-    for setting, members in groups(runs[runs["kind"] != "central"], STUDY, WIDE):
-        rows, panels = rows_of(members, STUDY, WIDE, notes=notes), {}
+    for about, rows in grouped(TABLE, runs, args, notes):
+        panels = {}
         for row in at_best_rate(rows):
             control = baseline(row, rows, "iid")
-            if control is not None and row.args["partition"] != "IID" and "alpha" in row.args:
+            if control is not None and row.args.get("partition") != "IID" and "alpha" in row.args:
                 same = {key: value for key, value in row.args.items() if key not in IN_MAP}
                 steps = (row["local_steps"] or row["local_epochs"]) * row["num_rounds"]
                 panels.setdefault((row.name, steps, str(same)), []).append((row, control))
-        # a panel of one H says little beside maps of several: its cells are rows of the table against IID
+        # a panel of one H says little beside maps of several: its cells are rows of the table
         several = {key: some for key, some in panels.items() if len({row.args["local"] for row, _ in some}) > 1}
         if panels:
-            drawn.append(draw_map(shared_setting(setting, rows), several or panels))
+            drawn.append(draw_map(about, several or panels))
     yield from numbered("noniid_cost_map", drawn)
 
 
-def draw_map(setting, panels):
-    _, _, factor, words, unit, _ = OUTCOMES[setting["target"]]
-    every = [pair for pairs in panels.values() for pair in pairs]
-    means = [factor * costs.mean() for costs, *_ in (cost_of(*pair) for pair in every) if len(costs)]
-    scale = min([0, *means]), max([factor * THRESHOLD, *means])
-    wide = min(3, len(panels))
-    figure, axes = panel_axes(len(panels), wide, extra=2.0, width=max(5.4, 4.9 * wide + 1), height=2.8)
-    for axis, ((algorithm, budget, _), pairs) in zip(axes, panels.items(), strict=True):
-        draw_cells(axis, pairs, scale)
+def draw_map(about, panels):
+    every = [row for pairs in panels.values() for row, _ in pairs]
+    *_, words, unit, _ = OUTCOMES[every[0].first["setting"]["target"]]
+    figure, axes = panel_axes(len(panels), width=7.4 if len(panels) == 1 else None, extra=1.0)
+    for axis, ((algorithm, steps, _), pairs) in zip(axes, panels.items(), strict=True):
+        draw_cells(axis, pairs)
         local = pairs[0][0].args["local"].rstrip("s").split()[-1]
-        axis.set_title(f"{algorithm}, {budget:g} {local}s a client", fontsize=9.5)
-    bar = figure.colorbar(axes[0].images[0], ax=axes, pad=0.02, fraction=0.04)
-    bar.set_label(f"Cost in\n{words} ({unit})", fontsize=8.5)
-    count = seeds_range([row for row, _ in every])
-    title = f"What skew costs against IID, mean of {count} seed{'s' * (count != '1')}"
-    line = f"frame: broken, over {factor * THRESHOLD:g} {unit} worse, 95 % interval without 0, or diverged"
-    set_title(figure, "\n".join([title, describe(STUDY, setting), line]))
+        axis.set_title(f"{algorithm}, {steps:g} {local}s a client", fontsize=9.5)
+    title = f"What skew costs in {words}: {unit} worse than under IID"
+    set_title(figure, f"{title}\n{about}, {seeds_range(every)} seeds")
     return figure
 
 
-def draw_cells(axis, pairs, scale):
-    """A panel: rows of local work, most on top; columns IID and alpha, least skew on the left."""
-    from matplotlib.patches import Rectangle
-
-    *_, factor, _, _, digits = OUTCOMES[pairs[0][0].first["setting"]["target"]]
+def draw_cells(axis, pairs):
+    """A panel: rows of local work, most on top; columns of alpha, least skew on the left."""
+    name, worse, factor, _, _, digits = OUTCOMES[pairs[0][0].first["setting"]["target"]]
     alphas = sorted({row.args["alpha"] for row, _ in pairs}, reverse=True)
     steps = sorted({row.args["local"] for row, _ in pairs}, key=lambda value: order("local", value), reverse=True)
-    values, texts = np.full((len(steps), len(alphas) + 1), np.nan), {}
+    values, texts, ticks = np.full((len(steps), len(alphas)), np.nan), {}, {}
     for row, control in pairs:
-        i, j = steps.index(row.args["local"]), 1 + alphas.index(row.args["alpha"])
-        costs, diverged, broken = cost_of(row, control)
-        values[i, j] = round(factor * costs.mean(), digits) + 0.0
-        said = [f"{values[i, j]:+.{digits}f}"] * bool(len(costs))
-        said += [f"{diverged}/{len(row.runs)} div."] * bool(diverged) + ["not decided"] * (broken is None)
-        texts[i, j] = "\n".join(said)
-        texts[i, 0] = f"{factor * outcomes(control).mean():.{digits}f}"
-        if broken:
-            look = {"edgecolor": GREY, "hatch": "////"} if diverged else {"edgecolor": "black", "linewidth": 2}
-            axis.add_patch(Rectangle((j - 0.46, i - 0.46), 0.92, 0.92, facecolor="none", **look))
-    heat_map(axis, np.ma.masked_invalid(values), *scale, "cividis_r")
-    for (i, j), words in texts.items():
-        color = "white" if values[i, j] > sum(scale) / 2 else "black"
-        axis.text(j, i, words, ha="center", va="center", fontsize=7, color=color)
-    axis.set_xticks(range(len(alphas) + 1), ["IID", *(f"{alpha:g}" for alpha in alphas)])
-    axis.set_yticks(range(len(steps)), [value.split()[0] for value in steps])
+        i, j = steps.index(row.args["local"]), alphas.index(row.args["alpha"])
+        costs = (worse * factor * paired(row.results(name), control.results(name))).dropna()
+        diverged = len(row.runs) - row.results(name).count()
+        values[i, j] = costs.mean()
+        said = [f"{costs.mean():.{digits}f}"] * bool(len(costs))
+        said += ["[" + ", ".join(f"{end:.{digits}f}" for end in interval(costs)) + "]"] * (len(costs) > 1)
+        texts[i, j] = "\n".join(said + [f"{diverged} of {len(row.runs)} diverged"] * bool(diverged))
+        iid = f"{factor * control.results(name).mean():.{digits}f}{' %' * (factor == 100)}"
+        ticks[i] = f"{row.args['local']}\n{row['num_rounds']} rounds\nIID {iid}"
+    high = max([0, *values[~np.isnan(values)]]) or 1
+    heat_map(axis, np.ma.masked_invalid(values), 0, high, "cividis_r")
+    for (i, j), said in texts.items():
+        axis.text(j, i, said, ha="center", va="center", color="white" if values[i, j] > high / 2 else "black")
+    axis.set_xticks(range(len(alphas)), [f"alpha {alpha:g}" for alpha in alphas])
+    axis.set_yticks(range(len(steps)), [ticks[i] for i in range(len(steps))])
     axis.tick_params(length=0)
-    axis.set_xlabel("Dirichlet's alpha (right: more skew)", fontsize=9)
-    axis.set_ylabel(f"Local {steps[0].split()[2].rstrip('s')}s a round, H")
+    axis.set_xlabel("Dirichlet's alpha: to the right more skew")
 
 
 FIGURES = {
-    "curves": (curves, "federated runs of two methods or partitions"),
+    "curves": (curves, "federated runs of two methods in one setting"),
     "cost_map": (cost_map, "runs under topic skew and under IID"),
 }
 

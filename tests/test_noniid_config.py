@@ -4,7 +4,6 @@ import pytest
 import yaml
 from running import ROOT
 
-from common.cli import UsageError
 from llm_noniid import flags, train
 
 CONFIG = ROOT / "llm_noniid" / "configs" / "default.yaml"
@@ -59,10 +58,8 @@ def test_our_default_file_holds_the_source_s_keys_and_the_flags_own_defaults():
 @pytest.mark.parametrize(
     "line, groups",
     [
-        ("--cluster updates", 4),
         ("--cluster labels --dataset wikitext", 8),
         ("--cluster labels --dataset demo --num-clients 3", 3),
-        ("--cluster labels --num-clusters 2", 2),
     ],
 )
 def test_there_are_as_many_clusters_as_topics(line, groups):
@@ -75,9 +72,3 @@ def test_the_data_sets_have_as_many_topics_as_the_flags_say():
 
     sizes = {"ag_news": len(ag_news.TOPICS), "wikitext": ARTICLE_TOPICS, "demo": len(DEMO_TOPICS)}
     assert sizes == flags.TOPICS
-
-
-def test_flags_that_contradict_each_other_are_found_without_a_model():
-    with pytest.raises(UsageError, match="samples nobody"):
-        flags.parse(train.build_parser(), ["--participation-rate", "0.04"])
-    assert flags.parse(train.build_parser(), ["--participation-rate", "0.05"]).participation_rate == 0.05

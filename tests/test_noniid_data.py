@@ -2,13 +2,10 @@
 
 import csv
 import os
-import sys
-import types
 
 import numpy as np
 import pytest
 
-import common.hub
 from common.cli import UsageError
 from common.text import load_corpus
 from llm_noniid import ag_news, data, topics
@@ -20,10 +17,10 @@ SPLITS = ("train", "validation", "test")
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-def write_rows(path, rows, start=b"", end="\r\n"):
+def write_rows(path, rows, start=b""):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator=end).writerows(rows)
+        csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\r\n").writerows(rows)
     path.write_bytes(start + path.read_bytes())
 
 
@@ -47,8 +44,7 @@ def refuse(match, *args, **kwargs):
 # ------------------------------------------------------------------------------------------------ AG News
 
 
-@pytest.mark.parametrize("start, end", [(b"\xef\xbb\xbf", "\r\n")])
-def test_official_rows_are_read_as_they_are_meant(tmp_path, start, end):
+def test_official_rows_are_read_as_they_are_meant(tmp_path):
     rows = [
         (3, "Fears for T N pension", "Unions say they are 'disappointed'."),
         ("4", 'A "second" team, now', "A second\\team  of rocketeers \u00e9"),
@@ -56,7 +52,7 @@ def test_official_rows_are_read_as_they_are_meant(tmp_path, start, end):
         (2, "", "Only a description . "),
     ]
     path = tmp_path / "train.csv"
-    write_rows(path, rows, start, end)
+    write_rows(path, rows, b"\xef\xbb\xbf")
     texts, labels = ag_news.read_csv(path)
     assert labels.dtype == np.int64 and labels.tolist() == [2, 3, 0, 1]
     assert texts == [
@@ -79,34 +75,28 @@ def test_the_sample_and_the_official_file_give_the_same_texts(tmp_path):
         assert text.endswith(f"of class {official.labels['train'][i] + 1}.")
 
 
-GOOD = '"1","A","begins\nhere"\n'  # two lines: the next row is on line 3
+GOOD = '"1","A","begins\nhere"\n'
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (GOOD + '"2","B","never closed\n"3","C","c"\n', r"train.csv line 3 is broken"),
-        (GOOD + '"2",""," \\ "\n', r"train.csv line 3 is not class, title and description"),
-        ("label,text\n1,good\n0,bad\n", r"train.csv line 3 is not label and text, with a class from 1 to 4"),
-        ("1,no header\n", r"train.csv line 1 is not class"),
+        (GOOD + '"2","B","never closed\n"3","C","c"\n', r"cannot read .*train.csv"),
+        (GOOD + '"2",""," \\ "\n', r"train.csv row 2 is not class, title and description"),
+        ("label,text\n1,good\n0,bad\n", r"train.csv row 3 is not label and text, with a class from 1 to 4"),
         ("label,text\n", r"train.csv has 0 rows"),
         ("1,\udcff,x\n", r"cannot read .*train.csv"),
     ],
 )
-def test_a_broken_row_is_named_with_its_line(tmp_path, content, message):
-    """More of them, by the script: tests/test_refusals.py."""
+def test_a_broken_row_is_named(tmp_path, content, message):
     folder = write_ag_news(tmp_path)
     (folder / "train.csv").write_bytes(content.encode("utf-8", "surrogateescape"))
     refuse(message, "ag_news", tmp_path)
 
 
 def test_missing_files(tmp_path):
-    folder = write_ag_news(tmp_path)
-    (folder / "test.csv").unlink()
-    refuse(r"AG News in .*ag_news is incomplete: put test.csv there too", "ag_news", tmp_path)
-    (folder / "train.csv").rename(folder / "test.csv")
-    refuse(r"incomplete: put train.csv there too", "ag_news", tmp_path)
-    refuse("no AG News under .* and the hub cannot be reached: .*--data-root", "ag_news", tmp_path / "nothing")
+    (write_ag_news(tmp_path) / "test.csv").unlink()
+    refuse("no AG News under .* and the hub cannot be reached: .*--data-root", "ag_news", tmp_path)
 
 
 def test_the_validation_split_is_stratified_keyed_and_cut_from_train(tmp_path):
@@ -116,7 +106,6 @@ def test_the_validation_split_is_stratified_keyed_and_cut_from_train(tmp_path):
     assert np.bincount(texts.labels["validation"], minlength=4).tolist() == [4, 2, 1, 1]  # 5 % of 160
     assert np.bincount(texts.labels["train"]).tolist() == [76, 38, 19, 19]
     assert sorted(texts.splits["train"] + texts.splits["validation"]) == sorted(whole)
-    assert "ag_news: 8 of 160 training texts are the validation split" in texts.notes
     again, other = data.load_texts("ag_news", tmp_path, seed=1), data.load_texts("ag_news", tmp_path, seed=2)
     assert again.fingerprint == texts.fingerprint and other.splits["validation"] != texts.splits["validation"]
     few = data.load_texts("ag_news", tmp_path, max_samples=24, seed=1)
@@ -124,33 +113,9 @@ def test_the_validation_split_is_stratified_keyed_and_cut_from_train(tmp_path):
     assert np.bincount(few.labels["train"]).tolist() == [12, 6, 3, 3]
     assert set(few.splits["train"]) < set(texts.splits["train"])
     assert all(t.endswith(f"of class {c + 1}.") for t, c in zip(few.splits["train"], few.labels["train"], strict=True))
-    assert any("--max-samples 24: that many of 152" in note for note in few.notes)
 
 
 # ---------------------------------------------------------------------------------------------------- hub
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub that gives 40 and 4 rows; what it was asked for is in the list `asked`."""
-    asked = []
-    rows = {
-        split: {"text": [f"Title {i}  of\\{split}" for i in range(n)], "label": [i % 4 for i in range(n)]}
-        for split, n in {"train": 40, "test": 4}.items()
-    }
-    fake = types.ModuleType("datasets")
-    fake.exceptions = types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
-    fake.load_dataset = lambda name: asked.append(name) or rows
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr(common.hub, "hub_reachable", lambda: True)
-    return types.SimpleNamespace(asked=asked, rows=rows, module=fake)
-
-
-def test_the_hub_is_asked(hub, tmp_path):
-    texts = data.load_texts("ag_news", tmp_path)
-    assert hub.asked == ["fancyzhx/ag_news"] and texts.fingerprint["source"] == "hub, fancyzhx/ag_news"
-    assert texts.splits["test"] == [f"Title {i} of test" for i in range(4)]
-    assert texts.labels["test"].tolist() == [0, 1, 2, 3]
 
 
 # ----------------------------------------------------------------------------------------- wikitext, demo
@@ -186,8 +151,6 @@ def test_wikitext_has_paragraphs_and_its_articles_topics(tmp_path, monkeypatch):
         assert texts.labels[split].tolist() == [first.index(kind) for kind in KINDS for _ in range(2)]
     for name, kind in zip(texts.label_names, first, strict=True):
         assert all(word in LINES[kind] for word in name.split()) and len(name.split()) == 3
-    assert any("wikitext has no topics: 12 training articles" in note for note in texts.notes)
-    assert any("36 lines of fewer than 6 words" in note for note in texts.notes)
 
 
 def test_article_topics_find_three_vocabularies_and_degenerate_cases():
@@ -226,16 +189,3 @@ def test_sentences_by_hand():
 
 
 # ------------------------------------------------------------------------------------------------- real data
-
-
-@pytest.mark.skipif(not REAL, reason="FEDQUARTET_DATA does not name the real data")
-def test_the_real_ag_news_sample():
-    if not os.path.isfile(os.path.join(REAL, "ag_news", "train_sample.csv")):
-        pytest.skip("no AG News sample under FEDQUARTET_DATA")
-    texts = data.load_texts("ag_news", REAL)
-    assert texts.fingerprint["counts"] == {"train": 13_820, "validation": 727, "test": 7_600}
-    assert np.bincount(texts.labels["test"]).tolist() == [1900] * 4
-    for word, label in (("olympic", 1), ("stocks", 2), ("microsoft", 3), ("iraq", 0)):  # the sample's coding
-        for split in ("train", "test"):
-            of = [c for t, c in zip(texts.splits[split], texts.labels[split], strict=True) if word in t.lower()]
-            assert np.bincount(of).argmax() == label

@@ -38,16 +38,3 @@ def test_staying_above_the_best():
     assert first([3.0, 2.0, 2.7, 2.7, 2.5]) is None  # the third is not above 1.3 x 2
     found = first([3.0, 2.0, 2.7, 2.9, 2.65, 9.0])
     assert found["round"] == 4 and "above 1.3 times the best (2)" in found["message"]
-
-
-def test_left_out_names_each_client_once_and_diverged_is_said_once():
-    lines = [
-        {"round": 0, "val_loss": 3.0},
-        {"round": 5, "val_loss": 3.0, "left_out": [[3, 7], [4, 7], [4, 2]]},
-        {"round": 10, "val_loss": "nan", "left_out": None},
-        {"round": 15, "val_loss": "nan", "left_out": [[12, 7], [13, 1], [13, 0]]},
-    ]
-    alarms = alarms_of(lines, 4)
-    found = [(a["detector"], a["round"]) for a in alarms]
-    assert found == [("left_out", 3), ("left_out", 4), ("diverged", 10), ("left_out", 13)]
-    assert "client 7:" in alarms[0]["message"] and "client 0, 1:" in alarms[3]["message"]

@@ -5,12 +5,8 @@ import shutil
 
 import pytest
 import torch
-from comparing import same_bits
 from noniid_script import call, losses, token_rows, words
-from safetensors.torch import load_file, save_file
 
-from common.cli import UsageError
-from common.lora import LoraModel
 from common.runlog import read_metrics
 from common.text import load_tokenizer
 from llm_noniid import models
@@ -54,39 +50,6 @@ def bases(tmp_path_factory, tokenizer):
     return root
 
 
-@pytest.mark.parametrize(
-    "kind, targets, layers, flipped",
-    [
-        ("gpt2", ("c_attn", "c_proj"), 6, True),
-        ("qwen2", ATTENTION, 8, False),
-    ],
-)
-def test_lora_adapts_the_attention_of_each_architecture(kind, targets, layers, flipped, bases, tokenizer):
-    base = models.load_base(str(bases / kind), tokenizer, 96, seed=0)
-    stored = load_file(bases / kind / "model.safetensors")
-    loaded = base.state_dict()
-    assert all(torch.equal(loaded[n if n in loaded else f"transformer.{n}"], t) for n, t in stored.items())
-    adapted = {name: part for name, part in base.named_modules() if name.rsplit(".", 1)[-1] in targets}
-    before = {name: tuple(part.weight.shape) for name, part in adapted.items()}
-    lora = LoraModel(base, r=3, alpha=6, seed=0)
-    assert lora.targets == targets and lora.about()["fan_in_fan_out"] is flipped and lora.scale == 2
-    assert lora.layers.keys() == before.keys() and len(before) == layers
-    trained = lora.trainable()
-    assert {name[2:] for name in trained} == before.keys()
-    for name, shape in before.items():
-        d, k = reversed(shape) if flipped else shape  # Conv1D keeps [inputs, outputs]
-        assert trained[f"A.{name}"].shape == (3, k) and trained[f"B.{name}"].shape == (d, 3)
-    learns = {name for name, p in lora.model.named_parameters() if p.requires_grad}
-    assert len(learns) == 2 * layers and all("lora_" in name for name in learns)
-    # s B A, and nothing else, is what the adapter adds
-    name = next(iter(before))
-    layer, x = lora.layers[name].eval(), torch.randn(5, lora.factors()[name][0].shape[1])
-    with torch.no_grad():
-        A, B = lora.factors()[name]
-        B.normal_()
-        torch.testing.assert_close(layer(x), layer.base_layer(x) + 2 * x @ A.T @ B.T)
-
-
 @pytest.mark.slow
 def test_a_run_on_such_a_folder_serves_an_adapter_for_it(bases, texts, tmp_path):
     from peft import PeftModel
@@ -102,38 +65,6 @@ def test_a_run_on_such_a_folder_serves_an_adapter_for_it(bases, texts, tmp_path)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a/final/adapter")
     nll, n = losses(model, token_rows(AutoTokenizer.from_pretrained(base), texts.splits["validation"]))
     assert read_metrics(tmp_path / "a")[-1]["val_loss"] == pytest.approx(nll.sum() / n.sum(), rel=1e-5)
-
-
-def test_the_tiny_model_follows_from_its_seed(tokenizer):
-    a, b, c = (models.load_base("tiny", tokenizer, 40, seed).state_dict() for seed in (1, 1, 2))
-    assert same_bits(a, b)
-    assert not torch.equal(a["transformer.h.0.attn.c_attn.weight"], c["transformer.h.0.attn.c_attn.weight"])
-    made = models.load_base("tiny", tokenizer, 40, 1)
-    assert made.config.n_positions == 40 and made.config.vocab_size == len(tokenizer)
-    assert made.config.eos_token_id == tokenizer.eos_token_id
-    assert made.get_input_embeddings().weight is made.get_output_embeddings().weight
-
-
-def refuse(match, *args):
-    """More of them, by the script: tests/test_refusals.py."""
-    with pytest.raises(UsageError, match=match) as error:
-        models.load_base(*args)
-    assert "\n" not in str(error.value)
-
-
-def test_folders_that_do_not_serve_are_refused(bases, tokenizer, tmp_path):
-    folder = tmp_path / "mine"
-    shutil.copytree(bases / "gpt2", folder)
-    mine = str(folder)
-    refuse("--max-length 97 is above the model's 96", str(bases / "llama"), tokenizer, 97, 0)
-    tensors = load_file(folder / "model.safetensors")
-    fewer = {name: t for name, t in tensors.items() if "h.1.attn.c_attn.weight" not in name}
-    save_file(fewer, folder / "model.safetensors", {"format": "pt"})
-    refuse("its file lacks transformer.h.1.attn.c_attn.weight: give a whole model", mine, tokenizer, 96, 0)
-    (folder / "model.safetensors").write_bytes((bases / "gpt2/model.safetensors").read_bytes()[:-9])
-    refuse("cannot be read as a causal language model", mine, tokenizer, 96, 0)
-    (folder / "config.json").write_text("{")
-    refuse("cannot be read as a causal language model", mine, tokenizer, 96, 0)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

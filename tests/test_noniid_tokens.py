@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from common import text as common_text
-from common.cli import UsageError
 from llm_noniid import data
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -23,7 +22,7 @@ def bpe(texts, size=300):
 
 
 @pytest.mark.filterwarnings("ignore:bpe")
-def test_tokens_are_those_of_the_tokenizer_and_bytes_those_of_what_is_scored():
+def test_tokens_are_those_of_the_tokenizer():
     texts = made_texts("one two three two one, na\u00efve " * 3, "a", "two <|endoftext|> one", "one two three four")
     tokenizer = bpe(texts)
     for max_length in (2, 7, 500):
@@ -35,27 +34,12 @@ def test_tokens_are_those_of_the_tokenizer_and_bytes_those_of_what_is_scored():
             wanted = [*ids, tokens.eos][:max_length]
             got = tokens.tokens[tokens.offsets[i] : tokens.offsets[i + 1]].tolist()
             assert got == wanted and tokens.lengths()[i] == len(wanted)
-            scored = common_text.token_byte_lengths(tokenizer)[got[1:]].sum()
-            assert tokens.byte_lengths[i] == scored
-            if max_length == 500:
-                assert scored == len(text.encode("utf-8")) - len(tokenizer.decode(ids[:1]).encode("utf-8"))
-
-
-@pytest.mark.filterwarnings("ignore:bpe")
-def test_a_max_length_that_does_not_fit():
-    texts = made_texts("one two three")
-    tokenizer = bpe(texts)
-    tokenizer.model_max_length = 64
-    for wrong in (1, 65):
-        with pytest.raises(UsageError, match=f"--max-length {wrong} is outside 2 to 64"):
-            data.encode(texts, tokenizer, wrong)
-    assert len(data.encode(texts, tokenizer, 64)["validation"]) == 1
 
 
 def small_tokens():
     """Texts of 3, 2 and 4 tokens; 9 is end of text, the last text is cut."""
     tokens = np.array([5, 6, 9, 7, 9, 1, 2, 3, 4], dtype=np.uint16)
-    return data.TokenizedTexts(tokens, np.array([0, 3, 5, 9]), np.array([1, 0, 3]), 9)
+    return data.TokenizedTexts(tokens, np.array([0, 3, 5, 9]), 9)
 
 
 def test_a_batch_by_hand():
@@ -64,34 +48,6 @@ def test_a_batch_by_hand():
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch["labels"].tolist() == [[7, 9, -100, -100], [1, 2, 3, 4], [5, 6, 9, -100]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-
-
-@pytest.mark.filterwarnings("ignore:bpe")
-def test_padding_changes_no_loss_and_the_real_end_is_scored():
-    import transformers
-
-    texts = made_texts("one two three two one " * 3, "two", "three one two")
-    tokenizer = bpe(texts)
-    tokens = data.encode(texts, tokenizer, 12)["train"]
-    config = transformers.GPT2Config(
-        vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config).eval()
-
-    def nll(batch):
-        """(summed loss, predicted tokens) of a batch, by the model's own shifted mean."""
-        predicted = int((batch["labels"][:, 1:] != -100).sum())
-        with torch.no_grad():
-            return float(model(**batch).loss) * predicted, predicted
-
-    together, alone = nll(tokens.batch([0, 1, 2])), [nll(tokens.batch([i])) for i in range(3)]
-    assert together[1] == sum(tokens.lengths() - 1) == sum(n for _, n in alone)
-    assert together[0] == pytest.approx(sum(loss for loss, _ in alone), rel=1e-5)
-    short = tokens.batch([2])  # without its end the loss is another one
-    assert short["labels"][0, -1] == tokens.eos and short["attention_mask"].all()
-    short["labels"][0, -1] = -100
-    assert nll(short)[0] < alone[2][0] - 1
 
 
 # ----------------------------------------------------------------------------------------------- batches

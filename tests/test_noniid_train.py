@@ -2,15 +2,13 @@
 
 import math
 
-import numpy as np
 import pytest
-import torch
 from comparing import same_bits
-from noniid_script import call, done, failing, served, spied, words
+from noniid_script import call, done, failing, served, words
 
 from common.checkpoint import read_json
 from common.runlog import read_metrics
-from llm_noniid import fed_core, flags, train
+from llm_noniid import fed_core
 from llm_noniid.detectors import alarms_of
 from plots import read
 
@@ -40,26 +38,14 @@ def test_one_client_is_central_training_and_local_training(tmp_path):
             assert all(x[name] == y[name] for name in ("train_loss", "val_loss", "client_val_loss", "tokens"))
 
 
-def test_each_client_holds_out_a_tenth_of_its_texts(tmp_path, monkeypatch):
-    studies = spied(monkeypatch)
-    done(tmp_path, "a", SHORT)
-    (study,) = studies
-    for mine, held in zip(study.rows, study.held, strict=True):
-        assert len(held) == max(1, (len(mine) + len(held)) // 10) and not set(mine) & set(held)
-    assert np.array_equal(np.sort(np.concatenate([*study.rows, *study.held])), np.arange(160))
-    partition = read_json(tmp_path / "a" / "partition.json")
-    assert sum(partition["counts"]) == 160
-
-
 # ----------------------------------------------------------------------------------------------- how runs end
 
 
-def test_clients_that_are_left_out_raise_an_alarm_once_and_more_than_half_of_a_round_end_the_run(tmp_path, monkeypatch):
+def test_clients_that_are_left_out_are_logged_and_more_than_half_of_a_round_end_the_run(tmp_path, monkeypatch):
     failing(monkeypatch, {(0, 2), (1, 2), (3, 0), (3, 1), (3, 3)})
     assert call(*words(tmp_path, "a", "--eval-every 3 --num-rounds 9 --local-steps 1")) == 1
     first, line = read_metrics(tmp_path / "a")
     assert first["round"] == 0 and line["left_out"] == [[1, 2], [2, 2]] and line["left_out_updates"] == 2
-    assert [(alarm["detector"], alarm["round"]) for alarm in line["alarms"]] == [("left_out", 1)]
     manifest = read_json(tmp_path / "a" / "run.json")
     assert manifest["status"] == "failed" and "--learning-rate (0.005)" in manifest["reason"]
     expected = {"how": "failed", "by": "left_out", "round": 4, "clients": [0, 1, 3], "reason": manifest["reason"]}
@@ -103,14 +89,3 @@ def test_an_alarm_is_logged_once_and_stands_in_the_results(tmp_path, monkeypatch
 
 
 # ------------------------------------------------------------------------------------------------- its flags
-
-
-def test_the_data_are_the_same_whatever_the_seed(tmp_path):
-    folders = [done(tmp_path, f"{seed}", f"--seed {seed} {SHORT}") for seed in (1, 2)]
-    assert len({str(read_json(folder / "run.json")["data"]) for folder in folders}) == 1
-
-
-def test_central_takes_all_cores_unless_told():
-    for threads, expected in ((0, torch.get_num_threads()), (3, 3)):
-        line = ["--algorithm", "central", "--threads", str(threads)]
-        assert flags.parse(train.build_parser(), line).threads == expected
