@@ -106,7 +106,7 @@ def adjusted(runs):
                 runs.at[i, name] = None
         place = "--partition iid" if run.get("--partition") == "iid" else f"--alpha {run.get('--alpha'):g}"
         place += " --sizes equal" * (run.get("--sizes") == "equal")
-        if run["log"] and run.get("--max_samples") == 8000 and place in committed and run["seed"] < 5:
+        if not run["folder"] and run.get("--max_samples") == 8000 and place in committed and run["seed"] < 5:
             runs.loc[i, "commonest_topic_accuracy"] = committed[place][run["seed"]]
     return runs
 

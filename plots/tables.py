@@ -52,6 +52,7 @@ def tables_of(table, runs, args, notes):
     found = []
     for about, rows in grouped(table, runs, args, notes):
         columns = table.columns(rows, args) if callable(table.columns) else table.columns
+        columns = {head: cell for head, cell in columns.items() if head in (args.columns or columns)}
         cells = [[row.label, *(cell(row, rows) for cell in columns.values())] for row in rows]
         found.append((about, usual(rows), [[table.first, *columns], *cells]))
     return found
@@ -144,6 +145,7 @@ def build_parser():
     for name in STUDIES:
         one = each.add_parser(name, description=f"Prints what the runs of {name} reached.")
         one.add_argument("--data-dir", nargs="+", help="run folders or logs (default: the study's committed logs)")
+        one.add_argument("--columns", nargs="+", metavar="HEAD", help="only these columns")
         one.add_argument("--holm", action="store_true", help="p values, and Holm's correction over all of them")
         module(name).TABLE.flags(one)
     return parser
