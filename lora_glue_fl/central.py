@@ -10,7 +10,7 @@ import numpy as np
 
 from common import parallel
 from common.cli import RunFailed, UsageError
-from common.evaluation import Best, best_line
+from common.evaluation import Best
 from common.local import OptimizerState, client_optimizer, local_steps
 from common.seeding import seed_torch
 from common.vector import Weights
@@ -93,11 +93,5 @@ def train(study):
 
 def results(study):
     """What run.json says at the end; prints the metrics."""
-    rows, headline = study.run.metrics(), study.model.headline
-    last = rows[-1]
-    values = print_values(last)
-    if values:
-        best = best_line(rows, headline, highest=True)
-        values |= {"best_round": best["round"], f"best_{headline}": best[headline]}
-    saved = {"final_round": (best if study.args.final == "best" else last)["round"]} if last["round"] else {}
-    return values | saved | {name: last[name] for name in ("examples", "seconds")} | {"rounds": last["round"]}
+    last = study.run.metrics()[-1]
+    return print_values(last) | {name: last[name] for name in ("examples", "seconds")} | {"rounds": last["round"]}

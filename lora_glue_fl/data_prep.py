@@ -1,4 +1,4 @@
-"""A task of GLUE as tokens and batches: its official tsv files, the hub's or generated ones, tokenised once, cached.
+"""A task of GLUE as tokens and batches: its official tsv files, the hub's or generated ones, tokenised.
 
 data = load_task("rte", data_root=None)                    # official files, else the hub; dataset="demo": neither
 encoded = encode(data, load_tokenizer("roberta-base"), max_length=128)
@@ -11,15 +11,14 @@ import math
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 
 from common.batches import padded
 from common.cli import UsageError
-from common.hub import cache_folder, cached, hub_dataset, one_line, pack_arrays, reading, sha256_of, unpack_arrays
+from common.hub import hub_dataset, one_line, reading
 from common.local import lr_at
 from common.seeding import stream
-from common.text import data_folder, hub_tokenizer, reading_tokenizer, tokenizer_fingerprint, vocabulary_size
+from common.text import data_folder, hub_tokenizer, reading_tokenizer, vocabulary_size
 from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
 from lora_glue_fl.flags import DATASETS, refuse
 from lora_glue_fl.glue_tasks import Split, Task, find_task, make_split
@@ -29,7 +28,6 @@ _COLA_HEADER = ["source", "label", "star", "sentence"]  # CoLA's train and dev h
 _MOST_SKIPPED = 1e-3  # of a file's rows; QQP's train file has three broken ones
 # Batches that are sorted by length together; half of them where there are few, so that batches mix every epoch
 POOL = 16
-_CACHE_FORMAT = 1  # raise it when the meaning of a cached file changes
 MAX_GRAD_NORM = 1.0  # to which a step's gradients are clipped, as transformers' Trainer does
 CHUNK = 10_000  # examples tokenised at a time: the library's own form of them is large
 
@@ -200,35 +198,15 @@ class Encoded:
 def encode(data, tokenizer, max_length=128):
     """{split: `Encoded`} of a `TaskData`. Of a pair the longer sentence is cut first; max_length counts all tokens.
 
-    Cached under a key of the texts, the tokenizer (all of it), max_length and the version of the library. A file
-    that is damaged is built again, with a warning.
     Raises UsageError for a max_length below 8 or above what the tokenizer's model takes.
     """
     most = tokenizer.model_max_length
     refuse(not 8 <= max_length <= most, f"--max-length {max_length} is outside 8 to {most}, what the model takes")
-    rules = [tokenizer_fingerprint(tokenizer), tokenizer.model_input_names, tokenizer.truncation_side]
-    hashes = sorted(data.fingerprint["sha256"].items())
-    key = sha256_of(["glue", _CACHE_FORMAT, data.task.name, hashes, rules, max_length, tokenizers.__version__])
-    path = cache_folder() / f"glue-{data.task.name}-{key[:24]}.npz"
-
-    def make():
-        every = {split: tokenize(examples, tokenizer, max_length) for split, examples in data.splits.items()}
-        return {f"{split}_{name}": array for split, arrays in every.items() for name, array in arrays.items()}
-
-    arrays = cached(path, make, pack_arrays, unpack_arrays, "tokenising")
-    return {
-        split: Encoded(
-            *(arrays.get(f"{split}_{name}") for name in ("tokens", "types", "offsets")),
-            labels=examples.labels,
-            pad=tokenizer.pad_token_id,
-        )
-        for split, examples in data.splits.items()
-    }
-
-
-def tokenize(split, tokenizer, max_length):
-    """{"tokens", "offsets" (and "types")} of a `Split`, as `Encoded` has them."""
     with_types = "token_type_ids" in tokenizer.model_input_names
+    return {name: _tokenized(split, tokenizer, max_length, with_types) for name, split in data.splits.items()}
+
+
+def _tokenized(split, tokenizer, max_length, with_types):
     kind = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.int32
     tokens, types, lengths = [], [], [0]
     for start in range(0, len(split), CHUNK):
@@ -244,8 +222,8 @@ def tokenize(split, tokenizer, max_length):
         lengths += map(len, chunk["input_ids"])
         tokens += [np.array(ids, dtype=kind) for ids in chunk["input_ids"]]
         types += [np.array(ids, dtype=np.uint8) for ids in chunk.get("token_type_ids", ())]
-    arrays = {"tokens": np.concatenate(tokens), "offsets": np.cumsum(lengths, dtype=np.int64)}
-    return arrays | ({"types": np.concatenate(types)} if with_types else {})
+    offsets, types = np.cumsum(lengths, dtype=np.int64), np.concatenate(types) if with_types else None
+    return Encoded(np.concatenate(tokens), types, offsets, split.labels, tokenizer.pad_token_id)
 
 
 # ---- training steps

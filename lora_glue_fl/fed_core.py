@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from common import parallel
-from common.evaluation import Best, best_line
+from common.evaluation import Best
 from common.hub import weight_bytes
 from common.local import client_optimizer, local_steps
 from common.lowrank import MIXED_RANKS, AdapterMean, Served, trained_factors
@@ -38,9 +38,9 @@ class Study:
 
     model: task, tokens and encoder with its adapter; rows: each client's examples, int64 [n_k] of the training split;
     held_out: examples of it that no client has, int64 [n], or None; ranks: each client's; scale: s of every client's
-    adapter; served_as: what the rule serves where it chooses, and the server's learning rate, keywords of
-    `common.lowrank.AdapterMean`; theta: before the first round; folders: of the rounds; best: the best round's theta as
-    one vector, for --final best; served: the last round's `common.lowrank.Served`.
+    adapter; served_as: what the rule serves where it chooses, keywords of `common.lowrank.AdapterMean`; theta: before
+    the first round; folders: of the rounds; best: the best round's theta as one vector, for --final best; served: the
+    last round's `common.lowrank.Served`.
     """
 
     args: object
@@ -111,19 +111,19 @@ def load_study(args, run):
     model = TaskModel(a, (a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules))
     shards = load_shards(a.shard_dir, model.data)
     check_participation(a.participation, len(shards))
-    ranks = client_ranks(a, len(shards), model.adapted)
+    ranks = client_ranks(a, len(shards))
     scale = scaling(a.lora_alpha, a.lora_r)
     start = a.init_adapter and model.start(a.init_adapter, a.lora_r, scale, min(a.lora_r, *ranks))
-    served_as = {"rank": a.lora_r, "server_lr": a.server_lr}
+    served_as = {"rank": a.lora_r}
     if a.aggregate == "svd":
-        served_as |= {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
+        served_as = {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
     fused = f"fused_r{served_as['rank']}" + "_nosvd" * (a.aggregate == "naive")
     study = Study(
         args=a,
         run=run,
         model=model,
         rows=[shard["indices"] for shard in shards],
-        held_out=load_held_out(a.shard_dir, model.data, shards),
+        held_out=load_held_out(a.shard_dir, model.data),
         ranks=ranks,
         scale=scale,
         served_as=served_as,
@@ -132,7 +132,7 @@ def load_study(args, run):
         best=Best(),
     )
     first, n = shards[0], sorted(study.examples)
-    data = model.facts() | {"clients": len(n), "client_examples": sum(n)}
+    data = model.facts() | {"clients": len(n)}
     data |= {key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key", "sizes")}
     if study.held_out is not None:
         data["held_out"] = len(study.held_out)
@@ -149,19 +149,15 @@ def load_study(args, run):
     return study
 
 
-def client_ranks(args, clients, adapted):
+def client_ranks(args, clients):
     """--client-ranks, in turn, of so many clients. Raises UsageError for ranks that do not fit."""
     a, given = args, args.client_ranks or [args.lora_r]
     refuse(len(given) > clients, f"{len(given)} --client-ranks for {clients} clients: give one a client, or fewer")
     ranks = [given[k % len(given)] for k in range(clients)]
-    most = min(min(B.shape[0], A.shape[1]) for A, B in adapted.factors().values())
-    served = a.svd_rank if a.aggregate == "svd" else 0
-    highest, together = max(*ranks, served), sum(ranks)
-    refuse(highest > most, f"rank {highest} is above {most}, the smaller side of an adapted layer: lower it")
-    odd = a.aggregate not in MIXED_RANKS and set(ranks) != {a.lora_r}
-    advice = f"take --aggregate {' or '.join(MIXED_RANKS)}"
-    refuse(odd, f"--client-ranks: rule {a.aggregate} needs --lora-r {a.lora_r} of all clients: {advice}")
+    served, together = a.svd_rank if a.aggregate == "svd" else 0, sum(ranks)
     refuse(served > together, f"--svd-rank {served} is above {together}, all clients' ranks together: lower it")
+    odd = a.aggregate not in MIXED_RANKS and set(ranks) != {a.lora_r}
+    refuse(odd, f"rule {a.aggregate} needs one rank, --lora-r {a.lora_r}: take --aggregate {' or '.join(MIXED_RANKS)}")
     return ranks
 
 
@@ -308,8 +304,7 @@ def publish(study, theta, t, metrics):
     if metrics and study.args.final == "best":  # it keeps the lowest
         study.best.offer(t, -metrics[study.model.headline], torch.cat([x.reshape(-1) for x in theta.values()]))
     study.folders.server(t - 1, *study.adapter(theta, t), base_of(theta))
-    discarded = {"discarded_energy": served.discarded} if study.args.aggregate == "svd" else {}
-    return {"aggregation_error": served.error, "delta_norm": served.norm} | discarded
+    return {"aggregation_error": served.error}
 
 
 def finish(study, theta):
@@ -330,8 +325,7 @@ def finish(study, theta):
     run.write_final(write)
     folders.prune(study.args.rounds - 1)
     if parallel.is_main():
-        line, evaluated = run.metrics()[-1], [row for row in run.metrics() if model.headline in row]
-        best = best_line(evaluated, model.headline, highest=True)
-        results = print_values(line) | {"best_round": best["round"], f"best_{model.headline}": best[model.headline]}
-        results |= {name: line[name] for name in ("aggregation_error", "bytes_up", "bytes_down", "examples", "seconds")}
+        line = run.metrics()[-1]
+        names = ("aggregation_error", "bytes_up", "bytes_down", "examples", "seconds")
+        results = print_values(line) | {name: line[name] for name in names}
         run.finish(results | {"rounds": line["round"], "final_round": rounds})

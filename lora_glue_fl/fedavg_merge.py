@@ -8,7 +8,7 @@
     naive    A = sum_k p_k A_k,  B = sum_k p_k B_k                            (--skip_svd; not the mean of products)
 
 p_k: from --weights, the clients' numbers of examples (--shard_manifests), or equal. The heads are averaged too. Writes
-a peft adapter with fuse_manifest.json beside it; prints each rule's ||served - Delta|| / ||Delta||, then the folder.
+a peft adapter with fuse_manifest.json beside it; prints ||served - Delta|| / ||Delta||, then the folder.
 """
 
 import math
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from common.adapter_files import refuse_other_files, write_adapter
-from common.cli import Parser, UsageError, parse, positive_float, positive_int, run_main, seed_number
+from common.cli import Parser, UsageError, parse, positive_float, positive_int, run_main
 from common.lowrank import AdapterMean
 from common.parallel import Round
 from lora_glue_fl.flags import SIZES, add_data_flags, add_model_flags, refuse
@@ -40,7 +40,6 @@ def build_parser():
     add("--save-adapter", required=True, metavar="DIR", help="folder of the result")
     text = "a GLUE task, checked against the manifests; glue: any"
     add("--task-name", default="glue", metavar="TASK", help=text)
-    add("--seed", type=seed_number, default=42, metavar="N", help="of directions that a mean of lower rank lacks")
     add_model_flags(parser)
     add_data_flags(parser)
     return parser
@@ -49,16 +48,17 @@ def build_parser():
 def main(args):
     rule = "naive" if args.skip_svd else args.aggregate
     task = None if args.task_name == "glue" else find_task(args.task_name).name
-    place, weights = check_place(args), client_weights(args, task)
+    place, weights = Path(args.save_adapter).expanduser(), client_weights(args, task)
+    refuse_other_files(place)
+    refuse(str(place) in args.adapters, f"--save-adapter {place} is one of --adapters: choose another folder")
     adapters = [read_served(path) for path in args.adapters]
     check_alike(adapters)
-    first, base = adapters[0], base_model(args, adapters)
-    alpha = check_ranks(args, adapters, rule)
+    first, alpha = adapters[0], check_ranks(args, adapters, rule)
+    base = args.model or first.base_model or SIZES.get(args.model_size)
+    how = {"rank": args.svd_rank, "new_scale": alpha / args.svd_rank} if rule == "svd" else {}
 
-    served = {"svd": average("svd", adapters, weights, args.seed, rank=args.svd_rank, new_scale=alpha / args.svd_rank)}
-    if len({(a.r, a.scale) for a in adapters}) == 1:
-        served["naive"] = average("naive", adapters, weights)
-    head = named_views(served[rule].head, first.head) if first.head else {}
+    served = average(rule, adapters, weights, **how)
+    head = named_views(served.head, first.head) if first.head else {}
     about = {"target_modules": first.target_modules, "base_model": base, "fan_in_fan_out": first.fan_in_fan_out}
     about["head_pooling"] = first.head_pooling
     about["modules_to_save"] = sorted({name for a in adapters for name in a.modules_to_save}) if head else []
@@ -74,37 +74,25 @@ def main(args):
         "target_modules": first.target_modules,
         "aggregate": rule,
         "sha256": [adapter.sha256 for adapter in adapters],
-        "relative_error": served[rule].error,
-        "discarded": served[rule].discarded,
-        "seed": args.seed,
+        "relative_error": served.error,
     }
     more = {"fuse_manifest.json": manifest}
-    write_adapter(place, served[rule].factors, head, alpha=alpha, base=first.base, more=more, **about)
-    for name, each in served.items():
-        print(f"{name}: relative error {each.error:.4g}")
+    write_adapter(place, served.factors, head, alpha=alpha, base=first.base, more=more, **about)
+    print(f"{rule}: relative error {served.error:.4g}")
     print(place)
 
 
-def average(rule, adapters, weights, seed=0, **served_as):
+def average(rule, adapters, weights, **served_as):
     """What the rule serves, a `common.lowrank.Served`; its head is None where the adapters have none."""
     first, clients = adapters[0], Round(range(len(adapters)), weights)
     heads = [torch.cat([a.head[name].reshape(-1) for name in first.head]) if first.head else None for a in adapters]
-    mean = AdapterMean(rule, first.factors, first.scale, clients, seed=seed, head=heads[0], **served_as)
+    mean = AdapterMean(rule, first.factors, first.scale, clients, seed=42, head=heads[0], **served_as)
     for k in clients:
-        mean.add(adapters[k].factors, heads[k], adapters[k].scale)
+        mean.add(adapters[k].factors, heads[k], scale=adapters[k].scale)
     return mean.result()
 
 
 # ---- what is refused, and what follows from the flags
-
-
-def check_place(args):
-    """Where the result goes, a `Path`. Raises UsageError for a folder with other files or of one of the adapters."""
-    place = Path(args.save_adapter).expanduser()
-    refuse_other_files(place)
-    read = [Path(path).expanduser().resolve() / part for path in args.adapters for part in ("", "final", "adapter")]
-    refuse(place.resolve() in read, f"--save-adapter {place} is one of --adapters: choose another folder")
-    return place
 
 
 def client_weights(args, task):
@@ -119,10 +107,9 @@ def client_weights(args, task):
     weights = weights or [1.0] * k
     flag = "--shard-manifests" if files else "--weights"
     refuse(len(weights) != k, f"{len(weights)} {flag} for {k} --adapters: give one for each")
-    total, shown = sum(weights), " ".join(f"{w:g}" for w in weights)
-    wrong = not all(w >= 0 and math.isfinite(w) for w in weights) or not 0 < total < math.inf
-    refuse(wrong, f"--weights {shown}: give finite numbers of at least 0 with a sum above 0")
-    return [w / total for w in weights]
+    wrong = not all(0 <= w < math.inf for w in weights) or not any(weights)
+    refuse(wrong, f"--weights {weights}: give finite numbers of at least 0, one above 0")
+    return [w / sum(weights) for w in weights]
 
 
 def check_alike(adapters):
@@ -143,9 +130,7 @@ def facts(adapter):
     """{what: value} of what adapters that are averaged must agree in."""
     return {
         "base model": (_normal(adapter.base_model), adapter.config.get("revision")),
-        "targets": sorted(adapter.factors),
         "pooling of the head": adapter.head_pooling,
-        "fan_in_fan_out": adapter.fan_in_fan_out,
         "layers' sizes": {layer: (len(B), A.shape[1]) for layer, (A, B) in adapter.factors.items()},
         "changed base weights": sorted(adapter.base),
         "head": {name: tuple(t.shape) for name, t in adapter.head.items()},
@@ -157,22 +142,11 @@ def _normal(name):
     return name and name.rstrip("/").removeprefix("FacebookAI/")
 
 
-def base_model(args, adapters):
-    """The base model of the result: --model, else the adapters' own, else by --model-size."""
-    own, wanted = adapters[0].base_model, SIZES.get(args.model_size)
-    wrong = wanted and not args.model and _normal(own) in set(SIZES.values()) - {wanted}
-    refuse(wrong, f"--model-size {args.model_size}, but the adapters are of {own}: give the other size")
-    return args.model or own or wanted
-
-
 def check_ranks(args, adapters, rule):
     """The result's alpha. Raises UsageError for a rank or an alpha that the rule does not serve."""
     ranks, scales = {a.r for a in adapters}, {a.scale for a in adapters}
     rank, together = args.svd_rank, sum(a.r for a in adapters)
-    widest = max(min(len(B), A.shape[1]) for A, B in adapters[0].factors.values())
-    refuse(rank > widest, f"--svd-rank {rank} is above the layers' {widest}: lower it")
-    shown = f"--svd-rank {rank} is above {together}, the rank of {len(adapters)} adapters together"
-    refuse(rank > together, f"{shown}: lower it")
+    refuse(rank > together, f"--svd-rank {rank} is above {together}, the adapters' ranks together: lower it")
     if rule == "svd":
         return rank if args.alpha is None else args.alpha
     mixed = ranks != {rank} or len(scales) > 1

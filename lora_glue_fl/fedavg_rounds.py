@@ -44,8 +44,6 @@ def build_parser():
     add("--svd-split", choices=SPLITS, default="us", help=text)
     text = "svd, stack: rank of each client, repeated in turn (default: --lora-r)"
     add("--client-ranks", type=positive_int, nargs="+", metavar="R", help=text)
-    text = "eta of theta + eta (mean - theta) (off: 1, the plain mean)"
-    add("--server-lr", type=positive_float, default=1.0, metavar="X", help=text)
     add("--keep", choices=["last", "all"], default="last", help="folders of rounds that stay")
     text = "write the clients' adapters too"
     add("--save-clients", action=argparse.BooleanOptionalAction, default=True, help=text)
@@ -65,7 +63,7 @@ def main(args):
             mean = study.mean(theta, clients)
             for k in clients:
                 factors_k, head_k = client_update(study, theta, k, t)
-                mean.add(factors_k, head_k, study.scale)
+                mean.add(factors_k, head_k, scale=study.scale)
             theta = serve(study, theta, mean)
             run.report(t + 1, theta, study.evaluate)
 

@@ -30,10 +30,7 @@ def size_label(args):
 
 
 def make_parser(description, output_dir, *output_names, federated=False):
-    """The parser of one training script: model, data, the run.
-
-    Args: output_dir: the default; output_names: more spellings of --output-dir; federated: as `add_run_flags`.
-    """
+    """The parser of one training script. output_dir: the default; output_names: more spellings of --output-dir."""
     parser = Parser(description)
     parser.group("the method")
     add_task_flags(parser)
@@ -52,7 +49,8 @@ def add_task_flags(parser):
     add = parser.group(RARE).add_argument
     add("--tokenizer", metavar="NAME", help="demo, a folder or a name (default: the model's own)")
     add("--max-length", type=positive_int, default=128, metavar="N", help="tokens of an example, at most")
-    add_evaluation_flag(parser)
+    text = "examples a batch, evaluated"
+    add("--eval-batch-size", "--per-device-eval-batch-size", **BATCH, help=text)
 
 
 def add_model_flags(parser):
@@ -69,12 +67,6 @@ def add_data_flags(parser):
     parser.group("the data").add_argument("--dataset", choices=DATASETS, default="glue", help=text)
     text = "folder with glue/ and tokenizers/ (default: $FEDQUARTET_DATA, else data)"
     parser.group(RARE).add_argument("--data-root", metavar="DIR", help=text)
-
-
-def add_evaluation_flag(parser):
-    """How many examples at a time are evaluated."""
-    text = "examples a batch, evaluated"
-    parser.group(RARE).add_argument("--eval-batch-size", "--per-device-eval-batch-size", **BATCH, help=text)
 
 
 def add_training_flags(parser, lr):
@@ -149,10 +141,9 @@ def run_name(args):
     name = f"{args.task_name.lower()}_{size_label(args)}"
     try:
         there = json.loads(Path(args.output_dir, name, "run.json").read_text())["args"]
-        same = all(there.get(key) == getattr(args, key) for key in ("aggregate", "init_adapter"))
     except (OSError, ValueError, LookupError):
         return name
-    if same or args.overwrite:
+    if args.overwrite or all(there.get(key) == getattr(args, key) for key in ("aggregate", "init_adapter")):
         return name
     other = f"{name}_{args.aggregate}" + "_warm" * bool(args.init_adapter)
     say(f"{args.output_dir}/{name} holds a run of {there.get('aggregate')}: this one goes to {other}")

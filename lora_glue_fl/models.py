@@ -4,9 +4,7 @@ encoder = load_encoder(spec, task, tokenizer, seed)                  # spec: rob
 model = TaskModel(args, (r, alpha, dropout, targets))                # the task of `args`, with an adapter
 """
 
-import copy
 import dataclasses
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from common import hub, parallel
-from common.adapter_files import CONFIG, read_adapter, read_tensors
+from common.adapter_files import CONFIG, read_adapter
 from common.batches import evaluation_batches
 from common.checkpoint import saving
 from common.cli import UsageError
 from common.evaluation import amp_context, pick_device, resolve_amp
 from common.lora import LoraModel
 from common.products import fit_rank
-from common.runlog import prepare_machine
 from common.seeding import seed_torch, torch_stream
 from common.text import data_folder, vocabulary_size
 from common.vector import fingerprint
@@ -58,17 +55,12 @@ def find_model(spec):
 
 def find_tokenizer(spec, dataset, data_root=None, model="tiny"):
     """The tokenizer `spec`, or where that is None the model's own (tiny: of the demo, or roberta-base's)."""
-    if spec:
-        return load_tokenizer(spec, data_root)
-    if model == "tiny" and dataset == "demo":
-        return load_tokenizer("demo")
-    if model == "tiny":
-        model = SIZES["base"]
-        if (data_folder(data_root) / "tokenizers" / model).is_dir():
-            return load_tokenizer(model, data_root)
-    folder = find_model(model)
-    inside = any(True for pattern in ("tokenizer*.json", "vocab*") for _ in folder.glob(pattern))
-    return load_tokenizer(str(folder) if inside else model, data_root)
+    if spec or (model == "tiny" and dataset == "demo"):
+        return load_tokenizer(spec or "demo", data_root)
+    model = SIZES["base"] if model == "tiny" else model
+    if (data_folder(data_root) / "tokenizers" / model).is_dir():
+        return load_tokenizer(model, data_root)
+    return load_tokenizer(str(find_model(model)), data_root)
 
 
 def load_encoder(spec, task, tokenizer, seed, pooling="cls"):
@@ -233,17 +225,15 @@ class TaskModel:
         """
         result = {}
         for split in self.task.evaluation_splits:
-            result = self.measures(split, self.outputs(split, share), self.encoded[split].labels) | result
+            result = self._measures(split, self.outputs(split, share), self.encoded[split].labels) | result
         return result
 
-    def measures(self, split, outputs, labels):
-        """{val_loss, val_<metric> ...} of outputs [n, num_labels]. Raises RunFailed where they are not finite."""
+    def _measures(self, split, outputs, labels):
         return {"val_loss": self.mean_loss(outputs, labels)} | evaluate(self.task, split, outputs.numpy(), labels)
 
     def held_out(self, rows):
         """{held_out_loss, held_out_<metric> ...} on these examples, int64 [n], of the training split."""
-        outputs, labels = self.outputs("train", rows=rows), self.encoded["train"].labels[rows]
-        values = self.measures("train", outputs, labels)
+        values = self._measures("train", self.outputs("train", rows=rows), self.encoded["train"].labels[rows])
         return {name.replace("val", "held_out", 1): value for name, value in values.items()}
 
     @property
@@ -253,7 +243,7 @@ class TaskModel:
 
     def facts(self):
         """What run.json says of the data."""
-        return {**self.data.fingerprint, "model": self.encoder.name}
+        return self.data.fingerprint | {"model": self.encoder.name}
 
     def sizes(self, trainable):
         """Counts for run.json, and a fingerprint of what is frozen. Args: trainable: {name: parameter}."""
@@ -296,22 +286,12 @@ class TaskModel:
         return resized(file.factors, file.scale, rank, scale, self.args.seed, 0), file.head, file.sha256
 
     def check_fits(self, file):
-        """Raises UsageError unless the `AdapterFile` has the adapted model's layers and head, their sizes, and its base
-        weights, where these are there to compare."""
-        under, name = self.adapted.base_weights(), self.encoder.name
+        """Raises UsageError unless the `AdapterFile` has the adapted model's layers and head, and their sizes."""
+        name = self.encoder.name
         there, here = _shapes(file.factors, file.head), _shapes(self.adapted.factors(), self.adapted.head)
         if odd := sorted(part for part in there | here if there.get(part) != here.get(part)):
             shown = f"{odd[0]} is {there.get(odd[0])}, in {name} {here.get(odd[0])}"
             raise UsageError(f"{file.path}: {shown}: give its --model and --task-name")
-        weights = Path(file.base_model or name).expanduser() / "model.safetensors"
-        if file.base or file.base_model in (None, name) or not weights.is_file():
-            return
-        stored = read_tensors(weights)[0]
-        for layer, weight in under.items():
-            key = next((key for key in stored if f".{layer}.weight".endswith(f".{key}")), None)
-            if key is None or not torch.equal(stored[key].to(weight), weight):
-                shown = f"{file.path} was trained on {file.base_model}, whose {layer} differs from that of {name}"
-                raise UsageError(f"{shown}: give --model {file.base_model}")
 
 
 def _shapes(factors, head):
@@ -352,26 +332,6 @@ def read_served(path):
     whole = (path / "config.json").exists() and not (path / CONFIG).exists()
     refuse(whole, f"{path} is a whole model, as of stack and residual, no adapter: give it as --model")
     return read_adapter(path)
-
-
-def evaluate_adapter(path, args):
-    """A saved adapter on its task's validation examples: {"val_loss", "val_<metric>", ..., "seconds"}.
-
-    path: folder in peft's format; args: of adapters_eval.py.
-    Raises UsageError for an adapter that cannot be read, or of another model or task.
-    """
-    started = time.perf_counter()
-    prepare_machine(args)
-    file, args = read_served(path), copy.copy(args)
-    args.pooling = file.head_pooling
-    if model_name(args) == "tiny" and file.base_model and Path(file.base_model).is_dir():
-        # its weights follow from a seed: take those that the adapter was trained on
-        args.model, args.tokenizer = file.base_model, args.tokenizer or file.base_model
-    model = TaskModel(args, (file.r, file.alpha, 0.0, file.target_modules), train=False)
-    model.check_fits(file)
-    model.adapted.load_base(file.base)
-    model.adapted.load(file.factors, file.head, file.scale)
-    return {**model.evaluate(), "seconds": time.perf_counter() - started}
 
 
 def print_values(row):

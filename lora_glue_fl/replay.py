@@ -1,32 +1,27 @@
-"""--replay: what every rule would serve of one round's clients, its error and its losses, beside what the run serves.
+"""--replay: what other rules would serve of one round's clients, its error and its loss, beside what the run serves.
 
 The clients are trained once, by the run's own rule and from what it serves, so that between the rows of a round lies
 nothing but the averaging: no other shards, batches or starts. The run itself does not change by a bit. A round's line
-of metrics.jsonl gets `replay`, {row: {error, moved, train_loss, val_loss, val_<metric>}}:
+of metrics.jsonl gets `replay`, {row: {error, val_loss}}:
 
-    start                 what the round began with, its head too: what a round is worth
-    svd, naive, rotate    as `common.lowrank`, of the rank that the clients train
-    exact                 the mean product itself in the base's weights, no adapter
-    residual_1            mean A, mean B and residual's correction of the base: differs from exact by rounding alone
+    start                     what the round began with, its head too: what a round is worth
+    svd, naive                as `common.lowrank`, of the rank that the clients train
+    exact                     the mean product itself in the base's weights, no adapter
     exact_half, naive_half    half of the way from start, the head too: for rounds in which all rules go too far
 
-error is ||served - mean(BA)|| / ||mean(BA)||; moved is ||served - start|| / ||mean(BA) - start||, of the products s B A
-of all layers. train_loss is over all clients' training examples, val_loss over the validation examples (mnli: of the
-matched part), in fp32 whatever --amp: under bf16 exact and residual_1 differed by a tenth of what lies between naive
-and exact. The head is the one that the run serves, but for start and the halves.
+error is ||served - mean(BA)|| / ||mean(BA)||, of the products s B A of all layers. val_loss is over the validation
+examples (mnli: of the matched part), in fp32 whatever --amp: bf16 rounds by a tenth of what lies between naive and
+exact. The head is the one that the run serves, but for start and the halves.
 """
 
 import math
-
-import numpy as np
-import torch
 
 from common.lowrank import AdapterMean
 from common.parallel import Follower
 from common.products import Product, distance
 from lora_glue_fl.fed_core import base_of, starts_of
 
-RULES = ("svd", "rotate", "residual")
+RULES = ("svd", "residual")
 
 
 class Replay(Follower):
@@ -61,9 +56,7 @@ class Replay(Follower):
 
 def rows(study, served, began, base, head_before, head):
     """{row: values} of what each rule `served` and of what the round began with; head: [h], that the run serves."""
-    residual = served["residual"]
-    naive = length(residual.updates) / residual.norm if residual.norm else 0.0
-    found, adapted = {}, study.model.adapted
+    residual, found, adapted = served["residual"], {}, study.model.adapted
 
     def change(factors, updates=None):
         """{layer: what is served minus what the round began with} of factors and an update of the base."""
@@ -74,53 +67,37 @@ def rows(study, served, began, base, head_before, head):
                 delta[name].add_product(updates[name])
         return delta
 
-    exact, near = change(residual.factors, residual.updates), change(residual.factors)
-    far = length(exact)
+    exact, naive = change(residual.factors, residual.updates), change(residual.factors)
 
-    def row(name, factors, error, moved, weights=base, head=head):
+    def row(name, factors, error, weights=base, head=head):
         adapted.load_base(weights)
         adapted.load(factors, study.named_head(head), study.scale)
-        found[name] = {"error": error, "moved": moved / far if far else 0.0, **losses(study)}
+        found[name] = {"error": error, "val_loss": loss(study.model)}
 
-    for rule in ("svd", "rotate"):
-        row(rule, served[rule].factors, served[rule].error, length(change(served[rule].factors)))
-    row("naive", residual.factors, naive, length(near))
-    moved = length(change(residual.factors, residual.updates))
-    row("residual_1", residual.factors, residual.error, moved, adapted.updated(base, residual.updates))
-    none = {name: (A, torch.zeros_like(B)) for name, (A, B) in residual.factors.items()}
-
-    def merged(name, delta, head=head):
-        """A row of {layer: what is added to the product that the round began with}, in the base's weights."""
+    def merged(name, delta, share, head):
+        """A row of a share of {layer: what is added to the round's start}, in the base's weights."""
+        delta = {layer: product.scaled(share) for layer, product in delta.items()}
         whole = {layer: product.scaled(1.0).add(*began[layer], study.scale) for layer, product in delta.items()}
         miss = math.hypot(*(distance(delta[layer], exact[layer]) for layer in exact))
-        error = miss / residual.norm if residual.norm else 0.0
-        row(name, none, error, length(delta), adapted.updated(base, whole), head)
+        none = {layer: (A, B * 0) for layer, (A, B) in residual.factors.items()}
+        row(name, none, miss / residual.norm if residual.norm else 0.0, adapted.updated(base, whole), head)
 
-    merged("start", scaled(exact, 0.0), head_before)
-    merged("exact", exact)
+    missed = math.hypot(*(product.norm() for product in residual.updates.values()))
+    row("svd", served["svd"].factors, served["svd"].error)
+    row("naive", residual.factors, missed / residual.norm if residual.norm else 0.0)
+    merged("start", exact, 0.0, head_before)
+    merged("exact", exact, 1.0, head)
     middle = head_before + (head - head_before) / 2
-    merged("exact_half", scaled(exact, 0.5), middle)
-    merged("naive_half", scaled(near, 0.5), middle)
+    merged("exact_half", exact, 0.5, middle)
+    merged("naive_half", naive, 0.5, middle)
     adapted.load_base(base)
     return found
 
 
-def scaled(products, factor):
-    return {name: product.scaled(factor) for name, product in products.items()}
-
-
-def length(products):
-    """The Frobenius norm over all layers of {layer: `common.products.Product`}."""
-    return math.hypot(*(product.norm() for product in products.values()))
-
-
-def losses(study):
-    """{train_loss, val_loss, val_<metric>} of what is in the model."""
-    model = study.model
-    pooled, split = np.unique(np.concatenate(study.rows)), model.task.evaluation_splits[0]
+def loss(model):
+    """The validation loss of what is in the model."""
+    split = model.task.evaluation_splits[0]
     amp, model.amp = model.amp, None
-    train, val = model.outputs("train", rows=pooled), model.outputs(split)
+    outputs = model.outputs(split)
     model.amp = amp
-    known, labels = model.encoded["train"].labels[pooled], model.encoded[split].labels
-    measured = model.measures(split, val, labels)
-    return {"train_loss": model.mean_loss(train, known)} | {key: measured[key] for key in ("val_loss", model.headline)}
+    return model.mean_loss(outputs, model.encoded[split].labels)

@@ -3,13 +3,10 @@
 Clients and rounds count from 1 in names, from 0 in code.
 """
 
-import re
 import shutil
 
 from common import parallel
 from common.adapter_files import write_adapter
-
-_ROUND = re.compile(r"round_([1-9]\d*)")
 
 
 class RoundFolders:
@@ -38,7 +35,7 @@ class RoundFolders:
             self.write(self.folder / f"round_{t + 1}" / self.fused / "adapter", *adapter)
 
     def prune(self, last):
-        """Deletes the folders of rounds before `last` that are not kept.
+        """Deletes the folders of rounds before `last`, where not all are kept.
 
         Later rounds are not looked at: another process may be writing its clients of the next one.
         """
@@ -52,8 +49,6 @@ class RoundFolders:
         parallel.barrier()
 
     def _delete(self, chosen):
-        if parallel.is_main():
-            for path in list(self.folder.iterdir()):
-                match = _ROUND.fullmatch(path.name)
-                if match and chosen(int(match[1]) - 1):
-                    shutil.rmtree(path)
+        for path in self.folder.glob("round_*") if parallel.is_main() else ():
+            if chosen(int(path.name.removeprefix("round_")) - 1):
+                shutil.rmtree(path)

@@ -8,7 +8,7 @@ from tokenizers import pre_tokenizers
 
 from lora_glue_fl.demo_glue import demo_task
 
-KINDS = ("bert", "roberta", "deberta-v2", "modernbert", "distilbert", "electra", "mpnet")
+KINDS = ("bert", "roberta", "deberta-v2", "modernbert")
 _BERT, _ROBERTA = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
@@ -24,31 +24,22 @@ def make_tokenizer(kind):
         return transformers.RobertaTokenizer(
             vocab={piece: i for i, piece in enumerate([*_ROBERTA, *letters])}, merges=[]
         )
-    if kind == "mpnet":
-        return transformers.MPNetTokenizer(vocab={piece: i for i, piece in enumerate([*_ROBERTA, *words(), "[UNK]"])})
     if kind == "deberta-v2":  # pieces with scores
         pieces = [*_BERT, *(f"▁{word}" for word in words()), "▁", *string.ascii_lowercase]
         return transformers.DebertaV2Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)])
     vocabulary = {piece: i for i, piece in enumerate([*_BERT, *words()])}
-    if kind == "modernbert":  # no types
-        return transformers.BertTokenizer(vocab=vocabulary, model_input_names=["input_ids", "attention_mask"])
-    name = {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer", "electra": "ElectraTokenizer"}[kind]
-    return getattr(transformers, name)(vocab=vocabulary)
+    names = {"model_input_names": ["input_ids", "attention_mask"]} if kind == "modernbert" else {}  # no types
+    return transformers.BertTokenizer(vocab=vocabulary, **names)
 
 
 def make_config(kind, tokenizer, **more):
     """d 16, two layers of two heads, feed-forward 24."""
     about = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **more}
-    if kind == "distilbert":
-        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 64}
-        return transformers.DistilBertConfig(**sizes, **about)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     sizes |= {"max_position_embeddings": 64}
     if kind == "deberta-v2":
         sizes |= {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
         sizes |= {"share_att_key": True, "norm_rel_ebd": "layer_norm"}
-    if kind == "electra":
-        sizes |= {"embedding_size": 12}
     if kind == "modernbert":
         about |= {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3, "embedding_dropout": 0.1}
     return transformers.AutoConfig.for_model(kind, **{**sizes, **about})

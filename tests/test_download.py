@@ -98,11 +98,7 @@ def test_no_network(asked, tmp_path, capsys):
 
 def test_a_download_that_breaks_off_goes_on(asked, tmp_path, capsys):
     asked.at = 1
-    for error, code in (
-        (errors.HTTPError("connection\nreset"), 1),
-        (OSError(28, "No space left"), 1),
-        (KeyboardInterrupt(), 130),
-    ):
+    for error, code in ((OSError(28, "No space left"), 1), (KeyboardInterrupt(), 130)):
         asked.clear()
         asked.error = error
         assert call("--hf_home", tmp_path / "home") == code

@@ -30,9 +30,9 @@ def rounds(folder, out, *more):
     return out / "r"
 
 
-def central(script, out):
+def central(out):
     """The folder of two epochs of central training."""
-    assert call(*CENTRAL, "--output-dir", out, script=script) == 0
+    assert call(*CENTRAL, "--output-dir", out, script="main_glue_lora") == 0
     return out / "sst2_tiny"
 
 
@@ -66,11 +66,10 @@ def test_no_weight_of_a_round_depends_on_the_validation_examples(two_clients, tm
     assert read_lines(folders[0])[-1]["val_loss"] != read_lines(folders[1])[-1]["val_loss"]
 
 
-@pytest.mark.parametrize("script", ["main_glue_lora", "baseline_run"])
-def test_no_weight_of_central_training_depends_on_the_validation_examples(script, tmp_path, monkeypatch):
-    folders = [central(script, tmp_path / "a")]
+def test_no_weight_of_central_training_depends_on_the_validation_examples(tmp_path, monkeypatch):
+    folders = [central(tmp_path / "a")]
     noisy(monkeypatch)
-    folders += [central(script, tmp_path / "b")]
+    folders += [central(tmp_path / "b")]
     same_weights(*folders)
 
 
@@ -90,8 +89,7 @@ def test_clients_train_in_training_mode_with_a_dropout_of_their_own_and_are_eval
     forwards.check(seen, turns=4)
 
 
-@pytest.mark.parametrize("script", ["main_glue_lora", "baseline_run"])
-def test_epochs_train_in_training_mode_with_a_dropout_of_their_own_and_are_evaluated_without(script, tmp_path):
+def test_epochs_train_in_training_mode_with_a_dropout_of_their_own_and_are_evaluated_without(tmp_path):
     with forwards.noted() as seen:
-        central(script, tmp_path)
+        central(tmp_path)
     forwards.check(seen, turns=2)

@@ -1,4 +1,4 @@
-"""Encoders of seven architectures with LoRA: what is adapted, trained, saved, loaded and refused."""
+"""Encoders of four architectures with LoRA: what is adapted, trained, saved, loaded and refused."""
 
 from types import SimpleNamespace
 
@@ -23,9 +23,6 @@ TARGETS = {
     "roberta": ("roberta.encoder.layer.{}.attention.self.", "query value", "classifier"),
     "deberta-v2": ("deberta.encoder.layer.{}.attention.self.", "query_proj value_proj", "pooler classifier"),
     "modernbert": ("model.layers.{}.attn.", "Wqkv", "head classifier"),
-    "distilbert": ("distilbert.transformer.layer.{}.attention.", "q_lin v_lin", "pre_classifier classifier"),
-    "electra": ("electra.encoder.layer.{}.attention.self.", "query value", "classifier"),
-    "mpnet": ("mpnet.encoder.layer.{}.attention.attn.", "q v", "classifier"),
 }
 
 
@@ -77,7 +74,7 @@ def test_queries_and_values_are_adapted_and_the_new_parts_trained(kind, folders)
 
 
 @pytest.mark.parametrize(
-    "kind, letters", [*((kind, ("A", "B")) for kind in KINDS), ("deberta-v2", ("B",)), ("distilbert", ("A",))]
+    "kind, letters", [*((kind, ("A", "B")) for kind in KINDS), ("deberta-v2", ("B",)), ("bert", ("A",))]
 )
 def test_a_step_changes_what_is_trained_and_nothing_else(kind, letters, folders):
     found = TaskModel(args_of(folders(kind)), (3, 6, 0.0, None))
@@ -131,7 +128,6 @@ HEADS = {  # what transformers makes of hidden states h [B, L, H], of which it t
     "bert": lambda model, h: model.classifier(model.bert.pooler(h)),
     "deberta-v2": lambda model, h: model.classifier(model.pooler(h)),
     "modernbert": lambda model, h: model.classifier(model.head(h[:, 0])),
-    "distilbert": lambda model, h: model.classifier(model.pre_classifier(h[:, 0]).relu()),
 }
 
 
@@ -181,39 +177,6 @@ def test_a_head_for_other_labels_is_new(kind, labels, task, tmp_path):
     assert outputs.shape[1] == TASKS[task].num_labels
 
 
-def test_the_loss_of_scores_is_the_squared_error(folders):
-    found = TaskModel(args_of(folders("bert"), "stsb"), (2, 2, 0.0, None))
-    found.model.eval()
-    batch = found.encoded["train"].batch([0, 1, 2])
-    logits = found.model(**{name: t for name, t in batch.items() if name != "labels"}).logits
-    assert logits.shape == (3, 1) and batch["labels"].std() > 0
-    assert found.loss(batch).item() == pytest.approx(((logits[:, 0] - batch["labels"]) ** 2).mean().item())
-
-
-@pytest.mark.parametrize(
-    "break_it, words",
-    [
-        (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "cannot be read as an encoder .*: give a folder"),
-        (lambda f: edit(f, '"model_type": "bert"', '"model_type": "vit"'), "ViTConfig"),
-        (lambda f: edit(f, '"intermediate_size": 24', '"intermediate_size": 25'), "has another size in its file"),
-        (lambda f: edit(f, '"num_hidden_layers": 2', '"num_hidden_layers": 3'), "lacks weights of encoder.*: give"),
-    ],
-)
-def test_a_damaged_model_is_one_line(break_it, words, tmp_path):
-    tokenizer = make_tokenizer("bert")
-    folder = save_encoder(tmp_path / "m", "bert", tokenizer=tokenizer)
-    break_it(folder)
-    with pytest.raises(UsageError, match=words) as error:
-        load_encoder(str(folder), TASKS["wnli"], tokenizer, 0)
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
-
-
-def edit(folder, old, new):
-    text = (folder / "config.json").read_text()
-    assert old in text
-    (folder / "config.json").write_text(text.replace(old, new))
-
-
 def test_find_tokenizer(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "no_downloads"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no_downloads" / "hub"))
@@ -221,8 +184,8 @@ def test_find_tokenizer(folders, tmp_path, monkeypatch):
     pair = ("the farmer", "the table")
     own = find_tokenizer(None, "glue", None, str(folders("bert")))(*pair)
     assert own == make_tokenizer("bert")(*pair) and "token_type_ids" in own
-    given = find_tokenizer(str(folders("mpnet")), "demo", None, str(folders("bert")))
-    assert given(*pair)["input_ids"] == make_tokenizer("mpnet")(*pair)["input_ids"] != own["input_ids"]
+    given = find_tokenizer(str(folders("deberta-v2")), "demo", None, str(folders("bert")))
+    assert given(*pair)["input_ids"] == make_tokenizer("deberta-v2")(*pair)["input_ids"] != own["input_ids"]
     assert find_tokenizer(None, "demo").get_vocab() == demo_tokenizer().get_vocab()
     with pytest.raises(UsageError, match="roberta-base.*--model tiny --dataset demo"):
         find_tokenizer(None, "glue")
@@ -235,7 +198,6 @@ def test_adapters_that_do_not_fit_are_named(folders, tmp_path):
     wide = save_encoder(tmp_path / "wide", "bert", hidden_size=32)
     cases = {
         "bert.encoder.layer.0.* is None, in .*--model": encoder(folders("roberta")).adapted(2, 2),
-        "self.value is None": encoder(folders("bert")).adapted(2, 2, targets=["query"]),
         "classifier.bias is .3,., in .*2,.*--task-name": encoder(folders("bert"), "mnli").adapted(2, 2),
         "is .32, 32., in .* .16, 16.: give its --model": encoder(wide).adapted(2, 2),
     }

@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import shutil
 from types import SimpleNamespace
 
 import harness
@@ -169,7 +168,7 @@ def turn(theta_k, theta, letter):
         theta_k[A], theta_k[B] = R.T @ theta_k[A], theta_k[B] @ R
 
 
-def plain(given, rule, eta=1.0, **options):
+def plain(given, rule, **options):
     """(weights that the model computes with after two rounds, and before): the reference."""
     theta, ranks = start_of(given), [3, 2, 4, 3, 2] if rule == "svd" else [4] * K
     start, place = weights_of(theta, S), 0
@@ -193,10 +192,7 @@ def plain(given, rule, eta=1.0, **options):
                         sums[n] = sums[n] + w * theta_k[n]
             place += 1
         means = {n: p / total if torch.is_tensor(p) else theta[n] for n, p in sums.items()}
-        scale = S_SVD if t and rule == "svd" else S
-        for layer, delta in deltas.items():
-            deltas[layer] = (1 - eta) * scale * theta[f"B.{layer}"] @ theta[f"A.{layer}"] + eta * delta / total
-        means = {n: (1 - eta) * theta[n] + eta * mean for n, mean in means.items()}
+        deltas = {layer: delta / total for layer, delta in deltas.items()}
         theta = served(rule, theta, means, deltas, t)
     return weights_of(theta, S_SVD if rule == "svd" else S), start
 
@@ -233,11 +229,11 @@ def run_rounds(given, folder, monkeypatch, rule, more=""):
 
 
 CASES = {
-    "svd, server lr": ("svd", "--svd-rank 4 --alpha 6 --client-ranks 3 2 4 --server-lr 0.6", {"eta": 0.6}),
-    "naive, server lr": ("naive", "--server-lr 0.7", {"eta": 0.7}),
+    "svd": ("svd", "--svd-rank 4 --alpha 6 --client-ranks 3 2 4", {}),
+    "naive": ("naive", "", {}),
     "ffa": ("ffa", "", {}),
     "stack": ("stack", "--warmup-ratio 0.4", {"warmup": 0.4}),
-    "residual, server lr": ("residual", "--server-lr 1.7", {"eta": 1.7}),
+    "residual": ("residual", "", {}),
     "rolora": ("rolora", "", {}),
     "rotate": ("rotate", "", {}),
     "head": ("head", "", {}),
@@ -370,7 +366,7 @@ def test_final_holds_the_best_rounds_weights_where_asked(rule, shards, tmp_path,
     _, best, _, last = (row["val_loss"] for row in read_metrics(folder))
     results = read_json(folder / "run.json")["results"]
     assert [path.name for path in folder.glob("round_*")] == ["round_3"]
-    assert results["best_round"] == results["final_round"] == 1 < results["rounds"]
+    assert results["final_round"] == 1 < results["rounds"]
     if rule == "svd":
         _, loss = evaluated(folder / "final", tmp_path / "eval")
     else:
@@ -380,19 +376,17 @@ def test_final_holds_the_best_rounds_weights_where_asked(rule, shards, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["stack", "residual"])
-def test_adapters_of_a_changed_base_are_evaluated_and_merged_on_it(rule, tmp_path, capsys):
-    row, out = read_metrics(runs(rule))[2], tmp_path / "merged"
-    wanted = row["client_val_accuracy"][1], row["client_val_loss"][1]
-    fused = evaluated(runs(rule) / "round_2/fused_r4/adapter", tmp_path / "eval")
+def test_adapters_of_a_changed_base_are_evaluated_and_merged_on_it(tmp_path, capsys):
+    row, out, folder = read_metrics(runs("residual"))[2], tmp_path / "merged", runs("residual")
+    fused = evaluated(folder / "round_2/fused_r4/adapter", tmp_path / "eval")
     same_metrics(fused, row["val_accuracy"], row["val_loss"])
     # with all the weight a client's adapter comes back, with the base that it belongs to
-    clients = [runs(rule) / f"round_2/client_{k}/adapter" for k in (1, 2)]
+    clients = [folder / f"round_2/client_{k}/adapter" for k in (1, 2)]
     merge = ["--svd-rank", 4, "--alpha", 4, "--save-adapter", out, "--weights", 0, 1, "--adapters", clients[0]]
     assert call(*merge, clients[1], script="fedavg_merge") == 0
-    same_metrics(evaluated(out, tmp_path / "eval"), *wanted)
+    same_metrics(evaluated(out, tmp_path / "eval"), row["client_val_accuracy"][1], row["client_val_loss"][1])
     capsys.readouterr()
-    assert call(*merge, runs(rule) / "round_1/client_2/adapter", script="fedavg_merge") == 2
+    assert call(*merge, folder / "round_1/client_2/adapter", script="fedavg_merge") == 2
     assert "base weights" in capsys.readouterr().err
 
 
@@ -428,15 +422,8 @@ def test_a_run_begins_with_an_adapter_a_round_or_a_run(shards, tmp_path, capsys)
     same_metrics(evaluated(folder, tmp_path / "eval"), last["val_accuracy"], last["val_loss"])
 
     capsys.readouterr()
-    for start, seed, part in (
-        (runs("residual"), 7, "whole model"),
-        (folder, 8, f"give --model {folder}/base"),
-        (folder / "round_3", 7, "has no adapter_config.json"),
-        (shutil.copytree(folder, tmp_path / "y", ignore=lambda *_: ["final"]), 7, "has no final/"),
-    ):
-        assert call(*line, "--run-name", "z", "--seed", seed, "--init-from", start) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and part in said, said
+    assert call(*line, "--run-name", "z", "--seed", 7, "--init-from", runs("residual")) == 2
+    assert "whole model" in capsys.readouterr().err
 
 
 def test_what_is_saved_says_that_its_head_reads_the_mean(tmp_path, capsys):
@@ -467,14 +454,6 @@ def test_what_is_saved_says_that_its_head_reads_the_mean(tmp_path, capsys):
     split = SimpleNamespace(texts={"sentence": texts}, labels=train.labels[info["held_out"]])
     same_metrics((last["held_out_accuracy"], last["held_out_loss"]), *validation(model, tokenizer, split))
 
-    central = [*EVAL, "--lora-r", 4, "--do-eval", "--output-dir", tmp_path / "c", "--init-from", folder]
-    assert call(*central, "--pooling", "mean", script="main_glue_lora") == 0
-    row = read_metrics(tmp_path / "c" / "sst2_tiny" / "r4")[0]
-    same_metrics(tuple(row[n] for n in SHOWN), *(last[n] for n in SHOWN))
-    clients = [folder / f"round_1/client_{k}/adapter" for k in (1, 2)]
-    merge = ["--svd-rank", 4, "--save-adapter", tmp_path / "merged", "--adapters"]
-    assert call(*merge, *clients, script="fedavg_merge") == 0
-    assert read_json(tmp_path / "merged" / "adapter_config.json")["head_pooling"] == "mean"
-    capsys.readouterr()
-    assert call(*central, "--overwrite", script="main_glue_lora") == 2
+    line = [*EVAL, "--lora-r", 4, "--do-eval", "--output-dir", tmp_path / "c", "--init-from", folder]
+    assert call(*line, script="main_glue_lora") == 2
     assert f"{folder} was trained with --pooling mean, not cls" in capsys.readouterr().err

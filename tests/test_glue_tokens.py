@@ -7,7 +7,6 @@ from encoders import make_tokenizer
 
 from common.cli import UsageError
 from common.seeding import stream
-from lora_glue_fl import data_prep
 from lora_glue_fl.data_prep import encode, load_task, load_tokenizer, training_batches
 from lora_glue_fl.glue_tasks import TASKS
 
@@ -48,27 +47,6 @@ def test_batches_equal_the_tokenizers_own_padding(make, task, most):
     assert batch["labels"].tolist() == data.splits["train"].labels[rows].tolist()
     ids = tokenizer(*data.splits["train"].texts.values(), truncation=True, max_length=most)["input_ids"]
     assert encoded["train"].lengths().tolist() == list(map(len, ids))
-
-
-def test_tokens_are_cached_under_everything_that_shapes_them(tmp_path, monkeypatch):
-    calls = []
-    plain = data_prep.tokenize
-    monkeypatch.setattr(data_prep, "tokenize", lambda *args: calls.append(args) or plain(*args))
-    monkeypatch.setattr(data_prep, "CHUNK", 500)  # several chunks
-    data, tokenizer = load_task("rte", "demo"), load_tokenizer("demo")
-    first, again = encode(data, tokenizer), encode(data, tokenizer)
-    assert len(calls) == 2  # two splits, once
-    for split in first:
-        assert np.array_equal(first[split].tokens, again[split].tokens)
-        assert np.array_equal(first[split].offsets, again[split].offsets)
-    encode(data, tokenizer, max_length=16)
-    encode(load_task("wnli", "demo"), tokenizer)
-    encode(data, bert_tokenizer(), max_length=16)
-    encode(load_task("rte", "demo", splits=["train"]), tokenizer)
-    assert len(calls) == 2 + 2 + 2 + 2 + 1
-    tokenizer.truncation_side = "left"
-    encode(data, tokenizer, max_length=16)
-    assert len(calls) == 11 and len(list((tmp_path / "cache").glob("glue-*.npz"))) == 6
 
 
 def test_lengths_and_tokenizers_that_do_not_fit(tmp_path):
@@ -112,11 +90,3 @@ def test_batches_change_with_every_key_and_with_nothing_else():
     # not only in another order: other examples meet
     sets = [{frozenset(rows) for rows in batches} for batches in (first, *others)]
     assert all(len(a & b) <= 2 for i, a in enumerate(sets) for b in sets[:i])
-
-
-def test_parts_of_epochs():
-    lengths = np.full(100, 10)
-    steps = {0.01: 1, 0.1: 1, 0.11: 2, 0.5: 5, 1: 10, 1.25: 13, 3.0: 30}
-    assert {epochs: len(training_batches(lengths, 10, epochs, 0)) for epochs in steps} == steps
-    whole, part = training_batches(lengths, 10, 2, 0), training_batches(lengths, 10, 1.5, 0)
-    assert all(np.array_equal(a, b) for a, b in zip(part, whole, strict=False))

