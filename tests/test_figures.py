@@ -1,6 +1,7 @@
 """Figures: what they draw against the committed logs, computed a second time; and that every one is drawn."""
 
 import math
+import re
 import statistics
 
 import numpy as np
@@ -89,6 +90,28 @@ def test_the_cost_map_is_the_logs(tmp_path):
         half = student.ppf(0.975, len(costs) - 1) * statistics.stdev(costs) / math.sqrt(len(costs))
         mean = statistics.fmean(costs)
         assert text.get_text() == f"{mean:.1f}\n[{mean - half:.1f}, {mean + half:.1f}]"
+
+
+def test_the_gains_are_those_of_the_log_and_the_bars_those_of_the_table(tmp_path):
+    place = ROOT / "vit_sparse_fl" / "results" / "rates.jsonl"
+    drawn = figures("plots/vit.py gains --data-dir", place, out=tmp_path)["gains.png"].axes[0]
+
+    def middle(name):
+        rows = [row for line in log(place)[name].values() for row in line["curve"] if row["round"] in (10, 20)]
+        return [
+            math.exp(statistics.fmean(math.log(sign * row[f"interference_{which}"]) for row in rows))
+            for which, sign in (("own", -1), ("others", 1))
+        ]
+
+    (dense,) = [line for line in drawn.lines if line.get_marker() == "o"]
+    names = ("lowest_dense_nc5_J16", "lower_dense_nc5_J16", "dense_nc5_J16")
+    assert np.array(dense.get_data()).T.tolist() == [pytest.approx(middle(name)) for name in names]
+    ((x, y, low, high),) = bars_of(drawn)["Lowest magnitude"]
+    assert [x, y] == pytest.approx(middle("lowest_magnitude_nc5_J16"))
+    ((_, rows), *_) = tables("vit_sparse_fl --data-dir", place)
+    (cell,) = [value for head, value in rows["Lowest magnitude, lr 0.1"].items() if head.startswith("at equal gain")]
+    mean, *ends = map(float, re.findall(r"\d\.\d+", cell))
+    assert [low / y, high / y] == pytest.approx([end / mean for end in ends], rel=0.02)
 
 
 def test_a_run_that_diverged_is_said_and_no_part_of_the_mean(tmp_path):

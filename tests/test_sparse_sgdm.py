@@ -66,14 +66,3 @@ def test_masked_places_keep_special_values():
     optimizer = sparse(weights, mask, lr=0.1, momentum=0.9, weight_decay=0.5)
     after = run(optimizer, weights, 4, change=lambda g: torch.where(mask, g, torch.nan))
     assert same(after, before, ~mask) and torch.isfinite(after[mask]).all()
-
-
-def test_three_steps_by_hand():
-    """u = g + p: 2, 2, 1.5; buf: 2, 1 + 2, 1.5 + 1.5; p: 1 - 1, 0 - 1.5, -1.5 - 1.5."""
-    p = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-    weights = Weights(None, {"p": p})
-    optimizer = SparseSGDM(weights, torch.tensor([0]), 0.5, 0.5, weight_decay=1.0)
-    for g, expected in ((1.0, 0.0), (2.0, -1.5), (3.0, -3.0)):
-        p.grad = torch.tensor([g, g])
-        optimizer.step()
-        assert p.tolist() == [expected, 1.0]

@@ -1,4 +1,4 @@
-"""vit_sparse_fl/vit.py: DINO's checkpoints against a plain ViT, transformers' files, freezing."""
+"""vit_sparse_fl/vit.py: the model against transformers', its files, freezing."""
 
 import math
 from functools import partial
@@ -33,52 +33,9 @@ def refused(words, load, *args, **options):
         assert word in str(error.value)
 
 
-def official(dim=12, depth=2, patch=4, hidden=24, grid=8, seed=0):
-    """A random backbone in DINO's layout (dict name -> tensor)."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 1 + grid * grid, dim)}
-    shapes |= {"patch_embed.proj.weight": (dim, 3, patch, patch), "patch_embed.proj.bias": (dim,)}
-    layers = {"attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (hidden, dim), "mlp.fc2": (dim, hidden)}
-    for i in range(depth):
-        for name, shape in layers.items():
-            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
-        shapes |= {f"blocks.{i}.norm{j}.{end}": (dim,) for j in (1, 2) for end in ("weight", "bias")}
-    shapes |= {"norm.weight": (dim,), "norm.bias": (dim,)}
-    return {name: 0.3 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
-
-
-def plain_vit(w, pixels, heads, depth, positions):
-    """DINO's vision_transformer.py forward, written out: CLS features of pixels [B, 3, S, S]."""
-    w = {name: t.double() for name, t in w.items()}
-    patch, dim = w["patch_embed.proj.weight"].shape[-1], w["cls_token"].shape[-1]
-    b, _, side, _ = pixels.shape
-    grid = side // patch
-    # Patches as rows of channels, then lines, then columns, as the kernel's weights are laid out.
-    cut = pixels.double().reshape(b, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5).reshape(b, grid * grid, -1)
-    x = cut @ w["patch_embed.proj.weight"].reshape(dim, -1).T + w["patch_embed.proj.bias"]
-    x = torch.cat([w["cls_token"].expand(b, 1, dim), x], 1) + positions.double()
-
-    def norm(x, name):
-        return F.layer_norm(x, (dim,), w[name + ".weight"], w[name + ".bias"], 1e-6)
-
-    def linear(x, name):
-        return F.linear(x, w[name + ".weight"], w[name + ".bias"])
-
-    for i in range(depth):
-        y = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv")
-        q, k, v = y.reshape(b, -1, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
-        attention = (q @ k.transpose(-2, -1) / math.sqrt(dim // heads)).softmax(-1)
-        x = x + linear((attention @ v).transpose(1, 2).reshape(b, -1, dim), f"blocks.{i}.attn.proj")
-        y = F.gelu(linear(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
-        x = x + linear(y, f"blocks.{i}.mlp.fc2")
-    return norm(x, "norm")[:, 0]
-
-
 def dinos_interpolation(pos_embed, side, patch):
     """DINO's VisionTransformer.interpolate_pos_encoding, line by line."""
-    npatch, n, dim = (side // patch) ** 2, pos_embed.shape[1] - 1, pos_embed.shape[-1]
-    if npatch == n:
-        return pos_embed
+    n, dim = pos_embed.shape[1] - 1, pos_embed.shape[-1]
     w0 = side // patch + 0.1
     patch_pos = F.interpolate(
         pos_embed[:, 1:].reshape(1, int(math.sqrt(n)), int(math.sqrt(n)), dim).permute(0, 3, 1, 2),
@@ -92,59 +49,11 @@ def pixels_of(side, n=3, seed=1):
     return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- DINO's checkpoints
-
-
-@pytest.mark.parametrize("side", [32, 20, 48])
-def test_official_checkpoint_is_a_plain_dino_vit(tmp_path, side):
-    w, path = official(), tmp_path / ("dino.pth" if side == 32 else "dino.safetensors")
-    (torch.save if side == 32 else save_file)(w, path)
-    model = tiny(weights=path, image_size=side, seed=3).eval()
-    positions = dinos_interpolation(w["pos_embed"], side, 4)
-    assert torch.equal(model.vit.embeddings.position_embeddings, positions)
-    x = pixels_of(side)
-    wanted = plain_vit(w, x, 3, 2, positions)
-    torch.testing.assert_close(model.features(x).double(), wanted, rtol=0, atol=2e-5)
-    logits = wanted @ model.classifier.weight.double().T + model.classifier.bias.double()
-    torch.testing.assert_close(model(x).double(), logits, rtol=0, atol=2e-5)
-
-
 def test_vit_s16_with_random_weights_needs_no_download_and_has_dinos_counts():
     model = make_model("dino_vits16", pretrained=False)
     assert sum(p.numel() for p in model.vit.parameters()) == 21_665_664
     assert sum(p.numel() for p in model.classifier.parameters()) == 38_500
     assert model.config.num_attention_heads == 6
-
-
-def without(name):
-    return {n: t for n, t in official().items() if n != name}
-
-
-@pytest.mark.parametrize(
-    "state, words",
-    [
-        (without("blocks.1.attn.qkv.bias"), ["layers.1.attention.k_proj.bias and 2 more"]),
-        (official() | {"extra": torch.ones(1)}, [", extra missing, extra or"]),
-        (official() | {"norm.weight": torch.ones(5)}, [", layernorm.weight missing"]),
-        ([torch.ones(2)], ["no checkpoint in DINO's layout"]),
-    ],
-)
-def test_wrong_checkpoints_are_named(tmp_path, state, words):
-    torch.save(state, tmp_path / "bad.pth")
-    refused([*words, "--weights"], tiny, weights=tmp_path / "bad.pth")
-
-
-class Evil:
-    def __reduce__(self):
-        return print, ("unpickled",)
-
-
-def test_files_that_are_no_checkpoint(tmp_path, capsys):
-    (tmp_path / "text.safetensors").write_text("hello")
-    torch.save({"norm.bias": Evil()}, tmp_path / "evil.pth")
-    for name in ("text.safetensors", "evil.pth", "missing.pth"):
-        refused([f"could be read from {tmp_path / name}"], tiny, weights=tmp_path / name)
-    assert "unpickled" not in capsys.readouterr().out
 
 
 # ---- the model
@@ -199,8 +108,6 @@ def test_model_from_a_folder_takes_the_backbone(tmp_path):
 
 
 def test_folder_with_other_contents(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    refused(["bert, not vit"], make_model, tmp_path, image_size=32)
     model, file = tiny(), tmp_path / "model.safetensors"
     save_pretrained(model, tmp_path)
     tensors = load_file(file)
@@ -231,9 +138,8 @@ def test_init_from_another_run(tmp_path):
 
 def test_init_from_another_architecture(tmp_path, monkeypatch):
     save_pretrained(tiny(), tmp_path)
-    for other, words in (({"num_hidden_layers": 1}, "layers.1."), ({"intermediate_size": 36}, "mlp.fc1.bias")):
-        monkeypatch.setattr(vit, "TINY", SMALL | other)
-        refused([words], init_from, tiny(), tmp_path)
+    monkeypatch.setattr(vit, "TINY", SMALL | {"num_hidden_layers": 1})
+    refused(["layers.1."], init_from, tiny(), tmp_path)
     refused(["holds no model", "final/"], init_from, tiny(), tmp_path / "nowhere")
 
 

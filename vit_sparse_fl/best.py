@@ -26,15 +26,9 @@ class BestCheckpoints:
         """How many rounds the best weights have."""
         return self.kept[0][1]
 
-    @property
-    def accuracy(self):
-        """The best validation accuracy."""
-        return self.kept[0][0]
-
     def offer(self, t, accuracy, tensors):
         """Keeps {name: tensor}, the weights after t rounds, if their accuracy is among the best."""
-        ranked = sorted([*self.kept, (accuracy, t)], key=lambda kept: (-kept[0], kept[1]))
-        self.kept = ranked[:KEEP]
+        self.kept = sorted([*self.kept, (accuracy, t)], key=lambda kept: (-kept[0], kept[1]))[:KEEP]
         if (accuracy, t) in self.kept and parallel.is_main():
             file = self._file(t)
             fresh = file.with_suffix(".new")
@@ -52,16 +46,12 @@ class BestCheckpoints:
             return load_file(file, device=str(device))
 
     def state_dict(self):
-        """Rounds and accuracies as tensors."""
-        if not self.kept:
-            return {}
-        accuracies, rounds = zip(*self.kept, strict=True)
-        return {"accuracies": torch.tensor(accuracies, dtype=torch.float64), "rounds": torch.tensor(rounds)}
+        """{"kept": fp64 [kept, 2]}: accuracies and rounds."""
+        return {"kept": torch.tensor(self.kept, dtype=torch.float64)} if self.kept else {}
 
     def load_state_dict(self, state):
         """Takes over what `state_dict` returned; files of other rounds are deleted."""
-        if state:
-            self.kept = list(zip(state["accuracies"].tolist(), state["rounds"].tolist(), strict=True))
+        self.kept = [(accuracy, int(t)) for accuracy, t in state["kept"].tolist()] if state else []
         self._delete_others()
 
     def _delete_others(self):

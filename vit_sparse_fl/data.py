@@ -19,7 +19,7 @@ from vit_sparse_fl import demo_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which DINO was trained with
 PAD = 4  # pixels on each side before the random crop
-CIFAR_CLASSES = 100
+CLASSES = demo_images.CLASSES  # CIFAR-100's too
 CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 PLACES = ("cifar100.npz", "cifar100/cifar100.npz", "cifar-100/cifar100.npz")
@@ -50,19 +50,18 @@ def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
     dataset: "cifar100", which is under `common.text.data_folder` one of PLACES or torchvision's own folder
     cifar-100-python, else torchvision downloads that; "demo": generated.
     val_split: the share of the training images that is held out, stratified, by `seed`.
-    classes: (low, high) keeps the classes low..high-1 and numbers them from 0, a frozenset those in it. The split is
-    made before, so that runs on different classes hold out the same images.
+    classes: those that are kept, numbered from 0 (None: all). The split is made before, so that runs on different
+    classes hold out the same images.
     Raises UsageError for missing data, a file that is not CIFAR-100, and a share or classes out of range.
     """
     if dataset == "demo":
-        arrays, source, n_classes = demo_images.demo_images(), "generated", demo_images.CLASSES
+        arrays, source = demo_images.demo_images(), "generated"
     else:
         arrays, source = _cifar100(data_folder(data_root))
-        n_classes = CIFAR_CLASSES
-    several = isinstance(classes, frozenset)
-    chosen = np.array(sorted(classes)) if several else np.arange(*(classes or (0, n_classes)))
-    if not len(chosen) or chosen[0] < 0 or chosen[-1] >= n_classes:
-        raise UsageError(f"classes {classes} are not in {dataset}: choose FROM:TO within 0:{n_classes}")
+    chosen = np.array(sorted(range(CLASSES) if classes is None else classes))
+    low, high = int(chosen[0]), int(chosen[-1]) + 1
+    if high > CLASSES:
+        raise UsageError(f"the classes up to {high} are not in {dataset}: choose FROM:TO within 0:{CLASSES}")
     images, labels, test, test_labels = arrays
     held_out = round(val_split * len(labels))
     if not 0 < held_out < len(labels):
@@ -89,7 +88,7 @@ def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
             "dataset": dataset,
             "source": source,
             "sha256": {name: _sha256(array) for name, array in zip(ARRAYS, arrays, strict=True)},
-            "classes": chosen.tolist() if several else [int(chosen[0]), int(chosen[-1]) + 1],
+            "classes": [low, high] if len(chosen) == high - low else chosen.tolist(),
             "val_split": val_split,
             "counts": {name: len(splits[name]) for name in ("train", "validation", "test")},
         },
@@ -102,15 +101,14 @@ def classes_of(args):
     Raises UsageError where that run does not say, or had all of them.
     """
     if args.classes != "rest":
-        return args.classes
+        return args.classes and range(*args.classes)
     try:
         low, high = json.loads(Path(args.init_from, "run.json").read_text(encoding="utf-8"))["args"]["classes"]
     except (OSError, ValueError, KeyError, TypeError):
         message = f"--classes rest: --init-from {args.init_from} is no run on --classes A:B: give its folder"
         raise UsageError(message) from None
-    whole = demo_images.CLASSES if args.dataset == "demo" else CIFAR_CLASSES
-    if not (rest := frozenset({*range(whole)} - {*range(low, high)})):
-        raise UsageError(f"--classes rest: {args.init_from} was trained on all {whole} classes: give A:B")
+    if not (rest := {*range(CLASSES)} - {*range(low, high)}):
+        raise UsageError(f"--classes rest: {args.init_from} was trained on all {CLASSES} classes: give A:B")
     return rest
 
 
@@ -131,16 +129,10 @@ def _cifar100(root):
     else:
         arrays, path = _torchvision(root)
     for name, array in zip(ARRAYS, arrays, strict=True):
-        count = CIFAR_COUNTS[name.partition("_")[0]]
-        if name.endswith("images"):
-            wanted, fits = f"uint8 [{count}, 3, 32, 32]", array.dtype == np.uint8 and array.shape == (count, 3, 32, 32)
-        else:
-            wanted = f"{count} labels from 0 to {CIFAR_CLASSES - 1}"
-            fits = (
-                array.dtype.kind in "iu" and array.shape == (count,) and {*np.unique(array)} <= {*range(CIFAR_CLASSES)}
-            )
-        if not fits:
-            raise UsageError(f"{path}: {name} is {array.dtype} {list(array.shape)}, not {wanted}: get the file again")
+        count, pixels = CIFAR_COUNTS[name.partition("_")[0]], name.endswith("images")
+        wanted = (count, 3, 32, 32) if pixels else (count,)
+        if array.shape != wanted or array.max() >= (256 if pixels else CLASSES) or array.dtype.kind not in "iu":
+            raise UsageError(f"{path}: {name} is {array.dtype} {array.shape}, not uint8 {wanted}: get the file again")
     return arrays, str(path)
 
 
@@ -167,11 +159,10 @@ def _torchvision(root):
 
 
 def prepare(images, image_size):
-    """Images as the model takes them: uint8 [B, 3, H, W] -> float32 [B, 3, S, S], on the images' device.
+    """Images as the model takes them: uint8 [B, 3, H, W] -> float32 [B, 3, S, S], normalised and resized.
 
-    Resized bicubically with antialiasing: when enlarging it changes nothing but the kernel's parameter, to the -0.5
-    of PIL, with which DINO was trained (torch has -0.75 without it). Values are neither rounded nor clipped between.
-    Normalised before resizing, on the fewer pixels: the kernel's weights sum to one.
+    Bicubic with antialiasing: when enlarging that changes nothing but the kernel's parameter, to the -0.5 of PIL, with
+    which DINO was trained (torch has -0.75 without it).
     """
     mean, std = torch.tensor((MEAN, STD), device=images.device)
     scale, shift = 1 / (255 * std), mean / std
@@ -220,7 +211,7 @@ def deal(args, labels):
 
 
 def check_batch_size(counts, batch_size):
-    """Raises UsageError when a client has fewer images than a batch. counts: images of each client."""
+    """Raises UsageError when a client has fewer images than a batch."""
     k = int(np.argmin(counts))
     if counts[k] < batch_size:
         raise UsageError(

@@ -13,18 +13,7 @@ from common.seeding import stream
 
 CLASSES, TRAIN, TEST, SIZE = 100, 80, 20, 32  # classes, images a class, pixels a side
 SHAPES = 10
-COLOURS = (  # red, green, blue
-    (225, 45, 45),
-    (240, 140, 30),
-    (235, 225, 60),
-    (60, 190, 60),
-    (50, 205, 205),
-    (50, 90, 230),
-    (140, 60, 200),
-    (240, 110, 190),
-    (240, 240, 240),
-    (130, 85, 45),
-)
+COLOURS = [bytes.fromhex(c) for c in "e12d2d f08c1e ebe13c 3cbe3c 32cdcd 325ae6 8c3cc8 f06ebe f0f0f0 82552d".split()]
 
 
 @functools.cache
@@ -66,7 +55,7 @@ def _images(shape, colour, generator):
     half = uniform(7, 11)
     u, v = (x - uniform(11, 21)) / half, (y - uniform(11, 21)) / half  # [n, 32, 32], within -1..1 on the shape
     cover = np.clip(inside(shape, u, v) * half + np.float32(0.5), 0, 1)[:, None]  # [n, 1, 32, 32]
-    ink = np.array(COLOURS, dtype=np.float32)[colour][:, :, None, None] + uniform(-20, 20, 3)
+    ink = np.array([[*rgb] for rgb in COLOURS], dtype=np.float32)[colour][:, :, None, None] + uniform(-20, 20, 3)
     image += cover * (ink - image)
     image += generator.integers(-25, 26, image.shape, dtype=np.int8)
     return np.clip(image, 0, 255).astype(np.uint8)

@@ -1,7 +1,6 @@
 """Several runs from one command line: names, one run after the other, a table of what they reached."""
 
 import copy
-import statistics
 import sys
 from pathlib import Path
 
@@ -85,18 +84,11 @@ def run_each(train, runs):
 
 
 def table(runs):
-    """Mean and standard deviation (n - 1) over seeds of each setting's accuracy, as lines of text."""
-    results = {}
+    """Mean and standard deviation over seeds of each setting's accuracies in %, as text."""
+    import pandas as pd  # only here: training needs no table
+
+    found = []
     for name, flags in runs:
-        manifest = read_json(Path(flags.output_dir) / flags.run_name / "run.json")
-        results.setdefault(name, []).append(manifest["results"])
-    width = max(map(len, results))
-    lines = [f"{'accuracy, %':{width}s}" + "".join(f"  {column:>16s}" for column in COLUMNS) + "  seeds"]
-    for name, seeds in results.items():
-        line = f"{name:{width}s}"
-        for key in COLUMNS.values():
-            values = [100 * one[key] for one in seeds]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            line += f"  {statistics.fmean(values):.1f}{spread}".rjust(18)
-        lines.append(f"{line}  {len(seeds):5d}")
-    return "\n".join(lines)
+        results = read_json(Path(flags.output_dir) / flags.run_name / "run.json")["results"]
+        found.append({"accuracy, %": name} | {head: 100 * results[key] for head, key in COLUMNS.items()})
+    return pd.DataFrame(found).groupby("accuracy, %", sort=False).agg(["mean", "std"]).to_string(float_format="%.1f")

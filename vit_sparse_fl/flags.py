@@ -25,7 +25,6 @@ SHARDINGS = ("iid", "non_iid", "dirichlet")
 SWEEPS = ("heterogeneity_experiment", "local_steps_experiment", "compare_strategies", "sparsity_experiment")
 SWEPT = ("nc_values", "j_values", "sparsity_values", "hp_epochs")  # numbers that only sweeps read
 ON_OFF = argparse.BooleanOptionalAction
-NATIVE = {"tiny": 32, "small": 64}  # pixels of the models that have no weights of their own
 
 
 def number(group, name, kind, default, metavar, text, **options):
@@ -73,15 +72,14 @@ def make_parser(description, *, federated=True, sparse=False):
 
 def _model_flags(parser, sparse):
     model, rare = parser.group("the model"), parser.group(RARE)
-    text = "dino_vits16, tiny, small (ViT-S/8; both random), a folder or a name on the hub"
+    text = "dino_vits16, tiny (random), a folder or a name on the hub"
     model.add_argument("--model", default="dino_vits16", metavar="NAME", help=text)
     model.add_argument("--init-from", metavar="RUN", help="start from the weights of another run (its folder)")
     text = "ridge: fitted on the frozen backbone's features before the first round; keep: that of --init-from "
     text += "(default: ridge; random where the backbone is not pretrained, and in central training)"
     model.add_argument("--head", choices=["ridge", "random", "keep"], help=text)
-    rare.add_argument("--weights", metavar="FILE", help="DINO's own checkpoint, dino_deitsmall16_pretrain.pth")
     rare.add_argument("--pretrained", action=ON_OFF, default=True, help="start from pretrained weights")
-    text = "pixels, a multiple of the patch (default: those of --init-from, else of the model; tiny: 32, small: 64)"
+    text = "pixels, a multiple of the patch (default: those of --init-from, else of the model; tiny: 32)"
     number(rare, "--image-size", positive_int, None, "S", text)
     rare.add_argument("--freeze-head", action=ON_OFF, default=sparse, help="the head is not trained")
     number(rare, "--freeze-layers", non_negative_int, 0, "N", "first blocks; off: 0")
@@ -129,12 +127,8 @@ def _federated_flags(parser, sparse):
 
 
 def process_memory(args):
-    """Bytes that a process takes, at a guess: what a step of the model keeps for its backward pass, and the data."""
-    if args.model == "tiny":
-        return 2**30
-    tokens = (args.image_size // (8 if args.model in NATIVE else 16)) ** 2 + 1
-    kept = 12 * args.batch_size * tokens * (18 * 384 + 2 * 6 * tokens) * 4  # ViT-S: 12 blocks, 6 heads, fp32
-    return 2**31 + kept
+    """Bytes that a process takes, at a guess: those of ViT-S/16 at 224 pixels, 85 MB an image of a batch."""
+    return 2**30 if args.model == "tiny" else 2**31 + 85_000_000 * args.batch_size
 
 
 def class_range(text):
@@ -192,11 +186,11 @@ def parse(parser, argv=None):
 
 
 def _native_size(args):
-    """Pixels: of the run of --init-from, of a folder's own model, of NATIVE's, else 224."""
+    """Pixels: of the run of --init-from, of a folder's own model, of tiny 32, else 224."""
     for folder in filter(None, (args.init_from and f"{args.init_from}/final", args.init_from, args.model)):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # said where it is loaded
             return int(json.loads(Path(folder, "config.json").expanduser().read_text())["image_size"])
-    return NATIVE.get(args.model, 224)
+    return 32 if args.model == "tiny" else 224
 
 
 def complete(args):
@@ -210,11 +204,10 @@ def complete(args):
         args.amp = "auto"
     if args.use_wandb:
         args.track = "wandb"
-    starts = {"--no-pretrained": not args.pretrained, "--weights": args.weights, "--init-from": args.init_from}
-    if len(given := [flag for flag, there in starts.items() if there]) > 1:
-        raise UsageError(f"{' and '.join(given)} contradict each other: choose where the weights come from")
+    if args.init_from and not args.pretrained:
+        raise UsageError("--no-pretrained and --init-from contradict each other: choose where the weights come from")
     if args.head is None:
-        fresh = not args.pretrained or args.model in NATIVE and not args.init_from
+        fresh = not args.pretrained or args.model == "tiny" and not args.init_from
         args.head = "ridge" if "num_rounds" in args and not fresh else "random"
     for flag, value in (("classes", "rest"), ("head", "keep")):
         if getattr(args, flag) == value and not args.init_from:

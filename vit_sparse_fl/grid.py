@@ -5,7 +5,6 @@ rates        the measured study: every row at its own rate. Half of the classes 
              takes split S mod 3 of SPLITS, each pretrained once. --tune runs on a fourth split: the best accuracy on
              its validation images (the loss prefers rates at which nothing is learnt). As many images in every row:
              153,600, central 157,472 (7 epochs)
-rates-gpu    the same with ViT-S/8 at 64 px
 """
 
 from plots.runner import preset, row
@@ -120,13 +119,12 @@ def rates():
 
 
 TINY = "--dataset cifar100 --model tiny --threads 1 --amp auto --dropout 0"
-BEST = {"seeds": range(6), "objective": "val_accuracy", "higher": True}
+TUNED = {"tuned": "vit_sparse_fl/results/tuning/rates.json", "objective": "val_accuracy", "higher": True}
 STUDY = {
     "presets": {
         "full": preset(FULL),
         "quick": preset(QUICK, SMALL, seeds=(0,)),
-        "rates": preset(rates(), TINY, tuned="vit_sparse_fl/results/tuning/rates.json", **BEST),
-        "rates-gpu": preset(rates(), TINY.replace("tiny", "small"), **BEST),
+        "rates": preset(rates(), TINY, seeds=range(6), **TUNED),
     },
     "default": "full",
     "output": "results/vit_{preset}",

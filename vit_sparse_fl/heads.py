@@ -16,7 +16,7 @@ def sums_bytes(head):
 
 
 @torch.no_grad()
-def ridge_head(model, features, labels, validation, l2=None):
+def ridge_head(model, features, labels, validation):
     """Fits `model.classifier` to features [n, D] and labels [n] in closed form, in fp64; returns (l2, scale).
 
     W, b = argmin sum_i ||onehot(y_i) - W x_i - b||^2 + l2 ||W||^2, the intercept b not penalised:
@@ -24,9 +24,8 @@ def ridge_head(model, features, labels, validation, l2=None):
     The outputs approximate probabilities in 0..1, so their softmax over C classes would be nearly uniform and the
     cross-entropy's gradients far too large for a fitted head. So W and b are multiplied by one scale (an inverse
     temperature) that minimises the mean NLL of `validation`, (features, labels); it changes no prediction.
-
-    Args: l2: in the units of sklearn's Ridge(alpha=l2). None: the best validation accuracy (the smallest l2 among
-        equals) of `PENALTIES` times the mean eigenvalue of X'X.
+    l2: of `PENALTIES` times the mean eigenvalue of X'X the one with the best validation accuracy, the smallest of
+    equals, in the units of sklearn's Ridge(alpha=l2).
     """
     held, truth = validation[0].double(), validation[1]
     x = features.double()
@@ -46,9 +45,8 @@ def ridge_head(model, features, labels, validation, l2=None):
         weight, bias = fit(penalty)
         return held @ weight.T + bias  # [m, C]
 
-    if l2 is None:
-        unit = max(values.mean().item(), torch.finfo(torch.float64).tiny)
-        l2 = max((unit * g for g in PENALTIES), key=lambda p: (outputs(p).argmax(1) == truth).sum().item())
+    unit = max(values.mean().item(), torch.finfo(torch.float64).tiny)
+    l2 = max((unit * g for g in PENALTIES), key=lambda p: (outputs(p).argmax(1) == truth).sum().item())
     scale = _best_scale(outputs(l2), truth)
     weight, bias = fit(l2)
     model.classifier.weight.copy_(scale * weight)

@@ -12,8 +12,6 @@ from common.seeding import stream, torch_stream
 
 CLIENTS, IMAGES = 10, 64  # at most, in losses: of a round's clients, and validation images of each
 BATCH = 125  # images at once
-# Positive and negative updates are counted in one fp64 number, exact for fewer clients than this.
-_NEGATIVE = 2.0**20
 
 
 class Interference(Follower):
@@ -21,12 +19,9 @@ class Interference(Follower):
 
     update_cosine: mean over pairs of cos(d_i, d_j) = (||sum_k u_k||^2 - m) / (m (m - 1)), u_k = d_k / ||d_k||.
     gradient_diversity: sum_k ||d_k||^2 / ||sum_k d_k||^2   (Yin et al. 2018; 1/m: all alike, 1: orthogonal).
-    sign_conflict: mean over the weights that at least two clients moved of 1 - |p - q| / (p + q), p clients having
-        moved it up and q down. 0: all agree, 1: as many up as down.
     drift: mean_k ||d_k|| / ||theta||.
-    drift_to_mean: sqrt(mean_k ||d_k - d||^2) / ||d||, d = mean_k d_k: sqrt(m gradient_diversity - 1).
 
-    Memory is three fp64 vectors of the counted weights. The same bits for any number of processes and of threads.
+    Memory is two fp64 vectors of the counted weights. The same bits for any number of processes and of threads.
     Args: kept: int64 [kept], only these places are counted; None: all of them; frozen: sum of squares of the model's
         weights that are not in theta: ||theta|| in the drift is that of the whole model.
     """
@@ -36,7 +31,7 @@ class Interference(Follower):
 
     def open_round(self, clients, theta):
         self._old = _counted(theta, self._kept)
-        self._sum = OrderedSum(clients, _fold, self._old, sums=3)
+        self._sum = OrderedSum(clients, _fold, self._old, sums=2)
         self._size = math.sqrt(fp64_sum(theta, square=True) + self._frozen)
 
     def accept(self, clients, theta_k):
@@ -46,24 +41,14 @@ class Interference(Follower):
 
     def result(self, clients, theta):
         """{name: float}; None where one is undefined (fewer than two clients moved, or updates cancel)."""
-        (whole, unit, signs), numbers = self._sum.result()
+        (whole, unit), numbers = self._sum.result()
         self._sum = self._old = None
         m, moved = len(numbers), sum(norm > 0 for _, norm in numbers)
         of_sum, of_units = fp64_sum(whole, square=True), fp64_sum(unit, square=True)
-        conflicts, touched = 0.0, 0
-        for (part,) in chunks(signs, size=CHUNK // 4):
-            down = torch.floor(part / _NEGATIVE)
-            up = part - down * _NEGATIVE
-            several = up + down > 1
-            touched += int(several.sum())
-            conflicts += float((1 - (up - down).abs() / (up + down).clamp_(min=1))[several].sum())
-        diversity = math.fsum(squares for squares, _ in numbers) / of_sum if of_sum > 0 else None
         return {
             "update_cosine": (of_units - moved) / (moved * (moved - 1)) if moved > 1 else None,
-            "gradient_diversity": diversity,
-            "sign_conflict": conflicts / touched if touched else None,
+            "gradient_diversity": math.fsum(squares for squares, _ in numbers) / of_sum if of_sum > 0 else None,
             "drift": math.fsum(norm for _, norm in numbers) / m / self._size if self._size > 0 else None,
-            "drift_to_mean": math.sqrt(max(0.0, m * diversity - 1)) if diversity is not None else None,
         }
 
 
@@ -72,11 +57,10 @@ def _counted(vector, kept):
 
 
 def _fold(sums, old, given, squares, norm):
-    whole, unit, signs = sums
+    whole, unit = sums
     (new,) = given
     change = new.to(torch.float64, copy=True).sub_(old)
     whole.add_(change)
-    signs.add_((new > old).double().add_(new < old, alpha=_NEGATIVE))
     if norm > 0:
         unit.add_(change.mul_(1.0 / norm))
 
@@ -121,9 +105,8 @@ class CrossLosses(Follower):
     def result(self, clients, theta):
         """Fields of metrics.jsonl, None where it takes more clients. Args: theta [n]: after the round.
 
-        interference_clients [S] ids (without those whose update was left out); interference: M; held_loss: mean
-        L_i(theta); interference_own, _others, _chance: means of M_ii, of M_ij (i != j), of that with random signs;
-        client_merge_gap [S] and its mean merge_gap.
+        interference_clients [S] ids (without those whose update was left out); interference: M; interference_own,
+        _others, _chance: means of M_ii, of M_ij (i != j), of that with random signs; merge_gap: mean of gap_k.
         """
         of = clients.gather(self._of)
         ids = [k for k in self.sample if k in of]
@@ -135,16 +118,14 @@ class CrossLosses(Follower):
         losses, random = (np.array([of[k][i] for k in ids]).T[at] for i in (0, 1))  # [S, S], row: whose images
         change, chance = losses - before[:, None], random - before[:, None]
         others = ~np.eye(len(ids), dtype=bool)
-        gap = after - losses.diagonal()
-        row = {
-            "held_loss": _rounded(before.mean()),
+        return {
             "interference_own": _rounded(change.diagonal().mean()),
             "interference_others": _rounded(change[others].mean()) if others.any() else None,
             "interference_chance": _rounded(chance[others].mean()) if others.any() else None,
-            "merge_gap": _rounded(gap.mean()),
+            "merge_gap": _rounded((after - losses.diagonal()).mean()),
+            "interference_clients": ids,
+            "interference": [[_rounded(m) for m in line] for line in change],
         }
-        row |= {"interference_clients": ids, "client_merge_gap": [_rounded(g) for g in gap]}
-        return row | {"interference": [[_rounded(m) for m in line] for line in change]}
 
     def _losses(self, theta):
         """[S] L_i(theta) of the sample's clients, in its order."""
@@ -175,10 +156,6 @@ def held_losses(study, held):
     """Mean cross-entropy of the model on each of some lists of rows of the validation images, in nats."""
     study.model.eval()
     data, rows = study.data, torch.cat(held)
-    parts = [
-        F.cross_entropy(
-            study.model(study.pixels(data.validation[some])), data.validation_labels[some], reduction="none"
-        )
-        for some in rows.split(BATCH)
-    ]
-    return [part.double().mean().item() for part in torch.cat(parts).split([len(some) for some in held])]
+    logits = torch.cat([study.model(study.pixels(data.validation[some])) for some in rows.split(BATCH)])  # [n, C]
+    losses = F.cross_entropy(logits, data.validation_labels[rows], reduction="none")  # [n]
+    return [part.double().mean().item() for part in losses.split([*map(len, held)])]

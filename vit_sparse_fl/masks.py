@@ -30,9 +30,9 @@ SMALL = 2**21  # weights up to which vmap is faster than the loop on a CPU too (
 class Sample:
     """What a strategy scores the weights on: the model, and the images of one calibration round at one place.
 
-    Attributes: model: in eval mode, images [B, 3, S, S] -> logits [B, C]; weights: of the model (`common.vector`),
-    weights.theta [n] are the values to score; draws: a numpy generator of this seed, round and client; images: uint8
-    [m, 3, H, W] and labels: int64 [m]; prepare: function images -> the model's input; form: of `sensitivity`.
+    model: in eval mode, images [B, 3, S, S] -> logits [B, C]; weights: of the model (`common.vector`), weights.theta
+    [n] are the values to score; draws: a numpy generator of this seed, round and client; images: uint8 [m, 3, H, W];
+    labels: int64 [m]; prepare: function images -> the model's input; form: of `sensitivity`.
     """
 
     model: nn.Module
@@ -46,10 +46,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Strategy:
-    """Keeps the weights with the lowest (or `largest`) scores.
+    """Keeps the weights with the lowest (or `largest`) `scores`, a function of a `Sample` to a vector [n].
 
-    Attributes: scores: function of a `Sample` to a vector [n]; images: whether it looks at images: else it is asked
-    once, not in each calibration round.
+    images: whether it looks at images: else it is asked once, not in each calibration round.
     """
 
     scores: Callable
@@ -57,15 +56,14 @@ class Strategy:
     images: bool = True
 
 
-def sensitivity(sample, method="auto"):
+def sensitivity(sample):
     """S_j = mean over the images of (d f(image) / d theta_j)^2, per image, without label smoothing: fp32 [n].
 
-        "logit"  f = the *logit* of a label y drawn from the model: TaLoS's code (its sum is n S_j: the same ranking)
-        "nll"    f = -log p(y), y the data's label: the empirical Fisher
-    Args: method: as for `diagonal_fisher`, but "auto" is vmap for a small model on a CPU too.
+    "logit"  f = the *logit* of a label y drawn from the model: TaLoS's code (its sum is n S_j: the same ranking)
+    "nll"    f = -log p(y), y the data's label: the empirical Fisher
     """
     model, weights = sample.model, sample.weights
-    method = "vmap" if method == "auto" and weights.size <= SMALL else method
+    method = "vmap" if weights.size <= SMALL else "auto"
     total = torch.zeros_like(weights.theta)
     # The fused attention kernels have no rule for vmap, and their backward passes on CUDA are not deterministic.
     with sdpa_kernel(SDPBackend.MATH):
@@ -92,8 +90,7 @@ def _logit(model, sample):
 
 
 def _nll(model, sample):
-    image, label = sample
-    return F.cross_entropy(model(image[None]), label[None])
+    return F.cross_entropy(model(sample[0][None]), sample[1][None])
 
 
 def by_magnitude(sample):
@@ -119,29 +116,18 @@ def maskable(model, head="classifier"):
     """Names of the parameters that a mask covers, in the order of `named_parameters`.
 
     Weights and biases of linear, convolution and layer-norm modules that are trainable; not the head, nor what another
-    module holds itself (class token, position embedding). So the patch projection, a convolution, is maskable unless
-    the embeddings are frozen, as in TaLoS.
+    module holds itself (class token, position embedding).
     """
     kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm)
     covered = {name for name, module in model.named_modules() if isinstance(module, kinds) and name != head}
     return [name for name, p in model.named_parameters() if p.requires_grad and name.rpartition(".")[0] in covered]
 
 
-def check_kept(sparsity, size):
-    """Raises UsageError for a sparsity that keeps none of `size` weights, and where there is none to mask."""
-    if not size:
-        raise UsageError("every weight is frozen, there is nothing to mask: thaw layers (--freeze-layers)")
-    if not round((1 - sparsity) * size):
-        raise UsageError(f"sparsity {sparsity} keeps 0 of {size} weights: use a lower one")
-
-
 def choose(scores, keep, sizes, *, largest=False, scope="global", allowed=None):
-    """A mask of exactly k weights, those with the lowest (or `largest`) scores: by rank, never by a threshold.
+    """A mask of exactly k weights, those with the lowest (or `largest`) scores: by rank, never by a threshold, which
+    keeps every tied weight. Among equal scores the one that comes first wins.
 
     k = round(keep * m), m the number of all weights, or of each tensor's ("layer").
-    Among equal scores the one that comes first wins. (A threshold from a quantile keeps every tied weight: 40 % where
-    10 % was asked for, if these are zeros.)
-
     Args: scores [n]; keep: fraction; sizes: elements of each tensor; allowed: bool [n], only these weights may be kept
         (m still counts all, so that k of them must be allowed).
     Returns: bool [n] on the CPU. Raises: RunFailed for scores that are not finite.
@@ -161,16 +147,13 @@ def choose(scores, keep, sizes, *, largest=False, scope="global", allowed=None):
 
 
 def calibrate(theta, scores, sizes, *, sparsity, method="talos", rounds=4, **rule):
-    """A mask of exactly round((1 - sparsity) m) weights, over all tensors or in each part that `choose` makes.
+    """A mask of exactly round((1 - sparsity) m) weights, over all tensors or in each: bool [n] on the CPU.
 
         "talos"  multi-round: after round r = 1 .. R a fraction (1 - sparsity)^(r/R) is kept; what a round excludes
                  stays excluded, and its weights are multiplied by `DAMPING` for the next scores.
-        "seed"   one threshold on the mean of R scores at theta, which the caller takes from R disjoint batches
-                 (`calibration_rows`).
-
+        "seed"   one threshold on the mean of R scores at theta, of R disjoint batches.
     Args: theta [n], not changed; scores: function (weights [n], r) -> [n] for r = 0 .. rounds - 1; sizes, rule: as for
         `choose`. A strategy without images has one round.
-    Returns: bool [n] on the CPU.
     """
     keep = 1.0 - sparsity
     if method == "seed":
@@ -184,11 +167,10 @@ def calibrate(theta, scores, sizes, *, sparsity, method="talos", rounds=4, **rul
 
 
 def calibration_rows(n, samples, rounds, seed, *, method="talos", client=0):
-    """Rows of the n images for each calibration round: a list of `rounds` int64 tensors.
+    """Rows of the n images for each calibration round: a list of `rounds` int64 tensors, keyed by (seed, client).
 
     "seed": disjoint batches of `samples` each, or of n // rounds where there are not so many; "talos": the same
-    `samples` (at most n) in every round, as its code does: there the weights change. Keyed by (seed, client).
-    Raises UsageError where a round would get no image.
+    `samples` (at most n) in every round. Raises UsageError where a round would get no image.
     """
     size = min(samples, n if method == "talos" else n // rounds)
     if size < 1:
@@ -202,27 +184,17 @@ def merge(masks, how):
     return functools.reduce(torch.logical_or if how == "union" else torch.logical_and, masks)
 
 
-def kept_shares(masks, group):
-    """{group: kept fraction of its tensors' elements} of {name: bool tensor}. Args: group: function of a name."""
+def kept_shares(masks):
+    """{"weights", "biases": kept fraction of these} of {name: bool tensor}."""
     parts = {}
     for name, mask in masks.items():
-        parts.setdefault(group(name), []).append(mask)
-    return {g: sum(int(m.sum()) for m in some) / sum(m.numel() for m in some) for g, some in parts.items()}
-
-
-def layer_of(name):
-    """The module of a parameter: its weight and bias together."""
-    return name.rpartition(".")[0]
-
-
-def kind_of(name):
-    """ "weights" or "biases"."""
-    return "biases" if name.endswith("bias") else "weights"
+        parts.setdefault("biases" if name.endswith("bias") else "weights", []).append(mask.reshape(-1))
+    return {kind: torch.cat(some).double().mean().item() for kind, some in parts.items()}
 
 
 def facts_of(masks):
     """What a run's results say of its mask {name: bool tensor}: kept shares, and for each tensor [kept, all]."""
-    shares = {f"kept_{kind}": share for kind, share in kept_shares(masks, kind_of).items()}
+    shares = {f"kept_{kind}": share for kind, share in kept_shares(masks).items()}
     return shares | {"kept": {name: [int(part.sum()), part.numel()] for name, part in masks.items()}}
 
 

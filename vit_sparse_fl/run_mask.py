@@ -14,16 +14,7 @@ from common.checkpoint import saving
 from common.cli import UsageError
 from common.hub import reading
 from common.seeding import stream
-from vit_sparse_fl.masks import (
-    STRATEGIES,
-    Sample,
-    calibrate,
-    calibration_rows,
-    check_kept,
-    kept_shares,
-    kind_of,
-    layer_of,
-)
+from vit_sparse_fl.masks import STRATEGIES, Sample, calibrate, calibration_rows, kept_shares
 
 CLIENTS = 10  # that calibrate under --calibrate-on clients
 # flags that a mask file names
@@ -36,7 +27,9 @@ def check_mask(args, shapes, server_images, client_images):
 
     Args: shapes: {name: shape} of what a mask covers; *_images: how many the server and the smallest client have.
     """
-    check_kept(args.sparsity_ratio, sum(math.prod(shape) for shape in shapes.values()))
+    size = sum(map(math.prod, shapes.values()))
+    if not round((1 - args.sparsity_ratio) * size):
+        raise UsageError(f"sparsity {args.sparsity_ratio} keeps 0 of {size} weights: use a lower one, or thaw layers")
     if args.mask:
         load_mask(args.mask, shapes)
     elif STRATEGIES[args.mask_strategy].images:
@@ -62,10 +55,10 @@ def make_mask(study, run, theta):
         mask = _made(study, run, theta)
         weights.load(theta)
     kept, named = int(mask.sum()), weights.named(mask)
-    apart = ", ".join(f"{100 * share:.2f} % of the {kind}" for kind, share in kept_shares(named, kind_of).items())
+    apart = ", ".join(f"{100 * share:.2f} % of the {kind}" for kind, share in kept_shares(named).items())
     study.tell(f"mask: {kept} of {len(mask)} weights are trained, {100 * kept / len(mask):.2f} % ({apart})")
-    for layer, share in kept_shares(named, layer_of).items():
-        study.log.info(f"kept {100 * share:6.2f} % of {layer}")
+    for name, part in named.items():
+        study.log.info(f"kept {100 * part.double().mean():6.2f} % of {name}")
     if parallel.is_main():
         save_mask(path, named, about)
     parallel.barrier()
@@ -131,8 +124,7 @@ def _scores(study, images, labels, samples, client=0):
 
 
 def save_mask(path, masks, about):
-    """Writes {name: bool tensor}, by the parameters' names, into a safetensors file whose metadata `mask` is the JSON
-    object `about`: how it was made. The same masks give the same bytes. Raises RunFailed if the disk is full."""
+    """Writes {name: bool tensor} into a safetensors file whose metadata `mask` is the JSON object `about`."""
     fresh = path.with_name(path.name + ".new")
     with saving(path, fresh):
         save_file({name: mask.clone() for name, mask in masks.items()}, fresh, metadata={"mask": json.dumps(about)})

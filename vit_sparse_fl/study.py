@@ -33,21 +33,21 @@ from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, save_pret
 class Study:
     """Data, clients and model of a run, whose folder it begins; bad input ends here, with nothing written.
 
-    Attributes: args: flags; run; data: `ImageSplits` on the device; rows: int64 rows of each client's images; examples:
-    their numbers n_k; model; weights: what is trained, as one vector (`common.vector`); log: the text log; best: the
-    best rounds' weights; turns: who took part before; up, down, joining: bytes that a client sends in a round, that it
-    receives, and that it receives in its first; first: theta before the first round; lasting: with theta, all that
-    outlives a round.
+    Attributes: args: flags; run; data: `ImageSplits` on the device; rows: int64 rows of each client's images; examples,
+    client_weights: their numbers n_k; model; weights: what is trained, as one vector (`common.vector`); log: the text
+    log; best: the best rounds' weights; turns: who took part before; up, down, joining: bytes that a client sends in a
+    round, that it receives, and that it receives in its first; first: theta before the first round; lasting: with
+    theta, all that outlives a round.
     Args: federated: False: one client with everybody's images; sparse: only what a mask may cover is trained.
     Raises: UsageError.
     """
 
     def __init__(self, args, run, federated=True, sparse=False):
         reuse_large_memory()
-        self.args, self.run = args, run
+        self.args, self.run, self.device = args, run, run.device
         data = load_images(args.dataset, args.seed, args.val_split, classes_of(args), args.data_root)
         shards, notes = deal(args, data.train_labels) if federated else ([np.arange(len(data.train_labels))], [])
-        self.examples = [len(rows) for rows in shards]
+        self.examples = self.client_weights = [len(rows) for rows in shards]
         check_batch_size(self.examples, args.batch_size)
         self.model, more = _make_model(args, data.n_classes)
         shapes = _freeze(self.model, args, sparse)
@@ -55,13 +55,7 @@ class Study:
             check_mask(args, shapes, len(data.validation), min(self.examples))
         self.model.to(run.device)
         self.weights = Weights(self.model)
-        sizes = {
-            "total": _count(self.model),
-            "trainable": self.weights.size,
-            "backbone": _count(self.model.vit),
-            "head": _count(self.model.classifier),
-            "maskable": shapes,
-        }
+        sizes = {"total": sum(p.numel() for p in self.model.parameters()), "trainable": self.weights.size}
         facts = {"clients": len(shards), "weights_sha256": fingerprint(dict(self.model.named_parameters()))}
         self.log = open_log(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
         run.begin(data.fingerprint, sizes, clients=facts)
@@ -73,22 +67,13 @@ class Study:
             for note in notes + more:
                 self.tell(note)
         if federated:
-            _keep_shards(self, class_counts(shards, data.train_labels.numpy(), data.n_classes), notes)
+            _keep_shards(self, class_counts(shards, data.train_labels.numpy(), data.n_classes))
             self.turns = Turns(args.seed, args.num_clients, args.participation_rate)
             run.plan(args.num_rounds, args.eval_every, args.save_every, len(shards))
         else:
             run.plan(args.epochs, 1, args.save_every)
         self.first, fitted = fit_first(self)
         self.lasting = {"best": self.best, **fitted}
-
-    @property
-    def device(self):
-        return self.run.device
-
-    @property
-    def client_weights(self):
-        """What each client counts in a mean: n_k, its images."""
-        return self.examples
 
     def bytes_of(self, t):
         """(up, down [K]): what a client sends and receives in round t."""
@@ -135,7 +120,7 @@ class Study:
 def _make_model(args, n_classes):
     """(model, lines for the log)."""
     size = {"image_size": args.image_size, "n_classes": n_classes, "dropout": args.dropout, "seed": args.seed}
-    model = make_model(args.model, weights=args.weights, pretrained=args.pretrained and not args.init_from, **size)
+    model = make_model(args.model, pretrained=args.pretrained and not args.init_from, **size)
     notes = init_from(model, args.init_from) if args.init_from else []
     if args.head == "keep" and notes:
         raise UsageError(f"--head keep: {notes[0]}: use --head ridge")
@@ -156,22 +141,17 @@ def _freeze(model, args, sparse):
     return {name: list(p.shape) for name, p in model.named_parameters() if name in covered}
 
 
-def _count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def _keep_shards(study, counts, notes):
+def _keep_shards(study, counts):
     """Writes shards.json. Args: counts: images of each class at each client, [K, C]."""
     path = study.run.folder / "shards.json"
     if not parallel.is_main() or path.exists():
         return
-    n, classes = sorted(study.examples), (counts > 0).sum(1)
+    n, classes = study.examples, (counts > 0).sum(1)
     study.tell(
-        f"{len(n)} clients, images a client {n[0]} to {n[-1]} (median {n[len(n) // 2]}), "
-        f"classes a client {classes.min()} to {classes.max()}"
+        f"{len(n)} clients, images a client {min(n)} to {max(n)}, classes a client {classes.min()} to {classes.max()}"
     )
     with saving(path):
-        write_json(path, {"counts": counts.tolist(), "notes": notes})
+        write_json(path, {"counts": counts.tolist()})
 
 
 def client_batches(study, k, t, first, steps):
@@ -208,7 +188,7 @@ def client_update(study, theta, k, t, kept=None):
 
 
 def probes(study, kept=None):
-    """What is measured of the rounds' clients. Args: kept: as of `client_update`."""
+    """What is measured of the rounds' clients."""
     pull = [Interference(kept, study.frozen_squares())]
     return pull + ([CrossLosses(study)] if study.args.interference_every else [])
 
@@ -283,7 +263,7 @@ def finish(study, theta, **facts):
         "test_accuracy_last": test["last"]["test_accuracy"],
         "test_loss_last": test["last"]["test_loss"],
         "best_round": best.round,
-        "val_accuracy_best": best.accuracy,
+        "val_accuracy_best": best.kept[0][0],
         "test_accuracy_best": test["best"]["test_accuracy"],
     }
     if parallel.is_main():
@@ -292,8 +272,8 @@ def finish(study, theta, **facts):
         results |= {key: last[key] for key in ("bytes_up", "bytes_down", "images", "seconds")}
         with saving(run.folder):
             draw_accuracy(run.folder, run.folder / f"{run.folder.name}_curves.png")
-    accuracies = [results[f"test_accuracy_{which}"] for which in ("last", "best")]
-    study.tell(f"test accuracy {accuracies[0]:.4f} (weights of the best round, {best.round}: {accuracies[1]:.4f})")
+    last, kept = results["test_accuracy_last"], results["test_accuracy_best"]
+    study.tell(f"test accuracy {last:.4f} (weights of the best round, {best.round}: {kept:.4f})")
     run.finish(results)
 
 

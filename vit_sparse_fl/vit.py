@@ -4,30 +4,26 @@ DINO ViT-S/16 (Caron et al. 2021): patch 16, 384 wide, 12 blocks of 6 heads, 21,
 38,500 for 100 classes. Modules and names are those of transformers' ViTForImageClassification.
 """
 
-import functools
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 from common.cli import UsageError
-from common.hub import hub_reachable, load_pretrained, quiet, read_config, reading
+from common.hub import hub_reachable, load_pretrained, quiet, reading
 from common.seeding import torch_stream
-from vit_sparse_fl.flags import NATIVE
 
 DINO = "facebook/dino-vits16"
 TINY = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, patch_size=8)
-_VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536)
-_WHERE = "give --model FOLDER or --weights FILE, or take --model tiny"
+VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=16)
+_WHERE = "give --model FOLDER, or take --model tiny"
 
 
 class Classifier(nn.Module):
-    """logits = classifier(dropout(CLS token after the last LayerNorm)).
+    """logits = classifier(dropout(CLS token after the last LayerNorm)), with the keys of ViTForImageClassification.
 
-    Its state dict has the keys of transformers' ViTForImageClassification. Dropout stands before the head only.
     Args: config: a ViTConfig; config.num_labels classes, square images of config.image_size pixels.
     """
 
@@ -78,23 +74,20 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def make_model(
-    name_or_path="dino_vits16", weights=None, image_size=224, n_classes=100, dropout=0.1, seed=0, pretrained=True
-):
-    """A Classifier with a pretrained backbone (random for "tiny" and "small" without `weights`) and a new head.
+def make_model(name_or_path="dino_vits16", image_size=224, n_classes=100, dropout=0.1, seed=0, pretrained=True):
+    """A Classifier with a pretrained backbone (random for "tiny") and a new head.
 
     Args:
-        name_or_path: "tiny", "small" (ViT-S/8), "dino_vits16", a folder with a transformers ViT (e.g. a run's
+        name_or_path: "tiny", "dino_vits16", a folder with a transformers ViT (e.g. a run's
             final/; its backbone is taken, `init_from` takes the head too), or a name on the Hugging Face hub.
-        weights: a file in DINO's own layout (dino_deitsmall16_pretrain.pth) instead of the model's own weights.
         image_size: side in pixels, a multiple of the patch: the position embedding is interpolated to it once, here.
         pretrained: False: the architecture of that name with random weights.
         n_classes, dropout, seed: of the head; a new head, and a random backbone, are drawn by key from `seed`.
-    Raises: UsageError for another image size, weights that are missing or another model's, and an unknown name.
+    Raises: UsageError.
     """
     from transformers import ViTModel
 
-    config, source = _find(str(name_or_path), pretrained and weights is None)
+    config, source = _find(str(name_or_path), pretrained)
     patch = config.patch_size
     if image_size % patch or image_size < patch:
         low = image_size // patch * patch
@@ -103,9 +96,7 @@ def make_model(
     config.image_size, config.num_labels = image_size, n_classes
     model = Classifier(config, dropout)
     _initialise(model, seed)
-    if weights is not None:
-        _load(model.vit, read_dino(weights), f"the weights {weights}")
-    elif source is not None and pretrained:
+    if source is not None and pretrained:
         _load(model.vit, _from_pretrained(ViTModel, source, add_pooling_layer=False), f"the weights {source}")
     return model
 
@@ -114,9 +105,8 @@ def _find(name, with_weights):
     """(config, where the backbone's own weights are: a folder, a hub name, or None)."""
     from transformers import ViTConfig
 
-    if name in NATIVE or name == "dino_vits16" and not with_weights:
-        shape = TINY if name == "tiny" else _VIT_S | {"patch_size": 8 if name == "small" else 16}
-        return ViTConfig(image_size=NATIVE.get(name, 224), layer_norm_eps=1e-6, **shape), None
+    if name == "tiny" or name == "dino_vits16" and not with_weights:
+        return ViTConfig(layer_norm_eps=1e-6, **(TINY if name == "tiny" else VIT_S)), None
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _read_config(folder), folder
@@ -130,9 +120,6 @@ def _read_config(folder):
     from transformers import ViTConfig
 
     with reading(f"no model could be read from {folder}", _WHERE):
-        kind = read_config(folder / "config.json").get("model_type")
-        if kind != "vit":
-            raise UsageError(f"{folder} holds a model of type {kind}, not vit: {_WHERE}")
         if not list(folder.glob("model*.safetensors")):
             raise UsageError(f"{folder} has no model.safetensors (pickled weights are not read): {_WHERE}")
         return ViTConfig.from_pretrained(folder, local_files_only=True)
@@ -149,10 +136,7 @@ def _from_pretrained(kind, source, **options):
 @torch.no_grad()
 def _initialise(model, seed):
     """Draws the weights by key: Xavier-uniform matrices as in the first ViT (Dosovitskiy et al. 2021, code), normal
-    with deviation 1/sqrt(fan in) for the patches, 0.02 for CLS token and positions, zero biases, unit norms.
-
-    transformers draws every matrix with deviation 0.02, with which a narrow model learns much more slowly.
-    """
+    with deviation 1/sqrt(fan in) for the patches, 0.02 for CLS token and positions, zero biases, unit norms."""
     generator = torch_stream(seed, "backbone")
     for name, p in model.vit.named_parameters():
         if name.endswith("bias"):
@@ -177,9 +161,8 @@ def new_head(model, seed):
 def interpolate_positions(positions, grid):
     """Position embeddings [1, 1 + g*g, D] for a grid x grid image, by DINO's formula; the CLS token's stays.
 
-    Bicubic with the scale factor (grid + 0.1) / g, as in DINO's vision_transformer.py, which the weights were
-    trained with (its small crops). transformers' interpolate_pos_encoding leaves out the 0.1, which shifts the
-    samples by up to a tenth of a cell. Equal grids: unchanged.
+    Bicubic with the scale factor (grid + 0.1) / g, as in DINO's vision_transformer.py; transformers leaves out the 0.1,
+    which shifts the samples by up to a tenth of a cell.
     """
     old = math.isqrt(positions.shape[1] - 1)
     if old == grid:
@@ -188,42 +171,6 @@ def interpolate_positions(positions, grid):
     scale = (grid + 0.1) / old
     cells = F.interpolate(cells, scale_factor=(scale, scale), mode="bicubic")  # [1, D, grid, grid]
     return torch.cat([positions[:, :1], cells.flatten(2).transpose(1, 2)], dim=1)  # [1, 1 + grid*grid, D]
-
-
-# DINO's names -> ours, in this order; queries, keys and values are the thirds of one matrix there
-DINO_NAMES = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "attn.proj": "attention.o_proj",
-    "blocks.": "layers.",
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "norm.": "layernorm.",
-}
-
-
-def read_dino(path):
-    """The backbone's tensors, by our names, from a checkpoint in DINO's (= timm's) layout, .pth or .safetensors.
-
-    Raises: UsageError for a file that cannot be read, and one that holds more than tensors.
-    """
-    path, tensors = Path(path).expanduser(), {}
-    with reading(f"no checkpoint in DINO's layout could be read from {path}", _WHERE):
-        read = (
-            load_file
-            if path.suffix == ".safetensors"
-            else functools.partial(torch.load, map_location="cpu", weights_only=True)
-        )
-        for name, tensor in read(path).items():
-            for theirs, ours in DINO_NAMES.items():
-                name = name.replace(theirs, ours)
-            if "attn.qkv" in name:
-                names = [name.replace("attn.qkv", f"attention.{letter}_proj") for letter in "qkv"]
-                tensors |= zip(names, tensor.chunk(3), strict=True)
-            else:
-                tensors[name] = tensor
-    return tensors
 
 
 def _load(module, tensors, what):
@@ -244,10 +191,7 @@ def _load(module, tensors, what):
 
 
 def save_pretrained(model, folder):
-    """Writes `model` as transformers' ViTForImageClassification: config.json and model.safetensors.
-
-    `AutoModelForImageClassification.from_pretrained(folder)` loads it and gives the same logits.
-    """
+    """Writes `model` as transformers' ViTForImageClassification: config.json and model.safetensors."""
     from transformers import ViTForImageClassification
 
     shell = ViTForImageClassification(model.config)
@@ -259,8 +203,7 @@ def save_pretrained(model, folder):
 def init_from(model, folder):
     """Copies the weights of another run (its folder, or its final/) into `model`. Returns notes: a list of lines.
 
-    The head is copied when it has as many classes; else model's own, new one stays, which a note says. A position
-    embedding of another grid is interpolated.
+    The head is copied when it has as many classes; else model's own, new one stays, which a note says.
     Raises: UsageError for a folder without a ViT, and for another architecture.
     """
     from transformers import ViTForImageClassification
@@ -283,8 +226,7 @@ def init_from(model, folder):
 
 
 def freeze(model, backbone=False, layers=0, head=False):
-    """Turns gradients off: `layers` = n: the embeddings and the first n blocks (0: nothing); backbone: all but the
-    head (a linear probe); head. All else is turned on.
+    """Turns gradients off: layers = n > 0: the embeddings and the first n blocks; backbone: all but the head; head.
 
     Raises: UsageError for more layers than there are, or when nothing is left to train.
     """
