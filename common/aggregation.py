@@ -98,7 +98,7 @@ class WeightedMean(_Mean):
         sums[0].add_(_difference(given[0], theta).mul_(weight))
 
     def _mean(self, sums, numbers):
-        return sums[0].div_(sum(weight * math.exp(log - self._level) for weight, log in numbers))
+        return sums[0].div_(sum(weight * math.exp(log - self._level) for weight, log in numbers if weight > 0))
 
 
 class NormalizedMean(_Mean):

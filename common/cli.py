@@ -67,13 +67,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, **kwargs):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         self._groups = {}
+        if self.add_help:
+            self.add_argument("--help-all", action=_HelpAll, nargs=0, help=f"also the flags that are {RARE}")
 
     def group(self, title):
         """The group of flags of this title: there is one."""
         if title not in self._groups:
             self._groups[title] = self.add_argument_group(title)
-            if title == RARE:
-                self.add_argument("--help-all", action=_HelpAll, nargs=0, help=f"also the flags that are {RARE}")
         return self._groups[title]
 
     def format_help(self, everything=False):

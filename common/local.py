@@ -121,7 +121,7 @@ def local_steps(
 def client_optimizer(kind, parameters, lr, momentum=0.9, weight_decay=0.0, not_decayed=(), betas=(0.9, 0.999)):
     """A new optimiser over {name: parameter}: "sgd", "sgdm" (momentum as torch's: u <- rho u + g), or "adamw".
 
-    New in every round: FedNova's and SCAFFOLD's formulas hold for momentum that starts at zero.
+    Without state: FedNova's and SCAFFOLD's formulas hold for momentum that starts at zero in every round.
     Args: not_decayed: endings of names that weight decay leaves alone; betas: AdamW's.
     """
     if kind not in CLIENT_OPTIMIZERS:

@@ -7,6 +7,8 @@
 - the same data, by their fingerprints, and the same choices where a flag says auto;
 - a whole checkpoint, by its SHA-256 (common/checkpoint.py), and the lines of metrics.jsonl up to it.
 
+With more rounds the line of the shorter run's last round stays in metrics.jsonl, and may be the best.
+
 Other versions of this code or of a library are a warning.
 """
 
@@ -28,6 +30,7 @@ from common.parallel import is_main, world
 # Flags that say how to run, not what to compute: --resume may change them. What --config says is in the other flags.
 NOT_COMPARED = {"resume", "overwrite", "data_root", "output_dir", "run_name", "track", "log_dir", "num_workers"}
 NOT_COMPARED |= {"use_wandb", "wandb_project", "cache_dir", "processes", "config"}
+NOT_COMPARED |= {"threads", "device", "amp", "kernel"}  # what they come to is compared, `resolved`
 KEYS = {"command", "args", "status", "data", "resolved", "versions", "clients", "parameters", "git_commit"}
 PLACES = ("source", "model", "tokenizer")  # of the data: where they lie may change; the flags compare the last two
 LENGTHS = ("rounds", "num_rounds")

@@ -26,7 +26,7 @@ from common import parallel
 from common.cli import SIGNALS, outcome, run_main
 
 PROCESS_MEMORY = 2**30  # bytes that a process takes at least, on a CPU
-PATIENCE = 3  # seconds after a process has refused: what all refuse, the main one has refused by then
+PATIENCE = 7  # seconds after a process has refused: what all refuse, the main one has by then, waiting for a lock too
 GONE = 75  # exit code of a process that only knows that another one has ended
 GRACE = 10  # seconds to hear of another's end by a broken exchange, then by SIGTERM: queues kill 30 after theirs
 

@@ -350,7 +350,7 @@ class Run:
         Raises RunFailed after them where the last evaluation's val_loss is not finite.
         """
         silent = None if parallel.is_main() else True  # None: where stderr is no terminal
-        start, total = self.start_round, self.total
+        start, total, self._first = self.start_round, self.total, time.perf_counter()
         self._bar = tqdm(total=total, initial=start, unit="round", disable=silent, dynamic_ncols=True)
         for t in range(start, total):
             if self._ended:
@@ -390,7 +390,7 @@ class Run:
         self._shown = ", ".join(f"{k} {v}" for k, v in shown.items() if k.startswith("val_"))
         words = [f"round {self._at}/{self.total}", *(f"{k} {v}" for k, v in shown.items())]
         if done := self._at - self.start_round:
-            left = (time.perf_counter() - self._t0) / done * (self.total - self._at)
+            left = (time.perf_counter() - self._first) / done * (self.total - self._at)
             words += [f"{line[rate]:.0f} {self.unit}/s", f"{duration(left)} left"]
         self.note("  ".join(words))
         if self._tracker:

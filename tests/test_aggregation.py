@@ -207,6 +207,7 @@ def test_equal_entropies_are_fedavg_and_low_temperatures_pick_one(theta, clients
     near(mean_of(theta, clients, N, [-4.0] * 4).delta(), mean_of(theta, clients).delta())
     logs = [-h / 1e-3 for h in (5.0, 4.0, 6.0, 4.5)]
     near(mean_of(theta, clients, N, logs).result(), clients[1], 1e-7)
+    assert torch.equal(mean_of(theta, clients[:2], [1, 0], [0.0, 1e4]).delta(), mean_of(theta, clients[:1]).delta())
     expected = mean_of(theta, clients, N, [0.0, 1.0, 2.0, -1.0]).delta()
     for shift in (5000.0, -5000.0):
         near(mean_of(theta, clients, N, [shift, shift + 1, shift + 2, shift - 1]).delta(), expected)

@@ -1,4 +1,4 @@
-"""common/schedules.py against torch's schedulers, and transformers'."""
+"""Learning rates by step against torch's schedulers, and transformers'."""
 
 import pytest
 import torch
