@@ -121,11 +121,3 @@ def pairs_cell(every, digits=3, pool=None):
     ends = f"{low:+,.{digits}f}, {high:+,.{digits}f}" if math.isfinite(low) else "?"
     count = f"{len(pairs)} of {len(every)}" if len(pairs) < len(every) else len(pairs)
     return Cell(f"{pairs.mean():+,.{digits}f} [{ends}], {count}", p_value(pairs, pool))
-
-
-def ratio_cell(mine, base, pool=None):
-    """`1.033 [1.021, 1.045]`: the geometric mean of the ratios and the interval of their logarithms."""
-    mean, low, high, p = ratio(mine, base, pool)
-    if not math.isfinite(mean):
-        return "-"
-    return Cell(f"{mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if math.isfinite(low) else ""), p)

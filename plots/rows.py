@@ -191,13 +191,6 @@ def usual(rows):
     return ", ".join(words)
 
 
-def shared_setting(setting, rows):
-    """The group's setting with what else all its federated rows agree on."""
-    several = [row.first["setting"] for row in rows if not row.central]
-    values = {key: [one[key] for one in several if key in one] for one in several for key in one}
-    return setting | {key: given[0] for key, given in values.items() if all(value == given[0] for value in given)}
-
-
 def describe(study, setting, keys=None):
     """A setting in words, in the order of `keys`: `cifar100, classes 50 to 99, tiny, 100 clients, IID, J 4`."""
     return ", ".join(word for key in keys or study.keys for word in words_for(study, key, setting.get(key)))
