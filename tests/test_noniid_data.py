@@ -1,7 +1,6 @@
 """Labelled texts of the non-IID study: files with named lines, topics for all, splits that are keyed."""
 
 import csv
-import os
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from common.cli import UsageError
 from common.text import load_corpus
 from llm_noniid import ag_news, data, topics
 
-REAL = os.environ.get("FEDQUARTET_DATA")
 SPLITS = ("train", "validation", "test")
 
 

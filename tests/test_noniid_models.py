@@ -12,8 +12,6 @@ from common.text import load_tokenizer
 from llm_noniid import models
 from llm_noniid.data import as_corpus, load_texts
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):

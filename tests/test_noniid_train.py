@@ -13,7 +13,6 @@ from llm_noniid.detectors import alarms_of
 from plots import read
 
 pytestmark = pytest.mark.slow
-SHORT = "--num-rounds 1 --local-steps 1 --probe-samples 0"
 
 
 # ------------------------------------------------------------------------------------------------ identities
