@@ -11,7 +11,8 @@ from common.local import OptimizerState
 from common.parallel import Follower
 from common.participation import per_round
 from common.scaffold import ControlVariates
-from llm_noniid.clustering import cluster_labels
+from common.sharding import class_counts
+from llm_noniid.diagnostics import cluster_labels
 from llm_noniid.fed_core import client_update, group_by_updates, new_optimizer
 
 
@@ -159,7 +160,9 @@ class LabelClusters(FedAvg):
     def __init__(self, study):
         super().__init__(study)
         self.models = study.args.num_clusters
-        study.groups.of = cluster_labels(study.topic_counts(), self.models)
+        study.groups.of = cluster_labels(
+            class_counts(study.rows, study.texts.labels["train"], len(study.texts.label_names)), self.models
+        )
 
 
 class UpdateClusters(FedAvg, Follower):

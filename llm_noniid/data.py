@@ -1,36 +1,46 @@
-"""Labelled texts for language models, tokenised once and padded per batch: AG News, WikiText-2, a demo.
+"""Texts with topics: AG News, paragraphs of WikiText-2, a demo.
 
 texts = load_texts("ag_news", max_samples=2000)           # what lies on disk, else the hub; "demo": neither
-tokenizer = common.text.load_tokenizer("bpe:2048", as_corpus(texts))
-batch = encode(texts, tokenizer)["train"].batch(rows)     # input_ids, attention_mask, labels
 """
 
+import csv
 import hashlib
-import math
+import io
 import re
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from threadpoolctl import threadpool_limits
 
-from common import text
-from common.batches import padded
 from common.cli import UsageError
+from common.hub import hub_dataset, one_line
 from common.seeding import stream
 from common.sharding import stratified
-from common.text import SPLITS, Corpus, documents_sha256, load_corpus
-from llm_noniid import ag_news
-from llm_noniid.topics import DEMO_TOPICS, article_topics, demo_topics
+from common.text import SPLITS, Corpus, data_folder, demo_documents, documents_sha256, load_corpus
 
-IGNORE = -100  # the label that no loss counts
+AG_NEWS_TOPICS = ("World", "Sports", "Business", "Sci/Tech")  # classes 1 to 4 of the files, labels 0 to 3 here
+HUB_NAME = "fancyzhx/ag_news"
 VALIDATION_SHARE, MOST_VALIDATION = 0.05, 2000  # of AG News' training texts, which come without a validation split
+ARTICLE_TOPICS = 8  # of WikiText-2
+TOPICS_SEED = 2016  # of the data, not of a run: every run sees the same topics
 SHORTEST_PARAGRAPH = 6  # words; what is shorter in WikiText is a piece of a table or formula
 DEMO_CHARACTERS = 200  # a sample of the demo ends with the sentence that reaches them
+DEMO_TOPICS = {  # the pages of the Python language reference; all others are the first topic's
+    "statements": "",
+    "expressions": "atom-identifiers atom-literals attribute-references await binary bitwise booleans calls "
+    "comparisons conversions exprlists floating imaginary in integers lambda numbers operator-summary power shifting "
+    "slicings subscriptions truth unary",
+    "data model": "attribute-access callable-types class customization id-classes naming objects specialattrs "
+    "specialnames types",
+    "built-in types": "bltin-code-objects bltin-ellipsis-object bltin-null-object bltin-type-objects dict "
+    "formatstrings lists numeric-types sequence-types string-methods strings typesfunctions typesmapping typesmethods "
+    "typesmodules typesseq typesseq-mutable",
+}
 
 
 @dataclass(frozen=True)
 class Texts:
-    """splits: {"train", "validation", "test"} -> texts; labels: int64 [texts] of each split; notes: lines for the log.
+    """splits: {"train", "validation", "test"} -> texts; labels: int64 [texts] of each split, their topics.
 
     label_names: one for each label; fingerprint: for run.json (SHA-256 of texts and labels, counts, source).
     """
@@ -39,36 +49,34 @@ class Texts:
     splits: dict[str, list[str]]
     labels: dict[str, np.ndarray]
     label_names: tuple[str, ...]
-    notes: list[str]
     fingerprint: dict
 
 
-def load_texts(dataset, data_root=None, cache_dir=None, max_samples=0, seed=42):
+def load_texts(dataset, data_root=None, max_samples=0, seed=42):
     """The texts of `dataset` with their topics, as `Texts`.
 
-    ag_news: four topics (`llm_noniid.ag_news`); a random twentieth of the training texts, 2,000 at most, topics in
-    proportion, is the validation split. wikitext: a text is a paragraph of WikiText-2 (headings and fragments dropped);
-    its topic is its article's (`article_topics`), because the corpus has none. demo: prose of the Python language
-    reference, cut into a few sentences each; its pages belong to four topics.
+    ag_news: four topics; a random twentieth of the training texts, 2,000 at most, topics in proportion, is the
+    validation split. wikitext: a text is a paragraph of WikiText-2 (headings and fragments dropped); its topic is its
+    article's (`article_topics`), because the corpus has none. demo: prose of the Python language reference, cut into a
+    few sentences each; its pages belong to four topics.
 
     max_samples: above 0 only so many training texts, drawn, topics in proportion. seed: of that and of AG News'
     validation split, which does not depend on max_samples.
     """
-    splits, labels, names, source, notes = LOADERS[dataset](data_root, cache_dir, seed)
-    n = len(splits["train"])
+    found, names, source = LOADERS[dataset](data_root, seed)
+    n = len(found["train"][0])
     if 0 < max_samples < n:
-        generator = stream(seed, "choice of training texts")
-        chosen = stratified(labels["train"], [max_samples, n - max_samples], generator, "texts")[0]
-        splits, labels = splits | {"train": _take(splits["train"], chosen)}, labels | {"train": labels["train"][chosen]}
+        draw = stream(seed, "choice of training texts")
+        found["train"] = _take(found["train"], stratified(found["train"][1], [max_samples, n - max_samples], draw)[0])
+    splits, labels = ({split: found[split][i] for split in SPLITS} for i in (0, 1))
     content = {s: documents_sha256(splits[s]).encode() + labels[s].astype("<i8").tobytes() for s in SPLITS}
     fingerprint = {
         "dataset": dataset,
         "source": source,
         "sha256": {split: hashlib.sha256(of).hexdigest() for split, of in content.items()},
         "counts": {split: len(splits[split]) for split in SPLITS},
-        "label_names": list(names),
     }
-    return Texts(dataset, splits, labels, tuple(names), notes, fingerprint)
+    return Texts(dataset, splits, labels, tuple(names), fingerprint)
 
 
 def as_corpus(texts):
@@ -76,50 +84,145 @@ def as_corpus(texts):
     return Corpus(texts.name, "texts", texts.fingerprint["source"], *(texts.splits[split] for split in SPLITS))
 
 
-def _take(items, rows):
-    return [items[i] for i in rows]
+def _take(split, rows):
+    texts, labels = split
+    return [texts[i] for i in rows], labels[rows]
 
 
-def _ag_news(data_root, cache_dir, seed):
-    splits, source, notes = ag_news.read(data_root)
-    items, labels = splits["train"]
-    n = len(items)
-    held_out = max(1, min(MOST_VALIDATION, int(VALIDATION_SHARE * n)))
-    rows, held = stratified(labels, [n - held_out, held_out], stream(seed, "validation texts"), "texts")
-    texts = {"train": _take(items, rows), "validation": _take(items, held), "test": splits["test"][0]}
-    labels = {"train": labels[rows], "validation": labels[held], "test": splits["test"][1]}
-    return texts, labels, ag_news.TOPICS, source, notes
+def _pieces(documents, topics, cut):
+    """(texts, labels) of what `cut` makes of each document, with the document's topic."""
+    parts = [(piece, topic) for document, topic in zip(documents, topics, strict=True) for piece in cut(document)]
+    return [piece for piece, _ in parts], np.array([topic for _, topic in parts], dtype=np.int64)
 
 
-def _wikitext(data_root, cache_dir, seed):
+# ---- AG News (Zhang et al. 2015)
+
+
+def _ag_news(data_root, seed):
+    splits, source = read_ag_news(data_root)
+    labels = splits["train"][1]
+    held_out = max(1, min(MOST_VALIDATION, int(VALIDATION_SHARE * len(labels))))
+    draw = stream(seed, "validation texts")
+    rows, held = stratified(labels, [len(labels) - held_out, held_out], draw)
+    parts = {"train": _take(splits["train"], rows), "validation": _take(splits["train"], held)}
+    return splits | parts, AG_NEWS_TOPICS, source
+
+
+def read_ag_news(data_root=None):
+    """({"train", "test"}: (texts, labels int64 [n], 0 to 3), source).
+
+    From `data_root`/ag_news (ag_news_csv, or data_root itself), else the hub or its library's cache. A file has either
+    the official layout (no header; class 1 to 4, title, description) or the header `label,text` and the same classes.
+    Title and description are joined by a space, as on the hub, and texts are made alike (`tidy`).
+
+    Raises UsageError where a row is broken (file and row named), and when there are neither files nor a hub.
+    """
+    root = data_folder(data_root)
+    for folder in (root / "ag_news", root / "ag_news_csv", root):
+        for train in ("train.csv", "train_sample.csv"):
+            if (folder / train).is_file() and (folder / "test.csv").is_file():
+                source = f"{folder.name}/{train}, test.csv"
+                return {"train": read_csv(folder / train), "test": read_csv(folder / "test.csv")}, source
+    columns, where = ("text", "label"), f"train.csv and test.csv into {root / 'ag_news'}"
+    rows = hub_dataset((HUB_NAME,), {"train": columns, "test": columns}, f"no AG News under {root}", where)
+    splits = {s: (list(map(tidy, of["text"])), np.array(of["label"], dtype=np.int64)) for s, of in rows.items()}
+    return splits, f"hub, {HUB_NAME}"
+
+
+def tidy(text):
+    r"""One line without the files' traces: their mark of a line's end (\) and runs of white space become one space.
+
+    So does a full stop between spaces: some public copies of the data join title and description by it.
+    """
+    return " ".join(word for word in text.replace("\\", " ").split() if word != ".")
+
+
+def read_csv(path):
+    """(texts, labels) of a file; errors as `read_ag_news`."""
+    try:
+        rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"cannot read {path} ({one_line(error)}): get the file again") from error
+    columns = 2 if rows[:1] == [["label", "text"]] else 3
+    texts, labels = [], []
+    for i, row in list(enumerate(rows, 1))[columns == 2 :]:
+        text = tidy(" ".join(row[1:]))
+        if len(row) != columns or row[0].strip() not in ("1", "2", "3", "4") or not text:
+            wanted = "label and text" if columns == 2 else "class, title and description"
+            raise UsageError(f"{path} row {i} is not {wanted}, with a class from 1 to 4: mend it")
+        labels.append(int(row[0]) - 1)
+        texts.append(text)
+    if len(texts) < 2:
+        raise UsageError(f"{path} has {len(texts)} rows: get the file again")
+    return texts, np.array(labels, dtype=np.int64)
+
+
+# ---- WikiText-2
+
+
+def _wikitext(data_root, seed):
     corpus = load_corpus("wikitext2", data_root)
     articles = [getattr(corpus, split) for split in SPLITS]
     topics, names = article_topics(articles[0], articles[1:])
-    splits, labels = {}, {}
-    for split, documents, of_article in zip(SPLITS, articles, topics, strict=True):
-        parts = [(part, topic) for d, topic in zip(documents, of_article, strict=True) for part in _paragraphs(d)]
-        kept = [(part, topic) for part, topic in parts if len(part.split()) >= SHORTEST_PARAGRAPH]
-        splits[split] = [part for part, _ in kept]
-        labels[split] = np.array([topic for _, topic in kept], dtype=np.int64)
-    return splits, labels, names, f"{corpus.source} ({corpus.variant})", []
+    splits = {s: _pieces(*pair, paragraphs) for s, *pair in zip(SPLITS, articles, topics, strict=True)}
+    return splits, names, f"{corpus.source} ({corpus.variant})"
 
 
-def _paragraphs(article):
-    """The lines of an article that are neither blank nor a heading (" = Title = ", " = = Section = = ")."""
+def paragraphs(article):
+    """The lines of an article that are neither short nor a heading (" = Title = ", " = = Section = = ")."""
     lines = (line.strip() for line in article.split("\n"))
-    return [line for line in lines if line and not (line.startswith("= ") and line.endswith(" ="))]
+    whole = (line for line in lines if len(line.split()) >= SHORTEST_PARAGRAPH)
+    return [line for line in whole if not (line.startswith("= ") and line.endswith(" ="))]
 
 
-def _demo(data_root, cache_dir, seed):
+def article_topics(train, others=(), k=ARTICLE_TOPICS):
+    """Unsupervised topics of articles: k-means of their TF-IDF vectors, rows of length 1, both scikit-learn's.
+
+    x_iw proportional to (1 + log count_iw) (1 + log(n / df_w)); words of three letters or more that are in n // 120 to
+    30 % of the training articles. On one thread: the order of sums cannot change a topic.
+
+    Args: train: the articles that make the topics; others: further lists, which take the nearest centre; k: topics.
+    Returns: (labels: int64 [articles] of train, then of each of `others`; names: each topic's three most telling
+        words). Topics are numbered in the order of their first training article.
+    """
+    from sklearn.cluster import KMeans  # only here: it takes a while to import
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    n = len(train)
+    words = TfidfVectorizer(
+        token_pattern=r"[^\W\d_]{3,}",
+        min_df=max(1, n // 120),
+        max_df=max(1, int(0.3 * n)),
+        sublinear_tf=True,
+        smooth_idf=False,
+    )
+    rows = words.fit_transform(train)  # [n, words]
+    with threadpool_limits(1):
+        fit = KMeans(min(k, n), n_init=20, random_state=TOPICS_SEED).fit(rows)
+        labels = [fit.labels_, *(fit.predict(words.transform(more)) for more in others)]
+    kinds, first = np.unique(labels[0], return_index=True)
+    order = kinds[np.argsort(first)]  # a topic's number -> the cluster's
+    labels = [np.argsort(order)[clusters].astype(np.int64) for clusters in labels]
+    centres = fit.cluster_centers_[order]
+    rest = (centres.sum(axis=0) - centres) / max(1, len(centres) - 1)  # the mean of the other centres
+    telling = np.argsort(rest - centres, axis=1, kind="stable")[:, :3]
+    return labels, tuple(" ".join(names) for names in words.get_feature_names_out()[telling])
+
+
+# ---- demo
+
+
+def _demo(data_root, seed):
+    from pydoc_data.topics import topics
+
     corpus = load_corpus("demo")
-    splits, labels = {}, {}
+    page_of = {document: page for page, document in demo_documents(topics).items()}
+    topic_of = {page: topic for topic, pages in enumerate(DEMO_TOPICS.values()) for page in pages.split()}
+    splits = {}
     for split in SPLITS:
         documents = getattr(corpus, split)
-        topics = zip(documents, demo_topics(documents), strict=True)
-        pieces = [(piece, topic) for document, topic in topics for piece in sentences(document)]
-        splits[split] = [piece for piece, _ in pieces]
-        labels[split] = np.array([topic for _, topic in pieces], dtype=np.int64)
-    return splits, labels, DEMO_TOPICS, corpus.source, []
+        splits[split] = _pieces(documents, [topic_of.get(page_of[one], 0) for one in documents], sentences)
+    return splits, DEMO_TOPICS, corpus.source
 
 
 def sentences(document, characters=DEMO_CHARACTERS):
@@ -136,137 +239,3 @@ def sentences(document, characters=DEMO_CHARACTERS):
 
 
 LOADERS = {"ag_news": _ag_news, "wikitext": _wikitext, "demo": _demo}
-
-
-# ---------------------------------------------------------------------------------------------- tokenised
-
-
-@dataclass(frozen=True)
-class TokenizedTexts(text.TokenizedDocuments):
-    """A tokenised split: text i is `tokens[offsets[i] : offsets[i + 1]]`, end of text last unless the text was cut.
-
-    eos: the id of end of text, also the padding.
-    """
-
-    eos: int
-
-    def scored(self, rows):
-        """How many tokens of each of the texts `rows` are scored, all but its first: int64 [n]."""
-        return self.lengths()[rows] - 1
-
-    def units(self, rows):
-        """What a mean loss divides by, of each of the texts `rows`: its scored tokens, of labels 1 (int64 [n])."""
-        return self.scored(rows)
-
-    def batch(self, rows):
-        """The texts `rows` as int64 tensors {"input_ids", "attention_mask", "labels"} [B, L], padded on the right.
-
-        labels are the input ids, -100 on the padding only: a model that shifts them (transformers' do) predicts
-        labels[:, 1:], each text's own end included.
-        """
-        inputs, mask = padded(self.tokens, self.offsets, rows, self.eos)
-        return as_tensors(inputs, mask, mask)
-
-
-def as_tensors(inputs, mask, scored, **more):
-    """A batch, whose labels are -100 where nothing is scored."""
-    labels = np.where(scored, inputs, IGNORE)
-    batch = {"input_ids": inputs, "attention_mask": mask.astype(np.int64), "labels": labels, **more}
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-
-def encode(texts, tokenizer, max_length=128, cache_dir=None):
-    """{split: `TokenizedTexts`} of `Texts`: each text's tokens, then one end of text, `max_length` in all at most.
-
-    A longer text keeps its first max_length tokens, without an end, which would teach the model to stop in the middle
-    of a sentence. Words such as "<|endoftext|>" inside a text are ordinary characters. Cached before the cut.
-
-    Raises UsageError for a max_length below 2 or above what the tokenizer's model takes.
-    """
-    if not 2 <= max_length <= tokenizer.model_max_length:
-        most = min(tokenizer.model_max_length, 10**9)
-        raise UsageError(f"--max-length {max_length} is outside 2 to {most}, the most of this tokenizer: change it")
-    whole = text.encode(as_corpus(texts), tokenizer, cache_dir)
-    return {split: _cut(whole[split], max_length, int(tokenizer.eos_token_id)) for split in SPLITS}
-
-
-def _cut(documents, max_length, eos):
-    lengths = documents.lengths()
-    kept = np.minimum(lengths, max_length)
-    inside = np.arange(len(documents.tokens)) - np.repeat(documents.offsets[:-1], lengths)  # each token's place
-    tokens = documents.tokens[inside < np.repeat(kept, lengths)]
-    return TokenizedTexts(tokens, np.concatenate([[0], np.cumsum(kept)]), eos)
-
-
-@dataclass(frozen=True)
-class LabelledTexts(TokenizedTexts):
-    """A tokenised split whose task is the label: each text, " Topic:", its label's words, which alone are scored.
-
-    starts: where these begin, int64 [n]; answers: the tokens of each label's words; labels: int64 [n].
-    """
-
-    starts: np.ndarray
-    answers: tuple[np.ndarray, ...]
-    labels: np.ndarray
-
-    def scored(self, rows):
-        return self.lengths()[rows] - self.starts[rows]
-
-    def units(self, rows):
-        return np.ones(len(rows), dtype=np.int64)
-
-    def ending_in(self, c):
-        """The same texts, each with label c."""
-        questions = [self.tokens[a : a + n] for a, n in zip(self.offsets[:-1], self.starts, strict=True)]
-        return with_answers(questions, self.answers, np.full(len(self), c), self.eos)
-
-    def batch(self, rows):
-        """As `TokenizedTexts.batch`, labels -100 on all but the label's words.
-
-        Besides "before_scored" int64 [N]: the places of [B L] whose logits predict a scored token.
-        """
-        inputs, mask = padded(self.tokens, self.offsets, rows, self.eos)
-        scored = mask & (np.arange(inputs.shape[1]) >= self.starts[rows][:, None])
-        return as_tensors(inputs, mask, scored, before_scored=np.flatnonzero(scored) - 1)
-
-
-def encode_labelled(texts, tokenizer, max_length=128, cache_dir=None):
-    """{split: `LabelledTexts`} of `Texts`; a text is cut so that " Topic:" and the longest label fit into max_length.
-
-    Raises UsageError for a max_length that leaves no token of a text.
-    """
-    words = (" Topic:", *(f" {name}" for name in texts.label_names))
-    asks, *answers = (np.array(tokenizer.encode(one, add_special_tokens=False)) for one in words)
-    room = max_length - len(asks) - max(map(len, answers))
-    if room < 1:
-        raise UsageError(f"--max-length {max_length} leaves a text no room beside its label: raise it by {1 - room}")
-    splits = {}
-    for split, whole in text.encode(as_corpus(texts), tokenizer, cache_dir).items():
-        labels, kept = texts.labels[split], np.minimum(whole.lengths() - 1, room)  # without the end of text
-        asks = asks.astype(whole.tokens.dtype)
-        questions = [np.append(whole.tokens[a : a + n], asks) for a, n in zip(whole.offsets[:-1], kept, strict=True)]
-        splits[split] = with_answers(questions, tuple(answers), labels, int(tokenizer.eos_token_id))
-    return splits
-
-
-def with_answers(questions, answers, labels, eos):
-    """`LabelledTexts` of each text up to " Topic:" and its label."""
-    joined = [np.append(asked, answers[c]).astype(asked.dtype) for asked, c in zip(questions, labels, strict=True)]
-    starts, offsets = np.array([len(asked) for asked in questions]), np.cumsum([0, *map(len, joined)])
-    return LabelledTexts(np.concatenate(joined), offsets, eos, starts, answers, labels)
-
-
-def training_batches(n, batch_size, epochs=1, seed=0, t=0, client=0, steps=None):
-    """Which of a client's n texts each step takes: a list of int64 arrays of at most batch_size.
-
-    An epoch takes every text once, in an order of its own with the key (seed, t, client, epoch); its last batch may be
-    smaller. epochs: above 0, 0.5 is the first half (rounded up) of an epoch's batches. steps: exactly so many batches
-    instead, whatever n is: epochs follow each other until there are enough.
-    """
-    an_epoch = math.ceil(n / batch_size)  # batches
-    wanted = math.ceil(epochs * an_epoch - 1e-9) if steps is None else steps
-    batches = []
-    for epoch in range(math.ceil(wanted / an_epoch)):
-        order = stream(seed, f"batches of epoch {epoch}", t, client).permutation(n)
-        batches += [order[i : i + batch_size] for i in range(0, n, batch_size)]
-    return batches[:wanted]

@@ -1,4 +1,4 @@
-"""How far clients pull apart, and how alike their models see the data.
+"""How far clients pull apart, how alike their models see the data, which of them fit together, and the alarm.
 
 Updates are compared as what they do to the layers, never as factors: A and B are a gauge (B R and R^-1 A are the same
 adapter for any invertible R). Client k's update of a layer is d_k = s (B_k A_k - B A) [d, k], and everything about m
@@ -9,11 +9,20 @@ import math
 
 import numpy as np
 import torch
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import jensenshannon, squareform
 from torch.nn import functional as F
 
 from common.products import one_thread
 
 _ROUNDING = 1e-14  # a squared norm below this part of what it is the sum of is 0 up to rounding
+_SAME = 1e-6  # rounding of a distance: clients nearer than this are the same
+JUMP = 1.0  # nats in a window
+WINDOW = 10  # evaluations; a third of the planned ones where that is less, but at least 3
+RATIO, HOLD = 1.3, 3  # losses in a row that are so many times the best: one bad evaluation is no divergence
+
+
+# ---- updates
 
 
 def update_gram(theta, clients, scale):
@@ -80,6 +89,9 @@ def update_figures(gram, weights):
     return figures
 
 
+# ---- weights, gradients, hidden states
+
+
 def weight_cosine_drift(mean, clients):
     """The source's "weight cosine drift": 1 - the mean cosine of the clients' weights (A and B, not products) with the
     mean's. Nearly always 0, as weights share what they started from.
@@ -117,6 +129,72 @@ def mean_cka(served, clients):
     """Mean `linear_cka` of the clients' hidden states with the served model's; None where none has one."""
     known = [value for value in (linear_cka(served, states) for states in clients) if value is not None]
     return sum(known) / len(known) if known else None
+
+
+# ---- groups of clients: Ward's tree of them is cut, without any draw. (With average, single or complete linkage one
+# client of mere noise becomes a group of its own.) Labels count from 0 in the order of each group's first client.
+
+
+def cluster_updates(cosines, num_clusters):
+    """Groups by the cosines of the clients' updates (Sattler et al. 2020, clustered federated learning).
+
+    Distance ||u_i - u_j|| = sqrt(2 - 2 cos), u_i the update over its norm.
+
+    Args: cosines: [m, m]; num_clusters: 1 or more. Returns: int64 [m]; fewer groups where fewer clients differ.
+    """
+    return _groups(np.sqrt(np.maximum(2 - 2 * cosines, 0)), num_clusters)
+
+
+def cluster_labels(histograms, num_clusters):
+    """Groups by the clients' label histograms.
+
+    Distance: the square root of the Jensen-Shannon divergence in bits (Lin 1991), between 0 (equal shares of labels)
+    and 1 (no label in common); a metric, and one of a Euclidean space, as Ward's linkage wants.
+
+    Args: histograms: [m, C], how many examples of each label a client has. Returns: as `cluster_updates`.
+    """
+    counts = np.asarray(histograms)
+    distances = jensenshannon(counts[:, None], counts[None], base=2, axis=-1)  # [m, m]
+    return _groups(np.nan_to_num(distances), num_clusters)  # nan: the root of a rounded 0
+
+
+def _groups(distances, num_clusters):
+    """At most `num_clusters` groups; clients of distance 0 are never apart."""
+    if len(distances) == 1:
+        return np.zeros(1, dtype=np.int64)
+    tree = hierarchy.linkage(squareform((distances + distances.T) / 2, checks=False), "ward")
+    different = 1 + int((tree[:, 2] > _SAME).sum())
+    labels = hierarchy.cut_tree(tree, n_clusters=min(num_clusters, different))[:, 0]
+    _, first, labels = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[labels]
+
+
+# ---- the alarm
+
+
+def alarms_of(lines, planned):
+    """[{"detector": "diverged", "round", "message"}] of the first alarm, [] without. It forecasts nothing.
+
+    The loss is nan or inf, rose by more than `JUMP` nats in `WINDOW` evaluations (FedProx, Li et al. 2020, appendix, in
+    rounds), or stays above `RATIO` times its best.
+
+    Args: lines: of metrics.jsonl, rounds rising; planned: how many evaluations the whole run has.
+    """
+    losses = [float(line["val_loss"]) for line in lines]  # "nan" and "inf" too
+    window, best = max(3, min(WINDOW, planned // 3)), math.inf
+    for i, (line, loss) in enumerate(zip(lines, losses, strict=True)):
+        t, best, words = line["round"], min(best, loss), ""
+        if not math.isfinite(loss):
+            words = f"the loss is {loss}"
+        elif i >= window and loss - losses[i - window] > JUMP:
+            rounds = t - lines[i - window]["round"]
+            words = f"the loss rose by {loss - losses[i - window]:.3g} nats in {rounds} rounds (limit {JUMP:g})"
+        elif i + 1 >= HOLD and min(losses[i + 1 - HOLD : i + 1]) > RATIO * best:
+            words = f"{HOLD} losses in a row are above {RATIO:g} times the best ({best:.3g})"
+        if words:
+            message = f"round {t}: {words}: lower --learning-rate or --local-steps"
+            return [{"detector": "diverged", "round": t, "message": message}]
+    return []
 
 
 def _exact(tensor):

@@ -18,12 +18,11 @@ from common.parallel import Follower
 from common.participation import per_round
 from common.runlog import Run
 from common.seeding import seed_torch, stream
-from common.sharding import class_counts
-from llm_noniid import clustering, diagnostics, text_model
-from llm_noniid.data import Texts, load_texts, training_batches
-from llm_noniid.detectors import alarms_of
+from llm_noniid import diagnostics, text_model
+from llm_noniid.data import Texts, load_texts
 from llm_noniid.partition import clients_of, statistics
 from llm_noniid.text_model import TextModel
+from llm_noniid.tokens import training_batches
 
 WATCHED = 64  # clients whose updates are compared with each other in a round, at most, drawn
 
@@ -54,9 +53,9 @@ class Study:
         """What is trained, as one vector (`common.vector.Weights`)."""
         return self.model.weights
 
-    @property
-    def examples(self):
-        return [len(rows) for rows in self.rows]
+    def shares(self, thetas, group):
+        """How many training texts the clients of each theta have: [G]."""
+        return np.bincount(group, [len(rows) for rows in self.rows], len(thetas))
 
     @property
     def lasting(self):
@@ -70,18 +69,40 @@ class Study:
         batches = training_batches(len(rows), a.batch_size, a.local_epochs, a.seed, t, k, steps or None)
         return [rows[batch] for batch in batches]
 
-    def topic_counts(self):
-        """How many training texts of each topic a client has: int64 [K, topics]."""
-        return class_counts(self.rows, self.texts.labels["train"], len(self.texts.label_names))
-
     def names(self, thetas):
         """{"g/<name>": view} of thetas [G, n]."""
         return {f"{g}/{name}": t for g, theta in enumerate(thetas) for name, t in self.weights.named(theta).items()}
 
+    def facts(self):
+        """`partition.statistics` of the clients."""
+        return statistics(self.texts, self.rows, self.held)
+
     def evaluate(self, thetas, t, row):
-        """What is logged of thetas [G, n] after t rounds, see `evaluate` and `judge`. Before the first all are one."""
-        fields = evaluate(self, thetas, self.groups.of) if t else evaluate(self, thetas[:1], 0 * self.groups.of)
-        return fields | judge(self, t, row | fields, thetas)
+        """What is logged of thetas [G, n] after t rounds, beside `row`; before the first all are one.
+
+        Losses on the validation texts, as a random client would see them, and on each client's own held-out texts;
+        variance of the clients' gradient norms; "alarms" where one is new; the source's generalization_gap, val_loss
+        less train_loss: no gap of one model, as train_loss is the clients' during their steps. Offers thetas to `best`.
+        """
+        run, group = self.run, self.groups.of
+        served, by = (thetas, group) if t else (thetas[:1], 0 * group)
+        figures = text_model.quality(self.model, served, self.shares(served, by), "validation", self.seen, "val")
+        figures |= text_model.clients_quality(self.model, served, by, self.held)
+        if len(served) > 1:
+            figures["group"] = group.tolist()
+        if self.best:
+            self.best.offer(t, figures["val_loss"], thetas)
+        if t:
+            norms = [norm for norm in row["client_gradient_norm"] if norm is not None]
+            figures["gradient_norm_variance"] = diagnostics.gradient_norm_variance(norms)
+            figures["generalization_gap"] = figures["val_loss"] - row["train_loss"]
+        if parallel.is_main():
+            before = run.metrics() if t else []
+            alarms = diagnostics.alarms_of([*before, {"round": t, **figures}], 1 - -run.total // run.every)
+            if alarms and alarms[0]["round"] == t:
+                run.note(f"alarm: {alarms[0]['message']}")
+                figures["alarms"] = alarms
+        return figures
 
 
 class Groups:
@@ -101,7 +122,7 @@ def load_study(args, run):
     """The `Study` of a command line; begins the run: its folder with run.json."""
     a = args
     reuse_large_memory()
-    texts = load_texts(a.dataset, a.data_root, a.cache_dir, a.max_samples, a.seed)
+    texts = load_texts(a.dataset, a.data_root, a.max_samples, a.seed)
     rows, held, notes = clients_of(a, texts)
     model = text_model.load_text_model(a, texts, run.device, run.amp)
     seen, tested = (evaluated(len(model.tokens[s]), a.eval_samples, a.seed, s) for s in ("validation", "test"))
@@ -113,7 +134,7 @@ def load_study(args, run):
     shards = {"examples": [len(mine) + len(kept) for mine, kept in zip(rows, held, strict=True)], "sha256": splits}
     total = sum(p.numel() for p in model.module.parameters())
     run.begin(data, {"total": total, "trainable": model.weights.size}, clients=shards)
-    for line in [*texts.notes, *notes]:
+    for line in notes:
         run.note(line)
     return study
 
@@ -123,7 +144,7 @@ def describe_clients(run, study):
     if parallel.is_main():
         path = run.folder / "partition.json"
         with saving(path):
-            write_json(path, statistics(study.texts, study.rows, study.held))
+            write_json(path, study.facts())
 
 
 def evaluated(n, wanted, seed, split):
@@ -215,42 +236,10 @@ def group_by_updates(study, theta, seen, clusters):
     Args: theta [n]: what the clients started from; seen: {client: theta_k [n]}.
     """
     cosines = diagnostics.cosine_matrix(gram_of(study, theta, list(seen.values())))
-    labels = clustering.cluster_updates(cosines, clusters)
+    labels = diagnostics.cluster_updates(cosines, clusters)
     of = np.full(len(study.rows), np.bincount(labels).argmax())
     of[list(seen)] = labels
     return of
-
-
-# ---- what is reported
-
-
-def evaluate(study, thetas, group):
-    """Losses on the validation texts, as a random client would see them, and on each client's own held-out texts."""
-    weights = np.bincount(group, study.examples, len(thetas))
-    return {
-        **text_model.quality(study.model, thetas, weights, "validation", study.seen, "val"),
-        **text_model.clients_quality(study.model, thetas, group, study.held),
-        **({"group": group.tolist()} if len(thetas) > 1 else {}),
-    }
-
-
-def judge(study, t, row, thetas):
-    """What follows from a line of metrics.jsonl: generalization_gap (val_loss less train_loss), variance of
-    the clients' gradient norms, "alarms" where one is new. Offers thetas to `study.best`."""
-    run, figures = study.run, {}
-    if study.best:
-        study.best.offer(t, row["val_loss"], thetas)
-    if t:
-        norms = [norm for norm in row["client_gradient_norm"] if norm is not None]
-        figures["gradient_norm_variance"] = diagnostics.gradient_norm_variance(norms)
-        figures["generalization_gap"] = row["val_loss"] - row["train_loss"]
-    if parallel.is_main():
-        before = run.metrics() if t else []
-        alarms = alarms_of([*before, {"round": t, **row}], 1 - -run.total // run.every)
-        if alarms and alarms[0]["round"] == t:
-            run.note(f"alarm: {alarms[0]['message']}")
-            figures["alarms"] = alarms
-    return figures
 
 
 def finish(study, thetas):
@@ -258,28 +247,25 @@ def finish(study, thetas):
     Where one model serves all clients that one is written."""
     run, model, group, best = study.run, study.model, study.groups.of, study.best
 
-    def tested(thetas, group):
-        weights = np.bincount(group, study.examples, len(thetas))
-        return text_model.quality(model, thetas, weights, "test", study.tested, "test")
+    def tested(thetas):
+        return text_model.quality(model, thetas, study.shares(thetas, group), "test", study.tested, "test")
 
     run.note("evaluating on the test texts")
-    quality = tested(thetas, group)
+    quality = tested(thetas)
     if best:
         thetas = best.theta
-        quality |= {f"{name}_best": value for name, value in tested(thetas, group).items()}
+        quality |= {f"{name}_best": value for name, value in tested(thetas).items()}
     served = thetas if group.any() else thetas[:1]
     run.write_final(lambda folder: text_model.write(model, folder, served, run.folder / "base"))
     results = {}
     if parallel.is_main():
         lines = run.metrics()
         last, lowest = lines[-1], best_line(lines, "val_loss")
-        names = ("val_loss", "val_ppl", "mean_client_val_loss")
-        results = {key: last[key] for key in (*names, "bytes_up", "bytes_down", "tokens", "seconds")} | quality
+        names = ("val_loss", "val_ppl", "mean_client_val_loss", "bytes_up", "bytes_down", "tokens", "seconds")
+        results = {name: last[name] for name in names} | quality
         results |= {"best_round": lowest["round"], "best_val_loss": number(lowest["val_loss"])}
         results |= {"rounds": last["round"], "final_round": best.round if best else last["round"]}
-        results["commonest_topic_accuracy"] = statistics(study.texts, study.rows, study.held)[
-            "commonest_topic_accuracy"
-        ]
+        results["commonest_topic_accuracy"] = study.facts()["commonest_topic_accuracy"]
         results["alarms"] = [alarm for line in lines for alarm in line.get("alarms", [])]
         print(f"val_ppl {float(results['val_ppl']):.2f}  test_ppl {results['test_ppl']:.2f}")
     run.finish(results)

@@ -20,8 +20,6 @@ from common.cli import (
 from common.participation import check_participation
 
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "local", "central")
-TOGETHER = tuple(name for name in ALGORITHMS if name not in ("local", "central"))
-SERVER_LR = {"fedadam": 0.01}  # by default; the others': 1
 CLUSTERS = ("none", "updates", "labels")
 DATASETS = ("ag_news", "wikitext", "demo")
 PARTITIONS = ("iid", "topic_skew", "style_skew", "token_skew")
@@ -47,11 +45,6 @@ KEYS = {  # of a yaml file -> flag
     **{f"{section}.{name}": name for section, names in ALIKE.items() for name in names.split()},
     **dict.fromkeys(("model.use_quantization", "save_checkpoints", "checkpoint_dir")),  # no effect
 }
-
-
-def is_compared(args):
-    """Whether a round's updates are compared: of one model that several clients share."""
-    return args.cluster == "none" and args.algorithm in TOGETHER
 
 
 def build_parser(description):
@@ -145,8 +138,8 @@ def complete(args):
         if args.num_clusters > args.num_clients:
             raise UsageError(f"--num-clusters {args.num_clusters} is above --num-clients {args.num_clients}: lower it")
     check_participation(args.participation_rate, args.num_clients)
-    if args.server_lr is None or args.algorithm not in TOGETHER:
-        args.server_lr = SERVER_LR.get(args.algorithm, 1.0)
+    if args.server_lr is None:
+        args.server_lr = 0.01 if args.algorithm == "fedadam" else 1.0
     if args.algorithm == "central" and not args.threads:
         import torch
 

@@ -6,8 +6,6 @@ base = load_base("distilgpt2", tokenizer, max_length=128, seed=42)
 
 import re
 
-import torch
-
 from common import hub
 from common.cli import UsageError
 from common.seeding import seed_torch
@@ -52,54 +50,40 @@ def tiny_config(tokenizer, max_length, d_model=64, layers=2, heads=2):
     )
 
 
-def load_base(name, tokenizer, max_length, seed, dropout=None):
+def load_base(name, tokenizer, max_length, seed, dropout=None, one_gelu=False):
     """A transformers causal language model on the CPU, in fp32.
 
-    name: "tiny" (random weights that follow from seed), a key of `MODELS`, a folder, or a name on the hub; dropout:
-    None is its config's. Raises UsageError for a model that is not there or does not fit tokenizer or max_length.
+    name: "tiny" (random weights that follow from seed), a key of `MODELS`, a folder, or a name on the hub; dropout,
+    one_gelu: as `adjusted`. Raises UsageError for a model that is not there or does not fit tokenizer or max_length.
     """
-    from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+    from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 
     seed_torch(seed, "weights")
     if name == "tiny":
-        return with_dropout(GPT2LMHeadModel(tiny_config(tokenizer, max_length)), dropout)
+        return GPT2LMHeadModel(adjusted(tiny_config(tokenizer, max_length), dropout, one_gelu))
     folder = find_model(name)
     what = f"--model {name} cannot be read as a causal language model"
-    model, _ = hub.load_pretrained(AutoModelForCausalLM, folder, what, "give another")
+    with hub.quiet(), hub.reading(what, "give another"):
+        config = adjusted(AutoConfig.from_pretrained(folder, trust_remote_code=False), dropout, one_gelu)
+    model, _ = hub.load_pretrained(AutoModelForCausalLM, folder, what, "give another", config=config)
     embeddings = model.get_input_embeddings().num_embeddings
     if embeddings < vocabulary_size(tokenizer):
         raise UsageError(f"--tokenizer has more tokens than the {embeddings} that --model {name} knows: give its own")
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
     if positions and max_length > positions:
         raise UsageError(f"--max-length {max_length} is above the model's {positions} positions: lower it")
-    return with_dropout(model, dropout)
-
-
-def with_dropout(model, p):
-    """The model with this dropout in all of its layers, and in its config, which is saved; None: as it is."""
-    if p is None:
-        return model
-    for name, value in model.config.to_dict().items():
-        if re.search(r"dropout$|_pdrop$", name) and isinstance(value, float | int):
-            setattr(model.config, name, p)
-    for part in model.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = p
-        for name in ("attention_dropout", "dropout"):  # what llama and its kin hand to their attention
-            if isinstance(getattr(part, name, None), float):
-                setattr(part, name, p)
     return model
 
 
-def with_one_gelu(model):
-    """The model with GPT-2's GELU, five operations in transformers, as torch's single one: the same formula."""
-    from transformers.activations import NewGELUActivation
-
-    for part in model.modules():
-        for name, child in part.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(part, name, torch.nn.GELU(approximate="tanh"))
-    return model
+def adjusted(config, dropout, one_gelu):
+    """The config with this dropout in all layers (None: its own), and with one_gelu GPT-2's GELU, five operations in
+    transformers, as torch's single one: the same formula. It is saved with the model."""
+    for name, value in config.to_dict().items():
+        if dropout is not None and re.search(r"dropout$|_pdrop$", name) and isinstance(value, float | int):
+            setattr(config, name, dropout)
+        if one_gelu and value == "gelu_new":
+            setattr(config, name, "gelu_pytorch_tanh")
+    return config
 
 
 def memory(args):

@@ -16,7 +16,6 @@ import numpy as np
 from common import sharding
 from common.cli import UsageError, checked, run_main
 from common.seeding import stream
-from common.sharding import equal_parts
 from llm_noniid import flags
 from llm_noniid.data import load_texts
 
@@ -25,56 +24,38 @@ _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 
 
-def partition(
-    texts,
-    strategy,
-    num_clients,
-    seed,
-    alpha=0.1,
-    style_criterion="length",
-    skew_type="frequency",
-    min_samples=1,
-    sizes="dirichlet",
-):
-    """The training texts of `Texts` dealt to clients: disjoint, complete, `min_samples` a client at least.
+def partition(a, texts):
+    """The training texts of `Texts` dealt to --num-clients by the flags `a`: disjoint, complete, --min-samples a client
+    at least, and 2: one to train on, one to be judged by.
 
-    iid: at random, in equal parts. topic_skew: each topic in proportions drawn from Dirichlet(alpha)
-    (`common.sharding.dirichlet`; sizes differ too), or with sizes "equal" as `equal_parts`. style_skew, token_skew:
+    iid: at random, in equal parts. topic_skew: each topic in proportions drawn from Dirichlet(--alpha)
+    (`common.sharding.dirichlet`; sizes differ too), or with --sizes equal as `equal_parts`. style_skew, token_skew:
     equal slices of the texts in the order of a score (`scores`), the first client has the lowest; texts with equal
     scores stand in random order.
 
-    Args: strategy: one of `flags.PARTITIONS`; seed: of all draws; the others: the flags of these names.
-    Returns: (list of num_clients sorted int64 arrays, notes: lines for the log).
-    Raises: UsageError for fewer texts than num_clients * min_samples.
+    Returns: (list of sorted int64 arrays, notes: lines for the log). Raises: UsageError for too few texts.
     """
-    n = len(texts.splits["train"])
-    if n < num_clients * min_samples:
-        raise UsageError(
-            f"{n} texts cannot give {num_clients} clients {min_samples} each: lower --num-clients or --min-samples"
-        )
-    generator = stream(seed, "partition")
-    if strategy == "iid":
-        return sharding.iid(n, num_clients, generator, "texts"), []
-    if strategy == "topic_skew" and sizes == "equal":
-        return equal_parts(texts.labels["train"], num_clients, alpha, generator), []
-    if strategy == "topic_skew":
-        return sharding.dirichlet(texts.labels["train"], num_clients, alpha, generator, min_samples, "texts")
-    criterion = style_criterion if strategy == "style_skew" else skew_type
-    values = scores(texts.splits["train"], criterion)
+    n, k, least = len(texts.splits["train"]), a.num_clients, max(2, a.min_samples)
+    if n < k * least:
+        raise UsageError(f"{n} texts cannot give {k} clients {least} each: lower --num-clients or --min-samples")
+    labels, generator = texts.labels["train"], stream(a.seed, "partition")
+    if a.partition == "iid":
+        return sharding.iid(n, k, generator), []
+    if a.partition == "topic_skew" and a.sizes == "equal":
+        return sharding.equal_parts(labels, k, a.alpha, generator), []
+    if a.partition == "topic_skew":
+        return sharding.dirichlet(labels, k, a.alpha, generator, least, "texts")
+    values = scores(texts.splits["train"], a.style_criterion if a.partition == "style_skew" else a.skew_type)
     # Not in the corpus' order, which may be by topic
     order = np.lexsort([generator.permutation(n), values])
-    parts = [np.sort(order[part]) for part in sharding.contiguous(n, num_clients, what="texts")]
-    flag = "--style-criterion" if strategy == "style_skew" else "--skew-type"
-    notes = [] if values[order[0]] < values[order[-1]] else [f"{flag} {criterion}: all texts are alike, as iid"]
-    return parts, notes
+    return [np.sort(order[part]) for part in sharding.contiguous(n, k)], []
 
 
-def clients_of(args, texts):
-    """(rows, held, notes) of a command line: of each client's texts those that it trains on, and a tenth that it is
+def clients_of(a, texts):
+    """(rows, held, notes) of the flags `a`: of each client's texts those that it trains on, and a tenth that it is
     judged by; `partition`'s notes."""
-    a, rows, held = args, [], []
-    skew = {"alpha": a.alpha, "style_criterion": a.style_criterion, "skew_type": a.skew_type, "sizes": a.sizes}
-    parts, notes = partition(texts, a.partition, a.num_clients, a.seed, min_samples=max(2, a.min_samples), **skew)
+    rows, held = [], []
+    parts, notes = partition(a, texts)
     for k, part in enumerate(parts):
         order = stream(a.seed, "held out", 0, k).permutation(len(part))
         n = max(1, len(part) // HELD_OUT)
@@ -125,7 +106,6 @@ def statistics(texts, rows, held):
     learnt, judged = (sharding.class_counts(parts, labels, classes) for parts in (rows, held))
     right = judged[np.arange(len(rows)), learnt.argmax(1)] / judged.sum(1)
     return {
-        "counts": (learnt + judged).sum(1).tolist(),
         "label_names": list(texts.label_names),
         "label_histograms": (learnt + judged).tolist(),
         "commonest_topic_accuracy": float(right.mean()),
@@ -133,7 +113,7 @@ def statistics(texts, rows, held):
 
 
 def main(args):
-    texts = load_texts(args.dataset, args.data_root, args.cache_dir, args.max_samples, args.seed)
+    texts = load_texts(args.dataset, args.data_root, args.max_samples, args.seed)
     print(json.dumps(statistics(texts, *clients_of(args, texts)[:2])))
 
 

@@ -22,26 +22,25 @@ from common.cli import (
     Parser,
     UsageError,
     add_machine_flags,
-    layer_count,
     non_negative_int,
     parse,
     positive_float,
     positive_int,
     run_main,
-    say,
 )
 from common.evaluation import perplexity, pick_device, resolve_amp, reuse_large_memory
 from common.hub import quiet
-from common.local import local_steps
+from common.local import local_steps, lr_at
 from common.manifest import git_commit, versions
 from common.runlog import prepare_machine
 from common.seeding import seed_torch
 from common.text import load_tokenizer
 from common.vector import Weights
-from llm_noniid.data import as_corpus, encode, load_texts, training_batches
+from llm_noniid.data import as_corpus, load_texts
 from llm_noniid.flags import DATASETS, choice, number
 from llm_noniid.models import tiny_config
 from llm_noniid.text_model import TextModel, text_losses
+from llm_noniid.tokens import encode, training_batches
 
 
 def build_parser():
@@ -56,7 +55,7 @@ def build_parser():
     data.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
     data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
     number(model, "--d-model", positive_int, 128, "width", "N")
-    number(model, "--layers", layer_count, 4, "blocks", "N")
+    number(model, "--layers", positive_int, 4, "blocks", "N")
     number(model, "--heads", positive_int, 4, "attention heads", "N")
     number(train, "--epochs", positive_int, 3, "passes over the texts", "N")
     number(train, "--batch-size", positive_int, 16, "texts a step", "B")
@@ -78,15 +77,13 @@ def main(args):
     prepare_machine(args)
     device = pick_device(args.device)
     amp = resolve_amp(args.amp, device)
-    texts = load_texts(args.dataset, args.data_root, args.cache_dir, args.max_samples, args.seed)
+    texts = load_texts(args.dataset, args.data_root, args.max_samples, args.seed)
     tokenizer = load_tokenizer(args.tokenizer, as_corpus(texts), args.data_root, args.cache_dir)
     tokens = encode(texts, tokenizer, args.max_length, args.cache_dir)
     seed_torch(args.seed, "weights")
     from transformers import GPT2LMHeadModel
 
     gpt2 = GPT2LMHeadModel(tiny_config(tokenizer, args.max_length, args.d_model, args.layers, args.heads)).to(device)
-    for note in texts.notes:
-        say(note)
     model = TextModel("pretrained", tokenizer, tokens, gpt2, Weights(gpt2), device, amp)
     write(args, folder, model, texts, train(args, model))
     print(folder)
@@ -106,7 +103,8 @@ def train(args, model):
             seed_torch(args.seed, "dropout", epoch)
             batches = training_batches(texts, args.batch_size, 1, args.seed, epoch)
             steps = ((model.batch("train", rows),) for rows in batches)
-            lrs = [args.learning_rate * schedule(epoch * per_epoch + i, total, warmup) for i in range(per_epoch)]
+            places = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+            lrs = [lr_at(i, total, args.learning_rate, warmup=warmup, min_lr=args.learning_rate / 10) for i in places]
             options = {"amp": model.amp, "max_norm": 1.0, "lrs": lrs, "after_step": bar.update}
             loss = local_steps(model.loss, steps, model.weights, optimizer, **options).loss.item()
             nll = math.fsum(text_losses(model, "validation", validation))
@@ -114,13 +112,6 @@ def train(args, model):
             history.append(row | {"seconds": time.perf_counter() - started})
             tqdm.write(f"epoch {epoch + 1}/{args.epochs}  train_loss {loss:.4f}  val_ppl {row['val_ppl']:.2f}")
     return history
-
-
-def schedule(step, total, warmup):
-    """The factor of the learning rate at a step: linear over `warmup` steps, then a cosine from 1 to 0.1."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, total - warmup))
 
 
 def write(args, folder, model, texts, history):

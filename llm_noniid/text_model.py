@@ -19,8 +19,8 @@ from common.evaluation import amp_context, perplexity
 from common.hub import quiet
 from common.lora import LoraModel
 from common.vector import Weights
-from llm_noniid.data import IGNORE, LabelledTexts, TokenizedTexts, encode, encode_labelled
-from llm_noniid.models import find_tokenizer, load_base, with_one_gelu
+from llm_noniid.models import find_tokenizer, load_base
+from llm_noniid.tokens import IGNORE, TokenizedTexts, encode, encode_labelled
 
 EVAL_BATCH = 16  # fixed: sums over other batches would round differently
 
@@ -58,9 +58,7 @@ def load_text_model(args, texts, device, amp):
     a = args
     tokenizer = find_tokenizer(a.model, texts, a.tokenizer, a.data_root, a.cache_dir)
     tokens = (encode_labelled if a.target == "label" else encode)(texts, tokenizer, a.max_length, a.cache_dir)
-    base = load_base(a.model, tokenizer, a.max_length, a.seed, a.dropout)
-    if a.target == "label":
-        with_one_gelu(base)
+    base = load_base(a.model, tokenizer, a.max_length, a.seed, a.dropout, one_gelu=a.target == "label")
     if a.dropout == 0 and amp == torch.bfloat16 and device.type == "cpu":
         base.set_attn_implementation("eager")  # torch's bf16 flash attention takes 5 ms a layer where this takes 1
     if a.train == "full":
@@ -71,23 +69,18 @@ def load_text_model(args, texts, device, amp):
     return TextModel(a.model, tokenizer, tokens, module, Weights(module, lora.trainable()), device, amp, lora)
 
 
-def head_at(module, places):
-    """A context in which a model's head is given the hidden states of these places [N] of [B L] alone: logits [N, V].
-
-    By a hook: what a model does to logits after its head (gemma's soft cap, granite's scale) is still its own.
-    """
-    return module.get_output_embeddings().register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1)[places],))
-
-
 def negative_log_likelihood(module, batch, amp):
     """Of each token after the first [B, L - 1], 0 where no label is scored.
 
-    Where few are (--target label), the head computes logits of theirs alone, and padding, which comes after all that
-    is scored, needs no mask in a causal model.
+    Where few are (--target label), the head is given the hidden states before them alone: by a hook, so that what a
+    model does to logits after its head (gemma's soft cap) is still its own. Padding, which comes after all that is
+    scored, needs no mask in a causal model.
     """
     inputs, labels, places = batch["input_ids"], batch["labels"], batch.get("before_scored")
     if places is not None:
-        with amp_context(amp, inputs.device), head_at(module, places):
+        head = module.get_output_embeddings()
+        these = head.register_forward_pre_hook(lambda _, states: (states[0].flatten(0, 1)[places],))  # [N, D]
+        with amp_context(amp, inputs.device), these:
             logits = module(input_ids=inputs).logits.float()  # [N, V]
         nll = F.cross_entropy(logits, labels.flatten()[places + 1], reduction="none")  # [N]
         return nll.new_zeros(labels.numel()).index_copy(0, places, nll).view(labels.shape)[:, :-1]  # [B, L - 1]
@@ -133,7 +126,7 @@ def over_batches(model, split, rows, losses):
 def judged(model, split, rows):
     """Of each text its summed NLL and, of labels (else nan), whether its own is the likeliest: fp64 [n, 2]."""
     tokens = model.tokens[split]
-    if not isinstance(tokens, LabelledTexts):
+    if tokens.answers is None:
         nll = text_losses(model, split, rows)
         return np.stack([nll, np.full(len(nll), np.nan)], 1)
     own, nll = tokens.labels[rows], answer_losses(model, split, rows)  # [n], [n, C]
@@ -171,7 +164,7 @@ def quality(model, thetas, weights, split, rows, name):
     tokens, total = model.tokens[split], math.fsum(scores[:, 0])
     units = int(tokens.units(rows).sum())
     figures = {f"{name}_loss": total / units, f"{name}_ppl": perplexity(total, units)}
-    return figures | ({f"{name}_accuracy": float(scores[:, 1].mean())} if isinstance(tokens, LabelledTexts) else {})
+    return figures | ({f"{name}_accuracy": float(scores[:, 1].mean())} if tokens.answers else {})
 
 
 def clients_quality(model, thetas, group, held):
@@ -189,8 +182,7 @@ def clients_quality(model, thetas, group, held):
             losses[k] = math.fsum(mine[:, 0]) / int(tokens.units(held[k]).sum())
             accuracies[k] = mine[:, 1].mean()
     figures = {"client_val_loss": losses, "mean_client_val_loss": sum(losses) / len(losses)}
-    labels = isinstance(tokens, LabelledTexts)
-    return figures | ({"mean_client_val_accuracy": float(np.mean(accuracies))} if labels else {})
+    return figures | ({"mean_client_val_accuracy": float(np.mean(accuracies))} if tokens.answers else {})
 
 
 # ---- files

@@ -29,7 +29,7 @@ def main(args):
         start = study.weights.snapshot().repeat(algorithm.models, 1)  # [models, n]
         thetas = run.restore(start, study.names, **study.lasting, **algorithm.lasting)
         describe_clients(run, study)
-        if flags.is_compared(args):
+        if algorithm.models == 1 and len(study.trained) > 1:
             run.watch(Drift(study))
         run.report(0, thetas, study.evaluate)
 

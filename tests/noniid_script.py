@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from common.cli import checked, run_main
 from llm_noniid import algorithms, flags, models, train
-from llm_noniid.data import IGNORE
+from llm_noniid.tokens import IGNORE
 
 TINY = "--model tiny --dataset demo --tokenizer bpe:800 --max-length 96 --lora-r 4 --threads 1".split()
 TINY += "--max-samples 160 --num-clients 4 --min-samples 6 --batch-size 4 --eval-samples 24 --probe-samples 8".split()

@@ -67,8 +67,7 @@ def test_there_are_as_many_clusters_as_topics(line, groups):
 
 
 def test_the_data_sets_have_as_many_topics_as_the_flags_say():
-    from llm_noniid import ag_news
-    from llm_noniid.topics import ARTICLE_TOPICS, DEMO_TOPICS
+    from llm_noniid.data import AG_NEWS_TOPICS, ARTICLE_TOPICS, DEMO_TOPICS
 
-    sizes = {"ag_news": len(ag_news.TOPICS), "wikitext": ARTICLE_TOPICS, "demo": len(DEMO_TOPICS)}
+    sizes = {"ag_news": len(AG_NEWS_TOPICS), "wikitext": ARTICLE_TOPICS, "demo": len(DEMO_TOPICS)}
     assert sizes == flags.TOPICS

@@ -7,7 +7,7 @@ import pytest
 
 from common.cli import UsageError
 from common.text import load_corpus
-from llm_noniid import ag_news, data, topics
+from llm_noniid import data
 
 SPLITS = ("train", "validation", "test")
 
@@ -51,7 +51,7 @@ def test_official_rows_are_read_as_they_are_meant(tmp_path):
     ]
     path = tmp_path / "train.csv"
     write_rows(path, rows, b"\xef\xbb\xbf")
-    texts, labels = ag_news.read_csv(path)
+    texts, labels = data.read_csv(path)
     assert labels.dtype == np.int64 and labels.tolist() == [2, 3, 0, 1]
     assert texts == [
         "Fears for T N pension Unions say they are 'disappointed'.",
@@ -68,7 +68,6 @@ def test_the_sample_and_the_official_file_give_the_same_texts(tmp_path):
     assert official.splits == sample.splits and official.fingerprint["sha256"] == sample.fingerprint["sha256"]
     assert official.fingerprint["source"] == "ag_news/train.csv, test.csv" != sample.fingerprint["source"]
     assert official.label_names == ("World", "Sports", "Business", "Sci/Tech")
-    assert "ag_news train: 80 texts, officially 120000 (ag_news/train.csv, test.csv)" in official.notes
     for i, text in enumerate(official.splits["train"]):
         assert text.endswith(f"of class {official.labels['train'][i] + 1}.")
 
@@ -99,7 +98,7 @@ def test_missing_files(tmp_path):
 
 def test_the_validation_split_is_stratified_keyed_and_cut_from_train(tmp_path):
     write_ag_news(tmp_path, 160)
-    whole, _ = ag_news.read(tmp_path)[0]["train"]
+    whole, _ = data.read_ag_news(tmp_path)[0]["train"]
     texts = data.load_texts("ag_news", tmp_path, seed=1)
     assert np.bincount(texts.labels["validation"], minlength=4).tolist() == [4, 2, 1, 1]  # 5 % of 160
     assert np.bincount(texts.labels["train"]).tolist() == [76, 38, 19, 19]
@@ -111,9 +110,6 @@ def test_the_validation_split_is_stratified_keyed_and_cut_from_train(tmp_path):
     assert np.bincount(few.labels["train"]).tolist() == [12, 6, 3, 3]
     assert set(few.splits["train"]) < set(texts.splits["train"])
     assert all(t.endswith(f"of class {c + 1}.") for t, c in zip(few.splits["train"], few.labels["train"], strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------- hub
 
 
 # ----------------------------------------------------------------------------------------- wikitext, demo
@@ -156,13 +152,13 @@ def test_article_topics_find_three_vocabularies_and_degenerate_cases():
     vocabularies = [[f"{c}{d}{e}" for d in "abcde" for e in "abcde"] for c in "xyz"]
     kinds = rng.integers(0, 3, 60)
     articles = [" ".join([*rng.choice(vocabularies[k], 20), "the", "and", "common"]) for k in kinds]
-    (labels, other), names = topics.article_topics(articles, [articles[:5]], 3)
+    (labels, other), names = data.article_topics(articles, [articles[:5]], 3)
     first = list(dict.fromkeys(kinds.tolist()))
     assert labels.tolist() == [first.index(k) for k in kinds] and other.tolist() == labels[:5].tolist()
     assert all(name.split()[0][0] == "xyz"[k] for name, k in zip(names, first, strict=True))
-    assert topics.article_topics(articles, k=3)[0][0].tolist() == labels.tolist()
-    assert topics.article_topics(["alone here"], k=8)[0][0].tolist() == [0]
-    assert topics.article_topics(articles, [["12 ."]], k=3)[0][1].shape == (1,)  # no known word: the nearest centre
+    assert data.article_topics(articles, k=3)[0][0].tolist() == labels.tolist()
+    assert data.article_topics(["alone here"], k=8)[0][0].tolist() == [0]
+    assert data.article_topics(articles, [["12 ."]], k=3)[0][1].shape == (1,)  # no known word: the nearest centre
 
 
 def test_the_demo_is_the_prose_of_mamba_with_four_topics():
@@ -184,6 +180,3 @@ def test_sentences_by_hand():
     assert data.sentences("e.g. this one.\nNext: all:\nlast", 5) == ["e.g. this one.", "Next: all: last"]
     assert data.sentences("short", 100) == ["short"]
     assert data.sentences("A b. C d.", 100) == ["A b. C d."]
-
-
-# ------------------------------------------------------------------------------------------------- real data

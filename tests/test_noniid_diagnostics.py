@@ -1,12 +1,18 @@
-"""Figures of updates against dense matrices in numpy, by hand; linear CKA by its other formula."""
+"""Figures of updates against dense matrices in numpy, by hand; linear CKA by its other formula; clusters of clients
+against scikit-learn's Rand index on made-up groups; the alarm on hand-made losses."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import adjusted_rand_score
 
 from llm_noniid.diagnostics import (
+    alarms_of,
+    cluster_labels,
+    cluster_updates,
     cosine_matrix,
     gradient_norm_variance,
     linear_cka,
@@ -164,3 +170,94 @@ def test_linear_cka_of_other_texts_is_small_and_of_what_is_constant_undefined():
     assert linear_cka(states, 7 - 1e-3 * states @ Q) == pytest.approx(1, rel=1e-5)  # rotated, scaled, shifted
     assert mean_cka(states, [states, shuffled, 0 * states]) == pytest.approx((1 + linear_cka(states, shuffled)) / 2)
     assert mean_cka(states, [0 * states]) is None
+
+
+# ---- groups of clients
+
+
+def grouped(seed, m, groups, noise, size=2000, bare=0):
+    """(true groups [m], updates [m, size]): shared direction + the group's + noise; the first `bare` are noise only."""
+    draw = np.random.default_rng(seed)
+    truth = np.concatenate([np.arange(groups), draw.integers(0, groups, m - groups)])
+    own = draw.standard_normal((groups, size))[truth]
+    scale = draw.uniform(0.3, 1, (m, 1)) * noise
+    signal = draw.standard_normal(size) + own
+    signal[:bare] = 0
+    return truth, signal + scale * draw.standard_normal((m, size))
+
+
+def test_clusters_by_hand():
+    """Two pairs and one between; labels follow the first member."""
+    updates = [[0, 1.0], [1, 0.1], [0.1, 2], [5, 0], [0, -1]]
+    assert cluster_updates(cosine_matrix(gram_of(updates)), 3).tolist() == [0, 1, 0, 1, 2]
+    assert cluster_updates(cosine_matrix(gram_of(updates[::-1])), 3).tolist() == [0, 1, 2, 1, 2]
+    assert cluster_updates(cosine_matrix(gram_of(updates)), 1).tolist() == [0] * 5
+    assert cluster_updates(cosine_matrix(gram_of(updates)), 5).tolist() == [0, 1, 2, 3, 4]
+    assert cluster_updates(np.ones((1, 1)), 1).tolist() == [0]
+    assert cluster_updates(cosine_matrix(gram_of(updates)), 3).dtype == np.int64
+
+
+@pytest.mark.parametrize(("m", "groups", "noise", "bare", "least"), [(30, 3, 3, 0, 0.97), (20, 4, 3, 2, 0.85)])
+def test_made_up_groups_are_found_beside_clients_of_mere_noise_too(m, groups, noise, bare, least):
+    scores = []
+    for seed in range(10):
+        truth, updates = grouped(seed, m, groups, noise, bare=bare)
+        labels = cluster_updates(cosine_matrix(gram_of(updates)), groups)
+        scores.append(adjusted_rand_score(truth[bare:], labels[bare:]))
+        assert len(set(labels.tolist())) == groups
+    assert np.mean(scores) > least
+
+
+def test_identical_clients_stay_together():
+    almost = np.ones((4, 4)) - 4e-16 * (1 - np.eye(4))  # rounding
+    assert cluster_updates(almost, 3).tolist() == cluster_updates(np.ones((4, 4)), 3).tolist() == [0, 0, 0, 0]
+    updates = np.random.default_rng(0).standard_normal((2, 50))[[0, 1, 1, 0, 1]]
+    for num_clusters in (2, 3, 5):
+        assert cluster_updates(cosine_matrix(gram_of(updates)), num_clusters).tolist() == [0, 1, 1, 0, 1]
+    assert cluster_updates(np.eye(4), 4).tolist() == [0, 1, 2, 3]
+
+
+def test_cluster_labels():
+    histograms = [[9, 1, 0], [0, 0, 5], [80, 20, 0], [1, 0, 60], [0, 4, 0], [9, 1, 0]]
+    assert cluster_labels(histograms, 3).tolist() == [0, 1, 0, 1, 2, 0]
+    assert cluster_labels([[1, 3], [2, 6], [10, 30]], 2).tolist() == [0, 0, 0]  # the same shares
+    assert cluster_labels(np.eye(3), 3).tolist() == [0, 1, 2] and cluster_labels([[4, 4]], 1).tolist() == [0]
+    draw = np.random.default_rng(0)
+    truth = draw.integers(0, 3, 24)
+    drawn = np.stack([draw.multinomial(200, (np.full(4, 0.1) + 0.6 * np.eye(4)[t])) for t in truth])
+    assert adjusted_rand_score(truth, cluster_labels(drawn, 3)) == 1
+
+
+# ---- the alarm
+
+
+def first(losses, planned=31):
+    """The first alarm of `diverged` on a validation loss in rounds 0, 1, ...; None without one."""
+    lines = [{"round": t, "val_loss": loss} for t, loss in enumerate(losses)]
+    return next(iter(alarms_of(lines, planned)), None)
+
+
+@pytest.mark.parametrize("value", [math.nan, "nan", "inf"])
+def test_a_loss_that_is_not_finite_alarms(value):
+    found = first([3.0, 2.9, value, 2.8])
+    assert (found["detector"], found["round"]) == ("diverged", 2)
+    assert str(float(value)) in found["message"] and "--learning-rate" in found["message"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_rise_of_more_than_one_nat_in_ten_evaluations():
+    assert first([3.0, 3.0, 4.1]) is None and first([3.0] * 10 + [4.1])["round"] == 10
+    assert first([30 + 0.099 * t for t in range(31)]) is None
+    assert "1.1 nats in 10 rounds (limit 1)" in first([30 + 0.11 * t for t in range(31)])["message"]
+
+
+def test_windows_are_a_third_of_the_run_and_never_longer():
+    """A rise of 0.3 nats a round from round 0 on is above 1 nat after 4 rounds: seen as soon as the window allows."""
+    seen = {n: first([30 + 0.3 * t for t in range(n)], n) for n in (3, 9, 12, 15, 31, 51)}
+    assert {n: a and a["round"] for n, a in seen.items()} == {3: None, 9: None, 12: 4, 15: 5, 31: 10, 51: 10}
+
+
+def test_staying_above_the_best():
+    assert first([3.0, 2.0, 2.7, 2.7, 2.5]) is None  # the third is not above 1.3 x 2
+    found = first([3.0, 2.0, 2.7, 2.9, 2.65, 9.0])
+    assert found["round"] == 4 and "above 1.3 times the best (2)" in found["message"]

@@ -56,11 +56,3 @@ def test_train_adapts_it_and_begins_where_it_ended(base, tmp_path):
     assert call(*line) == 0
     row = read_metrics(tmp_path / "a")[0]  # before training
     assert row["val_loss"] == pytest.approx(read_json(base / "pretraining.json")["history"][-1]["val_loss"], rel=1e-5)
-
-
-def test_the_rate_warms_up_and_falls_to_a_tenth():
-    rates = [pretrain.schedule(step, 40, 4) for step in range(40)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
-    assert rates[22] == pytest.approx(0.55) and pretrain.schedule(40, 40, 4) == pytest.approx(0.1)
-    assert pretrain.schedule(0, 1, 1) == 1.0

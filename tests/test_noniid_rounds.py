@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from common.checkpoint import read_json
 from common.runlog import read_metrics
 from common.seeding import stream
-from llm_noniid.clustering import cluster_updates
 from llm_noniid.data import load_texts
+from llm_noniid.diagnostics import cluster_updates
 from llm_noniid.partition import partition
 from llm_noniid.text_model import load_text_model
 
@@ -44,7 +44,7 @@ class Plain:
     def __init__(self, args):
         self.a = a = args
         texts = load_texts("demo", max_samples=160, seed=SEED)
-        parts, _ = partition(texts, "topic_skew", 4, SEED, alpha=0.5, min_samples=6)
+        parts, _ = partition(a, texts)
         self.rows, self.held = [], []
         for k, part in enumerate(parts):
             order = stream(SEED, "held out", 0, k).permutation(len(part))

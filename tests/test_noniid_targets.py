@@ -14,8 +14,6 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from common.cli import UsageError
@@ -24,7 +22,7 @@ from common.runlog import read_metrics
 from common.text import load_tokenizer
 from common.vector import Weights
 from llm_noniid import data, text_model
-from llm_noniid.data import IGNORE
+from llm_noniid.tokens import IGNORE, encode_labelled
 
 pytestmark = pytest.mark.usefixtures("alone")
 FULL = "--target label --train full --lora-dropout 0.05"
@@ -47,7 +45,7 @@ def asked(tokenizer, text, label, room):
 
 
 def test_texts_end_in_their_label_which_alone_is_scored(texts, tokenizer):
-    split = data.encode_labelled(texts, tokenizer, 40)["validation"]
+    split = encode_labelled(texts, tokenizer, 40)["validation"]
     answers = [tokenizer(f" {name}")["input_ids"] for name in texts.label_names]
     room = 40 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, answers))
     rows = np.array([3, 0, 7])
@@ -69,7 +67,7 @@ def test_texts_end_in_their_label_which_alone_is_scored(texts, tokenizer):
 
 def test_labels_need_room(texts, tokenizer):
     with pytest.raises(UsageError, match=r"--max-length 5 leaves a text no room beside its label: raise it by 8"):
-        data.encode_labelled(texts, tokenizer, 5)
+        encode_labelled(texts, tokenizer, 5)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +105,7 @@ def test_what_is_served_gives_the_logged_loss_and_accuracy_in_transformers(full,
 def model_of(texts, tokenizer, family="gpt2"):
     """(a small `TextModel` for labels, rows of training texts whose labels have words of different lengths)."""
     torch.manual_seed(0)
-    module, tokens = small(family, len(tokenizer)), data.encode_labelled(texts, tokenizer, 40)
+    module, tokens = small(family, len(tokenizer)), encode_labelled(texts, tokenizer, 40)
     rows = np.concatenate([np.flatnonzero(texts.labels["train"] == c)[: c + 1] for c in range(4)])
     assert len({*tokens["train"].scored(rows).tolist()}) > 1
     return text_model.TextModel("small", tokenizer, tokens, module, Weights(module), torch.device("cpu"), None), rows
@@ -135,7 +133,7 @@ def test_the_head_at_scored_tokens_gives_transformers_loss_and_gradients(texts, 
     torch.manual_seed(0)
     model = small(family, len(tokenizer))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    batch = data.encode_labelled(texts, tokenizer, 40)["train"].batch(np.array([5, 1, 8]))
+    batch = encode_labelled(texts, tokenizer, 40)["train"].batch(np.array([5, 1, 8]))
     heads = []  # rows that the head was given
     model.get_output_embeddings().register_forward_hook(lambda _, x, y: heads.append(y.shape[:-1].numel()))
     nll = text_model.negative_log_likelihood(model, batch, None)
@@ -149,34 +147,10 @@ def test_the_head_at_scored_tokens_gives_transformers_loss_and_gradients(texts, 
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", ["llama", "lora"])
-def test_every_labels_words_are_scored_after_a_text(texts, tokenizer, family):
-    torch.manual_seed(0)
-    module = small(family, len(tokenizer)).eval()
-    tokens = data.encode_labelled(texts, tokenizer, 40)
-    model = text_model.TextModel("small", tokenizer, tokens, module, None, torch.device("cpu"), None)
-    rows = np.arange(20)
-    nll = text_model.answer_losses(model, "train", rows)
-    assert nll.shape == (20, 4) and len({len(answer) for answer in tokens["train"].answers}) > 1
-    own = nll[rows, texts.labels["train"][:20]]
-    np.testing.assert_allclose(own, text_model.text_losses(model, "train", rows), rtol=1e-5)
-    room = 40 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, tokens["train"].answers))
-    for row in (0, 7):
-        for c, name in enumerate(texts.label_names):
-            prompt, answer = asked(tokenizer, texts.splits["train"][row], name, room)
-            ids, scored = torch.tensor([prompt + answer]), torch.tensor([[IGNORE] * len(prompt) + answer])
-            with torch.no_grad():
-                assert module(input_ids=ids, labels=scored).loss.item() * len(answer) == pytest.approx(
-                    nll[row, c], 1e-5
-                )
-
-
 def small(family, words):
     """A model without dropout; lora: GPT-2 with an adapter whose B is not zero."""
     sizes = {"vocab_size": words, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     more = {"intermediate_size": 48, "num_key_value_heads": 1}
-    if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**sizes, **more))
     if family == "gemma2":
         capped = {"head_dim": 16, "final_logit_softcapping": 0.5, "attn_implementation": "eager"}
         return Gemma2ForCausalLM(Gemma2Config(**sizes, **more, **capped))

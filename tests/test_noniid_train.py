@@ -1,28 +1,22 @@
-"""llm_noniid/train.py: identities of algorithms, how runs end, what its flags decide."""
+"""llm_noniid/train.py: an identity of algorithms, how runs end, what --final best leaves."""
 
 import math
 
 import pytest
 from comparing import same_bits
 from noniid_script import call, done, failing, served, words
+from safetensors.torch import load_file
 
 from common.checkpoint import read_json
-from common.runlog import read_metrics
+from common.runlog import Run, read_metrics
 from llm_noniid import fed_core
-from llm_noniid.detectors import alarms_of
+from llm_noniid.diagnostics import alarms_of
 from plots import read
 
 pytestmark = pytest.mark.slow
 
 
 # ------------------------------------------------------------------------------------------------ identities
-
-
-def test_fedprox_of_mu_zero_and_momentum_of_zero_are_fedavg(tmp_path):
-    two = "--num-rounds 2 --local-steps 2 --probe-samples 0 --eval-every 2"
-    plain = served(done(tmp_path, "plain", two))
-    for name, more in (("prox", "--algorithm fedprox --mu 0"), ("m", "--algorithm fedavgm --server-momentum 0")):
-        assert same_bits(served(done(tmp_path, name, f"{two} {more}")), plain)
 
 
 def test_one_client_is_central_training_and_local_training(tmp_path):
@@ -63,15 +57,15 @@ def test_a_run_whose_loss_is_not_finite_has_failed_and_is_a_result_all_the_same(
     assert runs["curve"][0] == read_metrics(tmp_path / "a") and read.not_finite(manifest)
 
 
-def rising(monkeypatch):
-    """Makes the logged loss rise from the third round on, by a half of itself a round."""
+def rising(monkeypatch, after, share):
+    """Makes the logged validation loss rise after `after` evaluations, by `share` of itself each."""
     real = fed_core.text_model.quality
     seen = []
 
     def quality(model, thetas, weights, split, rows, name):
         figures = real(model, thetas, weights, split, rows, name)
         if name == "val":
-            figures["val_loss"] *= 1 + max(0, len(seen) - 2) / 2
+            figures["val_loss"] *= 1 + share * max(0, len(seen) - after)
             seen.append(1)
         return figures
 
@@ -79,7 +73,7 @@ def rising(monkeypatch):
 
 
 def test_an_alarm_is_logged_once_and_stands_in_the_results(tmp_path, monkeypatch):
-    rising(monkeypatch)
+    rising(monkeypatch, 2, 0.5)
     folder = done(tmp_path, "a", "--num-rounds 5 --local-steps 1 --probe-samples 0 --eval-samples 2")
     (alarm,) = read_json(folder / "run.json")["results"]["alarms"]
     assert (alarm["detector"], alarm["round"]) == ("diverged", 3)  # of 6 evaluations
@@ -87,4 +81,27 @@ def test_an_alarm_is_logged_once_and_stands_in_the_results(tmp_path, monkeypatch
     assert alarms_of(read_metrics(folder), 6) == [alarm]
 
 
-# ------------------------------------------------------------------------------------------------- its flags
+def test_final_best_is_what_the_best_round_left_over_a_resume_too(tmp_path, monkeypatch):
+    def broken(self, write):
+        raise KeyboardInterrupt
+
+    line = "--local-steps 1 --probe-samples 0 --eval-samples 4 --cluster updates --num-rounds"
+    best, short = 1, done(tmp_path, "short", f"{line} 1")
+    line += " 2 --final best"
+    rising(monkeypatch, best, 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_final", broken)
+        assert call(*words(tmp_path, "a", line)) == 130
+    assert call(*words(tmp_path, "a", line), "--resume") == 0
+    results, expected = (read_json(folder / "run.json")["results"] for folder in (tmp_path / "a", short))
+    assert results["rounds"] == 2 and results["final_round"] == best == results["best_round"] == expected["final_round"]
+    assert results["best_val_loss"] == expected["val_loss"] and results["test_loss_best"] == expected["test_loss"]
+    last = read_metrics(tmp_path / "a")[-1]  # --final says which weights are written, not what the old names mean
+    for name in ("val_loss", "val_ppl", "mean_client_val_loss"):
+        assert results[name] == last[name], name
+    assert results["test_loss"] != results["test_loss_best"]
+    finals = [sorted((folder / "final").rglob("*.safetensors")) for folder in (tmp_path / "a", short)]
+    for a, b in zip(*finals, strict=True):
+        assert a.parent.name == b.parent.name and same_bits(load_file(a), load_file(b))
+    assert (tmp_path / "a" / "checkpoint" / "best.safetensors").exists()
+    assert not (short / "checkpoint" / "best.safetensors").exists()

@@ -42,7 +42,7 @@ def test_what_always_saying_the_commonest_topic_scores():
     for words, scores in json.loads((FOLDER / "results" / "commonest.json").read_text()).items():
         for seed in (0, 2):
             args = flags.parse(flags.build_parser(""), f"{words} --max-samples 8000 --seed {seed}".split())
-            texts = load_texts("ag_news", REAL, None, 8000, seed)
+            texts = load_texts("ag_news", REAL, 8000, seed)
             facts = partition.statistics(texts, *partition.clients_of(args, texts)[:2])
             assert facts["commonest_topic_accuracy"] == pytest.approx(scores[seed], rel=1e-9)
 

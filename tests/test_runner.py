@@ -18,7 +18,7 @@ from plots.runner import Run, best_value, extension, preset, row
 STUDIES = {
     "mamba_fl": "mamba_fl.run_study",
     "lora_glue_fl": "lora_glue_fl.run_study",
-    "llm_noniid": "llm_noniid.grid",
+    "llm_noniid": "llm_noniid.run_experiments",
     "vit_sparse_fl": "vit_sparse_fl.grid",
 }
 GRIDS = {name: importlib.import_module(place).STUDY for name, place in STUDIES.items()}
