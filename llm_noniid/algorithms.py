@@ -1,28 +1,23 @@
 """The algorithms of `train.py`: what a client does, what the server makes of it, what lasts from round to round.
 
-A run has one or more models, thetas [G, n]; `study.groups.of[k]` says which of them client k trains. p_k = n_k / sum n.
+A run has one or more models, thetas [G, n]; `study.group[k]` says which of them client k trains. p_k = n_k / sum n.
 """
-
-import numpy as np
 
 from common.aggregation import NormalizedMean, ServerAdam, ServerMomentum, WeightedMean, effective_steps
 from common.client_rows import rows_on_disk
 from common.local import OptimizerState
-from common.parallel import Follower
 from common.participation import per_round
 from common.scaffold import ControlVariates
-from common.sharding import class_counts
-from llm_noniid.diagnostics import cluster_labels
-from llm_noniid.fed_core import client_update, group_by_updates, new_optimizer
+from llm_noniid.fed_core import client_update, new_optimizer
 
 
 class FedAvg:
     """theta <- theta + eta_g sum_k p_k (theta_k - theta), eta_g: --server-lr     (McMahan et al. 2017: eta_g = 1)
 
-    vectors: of theta's length that a client sends, and receives, in a round; models: G; lasting: what outlives a round.
+    vectors: of theta's length that a client sends, and receives, in a round; lasting: what outlives a round.
     """
 
-    vectors, models = 1, 1
+    vectors = 1
     Mean = WeightedMean
 
     def __init__(self, study):
@@ -44,7 +39,7 @@ class FedAvg:
 
     def means(self, thetas, clients):
         """{g: the mean of the clients of model g}."""
-        return {g: self.Mean(thetas[g], clients) for g in sorted({self.study.groups.of[k] for k in clients.clients})}
+        return {g: self.Mean(thetas[g], clients) for g in sorted({self.study.group[k] for k in clients.clients})}
 
     def client(self, theta, k, t):
         """Client k's work in round t from theta [n]: (theta_k [n], what else its mean is told)."""
@@ -55,7 +50,7 @@ class FedAvg:
         """The models after the round [G, n]; one whose clients were all left out stays as it was."""
         after = thetas.clone()
         for g, mean in means.items():
-            if any(self.study.groups.of[k] == g for k in mean.clients.clients if k not in mean.clients.left_out):
+            if any(self.study.group[k] == g for k in mean.clients.clients if k not in mean.clients.left_out):
                 after[g] = self.step(thetas[g], mean)
         return after
 
@@ -132,11 +127,6 @@ class Local(FedAvg):
 
     vectors = 0
 
-    def __init__(self, study):
-        super().__init__(study)
-        self.models = len(study.rows)
-        study.groups.of = np.arange(self.models)
-
 
 class Central(FedAvg):
     """One client with all texts and as many steps as a round's clients have together, with one optimiser from the first
@@ -154,47 +144,6 @@ class Central(FedAvg):
         return self.study.weights.theta, {}
 
 
-class LabelClusters(FedAvg):
-    """FedAvg within groups of clients whose labels are alike."""
-
-    def __init__(self, study):
-        super().__init__(study)
-        self.models = study.args.num_clusters
-        study.groups.of = cluster_labels(
-            class_counts(study.rows, study.texts.labels["train"], len(study.texts.label_names)), self.models
-        )
-
-
-class UpdateClusters(FedAvg, Follower):
-    """FedAvg within groups of clients whose updates of the first round are alike     (Sattler et al. 2020)
-
-    In it all train one model, from whose mean every group begins.
-    """
-
-    def __init__(self, study):
-        super().__init__(study)
-        self.models = study.args.num_clusters
-        self.lasting = {"clusters": self}
-
-    def open_round(self, clients, thetas):
-        self.first, self.seen = clients.number == 0, {}
-
-    def accept(self, clients, theta_k):
-        if self.first:
-            self.seen[clients.current] = theta_k.to("cpu", copy=True)
-
-    def close_round(self, clients):
-        self.seen = clients.gather(self.seen)
-
-    def server(self, thetas, means):
-        after = super().server(thetas, means)
-        if not self.first:
-            return after
-        seen, self.seen = self.seen, {}
-        self.study.groups.of = group_by_updates(self.study, thetas[0], seen, self.models)
-        return after[:1].repeat(self.models, 1)
-
-
 ALGORITHMS = {
     "fedavg": FedAvg,
     "fedprox": FedProx,
@@ -205,10 +154,3 @@ ALGORITHMS = {
     "local": Local,
     "central": Central,
 }
-CLUSTERS = {"labels": LabelClusters, "updates": UpdateClusters}
-
-
-def algorithm_of(study):
-    """What --algorithm and --cluster name."""
-    a = study.args
-    return (ALGORITHMS[a.algorithm] if a.cluster == "none" else CLUSTERS[a.cluster])(study)

@@ -61,15 +61,6 @@ def plain_gram(theta, clients):
     return gram.numpy()
 
 
-def cosine_matrix(gram):
-    """cos(d_i, d_j) [m, m]; ones on the diagonal. A client that did not move has zeros, on the diagonal too."""
-    lengths = np.sqrt(np.diag(gram))
-    inverse = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
-    cosines = np.clip(gram * inverse[:, None] * inverse[None], -1, 1)
-    np.fill_diagonal(cosines, lengths > 0)
-    return cosines
-
-
 def update_figures(gram, weights):
     """A round's figures, {name: float}, None where one is undefined; d = sum_k p_k d_k.
 
@@ -84,8 +75,9 @@ def update_figures(gram, weights):
     if square > _ROUNDING * float(p @ norms):
         figures["relative_drift"] = math.sqrt(max(float(p @ norms) / square - 1, 0))
     if len(moved) > 1:
-        pairs = cosine_matrix(gram)[np.ix_(moved, moved)][np.triu_indices(len(moved), 1)]
-        figures["update_cosine"] = float(pairs.mean())
+        inverse = 1 / np.sqrt(norms[moved])
+        cosines = np.clip(gram[np.ix_(moved, moved)] * inverse[:, None] * inverse, -1, 1)  # [moved, moved]
+        figures["update_cosine"] = float(cosines[np.triu_indices(len(moved), 1)].mean())
     return figures
 
 
@@ -131,37 +123,23 @@ def mean_cka(served, clients):
     return sum(known) / len(known) if known else None
 
 
-# ---- groups of clients: Ward's tree of them is cut, without any draw. (With average, single or complete linkage one
-# client of mere noise becomes a group of its own.) Labels count from 0 in the order of each group's first client.
-
-
-def cluster_updates(cosines, num_clusters):
-    """Groups by the cosines of the clients' updates (Sattler et al. 2020, clustered federated learning).
-
-    Distance ||u_i - u_j|| = sqrt(2 - 2 cos), u_i the update over its norm.
-
-    Args: cosines: [m, m]; num_clusters: 1 or more. Returns: int64 [m]; fewer groups where fewer clients differ.
-    """
-    return _groups(np.sqrt(np.maximum(2 - 2 * cosines, 0)), num_clusters)
+# ---- groups of clients
 
 
 def cluster_labels(histograms, num_clusters):
-    """Groups by the clients' label histograms.
+    """Groups of clients by their label histograms: Ward's tree of them is cut, without any draw.
 
     Distance: the square root of the Jensen-Shannon divergence in bits (Lin 1991), between 0 (equal shares of labels)
-    and 1 (no label in common); a metric, and one of a Euclidean space, as Ward's linkage wants.
+    and 1 (no label in common); a metric, and one of a Euclidean space, as Ward's linkage wants. Clients nearer than
+    `_SAME` are never apart: there are fewer groups where fewer clients differ.
 
-    Args: histograms: [m, C], how many examples of each label a client has. Returns: as `cluster_updates`.
+    Args: histograms: [m, C], how many examples of each label a client has; num_clusters: 1 to m.
+    Returns: int64 [m], from 0 in the order of each group's first client.
     """
-    counts = np.asarray(histograms)
-    distances = jensenshannon(counts[:, None], counts[None], base=2, axis=-1)  # [m, m]
-    return _groups(np.nan_to_num(distances), num_clusters)  # nan: the root of a rounded 0
-
-
-def _groups(distances, num_clusters):
-    """At most `num_clusters` groups; clients of distance 0 are never apart."""
-    if len(distances) == 1:
+    if len(histograms) == 1:
         return np.zeros(1, dtype=np.int64)
+    counts = np.asarray(histograms)
+    distances = np.nan_to_num(jensenshannon(counts[:, None], counts[None], base=2, axis=-1))  # nan: root of a rounded 0
     tree = hierarchy.linkage(squareform((distances + distances.T) / 2, checks=False), "ward")
     different = 1 + int((tree[:, 2] > _SAME).sum())
     labels = hierarchy.cut_tree(tree, n_clusters=min(num_clusters, different))[:, 0]

@@ -7,7 +7,6 @@ has one or more models, thetas [G, n]: one for all clients, one for each group o
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from common import parallel
 from common.checkpoint import saving, write_json
@@ -18,6 +17,7 @@ from common.parallel import Follower
 from common.participation import per_round
 from common.runlog import Run
 from common.seeding import seed_torch, stream
+from common.sharding import class_counts
 from llm_noniid import diagnostics, text_model
 from llm_noniid.data import Texts, load_texts
 from llm_noniid.partition import clients_of, statistics
@@ -33,7 +33,7 @@ class Study:
 
     rows, held: each client's training texts and those that it is judged by; trained: the texts of each client that
     trains, rows but in central training, which has one client with all; seen, tested: validation and test texts that
-    are evaluated. best: with --final best, else None.
+    are evaluated; group [K]: which model serves each client. best: with --final best, else None.
     """
 
     args: object
@@ -45,13 +45,17 @@ class Study:
     trained: list[np.ndarray]
     seen: np.ndarray
     tested: np.ndarray
-    groups: "Groups"
+    group: np.ndarray
     best: Best | None
 
     @property
     def weights(self):
         """What is trained, as one vector (`common.vector.Weights`)."""
         return self.model.weights
+
+    @property
+    def models(self):
+        return int(self.group.max()) + 1
 
     def shares(self, thetas, group):
         """How many training texts the clients of each theta have: [G]."""
@@ -60,7 +64,7 @@ class Study:
     @property
     def lasting(self):
         """With the thetas, what of every algorithm outlives a round."""
-        return {"groups": self.groups} | ({"best": self.best} if self.best else {})
+        return {"best": self.best} if self.best else {}
 
     def batches(self, k, t):
         """The rows of client k's batches in round t, each int64."""
@@ -84,12 +88,10 @@ class Study:
         variance of the clients' gradient norms; "alarms" where one is new; the source's generalization_gap, val_loss
         less train_loss: no gap of one model, as train_loss is the clients' during their steps. Offers thetas to `best`.
         """
-        run, group = self.run, self.groups.of
+        run, group = self.run, self.group
         served, by = (thetas, group) if t else (thetas[:1], 0 * group)
         figures = text_model.quality(self.model, served, self.shares(served, by), "validation", self.seen, "val")
         figures |= text_model.clients_quality(self.model, served, by, self.held)
-        if len(served) > 1:
-            figures["group"] = group.tolist()
         if self.best:
             self.best.offer(t, figures["val_loss"], thetas)
         if t:
@@ -105,19 +107,6 @@ class Study:
         return figures
 
 
-class Groups:
-    """Which model serves each client, `of` int64 [K]; lasts from round to round."""
-
-    def __init__(self, of):
-        self.of = np.asarray(of, dtype=np.int64)
-
-    def state_dict(self):
-        return {"group": torch.from_numpy(self.of)}
-
-    def load_state_dict(self, state):
-        self.of = state["group"].cpu().numpy()
-
-
 def load_study(args, run):
     """The `Study` of a command line; begins the run: its folder with run.json."""
     a = args
@@ -127,8 +116,8 @@ def load_study(args, run):
     model = text_model.load_text_model(a, texts, run.device, run.amp)
     seen, tested = (evaluated(len(model.tokens[s]), a.eval_samples, a.seed, s) for s in ("validation", "test"))
     trained = [np.sort(np.concatenate(rows))] if a.algorithm == "central" else rows
-    groups, best = Groups(np.zeros(len(rows))), Best() if a.final == "best" else None
-    study = Study(a, run, texts, model, rows, held, trained, seen, tested, groups, best)
+    best = Best() if a.final == "best" else None
+    study = Study(a, run, texts, model, rows, held, trained, seen, tested, grouped(a, texts, rows), best)
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
     data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
     shards = {"examples": [len(mine) + len(kept) for mine, kept in zip(rows, held, strict=True)], "sha256": splits}
@@ -139,12 +128,22 @@ def load_study(args, run):
     return study
 
 
+def grouped(a, texts, rows):
+    """Which model serves each client, int64 [K]: one all of them, one each, or one a group of like topics."""
+    if a.algorithm == "local":
+        return np.arange(len(rows))
+    if a.cluster == "none":
+        return np.zeros(len(rows), dtype=np.int64)
+    counts = class_counts(rows, texts.labels["train"], len(texts.label_names))  # [K, topics]
+    return diagnostics.cluster_labels(counts, a.num_clusters)
+
+
 def describe_clients(run, study):
-    """Writes partition.json: which topics each client has, and what always saying its commonest one would score."""
+    """Writes partition.json: each client's topics and model, and what always saying its commonest topic would score."""
     if parallel.is_main():
         path = run.folder / "partition.json"
         with saving(path):
-            write_json(path, study.facts())
+            write_json(path, study.facts() | {"group": study.group.tolist()})
 
 
 def evaluated(n, wanted, seed, split):
@@ -230,22 +229,9 @@ def gram_of(study, theta, updated):
     return diagnostics.update_gram(named(theta), [named(theta_k) for theta_k in updated], study.model.lora.scale)
 
 
-def group_by_updates(study, theta, seen, clusters):
-    """Groups of all clients [K] by the cosines of the updates; who did not take part joins the largest group.
-
-    Args: theta [n]: what the clients started from; seen: {client: theta_k [n]}.
-    """
-    cosines = diagnostics.cosine_matrix(gram_of(study, theta, list(seen.values())))
-    labels = diagnostics.cluster_updates(cosines, clusters)
-    of = np.full(len(study.rows), np.bincount(labels).argmax())
-    of[list(seen)] = labels
-    return of
-
-
 def finish(study, thetas):
-    """final/, test metrics, results: of the last round; with --final best final/ and test_..._best are the best's.
-    Where one model serves all clients that one is written."""
-    run, model, group, best = study.run, study.model, study.groups.of, study.best
+    """final/, test metrics, results: of the last round; with --final best final/ and test_..._best are the best's."""
+    run, model, group, best = study.run, study.model, study.group, study.best
 
     def tested(thetas):
         return text_model.quality(model, thetas, study.shares(thetas, group), "test", study.tested, "test")
@@ -255,8 +241,7 @@ def finish(study, thetas):
     if best:
         thetas = best.theta
         quality |= {f"{name}_best": value for name, value in tested(thetas).items()}
-    served = thetas if group.any() else thetas[:1]
-    run.write_final(lambda folder: text_model.write(model, folder, served, run.folder / "base"))
+    run.write_final(lambda folder: text_model.write(model, folder, thetas, run.folder / "base"))
     results = {}
     if parallel.is_main():
         lines = run.metrics()

@@ -20,7 +20,7 @@ from common.cli import (
 from common.participation import check_participation
 
 ALGORITHMS = ("fedavg", "fedprox", "scaffold", "fednova", "fedavgm", "fedadam", "local", "central")
-CLUSTERS = ("none", "updates", "labels")
+CLUSTERS = ("none", "labels")
 DATASETS = ("ag_news", "wikitext", "demo")
 PARTITIONS = ("iid", "topic_skew", "style_skew", "token_skew")
 STYLE_CRITERIA = ("length", "formality", "complexity")
@@ -55,7 +55,7 @@ def build_parser(description):
 
     choice(method, "--algorithm", ALGORITHMS, "fedavg", "how the clients are brought together")
     number(method, "--mu", non_negative_float, 0.01, "FedProx's mu, only there; off: 0")
-    choice(method, "--cluster", CLUSTERS, "none", "FedAvg within groups of clients with like updates or topics")
+    choice(method, "--cluster", CLUSTERS, "none", "FedAvg within groups of clients with like topics")
     text = "groups, for --cluster (default: as many as the data set has topics)"
     number(rare, "--num-clusters", positive_int, None, text, "C")
     choice(rare, "--client-optimizer", CLIENT_OPTIMIZERS, "adamw", "of the clients; sgdm: momentum 0.9")

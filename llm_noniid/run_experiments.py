@@ -62,7 +62,6 @@ FACTORS = {  # name: algorithm and what is varied, how many seeds
     "fedavg_topic_skew_lr_0.3": ("fedavg --partition topic_skew --learning-rate 0.3", 2),
     "fedavg_iid_lr_0.3": ("fedavg --partition iid --learning-rate 0.3", 2),
     "fedavg_local_steps_50": ("fedavg --partition topic_skew --local-steps 50", 3),
-    "fedavg_clusters_updates": ("fedavg --partition topic_skew --cluster updates", 3),
     "fedavg_clusters_labels": ("fedavg --partition topic_skew --cluster labels", 3),
     "local": ("local --partition topic_skew", 3),
     "central": ("central --partition topic_skew", 3),

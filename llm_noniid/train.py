@@ -11,8 +11,7 @@ from common.cli import checked
 from common.participation import per_round
 from common.processes import run_federated
 from common.runlog import start_run
-from llm_noniid import flags
-from llm_noniid.algorithms import algorithm_of
+from llm_noniid import algorithms, flags
 from llm_noniid.fed_core import Drift, describe_clients, finish, load_study
 from llm_noniid.models import memory
 
@@ -24,12 +23,12 @@ def build_parser():
 def main(args):
     with start_run("train", args, flags.run_name(args)) as run:
         study = load_study(args, run)
-        algorithm = algorithm_of(study)
+        algorithm = algorithms.ALGORITHMS[args.algorithm](study)
         run.plan(args.num_rounds, args.eval_every, clients=len(study.trained))
-        start = study.weights.snapshot().repeat(algorithm.models, 1)  # [models, n]
+        start = study.weights.snapshot().repeat(study.models, 1)  # [models, n]
         thetas = run.restore(start, study.names, **study.lasting, **algorithm.lasting)
         describe_clients(run, study)
-        if algorithm.models == 1 and len(study.trained) > 1:
+        if study.models == 1 and len(study.trained) > 1:
             run.watch(Drift(study))
         run.report(0, thetas, study.evaluate)
 
@@ -37,7 +36,7 @@ def main(args):
             clients = run.sample(algorithm, t)
             means = algorithm.means(thetas, clients)
             for k in clients:
-                g = study.groups.of[k]
+                g = study.group[k]
                 theta_k, more = algorithm.client(thetas[g], k, t)
                 means[g].add(theta_k, **more)
             thetas = algorithm.server(thetas, means)

@@ -152,7 +152,7 @@ GOLDEN = {
     "llm_noniid/fedadam": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm fedadam"),
     "llm_noniid/local": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm local"),
     "llm_noniid/central": Golden("llm_noniid/train.py", f"{NONIID} --algorithm central", federated=False),
-    "llm_noniid/clusters": Golden("llm_noniid/train.py", f"{NONIID} --cluster updates --num-clusters 2"),
+    "llm_noniid/clusters": Golden("llm_noniid/train.py", f"{NONIID} --cluster labels --num-clusters 2"),
     "llm_noniid/pretrain": Golden("llm_noniid/pretrain.py", PRETRAIN, tensors=".", federated=False, resumes=False),
 }
 SCRIPTS = sorted({golden.script for golden in GOLDEN.values()})

@@ -84,18 +84,6 @@ def failing(monkeypatch, when):
     monkeypatch.setattr(algorithms, "client_update", update)
 
 
-def spied(monkeypatch):
-    """A list that the next runs' `Study`s are put into."""
-    studies, real = [], train.load_study
-
-    def load_study(*args):
-        studies.append(real(*args))
-        return studies[-1]
-
-    monkeypatch.setattr(train, "load_study", load_study)
-    return studies
-
-
 def served(folder):
     """The adapter that a run leaves."""
     return load_file(folder / ADAPTER)

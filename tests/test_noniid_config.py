@@ -1,10 +1,10 @@
 """llm_noniid: what diverges, and the keys of --config."""
 
-import pytest
 import yaml
 from running import ROOT
 
 from llm_noniid import flags, train
+from llm_noniid.data import AG_NEWS_TOPICS, ARTICLE_TOPICS, DEMO_TOPICS
 
 CONFIG = ROOT / "llm_noniid" / "configs" / "default.yaml"
 
@@ -55,19 +55,8 @@ def test_our_default_file_holds_the_source_s_keys_and_the_flags_own_defaults():
     assert {name: plain[name] for name in DEFAULTS} == DEFAULTS
 
 
-@pytest.mark.parametrize(
-    "line, groups",
-    [
-        ("--cluster labels --dataset wikitext", 8),
-        ("--cluster labels --dataset demo --num-clients 3", 3),
-    ],
-)
-def test_there_are_as_many_clusters_as_topics(line, groups):
-    assert flags.parse(train.build_parser(), line.split()).num_clusters == groups
-
-
-def test_the_data_sets_have_as_many_topics_as_the_flags_say():
-    from llm_noniid.data import AG_NEWS_TOPICS, ARTICLE_TOPICS, DEMO_TOPICS
-
+def test_there_are_as_many_clusters_as_topics():
+    for line, groups in (("--dataset wikitext", 8), ("--dataset demo --num-clients 3", 3)):
+        assert flags.parse(train.build_parser(), f"--cluster labels {line}".split()).num_clusters == groups
     sizes = {"ag_news": len(AG_NEWS_TOPICS), "wikitext": ARTICLE_TOPICS, "demo": len(DEMO_TOPICS)}
     assert sizes == flags.TOPICS

@@ -13,7 +13,7 @@ from common.checkpoint import read_json
 from common.runlog import read_metrics
 from common.seeding import stream
 from llm_noniid.data import load_texts
-from llm_noniid.diagnostics import cluster_updates
+from llm_noniid.diagnostics import cluster_labels
 from llm_noniid.partition import partition
 from llm_noniid.text_model import load_text_model
 
@@ -31,7 +31,7 @@ WAYS = {
     "fedadam": f"--algorithm fedadam --server-lr 0.003 {SGD}",
     "local": f"--algorithm local {SGD}",
     "central": "--algorithm central",
-    "clusters": f"--cluster updates --num-clusters 2 --server-lr 0.8 {SGD}",
+    "clusters": f"--cluster labels --num-clusters 2 --server-lr 0.8 {SGD}",
 }
 
 
@@ -63,7 +63,10 @@ class Plain:
         self.start, self.zeros = start, {name: torch.zeros_like(p) for name, p in start.items()}
         count = len(self.rows)
         self.of = list(range(count)) if a.algorithm == "local" else [0] * count
-        self.thetas = [start] * (2 if a.cluster == "updates" else 1 if a.algorithm != "local" else count)
+        if a.cluster == "labels":
+            topics = [np.bincount(texts.labels["train"][mine], minlength=4) for mine in self.rows]
+            self.of = cluster_labels(topics, 2).tolist()
+        self.thetas = [start] * (max(self.of) + 1)
         self.n = [len(r) for r in self.rows]
         self.c, self.c_k = self.zeros, [self.zeros] * count
         self.v, self.m, self.optimizer = None, self.zeros, None
@@ -107,13 +110,8 @@ class Plain:
                     p.grad += a.mu * (p.detach() - theta[name])
             optimizer.step()
         self.worked += sum(len(self.tokens[i]) - 1 for rows in batches for i in rows)
-        return (
-            {name: p.detach().clone() for name, p in w.items()},
-            raw,
-            float(np.mean(losses)),
-            len(batches),
-            np.mean(norms),
-        )
+        theta_k = {name: p.detach().clone() for name, p in w.items()}
+        return theta_k, raw, float(np.mean(losses)), len(batches), np.mean(norms)
 
     def round(self, t):
         a, self.worked = self.a, getattr(self, "worked", 0)
@@ -130,19 +128,8 @@ class Plain:
         line["tokens"], line["left_out"] = self.worked, [[t + 1, k] for k in out] or None
         if len(self.thetas) == 1 and a.algorithm != "central":
             line |= self.drift([work[k][0] for k in kept], [self.n[k] for k in kept])
-        if a.cluster == "updates" and t == 0:
-            updates = self.updates(self.thetas[0], [work[k][0] for k in kept])
-            unit = updates / np.linalg.norm(updates, axis=1, keepdims=True)
-            labels = cluster_updates(unit @ unit.T, 2)
-            self.of = [int(np.bincount(labels).argmax())] * 4  # who was absent joins the largest
-            self.thetas = [self.server(self.thetas[0], kept, work)] * 2
-            for k, label in zip(kept, labels, strict=True):
-                self.of[k] = int(label)
-        else:
-            mine = {g: [k for k in kept if self.of[k] == g] for g in range(len(self.thetas))}
-            self.thetas = [
-                self.server(theta, mine[g], work) if mine[g] else theta for g, theta in enumerate(self.thetas)
-            ]
+        mine = {g: [k for k in kept if self.of[k] == g] for g in range(len(self.thetas))}
+        self.thetas = [self.server(theta, mine[g], work) if mine[g] else theta for g, theta in enumerate(self.thetas)]
         if a.algorithm == "scaffold":
             change = self.mean([(self.n[k], self.minus(work[k][1], self.c_k[k])) for k in kept], sum(self.n))
             self.c = {name: c + change[name] for name, c in self.c.items()}
@@ -220,7 +207,7 @@ def test_rounds_are_those_of_a_plain_loop(way, tmp_path, monkeypatch):
 
     saved = load_file(folder / "checkpoint" / "theta.safetensors")
     if args.cluster != "none" or args.algorithm == "local":
-        assert lines[-1]["group"] == plain.of and len(set(plain.of)) > 1
+        assert read_json(folder / "partition.json")["group"] == plain.of and len(set(plain.of)) > 1
     assert saved.keys() == {f"{g}/{name}" for g in range(len(plain.thetas)) for name in plain.start}
     for g, theta in enumerate(plain.thetas):
         moved = math.sqrt(sum((theta[name] - t).square().sum() for name, t in plain.start.items()))

@@ -6,30 +6,27 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from noniid_script import call, done, losses, parsed, spied, token_rows, words
+from noniid_script import call, done, losses, parsed, token_rows, words
 from running import ROOT
 
 from common.checkpoint import read_json
 from common.runlog import read_metrics
 from llm_noniid import text_model
 from llm_noniid.data import load_texts
+from llm_noniid.partition import clients_of
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("adapter", ["adapter", "group_1"])
-def test_what_is_served_gives_the_logged_losses_in_plain_peft(adapter, tmp_path, monkeypatch):
+def test_what_is_served_gives_the_logged_losses_in_plain_peft(adapter, tmp_path):
     """Text by text, so without any padding: padding that was scored, or an end that was not, would show."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    studies = spied(monkeypatch)
-    cluster, rounds = ("updates", 2) if adapter == "group_1" else ("none", 1)
-    folder = done(
-        tmp_path,
-        "a",
-        f"--cluster {cluster} --eval-samples 0 --learning-rate 0.02 --num-rounds {rounds} --probe-samples 0",
-    )
+    cluster = "labels" if adapter == "group_1" else "none"
+    line = f"--cluster {cluster} --eval-samples 0 --learning-rate 0.02 --num-rounds 1 --probe-samples 0"
+    folder = done(tmp_path, "a", line)
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     texts, lines = load_texts("demo", max_samples=160), read_metrics(folder)
@@ -42,27 +39,28 @@ def test_what_is_served_gives_the_logged_losses_in_plain_peft(adapter, tmp_path,
     assert read_json(folder / "final" / adapter / "adapter_config.json")["task_type"] == "CAUSAL_LM"
 
     # each client's own texts under the model that serves it
+    rows, held, _ = clients_of(parsed(*words(tmp_path, "a", line)), texts)
     train_rows = token_rows(tokenizer, texts.splits["train"])
-    group = last.get("group", [0] * 4)
-    mine = [k for k in range(4) if group[k] == (cluster == "updates")]
+    group = read_json(folder / "partition.json")["group"]
+    mine = [k for k in range(4) if group[k] == (cluster == "labels")]
     assert mine
     for k in mine:
-        nll, n = losses(model, [train_rows[i] for i in studies[0].held[k]])
+        nll, n = losses(model, [train_rows[i] for i in held[k]])
         assert last["client_val_loss"][k] == pytest.approx(nll.sum() / n.sum(), rel=1e-5)
     assert last["mean_client_val_loss"] == pytest.approx(np.mean(last["client_val_loss"]), rel=1e-12)
-    if cluster == "updates":
+    if cluster == "labels":
         total = 0.0  # a random client sees the validation texts under its own group's model
-        for g, examples in enumerate(studies[0].shares([0, 0], group)):
+        sizes = [len(mine) for mine in rows]
+        for g, examples in enumerate(np.bincount(group, sizes)):
             fresh = AutoModelForCausalLM.from_pretrained(folder / "base")
             nll, n = losses(PeftModel.from_pretrained(fresh, folder / "final" / f"group_{g}"), validation)
-            total += examples / sum(map(len, studies[0].rows)) * nll.sum()
+            total += examples / sum(sizes) * nll.sum()
         assert last["val_loss"] == pytest.approx(total / n.sum(), rel=1e-5)
         return
 
     assert last["generalization_gap"] == pytest.approx(last["val_loss"] - last["train_loss"], abs=1e-12)
     for split, name, logged in (("validation", "val", last), ("test", "test", results)):
-        rows = token_rows(tokenizer, texts.splits[split])
-        nll, n = losses(model, rows)
+        nll, n = losses(model, token_rows(tokenizer, texts.splits[split]))
         assert logged[f"{name}_loss"] == pytest.approx(nll.sum() / n.sum(), rel=1e-5)
         assert logged[f"{name}_ppl"] == pytest.approx(math.exp(nll.sum() / n.sum()), rel=1e-4)
 
@@ -75,18 +73,6 @@ def test_hidden_states_are_those_of_the_tokens_without_padding(tmp_path):
         one = [torch.tensor([ids]) for ids in token_rows(model.tokenizer, texts.splits["validation"][:20])]
         alone = torch.cat([model.module(input_ids=i, output_hidden_states=True).hidden_states[-1][0] for i in one])
     torch.testing.assert_close(states, alone, rtol=1e-3, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------------- groups, compared clients
-
-
-def test_groups_of_clients_by_their_topics(tmp_path):
-    folder = done(tmp_path, "a", "--cluster labels --num-clusters 2 --num-rounds 1 --local-steps 1 --alpha 0.05")
-    partition, group = read_json(folder / "partition.json"), read_metrics(folder)[-1]["group"]
-    topic = [int(np.argmax(row)) for row in partition["label_histograms"]]
-    assert set(group) == {0, 1} and group[0] == 0
-    large = [k for k, row in enumerate(partition["label_histograms"]) if max(row) > 30]
-    assert all(group[i] == group[j] for i in large for j in large if topic[i] == topic[j])
 
 
 # -------------------------------------------------------------------------------------- the source's commands

@@ -36,14 +36,11 @@ def test_tokens_are_those_of_the_tokenizer():
             assert got == wanted and split.scored([i]) == len(wanted) - 1
 
 
-def small_tokens():
+def test_a_batch_by_hand():
     """Texts of 3, 2 and 4 tokens; 9 is end of text, the last text is cut."""
     ids = np.array([5, 6, 9, 7, 9, 1, 2, 3, 4], dtype=np.uint16)
-    return tokens.TokenizedTexts(ids, np.array([0, 3, 5, 9]), 9, np.ones(3, dtype=np.int64))
-
-
-def test_a_batch_by_hand():
-    batch = small_tokens().batch(np.array([1, 2, 0]))
+    texts = tokens.TokenizedTexts(ids, np.array([0, 3, 5, 9]), 9, np.ones(3, dtype=np.int64))
+    batch = texts.batch(np.array([1, 2, 0]))
     assert batch["input_ids"].tolist() == [[7, 9, 9, 9], [1, 2, 3, 4], [5, 6, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 9, -100, -100], [-100, 2, 3, 4], [-100, 6, 9, -100]]

@@ -16,22 +16,14 @@ from plots import read
 pytestmark = pytest.mark.slow
 
 
-# ------------------------------------------------------------------------------------------------ identities
-
-
 def test_one_client_is_central_training_and_local_training(tmp_path):
-    alone = (
-        "--num-clients 1 --num-rounds 2 --probe-samples 0 --client-optimizer sgd --learning-rate 0.1"  # nothing to keep
-    )
+    alone = "--num-clients 1 --num-rounds 2 --client-optimizer sgd --learning-rate 0.1"  # an optimiser without state
     folders = [done(tmp_path, a, f"{alone} --algorithm {a}") for a in ("fedavg", "central", "local")]
     lines = [read_metrics(folder)[1:] for folder in folders]
     for folder, other in zip(folders[1:], lines[1:], strict=True):
         assert same_bits(served(folders[0]), served(folder))
         for x, y in zip(lines[0], other, strict=True):
             assert all(x[name] == y[name] for name in ("train_loss", "val_loss", "client_val_loss", "tokens"))
-
-
-# ----------------------------------------------------------------------------------------------- how runs end
 
 
 def test_clients_that_are_left_out_are_logged_and_more_than_half_of_a_round_end_the_run(tmp_path, monkeypatch):
@@ -85,7 +77,7 @@ def test_final_best_is_what_the_best_round_left_over_a_resume_too(tmp_path, monk
     def broken(self, write):
         raise KeyboardInterrupt
 
-    line = "--local-steps 1 --probe-samples 0 --eval-samples 4 --cluster updates --num-rounds"
+    line = "--local-steps 1 --probe-samples 0 --eval-samples 4 --cluster labels --num-rounds"
     best, short = 1, done(tmp_path, "short", f"{line} 1")
     line += " 2 --final best"
     rising(monkeypatch, best, 0.2)
