@@ -55,6 +55,7 @@ class Study:
 
     @property
     def models(self):
+        """G, how many models there are."""
         return int(self.group.max()) + 1
 
     def shares(self, thetas, group):
