@@ -92,9 +92,7 @@ GOLDEN = {
     "vit_sparse_fl/federated": Golden(
         "vit_sparse_fl/train_federated.py", f"{VIT_FEDERATED} --sharding dirichlet --alpha 0.5"
     ),
-    "vit_sparse_fl/sparse": Golden(
-        "vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --lr 0.3 --calibrate-on clients"
-    ),
+    "vit_sparse_fl/sparse": Golden("vit_sparse_fl/train_federated_sparse.py", f"{SPARSE} --lr 0.3"),
     "vit_sparse_fl/topk": Golden("vit_sparse_fl/train_federated_topk.py", f"{VIT_FEDERATED} --sharding non_iid --nc 3"),
     "lora_glue_fl/sharding": Golden(
         "lora_glue_fl/sharding.py",

@@ -1,4 +1,4 @@
-"""vit_sparse_fl/heads.py: ridge against scikit-learn, its scale against the NLL."""
+"""The head of vit_sparse_fl/vit.py: ridge against scikit-learn, its scale against the NLL."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
-from vit_sparse_fl import heads
-from vit_sparse_fl.heads import PENALTIES, ridge_head, sums_bytes
+from vit_sparse_fl import vit
+from vit_sparse_fl.vit import PENALTIES, ridge_head, sums_bytes
 
 
 class Headed(torch.nn.Module):
@@ -54,7 +54,7 @@ def test_ridge_chooses_its_penalty_on_validation(monkeypatch):
     unit = torch.linalg.eigvalsh(torch.cov(features.double().T, correction=0) * 16).mean().item()
     tried = []
     for penalty in PENALTIES:
-        monkeypatch.setattr(heads, "PENALTIES", (penalty,))
+        monkeypatch.setattr(vit, "PENALTIES", (penalty,))
         ridge_head(model, features, labels, held)
         tried.append(model.accuracy(*held))
     assert best == max(tried) > min(tried)

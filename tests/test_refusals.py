@@ -151,7 +151,6 @@ OWN = [
     ("vit_sparse_fl/federated", "--init-from {tmp}/model", ["no model.safetensors", "pickled"], pickled),
     ("vit_sparse_fl/federated", "--config {tmp}/a.yaml", ["federated.num_rounds?"],
      text("a.yaml", "federated: {num_round: 3}")),
-    ("vit_sparse_fl/sparse", "--mask /no/such/mask", ["/no/such/mask"]),
     ("lora_glue_fl/svd", "--client-ranks 1 2 3 4", ["4 --client-ranks for 3 clients"]),
     ("lora_glue_fl/svd", "--shard-dir {tmp}/shards", ["other data", "make the shards again"], other_data),
     ("lora_glue_fl/svd", "--init-adapter {tmp}/mine", ["{tmp}/mine"], half_an_adapter),

@@ -19,7 +19,7 @@ STUDIES = {
     "mamba_fl": "mamba_fl.run_study",
     "lora_glue_fl": "lora_glue_fl.run_study",
     "llm_noniid": "llm_noniid.run_experiments",
-    "vit_sparse_fl": "vit_sparse_fl.grid",
+    "vit_sparse_fl": "vit_sparse_fl.run_all_experiments",
 }
 GRIDS = {name: importlib.import_module(place).STUDY for name, place in STUDIES.items()}
 

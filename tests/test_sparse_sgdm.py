@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.vector import Weights
-from vit_sparse_fl.sparse_sgdm import SparseSGDM
+from vit_sparse_fl.masks import SparseSGDM
 
 SHAPES = {"a": (37, 11), "b": (7,), "c": (), "d": (5, 3, 2, 2)}
 SIZE = 37 * 11 + 7 + 1 + 60

@@ -1,23 +1,21 @@
-"""vit_sparse_fl/interference.py: figures against numpy, held images, processes, a run that measures."""
+"""vit_sparse_fl/interference.py: drift, held images, processes, a run that measures."""
 
 import json
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from processes import answers_of, as_rank
 
-from common.parallel import CHUNK, Round
+from common.parallel import Round
 from common.vector import Weights
 from vit_sparse_fl import interference, study, train_federated_sparse
 from vit_sparse_fl.flags import parse
-from vit_sparse_fl.interference import CrossLosses, Interference, held_rows
+from vit_sparse_fl.interference import CrossLosses, Drift, held_rows
 
 IDS = [7, 2, 9, 4]
-FIELDS = {"merge_gap", "interference", "interference_clients"}
-FIELDS |= {f"interference_{name}" for name in ("own", "others", "chance")}
+FIELDS = {"interference", "interference_clients", "interference_own", "interference_others"}
 
 
 @pytest.fixture(autouse=True)
@@ -61,75 +59,18 @@ def test_a_clients_held_images_have_its_classes_in_its_proportions(monkeypatch):
     assert len(set(held_rows(one, 1).tolist())) == len(held_rows(one, 1)) == 10
 
 
-# ---- cosines, diversity, sign conflicts, drift
-
-CLIENTS = [31, 4, 17, 2, 90, 8, 55, 12, 40, 23]
-SIZES = (185, CHUNK + 77, 3)  # the second is summed in several pieces
-
-
-def vector(tag, client=0):
-    return torch.tensor(np.random.default_rng([tag, client]).standard_normal(sum(SIZES))).float()
+def drift_of(updates, frozen=0.0):
+    """Of clients that move from (0, 0, 5) by these."""
+    drift, theta = Drift(frozen), torch.tensor([0.0, 0.0, 5.0])
+    for k in (clients := Round(range(len(updates)), followers=[drift], theta=theta)):
+        clients.counts(*[theta + torch.tensor(updates[k])] * 2)
+    return drift.result(clients, theta)["drift"]
 
 
-def moved(theta, ids, still=()):
-    """theta_k: a common direction and noise."""
-    common = vector(1)
-    return {k: theta.clone() if k in still else theta + 0.01 * (common + vector(2, k)) for k in ids}
-
-
-def some_places():
-    kept = torch.from_numpy(np.random.default_rng(3).random(sum(SIZES)) < 0.3)
-    kept[-SIZES[-1] :] = False
-    return kept.nonzero().view(-1)
-
-
-def figures_of(theta, theta_ks, kept=None, frozen=0.0):
-    figures = Interference(kept, frozen)
-    for k in (clients := Round(theta_ks, followers=[figures], theta=theta)):
-        clients.counts(theta_ks[k])
-    return figures.result(clients, theta)
-
-
-def by_numpy(theta, theta_ks, kept=None, frozen=0.0):
-    d = np.stack([(theta_k.double() - theta.double()).numpy() for theta_k in theta_ks.values()])  # [m, n]
-    d = d if kept is None else d[:, kept.numpy()]
-    norms = np.linalg.norm(d, axis=1)
-    moved = d[norms > 0]
-    unit = moved / np.linalg.norm(moved, axis=1, keepdims=True)
-    cosines = (unit @ unit.T)[np.triu_indices(len(unit), 1)]
-    whole = math.sqrt((theta.double().numpy() ** 2).sum() + frozen)
-    return {
-        "update_cosine": cosines.mean(),
-        "gradient_diversity": (norms**2).sum() / (d.sum(0) ** 2).sum(),
-        "drift": norms.mean() / whole,
-    }
-
-
-@pytest.mark.parametrize("kept", [None, some_places()], ids=["all", "masked"])
-@pytest.mark.parametrize("m, still", [(5, ()), (10, (4, 90))])
-def test_equals_numpy_on_stacked_updates(m, still, kept):
-    theta = vector(0)
-    theta_ks = moved(theta, CLIENTS[:m], still)
-    ours, expected = (of(theta, theta_ks, kept, 250.0) for of in (figures_of, by_numpy))
-    assert ours.keys() == expected.keys()
-    for name, value in expected.items():
-        assert ours[name] == pytest.approx(value, rel=1e-9), name
-
-
-def test_figures_by_hand():
-    """Two clients at right angles, (3, 0, 0) and (0, 4, 0); two opposed; two alike."""
-    theta = torch.tensor([0.0, 0.0, 5.0])
-
-    def of(*updates):
-        return figures_of(theta, {k: theta + torch.tensor(u) for k, u in enumerate(updates)})
-
-    right = of([3.0, 0, 0], [0, 4.0, 0])
-    assert right == {"update_cosine": 0.0, "gradient_diversity": 1.0, "drift": 3.5 / 5}
-    opposed = of([3.0, 0, 1.0], [-3.0, 0, -1.0])
-    assert opposed["update_cosine"] == pytest.approx(-1) and opposed["gradient_diversity"] is None
-    alike = of([3.0, 0, 4.0], [3.0, 0, 4.0])
-    assert alike["update_cosine"] == pytest.approx(1) and alike["gradient_diversity"] == 0.5
-    assert alike["drift"] == 1
+def test_drift_by_hand():
+    assert drift_of([[3.0, 0, 0], [0, 4.0, 0]]) == 3.5 / 5
+    assert drift_of([[0, 0, 0.0], [3.0, 0, 4.0]], frozen=11.0) == 2.5 / 6
+    assert drift_of([[math.nan, 0, 0], [3.0, 0, 4.0], [0, 4.0, 3.0]]) == 1  # who is left out does not count
 
 
 def process(rank, size, port, answers):
@@ -139,8 +80,8 @@ def process(rank, size, port, answers):
 
 
 def everything():
-    theta, one = vector(0), made()
-    return [figures_of(theta, moved(theta, CLIENTS), some_places()), measured(one, one.weights.snapshot())]
+    one = made()
+    return [drift_of([[0.1 * k, 1 / (k + 1), 0] for k in range(5)]), measured(one, one.weights.snapshot())]
 
 
 def test_processes_change_no_bit():

@@ -66,7 +66,7 @@ def test_killed_and_resumed_is_as_if_unbroken(name, changes, tmp_path):
     "name, part",
     [
         ("mamba_fl/fed_avg", "client_1/deltas"),
-        ("vit_sparse_fl/federated", "shards.json"),
+        ("vit_sparse_fl/federated", "r/best"),
         ("lora_glue_fl/svd", "round_2"),
         ("llm_noniid/fedavg", "partition.json"),
     ],

@@ -31,11 +31,9 @@ class BestCheckpoints:
         self.kept = sorted([*self.kept, (accuracy, t)], key=lambda kept: (-kept[0], kept[1]))[:KEEP]
         if (accuracy, t) in self.kept and parallel.is_main():
             file = self._file(t)
-            fresh = file.with_suffix(".new")
-            with saving(file, fresh):
+            with saving(file, file):
                 self.folder.mkdir(exist_ok=True)
-                save_file({name: w.detach().clone() for name, w in tensors.items()}, fresh)
-                fresh.replace(file)
+                save_file({name: w.detach().clone() for name, w in tensors.items()}, file)
         self._delete_others()
 
     def load(self, device):

@@ -81,13 +81,14 @@ def load_images(dataset, seed, val_split=0.1, classes=None, data_root=None):
             raise UsageError(f"no image of the classes in the {name} split: raise --val-split ({val_split})")
         splits[name] = torch.from_numpy(pixels[rows])
         splits[f"{name}_labels"] = torch.from_numpy(np.searchsorted(chosen, truth[rows]).astype(np.int64))
+    contents = {name: np.ascontiguousarray(array, dtype=np.uint8) for name, array in zip(ARRAYS, arrays, strict=True)}
     return ImageSplits(
         **splits,
         n_classes=len(chosen),
         fingerprint={
             "dataset": dataset,
             "source": source,
-            "sha256": {name: _sha256(array) for name, array in zip(ARRAYS, arrays, strict=True)},
+            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
             "classes": [low, high] if len(chosen) == high - low else chosen.tolist(),
             "val_split": val_split,
             "counts": {name: len(splits[name]) for name in ("train", "validation", "test")},
@@ -110,11 +111,6 @@ def classes_of(args):
     if not (rest := {*range(CLASSES)} - {*range(low, high)}):
         raise UsageError(f"--classes rest: {args.init_from} was trained on all {CLASSES} classes: give A:B")
     return rest
-
-
-def _sha256(array):
-    """SHA-256 (hex) of an array's bytes; labels as uint8, which is what the files hold."""
-    return hashlib.sha256(np.ascontiguousarray(array, dtype=np.uint8)).hexdigest()
 
 
 def _cifar100(root):
@@ -201,20 +197,28 @@ def mixed(pixels, labels, n_classes, alpha, generator):
 
 
 def deal(args, labels):
-    """(parts, notes): the images of each client (sorted int64 arrays) and lines for the log. labels: int64 [n]."""
-    labels, generator = np.asarray(labels), stream(args.seed, "sharding")
-    if args.sharding == "iid":
-        return shards.iid(len(labels), args.num_clients, generator, what="images"), []
-    if args.sharding == "non_iid":
-        return shards.classes(labels, args.num_clients, args.nc, generator, what="images"), []
-    return shards.dirichlet(labels, args.num_clients, args.alpha, generator, args.batch_size, what="images")
+    """(parts, notes): the images of each client (sorted int64 arrays; in central training all) and lines for the log.
 
-
-def check_batch_size(counts, batch_size):
-    """Raises UsageError when a client has fewer images than a batch."""
-    k = int(np.argmin(counts))
-    if counts[k] < batch_size:
+    Args: labels: int64 [n]. Raises UsageError where a client has fewer images than a batch.
+    """
+    labels, generator, notes = np.asarray(labels), stream(args.seed, "sharding"), []
+    how = vars(args).get("sharding")
+    if how is None:
+        parts = [np.arange(len(labels))]
+    elif how == "iid":
+        parts = shards.iid(len(labels), args.num_clients, generator, what="images")
+    elif how == "non_iid":
+        parts = shards.classes(labels, args.num_clients, args.nc, generator, what="images")
+    else:
+        parts, notes = shards.dirichlet(labels, args.num_clients, args.alpha, generator, args.batch_size, what="images")
+    fewest, k = min((len(rows), k) for k, rows in enumerate(parts))
+    if fewest < args.batch_size:
         raise UsageError(
-            f"client {k} has {counts[k]} images, fewer than --batch-size {batch_size}: lower that or --num-clients, "
+            f"client {k} has {fewest} images, fewer than --batch-size {args.batch_size}: lower that or --num-clients, "
             "or deal the images more evenly"
         )
+    if how:
+        classes = [len(np.unique(labels[rows])) for rows in parts]
+        have = f"{fewest} images or more, {min(classes)} to {max(classes)} classes each"
+        notes = [*notes, f"{len(parts)} clients, {have}"]
+    return parts, notes

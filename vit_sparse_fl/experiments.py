@@ -1,25 +1,15 @@
-"""Several runs from one command line: names, one run after the other, a table of what they reached."""
+"""Several runs from one command line: names, one run after the other."""
 
-import copy
 import sys
-from pathlib import Path
+from argparse import Namespace
 
 from common import parallel
-from common.checkpoint import read_json
 from vit_sparse_fl.flags import SWEEPS, SWEPT
-
-COLUMNS = {
-    "best validation": "val_accuracy_best",
-    "test (last)": "test_accuracy_last",
-    "test (best)": "test_accuracy_best",
-}
 
 
 def variant(args, **changes):
     """A copy of the flags with some of them changed."""
-    other = copy.copy(args)
-    vars(other).update(changes)
-    return other
+    return Namespace(**vars(args) | changes)
 
 
 def shards_name(args):
@@ -66,7 +56,7 @@ def repeated(args, settings):
 
 
 def run_each(train, runs):
-    """Calls train(flags) for each of `runs`, in order. With several, prints the table.
+    """Calls train(flags) for each of `runs`, in order.
 
     Of several, finished ones are skipped and broken ones go on, without --resume too: a run of one sweep is often one
     of another.
@@ -80,15 +70,4 @@ def run_each(train, runs):
                 raise
             sys.stdout.flush()
     if len(runs) > 1 and parallel.is_main():
-        print("\n" + table(runs))
-
-
-def table(runs):
-    """Mean and standard deviation over seeds of each setting's accuracies in %, as text."""
-    import pandas as pd  # only here: training needs no table
-
-    found = []
-    for name, flags in runs:
-        results = read_json(Path(flags.output_dir) / flags.run_name / "run.json")["results"]
-        found.append({"accuracy, %": name} | {head: 100 * results[key] for head, key in COLUMNS.items()})
-    return pd.DataFrame(found).groupby("accuracy, %", sort=False).agg(["mean", "std"]).to_string(float_format="%.1f")
+        print(f"their table: python plots/tables.py vit_sparse_fl --data-dir {flags.output_dir}")

@@ -108,8 +108,6 @@ def _federated_flags(parser, sparse):
     number(train, ("--participation-rate", "--participation"), fraction, 0.1, "C", "share of clients a round")
     number(train, "--local-steps", positive_int, 4, "J", "steps a client and round")
     number(train, ("--num-rounds", "--rounds"), positive_int, 500, "T", "rounds")
-    step = "the server's step, as a multiple of the mean update; off: 1, the plain mean"
-    number(rare, "--server-lr", positive_float, 1.0, "X", step)
     measured = rare if sparse else train
     number(measured, "--eval-every", positive_int, 10, "N", "evaluate every N rounds")
     text = "measure every N rounds what a client's update does to the others' losses (interference.py); off: 0"
@@ -122,7 +120,7 @@ def _federated_flags(parser, sparse):
     number(rare, "--nc-values", positive_int, [1, 5, 10, 50], "N", "classes a client", **many)
     number(rare, "--j-values", positive_int, [4, 8, 16], "J", "steps a client and round", **many)
     if sparse:
-        share = "share of the weights that is frozen (topk: not sent); of --mask FILE: the mask's own"
+        share = "share of the weights that is frozen (topk: not sent)"
         number(parser.group("the method"), "--sparsity-ratio", half_open_fraction, 0.9, "X", share)
 
 
@@ -204,8 +202,6 @@ def complete(args):
         args.amp = "auto"
     if args.use_wandb:
         args.track = "wandb"
-    if args.init_from and not args.pretrained:
-        raise UsageError("--no-pretrained and --init-from contradict each other: choose where the weights come from")
     if args.head is None:
         fresh = not args.pretrained or args.model == "tiny" and not args.init_from
         args.head = "ridge" if "num_rounds" in args and not fresh else "random"

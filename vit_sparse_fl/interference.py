@@ -1,4 +1,4 @@
-"""Probes of a round's clients: how far their updates pull apart, and what an update does to the others' losses."""
+"""Probes of a round's clients: how far they move, and what an update does to the others' losses."""
 
 import math
 
@@ -7,74 +7,44 @@ import torch
 from torch.nn import functional as F
 
 from common.aggregation import fp64_sum
-from common.parallel import CHUNK, Follower, OrderedSum, chunks
-from common.seeding import stream, torch_stream
+from common.parallel import Follower
+from common.seeding import stream
 
 CLIENTS, IMAGES = 10, 64  # at most, in losses: of a round's clients, and validation images of each
 BATCH = 125  # images at once
 
 
-class Interference(Follower):
-    """A probe: interference between the updates d_k = theta_k - theta of a round's m clients, all counted alike.
+class Drift(Follower):
+    """A probe: how far a round's clients move, mean_k ||theta_k - theta|| / ||theta||, all counted alike.
 
-    update_cosine: mean over pairs of cos(d_i, d_j) = (||sum_k u_k||^2 - m) / (m (m - 1)), u_k = d_k / ||d_k||.
-    gradient_diversity: sum_k ||d_k||^2 / ||sum_k d_k||^2   (Yin et al. 2018; 1/m: all alike, 1: orthogonal).
-    drift: mean_k ||d_k|| / ||theta||.
-
-    Memory is two fp64 vectors of the counted weights. The same bits for any number of processes and of threads.
-    Args: kept: int64 [kept], only these places are counted; None: all of them; frozen: sum of squares of the model's
-        weights that are not in theta: ||theta|| in the drift is that of the whole model.
+    The same bits for any number of processes and of threads.
+    Args: frozen: sum of squares of the model's weights that are not in theta: ||theta|| is that of the whole model.
     """
 
-    def __init__(self, kept=None, frozen=0.0):
-        self._kept, self._frozen = kept, frozen
+    def __init__(self, frozen=0.0):
+        self._frozen = frozen
 
     def open_round(self, clients, theta):
-        self._old = _counted(theta, self._kept)
-        self._sum = OrderedSum(clients, _fold, self._old, sums=2)
-        self._size = math.sqrt(fp64_sum(theta, square=True) + self._frozen)
+        self._theta, self._lengths = theta, {}  # client -> ||theta_k - theta||
 
     def accept(self, clients, theta_k):
-        new = _counted(theta_k, self._kept)
-        squares = math.fsum(float((a.double() - b).square().sum()) for a, b in chunks(new, self._old, size=CHUNK // 4))
-        self._sum.add((squares, math.sqrt(squares)), new)
+        self._lengths[clients.current] = math.sqrt(fp64_sum(theta_k - self._theta, square=True))
 
     def result(self, clients, theta):
-        """{name: float}; None where one is undefined (fewer than two clients moved, or updates cancel)."""
-        (whole, unit), numbers = self._sum.result()
-        self._sum = self._old = None
-        m, moved = len(numbers), sum(norm > 0 for _, norm in numbers)
-        of_sum, of_units = fp64_sum(whole, square=True), fp64_sum(unit, square=True)
-        return {
-            "update_cosine": (of_units - moved) / (moved * (moved - 1)) if moved > 1 else None,
-            "gradient_diversity": math.fsum(squares for squares, _ in numbers) / of_sum if of_sum > 0 else None,
-            "drift": math.fsum(norm for _, norm in numbers) / m / self._size if self._size > 0 else None,
-        }
-
-
-def _counted(vector, kept):
-    return vector.detach() if kept is None else vector.detach().index_select(0, kept)  # [counted]
-
-
-def _fold(sums, old, given, squares, norm):
-    whole, unit = sums
-    (new,) = given
-    change = new.to(torch.float64, copy=True).sub_(old)
-    whole.add_(change)
-    if norm > 0:
-        unit.add_(change.mul_(1.0 / norm))
+        """{"drift": float}, 0 where no client counted."""
+        lengths, size = clients.gather(self._lengths), math.sqrt(fp64_sum(self._theta, square=True) + self._frozen)
+        self._theta = None
+        return {"drift": math.fsum(lengths.values()) / max(1, len(lengths)) / size}
 
 
 class CrossLosses(Follower):
     """A probe: losses of some of a round's clients on each other's images, every --interference-every rounds.
 
         M_ij = L_i(theta + delta_j) - L_i(theta)      row i: whose images, column j: whose update, as it is sent
-        gap_k = L_k(theta') - L_k(theta_k)            theta': the server's weights after the round
 
     L_i: mean cross-entropy in nats, in fp32, without smoothing and dropout, on up to 64 images of the validation split,
     drawn by the client's own proportions of classes (`held_rows`). M_ii < 0 helps the client itself, M_ij > 0 harms
-    another (inter-task affinity, Fifty et al. 2021, is -M_ij / L_i(theta)). The chance level of M is the same with
-    random signs, L_i(theta + s delta_j) - L_i(theta): a step as long, in the same weights.
+    another (inter-task affinity, Fifty et al. 2021, is -M_ij / L_i(theta)).
 
     The same bits for any number of processes; nothing of the run changes by it.
     """
@@ -84,7 +54,7 @@ class CrossLosses(Follower):
 
     def open_round(self, clients, theta):
         study, args = self._study, self._study.args
-        self._theta, self._of = theta, {}  # client -> its column of losses, with random signs
+        self._theta, self._of = theta, {}  # client -> its column of losses
         self.sample = []
         if (clients.number + 1) % args.interference_every == 0:
             ids, draws = np.array(sorted(clients.clients)), stream(args.seed, "interference", clients.number)
@@ -93,49 +63,32 @@ class CrossLosses(Follower):
         self._held = [held_rows(study, k) for k in self.sample]
 
     def accept(self, clients, theta_k):
-        k = clients.current
-        if k not in self.sample:
-            return
-        theta_k = theta_k.clone()  # it may lie in the model, which gets other weights now
-        update = theta_k - self._theta
-        generator = torch_stream(self._study.args.seed, "interference signs", clients.number, k)
-        signs = torch.randint(0, 2, update.shape, generator=generator).to(update) * 2 - 1
-        self._of[k] = [self._losses(theta) for theta in (theta_k, self._theta + signs * update)]
+        if clients.current in self.sample:
+            self._of[clients.current] = self._losses(theta_k)
 
     def result(self, clients, theta):
-        """Fields of metrics.jsonl, None where it takes more clients. Args: theta [n]: after the round.
-
-        interference_clients [S] ids (without those whose update was left out); interference: M; interference_own,
-        _others, _chance: means of M_ii, of M_ij (i != j), of that with random signs; merge_gap: mean of gap_k.
-        """
+        """Fields of metrics.jsonl: interference_clients [S], ids (without those whose update was left out);
+        interference: M; interference_own, _others: means of M_ii, of M_ij (i != j; None for one client)."""
         of = clients.gather(self._of)
         ids = [k for k in self.sample if k in of]
         if not ids:
             return {}
         at = [self.sample.index(k) for k in ids]
-        before, after = (np.array(self._losses(theta_))[at] for theta_ in (self._theta, theta))  # [S]
+        before = np.array(self._losses(self._theta))[at]  # [S]
         self._theta = self._of = None
-        losses, random = (np.array([of[k][i] for k in ids]).T[at] for i in (0, 1))  # [S, S], row: whose images
-        change, chance = losses - before[:, None], random - before[:, None]
-        others = ~np.eye(len(ids), dtype=bool)
+        change = (np.array([of[k] for k in ids]).T[at] - before[:, None]).round(6)  # [S, S], row: whose images
+        others = change[~np.eye(len(ids), dtype=bool)]
         return {
-            "interference_own": _rounded(change.diagonal().mean()),
-            "interference_others": _rounded(change[others].mean()) if others.any() else None,
-            "interference_chance": _rounded(chance[others].mean()) if others.any() else None,
-            "merge_gap": _rounded((after - losses.diagonal()).mean()),
+            "interference_own": change.diagonal().mean(),
+            "interference_others": others.mean() if len(others) else None,
             "interference_clients": ids,
-            "interference": [[_rounded(m) for m in line] for line in change],
+            "interference": change.tolist(),
         }
 
     def _losses(self, theta):
         """[S] L_i(theta) of the sample's clients, in its order."""
         self._study.weights.load(theta)
         return held_losses(self._study, self._held)
-
-
-def _rounded(x):
-    """x to six digits: a log holds many of them."""
-    return float(f"{x:.6g}")
 
 
 def held_rows(study, k):

@@ -1,4 +1,4 @@
-"""Which weights a sparse run may change: the strategies, exact thresholds, calibration over several rounds.
+"""Which weights a sparse run may change, and SGD that changes only these.
 
 A mask is a bool vector [n] over the weights it covers (`maskable`), True where a weight is trained; every other
 parameter stays as it is. `STRATEGIES` is the one table of strategies. TaLoS: Iurada et al. 2025 and its public code.
@@ -12,12 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common import parallel
+from common.checkpoint import saving
 from common.cli import RunFailed, UsageError
 from common.fisher import diagonal_fisher
+from common.hub import reading
 from common.seeding import stream
 from common.vector import Weights
 
@@ -28,10 +32,10 @@ SMALL = 2**21  # weights up to which vmap is faster than the loop on a CPU too (
 
 @dataclass(frozen=True)
 class Sample:
-    """What a strategy scores the weights on: the model, and the images of one calibration round at one place.
+    """What a strategy scores the weights on: the model, and the images of one calibration round.
 
     model: in eval mode, images [B, 3, S, S] -> logits [B, C]; weights: of the model (`common.vector`), weights.theta
-    [n] are the values to score; draws: a numpy generator of this seed, round and client; images: uint8 [m, 3, H, W];
+    [n] are the values to score; draws: a numpy generator of this seed and round; images: uint8 [m, 3, H, W];
     labels: int64 [m]; prepare: function images -> the model's input; form: of `sensitivity`.
     """
 
@@ -112,14 +116,14 @@ STRATEGIES = {
 }
 
 
-def maskable(model, head="classifier"):
+def maskable(model):
     """Names of the parameters that a mask covers, in the order of `named_parameters`.
 
-    Weights and biases of linear, convolution and layer-norm modules that are trainable; not the head, nor what another
-    module holds itself (class token, position embedding).
+    Weights and biases of linear, convolution and layer-norm modules that are trainable (of a head that is not frozen
+    too), not what another module holds itself (class token, position embedding).
     """
     kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm)
-    covered = {name for name, module in model.named_modules() if isinstance(module, kinds) and name != head}
+    covered = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     return [name for name, p in model.named_parameters() if p.requires_grad and name.rpartition(".")[0] in covered]
 
 
@@ -166,8 +170,8 @@ def calibrate(theta, scores, sizes, *, sparsity, method="talos", rounds=4, **rul
     return mask
 
 
-def calibration_rows(n, samples, rounds, seed, *, method="talos", client=0):
-    """Rows of the n images for each calibration round: a list of `rounds` int64 tensors, keyed by (seed, client).
+def calibration_rows(n, samples, rounds, seed, method="talos"):
+    """Rows of the n images for each calibration round: a list of `rounds` int64 tensors, keyed by the seed.
 
     "seed": disjoint batches of `samples` each, or of n // rounds where there are not so many; "talos": the same
     `samples` (at most n) in every round. Raises UsageError where a round would get no image.
@@ -175,7 +179,7 @@ def calibration_rows(n, samples, rounds, seed, *, method="talos", client=0):
     size = min(samples, n if method == "talos" else n // rounds)
     if size < 1:
         raise UsageError(f"{n} images do not give {rounds} calibration rounds one image each: lower the rounds")
-    order = torch.from_numpy(stream(seed, "calibration", 0, client).permutation(n))
+    order = torch.from_numpy(stream(seed, "calibration").permutation(n))
     return [order[:size] if method == "talos" else order[r * size : (r + 1) * size] for r in range(rounds)]
 
 
@@ -184,20 +188,107 @@ def merge(masks, how):
     return functools.reduce(torch.logical_or if how == "union" else torch.logical_and, masks)
 
 
-def kept_shares(masks):
-    """{"weights", "biases": kept fraction of these} of {name: bool tensor}."""
-    parts = {}
-    for name, mask in masks.items():
-        parts.setdefault("biases" if name.endswith("bias") else "weights", []).append(mask.reshape(-1))
-    return {kind: torch.cat(some).double().mean().item() for kind, some in parts.items()}
-
-
-def facts_of(masks):
-    """What a run's results say of its mask {name: bool tensor}: kept shares, and for each tensor [kept, all]."""
-    shares = {f"kept_{kind}": share for kind, share in kept_shares(masks).items()}
-    return shares | {"kept": {name: [int(part.sum()), part.numel()] for name, part in masks.items()}}
-
-
 def index_bytes(mask):
     """Bytes that tell a receiver which weights are kept: one bit a weight, or 4 bytes a kept one if that is less."""
     return min(math.ceil(mask.numel() / 8), 4 * int(mask.sum()))
+
+
+# ---- a run's mask
+
+
+def check_mask(args, size, images):
+    """Raises UsageError for what `make_mask` could not use, before anything of the run is written.
+
+    Args: size: how many weights a mask covers; images: how many the server has.
+    """
+    if not round((1 - args.sparsity_ratio) * size):
+        raise UsageError(f"sparsity {args.sparsity_ratio} keeps 0 of {size} weights: use a lower one, or thaw layers")
+    if STRATEGIES[args.mask_strategy].images:
+        calibration_rows(images, 1, args.calibration_rounds, args.seed, args.calibration)
+
+
+def make_mask(study, run, theta):
+    """The mask of this run, bool [n], also written to mask.safetensors in its folder; the resumed run's own if it has.
+
+    Args: theta [n]: the weights before the first round, which the model has afterwards.
+    """
+    args, weights = study.args, study.weights
+    path = run.folder / "mask.safetensors"
+    if run.start_round:  # calibrated before the checkpoint was made
+        return load_mask(path, weights.shapes).to(study.device)
+    study.model.eval()
+    weights.load(theta)
+    sizes, strategy = [shape.numel() for shape in weights.shapes.values()], STRATEGIES[args.mask_strategy]
+    rounds = args.calibration_rounds if strategy.images else 1
+    rule = {"method": args.calibration, "largest": strategy.largest, "scope": args.mask_scope}
+    mask = calibrate(theta, _scores(study, strategy), sizes, sparsity=args.sparsity_ratio, rounds=rounds, **rule)
+    weights.load(theta)
+    study.tell(f"mask: {int(mask.sum())} of {len(mask)} weights are trained, {100 * mask.double().mean():.2f} %")
+    if parallel.is_main():
+        with saving(path, path):
+            save_file({name: part.clone() for name, part in weights.named(mask).items()}, path)
+    parallel.barrier()
+    return mask.to(study.device)
+
+
+def _scores(study, strategy):
+    """The function (theta, r) -> scores [n] of `calibrate`: on the server's validation images, or without any."""
+    args, data, model, weights = study.args, study.data, study.model, study.weights
+    if not strategy.images:
+        sample = Sample(model, weights, stream(args.seed, "random mask"))
+        return lambda theta, r: strategy.scores(sample)
+    images, labels = data.validation, data.validation_labels
+    rows = calibration_rows(len(images), args.fisher_samples, args.calibration_rounds, args.seed, args.calibration)
+    form = {"talos": "logit", "seed": "nll"}[args.calibration]
+
+    def scores(theta, r):
+        chosen, draws = rows[r].to(images.device), stream(args.seed, "calibration labels", r)
+        weights.load(theta)
+        return strategy.scores(Sample(model, weights, draws, images[chosen], labels[chosen], study.pixels, form))
+
+    return scores
+
+
+def load_mask(path, shapes):
+    """The mask in a file, a bool vector in the order of `shapes`: {name: shape} of the model's weights.
+
+    Raises: UsageError where it cannot be read, or is of other weights.
+    """
+    with reading(f"no mask of this model could be read from {path}", "start anew with --overwrite"):
+        masks = load_file(path)
+        return torch.cat([masks[name].view(shape).reshape(-1) for name, shape in shapes.items()])
+
+
+# ---- training under a mask
+
+
+class SparseSGDM:
+    """SGD with momentum on the kept weights   (torch.optim.SGD, restricted to a mask):
+
+        u = g + weight_decay * w              only at the kept weights
+        buf = momentum * buf + u              (first step: buf = u)
+        w -= lr * buf
+
+    Kept weights are gathered, updated and written back, so that a masked weight is never written: weight decay,
+    -0.0 or a NaN gradient at a masked place cannot reach it. With a full mask it is torch.optim.SGD, bit for bit.
+    Momentum starts at zero in each new optimiser, so that one mask's is never another's.
+
+    Args: weights: `common.vector.Weights`; kept: int64 [kept], the kept weights' places in its vector, ascending.
+    """
+
+    def __init__(self, weights, kept, lr, momentum=0.0, weight_decay=0.0):
+        self._weights, self._kept, self._buffer = weights, kept, None
+        self._lr, self._momentum, self._decay = lr, momentum, weight_decay
+
+    @torch.no_grad()
+    def step(self):
+        """One update."""
+        theta, gradients = self._weights.theta, [p.grad.reshape(-1) for p in self._weights.parameters.values()]
+        u, w = (vector.index_select(0, self._kept) for vector in (torch.cat(gradients), theta))  # [kept]
+        # the operations and their order are torch's
+        if self._decay:
+            u.add_(w, alpha=self._decay)
+        if self._momentum:
+            self._buffer = u.clone() if self._buffer is None else self._buffer.mul_(self._momentum).add_(u)
+            u = self._buffer
+        theta.index_copy_(0, self._kept, w.add_(u, alpha=-self._lr))

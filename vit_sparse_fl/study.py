@@ -11,23 +11,19 @@ from torch.nn import functional as F
 from common import parallel
 from common.aggregation import fp64_sum
 from common.batches import pass_after_pass
-from common.checkpoint import saving, write_json
+from common.checkpoint import saving
 from common.cli import UsageError
 from common.curves import draw_accuracy
 from common.evaluation import amp_context, reuse_large_memory
 from common.local import client_optimizer, local_steps, lr_at
 from common.participation import Turns
 from common.seeding import seed_torch, stream
-from common.sharding import class_counts
 from common.vector import Weights, fingerprint
 from vit_sparse_fl.best import BestCheckpoints
-from vit_sparse_fl.data import augment, check_batch_size, classes_of, deal, load_images, prepare
-from vit_sparse_fl.heads import ridge_head, sums_bytes
-from vit_sparse_fl.interference import CrossLosses, Interference
-from vit_sparse_fl.masks import maskable
-from vit_sparse_fl.run_mask import check_mask
-from vit_sparse_fl.sparse_sgdm import SparseSGDM
-from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, save_pretrained
+from vit_sparse_fl.data import augment, classes_of, deal, load_images, prepare
+from vit_sparse_fl.interference import CrossLosses, Drift
+from vit_sparse_fl.masks import SparseSGDM, check_mask, maskable
+from vit_sparse_fl.vit import freeze, init_from, make_model, new_head, ridge_head, save_pretrained, sums_bytes
 
 
 class Study:
@@ -38,7 +34,7 @@ class Study:
     log; best: the best rounds' weights; turns: who took part before; up, down, joining: bytes that a client sends in a
     round, that it receives, and that it receives in its first; first: theta before the first round; lasting: with
     theta, all that outlives a round.
-    Args: federated: False: one client with everybody's images; sparse: only what a mask may cover is trained.
+    Args: federated: False: one client with all images; sparse: only what a mask may cover is trained.
     Raises: UsageError.
     """
 
@@ -46,15 +42,18 @@ class Study:
         reuse_large_memory()
         self.args, self.run, self.device = args, run, run.device
         data = load_images(args.dataset, args.seed, args.val_split, classes_of(args), args.data_root)
-        shards, notes = deal(args, data.train_labels) if federated else ([np.arange(len(data.train_labels))], [])
+        shards, notes = deal(args, data.train_labels)
         self.examples = self.client_weights = [len(rows) for rows in shards]
-        check_batch_size(self.examples, args.batch_size)
         self.model, more = _make_model(args, data.n_classes)
-        shapes = _freeze(self.model, args, sparse)
-        if "mask" in args:
-            check_mask(args, shapes, len(data.validation), min(self.examples))
+        freeze(self.model, backbone=args.freeze_backbone, layers=args.freeze_layers, head=args.freeze_head)
+        if sparse:
+            covered = maskable(self.model)
+            for name, p in self.model.named_parameters():
+                p.requires_grad_(name in covered)
         self.model.to(run.device)
         self.weights = Weights(self.model)
+        if "mask_strategy" in args:
+            check_mask(args, self.weights.size, len(data.validation))
         sizes = {"total": sum(p.numel() for p in self.model.parameters()), "trainable": self.weights.size}
         facts = {"clients": len(shards), "weights_sha256": fingerprint(dict(self.model.named_parameters()))}
         self.log = open_log(args.log_dir or f"{args.output_dir}/logs", run.folder.name)
@@ -67,7 +66,6 @@ class Study:
             for note in notes + more:
                 self.tell(note)
         if federated:
-            _keep_shards(self, class_counts(shards, data.train_labels.numpy(), data.n_classes))
             self.turns = Turns(args.seed, args.num_clients, args.participation_rate)
             run.plan(args.num_rounds, args.eval_every, args.save_every, len(shards))
         else:
@@ -102,11 +100,6 @@ class Study:
                 self.run.stop("early_stopping", f"no better validation accuracy since {best.round}")
         return fields
 
-    def frozen_squares(self):
-        """Sum of squares of the weights that are not trained, in fp64."""
-        frozen = [p for p in self.model.parameters() if not p.requires_grad]
-        return math.fsum(fp64_sum(p.detach().reshape(-1), square=True) for p in frozen)
-
     def pixels(self, images):
         """uint8 [B, 3, H, W] as the model takes them: float32 [B, 3, S, S]."""
         return prepare(images, self.args.image_size)
@@ -127,31 +120,6 @@ def _make_model(args, n_classes):
     if args.head == "random":
         new_head(model, args.seed)
     return model, notes
-
-
-def _freeze(model, args, sparse):
-    """Returns {name: shape} of what a mask may cover (a head that is not frozen too): in sparse runs nothing else is
-    trained."""
-    freeze(model, backbone=args.freeze_backbone, layers=args.freeze_layers, head=args.freeze_head)
-    if not sparse:
-        return {}
-    covered = maskable(model, "classifier" if args.freeze_head else "")
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in covered)
-    return {name: list(p.shape) for name, p in model.named_parameters() if name in covered}
-
-
-def _keep_shards(study, counts):
-    """Writes shards.json. Args: counts: images of each class at each client, [K, C]."""
-    path = study.run.folder / "shards.json"
-    if not parallel.is_main() or path.exists():
-        return
-    n, classes = study.examples, (counts > 0).sum(1)
-    study.tell(
-        f"{len(n)} clients, images a client {min(n)} to {max(n)}, classes a client {classes.min()} to {classes.max()}"
-    )
-    with saving(path):
-        write_json(path, {"counts": counts.tolist()})
 
 
 def client_batches(study, k, t, first, steps):
@@ -187,10 +155,11 @@ def client_update(study, theta, k, t, kept=None):
     return weights.theta
 
 
-def probes(study, kept=None):
+def probes(study):
     """What is measured of the rounds' clients."""
-    pull = [Interference(kept, study.frozen_squares())]
-    return pull + ([CrossLosses(study)] if study.args.interference_every else [])
+    frozen = [p.detach().reshape(-1) for p in study.model.parameters() if not p.requires_grad]
+    drift = Drift(math.fsum(fp64_sum(w, square=True) for w in frozen))
+    return [drift, CrossLosses(study)] if study.args.interference_every else [drift]
 
 
 def learning_rate(args, t):

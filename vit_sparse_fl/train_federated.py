@@ -3,10 +3,9 @@
     python vit_sparse_fl/train_federated.py --sharding non_iid --nc 5
     python vit_sparse_fl/train_federated.py --dataset demo --model tiny --num-rounds 50      # offline, a CPU, a minute
 
-theta <- theta + eta_s sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMahan et al. 2017, algorithm 1)
+theta <- theta + sum_k p_k (theta_k - theta),  p_k = n_k / sum_j n_j     (McMahan et al. 2017, algorithm 1)
 
-theta_k: J steps of SGD with momentum on client k's images; K clients, of which C K take part in a round;
-eta_s: --server-lr, 1 in FedAvg (Reddi et al. 2021, algorithm 1).
+theta_k: J steps of SGD with momentum on client k's images; K clients, of which C K take part in a round.
 """
 
 from common.aggregation import WeightedMean
@@ -36,7 +35,7 @@ def train(args):
             for k in clients:
                 theta_k = client_update(study, theta, k, t)
                 mean.add(theta_k)
-            theta = mean.result(args.server_lr)
+            theta = mean.result()
             run.report(t + 1, theta, study.evaluate)
 
         finish(study, theta)

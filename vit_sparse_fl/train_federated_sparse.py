@@ -7,22 +7,19 @@ The mask m is made once, before the first round, from how sensitive the model's 
 Iurada et al. 2025), from the weights' magnitude, or at random. Clients then train under it:
 
     u <- m * (g + wd theta);  buf <- mu buf + u;  theta <- theta - lr buf     (J steps, buf starts anew each round)
-    theta <- theta + eta_s sum_k p_k (theta_k - theta)                        (McMahan et al. 2017, eta_s: --server-lr)
+    theta <- theta + sum_k p_k (theta_k - theta)                              (McMahan et al. 2017)
 
 A weight outside of the mask keeps its bits for the whole run.
 """
 
-from pathlib import Path
-
 from common.aggregation import WeightedMean
-from common.cli import RARE, UsageError, checked, half_open_fraction, positive_int
+from common.cli import RARE, checked, half_open_fraction, positive_int
 from common.participation import per_round
 from common.processes import run_federated
 from common.runlog import start_run
 from vit_sparse_fl import flags
 from vit_sparse_fl.experiments import federated_settings, repeated, run_each, variant
-from vit_sparse_fl.masks import STRATEGIES, facts_of, index_bytes
-from vit_sparse_fl.run_mask import make_mask, sparsity_of
+from vit_sparse_fl.masks import STRATEGIES, index_bytes, make_mask
 from vit_sparse_fl.study import Study, client_update, finish, probes
 
 
@@ -31,9 +28,6 @@ def build_parser():
     own, rare, number = parser.group("the method"), parser.group(RARE), flags.number
     own.add_argument("--mask-strategy", choices=STRATEGIES, default="least_sensitive", help="which weights it keeps")
     number(own, "--calibration-rounds", positive_int, None, "R", "calibration rounds (default: 4; seed: 5)")
-    where = "server: on its validation images; clients: the mean of scores that clients send"
-    own.add_argument("--calibrate-on", choices=["server", "clients"], default="server", help=where)
-    own.add_argument("--mask", metavar="FILE", help="use this mask.safetensors of another run")
     own.add_argument("--compare-strategies", action="store_true", help="a run for each strategy")
     own.add_argument("--sparsity-experiment", action="store_true", help="a run for each of --sparsity-values")
     number(rare, "--fisher-samples", positive_int, 512, "N", "images a calibration round")
@@ -54,7 +48,7 @@ def train(args):
         kept = mask.nonzero().view(-1)  # [kept]
         study.up = study.down = 4 * len(kept)
         study.joining += index_bytes(mask)  # who joins learns what is kept
-        run.watch(*probes(study, kept))
+        run.watch(*probes(study))
         run.report(0, theta, study.evaluate)
 
         for t in run.rounds():
@@ -63,10 +57,11 @@ def train(args):
             for k in clients:
                 theta_k = client_update(study, theta, k, t, kept)
                 mean.add(theta_k)
-            theta = mean.result(args.server_lr)
+            theta = mean.result()
             run.report(t + 1, theta, study.evaluate)
 
-        finish(study, theta, **facts_of(study.weights.named(mask)))
+        parts = study.weights.named(mask).items()  # of each tensor: how many are kept, of how many
+        finish(study, theta, kept={name: [int(part.sum()), part.numel()] for name, part in parts})
 
 
 def settings(args):
@@ -81,20 +76,13 @@ def settings(args):
 
 def mask_name(args):
     """sparse_STRATEGY_s0.9, with what differs from the default marked."""
-    if args.mask:
-        return f"mask_of_{Path(args.mask).resolve().parent.name}_s{args.sparsity_ratio:g}"
     name = f"sparse_{args.mask_strategy}_s{args.sparsity_ratio:g}"
     if STRATEGIES[args.mask_strategy].images:
         name += f"_{args.calibration}{args.calibration_rounds}"
-        name += "_clients" if args.calibrate_on == "clients" else ""
     return name + (f"_per_{args.mask_scope}" if args.mask_scope != "global" else "")
 
 
 def main(args):
-    if args.mask:
-        if args.compare_strategies or args.sparsity_experiment:
-            raise UsageError(f"--mask {args.mask} decides the weights: drop the sweep")
-        args.sparsity_ratio = sparsity_of(args.mask)  # the mask's own
     run_each(train, repeated(args, settings(args)))
 
 

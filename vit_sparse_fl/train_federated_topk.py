@@ -3,7 +3,7 @@
     python vit_sparse_fl/train_federated_topk.py --sparsity-ratio 0.9
     python vit_sparse_fl/train_federated_topk.py --dataset demo --model tiny --num-rounds 50      # offline, a CPU
 
-theta <- theta + eta_s sum_k p_k C(theta_k - theta)     C: the k largest entries, the others 0 (Stich et al. 2018)
+theta <- theta + sum_k p_k C(theta_k - theta)     C: the k largest entries, the others 0 (Stich et al. 2018)
 
 The plain alternative to a mask at equal bytes up: k is such that values and their places take as many bytes as the
 values that a mask of --sparsity-ratio keeps.
@@ -50,7 +50,7 @@ def train(args):
             for k in clients:
                 theta_k = client_update(study, theta, k, t)
                 mean.add(top_k(theta, theta_k, size))
-            theta = mean.result(args.server_lr)
+            theta = mean.result()
             run.report(t + 1, theta, study.evaluate)
 
         finish(study, theta)

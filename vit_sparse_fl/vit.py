@@ -1,4 +1,4 @@
-"""The model: a vision transformer with a linear head on its CLS token, and how its weights are found.
+"""The model: a vision transformer with a linear head on its CLS token; how its weights are found, the head fitted.
 
 DINO ViT-S/16 (Caron et al. 2021): patch 16, 384 wide, 12 blocks of 6 heads, 21,665,664 parameters, and a head of
 38,500 for 100 classes. Modules and names are those of transformers' ViTForImageClassification.
@@ -18,6 +18,7 @@ from common.seeding import torch_stream
 DINO = "facebook/dino-vits16"
 TINY = dict(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, patch_size=8)
 VIT_S = dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, patch_size=16)
+PENALTIES = tuple(10.0**e for e in range(-6, 2))  # ridge: times the mean eigenvalue of the features' scatter matrix
 _WHERE = "give --model FOLDER, or take --model tiny"
 
 
@@ -158,6 +159,64 @@ def new_head(model, seed):
     nn.init.zeros_(model.classifier.bias)
 
 
+def sums_bytes(head):
+    """Bytes that a client would send for `ridge_head`, which needs sums over images only: X'X, X'Y, means, in fp64."""
+    size, classes = head.in_features, head.out_features
+    return 8 * (size * (size + 1) // 2 + (size + 1) * (classes + 1))
+
+
+@torch.no_grad()
+def ridge_head(model, features, labels, validation):
+    """Fits `model.classifier` to features [n, D] and labels [n] in closed form, in fp64; returns (l2, scale).
+
+    W, b = argmin sum_i ||onehot(y_i) - W x_i - b||^2 + l2 ||W||^2, the intercept b not penalised:
+        W = Y'X (X'X + l2 I)^-1 with X and Y centred, b = mean(y) - W mean(x)
+    The outputs approximate probabilities in 0..1, so their softmax over C classes would be nearly uniform and the
+    cross-entropy's gradients far too large for a fitted head. So W and b are multiplied by one scale (an inverse
+    temperature) that minimises the mean NLL of `validation`, (features, labels); it changes no prediction.
+    l2: of `PENALTIES` times the mean eigenvalue of X'X the one with the best validation accuracy, the smallest of
+    equals, in the units of sklearn's Ridge(alpha=l2).
+    """
+    held, truth = validation[0].double(), validation[1]
+    x = features.double()
+    y = F.one_hot(labels, model.classifier.out_features).double()  # [n, C]
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x = x - mean_x
+    # One eigendecomposition serves every l2.
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    values = values.clamp_min(0.0)
+    cross = vectors.T @ (x.T @ (y - mean_y))  # [D, C]
+
+    def fit(penalty):
+        weight = (vectors @ (cross / (values + penalty)[:, None])).T  # [C, D]
+        return weight, mean_y - weight @ mean_x
+
+    def outputs(penalty):
+        weight, bias = fit(penalty)
+        return held @ weight.T + bias  # [m, C]
+
+    unit = max(values.mean().item(), torch.finfo(torch.float64).tiny)
+    l2 = max((unit * g for g in PENALTIES), key=lambda p: (outputs(p).argmax(1) == truth).sum().item())
+    scale = _best_scale(outputs(l2), truth)
+    weight, bias = fit(l2)
+    model.classifier.weight.copy_(scale * weight)
+    model.classifier.bias.copy_(scale * bias)
+    return l2, scale
+
+
+def _best_scale(z, labels, low=1e-2, high=1e4, halvings=40):
+    """argmin over s in [low, high] of the mean NLL of softmax(s z), z [n, C]: bisection of its derivative.
+
+    The NLL is convex in s; d NLL / d s = mean(sum_c p_c z_c - z_y).
+    """
+    picked = z.gather(1, labels[:, None]).squeeze(1)  # [n]
+    for _ in range(halvings):
+        s = (low * high) ** 0.5
+        slope = ((torch.softmax(s * z, dim=1) * z).sum(1) - picked).mean()
+        low, high = (low, s) if slope > 0 else (s, high)
+    return (low * high) ** 0.5
+
+
 def interpolate_positions(positions, grid):
     """Position embeddings [1, 1 + g*g, D] for a grid x grid image, by DINO's formula; the CLS token's stays.
 
@@ -178,15 +237,12 @@ def _load(module, tensors, what):
 
     Raises: UsageError for missing or extra names and other shapes.
     """
-    own = {name: p.shape for name, p in module.named_parameters()}
-    for name in own.keys() & tensors.keys():
+    for name, p in module.named_parameters():
         if name.endswith("position_embeddings"):
-            grid = math.isqrt(own[name][1] - 1)
-            tensors = {**tensors, name: interpolate_positions(tensors[name].float(), grid)}
-    given = {name: tensor.shape for name, tensor in tensors.items()}
+            tensors = {**tensors, name: interpolate_positions(tensors[name].float(), math.isqrt(p.shape[1] - 1))}
+    own, given = ({name: t.shape for name, t in of.items()} for of in (module.state_dict(), tensors))
     if odd := sorted(name for name in own | given if own.get(name) != given.get(name)):
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise UsageError(f"{what} are not of this model, {odd[0]}{more} missing, extra or of another shape: {_WHERE}")
+        raise UsageError(f"{what} are not of this model: {odd[0]} and {len(odd) - 1} more differ: {_WHERE}")
     module.load_state_dict(tensors)
 
 
