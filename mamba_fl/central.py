@@ -13,7 +13,7 @@ from common.cli import RunFailed, UsageError, parse, run_main
 from common.local import OptimizerState, gradients
 from common.runlog import start_run
 from mamba_fl import flags
-from mamba_fl.fed_core import client_batches, load_study
+from mamba_fl.fed_core import Study, client_batches
 from mamba_fl.measuring import finish, save_deltas, state_space
 
 WINDOW = 10  # cosines that are averaged, as in the source
@@ -27,7 +27,7 @@ def main(args):
     with start_run("central", args, flags.run_name("central", args)) as run:
         if parallel.world().size > 1:
             raise UsageError("central.py trains in one process: start it without torchrun")
-        study = load_study(args, run, federated=False)
+        study = Study(args, run, federated=False)
         weights, optimizer, watch = study.weights, study.moments.optimizer, GradientWatch(study.weights)
         moments = OptimizerState(optimizer, weights.parameters)
         theta = run.restore(weights.snapshot(), weights.named, **study.lasting, moments=moments, watch=watch)

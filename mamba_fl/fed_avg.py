@@ -10,7 +10,7 @@ from common.cli import parse
 from common.processes import run_federated
 from common.runlog import start_run
 from mamba_fl import flags
-from mamba_fl.fed_core import client_update, load_study
+from mamba_fl.fed_core import Study, client_update
 from mamba_fl.measuring import finish
 
 
@@ -20,7 +20,7 @@ def build_parser():
 
 def main(args):
     with start_run("fed_avg", args, flags.run_name("fed_avg", args)) as run:
-        study = load_study(args, run)
+        study = Study(args, run)
         theta = run.restore(study.weights.snapshot(), study.weights.named, **study.lasting)
         run.report(0, theta, study.evaluate)
 

@@ -4,7 +4,6 @@ The round loop is in each script; an algorithm differs from FedAvg only there. W
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from common.seeding import stream, torch_stream
 from common.shared_moments import PooledMoments
 from common.vector import Weights
 from mamba_fl.cross_entropy import entropies, sample_labels
-from mamba_fl.data import FederatedText, build_data, inputs_and_labels
+from mamba_fl.data import build_data, inputs_and_labels
 from mamba_fl.mamba2 import Mamba2Config
 from mamba_fl.measuring import evaluate, save_deltas, statistics
 from mamba_fl.ssm_config import make_model
@@ -30,28 +29,39 @@ NOT_DECAYED = ("dt_bias", "A_log", "D")  # Dao & Gu's recipe: no weight decay on
 ENTROPY_SEQUENCES = 8  # of a client's held-out text, for its entropy
 
 
-@dataclass(frozen=True)
 class Study:
-    """Data and model of a run.
+    """Data and model of a run, which it begins; bad input ends here, with nothing written.
 
-    train: each client's blocks [n_k, T + 1] on the device (central: one client with all); weights: theta's live vector
-    and names; client_weights: what each client counts in a mean, n_k or 1; total_steps: of a client that is always
-    there; moments: the clients' optimiser, --client-state; sent_vectors: of theta's length that a client sends a round.
+    Attributes: args: flags; run; data; train: each client's blocks [n_k, T + 1] on the device; model; weights: theta's
+    live vector and names; client_weights: what each client counts in a mean, n_k or 1; turns: who took part before;
+    total_steps: of a client that is always there; best; moments: the clients' optimiser, --client-state; sent_vectors:
+    of theta's length that a client sends a round.
+    Args: federated: False: one client with everybody's text; uniform: whether clients count alike in a mean.
+    Raises: UsageError for what is not there or does not fit.
     """
 
-    args: object
-    run: object
-    data: FederatedText
-    train: list
-    model: torch.nn.Module
-    weights: Weights
-    client_weights: list
-    turns: Turns
-    total_steps: int
-    best: Best
-    moments: Moments | PooledMoments
-    sent_vectors: int
     evaluate = evaluate  # what is logged of theta [n] after t rounds
+
+    def __init__(self, args, run, federated=True, sent_vectors=1, uniform=False):
+        reuse_large_memory()
+        self.args, self.run, self.sent_vectors = args, run, sent_vectors
+        dealt = (args.num_clients, args.sharding, args.seed, args.data_root)
+        self.data = data = build_data(args.dataset, args.tokenizer, args.sequence_length, *dealt)
+        train = [blocks.to(run.device) for blocks in data.train]
+        self.train = train if federated else [torch.cat(train)]
+        examples = [len(blocks) for blocks in self.train]
+        rounds, self.total_steps = plan_rounds(args, examples)
+        sizes = {"d_model": args.d_model, "n_layer": args.layers, "d_state": args.d_state, "headdim": args.headdim}
+        config = Mamba2Config(vocab_size=data.vocab_size, **sizes)
+        self.model = make_model(config, kernel=args.kernel, device=run.device, seed=args.seed)
+        self.weights = Weights(self.model)
+        self.client_weights = [1] * len(examples) if uniform else examples
+        self.turns = Turns(args.seed, len(examples), args.participation)
+        self.best = Best()
+        self.moments = client_moments(args, run, self.weights, len(examples) if federated else 0)
+        facts = run.resolved() | {"kernel": type(self.model).__name__}
+        run.begin(data.fingerprint, {"total": self.weights.size}, facts, data.shards)
+        run.plan(rounds, args.val_freq, args.save_freq, len(examples))
 
     @property
     def lasting(self):
@@ -95,43 +105,6 @@ class Study:
         args, total = self.args, self.total_steps
         steps = range(t * args.local_updates, min((t + 1) * args.local_updates, total))
         return [lr_at(step, total, args.lr, args.lr_scheduler, warmup=args.warmup_steps) for step in steps]
-
-
-def load_study(args, run, federated=True, sent_vectors=1, uniform=False):
-    """Reads the data, builds the model and begins the run. Raises: UsageError for what is not there or does not fit.
-
-    uniform: whether clients count alike in a mean.
-    """
-    reuse_large_memory()
-    data = build_data(
-        args.dataset, args.tokenizer, args.sequence_length, args.num_clients, args.sharding, args.seed, args.data_root
-    )
-    train = [blocks.to(run.device) for blocks in data.train]
-    if not federated:  # one client with everybody's text
-        train = [torch.cat(train)]
-    examples = [len(blocks) for blocks in train]
-    rounds, total_steps = plan_rounds(args, examples)
-    sizes = {"d_model": args.d_model, "n_layer": args.layers, "d_state": args.d_state, "headdim": args.headdim}
-    config = Mamba2Config(vocab_size=data.vocab_size, **sizes)
-    model = make_model(config, kernel=args.kernel, device=run.device, seed=args.seed)
-    weights = Weights(model)
-    study = Study(
-        args=args,
-        run=run,
-        data=data,
-        train=train,
-        model=model,
-        weights=weights,
-        client_weights=[1] * len(train) if uniform else examples,
-        turns=Turns(args.seed, len(train), args.participation),
-        total_steps=total_steps,
-        best=Best(),
-        moments=client_moments(args, run, weights, len(train) if federated else 0),
-        sent_vectors=sent_vectors,
-    )
-    run.begin(data.fingerprint, {"total": weights.size}, run.resolved() | {"kernel": type(model).__name__}, data.shards)
-    run.plan(rounds, args.val_freq, args.save_freq, len(train))
-    return study
 
 
 def client_moments(args, run, weights, clients):

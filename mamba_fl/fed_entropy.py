@@ -13,7 +13,7 @@ from common.cli import parse
 from common.processes import run_federated
 from common.runlog import start_run
 from mamba_fl import flags
-from mamba_fl.fed_core import client_update, entropy, load_study
+from mamba_fl.fed_core import Study, client_update, entropy
 from mamba_fl.measuring import finish
 
 
@@ -23,7 +23,7 @@ def build_parser():
 
 def main(args):
     with start_run("fed_entropy", args, flags.run_name("fed_entropy", args)) as run:
-        study = load_study(args, run, uniform=True)  # alpha_k knows no n_k
+        study = Study(args, run, uniform=True)  # alpha_k knows no n_k
         theta = run.restore(study.weights.snapshot(), study.weights.named, **study.lasting)
         run.report(0, theta, study.evaluate)
 

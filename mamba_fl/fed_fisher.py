@@ -11,7 +11,7 @@ from common.cli import parse
 from common.processes import run_federated
 from common.runlog import start_run
 from mamba_fl import flags
-from mamba_fl.fed_core import client_update, fisher, load_study
+from mamba_fl.fed_core import Study, client_update, fisher
 from mamba_fl.measuring import finish
 
 
@@ -21,7 +21,7 @@ def build_parser():
 
 def main(args):
     with start_run("fed_fisher", args, flags.run_name("fed_fisher", args)) as run:
-        study = load_study(args, run, sent_vectors=2)  # theta_k and its precision
+        study = Study(args, run, sent_vectors=2)  # theta_k and its precision
         theta = run.restore(study.weights.snapshot(), study.weights.named, **study.lasting)
         run.report(0, theta, study.evaluate)
 

@@ -13,7 +13,7 @@ from common.cli import parse
 from common.processes import run_federated
 from common.runlog import start_run
 from mamba_fl import flags
-from mamba_fl.fed_core import client_update, load_study, server_optimizer
+from mamba_fl.fed_core import Study, client_update, server_optimizer
 from mamba_fl.measuring import finish
 
 
@@ -23,7 +23,7 @@ def build_parser():
 
 def main(args):
     with start_run("fed_momentum", args, flags.run_name("fed_momentum", args)) as run:
-        study = load_study(args, run)
+        study = Study(args, run)
         server = server_optimizer(args)
         theta = run.restore(study.weights.snapshot(), study.weights.named, **study.lasting, server=server)
         run.report(0, theta, study.evaluate)

@@ -74,38 +74,30 @@ class Mamba2Mixer(nn.Module):
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(c.n_layer)
 
-    def forward(self, u, state=None, keep_state=False):
-        """u: [B, T, D]; state: None, or what the last call returned (then T must be 1).
-
-        Returns (output [B, T, D], state), where state (None unless `keep_state`) is the last d_conv - 1 inputs of
-        the convolution [B, d_conv - 1, conv_dim] and the recurrent state [B, H, N, P].
-        """
+    def forward(self, u):
+        """[B, T, D] -> [B, T, D]."""
         zxbcdt = self.in_proj(u)  # [B, T, d_inner + conv_dim + H]
         zxbcdt = zxbcdt if zxbcdt.dtype == torch.float64 else zxbcdt.float()
         with torch.autocast(u.device.type, enabled=False):
-            if keep_state or u.device.type != "cpu":
-                y, state = self.scan(zxbcdt, state)
-            else:
+            if u.device.type == "cpu":
                 from mamba_fl.mamba2_cpu import mixer_scan  # the same as `scan`, faster; that module imports this one
 
                 y = mixer_scan(self, zxbcdt)  # [B, T, d_inner]
-        return self.out_proj(y), state if keep_state else None
+            else:
+                y = self.scan(zxbcdt)
+        return self.out_proj(y)
 
-    def scan(self, zxbcdt, state=None):
-        """From the columns of in_proj to the input of out_proj: (y [B, T, d_inner], state)."""
+    def scan(self, zxbcdt):
+        """From the columns of in_proj to the input of out_proj: [B, T, d_inner]."""
         c = self.config
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias  # [conv_dim, d_conv]
         z, xbc, dt = zxbcdt.split([c.d_inner, self.conv_dim, c.n_heads], -1)
-        xbc, window = causal_conv(xbc, weight, bias, None if state is None else state[0])
-        x, B, C = F.silu(xbc).split([c.d_inner, c.d_state, c.d_state], -1)  # B, C: [B, T, N]
+        x, B, C = F.silu(causal_conv(xbc, weight, bias)).split([c.d_inner, c.d_state, c.d_state], -1)  # B, C: [B, T, N]
         x = x.unflatten(-1, (c.n_heads, c.headdim))  # [B, T, H, P]
         dt = F.softplus(dt + self.dt_bias)  # [B, T, H]
         A = -torch.exp(self.A_log)  # [H]
-        if state is None:
-            y, recurrent = ssd_chunked(x, dt, A, B, C, self.D, auto_chunk(x.shape[1]))
-        else:
-            y, recurrent = ssd_step(x, dt, A, B, C, self.D, state[1])
-        return self.norm(y.flatten(-2) * F.silu(z)), (window, recurrent)
+        y = ssd_chunked(x, dt, A, B, C, self.D, auto_chunk(x.shape[1]))  # [B, T, H, P]
+        return self.norm(y.flatten(-2) * F.silu(z))
 
 
 class Block(nn.Module):
@@ -116,9 +108,8 @@ class Block(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = Mamba2Mixer(config)
 
-    def forward(self, x, state=None, keep_state=False):
-        y, state = self.mixer(self.norm(x), state, keep_state)
-        return x + y, state
+    def forward(self, x):
+        return x + self.mixer(self.norm(x))
 
 
 class Backbone(nn.Module):
@@ -131,13 +122,11 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
-    def forward(self, input_ids, states=None, keep_states=False):
+    def forward(self, input_ids):
         x = self.embedding(input_ids)  # [B, T, D]
-        new_states = []
-        for i, layer in enumerate(self.layers):
-            x, state = layer(x, None if states is None else states[i], keep_states)
-            new_states.append(state)
-        return self.norm_f(x), new_states
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm_f(x)
 
 
 class LanguageModel(nn.Module):
@@ -161,6 +150,15 @@ class LanguageModel(nn.Module):
         hidden = self.hidden(input_ids).flatten(0, 1)  # [B*T, D]
         return linear_cross_entropy(hidden, self.head_weight, labels.flatten(), self.config.vocab_size)
 
+    @torch.no_grad()
+    def generate(self, input_ids, max_new_tokens):
+        """Greedy continuation, the whole text read for each token: [B, T] -> [B, T + max_new_tokens]."""
+        for _ in range(max_new_tokens):
+            last = self.hidden(input_ids)[:, -1:]  # [B, 1, D]
+            logits = F.linear(last, self.head_weight)[..., : self.config.vocab_size]  # [B, 1, V]
+            input_ids = torch.cat([input_ids, logits.argmax(-1)], 1)
+        return input_ids
+
 
 class Mamba2LM(LanguageModel):
     """Mamba-2 with a head tied to the embedding; state dict keys and shapes are mamba-ssm's."""
@@ -174,37 +172,20 @@ class Mamba2LM(LanguageModel):
 
     def hidden(self, input_ids):
         """[B, T] token ids -> [B, T, D], after the last norm."""
-        return self.backbone(input_ids)[0]
-
-    @torch.no_grad()
-    def generate(self, input_ids, max_new_tokens):
-        """Greedy continuation: [B, T] -> [B, T + max_new_tokens]. A token costs the same at any position."""
-        hidden, states = self.backbone(input_ids, keep_states=True)
-        tokens = [input_ids]
-        for i in range(max_new_tokens):
-            logits = F.linear(hidden[:, -1:], self.head_weight)[..., : self.config.vocab_size]  # [B, 1, V]
-            tokens.append(logits.argmax(-1))  # [B, 1]
-            if i + 1 < max_new_tokens:
-                hidden, states = self.backbone(tokens[-1], states, keep_states=True)
-        return torch.cat(tokens, 1)  # [B, T + max_new_tokens]
+        return self.backbone(input_ids)
 
 
-def causal_conv(x, weight, bias, past=None):
-    """y_t = bias + sum_k weight[:, k] x_{t - K + 1 + k}, per channel; x before the start is `past`, or zero.
+def causal_conv(x, weight, bias):
+    """y_t = bias + sum_k weight[:, k] x_{t - K + 1 + k}, per channel, x zero before the start.
 
-    x: [B, T, E]; weight: [E, K]; bias: [E]; past: [B, K - 1, E] or None. Returns (y [B, T, E], the last K - 1
-    inputs [B, K - 1, E]).
+    x: [B, T, E]; weight: [E, K]; bias: [E]. Returns y [B, T, E].
     """
-    width = weight.shape[1]
-    if past is None:
-        padded = F.pad(x, (0, 0, width - 1, 0))  # [B, K - 1 + T, E]
-    else:
-        padded = torch.cat([past, x], 1)  # [B, K - 1 + T, E]
-    length = x.shape[1]
+    width, length = weight.shape[1], x.shape[1]
+    padded = F.pad(x, (0, 0, width - 1, 0))  # [B, K - 1 + T, E]
     y = torch.addcmul(bias, padded[:, :length], weight[:, 0])  # [B, T, E]
     for k in range(1, width):
         y = torch.addcmul(y, padded[:, k : k + length], weight[:, k])
-    return y, padded[:, length:].detach()
+    return y
 
 
 def auto_chunk(length):
@@ -234,7 +215,7 @@ def ssd_chunked(x, dt, A, B, C, D, chunk):
     """The recurrence in chunks (Dao & Gu 2024, section 6): inside a chunk as products, between chunks by its state.
 
     x: [B, T, H, P]; dt: [B, T, H], positive; A: [H], negative; B, C: [B, T, N]; D: [H]; any T >= 1.
-    Returns (y [B, T, H, P], the state after the last token [B, H, N, P]).
+    Returns y [B, T, H, P].
     """
     length = x.shape[1]
     pad = -length % chunk
@@ -270,14 +251,4 @@ def ssd_chunked(x, dt, A, B, C, D, chunk):
     if c > 1:
         carried = (C @ torch.stack(before, 1).flatten(-2)).unflatten(-1, (h, p))  # [B, c, Q, H, P]
         y = torch.addcmul(y, carried, from_start.transpose(2, 3).unsqueeze(-1))
-    y = y.flatten(1, 2)[:, :length]  # [B, T, H, P]
-    return y, state.transpose(1, 2).detach()
-
-
-def ssd_step(x, dt, A, B, C, D, state):
-    """One token of the recurrence. Shapes as `ssd_chunked` with T = 1; state: [B, H, N, P]."""
-    x, dt = x[:, 0], dt[:, 0, :, None]  # [B, H, P], [B, H, 1]
-    decay = torch.exp(dt[..., None] * A[:, None, None])  # [B, H, 1, 1]
-    state = decay * state + (dt * B)[..., None] * x[..., None, :]  # [B, H, N, P]
-    y = (C.unsqueeze(1) @ state).squeeze(-2) + D[:, None] * x  # [B, H, P]
-    return y.unsqueeze(1), state
+    return y.flatten(1, 2)[:, :length]  # [B, T, H, P]

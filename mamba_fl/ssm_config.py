@@ -68,16 +68,10 @@ class MambaSSMLM(LanguageModel):
             device=device,
         )
         self.backbone, self.lm_head = theirs.backbone, theirs.lm_head
-        self._theirs = [theirs]  # in a list, so that its parameters are not registered a second time
 
     def hidden(self, input_ids):
         """[B, T] token ids -> [B, T, D], after the last norm."""
         return self.backbone(input_ids)
-
-    def generate(self, input_ids, max_new_tokens):
-        """Greedy continuation with mamba-ssm's own cache: [B, T] -> [B, T + max_new_tokens]."""
-        length = input_ids.shape[1] + max_new_tokens
-        return self._theirs[0].generate(input_ids, max_length=length, top_k=1, vocab_size=self.config.vocab_size)
 
 
 def save_pretrained(model, tokenizer, folder):

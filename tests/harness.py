@@ -80,7 +80,7 @@ SHARDS = " ".join(f"{{lora_glue_fl/sharding}}/client_{k}.json" for k in (1, 2, 3
 
 GOLDEN = {
     "mamba_fl/central": Golden("mamba_fl/central.py", f"{MAMBA} --save-freq 2", federated=False),
-    "mamba_fl/fed_avg": Golden("mamba_fl/fed_avg.py", MAMBA_FEDERATED),
+    "mamba_fl/fed_avg": Golden("mamba_fl/fed_avg.py", f"{MAMBA_FEDERATED} --client-state pooled"),
     "mamba_fl/fed_momentum": Golden("mamba_fl/fed_momentum.py", MAMBA_FEDERATED),
     "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", f"{MAMBA_FEDERATED} --temperature 0.001"),
     "mamba_fl/fed_fisher": Golden("mamba_fl/fed_fisher.py", MAMBA_FEDERATED),

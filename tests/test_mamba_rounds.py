@@ -252,23 +252,6 @@ def test_moments_that_clients_share(data, tmp_path, spoil):
     assert rows[1]["bytes_up"] == 3 * 9 * 4 * sum(t.numel() for t in theta.values()) == rows[1]["bytes_down"]
 
 
-def test_a_run_goes_on_with_the_moments_that_clients_share(tmp_path, monkeypatch):
-    words, steps, seen = f"{FEDERATED} --save-freq 1 --client-state pooled", fed_core.local_steps, []
-    whole, _ = run(fed_avg, tmp_path / "whole", words)
-
-    def breaks(*things, **options):
-        seen.append(0)
-        if len(seen) == 5:  # in the second round
-            raise KeyboardInterrupt
-        return steps(*things, **options)
-
-    monkeypatch.setattr(fed_core, "local_steps", breaks)
-    with pytest.raises(KeyboardInterrupt):
-        run(fed_avg, tmp_path / "half", words)
-    theta, _ = run(fed_avg, tmp_path / "half", f"{words} --resume")
-    assert all(torch.equal(theta[name], whole[name]) for name in whole)
-
-
 @pytest.mark.parametrize("form", ["heavy_ball", "ema", "nesterov"])
 def test_fed_momentum(form, data, tmp_path, spoil):
     v = {}
