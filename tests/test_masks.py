@@ -83,9 +83,6 @@ def make(theta, sizes, strategy, sparsity, scores=lambda at, r: random_scores(le
     return m.calibrate(theta, scores, sizes, sparsity=sparsity, largest=chosen.largest, **rule)
 
 
-# ---- maskable
-
-
 def test_maskable_are_the_modules_weights_but_not_head_tokens_and_frozen_ones(model):
     model.classifier.requires_grad_(False)
     assert m.maskable(model) == NAMES

@@ -1,4 +1,4 @@
-"""vit_sparse_fl's scripts: what the test images may not touch, the model's mode and dropout wherever it is called."""
+"""vit_sparse_fl's scripts: what the test images may not touch, a warm-up that is too long."""
 
 import dataclasses
 
@@ -6,10 +6,10 @@ import harness
 import pytest
 import torch
 
-from vit_sparse_fl import interference, study, train_centralized, train_federated_sparse
+from vit_sparse_fl import study, train_centralized, train_federated_sparse
 from vit_sparse_fl.data import load_images, prepare
 from vit_sparse_fl.flags import parse
-from vit_sparse_fl.vit import Classifier, init_from, make_model
+from vit_sparse_fl.vit import init_from, make_model
 
 WORDS = "--dataset demo --model tiny --classes 0:4 --threads 1 --amp off --seed 3 --lr 0.05 --head ridge --run-name r"
 FEDERATED = (
@@ -56,43 +56,6 @@ def test_the_test_images_are_for_the_last_evaluation(script, words, monkeypatch,
     with torch.no_grad():
         right = model.eval()(prepare(noise.test, 32)).argmax(1) == noise.test_labels
     assert results["noise"]["test_accuracy_best"] == pytest.approx(right.double().mean().item())
-
-
-def test_the_models_mode_and_the_clients_dropout(monkeypatch, tmp_path):
-    """Training in training mode with a seed of each client and round, all else in evaluation mode, whatever it was."""
-    script, modes, seeds, place = train_federated_sparse, {}, [], []
-    features = Classifier.features
-
-    def seen(model, pixels):
-        modes.setdefault(place[-1], set()).add(model.training)
-        if place[-1] == "client_update":
-            seeds[-1].add(torch.initial_seed())
-        return features(model, pixels)
-
-    def watched(module, name):
-        function = getattr(module, name)
-
-        def called(made, *rest):
-            made.model.train(name != "client_update")  # the wrong mode
-            place.append(name)
-            seeds.append(set())
-            result = function(made, *rest)
-            place.pop()
-            return result
-
-        monkeypatch.setattr(module, name, called)
-
-    for name in ("features", "validate"):
-        watched(study, name)
-    watched(interference, "held_losses")
-    watched(script, "client_update")
-    watched(script, "make_mask")
-    monkeypatch.setattr(Classifier, "features", seen)
-    run(script, f"{SPARSE} --interference-every 2", monkeypatch, tmp_path)
-    assert modes.pop("client_update") == {True} and len(modes) == 4
-    assert set().union(*modes.values()) == {False}
-    drawn = [one for one in seeds if one]
-    assert [len(one) for one in drawn] == [1] * len(drawn) and len(set().union(*drawn)) == len(drawn) >= 6
 
 
 def test_a_warm_up_longer_than_central_training_ends_with_its_last_epoch():

@@ -1,6 +1,5 @@
-"""vit_sparse_fl/interference.py: drift, held images, processes, a run that measures."""
+"""vit_sparse_fl/interference.py: drift, held images, processes. A run that measures: tests/test_vit_rounds.py."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -10,17 +9,16 @@ from processes import answers_of, as_rank
 
 from common.parallel import Round
 from common.vector import Weights
-from vit_sparse_fl import interference, study, train_federated_sparse
-from vit_sparse_fl.flags import parse
+from vit_sparse_fl import interference
 from vit_sparse_fl.interference import CrossLosses, Drift, held_rows
 
 IDS = [7, 2, 9, 4]
-FIELDS = {"interference", "interference_clients", "interference_own", "interference_others"}
 
 
 @pytest.fixture(autouse=True)
-def few_images(monkeypatch):
+def few(monkeypatch):
     monkeypatch.setattr(interference, "IMAGES", 6)
+    monkeypatch.setattr(interference, "CLIENTS", 3)
 
 
 def made(clients=10):
@@ -74,7 +72,7 @@ def test_drift_by_hand():
 
 
 def process(rank, size, port, answers):
-    interference.IMAGES = 6
+    interference.IMAGES, interference.CLIENTS = 6, 3
     with as_rank(rank, size, port):
         answers.put((rank, everything()))
 
@@ -85,33 +83,6 @@ def everything():
 
 
 def test_processes_change_no_bit():
-    assert answers_of(2, process) == dict.fromkeys(range(2), everything())
-
-
-# ---- whole runs
-
-SMALL = "--dataset demo --model tiny --classes 0:4 --batch-size 8 --threads 1 --processes 1 --seed 0 --lr 0.05 "
-SMALL += "--num-clients 12 --participation-rate 0.25 --num-rounds 4 --eval-every 2 --save-every 2 --dropout 0.1"
-
-
-def lines_of(folder):
-    times = ("seconds", "images_per_second", "peak_memory")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in times} for line in lines]
-
-
-def test_a_run_that_measures_is_the_run_that_does_not(tmp_path, monkeypatch):
-    script = train_federated_sparse
-    monkeypatch.setattr(study, "draw_accuracy", lambda *_: None)
-    monkeypatch.setattr(interference, "CLIENTS", 2)
-    for name, flags in (("plain", ""), ("measured", "--interference-every 2")):
-        words = f"{SMALL} --mask-strategy random {flags} --output-dir {tmp_path} --run-name {name}".split()
-        script.main(parse(script.build_parser(), words))
-    plain, rows = lines_of(tmp_path / "plain"), lines_of(tmp_path / "measured")
-    assert [FIELDS <= row.keys() for row in rows] == [False, True, True]
-    assert [{name: value for name, value in row.items() if name not in FIELDS} for row in rows] == plain
-    harness_files = [path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*.safetensors")]
-    assert len(harness_files) > 3
-    for file in harness_files:
-        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "measured" / file).read_bytes(), file
-    assert rows[1]["interference_own"] != rows[1]["interference_others"] and len(rows[1]["interference"]) == 2
+    alone = everything()
+    assert answers_of(2, process) == dict.fromkeys(range(2), alone)
+    assert len(alone[1]["interference_clients"]) == len(alone[1]["interference"]) == 3

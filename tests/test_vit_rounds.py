@@ -203,6 +203,7 @@ def test_fedavg(monkeypatch, tmp_path):
         assert [loss is None for loss in line["client_train_loss"]] == [(t, k) == (LOST, lost) for k in plain.chosen(t)]
     assert [line.get("left_out") for line in lines] == [None, None, [[LOST + 1, lost]], None, None]
     assert [line["left_out_updates"] for line in lines] == [0, 0, 1, 1, 1]
+    assert ["interference" in line for line in lines] == [False, False, True, False, True]
     for t in (LOST, ROUNDS - 1):
         check_interference(lines[t + 1], plain, shards, t)
 
@@ -259,8 +260,8 @@ def test_sparse_fedavg(monkeypatch, tmp_path):
 @pytest.mark.parametrize("how", ["talos", "seed"])
 def test_the_mask_is_calibrated_on_validation_images(how, monkeypatch, tmp_path):
     """Squared gradients of one image at a time, in two rounds; talos: of a drawn label's logit, seed: of the loss."""
-    words = f"{FEDERATED} --num-rounds 1 --sparsity-ratio 0.8 --calibration {how} --calibration-rounds 2"
-    folder, _, _ = call(train_federated_sparse, f"{words} --fisher-samples 20", monkeypatch, tmp_path)
+    words = f"{FEDERATED} --dropout 0.9 --num-rounds 1 --sparsity-ratio 0.8 --calibration {how} --fisher-samples 20"
+    folder, _, _ = call(train_federated_sparse, f"{words} --calibration-rounds 2", monkeypatch, tmp_path)
     plain, talos = Plain(covered), how == "talos"
     size = 20 if talos else 16  # of 32 images, disjoint in two rounds
     plain.model.eval()

@@ -58,8 +58,7 @@ class CrossLosses(Follower):
         self.sample = []
         if (clients.number + 1) % args.interference_every == 0:
             ids, draws = np.array(sorted(clients.clients)), stream(args.seed, "interference", clients.number)
-            some = min(CLIENTS, len(ids))
-            self.sample = sorted(draws.choice(ids, some, replace=False).tolist())
+            self.sample = sorted(draws.choice(ids, min(CLIENTS, len(ids)), replace=False).tolist())
         self._held = [held_rows(study, k) for k in self.sample]
 
     def accept(self, clients, theta_k):
@@ -94,11 +93,11 @@ class CrossLosses(Follower):
 def held_rows(study, k):
     """Rows of the validation images that stand for client k: int64, `IMAGES` of them by its proportions
     of classes (largest remainders), of a class at most those that there are. The same in every round."""
-    wanted, held = IMAGES, study.data.validation_labels.cpu().numpy()
+    held = study.data.validation_labels.cpu().numpy()
     counts = np.bincount(study.data.train_labels[study.rows[k]].cpu().numpy(), minlength=study.data.n_classes)
-    ideal = wanted * counts / counts.sum()
+    ideal = IMAGES * counts / counts.sum()
     of_class = np.floor(ideal).astype(int)
-    of_class[np.argsort(of_class - ideal, kind="stable")[: wanted - of_class.sum()]] += 1
+    of_class[np.argsort(of_class - ideal, kind="stable")[: IMAGES - of_class.sum()]] += 1
     draws = stream(study.args.seed, "held images", 0, k)
     rows = [draws.permutation(np.flatnonzero(held == c))[:m] for c, m in enumerate(of_class) if m]
     return torch.from_numpy(np.concatenate(rows)).to(study.device)

@@ -241,8 +241,8 @@ def finish(study, theta, **facts):
         results |= {key: last[key] for key in ("bytes_up", "bytes_down", "images", "seconds")}
         with saving(run.folder):
             draw_accuracy(run.folder, run.folder / f"{run.folder.name}_curves.png")
-    last, kept = results["test_accuracy_last"], results["test_accuracy_best"]
-    study.tell(f"test accuracy {last:.4f} (weights of the best round, {best.round}: {kept:.4f})")
+    last, of_best = (test[which]["test_accuracy"] for which in ("last", "best"))
+    study.tell(f"test accuracy {last:.4f} (weights of the best round, {best.round}: {of_best:.4f})")
     run.finish(results)
 
 
@@ -252,7 +252,6 @@ def open_log(folder, name):
     Raises UsageError when the folder cannot be made.
     """
     log = logging.Logger("vit_sparse_fl")
-    log.addHandler(logging.NullHandler())
     if not parallel.is_main():
         return log
     try:
