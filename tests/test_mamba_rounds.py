@@ -373,9 +373,6 @@ def test_the_test_text_changes_nothing_before_the_final_evaluation(tmp_path, mon
     assert {name for name in text if text[name] != other[name]} == {"test_ppl_best", "test_ppl_last"}
 
 
-# ---- pieces
-
-
 def test_the_plan_of_rounds():
     n, words = [40, 40], f"{TINY} --local-updates {H} "
     args = flags(fed_avg, words + "--participation 0.6 --rounds 7 --config pure_ssm_4_layer")
