@@ -75,7 +75,7 @@ class CrossLosses(Follower):
         at = [self.sample.index(k) for k in ids]
         before = np.array(self._losses(self._theta))[at]  # [S]
         self._theta = self._of = None
-        change = (np.array([of[k] for k in ids]).T[at] - before[:, None]).round(6)  # [S, S], row: whose images
+        change = (np.array([of[k] for k in ids]).T[at] - before[:, None]).round(7)  # [S, S], row: whose images
         others = change[~np.eye(len(ids), dtype=bool)]
         return {
             "interference_own": change.diagonal().mean(),
