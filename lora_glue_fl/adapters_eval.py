@@ -33,7 +33,7 @@ def main(args):
     args.pooling = file.head_pooling
     if args.model == "tiny" and file.base_model and Path(file.base_model).is_dir():
         # its weights follow from a seed: take those that the adapter was trained on
-        args.model, args.tokenizer = file.base_model, args.tokenizer or file.base_model
+        args.model = file.base_model
     model = TaskModel(args, (file.r, file.alpha, 0.0, file.target_modules), train=False)
     model.check_fits(file)
     model.adapted.load_base(file.base)

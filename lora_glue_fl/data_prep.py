@@ -1,14 +1,13 @@
 """A task of GLUE as tokens and batches: its official tsv files, the hub's or generated ones, tokenised.
 
 data = load_task("rte", data_root=None)                    # official files, else the hub; dataset="demo": neither
-encoded = encode(data, load_tokenizer("roberta-base"), max_length=128)
+encoded = encode(data, tokenizer, max_length=128)
 for rows in training_batches(encoded["train"].lengths(), 32, epochs, seed, round, client):
     batch = encoded["train"].batch(rows)                   # input_ids, attention_mask, labels
 """
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +17,8 @@ from common.cli import UsageError
 from common.hub import hub_dataset, one_line, reading
 from common.local import lr_at
 from common.seeding import stream
-from common.text import data_folder, hub_tokenizer, reading_tokenizer, vocabulary_size
-from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
+from common.text import data_folder, vocabulary_size
+from lora_glue_fl.demo_glue import demo_task
 from lora_glue_fl.flags import DATASETS, refuse
 from lora_glue_fl.glue_tasks import Split, Task, find_task, make_split
 
@@ -126,38 +125,6 @@ def _read_tsv(task, path, notes):
     return make_split(task, texts, columns["label"], categories, lambda i: f"{path} line {lines[i] + 1}")
 
 
-# ---- tokenizer
-
-
-def load_tokenizer(spec, data_root=None):
-    """A fast tokenizer of `transformers` that pads.
-
-    spec: "demo" (the words of the generated sentences), a name under `data_root`/tokenizers, a folder, or a name on
-    the hub (what an earlier download left first). No code from a tokenizer's folder is run.
-
-    Raises UsageError when it is not there, cannot be read, or has no padding token or words.
-    """
-    if spec == "demo":
-        return demo_tokenizer()
-    named = data_folder(data_root) / "tokenizers" / spec
-    folder = next((path for path in (named, Path(spec).expanduser()) if path.is_dir()), None)
-    with reading_tokenizer(folder or spec):
-        if folder:
-            import transformers
-
-            how = {"local_files_only": True, "trust_remote_code": False}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
-        else:
-            tokenizer = hub_tokenizer(spec)
-    advice = "give a folder with tokenizer.json and tokenizer_config.json, or take the tokenizer demo"
-    missing = f"no tokenizer {spec!r}: not a folder, not in {named.parent}, and not from the hub; {advice}"
-    refuse(tokenizer is None, missing)
-    # without the tokenizer's files transformers makes one that knows no words
-    useless = tokenizer.pad_token_id is None or len(tokenizer) <= len(set(tokenizer.all_special_ids))
-    refuse(useless, f"tokenizer {spec!r} has no padding token or knows no words: give an encoder's folder or name")
-    return tokenizer
-
-
 # ---- tokenised
 
 
@@ -210,7 +177,7 @@ def _tokenized(split, tokenizer, max_length, with_types):
     kind = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.int32
     tokens, types, lengths = [], [], [0]
     for start in range(0, len(split), CHUNK):
-        with reading("this tokenizer cannot split the sentences", "give another --tokenizer"):
+        with reading("the tokenizer cannot split the sentences", "give another --model"):
             chunk = tokenizer(
                 *(column[start : start + CHUNK] for column in split.texts.values()),
                 truncation="longest_first",
@@ -260,9 +227,8 @@ def training_batches(lengths, batch_size, epochs, seed, round=0, client=0):
 
 
 def learning_rates(args, total):
-    """The rate of each of `total` steps, as transformers' schedules: a warm-up from 0, then constant or linear to 0."""
-    schedule = {"kind": args.lr_scheduler, "warmup": math.ceil(args.warmup_ratio * total), "from_zero": True}
-    return [lr_at(i, total, args.learning_rate, **schedule) for i in range(total)]
+    """The rate of each of `total` steps: constant, or linear to 0 as transformers' schedule."""
+    return [lr_at(i, total, args.learning_rate, args.lr_scheduler) for i in range(total)]
 
 
 def batches(encoded, steps, device):

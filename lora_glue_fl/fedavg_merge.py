@@ -4,8 +4,7 @@
     python lora_glue_fl/fedavg_merge.py --adapters client1 client2 --svd_rank 8 --save_adapter merged \\
         --task_name sst2 --shard_manifests shards/client_1.json shards/client_2.json
 
-    svd      Delta = sum_k p_k s_k B_k A_k, truncated to rank --svd_rank     (ranks and alphas may differ)
-    naive    A = sum_k p_k A_k,  B = sum_k p_k B_k                            (--skip_svd; not the mean of products)
+Delta = sum_k p_k s_k B_k A_k, truncated to rank --svd_rank: FlexLoRA (Bai et al. 2024); ranks and alphas may differ.
 
 p_k: from --weights, the clients' numbers of examples (--shard_manifests), or equal. The heads are averaged too. Writes
 a peft adapter with fuse_manifest.json beside it; prints ||served - Delta|| / ||Delta||, then the folder.
@@ -33,8 +32,6 @@ def build_parser():
     add("--weights", nargs="+", type=float, metavar="X", help="of the adapters (default: equal)")
     text = "client_1.json ...: weights are numbers of examples"
     add("--shard-manifests", nargs="+", metavar="FILE", help=text)
-    add("--aggregate", choices=["svd", "naive"], default="svd", help="the rule")
-    add("--skip-svd", action="store_true", help="the same as --aggregate naive")
     add("--svd-rank", type=positive_int, required=True, metavar="R", help="rank of the result")
     add("--alpha", type=positive_float, metavar="X", help="alpha of the result (default: --svd-rank)")
     add("--save-adapter", required=True, metavar="DIR", help="folder of the result")
@@ -46,18 +43,18 @@ def build_parser():
 
 
 def main(args):
-    rule = "naive" if args.skip_svd else args.aggregate
     task = None if args.task_name == "glue" else find_task(args.task_name).name
     place, weights = Path(args.save_adapter).expanduser(), client_weights(args, task)
     refuse_other_files(place)
     refuse(str(place) in args.adapters, f"--save-adapter {place} is one of --adapters: choose another folder")
     adapters = [read_served(path) for path in args.adapters]
     check_alike(adapters)
-    first, alpha = adapters[0], check_ranks(args, adapters, rule)
+    rank, together = args.svd_rank, sum(a.r for a in adapters)
+    refuse(rank > together, f"--svd-rank {rank} is above {together}, the adapters' ranks together: lower it")
+    first, alpha = adapters[0], rank if args.alpha is None else args.alpha
     base = args.model or first.base_model or SIZES.get(args.model_size)
-    how = {"rank": args.svd_rank, "new_scale": alpha / args.svd_rank} if rule == "svd" else {}
 
-    served = average(rule, adapters, weights, **how)
+    served = average(adapters, weights, rank, alpha)
     head = named_views(served.head, first.head) if first.head else {}
     about = {"target_modules": first.target_modules, "base_model": base, "fan_in_fan_out": first.fan_in_fan_out}
     about["head_pooling"] = first.head_pooling
@@ -69,30 +66,30 @@ def main(args):
         "k_adapters": len(adapters),
         "adapters": [str(path) for path in args.adapters],
         "weights": weights,
-        "svd_rank": args.svd_rank,
+        "svd_rank": rank,
         "alpha": alpha,
         "target_modules": first.target_modules,
-        "aggregate": rule,
         "sha256": [adapter.sha256 for adapter in adapters],
         "relative_error": served.error,
     }
     more = {"fuse_manifest.json": manifest}
     write_adapter(place, served.factors, head, alpha=alpha, base=first.base, more=more, **about)
-    print(f"{rule}: relative error {served.error:.4g}")
+    print(f"relative error {served.error:.4g}")
     print(place)
 
 
-def average(rule, adapters, weights, **served_as):
-    """What the rule serves, a `common.lowrank.Served`; its head is None where the adapters have none."""
+def average(adapters, weights, rank, alpha):
+    """The truncated mean, a `common.lowrank.Served`; its head is None where the adapters have none."""
     first, clients = adapters[0], Round(range(len(adapters)), weights)
     heads = [torch.cat([a.head[name].reshape(-1) for name in first.head]) if first.head else None for a in adapters]
-    mean = AdapterMean(rule, first.factors, first.scale, clients, seed=42, head=heads[0], **served_as)
+    served_as = {"rank": rank, "new_scale": alpha / rank, "seed": 42, "head": heads[0]}
+    mean = AdapterMean("svd", first.factors, first.scale, clients, **served_as)
     for k in clients:
         mean.add(adapters[k].factors, heads[k], scale=adapters[k].scale)
     return mean.result()
 
 
-# ---- what is refused, and what follows from the flags
+# ---- what is refused
 
 
 def client_weights(args, task):
@@ -100,10 +97,7 @@ def client_weights(args, task):
     k, weights, files = len(args.adapters), args.weights, args.shard_manifests
     refuse(weights and files, "--weights and --shard-manifests are both given: give one of them")
     if files:
-        manifests = [load_manifest(path, task_name=task) for path in files]
-        odd = len({(m["task"], m.get("fingerprint")) for m in manifests if m.get("fingerprint")}) > 1
-        refuse(odd, "--shard-manifests are of other tasks or data: give shards of one data set")
-        weights = [float(len(manifest["indices"])) for manifest in manifests]
+        weights = [float(len(load_manifest(path, task)["indices"])) for path in files]
     weights = weights or [1.0] * k
     flag = "--shard-manifests" if files else "--weights"
     refuse(len(weights) != k, f"{len(weights)} {flag} for {k} --adapters: give one for each")
@@ -114,11 +108,10 @@ def client_weights(args, task):
 
 def check_alike(adapters):
     """Raises UsageError, with the two folders' names, for adapters that cannot be averaged."""
-    first = adapters[0]
+    first, here = adapters[0], facts(adapters[0])
     for other in adapters[1:]:
-        there, here = facts(other), facts(first)
-        odd = [what for what in here if there[what] != here[what]]
-        if odd:
+        there = facts(other)
+        if odd := [what for what in here if there[what] != here[what]]:
             shown = f"{odd[0]} ({str(there[odd[0]])[:200]}; {str(here[odd[0]])[:200]})"
             raise UsageError(f"{other.path} and {first.path} differ in their {shown}: merge adapters that agree in it")
         changed = any(not torch.equal(weight, first.base[layer]) for layer, weight in other.base.items())
@@ -129,33 +122,12 @@ def check_alike(adapters):
 def facts(adapter):
     """{what: value} of what adapters that are averaged must agree in."""
     return {
-        "base model": (_normal(adapter.base_model), adapter.config.get("revision")),
+        "base model": (adapter.base_model or "").removeprefix("FacebookAI/"),  # the hub's other name of roberta-base
         "pooling of the head": adapter.head_pooling,
         "layers' sizes": {layer: (len(B), A.shape[1]) for layer, (A, B) in adapter.factors.items()},
         "changed base weights": sorted(adapter.base),
         "head": {name: tuple(t.shape) for name, t in adapter.head.items()},
     }
-
-
-def _normal(name):
-    """The hub knows roberta-base as FacebookAI/roberta-base too."""
-    return name and name.rstrip("/").removeprefix("FacebookAI/")
-
-
-def check_ranks(args, adapters, rule):
-    """The result's alpha. Raises UsageError for a rank or an alpha that the rule does not serve."""
-    ranks, scales = {a.r for a in adapters}, {a.scale for a in adapters}
-    rank, together = args.svd_rank, sum(a.r for a in adapters)
-    refuse(rank > together, f"--svd-rank {rank} is above {together}, the adapters' ranks together: lower it")
-    if rule == "svd":
-        return rank if args.alpha is None else args.alpha
-    mixed = ranks != {rank} or len(scales) > 1
-    shown = f"the adapters have ranks {sorted(ranks)} and scales {sorted(scales)}"
-    refuse(mixed, f"without SVD {shown}, not one rank --svd-rank {rank} and one scale: take --aggregate svd")
-    alpha = adapters[0].scale * rank
-    other = args.alpha is not None and not math.isclose(args.alpha, alpha, rel_tol=1e-9)
-    refuse(other, f"without SVD alpha stays {alpha:g}, not --alpha {args.alpha}: drop it, or take svd")
-    return alpha
 
 
 if __name__ == "__main__":

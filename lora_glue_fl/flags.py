@@ -47,7 +47,6 @@ def add_task_flags(parser):
     parser.group("the data").add_argument("--task-name", required=True, metavar="TASK", help="a GLUE task, as sst2")
     add_data_flags(parser)
     add = parser.group(RARE).add_argument
-    add("--tokenizer", metavar="NAME", help="demo, a folder or a name (default: the model's own)")
     add("--max-length", type=positive_int, default=128, metavar="N", help="tokens of an example, at most")
     text = "examples a batch, evaluated"
     add("--eval-batch-size", "--per-device-eval-batch-size", **BATCH, help=text)
@@ -65,7 +64,7 @@ def add_data_flags(parser):
     """Where the examples come from."""
     text = "demo is generated and needs no network"
     parser.group("the data").add_argument("--dataset", choices=DATASETS, default="glue", help=text)
-    text = "folder with glue/ and tokenizers/ (default: $FEDQUARTET_DATA, else data)"
+    text = "folder with glue/ (default: $FEDQUARTET_DATA, else data)"
     parser.group(RARE).add_argument("--data-root", metavar="DIR", help=text)
 
 
@@ -74,11 +73,8 @@ def add_training_flags(parser, lr):
     add = parser.group("training").add_argument
     add("--batch-size", "--per-device-train-batch-size", **BATCH, help="examples a step")
     add("--learning-rate", "--lr", type=positive_float, default=lr, metavar="X", help="AdamW's highest")
-    add = parser.group(RARE).add_argument
-    text = "share of a fit's steps; off: 0"
-    add("--warmup-ratio", type=half_open_fraction, default=0.0, metavar="X", help=text)
-    text = "after the warm-up: down to 0, or not"
-    add("--lr-scheduler", choices=["linear", "constant"], default="linear", help=text)
+    text = "of a fit: down to 0, or not"
+    parser.group(RARE).add_argument("--lr-scheduler", choices=["linear", "constant"], default="linear", help=text)
 
 
 def add_lora_flags(parser):
@@ -97,27 +93,6 @@ def refuse(wrong, message):
     """Raises UsageError(message) where `wrong` is true."""
     if wrong:
         raise UsageError(message)
-
-
-def make_central_parser(description, output_dir, learning_rate):
-    """The parser of a central script."""
-    parser = make_parser(description, output_dir)
-    add = parser.group("the method").add_argument
-    add("--do-train", action="store_true", help="train")
-    add("--do-eval", action="store_true", help="evaluate every epoch; without --do-train: zero-shot")
-    add_training_flags(parser, learning_rate)
-    add = parser.group("training").add_argument
-    add("--num-train-epochs", type=positive_float, default=3.0, metavar="X", help="passes over the examples")
-    add("--max-examples", type=positive_int, metavar="N", help="train on a stratified subset of N (default: all)")
-    return parser
-
-
-def complete_central(args):
-    """The flags. Raises UsageError for flags that contradict each other."""
-    refuse(not (args.do_train or args.do_eval), "nothing to do: give --do-train, --do-eval or both")
-    unknown = args.final == "best" and not (args.do_train and args.do_eval)
-    refuse(unknown, "--final best: the best epoch is known of --do-train with --do-eval: give both")
-    return args
 
 
 def complete_rounds(args):

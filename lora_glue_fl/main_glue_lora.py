@@ -11,12 +11,12 @@ from pathlib import Path
 from common.adapter_files import write_adapter
 from common.cli import parse, run_main
 from common.runlog import start_run
-from lora_glue_fl import central
-from lora_glue_fl.flags import add_lora_flags, complete_central, make_central_parser, size_label
+from lora_glue_fl import baseline_run
+from lora_glue_fl.flags import add_lora_flags, size_label
 
 
 def build_parser():
-    parser = make_central_parser(__doc__.split("\n")[0], "./out", 2e-4)
+    parser = baseline_run.build_parser(__doc__, "./out", 2e-4)
     add_lora_flags(parser)
     text = "where the adapter goes (default: RUN/adapter)"
     parser.group("the run").add_argument("--adapter-output-dir", metavar="DIR", help=text)
@@ -27,10 +27,10 @@ def main(args):
     args.output_dir = str(Path(args.output_dir) / f"{args.task_name.lower()}_{size_label(args)}")
     with start_run("main_glue_lora", args, f"r{args.lora_r}", unit="examples") as run:
         lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
-        study = central.load_study(args, run, lora)
-        central.train(study)
+        study = baseline_run.load_study(args, run, lora)
+        baseline_run.train(study)
 
-        results = central.results(study)
+        results = baseline_run.results(study)
         if args.do_train:
             run.note("writing the adapter")
             save(study, Path(args.adapter_output_dir or run.folder / "adapter"))
@@ -48,21 +48,13 @@ def save(study, folder):
 
 def write_manifest(study, results):
     """manifest.txt: what was trained, with which flags, and what it reached; `key: value` lines."""
-    model = study.model
-    flags = "lora_r lora_alpha lora_dropout learning_rate num_train_epochs batch_size seed".split()
-    lines = {
-        "task": model.task.name,
-        "model": model.encoder.name,
-        "trainable parameters": study.run.manifest["parameters"]["trainable"],
-        "total parameters": study.run.manifest["parameters"]["total"],
-        **{name: getattr(study.args, name) for name in flags},
-        "target_modules": " ".join(model.adapted.targets),
-        **results,
-    }
+    counts = study.run.manifest["parameters"]
+    lines = {"trainable parameters": counts["trainable"], "total parameters": counts["total"]}
+    lines |= vars(study.args) | {"target_modules": " ".join(study.model.adapted.targets)} | results
     path = study.run.folder / "manifest.txt"
     path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    args = parse(build_parser(), complete_central)
+    args = parse(build_parser(), baseline_run.complete)
     run_main(main, args)

@@ -1,10 +1,8 @@
 """The encoders of this study, and a task of GLUE with a model for it: loss, evaluation, what run.json says of both.
 
-encoder = load_encoder(spec, task, tokenizer, seed)                  # spec: roberta-base, a folder, tiny, ...
 model = TaskModel(args, (r, alpha, dropout, targets))                # the task of `args`, with an adapter
 """
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -20,31 +18,14 @@ from common.evaluation import amp_context, pick_device, resolve_amp
 from common.lora import LoraModel
 from common.products import fit_rank
 from common.seeding import seed_torch, torch_stream
-from common.text import data_folder, vocabulary_size
+from common.text import reading_tokenizer
 from common.vector import fingerprint
-from lora_glue_fl.data_prep import encode, load_task, load_tokenizer
+from lora_glue_fl.data_prep import encode, load_task
+from lora_glue_fl.demo_glue import demo_tokenizer
 from lora_glue_fl.flags import SIZES, model_name, refuse
 from lora_glue_fl.glue_tasks import evaluate, find_task
 
 # ---- encoders
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """A transformers model with a head for the task.
-
-    name: as the user gave it (an adapter's base model); head: the modules that begin at random and are trained with
-    the adapter; notes: lines for the log.
-    """
-
-    model: torch.nn.Module
-    name: str
-    head: tuple[str, ...]
-    notes: list[str]
-
-    def adapted(self, r, alpha, dropout=0.0, targets=None, seed=0):
-        """A `LoraModel` around it, its head trained along with the adapter."""
-        return LoraModel(self.model, r, alpha, dropout, targets, self.head, "SEQ_CLS", seed)
 
 
 def find_model(spec):
@@ -53,32 +34,35 @@ def find_model(spec):
     return hub.find_model(spec, advice=advice)
 
 
-def find_tokenizer(spec, dataset, data_root=None, model="tiny"):
-    """The tokenizer `spec`, or where that is None the model's own (tiny: of the demo, or roberta-base's)."""
-    if spec or (model == "tiny" and dataset == "demo"):
-        return load_tokenizer(spec or "demo", data_root)
-    model = SIZES["base"] if model == "tiny" else model
-    if (data_folder(data_root) / "tokenizers" / model).is_dir():
-        return load_tokenizer(model, data_root)
-    return load_tokenizer(str(find_model(model)), data_root)
+def load_tokenizer(model, dataset):
+    """The fast tokenizer of a model, a folder or a name on the hub; tiny's: of the demo's words, else roberta-base's.
+
+    Raises UsageError where it is not there, cannot be read, or has no padding token or words.
+    """
+    if model == "tiny" and dataset == "demo":
+        return demo_tokenizer()
+    import transformers
+
+    folder = find_model(SIZES["base"] if model == "tiny" else model)
+    with reading_tokenizer(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # without the tokenizer's files transformers makes one that knows no words
+    useless = tokenizer.pad_token_id is None or len(tokenizer) <= len(set(tokenizer.all_special_ids))
+    refuse(useless, f"the tokenizer in {folder} has no padding token or knows no words: give an encoder as --model")
+    return tokenizer
 
 
 def load_encoder(spec, task, tokenizer, seed, pooling="cls"):
-    """The encoder `spec` with a head for `task`, on the CPU, in fp32: an `Encoder`.
+    """The encoder `spec` with a head for `task`, on the CPU, in fp32.
 
     spec: a folder, a name on the hub, or "tiny": a small RoBERTa with random weights. Random weights follow from seed.
     What fits of a head in the file is taken, the rest is new. pooling: "mean" as `read_mean`; its config says so.
-    Raises UsageError for a model that is not there, cannot be read, has fewer embeddings than the tokenizer tokens, or
-    was trained with mean pooling where "cls" is asked for.
+    Returns: (model of transformers, names of the modules that are trained with an adapter, notes: lines for the log).
+    Raises UsageError for a model that is not there, cannot be read, or was trained with mean pooling where "cls" is
+    asked for.
     """
     seed_torch(seed, "weights")
-    if spec == "tiny":
-        model, fresh = tiny_encoder(task, tokenizer), set()
-    else:
-        model, fresh = _pretrained(spec, task)
-    known, tokens = model.get_input_embeddings().num_embeddings, vocabulary_size(tokenizer)
-    shown = f"model {spec} knows {known} tokens, the tokenizer has {tokens}"
-    refuse(known < tokens, f"{shown}: give the model's own --tokenizer")
+    model, fresh = (tiny_encoder(task, tokenizer), set()) if spec == "tiny" else _pretrained(spec, task)
     other = pooling == "cls" and getattr(model.config, "head_pooling", pooling) == "mean"
     refuse(other, f"model {spec} was trained with --pooling mean: give it")
     if pooling == "mean":
@@ -88,11 +72,11 @@ def load_encoder(spec, task, tokenizer, seed, pooling="cls"):
     head = [name for name, part in model.named_children() if name != inside and any(True for _ in part.parameters())]
     # a part of the encoder that the file lacks (BERT's pooler) begins at random too, and must be in the adapter's file
     missing = sorted({name.split(".")[1] for name in fresh if name.startswith(inside + ".")})
-    if set(missing) - {"pooler"}:
-        raise UsageError(f"model {spec}: model.safetensors lacks weights of {', '.join(missing)}: give a whole model")
+    lacks = f"model.safetensors lacks weights of {', '.join(missing)}, or has them in other sizes than config.json says"
+    refuse(set(missing) - {"pooler"}, f"model {spec}: {lacks}: give a whole model")
     new = sorted({name.rpartition(".")[0] for name in fresh})
     notes = [f"not in {spec}, begins at random: {', '.join(new)}"] if new else []
-    return Encoder(model, spec, (*head, *missing), notes)
+    return model, [*head, *missing], notes
 
 
 def read_mean(model):
@@ -142,13 +126,10 @@ def _pretrained(spec, task):
         find_model(spec),
         f"model {spec} cannot be read as an encoder",
         "give a folder that transformers wrote, or copy it again",
-        ignore_mismatched_sizes=True,  # a head of another task; anything else is refused below
+        ignore_mismatched_sizes=True,  # a head of another task; anything else is refused by `load_encoder`
         **_labels(task),
     )
-    other = {key[0] for key in info["mismatched_keys"]}
-    if wrong := [name for name in other if name.startswith(model.base_model_prefix + ".")]:
-        raise UsageError(f"model {spec}: {min(wrong)} has another size in its file than in its config.json")
-    return model, set(info["missing_keys"]) | other
+    return model, set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
 
 
 # ---- a task with a model
@@ -157,25 +138,26 @@ def _pretrained(spec, task):
 class TaskModel:
     """Data, tokens and model of a command line.
 
-    Attributes: task, data (`TaskData`), encoded {split: `Encoded`}, encoder, adapted (`common.lora.LoraModel`, None
-    without LoRA), model (what is called), device, amp, notes (lines for the log).
+    Attributes: task, data (`TaskData`), tokenizer, encoded {split: `Encoded`}, name (the model's, as the user gave it),
+    head (the modules that are trained with an adapter), adapted (`common.lora.LoraModel`, None without LoRA), model
+    (what is called), device, amp, notes (lines for the log).
 
     Args: args: the flags of any of this study's scripts; lora: (r, alpha, dropout, targets), None: all weights train;
         train: whether the training split is needed.
     """
 
     def __init__(self, args, lora, train=True):
-        self.args, self.device = args, pick_device(args.device)
+        self.args, self.device, self.name = args, pick_device(args.device), model_name(args)
         self.amp = resolve_amp(args.amp, self.device)
-        self.task, name = find_task(args.task_name), model_name(args)
+        self.task = find_task(args.task_name)
         splits = self.task.splits if train else self.task.evaluation_splits
         self.data = load_task(self.task.name, args.dataset, args.data_root, splits)
-        self.tokenizer = find_tokenizer(args.tokenizer, args.dataset, args.data_root, name)
+        self.tokenizer = load_tokenizer(self.name, args.dataset)
         self.encoded = encode(self.data, self.tokenizer, args.max_length)
-        self.encoder = load_encoder(name, self.task, self.tokenizer, args.seed, args.pooling)
-        self.adapted = self.encoder.adapted(*lora, args.seed) if lora else None
-        self.model = (self.adapted or self.encoder).model.to(self.device)
-        self.notes = self.data.notes + self.encoder.notes
+        encoder, self.head, notes = load_encoder(self.name, self.task, self.tokenizer, args.seed, args.pooling)
+        self.adapted = LoraModel(encoder, *lora, self.head, "SEQ_CLS", args.seed) if lora else None
+        self.model = (self.adapted.model if lora else encoder).to(self.device)
+        self.notes = self.data.notes + notes
 
     def loss(self, batch):
         """Mean loss over the examples of {input_ids, attention_mask, (token_type_ids): [B, L], labels: [B]}: nats of
@@ -243,7 +225,7 @@ class TaskModel:
 
     def facts(self):
         """What run.json says of the data."""
-        return self.data.fingerprint | {"model": self.encoder.name}
+        return self.data.fingerprint | {"model": self.name}
 
     def sizes(self, trainable):
         """Counts for run.json, and a fingerprint of what is frozen. Args: trainable: {name: parameter}."""
@@ -259,14 +241,14 @@ class TaskModel:
 
     def about(self, folder):
         """Keyword arguments of `write_adapter` for adapters of the run in `folder`, but alpha."""
-        base = str(folder / "base") if self.encoder.name == "tiny" else self.encoder.name
+        base = str(folder / "base") if self.name == "tiny" else self.name
         return self.adapted.about() | {"base_model": base, "head_pooling": self.args.pooling}
 
     def save_base(self, folder):
         """Writes the tiny model, which can be loaded from nowhere else, with its tokenizer to folder/base, once."""
         base = folder / "base"
         whole = (base / "tokenizer_config.json").is_file()  # written last
-        if self.encoder.name == "tiny" and not whole:
+        if self.name == "tiny" and not whole:
             with saving(base, base):
                 self.adapted.save_base(base)
                 self.tokenizer.save_pretrained(base)
@@ -287,7 +269,7 @@ class TaskModel:
 
     def check_fits(self, file):
         """Raises UsageError unless the `AdapterFile` has the adapted model's layers and head, and their sizes."""
-        name = self.encoder.name
+        name = self.name
         there, here = _shapes(file.factors, file.head), _shapes(self.adapted.factors(), self.adapted.head)
         if odd := sorted(part for part in there | here if there.get(part) != here.get(part)):
             shown = f"{odd[0]} is {there.get(odd[0])}, in {name} {here.get(odd[0])}"
@@ -320,17 +302,10 @@ def resized(pairs, scale, rank, new_scale, seed, t):
 
 
 def read_served(path):
-    """`read_adapter` of a folder, of a run's (what it ended with), or of a round's client or fused folder.
-
-    Raises: UsageError as `read_adapter`, and for a run that has no adapter (yet).
-    """
+    """`read_adapter` of a folder, of a run's (what it ended with), or of a round's client or fused folder."""
     path = Path(path).expanduser()
     if not (path / CONFIG).exists():
         path = next((path / part for part in ("final", "adapter") if (path / part).is_dir()), path)
-    unfinished = f"{path} has no final/: end that run with --resume, or give a round's fused folder"
-    refuse((path / "run.json").exists(), unfinished)
-    whole = (path / "config.json").exists() and not (path / CONFIG).exists()
-    refuse(whole, f"{path} is a whole model, as of stack and residual, no adapter: give it as --model")
     return read_adapter(path)
 
 

@@ -1,11 +1,10 @@
 """Runs the grids of this study: central LoRA and the rules, one factor at a time, one process a run.
 
     python lora_glue_fl/run_study.py --model PATH --jobs 2                       # a laptop: subsets, 6 rounds
-    python lora_glue_fl/run_study.py --preset full --model-size base             # a GPU: whole tasks, 30 rounds
     python lora_glue_fl/run_study.py --preset quick                              # small, offline: minutes
     python lora_glue_fl/run_study.py --preset trajectories --model PATH --tune --tune-seed 101   # then without both
 
-small, full   3 clients, IID, rank 4; beside it one factor at a time
+small         3 clients, IID, rank 4; beside it one factor at a time
 replay        from a checkpoint one round of naive with --replay: local epochs x Dirichlet's alpha
 trajectories  eight rules from one trained head, each at the rate that --tune found on examples that no client has
 """
@@ -77,17 +76,17 @@ CASES["skew_longer"] = case(f"{RANK8} --learning-rate 3e-4", **WARM, rules=("nai
 CASES["skew_some"] = CASES["skew_8"] | {"words": f"{RANK8} --participation 0.3", "rules": FIVE, "seeds": 3}
 
 
-def rows(tasks, rounds, one_seed=(), falling=True, held_out=0, dataset="glue"):
-    """Central LoRA and the rules. tasks: (task, training examples or None for all, cases); one_seed: tasks and cases of
-    one seed; falling: central training also at a rate that falls to 0; held_out: examples that no client has."""
+def rows(tasks, rounds, one_seed=(), held_out=0, dataset="glue"):
+    """Central LoRA and the rules. tasks: (task, training examples, cases); one_seed: tasks and cases of one seed;
+    held_out: examples that no client has."""
     found = {}
     for task, examples, cases in tasks:
-        some = f"--max-examples {examples}" if examples else ""
+        some = f"--max-examples {examples}"
         for name in cases:
             one, seeds = CASES[name], 1 if {task, name} & set(one_seed) else CASES[name]["seeds"]
             if name == "base":
                 # as many passes; at a constant rate averaging has what a falling rate gives, central training has not
-                for end, words in (("", ""), ("_linear", "--lr-scheduler linear"))[: 1 + falling]:
+                for end, words in (("", ""), ("_linear", "--lr-scheduler linear")):
                     line = f"lora_glue_fl/main_glue_lora.py --task-name {task} --do-train --do-eval --lora-r 4"
                     line += f" --lora-alpha 8 --num-train-epochs {rounds} {some} {words}"
                     found[f"{task}_central{end}"] = row(line, "central", seeds)
@@ -117,7 +116,6 @@ SMALL = rows(
     rounds=6,
     one_seed=("cola", "stsb", "rank16", "ranks", "lr6e-3", "lr2e-2"),
 )
-FULL = rows([(task, None, ONE_FACTOR) for task in ("rte", "mrpc", "cola", "stsb", "sst2")], 30, falling=False)
 QUICK = rows([("sst2", 600, [name for name in ONE_FACTOR if "lr" not in name])], 5, dataset="demo")
 AGAIN = rows((("sst2", 2000, ("checkpoint", "checkpoint_r16", *REPLAY)),), 1)
 TRAJECTORIES = rows((("sst2", 2000, ("warm", "skew", "skew_8", "skew_longer", "skew_some")),), 4, held_out=1000)
@@ -126,7 +124,6 @@ MEAN = f"--learning-rate 2e-3 --amp auto --pooling mean {CONSTANT} --dataset glu
 FOUND = "lora_glue_fl/results/tuning/trajectories.json"
 PRESETS = {
     "small": preset(SMALL, f"--learning-rate 2e-3 --amp auto {CONSTANT} --dataset glue"),
-    "full": preset(FULL, "--learning-rate 4e-4 --warmup-ratio 0.06 --amp auto --dataset glue"),
     "replay": preset(AGAIN, MEAN),
     "trajectories": preset(TRAJECTORIES, MEAN, range(5), "held_out_loss", tuned=FOUND),
     "quick": preset(QUICK, f"--model tiny --dataset demo --learning-rate 1e-2 {CONSTANT}", seeds=(0,)),

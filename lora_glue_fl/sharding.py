@@ -29,7 +29,6 @@ from common.cli import (
     seed_number,
 )
 from common.seeding import stream
-from common.sharding import equal_parts
 from lora_glue_fl.data_prep import load_task
 from lora_glue_fl.flags import add_data_flags, refuse
 
@@ -56,7 +55,6 @@ def make_client_splits(
     held_out_examples=0,
     dataset="glue",
     data_root=None,
-    data=None,
 ):
     """The training examples of each of k clients.
 
@@ -65,7 +63,7 @@ def make_client_splits(
     round-robin), "dirichlet" (each label in proportions of `dirichlet_alpha`, at least `min_samples` a client; with
     sizes "equal" as `equal_parts`). category_key: "label" (the default), or another column such as "genre".
     bin_stsb: without it every score is a label. max_examples: deals a stratified subset. held_out_examples: sets some
-    of the others apart, as `rest_of`. dataset, data_root: as `load_task`; data: a `TaskData` that is loaded already.
+    of the others apart, as `rest_of`. dataset, data_root: as `load_task`.
 
     Returns: {"client_indices": k sorted lists of int, "size_per_client", "total_train": size of the train split,
         "task", "mode", "meta": {seed, overlap_ratio, category_key, bin_stsb, ...}, "dataset", "fingerprint" (SHA-256
@@ -73,52 +71,46 @@ def make_client_splits(
     Raises: UsageError for an unknown task, mode or category_key, fewer examples than clients, a ratio out of range.
     """
     refuse(mode not in MODES, f"unknown --mode {mode!r}: choose one of {', '.join(MODES)}")
-    data = data or load_task(task_name, dataset, data_root, splits=("train",))
+    data = load_task(task_name, dataset, data_root, splits=("train",))
     task, train = data.task, data.splits["train"]
     key = category_key or ("label" if mode == "category" else None)
-    notes = [note for note in data.notes if " train" in note]
     labels = whole_labels(task, train, bin_stsb)
     strata = _strata(task, train, labels)
     rows = subset(strata, max_examples, seed)
-    if len(rows) < len(train):
-        notes.append(f"{len(rows)} of {len(train)} training examples are dealt")
-    held_out = rest_of(train, strata, rows, held_out_examples, seed)
+    held_out = {}
+    if held_out_examples:
+        held_out["held_out"] = rest_of(train, strata, rows, held_out_examples, seed).tolist()
 
-    generator, what, more = stream(seed, "sharding"), "examples", []
+    some = [f"{len(rows)} of {len(train)} training examples are dealt"] * (len(rows) < len(train))
+    generator, what, notes, how = stream(seed, "sharding"), "examples", [], {}
     if mode == "iid":
         parts = sharding.stratified(strata[rows], k, generator, what)
     elif mode == "overlap":
-        parts, more = sharding.overlap(strata[rows], k, overlap_ratio, generator, what)
+        parts, notes = sharding.overlap(strata[rows], k, overlap_ratio, generator, what)
     elif mode == "category":
         categories = labels if key == "label" else _column(task, train, key)
-        parts, more = sharding.category(categories[rows], k, generator, what)
-    elif sizes == "equal":
-        sharding.check_counts(len(rows), k, what)
-        parts = equal_parts(labels[rows], k, dirichlet_alpha, generator, "--dirichlet-alpha")
+        parts, notes = sharding.category(categories[rows], k, generator, what)
     else:
-        called = {"what": what, "flag": "--dirichlet-alpha", "first": 1}
-        parts, more = sharding.dirichlet(labels[rows], k, dirichlet_alpha, generator, min_samples, **called)
-    parts = [rows[part] for part in parts]
+        how = {"dirichlet_alpha": dirichlet_alpha, "min_samples": min_samples, "sizes": sizes}
+        if sizes == "equal":
+            sharding.check_counts(len(rows), k, what)
+            parts = sharding.equal_parts(labels[rows], k, dirichlet_alpha, generator, "--dirichlet-alpha")
+        else:
+            called = {"what": what, "flag": "--dirichlet-alpha", "first": 1}
+            parts, notes = sharding.dirichlet(labels[rows], k, dirichlet_alpha, generator, min_samples, **called)
+    parts, meta = [rows[part].tolist() for part in parts], {"seed": int(seed), "overlap_ratio": overlap_ratio}
     return {
-        "client_indices": [part.tolist() for part in parts],
+        "client_indices": parts,
         "size_per_client": [len(part) for part in parts],
         "total_train": len(train),
         "task": task.name,
         "mode": mode,
-        "meta": {
-            "seed": int(seed),
-            "overlap_ratio": overlap_ratio,
-            "category_key": key,
-            "bin_stsb": bool(bin_stsb),
-            "dirichlet_alpha": dirichlet_alpha if mode == "dirichlet" else None,
-            "min_samples": min_samples if mode == "dirichlet" else None,
-            "sizes": sizes if mode == "dirichlet" else None,
-            "max_examples": max_examples,
-        },
+        "meta": {**meta, "category_key": key, "bin_stsb": bool(bin_stsb), "max_examples": max_examples, **how},
         "dataset": data.fingerprint["dataset"],
         "fingerprint": data.fingerprint["sha256"]["train"],
-        "notes": notes + more,
-    } | ({"held_out": held_out.tolist()} if held_out_examples else {})
+        "notes": data.notes + some + notes,
+        **held_out,
+    }
 
 
 def subset_of(data, n, seed):
@@ -143,9 +135,7 @@ def rest_of(train, strata, dealt, n, seed):
     """
     rest = np.setdiff1d(np.arange(len(train)), dealt)
     shown = f"{len(rest)} of {len(train)} training examples are in no shard"
-    refuse(n > len(rest), f"--held-out-examples {n}: {shown}: lower it or --max-examples")
-    if n in (0, len(rest)):
-        return rest[:n]
+    refuse(n >= len(rest), f"--held-out-examples {n}: {shown}: lower it or --max-examples")
     strata, draws = strata[rest], stream(seed, "held out")
     some = sharding.stratified(strata, [n, len(rest) - n], draws, "examples")[0]
     order = draws.permutation(len(rest))
@@ -158,15 +148,11 @@ def shares_words(train, rows, dealt):
     """bool [n]: which examples have RUN words in a row that a dealt one has, case and columns apart; or have fewer."""
 
     def runs(i):
-        found = set()
-        for column in train.texts.values():
-            words = column[i].lower().split()
-            found.update(tuple(words[j : j + RUN]) for j in range(len(words) - RUN + 1))
-        return found
+        texts = [column[i].lower().split() for column in train.texts.values()]
+        return {tuple(words[j : j + RUN]) for words in texts for j in range(len(words) - RUN + 1)}
 
     known = set().union(*map(runs, dealt))
-    every = map(runs, rows)
-    return np.array([not mine or not known.isdisjoint(mine) for mine in every], dtype=bool)
+    return np.array([not mine or not known.isdisjoint(mine) for mine in map(runs, rows)], dtype=bool)
 
 
 def whole_labels(task, train, bin_stsb=True):
@@ -200,29 +186,20 @@ def save_shard_manifests(out_dir, shard_info):
     """Writes out_dir/client_1.json ... client_k.json, held_out.json (if there is one) and summary.json.
 
     client_i.json: dataset (the task, as in the source), indices, and how they were dealt; summary.json: all of
-    `shard_info`. Files of an earlier call are removed.
-    Raises UsageError where the folder cannot be written.
+    `shard_info`. Files of an earlier call are removed. Raises UsageError where the folder cannot be written.
     """
-    folder = Path(out_dir)
-    same = {
-        "dataset": shard_info["task"],
-        "task": shard_info["task"],
-        "data": shard_info["dataset"],
-        "mode": shard_info["mode"],
-        **{key: shard_info["meta"].get(key) for key in ("dirichlet_alpha", "sizes", "overlap_ratio", "category_key")},
-        "seed": shard_info["meta"]["seed"],
-        "total_train": shard_info["total_train"],
-        "fingerprint": shard_info["fingerprint"],
-    }
+    folder, info = Path(out_dir), shard_info
+    same = {"dataset": info["task"], "data": info["dataset"], "mode": info["mode"], **info["meta"]}
+    same |= {key: info[key] for key in ("total_train", "fingerprint")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in (*client_files(folder).values(), folder / HELD_OUT):
             path.unlink(missing_ok=True)
-        for i, indices in enumerate(shard_info["client_indices"], 1):
+        for i, indices in enumerate(info["client_indices"], 1):
             write_json(folder / f"client_{i}.json", {**same, "client": i, "indices": indices})
-        if "held_out" in shard_info:
-            write_json(folder / HELD_OUT, {**same, "indices": shard_info["held_out"]})
-        write_json(folder / "summary.json", shard_info)
+        if "held_out" in info:
+            write_json(folder / HELD_OUT, {**same, "indices": info["held_out"]})
+        write_json(folder / "summary.json", info)
     except OSError as error:
         raise UsageError(f"cannot write {folder}: {error.strerror}; choose another --out-dir") from error
 
@@ -234,31 +211,26 @@ def client_files(folder):
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
-def load_manifest(path, data=None, task_name=None):
+def load_manifest(path, task=None, data=None):
     """A client's manifest, a dict with "indices": sorted int64 array.
 
-    data: a `TaskData` that it must fit: its task, indices in range, and the fingerprint of the train split (a
-    manifest of the source has none: it cannot be checked). task_name: the task alone.
+    task: the name of the task that it must be of; data: a `TaskData` that it must fit, whose train split has these
+    indices and its fingerprint (a manifest of the source has none: it cannot be checked).
     Raises UsageError when it is missing, unreadable, of another task or data, or has indices out of range or twice.
     """
     try:
         manifest = read_json(path)
-        indices = np.array(manifest["indices"], dtype=np.int64)
-        task = manifest.get("task") or manifest["dataset"]
+        indices, there = np.array(manifest["indices"], dtype=np.int64), manifest["dataset"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{path} is no shard manifest ({type(error).__name__}): make it with sharding.py") from error
-    wanted = data.task.name if data else task_name
-    if wanted is not None and task != wanted:
-        raise UsageError(f"{path} is of task {task}, not {wanted}: make shards of {wanted}, or give --task-name {task}")
-    n = len(data.splits["train"]) if data else np.inf
-    values = np.unique(indices)
-    if not len(values) or len(values) < indices.size or values[0] < 0 or values[-1] >= n:
-        raise UsageError(f"{path} has no indices, one twice, or one that is not below {n}: make the shards again")
-    here = data and data.fingerprint["sha256"]["train"]
-    if data and manifest.get("fingerprint") not in (None, here):
-        there = f"{manifest.get('data')}, fingerprint {str(manifest['fingerprint'])[:12]}, here {here[:12]}"
-        raise UsageError(f"{path} was made from other data ({there}): make the shards again from these data")
-    return {**manifest, "task": task, "indices": values}
+    other = f"{path} is of task {there}, not {task}: make shards of {task}, or give --task-name {there}"
+    refuse(task not in (None, there), other)
+    n, values = len(data.splits["train"]) if data else np.inf, np.unique(indices)
+    odd = not len(values) or len(values) < indices.size or values[0] < 0 or values[-1] >= n
+    refuse(odd, f"{path} has no indices, one twice, or one that is not below {n}: make the shards again")
+    changed = data and manifest.get("fingerprint") not in (None, data.fingerprint["sha256"]["train"])
+    refuse(changed, f"{path} was made from other data ({manifest.get('data')}): make the shards again from these data")
+    return manifest | {"indices": values}
 
 
 def load_shards(shard_dir, data):
@@ -271,13 +243,13 @@ def load_shards(shard_dir, data):
     refuse(not files, f"shard folder {shard_dir} {state}: lora_glue_fl/sharding.py --out-dir {shard_dir} makes it")
     if absent := set(range(1, max(files))) - set(files):
         raise UsageError(f"shard folder {shard_dir} has client_{max(files)}.json but no client_{min(absent)}.json")
-    return [load_manifest(path, data) for path in files.values()]
+    return [load_manifest(path, data.task.name, data) for path in files.values()]
 
 
 def load_held_out(shard_dir, data):
     """The examples of held_out.json, sorted int64 array, None where there is none. Raises as `load_manifest`."""
     path = Path(shard_dir) / HELD_OUT
-    return load_manifest(path, data)["indices"] if path.exists() else None
+    return load_manifest(path, data.task.name, data)["indices"] if path.exists() else None
 
 
 # ---- the command

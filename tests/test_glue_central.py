@@ -5,7 +5,7 @@ import pytest
 from test_glue_rounds import call, evaluated, ever_worse, same_metrics, validation
 
 from common.checkpoint import read_json
-from lora_glue_fl import central as central_module
+from lora_glue_fl import baseline_run
 
 pytestmark = pytest.mark.slow
 DEMO = "--dataset demo --threads 1 --max-length 32 --seed 7".split()
@@ -69,7 +69,7 @@ def test_zero_shot_is_the_model_as_it_begins(tmp_path):
 
 
 def test_what_is_saved_is_the_best_epochs_where_asked(tmp_path, monkeypatch):
-    ever_worse(monkeypatch, central_module, 2)
+    ever_worse(monkeypatch, baseline_run, 2)
     words = (*TRAIN, "--num-train-epochs", 2, "--final", "best")
     script = "main_glue_lora"
     assert run(script, tmp_path, *words) == 130 and run(script, tmp_path, *words, "--resume") == 0

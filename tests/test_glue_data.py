@@ -7,7 +7,8 @@ import pytest
 
 import common.hub
 from common.cli import UsageError
-from lora_glue_fl.data_prep import encode, load_task, load_tokenizer
+from lora_glue_fl.data_prep import encode, load_task
+from lora_glue_fl.demo_glue import demo_tokenizer
 from lora_glue_fl.glue_tasks import TASKS, evaluate
 
 FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI"}
@@ -166,7 +167,7 @@ def bag_of_words(encoded, size):
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_the_demo_can_be_learned(task):
-    data, tokenizer = load_task(task, "demo"), load_tokenizer("demo")
+    data, tokenizer = load_task(task, "demo"), demo_tokenizer()
     encoded = encode(data, tokenizer)
     train = data.splits["train"]
     x = bag_of_words(encoded["train"], len(tokenizer))

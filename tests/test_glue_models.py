@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from common.adapter_files import read_adapter, write_adapter
 from common.cli import UsageError
-from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
+from lora_glue_fl.demo_glue import demo_task
 from lora_glue_fl.glue_tasks import TASKS
-from lora_glue_fl.models import TaskModel, find_tokenizer, load_encoder
+from lora_glue_fl.models import TaskModel, load_tokenizer
 
 PREFIX = "base_model.model."
 # the two layers' adapted modules, and the modules that are trained whole, where the file has no head
@@ -38,8 +38,8 @@ def folders(tmp_path_factory):
 
 
 def args_of(folder, task="wnli", **more):
-    about = {"task_name": task, "model": str(folder), "model_size": None, "tokenizer": None, "dataset": "demo"}
-    about |= {"data_root": None, "cache_dir": None, "max_length": 24, "eval_batch_size": 32, "device": "cpu"}
+    about = {"task_name": task, "model": str(folder), "model_size": None, "dataset": "demo"}
+    about |= {"data_root": None, "max_length": 24, "eval_batch_size": 32, "device": "cpu"}
     return SimpleNamespace(**{**about, "amp": "off", "threads": 0, "seed": 0, "pooling": "cls", **more})
 
 
@@ -55,8 +55,8 @@ def state(model):
     return {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
-def encoder(folder, task="wnli", seed=0):
-    return load_encoder(str(folder), TASKS[task], find_tokenizer(None, "demo", None, str(folder)), seed)
+def adapted_of(folder, task="wnli", r=2, alpha=2):
+    return TaskModel(args_of(folder, task), (r, alpha, 0.0, None), train=False).adapted
 
 
 # ---- the architectures
@@ -65,7 +65,7 @@ def encoder(folder, task="wnli", seed=0):
 @pytest.mark.parametrize("kind", KINDS)
 def test_queries_and_values_are_adapted_and_the_new_parts_trained(kind, folders):
     place, names, head = TARGETS[kind]
-    adapted = encoder(folders(kind)).adapted(r=2, alpha=4)
+    adapted = adapted_of(folders(kind))
     assert adapted.targets == tuple(names.split()) and not adapted.about()["fan_in_fan_out"]
     assert set(adapted.layers) == {place.format(i) + name for i in (0, 1) for name in names.split()}
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(folders(kind), num_labels=2)
@@ -102,7 +102,7 @@ def test_the_saved_adapter_in_plain_peft_gives_the_same_outputs_and_metrics(kind
     adapted = found.adapted
     random_adapter(adapted)
     factors = {name: (A.detach(), B.detach()) for name, (A, B) in adapted.factors().items()}
-    about = {"alpha": 6, "target_modules": list(adapted.targets), "modules_to_save": list(found.encoder.head)}
+    about = {"alpha": 6, "target_modules": list(adapted.targets), "modules_to_save": found.head}
     write_adapter(tmp_path / "a", factors, adapted.head, base_model=str(folders(kind)), **about)
     torch.manual_seed(77)  # of what the plain model draws for the parts that the file lacks
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(folders(kind), num_labels=2)
@@ -135,7 +135,7 @@ HEADS = {  # what transformers makes of hidden states h [B, L, H], of which it t
 def test_a_head_reads_the_first_token_or_the_mean_of_those_that_are_no_padding(kind, folders):
     found, mean = (TaskModel(args_of(folders(kind), pooling=pooling), None) for pooling in ("cls", "mean"))
     for name, p in mean.model.named_parameters():
-        if {*name.split(".")} & {*mean.encoder.head}:
+        if {*name.split(".")} & {*mean.head}:
             torch.nn.init.normal_(p, std=0.5)
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(folders(kind), num_labels=2).eval()
     plain.load_state_dict(found.model.state_dict())
@@ -166,40 +166,40 @@ def test_a_head_reads_the_first_token_or_the_mean_of_those_that_are_no_padding(k
 @pytest.mark.parametrize("kind, labels, task", [("roberta", 1, "mnli"), ("bert", 3, "stsb")])
 def test_a_head_for_other_labels_is_new(kind, labels, task, tmp_path):
     folder = save_encoder(tmp_path / "m", kind, "AutoModelForSequenceClassification", num_labels=labels)
-    found, stored = encoder(folder, task), load_file(folder / "model.safetensors")
+    found, stored = TaskModel(args_of(folder, task), None, train=False), load_file(folder / "model.safetensors")
     last = {"bert": "classifier", "roberta": "classifier.out_proj"}[kind]
     assert found.notes == [f"not in {folder}, begins at random: {last}"]
     own = found.model.state_dict()
-    assert own[f"{last}.weight"].shape == (TASKS[task].num_labels, 16) and found.head == ("classifier",)
+    assert own[f"{last}.weight"].shape == (TASKS[task].num_labels, 16) and found.head == ["classifier"]
     assert {name for name, t in stored.items() if own[name].shape != t.shape} == {f"{last}.weight", f"{last}.bias"}
     assert all(torch.equal(own[name], t) for name, t in stored.items() if not name.startswith(last))
-    outputs = TaskModel(args_of(folder, task), None, train=False).outputs(TASKS[task].evaluation_splits[0])
+    outputs = found.outputs(TASKS[task].evaluation_splits[0])
     assert outputs.shape[1] == TASKS[task].num_labels
 
 
-def test_find_tokenizer(folders, tmp_path, monkeypatch):
+def test_the_tokenizer_is_the_models_own(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "no_downloads"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no_downloads" / "hub"))
-    monkeypatch.setenv("FEDQUARTET_DATA", str(tmp_path))
     pair = ("the farmer", "the table")
-    own = find_tokenizer(None, "glue", None, str(folders("bert")))(*pair)
+    own = load_tokenizer(str(folders("bert")), "demo")(*pair)
     assert own == make_tokenizer("bert")(*pair) and "token_type_ids" in own
-    given = find_tokenizer(str(folders("deberta-v2")), "demo", None, str(folders("bert")))
-    assert given(*pair)["input_ids"] == make_tokenizer("deberta-v2")(*pair)["input_ids"] != own["input_ids"]
-    assert find_tokenizer(None, "demo").get_vocab() == demo_tokenizer().get_vocab()
     with pytest.raises(UsageError, match="roberta-base.*--model tiny --dataset demo"):
-        find_tokenizer(None, "glue")
-    make_tokenizer("roberta").save_pretrained(tmp_path / "tokenizers" / "roberta-base")
-    assert len(find_tokenizer(None, "glue")) == len(make_tokenizer("roberta"))
+        load_tokenizer("tiny", "glue")
+    tokenizer = make_tokenizer("bert")
+    tokenizer.pad_token = None
+    folder = save_encoder(tmp_path / "unpadded", "bert", tokenizer=make_tokenizer("bert"))
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UsageError, match="unpadded has no padding token"):
+        load_tokenizer(str(folder), "demo")
 
 
 def test_adapters_that_do_not_fit_are_named(folders, tmp_path):
     found = TaskModel(args_of(folders("bert")), (2, 2, 0.0, None), train=False)
     wide = save_encoder(tmp_path / "wide", "bert", hidden_size=32)
     cases = {
-        "bert.encoder.layer.0.* is None, in .*--model": encoder(folders("roberta")).adapted(2, 2),
-        "classifier.bias is .3,., in .*2,.*--task-name": encoder(folders("bert"), "mnli").adapted(2, 2),
-        "is .32, 32., in .* .16, 16.: give its --model": encoder(wide).adapted(2, 2),
+        "bert.encoder.layer.0.* is None, in .*--model": adapted_of(folders("roberta")),
+        "classifier.bias is .3,., in .*2,.*--task-name": adapted_of(folders("bert"), "mnli"),
+        "is .32, 32., in .* .16, 16.: give its --model": adapted_of(wide),
     }
     for words, other in cases.items():
         factors = {layer: (A.detach(), B.detach()) for layer, (A, B) in other.factors().items()}

@@ -1,4 +1,4 @@
-"""Tokens of GLUE's tasks, their cache, and batches of similar length."""
+"""Tokens of GLUE's tasks, and batches of similar length."""
 
 import numpy as np
 import pytest
@@ -7,14 +7,15 @@ from encoders import make_tokenizer
 
 from common.cli import UsageError
 from common.seeding import stream
-from lora_glue_fl.data_prep import encode, load_task, load_tokenizer, training_batches
+from lora_glue_fl.data_prep import encode, load_task, training_batches
+from lora_glue_fl.demo_glue import demo_tokenizer
 from lora_glue_fl.glue_tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("alone")
 
 
 def test_the_demo_tokenizer():
-    tokenizer = load_tokenizer("demo")
+    tokenizer = demo_tokenizer()
     special = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
     assert special == (0, 1, 2, 3)
     ids = tokenizer("the Doctor sold", "zebra")["input_ids"]
@@ -33,7 +34,7 @@ def bert_tokenizer():
 
 
 @pytest.mark.parametrize("task, most", [("rte", 20), ("qnli", 14)])  # one has the longer sentence first, one second
-@pytest.mark.parametrize("make", [lambda: load_tokenizer("demo"), bert_tokenizer])
+@pytest.mark.parametrize("make", [demo_tokenizer, bert_tokenizer])
 def test_batches_equal_the_tokenizers_own_padding(make, task, most):
     tokenizer, data = make(), load_task(task, "demo")
     encoded = encode(data, tokenizer, max_length=most)
@@ -49,20 +50,9 @@ def test_batches_equal_the_tokenizers_own_padding(make, task, most):
     assert encoded["train"].lengths().tolist() == list(map(len, ids))
 
 
-def test_lengths_and_tokenizers_that_do_not_fit(tmp_path):
-    data = load_task("rte", "demo")
+def test_a_length_that_the_model_does_not_take():
     with pytest.raises(UsageError, match="--max-length 65 is outside 8 to 64"):
-        encode(data, bert_tokenizer(), max_length=65)
-    with pytest.raises(UsageError, match="no tokenizer 'no/such'"):
-        load_tokenizer("no/such")
-    tokenizer = load_tokenizer("demo")
-    tokenizer.save_pretrained(tmp_path / "data" / "tokenizers" / "words")
-    loaded = load_tokenizer("words")  # by name, under the data folder
-    assert np.array_equal(encode(data, loaded)["train"].tokens, encode(data, tokenizer)["train"].tokens)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(tmp_path / "unpadded")
-    with pytest.raises(UsageError, match="has no padding token"):
-        load_tokenizer(str(tmp_path / "unpadded"))
+        encode(load_task("rte", "demo"), bert_tokenizer(), max_length=65)
 
 
 # ------------------------------------------------------------------------------------------------ batches
