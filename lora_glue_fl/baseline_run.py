@@ -8,12 +8,11 @@ federated client (`common.local.local_steps`). A round of the metrics is an epoc
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from common import parallel
-from common.cli import RunFailed, UsageError, parse, positive_float, positive_int, run_main
+from common.cli import RunFailed, parse, positive_float, positive_int, run_main
 from common.evaluation import Best
 from common.hub import quiet
 from common.local import OptimizerState, client_optimizer, local_steps
@@ -49,52 +48,34 @@ def complete(args):
 def main(args):
     name = f"{args.task_name.lower()}_{size_label(args)}"
     with start_run("baseline_run", args, name, unit="examples") as run:
-        study = load_study(args, run)
-        train(study)
+        model = train(args, run)
 
         if args.do_train:
-            run.write_final(lambda folder: save(study, folder))
-        run.finish(results(study))
+            run.write_final(lambda folder: save(model, folder))
+        run.finish(results(run))
 
 
-@dataclass(frozen=True)
-class Study:
-    """Data and model of a run. rows: int64, its examples of the training split; weights: what is trained."""
+def train(args, run, lora=None):
+    """Epochs of AdamW with one schedule over all of them, evaluated before and after each with --do-eval.
 
-    args: object
-    run: object
-    model: TaskModel
-    rows: np.ndarray
-    weights: Weights
-
-
-def load_study(args, run, lora=None):
-    """Reads the data, builds the model and begins the run. Args: lora: as `TaskModel`; None: all weights train."""
+    Args: lora: as `TaskModel`; None: all weights train. Returns the `TaskModel` with the last epoch's weights, with
+    --final best those of the best validation metric.
+    """
     a = args
-    if parallel.world().size > 1:
-        raise UsageError("central training is one process: start it without torchrun")
+    refuse(parallel.world().size > 1, "central training is one process: start it without torchrun")
     model = TaskModel(a, lora, train=a.do_train)
-    trained = model.adapted.trainable() if lora else dict(model.model.named_parameters())
+    adapted = model.adapted
     rows = subset_of(model.data, a.max_examples, a.seed) if a.do_train else np.empty(0, dtype=np.int64)
     clients = {"examples": len(rows)} if a.do_train else {}
     if lora and a.init_adapter:
-        adapted = model.adapted
         factors, head, clients["init_adapter_sha256"] = model.start(a.init_adapter, a.lora_r, adapted.scale, a.lora_r)
         adapted.load(factors, head, adapted.scale)
+    trained = adapted.trainable() if lora else dict(model.model.named_parameters())
     weights = Weights(model.model, trained)
     run.begin(model.facts(), model.sizes(trained), clients=clients or None)
     run.plan(math.ceil(a.num_train_epochs) if a.do_train else 0)
     for line in model.notes:
         run.note(line)
-    return Study(a, run, model, rows, weights)
-
-
-def train(study):
-    """Epochs of AdamW with one schedule over all of them, evaluated before and after each with --do-eval.
-
-    Leaves the last epoch's weights in the model, with --final best those of the best validation metric.
-    """
-    a, run, model, weights = study.args, study.run, study.model, study.weights
     optimizer = client_optimizer("adamw", weights.parameters, a.learning_rate)
     lasting, best = {"optimizer": OptimizerState(optimizer, weights.parameters)}, Best()
     if a.final == "best":
@@ -109,9 +90,9 @@ def train(study):
 
     run.report(0, weights.theta, evaluate)
     if not a.do_train:
-        return
-    plan = plan_steps(model.encoded["train"], study.rows, a, a.num_train_epochs)
-    lrs, epoch = learning_rates(a, len(plan)), math.ceil(len(study.rows) / a.batch_size)  # steps of an epoch
+        return model
+    plan = plan_steps(model.encoded["train"], rows, a, a.num_train_epochs)
+    lrs, epoch = learning_rates(a, len(plan)), math.ceil(len(rows) / a.batch_size)  # steps of an epoch
     for t in run.rounds():
         now = slice(t * epoch, (t + 1) * epoch)
         model.model.train()
@@ -127,19 +108,20 @@ def train(study):
     if a.final == "best":
         weights.load(best.theta)
         run.note(f"what is saved is the best epoch's, {best.round}: {model.headline} {-best.loss:.4g}")
+    return model
 
 
-def results(study):
+def results(run):
     """What run.json says at the end; prints the metrics."""
-    last = study.run.metrics()[-1]
+    last = run.metrics()[-1]
     return print_values(last) | {name: last[name] for name in ("examples", "seconds")} | {"rounds": last["round"]}
 
 
-def save(study, folder):
+def save(model, folder):
     """The model and its tokenizer, as transformers loads them."""
     with quiet():
-        study.model.model.save_pretrained(folder)
-    study.model.tokenizer.save_pretrained(folder)
+        model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,15 @@ import torch
 
 from common.batches import padded
 from common.cli import UsageError
-from common.hub import hub_dataset, one_line, reading
+from common.hub import hub_dataset, reading
 from common.local import lr_at
 from common.seeding import stream
 from common.text import data_folder, vocabulary_size
-from lora_glue_fl.demo_glue import demo_task
-from lora_glue_fl.flags import DATASETS, refuse
-from lora_glue_fl.glue_tasks import Split, Task, find_task, make_split
+from lora_glue_fl.flags import refuse
+from lora_glue_fl.glue_tasks import Split, Task, demo_task, find_task, make_split
 
 HUB_NAME = "nyu-mll/glue"
-_COLA_HEADER = ["source", "label", "star", "sentence"]  # CoLA's train and dev have no header line
+_COLA_HEADER = ["source", "label", "star", "sentence"]  # CoLA's files have no header line
 _MOST_SKIPPED = 1e-3  # of a file's rows; QQP's train file has three broken ones
 # Batches that are sorted by length together; half of them where there are few, so that batches mix every epoch
 POOL = 16
@@ -49,11 +48,10 @@ def load_task(name, dataset="glue", data_root=None, splits=None):
 
     dataset: "glue" (the official tsv files under the data folder, else the hub) or "demo" (generated). splits: which
     are needed, all by default.
-    Raises UsageError for an unknown task or dataset, and for data that are missing or damaged.
+    Raises UsageError for an unknown task, and for data that are missing or damaged.
     """
     task = find_task(name)
     splits = splits or task.splits
-    refuse(dataset not in DATASETS, f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
     if dataset == "demo":
         generated = demo_task(task.name)
         there, source, notes = {split: generated[split] for split in splits}, "generated", []
@@ -100,18 +98,14 @@ def _read_tsv(task, path, notes):
     """One file as a `Split`. Quotes are literal; a row that lacks a column that is needed is skipped and noted."""
     if not path.is_file():
         raise UsageError(f"{path.parent} lacks {path.name}: put it there, or take another --data-root or task")
-    try:
+    with reading(f"cannot read {path}", "get the file again"):
         text = path.read_bytes().decode("utf-8-sig")  # MRPC's files start with a byte-order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path} ({one_line(error)}): get the file again") from error
     # Only "\n" ends a line: splitlines would also cut at the rarer separators that stand inside sentences.
     rows = [line.removesuffix("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
-    bare = task.name == "cola" and len(rows[0]) == len(_COLA_HEADER) and rows[0] != _COLA_HEADER
-    header, first = (_COLA_HEADER, 0) if bare else (rows[0], 1)
-    missing = [name for name in task.file_columns.values() if name not in header and name != "genre"]
-    if missing:
+    header, first = (_COLA_HEADER, 0) if task.name == "cola" else (rows[0], 1)
+    if missing := [name for name in task.file_columns.values() if name not in header]:
         raise UsageError(f"{path} has no column {' nor '.join(missing)}: it is not the official file of {task.name}")
-    places = {column: header.index(name) for column, name in task.file_columns.items() if name in header}
+    places = {column: header.index(name) for column, name in task.file_columns.items()}
     needed = 1 + max(places.values())
     lines = [i for i in range(first, len(rows)) if len(rows[i]) >= needed]
     skipped = len(rows) - first - len(lines)
@@ -120,9 +114,8 @@ def _read_tsv(task, path, notes):
     if skipped:
         notes.append(f"{path.name}: {skipped} rows without all columns are skipped")
     columns = {column: [rows[i][place] for i in lines] for column, place in places.items()}
-    texts = {column: columns[column] for column in task.columns}
-    categories = {name: columns[name] for name in columns if name not in (*task.columns, "label")}
-    return make_split(task, texts, columns["label"], categories, lambda i: f"{path} line {lines[i] + 1}")
+    texts, labels = {column: columns.pop(column) for column in task.columns}, columns.pop("label")
+    return make_split(task, texts, labels, columns, lambda i: f"{path} line {lines[i] + 1}")
 
 
 # ---- tokenised

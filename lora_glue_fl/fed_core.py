@@ -87,9 +87,15 @@ class Study:
         metrics = {}
         if self.evaluates(t):
             load(self, theta, t)
-            held_out = {} if self.held_out is None else self.model.held_out(self.held_out)
-            metrics = self.model.evaluate() | held_out
-        return metrics | publish(self, theta, t, metrics) if t else metrics
+            metrics = self.model.evaluate()
+            if self.held_out is not None:
+                metrics |= self.model.held_out(self.held_out)
+        if t == 0:
+            return metrics
+        if metrics and self.args.final == "best":  # it keeps the lowest
+            self.best.offer(t, -metrics[self.model.headline], torch.cat([x.reshape(-1) for x in theta.values()]))
+        self.folders.server(t - 1, *self.adapter(theta, t), base_of(theta))
+        return metrics | {"aggregation_error": self.served.error}
 
     def served_scale(self, t):
         """s of theta's adapter before round t: the clients', from the second on that of what svd serves."""
@@ -131,7 +137,7 @@ def load_study(args, run):
         folders=RoundFolders(run.folder, a.keep, fused, model.about(run.folder)),
         best=Best(),
     )
-    first, n = shards[0], sorted(study.examples)
+    first, n = shards[0], study.examples
     data = model.facts() | {"clients": len(n)}
     data |= {key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key", "sizes")}
     if study.held_out is not None:
@@ -141,8 +147,7 @@ def load_study(args, run):
         clients["init_adapter_sha256"] = start[-1]
     run.begin(data, model.sizes(model.adapted.trainable()), clients=clients)
     run.plan(a.rounds, clients=len(n))
-    notes = [f"{len(n)} clients, examples a client {n[0]} to {n[-1]} (median {n[len(n) // 2]})", *model.notes]
-    for line in notes:
+    for line in (f"{len(n)} clients, examples a client {min(n)} to {max(n)}", *model.notes):
         run.note(line)
     if parallel.is_main():
         model.save_base(run.folder)
@@ -295,16 +300,7 @@ def _sizes(study):
     return [(B.shape[0], A.shape[1]) for A, B in study.model.adapted.factors().values()]
 
 
-# ---- what is served
-
-
-def publish(study, theta, t, metrics):
-    """Writes what is served after t rounds. Returns what is logged of it. metrics: of it, {} where not evaluated."""
-    served = study.served
-    if metrics and study.args.final == "best":  # it keeps the lowest
-        study.best.offer(t, -metrics[study.model.headline], torch.cat([x.reshape(-1) for x in theta.values()]))
-    study.folders.server(t - 1, *study.adapter(theta, t), base_of(theta))
-    return {"aggregation_error": served.error}
+# ---- the end
 
 
 def finish(study, theta):

@@ -54,10 +54,17 @@ def main(args):
     first, alpha = adapters[0], rank if args.alpha is None else args.alpha
     base = args.model or first.base_model or SIZES.get(args.model_size)
 
-    served = average(adapters, weights, rank, alpha)
+    clients = Round(range(len(adapters)), weights)
+    heads = [torch.cat([a.head[name].reshape(-1) for name in first.head]) if first.head else None for a in adapters]
+    served_as = {"rank": rank, "new_scale": alpha / rank, "seed": 42, "head": heads[0]}
+    mean = AdapterMean("svd", first.factors, first.scale, clients, **served_as)
+    for k in clients:
+        mean.add(adapters[k].factors, heads[k], scale=adapters[k].scale)
+    served = mean.result()
+
     head = named_views(served.head, first.head) if first.head else {}
     about = {"target_modules": first.target_modules, "base_model": base, "fan_in_fan_out": first.fan_in_fan_out}
-    about["head_pooling"] = first.head_pooling
+    about |= {"alpha": alpha, "head_pooling": first.head_pooling, "base": first.base}
     about["modules_to_save"] = sorted({name for a in adapters for name in a.modules_to_save}) if head else []
     manifest = {
         "dataset": args.dataset,
@@ -72,21 +79,9 @@ def main(args):
         "sha256": [adapter.sha256 for adapter in adapters],
         "relative_error": served.error,
     }
-    more = {"fuse_manifest.json": manifest}
-    write_adapter(place, served.factors, head, alpha=alpha, base=first.base, more=more, **about)
+    write_adapter(place, served.factors, head, more={"fuse_manifest.json": manifest}, **about)
     print(f"relative error {served.error:.4g}")
     print(place)
-
-
-def average(adapters, weights, rank, alpha):
-    """The truncated mean, a `common.lowrank.Served`; its head is None where the adapters have none."""
-    first, clients = adapters[0], Round(range(len(adapters)), weights)
-    heads = [torch.cat([a.head[name].reshape(-1) for name in first.head]) if first.head else None for a in adapters]
-    served_as = {"rank": rank, "new_scale": alpha / rank, "seed": 42, "head": heads[0]}
-    mean = AdapterMean("svd", first.factors, first.scale, clients, **served_as)
-    for k in clients:
-        mean.add(adapters[k].factors, heads[k], scale=adapters[k].scale)
-    return mean.result()
 
 
 # ---- what is refused

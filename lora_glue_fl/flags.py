@@ -1,6 +1,5 @@
 """The flags of this study's scripts: the source's names and defaults, and ours."""
 
-import json
 from pathlib import Path
 
 from common.cli import (
@@ -11,7 +10,6 @@ from common.cli import (
     half_open_fraction,
     positive_float,
     positive_int,
-    say,
 )
 
 DATASETS = ("glue", "demo")
@@ -112,14 +110,6 @@ def complete_rounds(args):
 
 
 def run_name(args):
-    """The run's folder: {task}_{size}, or where that holds a run of another rule or start, with these in its name."""
-    name = f"{args.task_name.lower()}_{size_label(args)}"
-    try:
-        there = json.loads(Path(args.output_dir, name, "run.json").read_text())["args"]
-    except (OSError, ValueError, LookupError):
-        return name
-    if args.overwrite or all(there.get(key) == getattr(args, key) for key in ("aggregate", "init_adapter")):
-        return name
-    other = f"{name}_{args.aggregate}" + "_warm" * bool(args.init_adapter)
-    say(f"{args.output_dir}/{name} holds a run of {there.get('aggregate')}: this one goes to {other}")
-    return other
+    """The run's folder: {task}_{size} of the source; a rule other than svd and a start are in its name."""
+    rule = "" if args.aggregate == "svd" else f"_{args.aggregate}"
+    return f"{args.task_name.lower()}_{size_label(args)}{rule}" + "_warm" * bool(args.init_adapter)

@@ -27,32 +27,26 @@ def main(args):
     args.output_dir = str(Path(args.output_dir) / f"{args.task_name.lower()}_{size_label(args)}")
     with start_run("main_glue_lora", args, f"r{args.lora_r}", unit="examples") as run:
         lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules)
-        study = baseline_run.load_study(args, run, lora)
-        baseline_run.train(study)
+        model = baseline_run.train(args, run, lora)
 
-        results = baseline_run.results(study)
+        results = baseline_run.results(run)
         if args.do_train:
             run.note("writing the adapter")
-            save(study, Path(args.adapter_output_dir or run.folder / "adapter"))
-        write_manifest(study, results)
+            folder = Path(args.adapter_output_dir or run.folder / "adapter")
+            about = model.about(run.folder) | {"alpha": args.lora_alpha}
+            write_adapter(folder, model.adapted.factors(), model.adapted.head, **about)
+            model.save_base(run.folder)
+        write_manifest(run, model, results)
         run.finish(results)
 
 
-def save(study, folder):
-    """The adapter in peft's format, with the head; beside the tiny model's adapter the model itself."""
-    model, adapted = study.model, study.model.adapted
-    about = model.about(study.run.folder)
-    write_adapter(folder, adapted.factors(), adapted.head, alpha=study.args.lora_alpha, **about)
-    model.save_base(study.run.folder)
-
-
-def write_manifest(study, results):
+def write_manifest(run, model, results):
     """manifest.txt: what was trained, with which flags, and what it reached; `key: value` lines."""
-    counts = study.run.manifest["parameters"]
+    counts = run.manifest["parameters"]
     lines = {"trainable parameters": counts["trainable"], "total parameters": counts["total"]}
-    lines |= vars(study.args) | {"target_modules": " ".join(study.model.adapted.targets)} | results
-    path = study.run.folder / "manifest.txt"
-    path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()), encoding="utf-8")
+    lines |= vars(run.args) | {"target_modules": " ".join(model.adapted.targets)} | results
+    text = "".join(f"{key}: {value}\n" for key, value in lines.items())
+    (run.folder / "manifest.txt").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from common.seeding import seed_torch, torch_stream
 from common.text import reading_tokenizer
 from common.vector import fingerprint
 from lora_glue_fl.data_prep import encode, load_task
-from lora_glue_fl.demo_glue import demo_tokenizer
 from lora_glue_fl.flags import SIZES, model_name, refuse
-from lora_glue_fl.glue_tasks import evaluate, find_task
+from lora_glue_fl.glue_tasks import demo_tokenizer, evaluate, find_task
 
 # ---- encoders
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-from lora_glue_fl.demo_glue import demo_task
+from lora_glue_fl.glue_tasks import demo_task
 
 KINDS = ("bert", "roberta", "deberta-v2", "modernbert")
 _BERT, _ROBERTA = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -8,8 +8,7 @@ import pytest
 import common.hub
 from common.cli import UsageError
 from lora_glue_fl.data_prep import encode, load_task
-from lora_glue_fl.demo_glue import demo_tokenizer
-from lora_glue_fl.glue_tasks import TASKS, evaluate
+from lora_glue_fl.glue_tasks import TASKS, demo_tokenizer, evaluate
 
 FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI"}
 FOLDERS |= {"qnli": "QNLI", "rte": "RTE", "wnli": "WNLI"}

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from common.adapter_files import read_adapter, write_adapter
 from common.cli import UsageError
-from lora_glue_fl.demo_glue import demo_task
-from lora_glue_fl.glue_tasks import TASKS
+from lora_glue_fl.glue_tasks import TASKS, demo_task
 from lora_glue_fl.models import TaskModel, load_tokenizer
 
 PREFIX = "base_model.model."

@@ -20,7 +20,7 @@ from common.runlog import read_metrics
 from common.seeding import stream, torch_stream
 from lora_glue_fl import fed_core, flags
 from lora_glue_fl.data_prep import encode, load_task, training_batches
-from lora_glue_fl.demo_glue import demo_task, demo_tokenizer
+from lora_glue_fl.glue_tasks import demo_task, demo_tokenizer
 from lora_glue_fl.models import TaskModel, read_mean
 from lora_glue_fl.sharding import make_client_splits, save_shard_manifests
 

@@ -8,8 +8,7 @@ from encoders import make_tokenizer
 from common.cli import UsageError
 from common.seeding import stream
 from lora_glue_fl.data_prep import encode, load_task, training_batches
-from lora_glue_fl.demo_glue import demo_tokenizer
-from lora_glue_fl.glue_tasks import TASKS
+from lora_glue_fl.glue_tasks import TASKS, demo_tokenizer
 
 pytestmark = pytest.mark.usefixtures("alone")
 
