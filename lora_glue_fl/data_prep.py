@@ -35,11 +35,10 @@ CHUNK = 10_000  # examples tokenised at a time: the library's own form of them i
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """A task's splits. notes: lines for the log; fingerprint: for run.json (SHA-256 and examples of each split)."""
+    """A task's splits. fingerprint: for run.json (SHA-256 and examples of each split)."""
 
     task: Task
     splits: dict[str, Split]
-    notes: list[str]
     fingerprint: dict
 
 
@@ -54,9 +53,9 @@ def load_task(name, dataset="glue", data_root=None, splits=None):
     splits = splits or task.splits
     if dataset == "demo":
         generated = demo_task(task.name)
-        there, source, notes = {split: generated[split] for split in splits}, "generated", []
+        there, source = {split: generated[split] for split in splits}, "generated"
     else:
-        there, source, notes = _read_task(task, splits, data_root)
+        there, source = _read_task(task, splits, data_root)
     fingerprint = {
         "dataset": dataset,
         "task": task.name,
@@ -64,18 +63,18 @@ def load_task(name, dataset="glue", data_root=None, splits=None):
         "sha256": {split: there[split].sha256() for split in splits},
         "counts": {split: len(there[split]) for split in splits},
     }
-    return TaskData(task, there, notes, fingerprint)
+    return TaskData(task, there, fingerprint)
 
 
 def _read_task(task, splits, data_root):
-    """({split: Split}, source, notes): the asked splits of an official task.
+    """({split: Split}, source): the asked splits of an official task.
 
     From the folder `data_root`/glue/FOLDER where that is there, else the hub or its library's cache.
     """
-    root, notes = data_folder(data_root), []
+    root = data_folder(data_root)
     folder = root / "glue" / task.folder
     if folder.is_dir():
-        return {split: _read_tsv(task, folder / _file_name(split), notes) for split in splits}, str(folder), notes
+        return {split: _read_tsv(task, folder / _file_name(split)) for split in splits}, str(folder)
     rows = hub_dataset(
         (HUB_NAME, task.name),
         dict.fromkeys(task.splits, (*task.columns, "label")),
@@ -87,15 +86,15 @@ def _read_task(task, splits, data_root):
         texts = {column: rows[split][column] for column in task.columns}
         return make_split(task, texts, rows[split]["label"], {}, lambda i: f"{HUB_NAME} {split} example {i}")
 
-    return {split: of(split) for split in splits}, f"hub, {HUB_NAME} {task.name}", notes
+    return {split: of(split) for split in splits}, f"hub, {HUB_NAME} {task.name}"
 
 
 def _file_name(split):
     return split.replace("validation", "dev") + ".tsv"
 
 
-def _read_tsv(task, path, notes):
-    """One file as a `Split`. Quotes are literal; a row that lacks a column that is needed is skipped and noted."""
+def _read_tsv(task, path):
+    """One file as a `Split`. Quotes are literal; rows that lack a column are skipped, but for many of them refused."""
     if not path.is_file():
         raise UsageError(f"{path.parent} lacks {path.name}: put it there, or take another --data-root or task")
     with reading(f"cannot read {path}", "get the file again"):
@@ -111,8 +110,6 @@ def _read_tsv(task, path, notes):
     skipped = len(rows) - first - len(lines)
     if not lines or skipped > max(3, _MOST_SKIPPED * len(rows)):
         raise UsageError(f"{path}: {skipped} of {len(rows) - first} rows lack columns: get the file again")
-    if skipped:
-        notes.append(f"{path.name}: {skipped} rows without all columns are skipped")
     columns = {column: [rows[i][place] for i in lines] for column, place in places.items()}
     texts, labels = {column: columns.pop(column) for column in task.columns}, columns.pop("label")
     return make_split(task, texts, labels, columns, lambda i: f"{path} line {lines[i] + 1}")

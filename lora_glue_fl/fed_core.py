@@ -9,7 +9,6 @@ from round to round), `head` [h], all of the head's parameters in one vector, an
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -69,8 +68,9 @@ class Study:
         return {"adapters": Adapters(self)} | ({"best": self.best} if self.args.final == "best" else {})
 
     def bytes_of(self, t):
-        """(up, down): what a client sends and receives in round t."""
-        return partial(bytes_up, self, t), 0  # `serve` counts what all clients receive
+        """(up, down) in round t: what its clients send, what the round trains; `serve` counts what all receive."""
+        letters, head = trained_factors(self.args.aggregate, t), len(self.theta["head"])
+        return lambda k: 4 * (numbers(self, self.ranks[k], letters) + head), 0
 
     def mean(self, theta, clients):
         """The rule's mean of a round."""
@@ -270,11 +270,6 @@ def serve(study, theta, mean):
     return named | {f"base.{name}": weight for name, weight in base.items()}
 
 
-def bytes_up(study, t, k):
-    """What client k sends in round t: what its round trains."""
-    return 4 * (_numbers(study, study.ranks[k], trained_factors(study.args.aggregate, t)) + len(study.theta["head"]))
-
-
 def bytes_down(study, clients):
     """What all clients together, sampled or not, receive after a round: what changed for them.
 
@@ -287,12 +282,13 @@ def bytes_down(study, clients):
         rank = sum(study.ranks[k] for k in clients.clients)
         each = sum(min(rank * (d + k), d * k) for d, k in _sizes(study))
     else:
-        each = _numbers(study, study.served_as["rank"], trained_factors(a.aggregate, t))
-    first = sum(_numbers(study, r, ("A", "B")) + head for r in study.ranks) if t == 0 else 0
+        each = numbers(study, study.served_as["rank"], trained_factors(a.aggregate, t))
+    first = sum(numbers(study, r, ("A", "B")) + head for r in study.ranks) if t == 0 else 0
     return 4 * ((each + head) * len(study.rows) + first)
 
 
-def _numbers(study, rank, letters):
+def numbers(study, rank, letters):
+    """How many numbers these factors of all layers have."""
     return sum(rank * {"A": k, "B": d}[letter] for d, k in _sizes(study) for letter in letters)
 
 

@@ -2,15 +2,7 @@
 
 from pathlib import Path
 
-from common.cli import (
-    RARE,
-    Parser,
-    UsageError,
-    add_run_flags,
-    half_open_fraction,
-    positive_float,
-    positive_int,
-)
+from common.cli import RARE, Parser, UsageError, add_run_flags, half_open_fraction, positive_float, positive_int
 
 DATASETS = ("glue", "demo")
 SIZES = {"base": "roberta-base", "large": "roberta-large"}

@@ -198,7 +198,8 @@ def demo_task(name):
         genres = [None] * n
         if "genre" in task.file_columns:
             genres = generator.choice(list(_OTHERS if "mismatched" in split else _GENRES), size=n).tolist()
-        examples = [_WRITERS[name](_Picker(generator), kind, genre) for kind, genre in zip(kinds, genres, strict=True)]
+        w = _picker(generator)
+        examples = [_WRITERS[name](w, kind, genre) for kind, genre in zip(kinds, genres, strict=True)]
         texts = {column: [example[i] for example in examples] for i, column in enumerate(task.columns)}
         splits[split] = Split(texts, _noisy(kinds, task, generator), {"genre": genres} if genres[0] else {})
     return splits
@@ -212,16 +213,15 @@ def _noisy(kinds, task, generator):
     return np.where(wrong, (kinds + 1) % len(task.labels), kinds)
 
 
-class _Picker:
-    """Picks words: `w(list)` one, `w(list, n)` n different ones."""
+def _picker(generator):
+    """A function that picks words: `w(list)` one, `w(list, n)` n different ones."""
 
-    def __init__(self, generator):
-        self.generator = generator
-
-    def __call__(self, words, n=None):
+    def w(words, n=None):
         if n is None:
-            return words[self.generator.integers(len(words))]
-        return [words[i] for i in self.generator.permutation(len(words))[:n]]
+            return words[generator.integers(len(words))]
+        return [words[i] for i in generator.permutation(len(words))[:n]]
+
+    return w
 
 
 def _cola(w, label, _):
@@ -308,11 +308,8 @@ _WRITERS = {
 @functools.cache
 def demo_vocabulary():
     """Every word of the nine demos, sorted."""
-    words = set()
-    for name in TASKS:
-        for split in demo_task(name).values():
-            words.update(word for column in split.texts.values() for sentence in column for word in sentence.split())
-    return sorted(words)
+    columns = [column for name in TASKS for split in demo_task(name).values() for column in split.texts.values()]
+    return sorted({word for column in columns for sentence in column for word in sentence.split()})
 
 
 def demo_tokenizer():

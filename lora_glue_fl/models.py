@@ -153,10 +153,9 @@ class TaskModel:
         self.data = load_task(self.task.name, args.dataset, args.data_root, splits)
         self.tokenizer = load_tokenizer(self.name, args.dataset)
         self.encoded = encode(self.data, self.tokenizer, args.max_length)
-        encoder, self.head, notes = load_encoder(self.name, self.task, self.tokenizer, args.seed, args.pooling)
+        encoder, self.head, self.notes = load_encoder(self.name, self.task, self.tokenizer, args.seed, args.pooling)
         self.adapted = LoraModel(encoder, *lora, self.head, "SEQ_CLS", args.seed) if lora else None
         self.model = (self.adapted.model if lora else encoder).to(self.device)
-        self.notes = self.data.notes + notes
 
     def loss(self, batch):
         """Mean loss over the examples of {input_ids, attention_mask, (token_type_ids): [B, L], labels: [B]}: nats of

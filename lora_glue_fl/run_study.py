@@ -81,7 +81,7 @@ def rows(tasks, rounds, one_seed=(), held_out=0, dataset="glue"):
     held_out: examples that no client has."""
     found = {}
     for task, examples, cases in tasks:
-        some = f"--max-examples {examples}"
+        some, apart = f"--max-examples {examples}", f"--held-out-examples {held_out}" if held_out else ""
         for name in cases:
             one, seeds = CASES[name], 1 if {task, name} & set(one_seed) else CASES[name]["seeds"]
             if name == "base":
@@ -93,7 +93,7 @@ def rows(tasks, rounds, one_seed=(), held_out=0, dataset="glue"):
             how, k = one["dealt"], one["clients"]
             shards = f"shards/{task}_{how}_k{k}"
             dealt = f"lora_glue_fl/sharding.py --dataset {dataset} --task-name {task} --k {k} {some}"
-            dealt += f" --mode {how.partition('_')[0]} --held-out-examples {held_out} --seed {{seed}} {DEALT[how]}"
+            dealt += f" --mode {how.partition('_')[0]} {DEALT[how]} --seed {{seed}} {apart}"
             dealt += f" --out-dir {{output}}/{shards}_seed_{{seed}}"
             found[shards] = row(dealt, "first", record="summary.json")
             start = one["start"] and f"{task}_{one['start']}"

@@ -17,17 +17,7 @@ import numpy as np
 
 from common import sharding
 from common.checkpoint import read_json, write_json
-from common.cli import (
-    SIZES,
-    Parser,
-    UsageError,
-    non_negative_int,
-    parse,
-    positive_float,
-    positive_int,
-    run_main,
-    seed_number,
-)
+from common.cli import SIZES, Parser, UsageError, parse, positive_float, positive_int, run_main, seed_number
 from common.seeding import stream
 from lora_glue_fl.data_prep import load_task
 from lora_glue_fl.flags import add_data_flags, refuse
@@ -81,14 +71,15 @@ def make_client_splits(
     if held_out_examples:
         held_out["held_out"] = rest_of(train, strata, rows, held_out_examples, seed).tolist()
 
-    some = [f"{len(rows)} of {len(train)} training examples are dealt"] * (len(rows) < len(train))
     generator, what, notes, how = stream(seed, "sharding"), "examples", [], {}
     if mode == "iid":
         parts = sharding.stratified(strata[rows], k, generator, what)
     elif mode == "overlap":
         parts, notes = sharding.overlap(strata[rows], k, overlap_ratio, generator, what)
     elif mode == "category":
-        categories = labels if key == "label" else _column(task, train, key)
+        there = ", ".join(["label", *train.categories])
+        refuse(key not in there.split(", "), f"no column --category-key {key}: {task.name} has {there}")
+        categories = labels if key == "label" else np.array(train.categories[key])
         parts, notes = sharding.category(categories[rows], k, generator, what)
     else:
         how = {"dirichlet_alpha": dirichlet_alpha, "min_samples": min_samples, "sizes": sizes}
@@ -108,7 +99,7 @@ def make_client_splits(
         "meta": {**meta, "category_key": key, "bin_stsb": bool(bin_stsb), "max_examples": max_examples, **how},
         "dataset": data.fingerprint["dataset"],
         "fingerprint": data.fingerprint["sha256"]["train"],
-        "notes": data.notes + some + notes,
+        "notes": [f"{len(rows)} of {len(train)} training examples are dealt", *notes],
         **held_out,
     }
 
@@ -171,12 +162,6 @@ def _strata(task, train, labels):
         return labels
     genres = np.unique(train.categories["genre"], return_inverse=True)[1]
     return genres * len(task.labels) + labels
-
-
-def _column(task, train, key):
-    columns = train.texts | train.categories
-    refuse(key not in columns, f"no column --category-key {key}: {task.name} has {', '.join(['label', *columns])}")
-    return np.array(columns[key])
 
 
 # ---- manifests
@@ -270,7 +255,7 @@ def build_parser():
     add("--sizes", choices=SIZES, default="dirichlet", help=text)
     add("--max-examples", type=positive_int, metavar="N", help="deal a stratified subset of N")
     text = "examples that no client gets; off: 0"
-    add("--held-out-examples", type=non_negative_int, default=0, metavar="N", help=text)
+    add("--held-out-examples", type=positive_int, default=0, metavar="N", help=text)
     add("--seed", type=seed_number, default=42, metavar="N", help="random seed")
     add_data_flags(parser)
     return parser
