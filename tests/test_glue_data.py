@@ -1,14 +1,18 @@
-"""GLUE's files, the hub, the demo, tokens and batches."""
+"""GLUE's files, the hub, the demo, tokens, batches of similar length, metrics against plain formulas."""
 
 import json
 
 import numpy as np
 import pytest
+import torch
+from encoders import make_tokenizer
+from scipy import stats
 
 import common.hub
-from common.cli import UsageError
-from lora_glue_fl.data_prep import encode, load_task
-from lora_glue_fl.glue_tasks import TASKS, demo_tokenizer, evaluate
+from common.cli import RunFailed, UsageError
+from common.seeding import stream
+from lora_glue_fl.data_prep import encode, load_task, training_batches
+from lora_glue_fl.glue_tasks import TASKS, demo_tokenizer, evaluate, score
 
 FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "mnli": "MNLI"}
 FOLDERS |= {"qnli": "QNLI", "rte": "RTE", "wnli": "WNLI"}
@@ -73,7 +77,7 @@ def refuse(match, *args, **kwargs):
     return str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ---- files
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_files_that_are_not_right(tmp_path):
     refuse("dev.tsv line 2: label '5.1' is not a number from 0 to 5", "stsb", data_root=tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------- the hub
+# ---- the hub
 
 
 @pytest.fixture
@@ -154,7 +158,7 @@ def test_the_hub_gives_the_same_as_the_files(task, hub, tmp_path):
     assert hub["calls"] == [("nyu-mll/glue", task)]
 
 
-# ------------------------------------------------------------------------------------------------ demo
+# ---- demo
 
 
 def bag_of_words(encoded, size):
@@ -185,3 +189,111 @@ def test_the_demo_is_the_same_on_every_machine():
     assert (scores.min(), scores.max(), scores.dtype) == (0, 5, np.float32) and len(np.unique(scores)) > 20
     hashes = [load_task(task, "demo").fingerprint["sha256"]["train"][:8] for task in TASKS]
     assert hashes == "ea11a7c5 facba88c c4ed3435 d1a7b892 84e2a3f9 d3debdf8 d46172f8 5b993d1d f586c7b3".split()
+
+
+# ---- tokens
+
+
+def test_the_demo_tokenizer():
+    tokenizer = demo_tokenizer()
+    special = tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
+    assert special == (0, 1, 2, 3)
+    ids = tokenizer("the Doctor sold", "zebra")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "the", "doctor", "sold", "</s>", "</s>", "<unk>", "</s>"]
+    for task in TASKS:
+        encoded = encode(load_task(task, "demo"), tokenizer)
+        assert all(3 not in split.tokens for split in encoded.values())  # no word is unknown
+    assert 100 < len(tokenizer) < 300
+
+
+def bert_tokenizer():
+    """Of a model that tells the two sentences apart by types, and takes 64 tokens."""
+    tokenizer = make_tokenizer("bert")
+    tokenizer.model_max_length = 64
+    return tokenizer
+
+
+@pytest.mark.parametrize("task, most", [("rte", 20), ("qnli", 14)])  # one has the longer sentence first, one second
+@pytest.mark.parametrize("make", [demo_tokenizer, bert_tokenizer])
+def test_batches_equal_the_tokenizers_own_padding(make, task, most):
+    tokenizer, data = make(), load_task(task, "demo")
+    encoded = encode(data, tokenizer, max_length=most)
+    rows = np.array([7, 0, 1199, 7])
+    batch = encoded["train"].batch(rows)
+    texts = [[column[i] for i in rows] for column in data.splits["train"].texts.values()]
+    own = tokenizer(*texts, truncation=True, max_length=most, padding=True, return_tensors="pt")
+    assert set(batch) == set(own) | {"labels"} and batch["input_ids"].shape[1] == most
+    for name in own:
+        assert torch.equal(batch[name], own[name]) and batch[name].dtype == torch.int64
+    assert batch["labels"].tolist() == data.splits["train"].labels[rows].tolist()
+    ids = tokenizer(*data.splits["train"].texts.values(), truncation=True, max_length=most)["input_ids"]
+    assert encoded["train"].lengths().tolist() == list(map(len, ids))
+
+
+def test_a_length_that_the_model_does_not_take():
+    with pytest.raises(UsageError, match="--max-length 65 is outside 8 to 64"):
+        encode(load_task("rte", "demo"), bert_tokenizer(), max_length=65)
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("n, size", [(1, 8), (8, 8), (65, 32)])
+def test_every_epoch_has_each_example_once(n, size):
+    lengths = stream(0, "lengths").integers(5, 60, size=n)
+    batches, steps = training_batches(lengths, size, 3, seed=0), -(-n // size)
+    assert len(batches) == 3 * steps and max(map(len, batches)) <= size
+    for epoch in range(3):
+        rows = np.concatenate(batches[epoch * steps : (epoch + 1) * steps])
+        assert np.array_equal(np.sort(rows), np.arange(n))
+
+
+def test_batches_change_with_every_key_and_with_nothing_else():
+    lengths = stream(0, "lengths").integers(5, 60, size=200)
+
+    def order(*args, epochs=1):
+        return [tuple(rows) for rows in training_batches(lengths, 16, epochs, *args)]
+
+    first, second = order(0, 1, 2, epochs=2)[:13], order(0, 1, 2, epochs=2)[13:]
+    assert order(0, 1, 2) == first != second
+    others = [order(1, 1, 2), order(0, 2, 2), order(0, 1, 3), second]
+    # not only in another order: other examples meet
+    sets = [{frozenset(rows) for rows in batches} for batches in (first, *others)]
+    assert all(len(a & b) <= 2 for i, a in enumerate(sets) for b in sets[:i])
+
+
+# ---- metrics
+
+
+def test_metrics_by_hand():
+    y, p = np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 0, 1])  # tp 2, fn 1, tn 1, fp 1
+    assert score("accuracy", p, y) == 3 / 5 and score("f1", p, y) == pytest.approx(2 / 3)
+    assert score("matthews", p, y) == pytest.approx((2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2))
+    assert score("pearson", [0, 1, 2, 3], [0, 0, 1, 1]) == pytest.approx(2 / np.sqrt(5))
+    assert score("spearman", [1, 10, 100], [1, 3, 2]) == pytest.approx(0.5)
+
+
+def test_constant_predictions_are_zero():
+    y, zeros = np.array([0, 1, 1, 0]), np.zeros(4, dtype=int)
+    for metric in ("pearson", "spearman"):
+        with pytest.warns(stats.ConstantInputWarning):
+            assert score(metric, zeros + 2, y) == 0.0
+    assert score("f1", zeros, y) == score("matthews", zeros, y) == 0.0
+
+
+def test_every_task_has_the_metrics_of_glue():
+    others = {"cola": ["val_matthews"], "stsb": ["val_pearson", "val_spearman"]}
+    others |= dict.fromkeys(("mrpc", "qqp"), ["val_accuracy", "val_f1"])
+    for name, task in TASKS.items():
+        labels = np.arange(6) % 5 if task.regression else np.arange(6) % task.num_labels
+        perfect = labels[:, None] * 1.0 if task.regression else np.eye(task.num_labels)[labels] * 7 - 3
+        metrics = evaluate(task, task.evaluation_splits[0], perfect, labels)
+        assert list(metrics) == others.get(name, ["val_accuracy"])
+        assert all(type(value) is float and value == pytest.approx(1.0) for value in metrics.values())
+
+
+def test_outputs_that_are_not_finite():
+    outputs = np.zeros((4, 2))
+    outputs[1:3, 0] = np.nan
+    with pytest.raises(RunFailed, match="2 of 4 outputs on rte are not finite: lower --learning-rate"):
+        evaluate(TASKS["rte"], "validation", outputs, np.zeros(4, dtype=int))

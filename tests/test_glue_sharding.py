@@ -69,7 +69,7 @@ def test_categories_by_genre_and_unknown_columns():
         demo("rte", 3, "category", category_key="genre")
 
 
-def test_held_out_examples_are_stratified_and_no_clients():
+def test_held_out_examples_are_stratified_and_no_clients(tmp_path):
     plain, info = (demo("cola", 4, max_examples=200, held_out_examples=n) for n in (0, 300))
     labels = load_task("cola", "demo").splits["train"].labels
     held = info["held_out"]
@@ -78,6 +78,11 @@ def test_held_out_examples_are_stratified_and_no_clients():
     assert not set(held) & set(sum(info["client_indices"], []))
     assert labels[held].mean() == pytest.approx(labels.mean(), abs=0.004)
     assert demo("cola", 4, max_examples=200, held_out_examples=300) == info
+    data = load_task("cola", "demo")
+    for dealt, wanted in ((info, held), (plain, None)):
+        save_shard_manifests(tmp_path, dealt)
+        found = load_held_out(tmp_path, data)
+        assert (found if found is None else found.tolist()) == wanted and len(load_shards(tmp_path, data)) == 4
 
 
 def test_held_out_examples_are_no_parts_of_clients():
@@ -134,17 +139,6 @@ def test_manifests_come_back_and_fewer_clients_leave_no_old_ones(saved):
     assert json.loads((folder / "summary.json").read_text()) == info
     save_shard_manifests(folder, demo("rte", 2))
     assert sorted(p.name for p in folder.iterdir()) == ["client_1.json", "client_2.json", "summary.json"]
-
-
-def test_held_out_examples_have_a_manifest_of_their_own(saved):
-    folder, data = saved
-    assert load_held_out(folder, data) is None
-    info = demo("rte", 3, max_examples=90, held_out_examples=20)
-    save_shard_manifests(folder, info)
-    dealt = load_shards(folder, data)
-    assert load_held_out(folder, data).tolist() == info["held_out"] and len(dealt) == 3
-    save_shard_manifests(folder, demo("rte", 3))
-    assert not (folder / "held_out.json").exists()
 
 
 def test_manifests_that_do_not_fit_are_refused_by_name(saved, tmp_path):
