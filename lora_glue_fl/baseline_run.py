@@ -72,7 +72,7 @@ def train(args, run, lora=None):
         adapted.load(factors, head, adapted.scale)
     trained = adapted.trainable() if lora else dict(model.model.named_parameters())
     weights = Weights(model.model, trained)
-    run.begin(model.facts(), model.sizes(trained), clients=clients or None)
+    run.begin(model.data.fingerprint | {"model": model.name}, model.sizes(trained), clients=clients or None)
     run.plan(math.ceil(a.num_train_epochs) if a.do_train else 0)
     for line in model.notes:
         run.note(line)

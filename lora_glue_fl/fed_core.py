@@ -138,7 +138,7 @@ def load_study(args, run):
         best=Best(),
     )
     first, n = shards[0], study.examples
-    data = model.facts() | {"clients": len(n)}
+    data = model.data.fingerprint | {"model": model.name, "clients": len(n)}
     data |= {key: first.get(key) for key in ("mode", "dirichlet_alpha", "overlap_ratio", "category_key", "sizes")}
     if study.held_out is not None:
         data["held_out"] = len(study.held_out)

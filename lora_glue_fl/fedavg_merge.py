@@ -19,6 +19,7 @@ from common.adapter_files import refuse_other_files, write_adapter
 from common.cli import Parser, UsageError, parse, positive_float, positive_int, run_main
 from common.lowrank import AdapterMean
 from common.parallel import Round
+from common.vector import fingerprint
 from lora_glue_fl.flags import SIZES, add_data_flags, add_model_flags, refuse
 from lora_glue_fl.glue_tasks import find_task
 from lora_glue_fl.models import named_views, read_served
@@ -109,9 +110,6 @@ def check_alike(adapters):
         if odd := [what for what in here if there[what] != here[what]]:
             shown = f"{odd[0]} ({str(there[odd[0]])[:200]}; {str(here[odd[0]])[:200]})"
             raise UsageError(f"{other.path} and {first.path} differ in their {shown}: merge adapters that agree in it")
-        changed = any(not torch.equal(weight, first.base[layer]) for layer, weight in other.base.items())
-        pair = f"{other.path} and {first.path} belong to other base weights"
-        refuse(changed, f"{pair}, those of other rounds or runs: merge clients of one round")
 
 
 def facts(adapter):
@@ -120,7 +118,7 @@ def facts(adapter):
         "base model": (adapter.base_model or "").removeprefix("FacebookAI/"),  # the hub's other name of roberta-base
         "pooling of the head": adapter.head_pooling,
         "layers' sizes": {layer: (len(B), A.shape[1]) for layer, (A, B) in adapter.factors.items()},
-        "changed base weights": sorted(adapter.base),
+        "base weights": fingerprint(adapter.base),  # of one round of stack or residual they are the same
         "head": {name: tuple(t.shape) for name, t in adapter.head.items()},
     }
 

@@ -221,10 +221,6 @@ class TaskModel:
         """The field of the task's first metric."""
         return f"val_{self.task.metrics[0]}"
 
-    def facts(self):
-        """What run.json says of the data."""
-        return self.data.fingerprint | {"model": self.name}
-
     def sizes(self, trainable):
         """Counts for run.json, and a fingerprint of what is frozen. Args: trainable: {name: parameter}."""
         # peft keeps the head that it replaced
@@ -267,10 +263,9 @@ class TaskModel:
 
     def check_fits(self, file):
         """Raises UsageError unless the `AdapterFile` has the adapted model's layers and head, and their sizes."""
-        name = self.name
         there, here = _shapes(file.factors, file.head), _shapes(self.adapted.factors(), self.adapted.head)
         if odd := sorted(part for part in there | here if there.get(part) != here.get(part)):
-            shown = f"{odd[0]} is {there.get(odd[0])}, in {name} {here.get(odd[0])}"
+            shown = f"{odd[0]} is {there.get(odd[0])}, in {self.name} {here.get(odd[0])}"
             raise UsageError(f"{file.path}: {shown}: give its --model and --task-name")
 
 

@@ -27,11 +27,10 @@ def ranked(rank):
     return f"--lora-r {rank} --svd-rank {rank} --lora-alpha {2 * rank} --alpha {2 * rank}"
 
 
-def case(words="", clients=3, dealt="iid", rules=SIX, start="", rates=None, rate_of="", seeds=None):
+def case(words="", clients=3, dealt="iid", rules=SIX, start="", rates=(), rate_of="", seeds=None):
     """What is varied. rules: those that run; start: the case and rule whose run they begin with; rates: {rule: what
     --tune tries}; rate_of: the case whose rules' rates its own take."""
-    about = {"words": words, "clients": clients, "dealt": dealt, "rules": rules, "start": start}
-    return about | {"rates": rates or {}, "rate_of": rate_of, "seeds": seeds}
+    return locals()
 
 
 CASES = {
