@@ -10,6 +10,7 @@ from scipy import stats
 
 import common.hub
 from common.cli import RunFailed, UsageError
+from common.hub import sha256_of
 from common.seeding import stream
 from lora_glue_fl.data_prep import encode, load_task, training_batches
 from lora_glue_fl.glue_tasks import TASKS, demo_tokenizer, evaluate, score
@@ -124,71 +125,36 @@ def test_files_that_are_not_right(tmp_path):
 # ---- the hub
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """Stands for `datasets`: returns what is put into it, and counts the calls."""
+@pytest.mark.parametrize("task", ["stsb", "mnli"])
+def test_the_hub_gives_the_same_as_the_files(task, tmp_path, monkeypatch):
     import datasets
 
-    state = {"calls": [], "rows": None}
-
-    def load_dataset(*args):
-        state["calls"].append(args)
-        if isinstance(state["rows"], Exception):
-            raise state["rows"]
-        return state["rows"]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(common.hub, "hub_reachable", lambda: True)
-    return state
-
-
-@pytest.mark.parametrize("task", ["stsb", "mnli"])
-def test_the_hub_gives_the_same_as_the_files(task, hub, tmp_path):
     write_files(tmp_path, task)
     local = load_task(task, data_root=tmp_path)
     # the hub has scores in float32
-    hub["rows"] = {
+    rows = {
         name: {**split.texts, "label": split.labels.tolist(), "idx": [0] * len(split)}
         for name, split in local.splits.items()
     }
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: {("nyu-mll/glue", task): rows}[name])
+    monkeypatch.setattr(common.hub, "hub_reachable", lambda: True)
     data = load_task(task)
     assert data.fingerprint["sha256"] == local.fingerprint["sha256"]
     assert data.fingerprint["source"] == f"hub, nyu-mll/glue {task}"
     assert data.splits["train"].labels.dtype == local.splits["train"].labels.dtype
-    assert hub["calls"] == [("nyu-mll/glue", task)]
 
 
 # ---- demo
-
-
-def bag_of_words(encoded, size):
-    counts = np.zeros((len(encoded), size))
-    rows = np.repeat(np.arange(len(encoded)), encoded.lengths())
-    np.add.at(counts, (rows, encoded.tokens.astype(int)), 1.0)
-    return counts
-
-
-@pytest.mark.parametrize("task", list(TASKS))
-def test_the_demo_can_be_learned(task):
-    data, tokenizer = load_task(task, "demo"), demo_tokenizer()
-    encoded = encode(data, tokenizer)
-    train = data.splits["train"]
-    x = bag_of_words(encoded["train"], len(tokenizer))
-    y = train.labels[:, None] if task == "stsb" else np.eye(data.task.num_labels)[train.labels]
-    weights = np.linalg.solve(x.T @ x + 3.0 * np.eye(x.shape[1]), x.T @ y)  # ridge
-    for split in data.task.evaluation_splits:
-        outputs = bag_of_words(encoded[split], len(tokenizer)) @ weights
-        found = evaluate(data.task, split, outputs, data.splits[split].labels)
-        assert min(found.values()) > (0.7 if task == "cola" else 0.85)
-        assert max(found.values()) < 0.995  # noise in the labels
 
 
 def test_the_demo_is_the_same_on_every_machine():
     # Any change of the sentences changes the figures of every demo run.
     scores = load_task("stsb", "demo").splits["train"].labels
     assert (scores.min(), scores.max(), scores.dtype) == (0, 5, np.float32) and len(np.unique(scores)) > 20
-    hashes = [load_task(task, "demo").fingerprint["sha256"]["train"][:8] for task in TASKS]
-    assert hashes == "ea11a7c5 facba88c c4ed3435 d1a7b892 84e2a3f9 d3debdf8 d46172f8 5b993d1d f586c7b3".split()
+    hashes = [load_task(task, "demo").fingerprint["sha256"].values() for task in TASKS]
+    assert [
+        sha256_of(list(each))[:8] for each in hashes
+    ] == "e7e4c1ad 5b904798 1ff1bc59 09a1a3a1 d5d1a690 5504bd0c 9d33041a 8b9599e8 8d6d29f2".split()
 
 
 # ---- tokens
