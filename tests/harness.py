@@ -5,6 +5,7 @@ run. `GOLDEN` has a command for every script; `whole(name)` is the folder of its
 (for all of xdist's workers), which the tests of resuming and of several processes compare theirs with.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -18,11 +19,14 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from common import parallel
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "_per_second", "peak_memory", "versions", "git_commit", "args")
@@ -141,12 +145,7 @@ GOLDEN = {
         resumes=False,
     ),
     "llm_noniid/fedavg": Golden("llm_noniid/train.py", NONIID),
-    "llm_noniid/fedprox": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm fedprox --mu 5 --partition style_skew"),
     "llm_noniid/scaffold": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm scaffold"),
-    "llm_noniid/fednova": Golden(
-        "llm_noniid/train.py",
-        f"{PARTIAL} --algorithm fednova --client-optimizer sgdm --local-steps 0 --local-epochs 0.5",
-    ),
     "llm_noniid/fedadam": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm fedadam"),
     "llm_noniid/local": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm local"),
     "llm_noniid/central": Golden("llm_noniid/train.py", f"{NONIID} --algorithm central", federated=False),
@@ -201,29 +200,62 @@ class Started:
         return Ended(self.process.exitcode, out, err)
 
 
-def run(words, die=None, env=None):
+def run(words, die=None):
     """The script `words[0]` with the flags that follow, in a process of its own, until it has ended.
 
     die: (folder, lines, changes, what): at change number `changes` of a file in `folder` (made, opened to write,
     renamed, removed), or the first whose path has the text `changes` in it, after metrics.jsonl has `lines` lines, the
     process gets the signal `what`. "full": only what is made or opened counts, and that fails as on a full disk.
     """
-    return Started(words, die, env).ended()
+    return Started(words, die).ended()
 
 
 def run_ranks(words, size):
     """The same by `size` processes, with the environment that torchrun gives them. Returns how each ended."""
-    return [rank.ended() for rank in start_ranks(words, size)]
-
-
-def start_ranks(words, size):
-    """The same, each a `Started`."""
     words = [*words, "--processes", "0"] if "--processes" in words else words
+    about = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [Started(words, env={"RANK": str(r), "LOCAL_RANK": str(r), **about}) for r in range(size)]
+    return [rank.ended() for rank in ranks]
+
+
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    about = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [Started(words, None, {"RANK": str(r), "LOCAL_RANK": str(r), **about}) for r in range(size)]
+        return s.getsockname()[1]
+
+
+def until(true, seconds):
+    """Waits until true(), so many seconds at most. Returns what it is then."""
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.02)
+    return true()
+
+
+@contextlib.contextmanager
+def as_rank(rank, size, port):
+    """This process as one of `size` that torchrun started, with one thread."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    parallel.init_parallel()
+    yield
+    parallel.close_parallel()
+
+
+def answers_of(size, process):
+    """{rank: answer} of `size` processes process(rank, size, port, answers), each putting (rank, answer)."""
+    context = server()
+    port = free_port()
+    answers = context.SimpleQueue()
+    processes = [context.Process(target=process, args=(rank, size, port, answers)) for rank in range(size)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(120)
+        p.kill()  # one that waits for a process that failed
+    assert [p.exitcode for p in processes] == [0] * size
+    return dict(answers.get() for _ in range(size))
 
 
 def server():

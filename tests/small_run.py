@@ -1,14 +1,22 @@
-"""A federated script of a few lines, for the tests of runs: python tests/small_run.py OUTPUT_DIR [--resume]"""
+"""A federated script of a few lines, for the tests of runs: python tests/small_run.py OUTPUT_DIR [--resume]
+
+With more words, PROCESSES [RANK:WHAT ...]: in round 2 process RANK does WHAT, a key of `WHAT`, at its client.
+"""
 
 import math
+import os
+import signal
 import sys
+import time
 from argparse import Namespace
 
 import torch
 from safetensors.torch import save_file
 
 from common.aggregation import WeightedMean
+from common.cli import RunFailed, UsageError
 from common.client_rows import ClientRows, rows_on_disk
+from common.parallel import world
 from common.processes import run_federated
 from common.runlog import start_run
 
@@ -43,10 +51,10 @@ class Counter:
         self.value = int(state["value"])
 
 
-def train(args, rounds, at=None, bad=(), stop=None, save_every=2, val_loss=float):
+def train(args, rounds, at=None, bad=(), stop=None, save_every=2, val_loss=float, act=None):
     """Clients add 1 to theta. at: {round: what happens before it}; bad: (round, client) of updates not finite.
 
-    val_loss: of a round.
+    val_loss: of a round. act: called with (round, run folder) for every client.
     """
     with start_run("train", args, "r") as run:
         run.begin({"dataset": "none", "source": "here"}, {"total": 2}, clients={"examples": [1, 2, 3, 4]})
@@ -61,6 +69,8 @@ def train(args, rounds, at=None, bad=(), stop=None, save_every=2, val_loss=float
             clients = run.sample(Four, t)
             mean = WeightedMean(theta, clients)
             for k in clients:
+                if act:
+                    act(t, run.folder)
                 row = rows.get(k)
                 rows.put(k, {"n": row["n"] + 1 if row else torch.ones(1)})
                 clients.note(k, train_loss=torch.tensor(float(k)), tag=k, turns=row["n"].item() if row else 0)
@@ -82,9 +92,32 @@ def train(args, rounds, at=None, bad=(), stop=None, save_every=2, val_loss=float
     return theta, kept
 
 
+def fail(error):
+    raise error
+
+
+WHAT = {
+    "": lambda: None,
+    "sleep": lambda: time.sleep(60),
+    "raise": lambda: fail(RunFailed("no room")),
+    "bug": lambda: fail(ValueError("a bug")),
+    "refuse": lambda: fail(UsageError("no data here")),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+}
+
+
 def main(args):
-    train(args, 2, save_every=1)
+    acts = {int(rank): WHAT[what] for rank, _, what in (word.partition(":") for word in sys.argv[3:])}
+
+    def act(t, folder):
+        if t == 1 and world().rank in acts:
+            (folder.parent / f"pid_{os.getpid()}").touch()
+            acts[world().rank]()
+
+    train(args, 2, save_every=1, act=act)
 
 
 if __name__ == "__main__":
-    run_federated(main, arguments(sys.argv[1], resume="--resume" in sys.argv), clients=2)
+    resume = "--resume" in sys.argv
+    size = int(sys.argv[2]) if sys.argv[2:] and not resume else 0
+    run_federated(main, arguments(sys.argv[1], resume=resume, processes=size), clients=2)

@@ -84,18 +84,11 @@ def test_finite(theta):
 # ---- FedAvg
 
 
-def test_one_client_equal_clients_and_weight_zero(theta, clients):
-    near(mean_of(theta, clients[:1]).result(), clients[0], 1e-7)
-    near(mean_of(theta, [clients[0]] * 4).result(), clients[0], 1e-7)
-    expected = mean_of(theta, clients[:2], [2.0, 3.0]).delta()
-    assert torch.equal(mean_of(theta, clients[:3], [2.0, 3.0, 0.0]).delta(), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_plain_loop_in_fp64_agrees(dtype):
     theta = vector(0, dtype)
     clients = clients_of(theta, 11)
-    n = [1.0 + k % 4 for k in range(11)]
+    n = [float(k % 4) for k in range(11)]  # some count nothing
     kept = [c.clone() for c in (theta, *clients)]
     total = torch.zeros(SIZE, dtype=torch.float64)
     for c, w in zip(clients, n, strict=True):
@@ -108,8 +101,7 @@ def test_a_plain_loop_in_fp64_agrees(dtype):
 
 def test_the_servers_rate_scales_the_mean_difference_and_one_is_the_mean(theta, clients):
     mean = mean_of(theta, clients)
-    assert torch.equal(mean.result(server_lr=1.0), mean.result())
-    for rate in (0.5, 1.7):
+    for rate in (0.5, 1.0, 1.7):
         near(mean.result(server_lr=rate), theta.double() + rate * (mean.result().double() - theta.double()), 2e-6)
         assert torch.equal(mean.result(server_lr=rate), ServerMomentum(rate, 0.0).step(theta, mean.delta()))
 
@@ -125,22 +117,14 @@ def test_elements_that_no_client_changed_keep_their_bits(theta):
 
 
 class Sends(Follower):
-    """Clients send a number of their own: finite of client 0, of client 1 not."""
+    """Clients send a number of their own: 1 of client 0, `second` of client 1."""
 
     def __init__(self, second):
         self.numbers, self.seen = [torch.ones(1), torch.tensor([second])], []
-
-    def open_round(self, clients, theta):
-        self.seen.append("open")
-
-    def finite(self, clients):
-        return (self.numbers[clients.current],)
-
-    def accept(self, clients, theta_k):
-        self.seen.append(theta_k.sum())
-
-    def close_round(self, clients):
-        self.seen.append(clients.left_out)
+        self.open_round = lambda clients, theta: self.seen.append("open")
+        self.finite = lambda clients: (self.numbers[clients.current],)
+        self.accept = lambda clients, theta_k: self.seen.append(theta_k.sum())
+        self.close_round = lambda clients: self.seen.append(clients.left_out)
 
 
 def test_what_is_not_finite_is_left_out_and_named(theta, clients):
@@ -149,21 +133,19 @@ def test_what_is_not_finite_is_left_out_and_named(theta, clients):
     mean = WeightedMean(theta, round := Round([3, 2, 1, 0], N))
     assert [mean.add(clients[k]) for k in round] == [True, True, False, True]
     assert round.left_out == [2] and torch.equal(mean.result(), expected)
-    # so too for an entropy that is no number, and for what else a client sends: only who counts is handed on
+    # so too for an entropy or a precision that is no number
     mean = WeightedMean(theta, round := Round([0, 1]))
     assert [mean.add(clients[k], log_weight=math.nan if k else 0.0) for k in round] == [True, False]
-    follower = Sends(math.inf)
-    mean = WeightedMean(theta, round := Round([0, 1], followers=[follower]))
-    assert [mean.add(clients[k]) for k in round] == [True, False]
-    assert follower.seen == ["open", clients[0].sum(), [1]]
-    follower = Sends(1.0)  # and only who counts in every mean
-    first, second = (WeightedMean(theta, round) for round in [Round([0, 1, 2, 3][:2], followers=[follower])] * 2)
-    for k in first.clients:
-        first.add(clients[k])
-        second.add(clients[k] * (math.nan if k else 1.0))
-    assert follower.seen == ["open", clients[0].sum(), [1]]
     precise = PrecisionWeightedMean(theta, round := Round([0, 1]))
     assert [precise.add(clients[k], theta.square() / (1 - k)) for k in round] == [True, False]
+    # for what else a client sends, and in every mean: only who counts is handed on
+    for sent, scale in ((math.inf, 1.0), (1.0, math.nan)):
+        follower = Sends(sent)
+        first, second = (WeightedMean(theta, round) for round in [Round([0, 1], followers=[follower])] * 2)
+        for k in first.clients:
+            first.add(clients[k])
+            second.add(clients[k] * (scale if k else 1.0))
+        assert follower.seen == ["open", clients[0].sum(), [1]]
     with pytest.raises(LeftOut, match=r"round 3: updates of 2 of 3 clients are not finite \(clients 1, 2\): lower"):
         mean = WeightedMean(theta, round := Round([0, 1, 2], number=2))
         for k in round:
@@ -202,11 +184,8 @@ def test_entropy_weights_are_a_softmax(theta, clients, temperature, prior):
     near(mean_of(theta, clients, prior, logs).delta(), expected, 1e-13)
 
 
-def test_equal_entropies_are_fedavg_and_low_temperatures_pick_one(theta, clients):
+def test_only_differences_of_exponents_count_however_large_they_are(theta, clients):
     assert torch.equal(mean_of(theta, clients, N, [0.0] * 4).result(), mean_of(theta, clients).result())
-    near(mean_of(theta, clients, N, [-4.0] * 4).delta(), mean_of(theta, clients).delta())
-    logs = [-h / 1e-3 for h in (5.0, 4.0, 6.0, 4.5)]
-    near(mean_of(theta, clients, N, logs).result(), clients[1], 1e-7)
     assert torch.equal(mean_of(theta, clients[:2], [1, 0], [0.0, 1e4]).delta(), mean_of(theta, clients[:1]).delta())
     expected = mean_of(theta, clients, N, [0.0, 1.0, 2.0, -1.0]).delta()
     for shift in (5000.0, -5000.0):
@@ -218,21 +197,6 @@ def test_equal_entropies_are_fedavg_and_low_temperatures_pick_one(theta, clients
 
 def fishers(count=4):
     return [vector(200 + k).square() for k in range(count)]
-
-
-def test_equal_or_no_precisions_are_fedavg(theta, clients):
-    expected = mean_of(theta, clients).delta()
-    for options in ({}, {"damping": 0.0}, {"damping": 5.0}):
-        near(precise_mean_of(theta, clients, [fishers()[0]] * 4, **options).delta(), expected)
-        near(precise_mean_of(theta, clients, [torch.zeros(SIZE)] * 4, **options).delta(), expected)
-
-
-def test_a_one_hot_precision_picks_that_client(theta, clients):
-    owner = torch.arange(SIZE) % 5  # 4: no client has any precision
-    precisions = [(owner == k).float() * (k + 0.3) for k in range(4)]
-    result = precise_mean_of(theta, clients, precisions, damping=0.0).result()
-    picked = torch.stack([*clients, mean_of(theta, clients).result()]).gather(0, owner[None])[0]
-    assert torch.equal(result, picked)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])
@@ -264,29 +228,26 @@ def test_two_clients_by_hand():
 # ---- memory
 
 
-@pytest.mark.parametrize("what", ["mean", "precision", "scaffold", "svd", "residual", "unasked"])
-def test_what_a_round_held_is_freed_with_it_and_waits_for_no_garbage_collector(what, theta, clients, tmp_path):
+def test_what_a_round_held_is_freed_with_it_and_waits_for_no_garbage_collector(theta, clients, tmp_path):
     """A mean that a cycle keeps is six vectors [n] a round until Python looks for cycles: gigabytes, or a GPU's."""
     pair = {"layer": (vector(1)[:12].view(2, 6), vector(2)[:8].view(4, 2))}
-    control = ControlVariates(theta, 2, tmp_path) if what == "scaffold" else None
+    control = ControlVariates(theta, 2, tmp_path)
     gc.collect()
     gc.disable()
     try:
-        round = Round(range(2), followers=[control] if control else ())
-        rule = AdapterMean(what, pair, 1.0, round, 0, 0) if what in ("svd", "residual") else None
-        mean = PrecisionWeightedMean(theta, round) if what == "precision" else WeightedMean(theta, round)
+        round = Round(range(2), followers=[control])
+        rules = [AdapterMean(name, pair, 1.0, round, 0, 0) for name in ("svd", "residual")]
+        means = [WeightedMean(theta, round), PrecisionWeightedMean(theta, round), WeightedMean(theta, round)]
         for k in round:
-            if control:
-                control.offer(k, theta)
-            if rule:
+            control.offer(k, theta)
+            for mean, more in zip(means, ([], [theta.abs()], []), strict=True):
+                mean.add(clients[k], *more)
+            for rule in rules:
                 rule.add(pair)
-            mean.add(clients[k], *([theta.abs()] if what == "precision" else []))
-        if what != "unasked":
-            mean.result()
-        if rule:
-            rule.result()
-        gone = [weakref.ref(thing) for thing in (round, mean, *([rule] if rule else []))]
-        del round, mean, rule
-        assert [ref() for ref in gone] == [None] * len(gone)
+        for asked in (*means[:2], *rules):
+            asked.result()
+        gone = [weakref.ref(thing) for thing in (round, *means, *rules)]
+        del round, rules, means, asked, mean, rule
+        assert [ref() for ref in gone] == [None] * 6
     finally:
         gc.enable()

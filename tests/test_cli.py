@@ -34,6 +34,15 @@ def test_an_unknown_flag_names_the_nearest_if_one_is_near(capsys):
         assert stop.value.code == 2 and part in said and said.count("\n") == 1, said
 
 
+def test_hyphens_and_underscores_are_one_flag_and_numbers_are_checked(capsys):
+    for spelling in (["--num_clients", "7"], ["--num_clients=7"], ["--num-clients", "7"]):
+        assert TRAIN.parse_args(spelling).num_clients == 7
+    for bad in (["--num-cli", "7"], ["--mu", "-1"], ["--learning-rate", "inf"], ["--num-clients", "1.5"]):
+        with pytest.raises(SystemExit) as stop:
+            TRAIN.parse_args(bad)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_flags_are_checked_without_importing_what_computes():
     modules = ["common.cli", "common.participation"]
     modules += [f"{study}.flags" for study in ("mamba_fl", "vit_sparse_fl", "lora_glue_fl", "llm_noniid")]
@@ -84,16 +93,15 @@ def test_yaml_that_is_not_two_levels_of_known_keys_is_one_line(content, line, tm
 
 
 @pytest.mark.parametrize(
-    "ends, begins, err",
+    "ends, begins, code, err",
     [
-        (UsageError("no data"), False, "error: no data\n"),
-        (UsageError("no data"), True, "first\nwarning: slow\nlast\nerror: no data\n"),
-        (RunFailed("no room"), False, "first\nwarning: slow\nlast\nfailed: no room\n"),
-        (None, False, "first\nwarning: slow\nlast\n"),
-        (None, True, "first\nwarning: slow\nlast\n"),
+        (UsageError("no data"), False, 2, "error: no data\n"),
+        (UsageError("no data"), True, 2, "first\nwarning: slow\nlast\nerror: no data\n"),
+        (RunFailed("no room"), False, 1, "first\nwarning: slow\nlast\nfailed: no room\n"),
+        (None, True, 0, "first\nwarning: slow\nlast\n"),
     ],
 )
-def test_information_waits_until_nothing_refuses(ends, begins, err, capsys):
+def test_information_waits_until_nothing_refuses(ends, begins, code, err, capsys):
     def main(args):
         say("first")
         warnings.warn("slow", stacklevel=1)
@@ -103,9 +111,9 @@ def test_information_waits_until_nothing_refuses(ends, begins, err, capsys):
         if ends:
             raise ends
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         run_main(main, None)
-    assert capsys.readouterr().err == err
+    assert stop.value.code == code and capsys.readouterr().err == err
     say("outside of a run nothing waits")
     assert capsys.readouterr().err == "outside of a run nothing waits\n"
 

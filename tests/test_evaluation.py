@@ -1,11 +1,15 @@
+"""Figures of merit, devices, precision, memory that is used again."""
+
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from common import evaluation, parallel
+from common import evaluation
 from common.cli import UsageError
 from common.evaluation import amp_context, bits_per_byte, perplexity, pick_device, resolve_amp
 from common.parallel import World
@@ -31,40 +35,24 @@ def test_bits_per_byte():
         bits_per_byte(1.0, 0)
 
 
-@pytest.fixture
-def two_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+NONE, WRONG = "sees no CUDA device: use --device cpu", "is not auto, cpu, cuda"
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-
-
-def test_devices_without_a_gpu(no_gpu):
-    assert pick_device() == pick_device("cpu") == torch.device("cpu")
-    for name in ("cuda", "cuda:0"):
-        with pytest.raises(UsageError, match="--device cpu"):
-            pick_device(name)
-
-
-def test_devices_with_two_gpus(two_gpus, monkeypatch):
-    assert pick_device() == pick_device("cuda") == pick_device("cuda:0") == torch.device("cuda:0")
-    assert pick_device("cuda:1") == torch.device("cuda:1")
-    assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(UsageError, match="cuda:0 to cuda:1"):
-        pick_device("cuda:2")
-    monkeypatch.setattr(parallel, "_world", World(3, 4, local_rank=3))
-    assert pick_device() == pick_device("cuda") == torch.device("cuda:1")
-    assert pick_device("cuda:0") == torch.device("cuda:0")
-
-
-def test_unknown_devices(two_gpus):
-    for name in ("gpu", "cuda:x", "cpu:0"):
-        with pytest.raises(UsageError, match="is not auto, cpu, cuda"):
-            pick_device(name)
+@pytest.mark.parametrize("gpus, local_rank, expected", [
+    (0, 0, {"auto": "cpu", "cpu": "cpu", "cuda": NONE, "cuda:0": NONE}),
+    (2, 0, {"auto": "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1", "cpu": "cpu", "cuda:2": "use cuda:0 to cuda:1"}),
+    (2, 3, {"auto": "cuda:1", "cuda": "cuda:1", "cuda:0": "cuda:0", "gpu": WRONG, "cuda:x": WRONG, "cpu:0": WRONG}),
+])  # fmt: skip
+def test_devices(gpus, local_rank, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(evaluation, "world", lambda: World(local_rank, 4, local_rank))
+    for name, answer in expected.items():
+        if " " in answer:
+            with pytest.raises(UsageError, match=answer):
+                pick_device(name)
+        else:
+            assert pick_device(name) == torch.device(answer)
 
 
 def test_precision_by_name():
@@ -98,3 +86,26 @@ def test_the_context_changes_products_only_inside():
     for dtype in (torch.bfloat16, None):
         with amp_context(dtype, torch.device("cpu")):
             assert (a @ a).dtype == (dtype or torch.float32)
+
+
+PROGRAM = """
+import resource
+from common.evaluation import reuse_large_memory
+took_effect = reuse_large_memory()
+import torch
+torch.set_num_threads(1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.full((12_000_000,), 1.0)  # 46 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(took_effect, [faults() for _ in range(5)][-1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_a_further_large_tensor_causes_no_page_faults():
+    """In a fresh process: what was allocated before counts."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    took_effect, faults = done.stdout.split()
+    # 46 MiB are 23 pages of 2 MiB, and 11,719 of 4 KiB; another C library has no mallopt
+    assert took_effect == "False" or int(faults) <= 10

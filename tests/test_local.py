@@ -1,11 +1,13 @@
-"""A client's local steps equal plain loops of torch, in the order that the methods prescribe."""
+"""A client's local steps equal plain loops of torch; learning rates equal torch's and transformers' schedulers."""
 
 import pytest
 import torch
 from quadratics import near
+from torch.optim import lr_scheduler
+from transformers import get_linear_schedule_with_warmup
 
 from common.client_rows import ClientRows
-from common.local import Moments, OptimizerState, client_optimizer, local_steps
+from common.local import Moments, OptimizerState, client_optimizer, local_steps, lr_at
 from common.parallel import Round
 from common.vector import Weights
 
@@ -72,34 +74,26 @@ def plain(kind, correction=0.0, mu=0.0, max_norm=0.0, lrs=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_plain_steps_are_torchs_and_the_record_is_the_mean_raw_gradient(kind):
-    theta, losses, seen = plain(kind)
-    ours, done = run(kind, record=True)
-    assert near(ours, theta, 2e-6) and near(done.mean_gradient, seen.double().mean(0), 1e-6)
-    assert done.steps == 6 and done.loss.item() == pytest.approx(sum(losses) / 6, rel=1e-6)
-    assert near(done.gradient_norms, seen.norm(dim=1), 1e-6)
-    unrecorded, without = run(kind)
-    assert without.mean_gradient is None and torch.equal(unrecorded, ours)  # recording changes nothing
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_correction_then_proximal_term_then_clipping_then_the_optimiser(kind):
     correction = 0.3 * torch.randn(67, generator=torch.Generator().manual_seed(5))
     options = {"correction": correction, "mu": 0.7, "max_norm": 0.5}
-    expected, losses, seen = plain(kind, **options)
-    ours, done = run(kind, **options, record=True)
-    assert near(ours, expected, 1e-5)
-    assert done.loss.item() == pytest.approx(sum(losses) / 6, rel=1e-5)  # the task's, without the proximal term
-    assert near(done.mean_gradient, seen.double().mean(0), 1e-5) and max(done.gradient_norms) > 0.5  # raw
+    for some, tolerance in (({}, 2e-6), (options, 1e-5)):
+        expected, losses, seen = plain(kind, **some)
+        ours, done = run(kind, **some, record=True)
+        assert near(ours, expected, tolerance) and done.steps == 6
+        assert done.loss.item() == pytest.approx(sum(losses) / 6, rel=1e-5)  # the task's, without the proximal term
+        assert near(done.mean_gradient, seen.double().mean(0), 1e-5)  # of the raw gradients
+        assert near(done.gradient_norms, seen.norm(dim=1), 1e-5) and max(done.gradient_norms) > 0.5
     for off in ({"mu": 0.0}, {"max_norm": 0.0}, {"correction": None}):  # each of the three does something here
         assert (run(kind, **{**options, **off})[0] - ours).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_off_changes_no_bit(kind):
-    expected, _ = run(kind)
-    for options in ({"correction": torch.full((67,), -0.0)}, {"mu": 0.0}, {"lrs": [0.1] * 6}, {"max_norm": 1e9}):
-        assert torch.equal(run(kind, **options)[0].view(torch.int32), expected.view(torch.int32))
+    expected, done = run(kind)
+    assert done.mean_gradient is None
+    for name, off in {"record": True, "correction": torch.full((67,), -0.0), "lrs": [0.1] * 6, "max_norm": 1e9}.items():
+        assert torch.equal(run(kind, **{name: off})[0].view(torch.int32), expected.view(torch.int32))
 
 
 def test_learning_rates_by_step():
@@ -127,25 +121,6 @@ def test_a_parameter_that_the_loss_does_not_reach_has_gradient_zero():
     done = local_steps(lambda b: (used * b).sum(), [(1.0,), (3.0,)], weights, optimizer, **options)
     assert done.mean_gradient.tolist() == [2.0, 2.0, 0.0, 0.0]
     assert weights.theta[2:].tolist() == pytest.approx([0.9, 0.9])  # 1 - 2 * 0.1 * 0.5
-
-
-def test_three_steps_with_momentum_by_hand():
-    # gradient 1 - 0.5 (correction): u = 0.5, 0.75, 0.875; w = 0 - 0.1 (0.5 + 0.75 + 0.875)
-    weights = Weights(None, {"w": (w := torch.nn.Parameter(torch.zeros(1)))})
-    optimizer = client_optimizer("sgdm", weights.parameters, 0.1, momentum=0.5)
-    options = {"correction": torch.tensor([-0.5]), "record": True, "norms": True}
-    done = local_steps(w.sum, [()] * 3, weights, optimizer, **options)
-    assert w.item() == pytest.approx(-0.2125) and done.mean_gradient.item() == 1.0
-    assert done.gradient_norms.tolist() == [1.0, 1.0, 1.0] and done.loss.item() == pytest.approx(-0.175 / 3)
-
-
-def test_fedprox_ends_at_the_minimum_of_its_own_objective():
-    for mu, minimum in ((0.0, 1.0), (0.5, (3.0 + 0.5 * -2.0) / 3.5), (5.0, (3.0 + 5.0 * -2.0) / 8.0)):
-        w = torch.nn.Parameter(torch.full((1,), -2.0).double())  # f = 3/2 (w - 1)^2, pulled to -2
-        weights = Weights(None, {"w": w})
-        optimizer = client_optimizer("sgd", weights.parameters, 0.1)
-        local_steps(lambda w=w: 1.5 * (w - 1).square().sum(), [()] * 300, weights, optimizer, mu=mu)
-        assert w.item() == pytest.approx(minimum, abs=1e-12)
 
 
 def test_a_client_goes_on_with_its_own_moments(tmp_path):
@@ -193,3 +168,41 @@ def test_an_optimisers_state_goes_through_a_checkpoint():
         assert torch.equal(*answers)
     with pytest.raises(ValueError, match="is none of"):
         client_optimizer("adam", {}, 0.1)
+
+
+# ---- learning rates
+
+
+def warm_then_cosine(optimizer):
+    warm = lr_scheduler.LinearLR(optimizer, start_factor=1 / 5, total_iters=4)
+    cosine = lr_scheduler.CosineAnnealingLR(optimizer, T_max=15)
+    return lr_scheduler.SequentialLR(optimizer, [warm, cosine], milestones=[5])
+
+
+@pytest.mark.parametrize(
+    "kind, total, options, make",
+    [
+        ("cosine", 1, {}, lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=1)),
+        ("cosine", 500, {"min_lr": 1e-6}, lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=500, eta_min=1e-6)),
+        ("cosine", 20, {"warmup": 5}, warm_then_cosine),
+        ("step", 10, {}, lambda o: lr_scheduler.StepLR(o, step_size=4, gamma=0.1)),  # a third of the run
+        ("linear", 11, {"warmup": 3, "from_zero": True}, lambda o: get_linear_schedule_with_warmup(o, 3, 11)),
+        ("none", 4, {"warmup": 2}, lambda o: lr_scheduler.LinearLR(o, start_factor=0.5, total_iters=1)),
+    ],
+)
+def test_schedules_are_torchs_and_transformers(kind, total, options, make):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.2)
+    scheduler = make(optimizer)
+    for t in range(total):
+        assert lr_at(t, total, 0.2, kind, **options) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), t
+        optimizer.step()
+        scheduler.step()
+
+
+def test_schedules_by_hand():
+    assert lr_at(8, 9, 1.0, "step", min_lr=0.05) == 0.05
+    assert lr_at(3, 4, 1.0, "linear", min_lr=0.2) == pytest.approx(0.4)
+    # A run shorter than its warm-up only warms up.
+    assert [lr_at(t, 2, 1.0, "cosine", warmup=5) for t in range(2)] == pytest.approx([0.2, 0.4])
+    with pytest.raises(ValueError, match=r"not in 0\.\.9"):
+        lr_at(10, 10, 0.1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import close, dense, normal
-from processes import answers_of, as_rank
+from harness import answers_of, as_rank
 
 from common.lowrank import MIXED_RANKS, RULES, AdapterMean, trained_factors
 from common.parallel import Round

@@ -193,6 +193,15 @@ def placed(row, tmp):
     return [*words, *flags.split()], [part.replace("{tmp}", str(tmp)) for part in parts]
 
 
+def here(words, capsys):
+    """The script's exit code, and what it wrote: in this process, which has imported what it needs."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [str(harness.ROOT / words[0]), *words[1:]])
+        capsys.readouterr()
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    return stop.value.code, capsys.readouterr()
+
+
 def snapshot(folder):
     return {path: path.is_file() and path.read_bytes() for path in Path(folder).rglob("*")}
 
@@ -204,12 +213,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(row, tmp_path, capsys, mon
     plain = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "wandb" else plain(name, *at))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(sys, "argv", [str(harness.ROOT / words[0]), *words[1:]])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    said = capsys.readouterr()
-    assert stop.value.code == 2, said
+    code, said = here(words, capsys)
+    assert code == 2, said
     assert said.err.count("\n") == 1 and "error: " in said.err and not said.out, said
     assert all(part in said.err for part in parts), said.err
     assert snapshot(tmp_path) == before
@@ -222,31 +227,6 @@ def test_in_a_process_of_its_own_stderr_is_one_line_too(part, tmp_path):
     ended = harness.run(words)
     assert (ended.code, ended.out) == (2, "") and ended.err.count("\n") == 1, ended
     assert all(part in ended.err for part in parts)
-
-
-OF_SOME = """
-import argparse, os, sys
-from common import parallel
-from common.cli import UsageError
-from common.processes import run_federated
-
-def main(args):
-    parallel.init_parallel()
-    if os.environ["RANK"] in sys.argv[1]:
-        raise UsageError("no data here")
-    parallel.barrier()
-
-if os.environ["WORLD_SIZE"] == "1":
-    del os.environ["WORLD_SIZE"]
-run_federated(main, argparse.Namespace(processes=2, device="cpu", threads=1), 2)
-"""
-
-
-@pytest.mark.parametrize("ranks, who", [("1", "process 1: "), ("0", ""), ("01", "")])
-def test_what_some_or_all_processes_refuse_is_one_line(ranks, who, tmp_path):
-    (tmp_path / "script.py").write_text(OF_SOME)
-    ended = harness.run([tmp_path / "script.py", ranks])
-    assert (ended.code, ended.err) == (2, f"{who}error: no data here\n")
 
 
 @pytest.mark.parametrize("name, flags, parts", FAILED)
@@ -262,11 +242,11 @@ def test_a_run_that_cannot_go_on_says_why(name, flags, parts, tmp_path):
 
 
 @pytest.mark.parametrize("script", [*harness.SCRIPTS, *GRIDS, *PLOTS])
-def test_help_is_grouped_and_complete(script):
-    ended = harness.run([script, "--help"])
-    lines = ended.out.splitlines()
+def test_help_is_grouped_and_complete(script, capsys):
+    code, said = here([script, "--help"], capsys)
+    lines = said.out.splitlines()
     assert lines[0].startswith(f"usage: {script.split('/')[1]} ") and lines[1].startswith("    python ")
-    assert ended.code == 0 and not ended.err and sum(line.startswith("  -") for line in lines) <= 30
+    assert code == 0 and not said.err and sum(line.startswith("  -") for line in lines) <= 30
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith("  -"):
             assert "  " in line.strip() or following.startswith(" " * 20), line

@@ -10,7 +10,7 @@ import shutil
 import harness
 import pytest
 import torch
-from small_run import arguments, train
+from small_run import arguments, fail, train
 
 from common import checkpoint
 from common.cli import RunFailed, UsageError
@@ -29,13 +29,9 @@ def no_git():
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     """A run of 6 rounds that ended before the sixth, its checkpoints after every second one: its folder."""
-
-    def stop():
-        raise RuntimeError("the lights went out")
-
     folder = tmp_path_factory.mktemp("half")
     with pytest.raises(RuntimeError):
-        train(arguments(folder), 6, {5: stop})
+        train(arguments(folder), 6, {5: lambda: fail(RuntimeError("the lights went out"))})
     return folder / "r"
 
 
@@ -48,10 +44,6 @@ def whole(tmp_path_factory):
 
 def resumed(tmp_path):
     return train(arguments(tmp_path, resume=True), 6)
-
-
-def copied(half, tmp_path):
-    return shutil.copytree(half, tmp_path / "r")
 
 
 def refusal(tmp_path, folder):
@@ -89,6 +81,9 @@ def test_a_run_that_is_alive_takes_no_second_process(tmp_path, monkeypatch):
 
 
 def test_state_json_lists_what_a_checkpoint_holds(half):
+    facts = checkpoint.read_json(half / "run.json")
+    ended = {"how": "failed", "by": None, "round": 5, "clients": None, "reason": "the lights went out"}
+    assert (facts["status"], facts["ended"]) == ("failed", ended)
     saved = half / "checkpoint"
     state = checkpoint.read_json(saved / "state.json")
     files = state["files"] | {f"rows_{int(k):06d}.safetensors": sha256 for k, sha256 in state["rows"]["rows"].items()}
@@ -113,7 +108,7 @@ def flip(path):
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(file, damage, half, whole, tmp_path, capsys):
-    folder = copied(half, tmp_path)
+    folder = shutil.copytree(half, tmp_path / "r")
     damage(folder / "checkpoint" / file)
     line = refusal(tmp_path, folder)
     assert f"checkpoint/{file} " in line and f"goes on from {folder}/checkpoint.1" in line
@@ -131,7 +126,7 @@ def test_rows_that_did_not_change_are_links_to_the_last_checkpoint(tmp_path):
 
 
 def test_a_log_that_is_not_that_of_its_checkpoint_is_refused(half, tmp_path):
-    folder = copied(half, tmp_path)
+    folder = shutil.copytree(half, tmp_path / "r")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     wrong = "has not one line a round up to the checkpoint's (4)"
     for kept, words in (
@@ -190,10 +185,28 @@ def test_a_run_whose_last_evaluation_is_not_finite_has_failed(value, tmp_path):
 
 
 def test_what_a_study_writes_itself_ends_in_one_line_too(tmp_path):
-    def full():
-        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "r" / "deltas.npz"))
-
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "r" / "deltas.npz"))
     with pytest.raises(RunFailed, match=r"cannot save .*deltas.npz: No space left on device.*make room"):
-        train(arguments(tmp_path), 6, {3: full})
+        train(arguments(tmp_path), 6, {3: lambda: fail(full)})
     assert checkpoint.read_json(tmp_path / "r" / "run.json")["status"] == "failed"
     resumed(tmp_path)
+
+
+# ---- what may go on
+
+
+def begun(folder, rounds=3, **flags):
+    """A run of small_run.train that was asked for so many rounds."""
+    return train(arguments(folder, rounds=rounds, **flags), rounds, save_every=1)[0]
+
+
+def test_a_run_goes_on_for_more_rounds_where_none_depends_on_how_many_there_are(tmp_path):
+    begun(tmp_path, scheduler="none")
+    assert torch.equal(begun(tmp_path, 6, scheduler="none", resume=True), begun(tmp_path / "whole", 6))
+    harness.same_run(tmp_path / "r", tmp_path / "whole" / "r")
+    with pytest.raises(UsageError, match="other flags: --rounds 6 -> 3;"):
+        begun(tmp_path, 3, scheduler="none", resume=True)
+    begun(tmp_path / "cosine", scheduler="cosine")
+    with pytest.raises(UsageError, match="other flags: --rounds 3 -> 6;"):
+        begun(tmp_path / "cosine", 6, scheduler="cosine", resume=True)
+    assert checkpoint.read_json(tmp_path / "cosine" / "r" / "run.json")["status"] == "finished"

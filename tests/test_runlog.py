@@ -1,41 +1,25 @@
-"""Run folders, checkpoints, run.json's facts and the command line."""
+"""Run folders, checkpoints, run.json's facts, what a run says."""
 
+import importlib.util
 import itertools
 import json
 import signal
+import sys
+import types
 
 import harness
 import pytest
 import torch
-from small_run import arguments, train
+from small_run import arguments, fail, train
 
 from common import checkpoint, parallel
-from common.cli import (
-    Parser,
-    RunFailed,
-    UsageError,
-    fraction,
-    non_negative_int,
-    positive_float,
-    run_main,
-)
+from common.cli import RunFailed, UsageError
 from common.participation import Turns, participants
 from common.runlog import read_metrics, start_run
 
 
-def fail(error):
-    def now():
-        raise error
-
-    return now
-
-
 def manifest(folder):
     return checkpoint.read_json(folder / "r" / "run.json")
-
-
-def drawn(rounds):
-    return [k for t in range(rounds) for k in participants(3, 4, 0.5, t)]
 
 
 def test_a_round_is_counted_logged_and_saved(tmp_path):
@@ -48,7 +32,11 @@ def test_a_round_is_counted_logged_and_saved(tmp_path):
         assert row["clients"] == row["client_tag"] == row["client_train_loss"] == ids
         assert row["train_loss"] == pytest.approx(sum(k * (k + 1) for k in ids) / sum(k + 1 for k in ids))
     last = rows[-1]
-    assert (last["tokens"], last["bytes_up"], last["bytes_down"]) == (40, 64, sum(drawn(4)))
+    assert (last["tokens"], last["bytes_up"], last["bytes_down"]) == (
+        40,
+        64,
+        sum(k for row in rows[1:] for k in row["clients"]),
+    )
     facts = manifest(tmp_path)
     assert facts["ended"] == {"how": "finished", "by": None, "round": 4, "clients": None, "reason": None}
     assert facts["clients"] == {"examples": [1, 2, 3, 4]} and facts["results"]["count"] == 40
@@ -61,23 +49,6 @@ def test_participation_draws_other_clients_every_round_and_is_counted():
     turns = Turns(3, 10, 0.3)
     for t in (7, 3, 20):
         assert turns.before(t).tolist() == [sum(k in ids for ids in draws[:t]) for k in range(10)]
-
-
-def test_resume_goes_on_from_the_last_checkpoint(tmp_path):
-    with pytest.raises(RuntimeError):
-        train(arguments(tmp_path), 6, {3: fail(RuntimeError("the lights went out"))})
-    ended = {"how": "failed", "by": None, "round": 3, "clients": None, "reason": "the lights went out"}
-    assert (manifest(tmp_path)["status"], manifest(tmp_path)["ended"]) == ("failed", ended)
-    assert [line["round"] for line in read_metrics(tmp_path / "r")] == [0, 1, 2, 3]
-    theta, rows = train(arguments(tmp_path, resume=True), 6)
-    whole, expected = train(arguments(tmp_path, run_name="whole"), 6)
-    assert torch.equal(theta, whole) and rows == expected
-    assert harness.read_lines(tmp_path / "r") == harness.read_lines(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(arguments(tmp_path, run_name="early"), 6, {1: fail(KeyboardInterrupt())})
-    assert checkpoint.read_json(tmp_path / "early" / "run.json")["ended"]["how"] == "interrupted"
-    train(arguments(tmp_path, run_name="early", resume=True), 6)  # before the first checkpoint
-    assert [line["round"] for line in read_metrics(tmp_path / "early")] == list(range(7))
 
 
 def test_a_client_left_out_is_null_in_the_log_and_loses_what_it_trained_in_place(tmp_path):
@@ -113,7 +84,7 @@ def test_overwrite_does_not_delete_what_the_run_starts_from(tmp_path):
 
 def test_changed_flags_data_and_model_are_named(tmp_path):
     with pytest.raises(RuntimeError):
-        train(arguments(tmp_path), 6, {3: fail(RuntimeError("x"))})
+        train(arguments(tmp_path), 6, {3: lambda: fail(RuntimeError("x"))})
     with pytest.raises(UsageError, match="--lr 0.1 -> 0.2"):
         start_run("train", arguments(tmp_path, resume=True, lr=0.2), "r")
     with start_run("train", arguments(tmp_path, resume=True), "r") as run:
@@ -131,7 +102,7 @@ def test_changed_flags_data_and_model_are_named(tmp_path):
 
 def test_another_kind_of_processor_or_version_is_one_warning(tmp_path, capsys):
     with pytest.raises(RuntimeError):
-        train(arguments(tmp_path), 2, {1: fail(RuntimeError("x"))})
+        train(arguments(tmp_path), 2, {1: lambda: fail(RuntimeError("x"))})
     facts = manifest(tmp_path)
     here = facts["versions"]["cpu"]
     assert here.removesuffix(" AMX") == torch.backends.cpu.get_cpu_capability()
@@ -143,17 +114,13 @@ def test_another_kind_of_processor_or_version_is_one_warning(tmp_path, capsys):
     assert "torch 0.1 -> " in line and line.endswith(f", cpu VSX -> {here}")
 
 
-def small_run(folder, *more, **how):
-    return harness.run(["tests/small_run.py", folder, *more], **how)
-
-
 @pytest.mark.parametrize("what", [signal.SIGKILL, "full"])
 def test_ended_at_any_change_of_a_file_and_resumed_is_as_if_unbroken(what, tmp_path):
     """kill -9, and a disk that is full at once, at every file or folder that is made, opened, renamed or removed."""
-    assert small_run(tmp_path / "whole").code == 0
+    assert harness.run(["tests/small_run.py", tmp_path / "whole"]).code == 0
     for changes in itertools.count():
         folder = tmp_path / str(changes) / "r"
-        ended = small_run(folder.parent, die=(folder, 0, changes, what))
+        ended = harness.run(["tests/small_run.py", folder.parent], die=(folder, 0, changes, what))
         if ended.code == 0:
             break
         if what == "full":
@@ -161,12 +128,9 @@ def test_ended_at_any_change_of_a_file_and_resumed_is_as_if_unbroken(what, tmp_p
             last = ended.err.strip().splitlines()[-1]
             assert last.startswith(("error: cannot write", "failed: cannot save")) and "No space left" in last, last
             assert ended.code == 2 or manifest(folder.parent)["status"] == "failed"
-        assert small_run(folder.parent, "--resume").code == 0
+        assert harness.run(["tests/small_run.py", folder.parent, "--resume"]).code == 0
         harness.same_run(folder, tmp_path / "whole" / "r")
     assert changes > (30 if what == signal.SIGKILL else 18)
-
-
-# ---- checkpoints
 
 
 def test_not_finite_numbers_are_valid_json(tmp_path):
@@ -176,44 +140,6 @@ def test_not_finite_numbers_are_valid_json(tmp_path):
         run.report(0, torch.zeros(1), lambda *_: {"val_ppl": float("inf"), "client_val_ppl": [float("nan")]})
     line = json.loads((tmp_path / "r" / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert line["val_ppl"] == "inf" and line["client_val_ppl"] == ["nan"]
-
-
-def test_hyphens_and_underscores_are_one_flag(capsys):
-    parser = Parser("test")
-    parser.add_argument("--num-clients", type=non_negative_int, default=4, help="clients")
-    parser.add_argument("--lr", type=positive_float, default=0.1, help="step")
-    parser.add_argument("--share", type=fraction, help="share")
-    for spelling in ("--num_clients", "--num-clients"):
-        assert parser.parse_args([spelling, "7"]).num_clients == 7
-        assert parser.parse_args([spelling + "=7"]).num_clients == 7
-    for bad in (["--num-cli", "7"], ["--lr", "0"], ["--lr", "inf"], ["--share", "1.1"], ["--num-clients", "1.5"]):
-        with pytest.raises(SystemExit) as stop:
-            parser.parse_args(bad)
-        assert stop.value.code == 2
-        assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert "(default: 4)" in parser.format_help()
-
-
-@pytest.mark.parametrize(
-    "error, code, line",
-    [
-        (UsageError("7 clients"), 2, "error: 7 clients"),
-        (RunFailed("no room"), 1, "failed: no room"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
-        (None, 0, ""),
-    ],
-)
-def test_exit_codes(error, code, line, capsys):
-    def main(args):
-        if error:
-            raise error
-
-    with pytest.raises(SystemExit) as stop:
-        run_main(main, None)
-    assert stop.value.code == code and line in capsys.readouterr().err
-
-
-# ---- what is said
 
 
 def test_a_run_says_what_runs_and_what_still_runs_after_its_rounds(tmp_path, capsys):
@@ -231,3 +157,13 @@ def test_a_line_of_metrics_has_the_peak_memory_of_the_process_that_takes_most(tm
     monkeypatch.setattr(parallel, "all_gather", lambda one: [one, 2**40] if isinstance(one, int) else [one])
     train(arguments(tmp_path, overwrite=True), 2)
     assert read_metrics(tmp_path / "r")[-1]["peak_memory"] == 2**40
+
+
+def test_metrics_go_to_a_tracker(tmp_path, monkeypatch):
+    seen, plain = [], importlib.util.find_spec
+    writer = types.SimpleNamespace(add_scalar=lambda *what: seen.append(what), flush=lambda: None)
+    board = types.SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: name == "tensorboard" or plain(name, *at))
+    train(arguments(tmp_path, track="tensorboard"), 2)
+    assert [value for name, value, _ in seen if name == "train/val_loss"] == [9.0, 0.0, 1.0]

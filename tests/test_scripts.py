@@ -1,17 +1,14 @@
 """mamba_fl's scripts as a user runs them: the source's command line, what a run leaves."""
 
-import importlib
 import math
-import sys
-import types
 
 import harness
 import pytest
 import torch
-from running import flags, run
+from running import flags
 
 from common.runlog import read_metrics
-from mamba_fl import fed_avg, fed_momentum
+from mamba_fl import fed_momentum
 from mamba_fl.data import build_data, inputs_and_labels
 
 
@@ -48,16 +45,3 @@ def test_the_sources_command_line_runs(tmp_path):
     words += "--server_momentum 0.9 --server_lr 1.0 --dataset demo --tokenizer bpe:400 --d-model 32 --headdim 16"
     fed_momentum.main(flags(fed_momentum, words))
     assert (tmp_path / "fed_momentum_config_pure_ssm_1_layer_lu_2_seed_1_demo" / "run.json").exists()
-
-
-def test_metrics_go_to_a_tracker(tmp_path, monkeypatch):
-    seen = []
-    writer = types.SimpleNamespace(add_scalar=lambda *what: seen.append(what), flush=lambda: None)
-    monkeypatch.setitem(
-        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda folder: writer)
-    )
-    plain = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: name == "tensorboard" or plain(name, *at))
-    words = "--dataset demo --tokenizer bpe:400 --d-model 32 --d-state 16 --headdim 16 --sequence-length 32 --threads 1"
-    _, lines = run(fed_avg, tmp_path, f"{words} --batch-size 2 --rounds 2 --val-freq 1 --track tensorboard")
-    assert [value for name, value, _ in seen if name == "fed_avg/val_loss"] == [line["val_loss"] for line in lines]

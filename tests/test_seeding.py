@@ -1,4 +1,4 @@
-"""Every draw has its own key: the same for the same purpose, round and client, unrelated otherwise."""
+"""Every draw has its own key: the same for the same purpose, round and client, unrelated otherwise. Batches, too."""
 
 import random
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.batches import pass_after_pass
 from common.seeding import key, seed_everything, seed_torch, stream, torch_stream
 
 
@@ -55,3 +56,15 @@ def test_seed_everything_makes_global_draws_repeatable_and_algorithms_determinis
     finally:
         torch.set_deterministic_debug_mode(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def test_pass_after_pass_from_where_the_client_stands():
+    n, size = 10, 4
+    whole = pass_after_pass(n, size, 0, 15, seed=1, client=3)
+    assert whole.shape == (15, size) and whole.dtype == np.int64
+    for e in range(6):
+        one = whole.reshape(-1)[e * n : (e + 1) * n]
+        assert sorted(one) == list(range(n))
+        assert np.array_equal(one, stream(1, "batches", e, 3).permutation(n))
+    for first in range(11):  # stopped and continued anywhere
+        assert np.array_equal(pass_after_pass(n, size, first, 4, 1, 3), whole[first : first + 4])

@@ -1,7 +1,6 @@
-"""Server optimisers: steps by hand, and torch's own optimisers on the pooled batch."""
+"""Server optimisers against torch's own on the pooled batch; their state."""
 
 import copy
-import math
 from functools import partial
 
 import pytest
@@ -25,47 +24,6 @@ def mean_of(theta, seed=1):
     return mean
 
 
-def test_no_momentum_and_a_step_of_one_is_fedavg():
-    theta = vector(0)
-    for options in ({}, {"nesterov": True}, {"form": "ema"}):
-        server = ServerMomentum(lr=1.0, beta=0.0, **options)
-        for _ in range(2):
-            assert torch.equal(server.step(theta, mean_of(theta).delta()), mean_of(theta).result())
-
-
-def three_steps(server):
-    """The path of a model of one weight, which starts at 2."""
-    theta, path = torch.tensor([2.0], dtype=torch.float64), []
-    for d in (0.5, -0.25, 1.0):
-        theta = server.step(theta, torch.tensor([d], dtype=torch.float64))
-        path.append(theta.item())
-    return path
-
-
-@pytest.mark.parametrize(
-    "nesterov, form, expected",
-    [
-        (False, "heavy_ball", [2.25, 2.35, 2.94]),  # v: .5, .2, 1.18
-        (False, "ema", [2.025, 2.035, 2.094]),  # v: .05, .02, .118
-        (True, "heavy_ball", [2.475, 2.44, 3.471]),  # Delta + .9 v: .95, -.07, 2.062
-        (True, "ema", [2.0475, 2.044, 2.1471]),  # .1 Delta + .9 v
-    ],
-)
-def test_three_steps_of_momentum_by_hand(nesterov, form, expected):
-    assert three_steps(ServerMomentum(0.5, 0.9, nesterov, form)) == pytest.approx(expected, rel=1e-14)
-
-
-def test_three_steps_of_adam_by_hand():
-    # b1 = b2 = .5, tau = .5 (v starts at .25), lr = 1; m: .25, 0, .5
-    # v: .5 * .25 + .5 * .25 = .25, .125 + .03125 = .15625, .078125 + .5 = .578125
-    first, last = 0.25 / (math.sqrt(0.25) + 0.5), 0.5 / (math.sqrt(0.578125) + 0.5)
-    expected = [2 + first, 2 + first, 2 + first + last]
-    assert three_steps(ServerAdam(1.0, 0.5, 0.5, 0.5)) == pytest.approx(expected)
-
-
-# ---- against torch's own
-
-
 def pooled_and_federated(server, optimizer, rounds=4, lr=0.3):
     """Weights after (a) one full-batch SGD step per client and round with `server`, (b) `optimizer` on the pool."""
     torch.manual_seed(0)
@@ -84,15 +42,11 @@ def pooled_and_federated(server, optimizer, rounds=4, lr=0.3):
             F.cross_entropy(net(x[shards[k]]), y[shards[k]]).backward()
             local.step()
             mean.add(weights.theta)
-        theta = server.step(theta, mean.delta()) if server else mean.result()
+        theta = server.step(theta, mean.delta())
         steps.zero_grad()
         F.cross_entropy(pool(x), y).backward()
         steps.step()
     return theta, torch.cat([p.detach().flatten() for p in pool.parameters()])
-
-
-def test_one_full_step_per_client_is_a_step_on_the_pooled_batch():
-    assert near(*pooled_and_federated(None, lambda p: torch.optim.SGD(p, lr=0.3)))
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

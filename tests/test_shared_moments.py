@@ -8,6 +8,7 @@ from common.aggregation import WeightedMean
 from common.local import local_steps
 from common.parallel import Round
 from common.shared_moments import PooledMoments
+from common.vector import Weights
 
 LR, DECAY, B1, B2, EPS = 0.05, 0.1, 0.9, 0.999, 1e-8
 WEIGHTS = [3.0, 1.0, 2.0]
@@ -45,13 +46,6 @@ def test_one_client_is_central_adamw():
     central = torch.optim.AdamW(quadratics.weights.parameters.values(), LR, weight_decay=DECAY, fused=True)
     local_steps(quadratics.loss(0), [(x,) for x in noise.reshape(-1, 5)], quadratics.weights, central)
     assert moments.step == 24 and near(theta, quadratics.weights.theta, 1e-12)
-
-
-def test_equal_clients_are_one():
-    noise = draws(1, 5, 1).expand(-1, 3, -1, -1)
-    one, _ = federated(Quadratics(3, same=True), noise[:, :1], [1.0])
-    three, _ = federated(Quadratics(3, same=True), noise, WEIGHTS)
-    near(one, three, 1e-12)
 
 
 def test_pooled_at_one_local_step_is_central_adamw_on_the_pooled_batch():
@@ -101,11 +95,9 @@ def pooled(m, v, m_, v_, H, q):
     return m_, B2**H * v + (1 - B2**H) * C
 
 
-@pytest.mark.parametrize("H", [1, 8, 64])
+@pytest.mark.parametrize("H", [1, 8])
 def test_pooled_has_the_second_moment_of_the_pooled_batch(H):
     """Gradients of mean 0.1 and variance 1: a mean over clients of mean square 0.1^2 + q, whatever H is."""
-    from common.vector import Weights
-
     n, p = 40_000, torch.tensor(WEIGHTS).double() / sum(WEIGHTS)
     draw, holder = torch.Generator().manual_seed(H), torch.nn.Module()
     holder.w = torch.nn.Parameter(torch.zeros(n, dtype=torch.float64))

@@ -2,12 +2,9 @@
 
 import os
 import signal
-import time
 
 import harness
 import pytest
-import torch
-from small_run import arguments, train
 
 from common import cli
 from common.checkpoint import read_json
@@ -65,27 +62,19 @@ run_main(main, None)
     assert (later.code, later.out, later.err) == (143, "kept\n", "")
 
 
-def test_sigterm_keeps_what_can_be_kept_and_the_run_goes_on(tmp_path):
-    small = ["tests/small_run.py", tmp_path]
-    ended = harness.run(small, die=(str(tmp_path / "r"), 1, 3, signal.SIGTERM))
-    assert ended.code == 143 and ended.err.splitlines()[-1] == "terminated: run the same command with --resume to go on"
-    facts = read_json(tmp_path / "r" / "run.json")
-    assert facts["status"] == "interrupted" and facts["ended"]["how"] == "interrupted"
-    assert harness.run([*small, "--resume"]).code == 0
-    assert harness.run(["tests/small_run.py", tmp_path / "whole"]).code == 0
-    harness.same_run(tmp_path / "r", tmp_path / "whole" / "r")
-
-
 # ---------------------------------------------------------------------------------------------- several processes
 
 
 KILLED = "was ended by SIGKILL, perhaps for its memory: the same command with --resume goes on"
 ADVICE = "run the same command with --resume to go on"
-CASES = {  # what each process does in its first client of round 2 -> the exit code, the last line
+CASES = {  # what each process does in round 2 -> the exit code, the last line
     "0:sleep 1:kill": (1, f"failed: process 1 {KILLED}"),
     "0: 1:kill": (1, f"failed: process 1 {KILLED}"),
     "0: 1:raise": (1, "process 1: failed: no room"),
     "0: 1:bug": (1, "process 1: failed: ValueError: a bug"),
+    "0: 1:refuse": (2, "process 1: error: no data here"),
+    "0:refuse 1:": (2, "error: no data here"),
+    "0:refuse 1:refuse": (2, "error: no data here"),
     "0:kill 1:": (1, f"failed: process 0 {KILLED}"),
     "0: 1:sleep SIGINT": (130, f"interrupted: {ADVICE}"),
     "0:sleep 1: SIGTERM": (143, f"terminated: {ADVICE}"),
@@ -100,13 +89,6 @@ def there(folder):
     return pids, [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
-def until(true, seconds):
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.02)
-    return true()
-
-
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     """{case: (its folder, how it ended)}, all at a time: they sleep."""
@@ -116,10 +98,10 @@ def cases(tmp_path_factory):
         started = {}
         for case, folder in folders.items():
             words = [word for word in case.split() if ":" in word]
-            started[case] = harness.Started(["tests/stopped_run.py", folder, 2, *words])
+            started[case] = harness.Started(["tests/small_run.py", folder, 2, *words])
     for case, one in started.items():
         number = getattr(signal, case.split()[-1], None)
-        if number and until(lambda folder=folders[case]: len(there(folder)[0]) == 2, 60):
+        if number and harness.until(lambda folder=folders[case]: len(there(folder)[0]) == 2, 60):
             os.kill(one.process.pid, number)
     return {case: (folders[case], one.ended(50)) for case, one in started.items()}
 
@@ -130,7 +112,7 @@ def test_what_ends_one_process_ends_all_with_one_line(case, cases):
     assert ended.code == code, ended
     lines = [text for text in ended.err.splitlines() if not text.startswith(("round ", "run: "))]
     assert not line or lines[-1] == line and (len(lines) == 1 or "bug" in case), ended.err
-    assert until(lambda: not there(folder)[1], 15)
+    assert harness.until(lambda: not there(folder)[1], 15)
     how = ("finished",) if code == 0 else ("interrupted", "failed")
     # where the main process was killed nobody could say it in run.json
     assert read_json(folder / "r" / "run.json")["status"] in (("running",) if "0:kill" in case else how)
@@ -139,36 +121,16 @@ def test_what_ends_one_process_ends_all_with_one_line(case, cases):
 def test_what_was_ended_by_a_process_that_was_killed_goes_on(cases):
     whole = cases["0: 1:"][0] / "r"
     for case in ("0: 1:kill", "0:kill 1:"):
-        assert harness.run(["tests/stopped_run.py", cases[case][0], 1]).code == 0
+        assert harness.run(["tests/small_run.py", cases[case][0], "--resume"]).code == 0
         harness.same_run(cases[case][0] / "r", whole)
 
 
 def test_under_torchrun_each_process_says_what_it_knows(tmp_path):
     """torchrun itself ends the others, and gives the exit code."""
-    alone = harness.Started(["tests/stopped_run.py", tmp_path, 2], env={"WORLD_SIZE": "2", "RANK": "1"})
-    ended = harness.run_ranks(["tests/stopped_run.py", tmp_path, 2, "1:raise"], 2)
+    alone = harness.Started(["tests/small_run.py", tmp_path, 2], env={"WORLD_SIZE": "2", "RANK": "1"})
+    ended = harness.run_ranks(["tests/small_run.py", tmp_path, 2, "1:raise"], 2)
     assert [one.code for one in ended] == [1, 1]
     assert ended[0].err.splitlines()[-1].endswith("another process has ended, see its output")
     assert ended[1].err == "process 1: failed: no room\n"
     ended = alone.ended()  # which cannot meet the others
     assert ended.code == 2 and "error: WORLD_SIZE is 2 but MASTER_ADDR, MASTER_PORT is" in ended.err
-
-
-# ---------------------------------------------------------------------------------------------- what may go on
-
-
-def begun(folder, rounds=3, **flags):
-    """A run of small_run.train that was asked for so many rounds."""
-    return train(arguments(folder, rounds=rounds, **flags), rounds, save_every=1)[0]
-
-
-def test_a_run_goes_on_for_more_rounds_where_none_depends_on_how_many_there_are(tmp_path):
-    begun(tmp_path, scheduler="none")
-    assert torch.equal(begun(tmp_path, 6, scheduler="none", resume=True), begun(tmp_path / "whole", 6))
-    harness.same_run(tmp_path / "r", tmp_path / "whole" / "r")
-    with pytest.raises(cli.UsageError, match="other flags: --rounds 6 -> 3;"):
-        begun(tmp_path, 3, scheduler="none", resume=True)
-    begun(tmp_path / "cosine", scheduler="cosine")
-    with pytest.raises(cli.UsageError, match="other flags: --rounds 3 -> 6;"):
-        begun(tmp_path / "cosine", 6, scheduler="cosine", resume=True)
-    assert read_json(tmp_path / "cosine" / "r" / "run.json")["status"] == "finished"

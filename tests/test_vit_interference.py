@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import answers_of, as_rank
+from harness import answers_of, as_rank
 
 from common.parallel import Round
 from common.vector import Weights

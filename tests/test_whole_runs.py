@@ -1,4 +1,4 @@
-"""Every script's run of tests/harness.py: killed and resumed, by two processes, resumed when it had finished."""
+"""Runs of tests/harness.py: killed and resumed, by two processes, resumed when they had finished."""
 
 import os
 import signal
@@ -11,15 +11,10 @@ import pytest
 from common.checkpoint import read_json
 
 pytestmark = pytest.mark.slow
-RESUMED = [name for name, golden in harness.GOLDEN.items() if golden.resumes]
 # rules that keep nothing of their own from round to round, and share their sums with those that are run
-ALIKE = (
-    "lora_glue_fl/ffa",
-    "lora_glue_fl/stack",
-    "llm_noniid/fedprox",
-)
-OF_EACH_SCRIPT = list({harness.GOLDEN[name].script: name for name in RESUMED if name not in ALIKE}.values())
-OTHERS = [name for name in RESUMED if name not in (*OF_EACH_SCRIPT, *ALIKE)]
+ALIKE = {*(f"lora_glue_fl/{rule}" for rule in ("naive", "ffa", "stack", "rotate")), "llm_noniid/fedavg"}
+RESUMED = [name for name, golden in harness.GOLDEN.items() if golden.resumes and name not in ALIKE]
+OF_EACH_STUDY = ["mamba_fl/fed_fisher", "vit_sparse_fl/sparse", "lora_glue_fl/svd", "llm_noniid/clusters"]
 
 AFTER = {  # its rounds a run says what still runs
     "mamba_fl": "evaluating on all test",
@@ -47,16 +42,15 @@ def resume(name, out, processes=1):
     return ended[0]
 
 
-@pytest.mark.parametrize("name, changes", [(name, i % 13) for i, name in enumerate((*OF_EACH_SCRIPT, *OTHERS))])
+@pytest.mark.parametrize("name, changes", [(name, i % 13) for i, name in enumerate(RESUMED)])
 def test_killed_and_resumed_is_as_if_unbroken(name, changes, tmp_path):
     """kill -9 after the third line of metrics.jsonl, the first is round 0: before, while or after its checkpoint.
 
-    The rules that are not their script's first to be run here go on with two processes.
+    Federated runs go on with two processes, and have the bits of one.
     """
     ended, folder = run_that_dies(name, tmp_path, 3, changes)
     assert ended.code == -signal.SIGKILL and status(folder) == "running", ended.err
-    processes = 2 if name in OTHERS and harness.GOLDEN[name].federated else 1
-    said = resume(name, tmp_path, processes).err
+    said = resume(name, tmp_path, 2 if harness.GOLDEN[name].federated else 1).err
     assert "\nrun: " in f"\n{said}" and "resumed after round" in said
     assert said.rindex("\nround ") < said.index(AFTER[name.partition("/")[0]]), said
     harness.same_run(folder, harness.whole(name))
@@ -81,7 +75,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(
     harness.same_run(folder, harness.whole(name))
 
 
-@pytest.mark.parametrize("name", [name for name in OF_EACH_SCRIPT if harness.GOLDEN[name].federated])
+@pytest.mark.parametrize("name", OF_EACH_STUDY)
 def test_two_processes_give_the_same_bits(name, tmp_path):
     for ended in harness.run_ranks(harness.command(name, tmp_path), 2):
         assert ended.code == 0, ended.err
@@ -91,21 +85,17 @@ def test_two_processes_give_the_same_bits(name, tmp_path):
 
 
 def test_processes_that_a_user_starts_give_the_same_bits(tmp_path):
-    script, *words = harness.command("mamba_fl/fed_fisher", tmp_path, "--processes", 2)
-    assert harness.run(["tests/small_run.py", tmp_path / "small"]).code == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert harness.run(["tests/small_run.py", tmp_path / "one"]).code == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"} | {"PYTHONPATH": harness.ROOT}
-    for line, folder, whole in (
-        ([script, *words], tmp_path / "r", harness.whole("mamba_fl/fed_fisher")),
-        ([*torchrun, "tests/small_run.py", tmp_path / "two"], tmp_path / "two" / "r", tmp_path / "small" / "r"),
-    ):
-        done = subprocess.run([sys.executable, *line], capture_output=True, text=True, cwd=harness.ROOT, env=env)
-        assert done.returncode == 0, done.stderr
-        assert read_json(folder / "run.json")["processes"] == 2
-        harness.same_run(folder, whole)
+    line = [*torchrun, "tests/small_run.py", tmp_path / "two"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=harness.ROOT, env=env)
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path / "two" / "r" / "run.json")["processes"] == 2
+    harness.same_run(tmp_path / "two" / "r", tmp_path / "one" / "r")
 
 
-@pytest.mark.parametrize("name", OF_EACH_SCRIPT)
+@pytest.mark.parametrize("name", [*OF_EACH_STUDY, "mamba_fl/central"])
 def test_a_finished_run_is_left_as_it_is(name):
     folder, out = harness.whole(name), harness.whole(name)
     for _ in harness.GOLDEN[name].folder.split("/"):
