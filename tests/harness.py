@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from common import parallel
+from common.cli import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "_per_second", "peak_memory", "versions", "git_commit", "args")
@@ -40,7 +41,6 @@ class Golden:
     script: str
     flags: str
     folder: str = "r"  # of the run, in {out}
-    tensors: str = "final"  # what is served, in the folder
     federated: bool = True
     resumes: bool = True
 
@@ -79,8 +79,7 @@ PRETRAIN = (
     "--dataset demo --max-samples 160 --tokenizer bpe:800 --max-length 96 --d-model 32 --layers 2 --heads 2 --epochs 2 "
     "--batch-size 8 --learning-rate 5e-3 --threads 1 --out {out}/r"
 )
-CLIENTS = " ".join(f"{{lora_glue_fl/svd}}/round_1/client_{k}/adapter" for k in (1, 2, 3))
-SHARDS = " ".join(f"{{lora_glue_fl/sharding}}/client_{k}.json" for k in (1, 2, 3))
+RANKS = {"svd": "--svd-rank 4", "stack": "--client-ranks 2 4 3"}
 
 GOLDEN = {
     "mamba_fl/central": Golden("mamba_fl/central.py", f"{MAMBA} --save-freq 2", federated=False),
@@ -102,55 +101,27 @@ GOLDEN = {
         "lora_glue_fl/sharding.py",
         "--task-name sst2 --dataset demo --k 3 --mode dirichlet --dirichlet-alpha 1 --seed 1 --max-examples 150 "
         "--out-dir {out}/r",
-        tensors="",
         federated=False,
         resumes=False,
     ),
     **{
-        f"lora_glue_fl/{rule}": Golden("lora_glue_fl/fedavg_rounds.py", f"{GLUE_ROUNDS} {rule} {more}")
-        for rule, more in {
-            "svd": "--svd-rank 4",
-            "naive": "",
-            "ffa": "",
-            "stack": "--client-ranks 2 4 3",
-            "residual": "",
-            "rolora": "",
-            "rotate": "",
-            "head": "",
-        }.items()
+        f"lora_glue_fl/{rule}": Golden("lora_glue_fl/fedavg_rounds.py", f"{GLUE_ROUNDS} {rule} {RANKS.get(rule, '')}")
+        for rule in RULES
     },
     "lora_glue_fl/central_lora": Golden(
         "lora_glue_fl/main_glue_lora.py",
         f"{GLUE_CENTRAL} --lora-r 4 --lora-dropout 0.1",
         folder="sst2_tiny/r4",
-        tensors="adapter",
         federated=False,
     ),
     "lora_glue_fl/baseline": Golden("lora_glue_fl/baseline_run.py", GLUE_CENTRAL, folder="sst2_tiny", federated=False),
-    "lora_glue_fl/eval": Golden(
-        "lora_glue_fl/adapters_eval.py",
-        "--model tiny --dataset demo --task-name sst2 --max-length 32 --threads 1 --seed 8 "
-        "--adapter-path {lora_glue_fl/central_lora}/adapter --output-dir {out}",
-        folder="sst2_tiny",
-        tensors="",
-        federated=False,
-        resumes=False,
-    ),
-    "lora_glue_fl/merge": Golden(
-        "lora_glue_fl/fedavg_merge.py",
-        f"--model tiny --dataset demo --task-name sst2 --svd-rank 4 --alpha 4 --adapters {CLIENTS} "
-        f"--shard-manifests {SHARDS} --save-adapter {{out}}/r",
-        tensors=".",
-        federated=False,
-        resumes=False,
-    ),
     "llm_noniid/fedavg": Golden("llm_noniid/train.py", NONIID),
     "llm_noniid/scaffold": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm scaffold"),
     "llm_noniid/fedadam": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm fedadam"),
     "llm_noniid/local": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm local"),
     "llm_noniid/central": Golden("llm_noniid/train.py", f"{NONIID} --algorithm central", federated=False),
     "llm_noniid/clusters": Golden("llm_noniid/train.py", f"{NONIID} --cluster labels --num-clusters 2"),
-    "llm_noniid/pretrain": Golden("llm_noniid/pretrain.py", PRETRAIN, tensors=".", federated=False, resumes=False),
+    "llm_noniid/pretrain": Golden("llm_noniid/pretrain.py", PRETRAIN, federated=False, resumes=False),
 }
 SCRIPTS = sorted({golden.script for golden in GOLDEN.values()})
 

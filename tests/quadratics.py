@@ -13,13 +13,11 @@ SIZES = {"w": 3, "b": 2}  # the five coordinates are split into two parameters
 class Quadratics:
     """K clients of their own curvature and minimum; theta [5] starts at 0. Attributes: A [K, 5, 5]; target [K, 5]."""
 
-    def __init__(self, clients=5, seed=0, same=False, dtype=torch.float64):
+    def __init__(self, clients=5, seed=0, dtype=torch.float64):
         draw = torch.Generator().manual_seed(seed)
         roots = torch.randn(clients, 5, 5, generator=draw, dtype=torch.float64)
         self.A = (roots @ roots.mT / 5 + 0.5 * torch.eye(5, dtype=torch.float64)).to(dtype)
         self.target = torch.randn(clients, 5, generator=draw, dtype=torch.float64).to(dtype)
-        if same:
-            self.A, self.target = self.A[:1].repeat(clients, 1, 1), self.target[:1].repeat(clients, 1)
         parameters = {name: torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for name, n in SIZES.items()}
         self.weights = Weights(None, parameters)
         self.start = self.weights.snapshot()

@@ -1,4 +1,4 @@
-"""Identities and hand-sized numbers of the means over clients: FedAvg, entropy weighting, Fisher weighting."""
+"""Identities and hand-sized numbers of the means over clients: FedAvg, entropy and Fisher weighting, FedNova."""
 
 import gc
 import math
@@ -8,7 +8,15 @@ import pytest
 import torch
 from quadratics import near
 
-from common.aggregation import PrecisionWeightedMean, ServerMomentum, WeightedMean, apply_delta
+from common.aggregation import (
+    NormalizedMean,
+    PrecisionWeightedMean,
+    ServerMomentum,
+    WeightedMean,
+    apply_delta,
+    effective_steps,
+)
+from common.local import client_optimizer, local_steps
 from common.lowrank import AdapterMean
 from common.parallel import Follower, LeftOut, Round
 from common.scaffold import ControlVariates
@@ -217,12 +225,36 @@ def test_a_plain_loop_in_fp64_agrees_with_the_fisher_mean(theta, damping):
     assert (mean.result() >= stacked.amin(0)).all() and (mean.result() <= stacked.amax(0)).all()
 
 
-def test_two_clients_by_hand():
-    theta, clients = torch.tensor([1.0, 1.0]), [torch.tensor([2.0, 1.0]), torch.tensor([1.0, 5.0])]
-    precisions = [torch.tensor([4.0, 0.0]), torch.tensor([0.0, 2.0])]
-    # damped by 0.5 * mean: [5, 1] and [0.5, 2.5]; n = 1, 2: deltas 5/6 * 1 and 2*2.5 / (1 + 5) * 4
-    result = precise_mean_of(theta, clients, precisions, [1.0, 2.0], damping=0.5).result()
-    assert torch.allclose(result, torch.tensor([1 + 5 / 6, 1 + 20 / 6]), rtol=1e-7)
+# ---- FedNova
+
+
+def test_effective_steps():
+    for steps in (1, 2, 5, 40):
+        assert effective_steps(steps, "sgd") == effective_steps(steps, "sgdm", 0.0) == steps
+        for rho in (0.3, 0.9, 0.99):  # the steps' weights, summed one by one
+            added = sum(sum(rho**i for i in range(j)) for j in range(1, steps + 1))
+            assert effective_steps(steps, "sgdm", rho) == pytest.approx(added, rel=1e-11)
+    assert effective_steps(2, "sgdm", 0.5) == 2.5  # by hand: 1, then 1 + 0.5
+    with pytest.raises(ValueError, match="FedNova with adamw: a is defined for sgd and sgdm only"):
+        effective_steps(3, "adamw")
+
+
+@pytest.mark.parametrize("kind", ["sgd", "sgdm"])
+def test_under_a_constant_gradient_the_weights_move_by_the_rate_times_a(kind):
+    for steps in (1, 2, 7):
+        weights = Weights(None, {"w": (w := torch.nn.Parameter(torch.zeros(1).double()))})
+        local_steps(w.sum, [()] * steps, weights, client_optimizer(kind, weights.parameters, 0.1, 0.9))
+        assert w.item() == pytest.approx(-0.1 * effective_steps(steps, kind, 0.9), rel=1e-12)
+
+
+def test_fednova_by_hand():
+    # p = 1/4, 3/4; a = 2, 5: tau = 17/4; delta = 17/4 (1/4 [2, 1] / 2 + 3/4 [0, 5] / 5) = 17/4 [1/4, 7/8]
+    mean = NormalizedMean(torch.tensor([1.0, 0.0]), round := Round(range(2), [1.0, 3.0]))
+    for k in round:
+        mean.add(torch.tensor([[3.0, 1.0], [1.0, 5.0]])[k], [2.0, 5.0][k])
+    assert near(mean.delta(), torch.tensor([17 / 16, 119 / 32]), 1e-15) and mean.result().dtype == torch.float32
+    with pytest.raises(ValueError, match="a 0.0 is not a finite number above 0"):
+        mean.add(torch.ones(2), 0.0)
 
 
 # ---- memory

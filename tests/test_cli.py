@@ -10,8 +10,6 @@ import pytest
 from common import cli
 from common.cli import Parser, RunFailed, UsageError, apply_config, checked, run_main, say, say_waiting
 from llm_noniid import flags as noniid
-from vit_sparse_fl import flags as vit
-from vit_sparse_fl import train_federated
 
 TRAIN = noniid.build_parser("train.py")
 
@@ -22,6 +20,10 @@ def test_an_unknown_flag_names_the_nearest_if_one_is_near(capsys):
         (["--learning_rat=3"], "unknown flag --learning-rat: did you mean --learning-rate?"),
         (["--gpu", "3"], "error: unknown flag --gpu (see --help)\n"),  # not --mu
         (["--fp16"], "error: unknown flag --fp16 (see --help)\n"),
+        (["--num-cli", "7"], "unknown flag --num-cli: did you mean --num-clients?"),
+        (["--mu", "-1"], "argument --mu: -1 is not a number of at least 0"),
+        (["--learning-rate", "inf"], "--lr: inf is not a number above 0"),
+        (["--num-clients", "1.5"], "argument --num-clients: '1.5' is not an integer"),
         (["3"], "'3' belongs to no flag: drop it"),
         (["--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume"),
         (["--name", ""], "'' is not the name of a folder"),
@@ -34,13 +36,9 @@ def test_an_unknown_flag_names_the_nearest_if_one_is_near(capsys):
         assert stop.value.code == 2 and part in said and said.count("\n") == 1, said
 
 
-def test_hyphens_and_underscores_are_one_flag_and_numbers_are_checked(capsys):
+def test_hyphens_and_underscores_are_one_flag():
     for spelling in (["--num_clients", "7"], ["--num_clients=7"], ["--num-clients", "7"]):
         assert TRAIN.parse_args(spelling).num_clients == 7
-    for bad in (["--num-cli", "7"], ["--mu", "-1"], ["--learning-rate", "inf"], ["--num-clients", "1.5"]):
-        with pytest.raises(SystemExit) as stop:
-            TRAIN.parse_args(bad)
-        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_flags_are_checked_without_importing_what_computes():
@@ -116,12 +114,6 @@ def test_information_waits_until_nothing_refuses(ends, begins, code, err, capsys
     assert stop.value.code == code and capsys.readouterr().err == err
     say("outside of a run nothing waits")
     assert capsys.readouterr().err == "outside of a run nothing waits\n"
-
-
-def test_only_one_sweep_at_a_time():
-    parser = train_federated.build_parser()
-    with pytest.raises(UsageError, match="--heterogeneity-experiment and --local-steps-experiment are sweeps"):
-        vit.parse(parser, ["--heterogeneity-experiment", "--local-steps-experiment"])
 
 
 def test_a_message_is_one_line_that_can_be_printed():

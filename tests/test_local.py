@@ -7,7 +7,7 @@ from torch.optim import lr_scheduler
 from transformers import get_linear_schedule_with_warmup
 
 from common.client_rows import ClientRows
-from common.local import Moments, OptimizerState, client_optimizer, local_steps, lr_at
+from common.local import Moments, client_optimizer, local_steps, lr_at
 from common.parallel import Round
 from common.vector import Weights
 
@@ -105,6 +105,8 @@ def test_learning_rates_by_step():
     assert run(data=iter(batches()), after_step=lambda: ticks.append(1))[1].steps == len(ticks) == 6  # read once
     with pytest.raises(ValueError, match="no batch"):
         run(data=iter(()))
+    with pytest.raises(ValueError, match="is none of"):
+        run("adam")
 
 
 def test_scaled_gradients_of_fp16_give_the_same_steps():
@@ -150,24 +152,6 @@ def test_a_client_goes_on_with_its_own_moments(tmp_path):
                 raw_gradient(other, batch)
                 adamw.step()
             torch.testing.assert_close(mine[k], flat(other.parameters()), rtol=1e-5, atol=1e-6)
-
-
-def test_an_optimisers_state_goes_through_a_checkpoint():
-    for kind in ("adamw", "sgdm"):
-        answers = []
-        for resumed in (False, True):
-            weights = Weights(model := net())
-            optimizer = client_optimizer(kind, weights.parameters, 0.1)
-            local_steps(loss_of(model), batches(2), weights, optimizer)
-            if resumed:
-                state = OptimizerState(optimizer, weights.parameters).state_dict()
-                optimizer = client_optimizer(kind, weights.parameters, 0.1)
-                OptimizerState(optimizer, weights.parameters).load_state_dict({n: t.clone() for n, t in state.items()})
-            local_steps(loss_of(model), batches(2), weights, optimizer)
-            answers.append(weights.snapshot())
-        assert torch.equal(*answers)
-    with pytest.raises(ValueError, match="is none of"):
-        client_optimizer("adam", {}, 0.1)
 
 
 # ---- learning rates

@@ -17,7 +17,6 @@ pytestmark = pytest.mark.slow
 
 GRIDS = ["mamba_fl/run_study.py", "vit_sparse_fl/run_all_experiments.py", "lora_glue_fl/run_study.py"]
 GRIDS += ["llm_noniid/run_experiments.py"]
-PLOTS = ["plots/vit.py", "plots/tables.py"]
 SST2 = "--dataset glue --data-root {tmp} --task-name sst2"
 MERGE = "fedavg_merge.py", "--task-name sst2 --svd-rank 4 --save-adapter {tmp}/out --adapters {a}"
 
@@ -147,6 +146,7 @@ OWN = [
     ("vit_sparse_fl/federated", "--sharding non_iid --nc 11", ["11", "10"]),
     ("vit_sparse_fl/federated", "--image-size 36", ["36", "32 or 40"]),
     ("vit_sparse_fl/federated", "--head keep", ["--init-from"]),
+    ("vit_sparse_fl/federated", "--heterogeneity-experiment --local-steps-experiment", ["are sweeps"]),
     ("vit_sparse_fl/federated", "--init-from {tmp}/model", ["could be read"], half_a_model),
     ("vit_sparse_fl/federated", "--init-from {tmp}/model", ["no model.safetensors", "pickled"], pickled),
     ("vit_sparse_fl/federated", "--config {tmp}/a.yaml", ["federated.num_rounds?"],
@@ -154,7 +154,7 @@ OWN = [
     ("lora_glue_fl/svd", "--client-ranks 1 2 3 4", ["4 --client-ranks for 3 clients"]),
     ("lora_glue_fl/svd", "--shard-dir {tmp}/shards", ["other data", "make the shards again"], other_data),
     ("lora_glue_fl/svd", "--init-adapter {tmp}/mine", ["{tmp}/mine"], half_an_adapter),
-    ("lora_glue_fl/eval", "--adapter-path {tmp}/mine", ["{tmp}/mine"], half_an_adapter),
+    ("lora_glue_fl/adapters_eval.py", "--task-name sst2 --adapter-path {tmp}/mine", ["{tmp}/mine"], half_an_adapter),
     ("lora_glue_fl/sharding.py", f"{SST2} --k 1 --out-dir {{tmp}}/out", ["train.tsv line 3", "'2'"],
      text("glue/SST-2/train.tsv", "sentence\tlabel\na good film\t1\na dull film\t2\n")),
     ("lora_glue_fl/fedavg_merge.py", f"{MERGE[1]} {{b}} --weights 1", ["1 --weights for 2", "give one for each"]),
@@ -241,7 +241,7 @@ def test_a_run_that_cannot_go_on_says_why(name, flags, parts, tmp_path):
     assert not list(tmp_path.rglob("final"))
 
 
-@pytest.mark.parametrize("script", [*harness.SCRIPTS, *GRIDS, *PLOTS])
+@pytest.mark.parametrize("script", sorted({*harness.SCRIPTS, *OTHERS}))
 def test_help_is_grouped_and_complete(script, capsys):
     code, said = here([script, "--help"], capsys)
     lines = said.out.splitlines()

@@ -46,19 +46,6 @@ def test_it_reaches_the_optimum_where_fedavg_is_biased(ids, kind, rounds, lr):
     assert near(variates.correction(3), -problem.gradient(3, problem.optimum()), 1e-6)
 
 
-def test_c_is_the_mean_over_all_clients_after_every_round_at_partial_participation():
-    problem, n = Quadratics(), [5.0, 1.0, 3.0, 0.5, 2.0]
-    variates, sizes = made(problem.start, weights=n), []
-
-    def check(t):
-        states = [w * (variates.c - variates.correction(k)) for k, w in enumerate(n)]  # what clients are given: c - c_k
-        assert near(sum(states) / sum(n), variates.c, 1e-15)
-        sizes.append(variates.c.norm().item())
-
-    problem.train(problem.start, 12, STEPS, LR, variates, two_or_three, check, n)
-    assert len(sizes) == 12 and min(sizes) > 1e-3
-
-
 def test_weights_of_clients_move_the_optimum_that_is_reached():
     problem, n = Quadratics(), [5.0, 1.0, 3.0, 0.5, 2.0]
     theta = problem.train(problem.start, 60, STEPS, LR, made(problem.start, weights=n), weights=n)
