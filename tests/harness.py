@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,6 @@ from common.cli import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds", "_per_second", "peak_memory", "versions", "git_commit", "args")
-EXTRA = "--processes 1"  # flags that every federated run gets
 
 
 @dataclass(frozen=True)
@@ -133,20 +133,14 @@ def command(name, out, *more):
     for other in GOLDEN:
         if "{" + other + "}" in text:
             text = text.replace("{" + other + "}", str(whole(other)))
-    extra = EXTRA if golden.federated else ""
-    return [golden.script, *shlex.split(text), *extra.split(), *map(str, more)]
+    one = ["--processes", "1"] if golden.federated else []
+    return [golden.script, *shlex.split(text), *one, *map(str, more)]
 
 
 # ---------------------------------------------------------------------------------------------- processes
 
 
-@dataclass
-class Ended:
-    """How a process ended: its exit code (-9: killed), and what it wrote."""
-
-    code: int
-    out: str
-    err: str
+Ended = namedtuple("Ended", "code out err")  # how a process ended: its exit code (-9: killed), and what it wrote
 
 
 class Started:

@@ -54,32 +54,25 @@ def edited(path, change):
     path.write_text(json.dumps(value))
 
 
-def half_a_checkpoint(folder):
-    path = folder / "checkpoint" / "theta.safetensors"
-    path.write_bytes(path.read_bytes()[:-9])
+def half(file):
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:-9])
 
 
-def half_a_model(tmp):
-    folder = shutil.copytree(harness.whole("vit_sparse_fl/centralized") / "final", tmp / "model")
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-9])
+def copied(run, part, name, damage):
+    return lambda tmp: damage(shutil.copytree(harness.whole(run) / part, tmp / name))
 
 
-def pickled(tmp):
-    folder = shutil.copytree(harness.whole("vit_sparse_fl/centralized") / "final", tmp / "model")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def half_an_adapter(tmp):
-    folder = shutil.copytree(harness.whole("lora_glue_fl/svd") / "round_1/client_1/adapter", tmp / "mine")
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-def other_data(tmp):
-    shutil.copytree(harness.whole("lora_glue_fl/sharding"), tmp / "shards")
-    for path in (tmp / "shards").glob("client_*.json"):
+def of_other_data(folder):
+    for path in folder.glob("client_*.json"):
         edited(path, lambda about: about.update(fingerprint="0123456789abcdef"))
+
+
+half_a_model = copied("vit_sparse_fl/centralized", "final", "model", half("model.safetensors"))
+pickled = copied(
+    "vit_sparse_fl/centralized", "final", "model", lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin")
+)
+half_an_adapter = copied("lora_glue_fl/svd", "round_1/client_1/adapter", "mine", half("adapter_model.safetensors"))
+other_data = copied("lora_glue_fl/sharding", "", "shards", of_other_data)
 
 
 # --------------------------------------------------------------------------------------------------------- the rows
@@ -118,7 +111,10 @@ EVERY = [
     *((run, "--overwrite", ["is not a run folder", "--run-name"], taken) for run in ONE),
     *((run, "", ["r exists (failed)", "--resume", "--overwrite"], run_of(run)) for run in ONE),
     *((run, "--resume --seed 77", ["--seed ", " -> 77"], run_of(run)) for run in ONE),
-    *((run, "--resume", ["theta.safetensors is damaged"], run_of(run, half_a_checkpoint)) for run in ONE),
+    *(
+        (run, "--resume", ["theta.safetensors is damaged"], run_of(run, half("checkpoint/theta.safetensors")))
+        for run in ONE
+    ),
 ]
 MISSING = [
     ("mamba_fl/fed_avg", "--dataset wikitext2 --data-root {tmp}", ["wiki.train.raw", "--dataset demo"]),

@@ -1,5 +1,6 @@
 """Run folders, checkpoints, run.json's facts, what a run says."""
 
+import errno
 import importlib.util
 import itertools
 import json
@@ -328,6 +329,14 @@ def test_a_run_whose_last_evaluation_is_not_finite_has_failed(value, tmp_path):
         run.begin({}, {})
         run.report(0, torch.zeros(1), lambda *_: {"val_loss": value})
         run.finish({})
+
+
+def test_what_a_study_writes_itself_ends_in_one_line_too(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "r" / "deltas.npz"))
+    with pytest.raises(RunFailed, match=r"cannot save .*deltas.npz: No space left on device.*make room"):
+        train(arguments(tmp_path), 6, {3: lambda: fail(full)})
+    assert manifest(tmp_path)["status"] == "failed"
+    resumed(tmp_path)
 
 
 # ---- what may go on
