@@ -118,7 +118,6 @@ GOLDEN = {
     "llm_noniid/fedavg": Golden("llm_noniid/train.py", NONIID),
     "llm_noniid/scaffold": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm scaffold"),
     "llm_noniid/fedadam": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm fedadam"),
-    "llm_noniid/local": Golden("llm_noniid/train.py", f"{PARTIAL} --algorithm local"),
     "llm_noniid/central": Golden("llm_noniid/train.py", f"{NONIID} --algorithm central", federated=False),
     "llm_noniid/clusters": Golden("llm_noniid/train.py", f"{NONIID} --cluster labels --num-clusters 2"),
     "llm_noniid/pretrain": Golden("llm_noniid/pretrain.py", PRETRAIN, federated=False, resumes=False),

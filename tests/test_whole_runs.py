@@ -12,7 +12,7 @@ from common.checkpoint import read_json
 
 pytestmark = pytest.mark.slow
 # rules that keep nothing of their own from round to round, and share their sums with those that are run
-ALIKE = {*(f"lora_glue_fl/{rule}" for rule in ("naive", "ffa", "stack", "rotate")), "llm_noniid/fedavg"}
+ALIKE = {*(f"lora_glue_fl/{rule}" for rule in ("naive", "ffa", "stack", "rotate", "head")), "llm_noniid/fedavg"}
 RESUMED = [name for name, golden in harness.GOLDEN.items() if golden.resumes and name not in ALIKE]
 OF_EACH_STUDY = ["mamba_fl/fed_fisher", "vit_sparse_fl/topk", "lora_glue_fl/svd", "llm_noniid/clusters"]
 
