@@ -9,16 +9,16 @@ lag     lag.png: what the naive mean costs. On the left the validation loss of n
 """
 
 import json
-from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 
 from common.cli import run_main
 from common.curves import GREY, new_figure, number, set_title
 from plots import style
-from plots.pairs import difference, interval, paired, pairs_cell, spread
-from plots.read import Study, order_of
-from plots.rows import base_name, describe, groups, rows_of, words_for
+from plots.pairs import OWN, compared, estimate, paired, spread
+from plots.read import Study, base_name, order_of
+from plots.rows import comparable, describe, words_for
 from plots.style import legend_below, looks_of, numbered, seeds_range, whole_numbers
 from plots.tables import Table, over_rounds, result, seeds, sent, tables_of
 
@@ -28,10 +28,9 @@ METRICS = {  # by which a task is judged, and its column
     "cola": ("val_matthews", "Matthews correlation (x 100)"),
     "stsb": ("val_pearson", "Pearson correlation (x 100)"),
 }
-MODEL = ("dataset", "model", "pooling", "rank", "lora_alpha")
-FEDERATION = ("clients", "participation", "shards", "rounds", "local_epochs")
 SERVED = ("svd_rank", "served_scale")  # of svd, where they are not the clients'
-KEYS = (*MODEL, "task", *FEDERATION, "examples", "data", "learning_rate", *SERVED)
+KEYS = ("task", "dataset", "model", "pooling", "rank", "lora_alpha", "clients", "participation", "shards", "rounds")
+KEYS += ("local_epochs", "learning_rate", "examples", "data", *SERVED)
 
 
 def kind_of(command, flags):
@@ -42,16 +41,14 @@ def kind_of(command, flags):
 
 def setting_of(run):
     facts, central = run["data"], run["kind"] in STUDY.central
-    model = facts.get("model") or run.get("--model") or f"roberta-{run.get('--model_size')}"
-    ranks, alpha = run.get("--client_ranks") or facts.get("ranks") or [], run.get("--lora_alpha")
-    examples = facts.get("examples")
+    ranks, examples = run.get("--client_ranks") or facts.get("ranks") or [], facts.get("examples")
     values = {
         "dataset": facts.get("dataset") or run.get("--dataset"),
-        "model": base_name(str(model), inner=("final", "model")),
+        "model": base_name(str(facts.get("model"))),
         "task": str(facts.get("task") or run.get("--task_name")).lower(),
         "pooling": run.get("--pooling") or "cls",
         "rank": " ".join(map(str, ranks)) if len(set(ranks)) > 1 else run.get("--lora_r"),
-        "lora_alpha": alpha,
+        "lora_alpha": run.get("--lora_alpha"),
         "examples": sum(examples) if isinstance(examples, list) else examples,
     }
     if isinstance(facts.get("sha256"), dict):
@@ -93,6 +90,12 @@ def order(key, value):
     return order_of(value)
 
 
+def results_only(runs):
+    """The runs without those that others begin with."""
+    starts = {str(start).rpartition("/")[2] for start in runs.get("--init_adapter", ())}
+    return runs[[name not in starts for name in runs["name"]]]
+
+
 STUDY = Study(
     name="lora_glue_fl",
     commands=("fedavg_rounds", "main_glue_lora", "baseline_run"),
@@ -111,6 +114,7 @@ STUDY = Study(
     kind=kind_of,
     setting=setting_of,
     keys=KEYS,
+    free=SERVED,
     # learning_rate tells rules with rates of their own apart
     said=frozenset(KEYS) - {"learning_rate"}
     | frozenset(
@@ -141,51 +145,35 @@ STUDY = Study(
     },
     order=order,
     central=frozenset({"central", "full"}),
+    adjust=results_only,
 )
 
 # ---- the tables
 
 
-def results_only(runs, args):
-    """The runs without those that others begin with."""
-    starts = {str(start).rpartition("/")[2] for start in runs.get("--init_adapter", ())}
-    return runs[[name not in starts for name in runs["name"]]]
+def place(setting):
+    """Where a table stands: by `KEYS`, each in its order."""
+    return [order(key, setting.get(key, "")) for key in KEYS]
 
 
-def federations(runs, notes):
-    """[(setting, rows)], central rows first; in the order of `KEYS`, central runs alone last."""
-    found = []
-    for setting, members in groups(runs, STUDY, SERVED):
-        central = members["kind"].isin(STUDY.central)
-        kinds = [members[members["kind"] == kind] for kind in STUDY.kinds if kind in STUDY.central]
-        references = [row for some in kinds for row in rows_of(some, STUDY, notes=notes)]
-        found.append((setting, references + rows_of(members[~central], STUDY, SERVED, notes=notes)))
-    return sorted(found, key=lambda one: (one[1][-1].central, [order(key, one[0].get(key, "")) for key in KEYS]))
-
-
-def groups_of(runs, args, notes):
-    """A table a task and federation."""
-    keys = ("task", *MODEL, *FEDERATION, "learning_rate", "examples")
-    return [(describe(STUDY, setting, keys), rows) for setting, rows in federations(runs, notes)]
-
-
-def columns(rows, args):
+def columns(rows):
     field, head = METRICS.get(rows[0].first["setting"]["task"], ("val_accuracy", "Accuracy (%)"))
 
-    def against_naive(cell):
-        """A column of `cell(row, naive)`, "-" for naive itself."""
+    def vs_naive(name, factor, digits):
+        """A column of the differences to naive, "-" for naive itself."""
 
-        def text(row, all_rows):
-            naive = first_of(all_rows, "naive")
-            return "-" if naive in (None, row) else cell(row, naive)
+        def cell(row, rows):
+            naive = first_of(rows, "naive")
+            apart = [] if naive in (None, row) else paired(row.results(name), naive.results(name))
+            return compared(factor * np.array(apart), digits)
 
-        return text
+        return cell
 
     return {
         head: result(field, 100, 2),
-        "vs naive": against_naive(lambda row, naive: difference(100 * row.results(field), 100 * naive.results(field))),
+        "vs naive": vs_naive(field, 100, 2),
         "val loss": result("val_loss", 1, 4),
-        "val loss vs naive": against_naive(lambda row, naive: pairs_cell(apart(row, naive), 4)),
+        "val loss vs naive": vs_naive("val_loss", 1, 4),
         "rounds behind": behind_cell,
         "error %": small("aggregation_error"),
         "MB up": sent("bytes_up"),
@@ -199,18 +187,13 @@ def first_of(rows, kind):
     return next((row for row in rows if row.kind == kind), None)
 
 
-def apart(row, naive):
-    """[S] the last round's validation loss minus naive's, seed by seed."""
-    return paired(row.results("val_loss"), naive.results("val_loss"))
-
-
 def behind_cell(row, rows):
     """How many rounds naive is behind residual of its rate: `+0.16 [+0.14, +0.18], 5`."""
     exact = [one for one in rows if one.kind == "residual" and one["learning_rate"] == row["learning_rate"]]
     if row.kind != "naive" or not exact or list(row.runs.index) != list(exact[0].runs.index):
         return "-"
     values = [behind(*pair) for pair in zip(curves_of(row), curves_of(exact[0]), strict=True)]
-    return pairs_cell(values, 2) if np.isfinite(values).all() else "-"
+    return compared(values, 2) if np.isfinite(values).all() else "-"
 
 
 def curves_of(row):
@@ -240,22 +223,22 @@ def small(name):
     return text
 
 
-def special(runs, args, notes):
+def special(runs):
     """With runs of --replay their tables beside the others', else None."""
     replay = np.array([any(line.get("replay") for line in lines) for lines in runs["curve"]])
     if not replay.any():
         return None
-    others = tables_of(TABLE, runs[~replay], args, notes) if not replay.all() else []
-    return others + replay_tables(runs[replay])
+    return (tables_of(TABLE, runs[~replay], []) if not replay.all() else []) + replay_tables(runs[replay])
 
 
 WORDS = """One table per task and federation, of the last round on the validation examples. `vs naive` is in points (or
 100 times the correlation), `val loss vs naive` in nats. Rules whose rate was chosen on held-out examples are compared
 each at its own. `rounds behind`: how many rounds naive's loss is behind that of residual, the exact mean, at the same
 rate, in the mean over the rounds. `error %`: ||served - mean(BA)|| over ||mean(BA)||, mean over the rounds.
-Differences are taken seed by seed: mean [95 % interval of a paired t test], seeds.
+Differences are taken seed by seed: mean [95 % interval of a paired t test], seeds. Fewer than five have no interval:
+their own standard deviation is too uncertain, and rows spread too differently for one of all.
 """
-TABLE = Table(STUDY, columns, WORDS, select=results_only, groups=groups_of, special=special, first="rule")
+TABLE = Table(STUDY, columns, WORDS, place, special, first="rule")
 
 
 # ---- --replay: what the rules would serve of the same clients
@@ -274,20 +257,16 @@ PAIRS = {  # column of the table -> rules whose losses' difference it is
 def replay_tables(runs):
     """A table for each group of runs that may be compared: a row a setting, differences of validation losses."""
     tables = []
-    for setting, members in groups(runs, STUDY, VARIED):
-        cells = defaultdict(list)
-        for _, run in members.sort_values("seed", kind="stable").iterrows():
-            cell = tuple((key, run["setting"].get(key, "")) for key in VARIED)
-            cells[cell].append(run["curve"][-1]["replay"])
-        rows = [["setting", "exact", "error % (naive)", *PAIRS]]
-        for cell in sorted(cells, key=lambda cell: [order(key, value) for key, value in cell]):
-            every = cells[cell]
-            about = ", ".join(word for key in SAID for word in words_for(STUDY, key, dict(cell)[key]))
+    for setting, rows in comparable(runs, replace(STUDY, free=VARIED)):
+        cells = [["setting", "exact", "error % (naive)", *PAIRS]]
+        for row in sorted(rows, key=lambda row: [order(key, row.args.get(key, "")) for key in VARIED]):
+            every = [curve[-1]["replay"] for curve in row.runs["curve"]]
+            about = ", ".join(word for key in SAID for word in words_for(STUDY, key, row.args[key]))
             exact, missed = of(every, "exact", "val_loss"), of(every, "naive", "error") / of(every, "start", "error")
             parts = [about, spread(exact, 3), spread(100 * missed, 1)]
-            rows.append([*parts, *(pairs_cell(of(every, a) - of(every, b), 4) for a, b in PAIRS.values())])
-        about = "one round, validation losses in nats; differences: mean over seeds [95 % interval], seeds"
-        tables.append((f"{describe(STUDY, setting)}; {about}", "", rows))
+            cells.append([*parts, *(compared(of(every, a) - of(every, b), 4) for a, b in PAIRS.values())])
+        about = "one round, validation losses in nats; differences: mean over seeds, how many"
+        tables.append((f"{describe(STUDY, setting)}; {about}", "", cells))
     return tables
 
 
@@ -301,7 +280,7 @@ def of(every, rule, name="val_loss"):
 
 def lag(runs, args, notes):
     drawn = []
-    for setting, rows in federations(results_only(runs, args), notes):
+    for setting, rows in sorted(comparable(runs, STUDY, notes), key=lambda one: place(one[0])):
         naive = first_of(rows, "naive")
         rows = [row for row in rows if naive is not None and row["learning_rate"] == naive["learning_rate"]]
         rows = [row for row in rows if not row.central and len(row.runs) > 1]
@@ -313,8 +292,8 @@ def lag(runs, args, notes):
             losses, look = row.rounds("val_loss")[1], looks[row.label]
             left.plot(at, losses.mean(axis=0), label=row.name, **look)
             if row is not naive:
-                ends = np.array([interval(values) for values in (losses - base).T]).T  # [2, E]
-                right.errorbar(at + 0.1 * i, (losses - base).mean(axis=0), np.ptp(ends, axis=0) / 2, capsize=3, **look)
+                mean, low, high, _ = np.array([estimate(apart) for apart in (losses - base).T]).T  # [E] each
+                right.errorbar(at + 0.1 * i, mean, (high - low) / 2, capsize=3, **look)
         right.axhline(0, color=GREY, linewidth=1, zorder=1)
         left.set_ylabel("Validation loss (nats)")
         right.set_ylabel("Loss minus naive's (nats)")
@@ -322,7 +301,8 @@ def lag(runs, args, notes):
             axis.set_xlabel("Round")
             whole_numbers(axis.xaxis)
         legend_below(figure, [left])
-        title = f"One rate, the same clients and seeds; right: mean and 95 % interval of {seeds_range(rows)} seeds"
+        shown = "mean and 95 % interval" if len(naive.runs) >= OWN else "mean"
+        title = f"One rate, the same clients and seeds; right: {shown} of {seeds_range(rows)} seeds"
         set_title(figure, f"{title}\n{describe(STUDY, setting, ('task', 'model', 'clients', 'shards'))}")
         drawn.append(figure)
     yield from numbered("lag", drawn)

@@ -24,10 +24,10 @@ from common.cli import UsageError, run_main
 from common.curves import log_axis, new_figure, set_title
 from common.participation import per_round
 from plots import style
-from plots.pairs import Cell, interval, p_value, paired
-from plots.read import Study
-from plots.rows import base_name, describe, groups, label, nearest, rows_of
-from plots.style import band, caption, look, looks_of, markers_at, numbered, seeds_text
+from plots.pairs import OWN, Cell, estimate, paired, pooled
+from plots.read import Study, base_name, read
+from plots.rows import comparable, describe, label
+from plots.style import band, look, looks_of, numbered, seeds_range
 from plots.tables import Table, result, seeds, whole
 
 # ---- the study
@@ -72,7 +72,6 @@ STUDY = Study(
     },
     spoken=frozenset({"local_updates"}),
     lengths=("rounds", "n_epochs"),
-    budget="tokens",
 )
 
 
@@ -91,11 +90,8 @@ def central_of(row, rows):
         unlike = sum(row[name] != one[name] for name in {*row.args, *one.args} - FREE)
         return batch(one) != batch(row), unlike, one.results("final_val_ppl").mean()
 
-    return (
-        row
-        if row.central
-        else min((one for one in of_as_many_tokens(row, rows) if one.central), key=apart, default=None)
-    )
+    central = [one for one in of_as_many_tokens(row, rows) if one.central]
+    return row if row.central else min(central, key=apart, default=None)
 
 
 def plain_of(row, rows):
@@ -106,7 +102,10 @@ def plain_of(row, rows):
         usual = one["client_state"] in (None, "keep") and one["personal"] in (None, "none")
         return one.kind == "fed_avg" and usual and one["local_updates"] == row["local_updates"]
 
-    return None if row.central else nearest(row, [one for one in of_as_many_tokens(row, rows) if plain(one)])
+    def apart(one):
+        return sum(row.args.get(name) != one.args.get(name) for name in {*row.args, *one.args})
+
+    return None if row.central else min(filter(plain, of_as_many_tokens(row, rows)), key=apart, default=None)
 
 
 def of_as_many_tokens(row, rows):
@@ -115,15 +114,10 @@ def of_as_many_tokens(row, rows):
     return [one for one in rows if abs(one.results("tokens").mean() / tokens - 1) < 0.02]
 
 
-def measured(row, base_of, rows, own=5):
-    """(ratio, low, high, p, df) of the row's test perplexity over that of base_of(row, rows), seed by seed; None of a
-    base itself and without one.
-
-    The geometric mean, with the 95 % interval of a paired t test of the logarithm. The standard deviation is the row's
-    own from `own` seeds on (df None); that of fewer is too uncertain: theirs is pooled over all rows, with df degrees
-    of freedom. nan for one seed.
-    """
-    from scipy.stats import t
+def measured(row, base_of, rows):
+    """(ratio, low, high, p, df) of the row's test perplexity over that of base_of(row, rows), seed by seed: the
+    geometric mean, `estimate`'s interval, and df where its spread is that of all rows (else 0). None of a base itself
+    and without one."""
 
     def logs(one):
         base = base_of(one, rows)
@@ -131,16 +125,11 @@ def measured(row, base_of, rows, own=5):
             return []
         return paired(np.log(one.results("test_ppl_last")), np.log(base.results("test_ppl_last")))
 
-    mine = logs(row)
-    if not len(mine):
+    if not len(mine := logs(row)):
         return None
-    if len(mine) >= own or len(mine) == 1:
-        return *np.exp([mine.mean(), *interval(mine)]), p_value(mine), None
-    every = [one for one in map(logs, rows) if len(one) > 1 and np.isfinite(one).all()]
-    df = sum(len(one) - 1 for one in every)
-    error = math.sqrt(sum((len(one) - 1) * one.var() for one in every) / df / len(mine))
-    mean, half = mine.mean(), t.ppf(0.975, df) * error
-    return *np.exp([mean, mean - half, mean + half]), 2 * t.sf(abs(mean) / error, df), df
+    pool = pooled(map(logs, rows))
+    *found, p = estimate(mine, pool)
+    return *np.exp(found), p, pool[1] if len(mine) < OWN else 0
 
 
 def ratio_to(base_of):
@@ -158,7 +147,7 @@ def ratio_to(base_of):
 
 
 COLUMNS = {
-    "averages": lambda row, rows: "-" if row.central else whole("rounds")(row, rows),
+    "averages": lambda row, rows: "-" if row.central else whole("round")(row, rows),
     "final val ppl": result("final_val_ppl"),
     "test ppl": result("test_ppl_last"),
     "test ratio to central": ratio_to(central_of),
@@ -201,9 +190,8 @@ def perplexities(stem, title, choose, varied, free=()):
 
     def figures(runs, args, notes):
         by_config = defaultdict(list)
-        for setting, members in groups(of_config(runs, args), STUDY, free):
-            tuned = members["tuning"].astype(bool)
-            rows = choose(rows_of(members if tuned.all() else members[~tuned], STUDY, free, notes=notes))
+        for setting, every in comparable(of_config(runs, args), replace(STUDY, free=free), notes):
+            rows = choose(every)
             if len({varied(row) for row in rows} - {None}) > 1:
                 label(rows)
                 by_config[setting.get("config")].append(draw_curves(title, setting, rows))
@@ -219,10 +207,9 @@ def draw_curves(title, setting, rows):
 
     figure, axes = new_figure(height=4.4)
     axis, looks, extent = axes[0, 0], looks_of(rows), []
-    for i, row in enumerate(rows):
+    for row in rows:
         x, values = row.rounds("val_ppl", "tokens")
-        name = f"{row.label}: {row.results('final_val_ppl').mean():.4g}"
-        band(axis, x, values, name, looks[row.label], markers_at(i, len(x), len(rows)), alpha=0.2)
+        band(axis, x, values, f"{row.label}: {row.results('final_val_ppl').mean():.4g}", looks[row.label], alpha=0.2)
         late = values[:, x >= 0.05 * x.max(initial=0)]  # what happens before is alike for all and sets no axis
         extent += late[np.isfinite(late) & (late > 0)].tolist()
     if extent:
@@ -232,7 +219,9 @@ def draw_curves(title, setting, rows):
     axis.set_xlabel("Tokens seen, all clients together")
     axis.set_ylabel("Validation perplexity")
     style.legend_below(figure, axes.flat)
-    caption(figure, f"{title}, at the end: all validation text; {seeds_text(rows)}", setting, rows)
+    count = seeds_range(rows)
+    shown = "one seed" if count == "1" else f"mean of {count} seeds, band: standard deviation"
+    set_title(figure, f"{title}, at the end: all validation text; {shown}\n{describe(STUDY, setting)}")
     return figure
 
 
@@ -255,12 +244,12 @@ def by_updates(rows, state="keep"):
 
 
 def gap(runs, args, notes):
+    tried = read(args.data_dir, STUDY, tuning=True)
+    tuned = comparable(tried[tried["tuning"].astype(bool)], STUDY)
     drawn = []
-    for setting, members in groups(of_config(runs, args), STUDY):
-        tuned = members["tuning"].astype(bool)
-        rows = rows_of(members[~tuned], STUDY, notes=notes)
+    for setting, rows in comparable(of_config(runs, args), STUDY, notes):
         if len(by_updates(rows)) > 1 and any(row.central for row in rows):
-            drawn.append(draw_gap(setting, rows, rows_of(members[tuned], STUDY)))
+            drawn.append(draw_gap(setting, rows, next((some for other, some in tuned if other == setting), [])))
     yield from numbered("gap", drawn)
 
 
@@ -269,7 +258,7 @@ def draw_gap(setting, rows, tried):
 
     tried: rows of --tune, for one rate for all.
     """
-    rows = [row for row in rows if row.central or row.results("rounds").mean() > 1]
+    rows = [row for row in rows if row.central or row.results("round").mean() > 1]
     figure, axes = new_figure(width=6.0, height=3.6)
     axis, plain = axes[0, 0], by_updates(rows)
     if rates := [row["lr"] for row in tried if row.central]:
@@ -287,7 +276,7 @@ def draw_gap(setting, rows, tried):
             axis.annotate(f"{value:.2g} %", (lu, high), (0, 4), textcoords="offset points", ha="center")
     axis.axhline(0, color="black", linewidth=0.9)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(list(plain), [f"{lu}\n{row.results('rounds').mean():.0f}" for lu, row in plain.items()])
+    axis.set_xticks(list(plain), [f"{lu}\n{row.results('round').mean():.0f}" for lu, row in plain.items()])
     axis.minorticks_off()
     axis.set_xlabel("Local steps between two averages; below: averages in the whole run")
     axis.set_ylabel("Test perplexity above\ncentral training's (%)")
@@ -333,7 +322,7 @@ def build_parser():
 
 
 def main(args):
-    style.draw_figures(replace(STUDY, tuning=True), FIGURES, args)
+    style.draw_figures(STUDY, FIGURES, args)
 
 
 if __name__ == "__main__":

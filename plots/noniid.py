@@ -4,8 +4,6 @@ python plots/tables.py llm_noniid                                               
 python plots/noniid.py --data-dir results --out-dir results/plots               # all that the runs allow
 python plots/noniid.py cost_map --data-dir llm_noniid/results/regimes.jsonl
 
-curves      validation accuracy, of texts loss, against rounds: a panel per setting that two methods share, each at its
-            best rate; a loss is cut off where it is above the one before training
 cost_map    what skew costs, a panel per algorithm, a row per number of local steps, a column per alpha. A cell is the
             table's difference to IID with its 95 % interval, turned so that above 0 is worse
 """
@@ -19,11 +17,11 @@ import numpy as np
 from common.cli import run_main
 from common.curves import number, set_title
 from plots import style
-from plots.pairs import interval, paired, pairs_cell, spread
-from plots.read import Study, not_finite, order_of
-from plots.rows import base_name, words_for
-from plots.style import caption, heat_map, legend_below, looks_of, numbered, panel_axes, seeds_range, seeds_text
-from plots.tables import Table, grouped, over_rounds, result, seeds
+from plots.pairs import compared, estimate, paired, spread
+from plots.read import Study, base_name, not_finite, order_of
+from plots.rows import comparable, describe
+from plots.style import heat_map, numbered, panel_axes, seeds_range
+from plots.tables import Table, over_rounds, result, seeds
 
 # ---- the study
 
@@ -130,6 +128,7 @@ STUDY = Study(
     kind=kind_of,
     setting=setting_of,
     keys=KEYS,
+    free=FREE,
     said=frozenset(KEYS)
     | frozenset(
         "algorithm cluster num_clusters cluster_round style_criterion skew_type max_samples num_clients sizes stop_on"
@@ -206,11 +205,11 @@ def failed(row, _):
     return f"{sum(map(bool, said))} of {len(said)}"
 
 
-def columns(rows, args):
+def columns(rows):
     def to(against, name, factor=1, digits=3):
         def cell(row, rows):
             base = baseline(row, rows, against)
-            return pairs_cell(factor * paired(row.results(name), base.results(name)), digits) if base else "-"
+            return compared(factor * paired(row.results(name), base.results(name)), digits) if base else "-"
 
         return cell
 
@@ -218,7 +217,7 @@ def columns(rows, args):
         share = row.results("commonest_topic_accuracy")
         own = row.kind in ("local", "clusters_labels", "clusters_updates") or row["personal"] not in (None, "none")
         gain = 100 * (row.results("mean_client_val_accuracy") - share)
-        return pairs_cell(gain, 1) if own and share.notna().all() else "-"
+        return compared(gain, 1) if own and share.notna().all() else "-"
 
     name, _, factor, words, _, digits = OUTCOMES[rows[0].first["setting"]["target"]]
     found = {words.replace("validation", "val"): result(name, factor, digits)}
@@ -241,54 +240,19 @@ seeds in common counts, then the one with the lowest validation loss. `vs common
 `1 - CKA` are means over rounds. `failed`: the alarm `diverged`, or a last loss that is not finite, above the first
 evaluation's or above that before training.
 """
-TABLE = Table(STUDY, columns, WORDS, free=FREE)
+TABLE = Table(STUDY, columns, WORDS)
 
-# ---- figures: of the rows of the table
+# ---- the figure: of the rows of the table
 
 
 def at_best_rate(rows):
-    """Of rows that differ in TUNED alone the one that counts, labelled by its method."""
+    """Of federated rows that differ in TUNED alone the one that counts."""
     found = {}
     for row in (row for row in rows if not row.central):
         key = row.kind, str({name: value for name, value in row.args.items() if name not in TUNED})
         if key not in found or tuned_rank(row) > tuned_rank(found[key]):
             found[key] = row
-    for row in found.values():
-        said = [name for name in row.unlike if name not in {*TUNED, *FREE}]
-        row.label = ", ".join([row.name, *(w for name in said for w in words_for(STUDY, name, row.args[name]))])
     return list(found.values())
-
-
-def place_of(row):
-    """Where a row stands: its settings in FREE but for the rate, in words."""
-    return ", ".join(w for key in FREE if key not in TUNED for w in words_for(STUDY, key, row.args.get(key)))
-
-
-def curves(runs, args, notes):
-    drawn = []
-    for about, rows in grouped(TABLE, runs, args, notes):
-        panels = {}
-        for row in at_best_rate(rows):
-            panels.setdefault(place_of(row), []).append(row)
-        panels = {place: some for place, some in panels.items() if len(some) > 1}
-        if not panels:
-            continue
-        every = [row for some in panels.values() for row in some]
-        name, _, factor, words, *_ = OUTCOMES[every[0].first["setting"]["target"]]
-        name, words = name.replace("test", "val"), words.replace("test", "validation")  # what each round has
-        figure, axes = panel_axes(len(panels), sharey=True)
-        looks = looks_of(every)
-        for axis, (place, some) in zip(axes, panels.items(), strict=True):
-            style.draw_rounds(axis, some, looks, name, factor)
-            axis.set_title(style.folded(place), fontsize=8.5)
-            axis.set_ylabel(f"{words.capitalize()} ({'%' if factor == 100 else 'nats'})")
-        start = [number(run["curve"][0]["val_loss"]) for row in every for _, run in row.runs.iterrows() if run["curve"]]
-        if name == "val_loss" and axes[0].get_ylim()[1] > max(start):
-            axes[0].set_ylim(top=1.02 * max(start))
-        legend_below(figure, axes)
-        caption(figure, f"{words.capitalize()}: {seeds_text(every)}\n{about}", {}, every)
-        drawn.append(figure)
-    yield from numbered("noniid_curves", drawn)
 
 
 IN_MAP = {"alpha", "local", "rounds", "min_samples"} | TUNED  # what may differ within a panel
@@ -296,7 +260,7 @@ IN_MAP = {"alpha", "local", "rounds", "min_samples"} | TUNED  # what may differ 
 
 def cost_map(runs, args, notes):
     drawn = []
-    for about, rows in grouped(TABLE, runs, args, notes):
+    for setting, rows in comparable(runs, STUDY, notes):
         panels = {}
         for row in at_best_rate(rows):
             control = baseline(row, rows, "iid")
@@ -307,7 +271,7 @@ def cost_map(runs, args, notes):
         # a panel of one H says little beside maps of several: its cells are rows of the table
         several = {key: some for key, some in panels.items() if len({row.args["local"] for row, _ in some}) > 1}
         if panels:
-            drawn.append(draw_map(about, several or panels))
+            drawn.append(draw_map(describe(STUDY, setting), several or panels))
     yield from numbered("noniid_cost_map", drawn)
 
 
@@ -334,9 +298,9 @@ def draw_cells(axis, pairs):
         i, j = steps.index(row.args["local"]), alphas.index(row.args["alpha"])
         costs = (worse * factor * paired(row.results(name), control.results(name))).dropna()
         diverged = len(row.runs) - row.results(name).count()
-        values[i, j] = costs.mean()
-        said = [f"{costs.mean():.{digits}f}"] * bool(len(costs))
-        said += ["[" + ", ".join(f"{end:.{digits}f}" for end in interval(costs)) + "]"] * (len(costs) > 1)
+        values[i, j], low, high, _ = estimate(costs) if len(costs) else (math.nan,) * 4
+        said = [f"{values[i, j]:.{digits}f}"] * bool(len(costs))
+        said += [f"[{low:.{digits}f}, {high:.{digits}f}]"] * math.isfinite(low)
         texts[i, j] = "\n".join(said + [f"{diverged} of {len(row.runs)} diverged"] * bool(diverged))
         iid = f"{factor * control.results(name).mean():.{digits}f}{' %' * (factor == 100)}"
         ticks[i] = f"{row.args['local']}\n{row['num_rounds']} rounds\nIID {iid}"
@@ -350,10 +314,7 @@ def draw_cells(axis, pairs):
     axis.set_xlabel("Dirichlet's alpha: to the right more skew")
 
 
-FIGURES = {
-    "curves": (curves, "federated runs of two methods in one setting"),
-    "cost_map": (cost_map, "runs under topic skew and under IID"),
-}
+FIGURES = {"cost_map": (cost_map, "runs under topic skew and under IID")}
 
 
 def build_parser():

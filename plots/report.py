@@ -4,21 +4,19 @@
     python plots/report.py runs_a runs_b --out page.html
     python plots/report.py mamba_fl/results/gap.jsonl --out page.html
 
-DIR is a folder with run folders, at any depth, or a committed log; the log of --tune with its name is read with it. The
-page holds all it shows (figures as data URIs, no script, no font, no link to elsewhere), so that it can be mailed and
-read offline.
+DIR is a folder with run folders, at any depth, or a committed log. The page holds all it shows (figures as data URIs,
+no script, no font, no link to elsewhere), so that it can be mailed and read offline.
 """
 
 import base64
 import html
 import io
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 from common.cli import Parser, run_main
 from plots import tables
-from plots.read import STUDIES, TUNED_FIGURES, TUNING, module, read
+from plots.read import STUDIES, module, read
 from plots.style import each_figure
 
 CSS = """
@@ -28,11 +26,8 @@ th { background: #eee; text-align: left; } .wide { overflow-x: auto; } img { max
 """
 
 
-def write(paths, out, more=()):
-    """Writes the page of the runs in `paths` (folders, logs) to `out`. Returns its path.
-
-    more: further command lines of plots/tables.py without the study's name, whose tables it shows besides.
-    """
+def write(paths, out):
+    """Writes the page of the runs in `paths` (folders, logs) to `out`. Returns its path."""
     notes, out = [], Path(out)
     runs = read(paths, notes=notes)
     names = [name for name in STUDIES if name in set(runs["study"])]
@@ -41,7 +36,7 @@ def write(paths, out, more=()):
     parts = [f"<h1>{title}</h1>", paragraph(f"{len(runs)} runs: {endings}.")]
     for name in names:
         mine = runs[runs["study"] == name].dropna(axis="columns", how="all")
-        parts += [f"<h2>{name}</h2>", *figure_parts(name, paths, notes), *table_parts(name, mine, notes, more)]
+        parts += [f"<h2>{name}</h2>", *figure_parts(name, paths, mine, notes), *table_parts(name, mine, notes)]
     commits = sorted({str(commit)[:12] for commit in runs["commit"]})
     parts += ["<h2>Notes</h2>", *map(paragraph, dict.fromkeys([f"commits: {'; '.join(commits)}", *notes]))]
     head = f'<meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,"><style>{CSS}</style>'
@@ -52,27 +47,22 @@ def write(paths, out, more=()):
     return out
 
 
-def table_parts(name, runs, notes, more):
+def table_parts(name, runs, notes):
     """HTML of a study's tables, and what their columns mean."""
     table = module(name).TABLE
-    for words in ((), *more):
-        args = tables.build_parser().parse_args([name, *words])
-        for about, shared, (head, *rows) in tables.tables_of(table, runs, args, notes):
-            yield f"<h3>{html.escape(about)}</h3>"
-            yield paragraph(f"Unless said otherwise: {shared}.") if shared else ""
-            lines = [cells("th", head), *(cells("td", row) for row in rows)]
-            yield f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    for about, shared, (head, *rows) in tables.tables_of(table, runs, notes):
+        yield f"<h3>{html.escape(about)}</h3>"
+        yield paragraph(f"Unless said otherwise: {shared}.") if shared else ""
+        lines = [cells("th", head), *(cells("td", row) for row in rows)]
+        yield f'<div class="wide"><table>{"".join(lines)}</table></div>'
     yield from map(paragraph, (tables.__doc__.split("\n\n")[2], *table.words.split("\n\n")))
 
 
-def figure_parts(name, paths, notes):
+def figure_parts(name, paths, runs, notes):
     """HTML of every figure that the runs allow."""
-    one, paths = module(name), [Path(path) for path in paths]
-    beside = [path.parent / TUNING / path.name for path in paths if name in TUNED_FIGURES]
-    paths += [path for path in beside if path.is_file()]
-    study = replace(one.STUDY, tuning=name in TUNED_FIGURES)
+    one = module(name)
     args = one.build_parser().parse_args(["--data-dir", *map(str, paths)])
-    for stem, figure in each_figure(study, one.FIGURES, read(paths, study), args, notes, []):
+    for stem, figure in each_figure(one.FIGURES, runs, args, notes, []):
         data = io.BytesIO()
         figure.savefig(data, format="webp", dpi=90)
         words = html.escape(" ".join(f"{figure.get_suptitle()} ({stem})".split()))

@@ -6,24 +6,13 @@ flags in which the row differs from most of its table, in the study's words.
 
 import json
 import math
-import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from common.curves import number
 from plots.read import result
-
-# flags that say where and how a run was computed, not what
-WHERE = frozenset(
-    "output_dir output_root adapter_output_dir results_dir data_dir data_root cache_dir hf_home shard_dir seed"
-    " checkpoint_dir log_dir run_name name experiment_name config resume overwrite track use_wandb wandb_project"
-    " threads processes device num_workers pin_memory compile kernel chunk keep keep_best save_clients final"
-    " save_deltas save_every save_freq save_interval log_interval val_freq eval_every eval_batch_size prompt"
-    " num_runs keep_checkpoints patience held_out_sequences".split()
-)
 
 
 class Row:
@@ -32,13 +21,13 @@ class Row:
     args: what sets it apart, {flag or varied key of the setting: value}; label: set by `label`.
     """
 
-    def __init__(self, study, runs, free=()):
+    def __init__(self, study, runs):
         self.study, self.runs = study, runs.set_index("seed", drop=False).sort_index(key=lambda seeds: seeds.map(str))
         self.counted = self.runs[~self.runs["diverged"].astype(bool)]
         self.first = self.runs.iloc[0]
         self.kind, self.central = self.first["kind"], self.first["kind"] in study.central
         setting = self.first["setting"]
-        self.args = {key: setting[key] for key in study.keys if key in free and key in setting} | self.first["variant"]
+        self.args = {key: setting[key] for key in study.free if key in setting} | self.first["variant"]
         self.label = self.name = study.kinds.get(self.kind, self.kind)
         self.unlike = []
 
@@ -65,37 +54,21 @@ class Row:
         return both[..., 0].mean(axis=0), both[..., 1]
 
 
-def with_settings(runs, study):
-    """The table with two columns more: `setting`, and `variant`, the flags that set a run apart from its kind."""
-    settings, variants, hidden = [], [], study.said | WHERE
-    for _, run in runs.iterrows():
-        settings.append({key: value for key, value in study.setting(run).items() if value is not None})
-        flags = {key[2:]: value for key, value in run.items() if key.startswith("--") and value is not None}
-        variants.append({flag: plain(value) for flag, value in sorted(flags.items()) if flag not in hidden})
-    return runs.assign(setting=settings, variant=variants)
+def comparable(runs, study, notes=None):
+    """[(setting, rows)] of the runs that may be compared: what a table has, and what figures draw.
+
+    Groups of central runs alone only where there are no others.
+    """
+    found = [(setting, rows_of(members, study, notes)) for setting, members in groups(runs, study)]
+    return [one for one in found if not all(row.central for row in one[1])] or found
 
 
-def plain(value):
-    """A flag's value as it is compared: of a path the last part, without a seed, as each seed may start elsewhere."""
-    if isinstance(value, str) and ("/" in value or "seed_" in value):
-        return base_name(value)
-    return value if isinstance(value, (str, int, float, bool)) else json.dumps(value, sort_keys=True)
-
-
-def base_name(path, inner=("final", "adapter", "model")):
-    """The last part of a path, without its seed; not one of `inner`."""
-    path = Path(path)
-    name = path.parent.name if path.name in inner and path.parent.name else path.name
-    return re.sub(r"_?seed_?\d+", "", name) or path.name
-
-
-def groups(runs, study, free=()):
-    """[(setting, runs)] that share every setting they have, keys in `free` apart; those with most runs first.
+def groups(runs, study):
+    """[(setting, runs)] that share every setting they have but the study's `free`; those with most runs first.
 
     A run that has fewer keys than a group's (a central one: no federation) joins each group that it agrees with.
     """
-    runs = runs if "setting" in runs else with_settings(runs, study)
-    settings = [{key: v for key, v in setting.items() if key not in free} for setting in runs["setting"]]
+    settings = [{key: v for key, v in setting.items() if key not in study.free} for setting in runs["setting"]]
     found = []
     for i in sorted(range(len(runs)), key=lambda i: -len(settings[i])):
         agree = [members for setting, members in found if settings[i].items() <= setting.items()]
@@ -107,21 +80,21 @@ def groups(runs, study, free=()):
     return [(setting, runs.iloc[sorted(members)]) for setting, members in found]
 
 
-def rows_of(runs, study, free=(), notes=None):
+def rows_of(runs, study, notes=None):
     """The runs of a group as labelled `Row`s, in the order of their kinds, the usual variant of each first.
 
     Of two runs with the same setting, flags and seed the one that was written later counts; a note says so.
     """
     alike, rows = {}, []
     for i, (_, run) in enumerate(runs.iterrows()):
-        varied = [str(run["setting"].get(key)) for key in study.keys if key in free]
+        varied = [str(run["setting"].get(key)) for key in study.free]
         alike.setdefault(json.dumps([run["kind"], run["variant"], varied], sort_keys=True), []).append(i)
     for members in alike.values():
         same = runs.iloc[members].sort_values("written", kind="stable")
         for _, other in same[same["seed"].duplicated(keep="last")].iterrows():
             note = f"left out {other['folder'] or other['name']}: a later run has the same flags and seed"
             notes is not None and note not in notes and notes.append(note)
-        rows.append(Row(study, same.drop_duplicates("seed", keep="last"), free))
+        rows.append(Row(study, same.drop_duplicates("seed", keep="last")))
 
     def by_values(row):
         values = [(word_order(row, key), study.order(key, value)) for key, value in sorted(row.args.items())]
@@ -176,7 +149,7 @@ def _differs(row, name, rows, omit_usual):
 
 def _as_long(rows):
     """Whether all runs had the same budget, up to 2 %."""
-    values = [value for row in rows for value in row.results(row.study.budget) if value > 0]
+    values = [value for row in rows for value in row.results("tokens") if value > 0]
     return not values or max(values) <= 1.02 * min(values)
 
 
@@ -205,12 +178,3 @@ def words_for(study, name, value):
     if value == 1 and isinstance(form, str) and form.endswith("s"):
         words = words[:-1]
     return [words] if words else []
-
-
-def nearest(row, others):
-    """The one of `others` that differs from the row in fewest flags; None of none."""
-    return min(others, key=lambda other: distance(row, other), default=None)
-
-
-def distance(row, other):
-    return sum(row.args.get(name) != other.args.get(name) for name in {*row.args, *other.args})

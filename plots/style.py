@@ -1,28 +1,23 @@
 """What all figures share: their command line, the look of a method, panels, lines with bands, captions, legends.
 
 A study declares FIGURES: {name: (function, the runs that it needs, in words)}; function(runs, args, notes) yields
-(file name, matplotlib's Figure) for each file. It takes the rows of the study's table (plots.tables.grouped, rows_of).
+(file name, matplotlib's Figure) for each file. It takes the rows of the study's table (plots.rows.comparable).
 A colour and a marker belong to a method, in all figures of a study; its variants differ in dash and filling, so that a
 figure says the same in grey.
 
-Bands and bars are one thing everywhere: one sample standard deviation over seeds each way (`seed_spread`). Only what
-shows paired differences or ratios has their 95 % t interval instead (plots.pairs), and says so.
+A band is one sample standard deviation over seeds each way. Paired differences and ratios have bars, their 95 %
+t interval (plots.pairs).
 """
 
 import math
-import textwrap
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import Parser, UsageError
-from common.curves import COLORS, DASHES, GREY, MARKERS, new_figure, save_figure, set_title, style
+from common.curves import COLORS, DASHES, GREY, MARKERS, new_figure, save_figure, style
 from plots.read import read
-from plots.rows import describe, with_settings
-
-REFERENCE = {"color": GREY, "linestyle": (0, (6, 2))}  # a line that others are measured by
-
 
 # ---- the command line
 
@@ -47,7 +42,7 @@ def draw_figures(study, figures, args):
         raise UsageError(f"no figure {unknown[0]!r} in {study.name}: choose from {', '.join(figures)}")
     notes, wrote, missing = [], [], []
     runs = read(args.data_dir, study, notes=notes)
-    for name, figure in each_figure(study, figures, runs, args, notes, missing):
+    for name, figure in each_figure(figures, runs, args, notes, missing):
         wrote.append(save_figure(figure, Path(args.out_dir) / f"{name}.png"))
     for line in [*(f"wrote {path}" for path in wrote), *(dict.fromkeys([*missing, *notes]) if wrote else ())]:
         print(line)
@@ -56,9 +51,8 @@ def draw_figures(study, figures, args):
         raise UsageError(f"no figure could be drawn from {where}: {'; '.join(missing)}")
 
 
-def each_figure(study, figures, runs, args, notes, missing):
+def each_figure(figures, runs, args, notes, missing):
     """Yields (file name, figure) inside `style()`: save it before the next; `missing` gets what could not be drawn."""
-    runs = with_settings(runs, study)
     for name in getattr(args, "names", None) or figures:
         function, needs = figures[name]
         count = 0
@@ -78,17 +72,6 @@ def numbered(stem, figures):
 # ---- captions and legends
 
 
-def caption(figure, title, setting, rows):
-    """The title over a figure: a line of what it shows, a line of the setting that all share."""
-    set_title(figure, f"{title}\n{describe(rows[0].study, setting)}")
-
-
-def seeds_text(rows, shown="band: standard deviation"):
-    """`mean of 3 seeds, band: standard deviation`; `one seed`."""
-    count = seeds_range(rows)
-    return "one seed" if count == "1" else f"mean of {count} seeds, {shown}"
-
-
 def seeds_range(rows):
     """`3`, or `1 to 3` where rows have different numbers of seeds."""
     counts = [len(row.runs) for row in rows]
@@ -106,11 +89,6 @@ def legend_below(figure, axes):
     columns = max(1, min(4, len(entries), int(figure.get_figwidth() * 13 / (max(map(len, entries)) + 9))))
     figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(entries) / columns) - 1))
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
-
-
-def folded(title, letters=42):
-    """A panel's title on lines of at most so many letters."""
-    return textwrap.fill(title, letters)
 
 
 # ---- looks
@@ -140,12 +118,6 @@ def look(i, variant=0):
     return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": dash} | filling
 
 
-def markers_at(i, points, lines):
-    """`markevery` of line `i` of `lines`: about six markers a line, not at the same points for all."""
-    every = max(1, points // 6)
-    return (i * every // max(1, lines)) % every, every
-
-
 # ---- panels and what lies in them
 
 
@@ -162,29 +134,11 @@ def panel_axes(count, wide=None, width=None, height=2.9, extra=1.5, **kwargs):
     return figure, list(axes.flat[:count])
 
 
-def band(axis, x, values, label, look, every=None, alpha=0.1):
-    """The mean of values [S, E] over x [E], and a band of a standard deviation each way."""
-    mean, spread = values.mean(axis=0), seed_spread(values)
-    axis.plot(x, mean, label=label, markevery=every, **look)
+def band(axis, x, values, label, look, alpha=0.1):
+    """The mean of values [S, E] over x [E], about six markers on it, and a band of a standard deviation each way."""
+    mean, spread = values.mean(axis=0), np.std(values, axis=0, ddof=1) if len(values) > 1 else 0.0
+    axis.plot(x, mean, label=label, markevery=max(1, len(x) // 6), **look)
     axis.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=alpha, linewidth=0)
-
-
-def seed_spread(values):
-    """Sample standard deviation over seeds, of values [S, ...] (n - 1 in the denominator); 0 for one seed."""
-    return np.std(values, axis=0, ddof=1) if len(values) > 1 else 0.0
-
-
-def draw_rounds(axis, rows, looks, name, factor=1.0):
-    """A line with its band per row: `factor` * field `name` against the round; a factor of 100: per cent, up to 100."""
-    for i, row in enumerate(rows):
-        at, values = row.rounds(name)
-        if values.size:
-            band(axis, at, factor * values, row.label, looks[row.label], markers_at(i, len(at), len(rows)))
-    axis.set_xlim(left=0)
-    if factor == 100:
-        axis.set_ylim(top=min(100, axis.get_ylim()[1]))
-    whole_numbers(axis.xaxis)
-    axis.set_xlabel("Round")
 
 
 def whole_numbers(axis):

@@ -21,50 +21,34 @@ import numpy as np
 from common.cli import Parser, UsageError, run_main
 from plots.pairs import Cell, holm, spread
 from plots.read import STUDIES, Study, module, read
-from plots.rows import describe, groups, rows_of, usual, with_settings
+from plots.rows import comparable, describe, usual
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A study's tables. `columns` is {head: cell(row, rows of the table) -> str}, or a function (rows, args) of it."""
+    """A study's tables. `columns` is {head: cell(row, rows of the table) -> str}, or a function (rows) of it."""
 
     study: Study
     columns: object
     words: str  # what its columns mean
-    free: tuple | Callable = ()  # settings in which the rows of one table may differ, or a function (args) of them
-    flags: Callable = lambda parser: None  # adds the study's own flags
-    select: Callable = lambda runs, args: runs  # the runs that the flags ask for
-    groups: Callable | None = None  # (runs, args, notes) -> list[(about, rows)], where a group is not simply one table
-    special: Callable = lambda runs, args, notes: None  # tables of another form that a flag asks for, as `tables_of`
+    place: Callable | None = None  # a sort key of a table's setting (default: those with most runs first)
+    special: Callable = lambda runs: None  # tables of another form, as `tables_of`, of runs that ask for it
     first: str = "method"  # the head of the first column
 
 
-def tables_of(table, runs, args, notes):
-    """list[(heading, what most rows share, [[cell]])], the head first, of the runs that the flags ask for.
-
-    The tables' rows are the figures' lines: both come from `grouped`.
-    """
-    runs = with_settings(table.select(runs, args), table.study)
-    if (found := table.special(runs, args, notes)) is not None:
+def tables_of(table, runs, notes, heads=None):
+    """list[(heading, what most rows share, [[cell]])], the head first; heads: the columns (default: all)."""
+    if (found := table.special(runs)) is not None:
         return found
-    found = []
-    for about, rows in grouped(table, runs, args, notes):
-        columns = table.columns(rows, args) if callable(table.columns) else table.columns
-        columns = {head: cell for head, cell in columns.items() if head in (args.columns or columns)}
+    found, every = [], comparable(runs, table.study, notes)
+    for setting, rows in sorted(every, key=lambda one: table.place(one[0])) if table.place else every:
+        columns = table.columns(rows) if callable(table.columns) else table.columns
+        columns = {head: cell for head, cell in columns.items() if head in (heads or columns)}
         cells = [[row.label, *(cell(row, rows) for cell in columns.values())] for row in rows]
-        found.append((about, usual(rows), [[table.first, *columns], *cells]))
+        found.append((describe(table.study, setting), usual(rows), [[table.first, *columns], *cells]))
     return found
-
-
-def grouped(table, runs, args, notes):
-    """list[(about, rows)] of a study's tables: what each is of, and its rows."""
-    if table.groups:
-        return table.groups(runs, args, notes)
-    free = table.free(args) if callable(table.free) else table.free
-    every = groups(runs, table.study, free)
-    return [(describe(table.study, given), rows_of(some, table.study, free, notes=notes)) for given, some in every]
 
 
 def text_of(tables, with_holm=False):
@@ -147,7 +131,6 @@ def build_parser():
         one.add_argument("--data-dir", nargs="+", help="run folders or logs (default: the study's committed logs)")
         one.add_argument("--columns", nargs="+", metavar="HEAD", help="only these columns")
         one.add_argument("--holm", action="store_true", help="p values, and Holm's correction over all of them")
-        module(name).TABLE.flags(one)
     return parser
 
 
@@ -157,7 +140,7 @@ def main(args):
         raise UsageError(f"{args.study}/results has no log: give --data-dir")
     table = module(args.study).TABLE
     runs = read(paths, table.study, notes=notes)
-    print("\n\n".join([text_of(tables_of(table, runs, args, notes), args.holm), *dict.fromkeys(notes)]))
+    print("\n\n".join([text_of(tables_of(table, runs, notes, args.columns), args.holm), *dict.fromkeys(notes)]))
 
 
 if __name__ == "__main__":

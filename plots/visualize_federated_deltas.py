@@ -18,7 +18,7 @@ The last two end in `_client` with --entity client.
 """
 
 from common.cli import run_main
-from plots.deltas import build_parser, draw_updates
+from plots.visualize_deltas import build_parser, draw_updates
 
 if __name__ == "__main__":
     parser = build_parser("Draws the parameter updates of federated runs.", federated=True)

@@ -17,11 +17,11 @@ import math
 import numpy as np
 
 from common.cli import run_main
-from common.curves import break_lines, log_axis, new_figure, number, set_title
+from common.curves import GREY, break_lines, log_axis, new_figure, number, set_title
 from plots import style
-from plots.pairs import Cell, spread
-from plots.read import Study, not_finite
-from plots.rows import base_name, describe, groups, plain, rows_of
+from plots.pairs import compared, estimate, pooled, spread
+from plots.read import Study, not_finite, plain
+from plots.rows import comparable, describe
 from plots.style import legend_below, looks_of, numbered
 from plots.tables import Table, over_rounds, result, seeds
 
@@ -29,7 +29,6 @@ from plots.tables import Table, over_rounds, result, seeds
 
 FEDERATION = ("num_clients", "participation_rate", "shards", "local_steps", "num_rounds")
 KEYS = ("dataset", "classes", "data", "val_split", "model", "image_size", "init_from", *FEDERATION, "sparsity")
-FREE = ("sparsity",)  # in which the rows of one table may differ
 MASKS = ("least_sensitive", "most_sensitive", "lowest_magnitude", "highest_magnitude", "random")
 OWN, OTHERS = "interference_own", "interference_others"
 LEAST = 0.2  # nats: where clients gain less, by the cosine's end, they hardly move
@@ -50,7 +49,6 @@ def setting_of(run):
     hidden = ("data", "shards", "sparsity") + (FEDERATION if central else ())
     # a flag without a value is a value too: pretrained from nothing is not like anything
     values = {key: "" if run.get(f"--{key}") is None else plain(run[f"--{key}"]) for key in KEYS if key not in hidden}
-    values |= {key: values[key] and base_name(values[key], inner=("final",)) for key in ("init_from", "model")}
     # `--classes` left out and all of them given are the same
     if run["data"].get("classes") and run.get("--classes") != "rest":
         values["classes"] = json.dumps(run["data"]["classes"])
@@ -86,6 +84,7 @@ STUDY = Study(
     kind=kind_of,
     setting=setting_of,
     keys=KEYS,
+    free=("sparsity",),
     said=frozenset(KEYS)
     | set("sharding nc alpha sparsity_ratio upload mask mask_strategy use_amp interference_every".split()),
     words={
@@ -172,58 +171,33 @@ def at_equal_gain(row, rows):
     return of_starts(row, apart)
 
 
-def pooled(values, rows):
-    """(standard deviation, degrees of freedom) of values(row, rows) about each row's mean, over all rows; nan, 0."""
-    every = [some for some in (values(row, rows) for row in rows) if len(some) > 1]
-    df = sum(len(some) - 1 for some in every)
-    return math.sqrt(sum((len(some) - 1) * np.var(some, ddof=1) for some in every) / df) if df else math.nan, df
+def pool_of(values, rows):
+    return pooled([values(row, rows) for row in rows])
 
 
-def estimate(values, row, rows):
-    """(mean, low, high, p, pairs) of values(row, rows): 95 % interval and p value of the t test with the `pooled`
-    deviation, nan without one; None of a row without values."""
-    from scipy.stats import t as student  # only here: it takes a while to import
-
-    if not (mine := values(row, rows)):
-        return None
-    deviation, df = pooled(values, rows)
-    mean, error = np.mean(mine), deviation / math.sqrt(len(mine))
-    half = student.ppf(0.975, df) * error
-    return mean, mean - half, mean + half, 2 * student.sf(abs(mean) / error, df) if error else math.nan, len(mine)
-
-
-def compared(values, form="{:+.2f}", scale=float):
-    """A cell: `-1.86 [-2.55, -1.17], 3`: mean, interval (`?` without one), pairs; `0 (36 df)` of the base itself."""
+def difference(values, **form):
+    """A cell: `-1.86 [-2.55, -1.17], 3`; of the base itself `0 (36 df)`, what the spread is pooled over."""
 
     def cell(row, rows):
-        if row is base_of(row, rows) and (df := pooled(values, rows)[1]):
-            return f"{scale(0):g} ({df} df)"
-        if (found := estimate(values, row, rows)) is None:
-            return "-"
-        mean, low, high, p, pairs = found
-        ends = ", ".join(form.format(scale(end)) for end in (low, high)) if math.isfinite(low) else "?"
-        return Cell(f"{form.format(scale(mean))} [{ends}], {pairs}", p)
+        pool = pool_of(values, rows)
+        if row is base_of(row, rows) and pool[1]:
+            return f"{form.get('scale', float)(0):g} ({pool[1]} df)"
+        return compared(values(row, rows), 2, pool, **form)
 
     return cell
 
 
 COLUMNS = {
     "test %": result("test_accuracy_last", 100, 2),
-    "vs dense": compared(beyond_dense),
+    "vs dense": difference(beyond_dense),
     "lr": lambda row, _: str(row.args.get("lr", row["lr"])),
     "drift %": lambda row, rows: "-" if row.kind == "lora" else over_rounds("drift", 100, 3)(row, rows),
     "gain": over_rounds(OWN, -1, 3),
     "others' loss": over_rounds(OTHERS, 1, 3),
-    "at equal gain": compared(at_equal_gain, "{:.2f}", math.exp),
+    "at equal gain": difference(at_equal_gain, sign="", scale=math.exp),
     "diverged": lambda row, _: str(len(row.runs) - len(row.counted)),
     "seeds": seeds,
 }
-
-
-def federations(runs, args, notes):
-    """[(its setting in words, rows)] of each federation, for table and figures; without one of central training."""
-    found = [(describe(STUDY, one), rows_of(some, STUDY, FREE, notes=notes)) for one, some in groups(runs, STUDY, FREE)]
-    return [one for one in found if not all(row.central for row in one[1])] or found
 
 
 WORDS = """A table a federation. `test %`: accuracy after the last round. `vs dense`: points of it above dense training
@@ -238,7 +212,7 @@ no mean: an update or the last loss was not finite, or the last validation accur
 training.
 """
 
-TABLE = Table(STUDY, COLUMNS, WORDS, groups=federations)
+TABLE = Table(STUDY, COLUMNS, WORDS)
 
 
 # ---- figures
@@ -266,10 +240,11 @@ def strategies(every):
     figure, axes = new_figure(width=7.2, height=1.5 + 0.4 * len(rows))
     axis, looks = axes[0, 0], looks_of(rows)
     if dense := base_of(rows[0], every):
-        axis.axvline(accuracy(dense).mean(), zorder=1, **style.REFERENCE)
+        axis.axvline(accuracy(dense).mean(), zorder=1, color=GREY, linestyle=(0, (6, 2)))
     for i, row in enumerate(rows):
-        values, found = accuracy(row), estimate(beyond_dense, row, every)
-        bar = None if found is None or math.isnan(found[2]) else [found[2] - found[0]]
+        values, apart = accuracy(row), beyond_dense(row, every)
+        mean, _, high, _ = estimate(apart, pool_of(beyond_dense, every)) if apart else (math.nan,) * 4
+        bar = None if math.isnan(high) else [high - mean]
         look = looks[row.label] | {"linestyle": "-"}
         axis.errorbar([values.mean()], [i], xerr=bar, capsize=4, markersize=7, **look)
         count = f"\n{broken} of {len(row.runs)} diverged" if (broken := len(row.runs) - len(row.counted)) else ""
@@ -303,9 +278,10 @@ def equal_gain(every):
     axis.plot(np.exp(at), np.exp(np.interp(at, *line.T)), color="black", linewidth=2.4, label="Dense FedAvg")
     axis.plot(*np.exp(line).T, "o", color="black")
     for row in rows:
-        (x, y), found = middle(row, rounds), estimate(at_equal_gain, row, every)
+        (x, y), apart = middle(row, rounds), at_equal_gain(row, every)
         if x >= np.exp(line[0, 0]):
-            ends = [0, 0] if found is None or found[-1] < 2 else np.subtract(found[1:3], found[0])
+            mean, *ends, _ = estimate(apart, pool_of(at_equal_gain, every)) if len(apart) > 1 else (0,) * 4
+            ends = np.subtract(ends, mean)
             name = None if row.name in axis.get_legend_handles_labels()[1] else row.name
             look = looks[row.label] | {"linestyle": "", "label": name}
             axis.errorbar([x], [y], yerr=abs(y * np.expm1(ends))[:, None], capsize=2, elinewidth=0.9, **look)
@@ -320,8 +296,12 @@ def equal_gain(every):
 
 
 def of_each(stem, draw):
-    """A function that yields draw(rows) of every federation, where there is one to draw."""
-    return lambda *asked: numbered(stem, filter(None, (draw(rows) for _, rows in federations(*asked))))
+    """A figure's function: draw(rows) of every federation, where there is one to draw."""
+
+    def figures(runs, args, notes):
+        return numbered(stem, filter(None, (draw(rows) for _, rows in comparable(runs, STUDY, notes))))
+
+    return figures
 
 
 FIGURES = {

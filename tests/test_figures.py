@@ -10,7 +10,7 @@ from made_runs import ROOT, call, figures, log, mamba, noniid, run, tables, vit
 from scipy.stats import t as student
 
 from common import curves
-from plots.deltas import energy_rank
+from plots.visualize_deltas import energy_rank
 
 GAP = [ROOT / "mamba_fl" / "results" / name for name in ("gap.jsonl", "tuning/gap.jsonl")]
 
@@ -89,7 +89,8 @@ def test_the_cost_map_is_the_logs(tmp_path):
         costs = [100 * (iid[s]["results"]["test_accuracy"] - mine[s]["results"]["test_accuracy"]) for s in mine]
         half = student.ppf(0.975, len(costs) - 1) * statistics.stdev(costs) / math.sqrt(len(costs))
         mean = statistics.fmean(costs)
-        assert text.get_text() == f"{mean:.1f}\n[{mean - half:.1f}, {mean + half:.1f}]"
+        ends = f"\n[{mean - half:.1f}, {mean + half:.1f}]" if len(costs) == 5 else ""  # three have none
+        assert text.get_text() == f"{mean:.1f}{ends}"
 
 
 def test_the_gains_are_those_of_the_log_and_the_bars_those_of_the_table(tmp_path):
@@ -115,14 +116,14 @@ def test_the_gains_are_those_of_the_log_and_the_bars_those_of_the_table(tmp_path
 
 
 def test_a_run_that_diverged_is_said_and_no_part_of_the_mean(tmp_path):
-    for seed in range(4):
-        ends = {"loss": math.nan} if seed == 3 else {"loss": 2.2 + seed / 100}
+    for seed in range(6):
+        ends = {"loss": math.nan} if seed == 5 else {"loss": 2.2 + seed / 100}
         for h in (10, 20):
             noniid(tmp_path, f"iid_{h}_{seed}", seed=seed, loss=2.0, local_steps=h)
             noniid(tmp_path, f"skew_{h}_{seed}", seed=seed, partition="topic_skew", local_steps=h, **ends)
     (figure,) = figures("plots/noniid.py cost_map --data-dir", tmp_path, out=tmp_path / "plots").values()
     words = [text.get_text() for axis in figure.axes for text in axis.texts]
-    assert words and all(text.startswith("0.210\n[") and text.endswith("\n1 of 4 diverged") for text in words)
+    assert words and all(text.startswith("0.220\n[") and text.endswith("\n1 of 6 diverged") for text in words)
 
 
 # ---- those that a source names
@@ -194,20 +195,15 @@ def test_the_rank_that_holds_the_energy():
     assert energy_rank(np.array([3.0, 1.0, 0.1])) == 2 and energy_rank(np.zeros(3)) == 0  # 9 of 10.01 are 89.9 %
 
 
-def test_strategies_and_curves_take_each_methods_best_rate(tmp_path):
+def test_strategies_take_each_methods_best_rate(tmp_path):
     for seed in range(2):
         for lr, accuracy in ((0.1, 0.5), (0.2, 0.6), (0.3, 0.4)):
             vit(tmp_path, f"dense_{lr}_seed_{seed}", seed=seed, lr=lr, accuracy=accuracy)
-            noniid(tmp_path, f"fedavg_{lr}_seed_{seed}", seed=seed, learning_rate=lr, loss=lr)
         vit(tmp_path, f"mask_seed_{seed}", "train_federated_sparse", seed, 0.55, mask_strategy="random")
-        noniid(tmp_path, f"prox_seed_{seed}", "fedprox", seed, loss=3.0)
     (figure,) = figures("plots/vit.py strategies --data-dir", tmp_path, out=tmp_path / "a").values()
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == ["Dense FedAvg, lr 0.2", "Random, lr 0.1"]
     assert "60.0 ± 0.0" in [text.get_text() for text in figure.axes[0].texts]
-    (figure,) = figures("plots/noniid.py curves --data-dir", tmp_path, out=tmp_path / "b").values()
-    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
-    assert set(lines) == {"FedAvg", "FedProx"} and lines["FedAvg"].tolist() == [4, 3.5, 0.1]
 
 
 # ---- the page, the files

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 from made_runs import ROOT, call, log, mamba, noniid, run, tables, vit
 from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 from plots.noniid import failure
-from plots.pairs import difference, holm, interval, pairs_cell, pooled, pooled_words, ratio, spread
+from plots.pairs import compared, estimate, holm, paired, pooled, spread
 from plots.read import STUDIES, read, study
-from plots.rows import groups, rows_of, with_settings
+from plots.rows import comparable
 
 GAP = ROOT / "mamba_fl" / "results" / "gap.jsonl"
 RATES = ROOT / "vit_sparse_fl" / "results" / "rates.jsonl"
@@ -150,7 +151,7 @@ def test_glues_and_noniids_differences_are_those_of_their_logs():
     own = every["regimes_local_ag_news_small"]
     apart = [100 * (own[s]["curve"][-1]["mean_client_val_accuracy"] - commonest[s]) for s in own]
     found = rows["Local only, alpha 0.03, 4 rounds"]["vs commonest"]
-    assert numbers(found) == [*(round(x, 1) for x in by_hand(apart)), 3]
+    assert numbers(found) == [round(statistics.fmean(apart), 1), 3]  # three have no interval
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -158,9 +159,8 @@ def test_a_row_of_a_log_is_a_row_of_its_grid(name):
     """The flags tell runs apart as the names of the grid's rows do."""
     for path in sorted((ROOT / name / "results").glob("*.jsonl")):
         one = study(name)
-        runs = with_settings(read(path, one), one)
-        for _, members in groups(runs, one):
-            for row in rows_of(members, one):
+        for _, rows in comparable(read(path, one), one):
+            for row in rows:
                 assert len({re.sub(r"_?seed_\d+", "", run) for run in row.runs["name"]}) == 1
 
 
@@ -184,31 +184,26 @@ def test_central_lora_stands_beside_federations_of_its_rate():
 def test_cells():
     assert spread(np.array([1.0, 3.0])) == "2.00 ± 1.41" and spread(np.array([1500.0])) == "1,500"
     assert spread(np.array([1.0, math.nan])) == "-" == spread(np.array([]))
-    mine, base = pd.Series({0: 1.0, 1: 2.0, 2: 9.0}), pd.Series({1: 1.0, 0: 0.5, 3: 7.0})
-    assert difference(mine, base) == "+0.75 ± 0.35, 2"  # 0.5 and 1, by seed
-    assert pairs_cell([1.0]) == "+1.000 [?], 1" and pairs_cell([1.0, math.nan]) == "+1.000 [?], 1 of 2"
-    assert pairs_cell([math.nan]) == "none of 1 finite" and pairs_cell([]) == "-"
-    half = student.ppf(0.975, 1) * math.sqrt(0.5) / math.sqrt(2)
-    assert interval([1.0, 2.0]) == pytest.approx((1.5 - half, 1.5 + half))
-    mean, low, high, p = ratio(pd.Series({0: 2.0, 1: 8.0}), pd.Series({0: 1.0, 1: 1.0}))
-    assert mean == pytest.approx(4) and low * high == pytest.approx(16) and 0 < p < 1
+    apart = paired(pd.Series({0: 1.0, 1: 2.0, 2: 9.0}), pd.Series({1: 1.0, 0: 0.5, 3: 7.0}))
+    assert apart.tolist() == [0.5, 1.0] and compared(apart, 2) == "+0.75, 2"  # by seed
+    assert compared([1.0, math.nan]) == "+1.000, 1 of 2"
+    assert compared([math.nan]) == "none of 1 finite" and compared([]) == "-"
 
 
-def test_a_spread_pooled_over_rows_by_hand():
-    rows = [
-        [1.0, 2.0, 3.0],
-        [5.0, 7.0],
-        [4.0],
-        [1.0, math.nan],
-    ]  # squares: 2 + 2 over 2 + 1 degrees of freedom
+def test_five_differences_have_their_own_spread_and_fewer_a_pooled_one_by_hand():
+    rows = [[1.0, 2.0, 3.0], [5.0, 7.0], [4.0], [1.0, math.nan]]  # squares: 2 + 2 over 2 + 1 degrees of freedom
     pool = pooled(rows)
-    assert pool == (pytest.approx(math.sqrt(4 / 3)), 3) and "3 degrees of freedom" in pooled_words(pool)
+    assert pool == (pytest.approx(math.sqrt(4 / 3)), 3)
     half = student.ppf(0.975, 3) * math.sqrt(4 / 3) / math.sqrt(2)
-    assert interval([5.0, 7.0], pool=pool) == pytest.approx((6 - half, 6 + half))
-    cell = pairs_cell([5.0, 7.0], 2, pool)
-    assert cell == f"+6.00 [{6 - half:+.2f}, {6 + half:+.2f}], 2"
-    assert cell.p == pytest.approx(2 * student.sf(6 / math.sqrt(4 / 3) * math.sqrt(2), 3))
-    assert pooled([rows[0]])[0] == pytest.approx(1.0) and interval(rows[0], pool=pooled([rows[0]])) == interval(rows[0])
+    p = 2 * student.sf(6 / math.sqrt(4 / 3) * math.sqrt(2), 3)
+    assert estimate([5.0, 7.0], pool) == pytest.approx((6, 6 - half, 6 + half, p))
+    cell = compared([5.0, 7.0], 2, pool)
+    assert cell == f"+6.00 [{6 - half:+.2f}, {6 + half:+.2f}], 2" and cell.p == pytest.approx(p)
+    assert compared([0.0, 0.0], 1, pool, "", math.exp).startswith("1.0 [")
+    five, test = [1.0, 2.0, 4.0, 5.0, 9.0], ttest_1samp([1.0, 2.0, 4.0, 5.0, 9.0], 0)
+    ends = test.confidence_interval()
+    assert estimate(five, pool) == pytest.approx((4.2, ends.low, ends.high, test.pvalue))
+    assert estimate([1.0, 2.0]) == pytest.approx((1.5, *[math.nan] * 3), nan_ok=True)
 
 
 def test_holms_correction_by_hand():
@@ -279,7 +274,7 @@ def test_others_loss_at_equal_gain_by_hand(tmp_path):
     vit(tmp_path, "mask", "train_federated_sparse", mask_strategy="random", own=(-1, -1), others=(0.2, 0.2), lr=0.3)
     ((_, rows),) = tables("vit_sparse_fl --data-dir", tmp_path)
     (cell,) = [row["at equal gain"] for name, row in rows.items() if "Random" in name]
-    assert cell == "0.50 [?], 1"
+    assert cell == "0.50, 1"
 
 
 def test_the_baseline_is_the_rate_with_most_seeds_then_the_lowest_loss(tmp_path):
@@ -291,7 +286,7 @@ def test_the_baseline_is_the_rate_with_most_seeds_then_the_lowest_loss(tmp_path)
         noniid(tmp_path, f"skew_{seed}", seed=seed, **skewed)
     ((_, rows),) = tables("llm_noniid --data-dir", tmp_path)
     (cell,) = [row["vs IID"] for name, row in rows.items() if "topic" in name]
-    assert cell.startswith("+0.600 [") and cell.endswith("], 3")  # 0.5, 0.6, 0.7 above lr 0.2
+    assert cell == "+0.600, 3"  # 0.5, 0.6, 0.7 above lr 0.2
 
 
 def test_which_runs_failed():
