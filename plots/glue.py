@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.cli import run_main
 from common.curves import GREY, new_figure, number, set_title
 from plots import style
 from plots.pairs import OWN, compared, estimate, paired, spread
@@ -311,9 +310,5 @@ def lag(runs, args, notes):
 FIGURES = {"lag": (lag, "runs of fedavg_rounds.py --aggregate naive and another rule at its rate, two seeds of both")}
 
 
-def build_parser():
-    return style.figure_parser(STUDY, FIGURES)
-
-
 if __name__ == "__main__":
-    run_main(lambda args: style.draw_figures(STUDY, FIGURES, args), build_parser().parse_args())
+    style.main(STUDY, FIGURES)

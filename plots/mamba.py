@@ -20,7 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.cli import UsageError, run_main
+from common.cli import UsageError
 from common.curves import log_axis, new_figure, set_title
 from common.participation import per_round
 from plots import style
@@ -300,30 +300,44 @@ def two_kinds(rows):
     return fewest_updates(rows, ("central", "fed_avg"))
 
 
+def federated_kind(row):
+    return None if row.central else row.kind
+
+
 def each_update(rows):
     return list(by_updates(rows).values())
 
 
-CENTRAL_VS_FED = "1_central_vs_fed", "Central and federated training", two_kinds, lambda row: row.kind
-LU_COMPARISON = "2_lu_comparison", "Local updates (LU) per round", each_update, lambda row: row["local_updates"]
-METHODS = "3_method_comparison", "Federated methods", fewest_updates, lambda row: None if row.central else row.kind
-CONFIGS = "4_multi_config_comparison", "Depth of the model", two_kinds, lambda row: row.args["config"], ("config",)
 FIGURES = {
     "gap": (gap, "runs of central.py, and of fed_avg.py with two values of --local_updates"),
-    "central_vs_fed": (perplexities(*CENTRAL_VS_FED), "runs of central.py and of fed_avg.py on the same data"),
-    "lu_comparison": (perplexities(*LU_COMPARISON), "runs of fed_avg.py with two values of --local_updates"),
-    "method_comparison": (perplexities(*METHODS), "runs of two federated methods at one --local_updates"),
-    "multi_config_comparison": (perplexities(*CONFIGS), "runs of one method with two depths, such as --layers 1 and 2"),
+    "central_vs_fed": (
+        perplexities("1_central_vs_fed", "Central and federated training", two_kinds, lambda row: row.kind),
+        "runs of central.py and of fed_avg.py on the same data",
+    ),
+    "lu_comparison": (
+        perplexities("2_lu_comparison", "Local updates (LU) per round", each_update, lambda row: row["local_updates"]),
+        "runs of fed_avg.py with two values of --local_updates",
+    ),
+    "method_comparison": (
+        perplexities("3_method_comparison", "Federated methods", fewest_updates, federated_kind),
+        "runs of two federated methods at one --local_updates",
+    ),
+    "multi_config_comparison": (
+        perplexities(
+            "4_multi_config_comparison",
+            "Depth of the model",
+            two_kinds,
+            lambda row: row.args["config"],
+            free=("config",),
+        ),
+        "runs of one method with two depths, such as --layers 1 and 2",
+    ),
 }
 
 
-def build_parser():
-    return style.figure_parser(STUDY, FIGURES, add_config)
-
-
-def main(args):
-    style.draw_figures(STUDY, FIGURES, args)
+def main():
+    style.main(STUDY, FIGURES, add_config)
 
 
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    main()

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import run_main
 from common.curves import number, set_title
 from plots import style
 from plots.pairs import compared, estimate, paired, spread
@@ -91,17 +90,10 @@ def order(key, value):
     return order_of(value)
 
 
-def adjusted(runs):
-    """The runs; where updates were not finite that round is the last line, and no result counts. Those of the committed
-    logs get what always saying a client's commonest topic scores, as newer runs have it."""
+def with_commonest(runs):
+    """The runs; those of the committed logs with what saying a client's commonest topic scores, as newer have."""
     runs, committed = runs.copy(), json.loads(COMMONEST.read_text())
     for i, run in runs.iterrows():
-        t = run["ended"].get("round")
-        if not_finite(run) and not (run["curve"] and run["curve"][-1]["round"] == t):
-            line = {"round": t, "val_loss": "nan", "alarms": [{"detector": "diverged", "round": t}]}
-            runs.at[i, "curve"] = [*run["curve"], line]
-            for name in set(run.index) & {"val_loss", "val_accuracy", "test_loss", "test_accuracy"}:
-                runs.at[i, name] = None
         place = "--partition iid" if run.get("--partition") == "iid" else f"--alpha {run.get('--alpha'):g}"
         place += " --sizes equal" * (run.get("--sizes") == "equal")
         if not run["folder"] and run.get("--max_samples") == 8000 and place in committed and run["seed"] < 5:
@@ -155,7 +147,8 @@ STUDY = Study(
         "personal": lambda part: None if part == "none" else f"personal {part}",
     },
     order=order,
-    adjust=adjusted,
+    diverged=not_finite,
+    adjust=with_commonest,
 )
 
 # ---- the table
@@ -201,7 +194,8 @@ def failure(rows):
 
 
 def failed(row, _):
-    said = [run.get("failed") or failure(run["curve"]) for _, run in row.runs.iterrows()]
+    # the control's log has no round 0: its results say what that decided
+    said = [run["diverged"] or run.get("failed") or failure(run["curve"]) for _, run in row.runs.iterrows()]
     return f"{sum(map(bool, said))} of {len(said)}"
 
 
@@ -238,7 +232,7 @@ number of pairs. Learning rates and mu may differ, as each row's are tuned: of s
 seeds in common counts, then the one with the lowest validation loss. `vs commonest`, of models of the clients' own:
 `own texts` less what always saying a client's commonest topic scores there. `cosine` (mean over pairs of updates) and
 `1 - CKA` are means over rounds. `failed`: the alarm `diverged`, or a last loss that is not finite, above the first
-evaluation's or above that before training.
+evaluation's or above that before training; runs whose updates were not finite are part of no mean.
 """
 TABLE = Table(STUDY, columns, WORDS)
 
@@ -317,9 +311,5 @@ def draw_cells(axis, pairs):
 FIGURES = {"cost_map": (cost_map, "runs under topic skew and under IID")}
 
 
-def build_parser():
-    return style.figure_parser(STUDY, FIGURES)
-
-
 if __name__ == "__main__":
-    run_main(lambda args: style.draw_figures(STUDY, FIGURES, args), build_parser().parse_args())
+    style.main(STUDY, FIGURES)

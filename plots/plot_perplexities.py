@@ -7,8 +7,7 @@ Writes 1_central_vs_fed_{config}.png, 2_lu_comparison_{config}.png, 3_method_com
 4_multi_config_comparison.png.
 """
 
-from common.cli import run_main
-from plots.mamba import build_parser, main
+from plots.mamba import main
 
 if __name__ == "__main__":
-    run_main(main, build_parser().parse_args())
+    main()

@@ -11,6 +11,7 @@ no script, no font, no link to elsewhere), so that it can be mailed and read off
 import base64
 import html
 import io
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -60,9 +61,7 @@ def table_parts(name, runs, notes):
 
 def figure_parts(name, paths, runs, notes):
     """HTML of every figure that the runs allow."""
-    one = module(name)
-    args = one.build_parser().parse_args(["--data-dir", *map(str, paths)])
-    for stem, figure in each_figure(one.FIGURES, runs, args, notes, []):
+    for stem, figure in each_figure(module(name).FIGURES, runs, Namespace(data_dir=paths), notes, []):
         data = io.BytesIO()
         figure.savefig(data, format="webp", dpi=90)
         words = html.escape(" ".join(f"{figure.get_suptitle()} ({stem})".split()))

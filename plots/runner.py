@@ -6,11 +6,11 @@ own folder; output/NAME.txt with what it printed; results.jsonl, a line for each
 skipped and broken ones go on (--resume), so that a command can be given again at any time. Flags that are not listed
 go to every run, a row's own win.
 
---tune runs every row at some values of a flag, on a seed that the table does not use, and keeps the best on validation:
-the last `objective` of a run; a run that diverged is worse than any other. A best at the edge of the values extends
-them there, by the ratio of the last two, at most EXTENSIONS times a side. Of two flags the second is tuned at the
-first's best. A row with `rate_of` takes that row's values; its own are tuned after and at them. OUTPUT/tuned.json gets
-{row: {flag: {best, edge, tried, ...}}}; the same command without --tune runs the rows with these values as last flags.
+--tune runs every row at some values of a flag, on a seed that the table does not use, and keeps the best by the last
+`objective` of a run; who diverged is worst. A best at the edge of the values extends them by the last two's ratio,
+at most EXTENSIONS times a side. Of two flags the second is tuned at the first's best. A row with `rate_of` takes that
+row's values; its own are tuned at them. OUTPUT/tuned.json gets {row: {flag: {best, edge, tried, ...}}}; the same
+command without --tune runs the rows with these values as last flags.
 """
 
 import json
@@ -23,9 +23,9 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.cli import Parser, RunFailed, UsageError, duration, non_negative_int, positive_int
+from common.cli import Parser, RunFailed, UsageError, non_negative_int, positive_int
 from common.curves import number, read_metrics
-from plots.read import TUNING, not_finite
+from plots.read import TUNING, last_part, not_finite
 
 ROOT = Path(__file__).resolve().parents[1]
 TUNED, EXTENSIONS = "tuned.json", 3
@@ -97,7 +97,7 @@ def run_study(study, args, words=()):
     if args.tune is not None:
         return tune(args, one, runs_of(study, args, [args.tune_seed], words), output)
     seeds = list(args.seeds or one["seeds"])
-    runs = with_tuned(one, runs_of(study, args, seeds, words), output, seeds)
+    runs = [with_tuned(run, one, seeds) for run in runs_of(study, args, seeds, words)]
     if args.plan:
         return put_plan(runs)
     try:
@@ -197,8 +197,8 @@ def collect(output):
 
 
 def placeless(value):
-    """A path's last part: where it lies on a machine says nothing."""
-    return Path(value).name if isinstance(value, str) and os.sep in value else value
+    """A path's name: where it lies on a machine says nothing."""
+    return last_part(value) if isinstance(value, str) and os.sep in value else value
 
 
 # ---- the runs
@@ -212,7 +212,7 @@ def run_all(runs, jobs):
     """
     ended = {run.name for run in runs if over(run)}
     waiting = [run for run in runs if run.name not in ended]
-    running, failed, todo, began = [], [], len(waiting), time.monotonic()
+    running, failed, todo = [], [], len(waiting)
     try:
         while waiting or running:
             for run in [run for run in waiting if ended.issuperset(run.needs)][: jobs - len(running)]:
@@ -229,10 +229,8 @@ def run_all(runs, jobs):
                 if code == 2 and not good:
                     raise UsageError(f"{run.name}: {said.partition('error: ')[2] or said}")
                 (ended.add if good else failed.append)(run.name)
-                n = todo - len(waiting) - len(running)
-                left = duration((time.monotonic() - began) / n * (todo - n))
                 words = record_of(run)["status"] if code == 0 else f"exit code {code}: {said} (see {log})"
-                print(f"[{n}/{todo}] {run.name}: {words}; about {left} left", flush=True)
+                print(f"[{todo - len(waiting) - len(running)}/{todo}] {run.name}: {words}", flush=True)
     finally:
         for _, process, _ in running:
             process.terminate()
@@ -262,24 +260,23 @@ def tune(args, one, runs, output):
     if not grids:
         raise UsageError("--tune: none of these rows has values of its own: give --tune FLAG X1 X2")
     if args.plan:
-        points = [(run, flag, x) for run, grid in grids.items() for flag, values in grid.items() for x in values]
-        return put_plan([*needed, *(at(*point) for point in points)])
+        points = [at(run, flag, x) for run, grid in grids.items() for flag, values in grid.items() for x in values]
+        return put_plan([*needed, *points])
 
-    def run_them(some):
-        run_all([*needed, *some], args.jobs)
+    def outcomes(points):
+        run_all([*needed, *points.values()], args.jobs)
         collect(output / TUNING)
+        return {x: outcome(run, one["objective"]) for x, run in points.items()}
 
     # first all that waits for no other's best value, so that no job is idle
     firsts = [(run, *next(iter(grid.items()))) for run, grid in grids.items() if not rows[run.row]["rate_of"]]
-    run_them([at(run, flag, x) for run, flag, values in firsts for x in values])
+    outcomes({(run, x): at(run, flag, x) for run, flag, values in firsts for x in values})
     for run in sorted(grids, key=lambda run: rows[run.row]["rate_of"] != ""):
-        taken, found = point_of(one, run, output, own=False), {}
+        point, found = point_of(one, run, own=False), {}
         for flag, values in grids[run].items():
             tried, todo = {}, values
-            mine = replace(run, point=taken | {name: about["best"] for name, about in found.items()})
             while todo:
-                run_them([at(mine, flag, x) for x in todo])
-                tried |= {x: outcome(at(mine, flag, x), one["objective"]) for x in todo}
+                tried |= outcomes({x: at(replace(run, point=point), flag, x) for x in todo})
                 todo = extension(tried, values, higher)
             best = best_value(tried, higher)
             if tried[best] == math.inf:
@@ -287,6 +284,7 @@ def tune(args, one, runs, output):
             ends = {f"{x:g}": "diverged" if tried[x] == math.inf else tried[x] for x in sorted(tried)}
             found[flag] = {"best": best, "edge": best in (min(tried), max(tried)), "tried": ends}
             found[flag] |= {"objective": one["objective"], "seed": args.tune_seed}
+            point[flag] = best
             print(f"{run.row}: {flag} {best:g} of {ends}", flush=True)
         (output / TUNED).write_text(json.dumps(tuned_in(output / TUNED) | {run.row: found}, indent=1) + "\n")
     print(output / TUNED)
@@ -346,10 +344,10 @@ def tuned_in(path):
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def point_of(one, run, output, own=True, seeds=()):
+def point_of(one, run, own=True, seeds=()):
     """{flag: best value} of a run's row and of the row whose values it takes. Raises UsageError where they are lacking,
     or were tuned on one of the seeds."""
-    about, found = one["rows"][run.row], tuned_in(ROOT / one["tuned"]) | tuned_in(output / TUNED)
+    about, found = one["rows"][run.row], tuned_in(ROOT / one["tuned"]) | tuned_in(run.output / TUNED)
     other, mine = found.get(about["rate_of"], {}), found.get(run.row, {}) if own else {}
     if (about["rate_of"] and not other) or (own and not mine.keys() >= about["tune"].keys()):
         raise UsageError(f"{run.row} has no tuned values: give --tune first, with {about['rate_of'] or run.row}")
@@ -358,6 +356,6 @@ def point_of(one, run, output, own=True, seeds=()):
     return {flag: result["best"] for flag, result in (other | mine).items()}
 
 
-def with_tuned(one, runs, output, seeds):
-    """The runs, those of tuned rows with their values."""
-    return [replace(run, point=point_of(one, run, output, seeds=seeds)) if run.row else run for run in runs]
+def with_tuned(run, one, seeds):
+    """The run, with its row's tuned values."""
+    return replace(run, point=point_of(one, run, seeds=seeds)) if run.row else run

@@ -15,22 +15,22 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import Parser, UsageError
+from common.cli import Parser, UsageError, run_main
 from common.curves import COLORS, DASHES, GREY, MARKERS, new_figure, save_figure, style
 from plots.read import read
 
 # ---- the command line
 
 
-def figure_parser(study, figures, more=lambda parser: None):
-    """The parser of a study's script: `python plots/vit.py curves gains --data-dir results`."""
+def main(study, figures, more=lambda parser: None):
+    """The command line of a study's figures: `python plots/vit.py strategies gains --data-dir results`."""
     parser = Parser(f"Draws figures of {study.name}'s runs.")
     names = ", ".join(figures)
     parser.add_argument("names", nargs="*", metavar="FIGURE", help=f"any of {names} (default: all that the runs allow)")
     parser.add_argument("--data-dir", nargs="+", default=["results"], help="folders with run folders, or logs")
     parser.add_argument("--out-dir", default="results/plots", help="folder for the figures")
     more(parser)
-    return parser
+    run_main(lambda args: draw_figures(study, figures, args), parser.parse_args())
 
 
 def draw_figures(study, figures, args):

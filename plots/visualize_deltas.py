@@ -85,16 +85,11 @@ def stored(folder, entity):
     return dict(sorted(found.items(), key=lambda one: (len(one[0]), one[0])))  # client 2 before client 10
 
 
-def layers_in(path):
-    """The layer indices that a file has an in_proj of."""
+def load(path):
+    """{layer: its in_proj's update, fp64 [rows, d_model]}."""
     with np.load(path, allow_pickle=False) as arrays:
-        return sorted(int(m[1]) for m in (re.fullmatch(r"layers\.(\d+)\.in_proj", n) for n in arrays.files) if m)
-
-
-def load(path, layer):
-    """An in_proj's update, fp64 [rows, d_model]."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays[f"layers.{layer}.in_proj"].astype(np.float64)
+        found = {re.fullmatch(r"layers\.(\d+)\.in_proj", name): name for name in arrays.files}
+        return {int(match[1]): arrays[name].astype(np.float64) for match, name in found.items() if match}
 
 
 # ---- heat maps
@@ -109,8 +104,9 @@ def heat_maps(folder, files, name, entity):
     places = np.linspace(0, len(shown) - 1, min(STEPS, len(shown))).round().astype(int)  # the first and the last too
     seed = "_".join(re.findall(r"seed_\d+", folder.name) or [folder.name])
     run = f"structure_{folder.name}" if entity == "central" else f"{name}_{seed}"
-    for layer in layers_in(shown[-1][1]):
-        panels = [(shown[i][0], np.abs(load(shown[i][1], layer))) for i in places]
+    updates = [(shown[i][0], load(shown[i][1])) for i in places]
+    for layer in sorted(updates[-1][1]):
+        panels = [(words, np.abs(update[layer])) for words, update in updates]
         title = f"{WHOSE[entity]} of in_proj, layer {layer}: {folder.name}"
         yield f"heatmap_{run}_layer_{layer}{end}", heat_map(panels, title)
 
@@ -146,7 +142,7 @@ def energy_rank(sigma):
 def spectra(files, layers):
     """{step: singular values of its update, largest first, the mean over layers}."""
     return {
-        step: np.mean([np.linalg.svd(load(path, layer), compute_uv=False) for layer in layers], axis=0)
+        step: np.mean([np.linalg.svd(load(path)[layer], compute_uv=False) for layer in layers], axis=0)
         for step, path in files
     }
 
@@ -157,7 +153,7 @@ def of_seeds(setting, row, files, name, entity):
     files: for each seed {name: stored updates}.
     """
     central, several = entity == "central", [one for seed in files for one in seed.values()]
-    layers, panels = layers_in(several[0][-1][1]), []
+    layers, panels = sorted(load(several[0][-1][1])), []
     for words, some in [("", layers)] if central else [(f"layer {layer}", [layer]) for layer in layers]:
         histories = [spectra(one, some) for one in several]
         steps = sorted(set.intersection(*map(set, histories)))

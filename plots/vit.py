@@ -16,7 +16,6 @@ import math
 
 import numpy as np
 
-from common.cli import run_main
 from common.curves import GREY, break_lines, log_axis, new_figure, number, set_title
 from plots import style
 from plots.pairs import compared, estimate, pooled, spread
@@ -310,9 +309,5 @@ FIGURES = {
 }
 
 
-def build_parser():
-    return style.figure_parser(STUDY, FIGURES)
-
-
 if __name__ == "__main__":
-    run_main(lambda args: style.draw_figures(STUDY, FIGURES, args), build_parser().parse_args())
+    style.main(STUDY, FIGURES)
