@@ -174,7 +174,7 @@ def columns(rows):
         "val loss": result("val_loss", 1, 4),
         "val loss vs naive": vs_naive("val_loss", 1, 4),
         "rounds behind": behind_cell,
-        "error %": small("aggregation_error"),
+        "error %": over_rounds("aggregation_error", 100, 2),
         "MB up": sent("bytes_up"),
         "MB down": sent("bytes_down"),
         "seeds": seeds,
@@ -208,18 +208,6 @@ def behind(slow, fast):
     if max(np.diff(loss).max(), np.diff(other).max()) >= 0 or loss.min() < other.min():
         return np.nan
     return float(np.mean(t[1:] - np.interp(-loss[1:], -other, u)))
-
-
-def small(name):
-    """A cell of a mean over rounds in percent; `<0.01` for what rounds to nothing, such as an exact rule's error."""
-    cell = over_rounds(name, 100, 2)
-
-    def text(row, rows):
-        values = 100 * row.mean_over_rounds(name)
-        rounds_off = len(values) and np.isfinite(values).all() and 0 < values.max() < 0.01
-        return "<0.01" if rounds_off else cell(row, rows)
-
-    return text
 
 
 def special(runs):

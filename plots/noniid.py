@@ -18,7 +18,7 @@ from common.curves import number, set_title
 from plots import style
 from plots.pairs import compared, estimate, paired, spread
 from plots.read import Study, base_name, not_finite, order_of
-from plots.rows import comparable, describe
+from plots.rows import at_best_rate, comparable, describe
 from plots.style import heat_map, numbered, panel_axes, seeds_range
 from plots.tables import Table, over_rounds, result, seeds
 
@@ -239,16 +239,6 @@ TABLE = Table(STUDY, columns, WORDS)
 # ---- the figure: of the rows of the table
 
 
-def at_best_rate(rows):
-    """Of federated rows that differ in TUNED alone the one that counts."""
-    found = {}
-    for row in (row for row in rows if not row.central):
-        key = row.kind, str({name: value for name, value in row.args.items() if name not in TUNED})
-        if key not in found or tuned_rank(row) > tuned_rank(found[key]):
-            found[key] = row
-    return list(found.values())
-
-
 IN_MAP = {"alpha", "local", "rounds", "min_samples"} | TUNED  # what may differ within a panel
 
 
@@ -256,7 +246,7 @@ def cost_map(runs, args, notes):
     drawn = []
     for setting, rows in comparable(runs, STUDY, notes):
         panels = {}
-        for row in at_best_rate(rows):
+        for row in at_best_rate(rows, TUNED, tuned_rank):
             control = baseline(row, rows, "iid")
             if control is not None and row.args.get("partition") != "IID" and "alpha" in row.args:
                 same = {key: value for key, value in row.args.items() if key not in IN_MAP}

@@ -108,6 +108,15 @@ def rows_of(runs, study, notes=None):
     return sorted(rows, key=by_words)
 
 
+def at_best_rate(rows, tuned, rank):
+    """Of federated rows that differ in the flags `tuned` alone the one with the highest rank(row)."""
+    alike = {}
+    for row in (row for row in rows if not row.central):
+        rest = {name: value for name, value in row.args.items() if name not in tuned}
+        alike.setdefault((row.kind, str(rest)), []).append(row)
+    return [max(some, key=rank) for some in alike.values()]
+
+
 def kind_order(row):
     return place_in(row.kind, row.study.kinds)
 

@@ -263,20 +263,15 @@ def tune(args, one, runs, output):
         points = [at(run, flag, x) for run, grid in grids.items() for flag, values in grid.items() for x in values]
         return put_plan([*needed, *points])
 
-    def outcomes(points):
-        run_all([*needed, *points.values()], args.jobs)
-        collect(output / TUNING)
-        return {x: outcome(run, one["objective"]) for x, run in points.items()}
-
-    # first all that waits for no other's best value, so that no job is idle
-    firsts = [(run, *next(iter(grid.items()))) for run, grid in grids.items() if not rows[run.row]["rate_of"]]
-    outcomes({(run, x): at(run, flag, x) for run, flag, values in firsts for x in values})
     for run in sorted(grids, key=lambda run: rows[run.row]["rate_of"] != ""):
         point, found = point_of(one, run, own=False), {}
         for flag, values in grids[run].items():
             tried, todo = {}, values
             while todo:
-                tried |= outcomes({x: at(replace(run, point=point), flag, x) for x in todo})
+                points = {x: at(replace(run, point=point), flag, x) for x in todo}
+                run_all([*needed, *points.values()], args.jobs)
+                collect(output / TUNING)
+                tried |= {x: outcome(one_run, one["objective"]) for x, one_run in points.items()}
                 todo = extension(tried, values, higher)
             best = best_value(tried, higher)
             if tried[best] == math.inf:
@@ -294,17 +289,12 @@ def tune(args, one, runs, output):
 def values_of(words):
     """{flag: values, ascending} of [flag, value, ...]; {} of none. Raises UsageError."""
     try:
-        values = sorted({rounded(float(word)) for word in words[1:]})
+        values = sorted({float(word) for word in words[1:]})
     except ValueError:
         values = []
     if words and len(values) < 2:
         raise UsageError(f"--tune {' '.join(words)}: give a flag and two different numbers")
     return {words[0].replace("_", "-"): values} if words else {}
-
-
-def rounded(x):
-    """x to the six digits that command lines and folders show."""
-    return float(f"{x:g}")
 
 
 def at(run, flag, x):
@@ -327,7 +317,7 @@ def extension(tried, given, higher):
         (values[-1], values[-2], [x for x in values if x > max(given)]),
     ):
         if best == edge and len(beyond) < EXTENSIONS:
-            return [rounded(edge * edge / beside)]
+            return [float(f"{edge * edge / beside:g}")]  # as command lines and folders show it
     return []
 
 

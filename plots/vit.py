@@ -20,7 +20,7 @@ from common.curves import GREY, break_lines, log_axis, new_figure, number, set_t
 from plots import style
 from plots.pairs import compared, estimate, pooled, spread
 from plots.read import Study, not_finite, plain
-from plots.rows import comparable, describe
+from plots.rows import at_best_rate, comparable, describe
 from plots.style import legend_below, looks_of, numbered
 from plots.tables import Table, over_rounds, result, seeds
 
@@ -217,14 +217,6 @@ TABLE = Table(STUDY, COLUMNS, WORDS)
 # ---- figures
 
 
-def at_best_rate(rows):
-    """Of federated rows that differ in their rate only the best."""
-    alike = {}
-    for row in (row for row in rows if not row.central):
-        alike.setdefault(str((row.kind, row.args | {"lr": None})), []).append(row)
-    return [max(some, key=validated) for some in alike.values()]
-
-
 def title(figure, words, row, more=""):
     """Two lines: what is drawn, and where."""
     place = describe(STUDY, row.first["setting"], ("shards", "local_steps", "num_rounds"))
@@ -233,7 +225,7 @@ def title(figure, words, row, more=""):
 
 def strategies(every):
     """A row per method: the mean accuracy with the interval of its difference to dense training, and the number."""
-    rows = at_best_rate(every)
+    rows = at_best_rate(every, {"lr"}, validated)
     if len({row.kind for row in rows}) < 2:
         return None
     figure, axes = new_figure(width=7.2, height=1.5 + 0.4 * len(rows))

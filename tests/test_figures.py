@@ -22,7 +22,8 @@ def bars_of(axis):
         line, _, (bars, *_) = container
         ends = [segment[:, 1] for segment in bars.get_segments()]
         x, y = line.get_data()
-        found[container.get_label()] = [(a, b, *sorted(c)) for a, b, c in zip(x, y, ends, strict=True)]
+        points = [(a, b, *sorted(c)) for a, b, c in zip(x, y, ends, strict=True)]
+        found[container.get_label()] = found.get(container.get_label(), []) + points
     return found
 
 
@@ -66,14 +67,8 @@ def test_the_lag_is_the_logs(tmp_path):
             exact[seed]["curve"][int(t)]["val_loss"] - run["curve"][int(t)]["val_loss"] for seed, run in naive.items()
         ]
         half = 2.776 * statistics.stdev(apart) / math.sqrt(5)
-        points = [one for bars in right.containers for one in bars_of_one(bars) if int(one[0]) == int(t)]
-        assert any(one[1:] == pytest.approx((statistics.fmean(apart), half), abs=1e-5) for one in points)
-
-
-def bars_of_one(container):
-    """[(x, y, half of the bar)]."""
-    line, _, (bars, *_) = container
-    return [(x, y, np.ptp(ends[:, 1]) / 2) for x, y, ends in zip(*line.get_data(), bars.get_segments(), strict=True)]
+        mean, points = statistics.fmean(apart), [one for one in sum(bars_of(right).values(), []) if int(one[0]) == t]
+        assert any(one[1:] == pytest.approx((mean, mean - half, mean + half), abs=1e-5) for one in points)
 
 
 def test_the_cost_map_is_the_logs(tmp_path):
