@@ -254,7 +254,7 @@ def start(run, alone=True):
 
 def tune(args, one, runs, output):
     """All of --tune: runs, log, tuned.json. runs: one of each row, and what these need."""
-    rows, higher, given = one["rows"], one["higher"], values_of(args.tune)
+    rows, given, worse = one["rows"], values_of(args.tune), -1 if one["higher"] else 1
     grids = {run: given or rows[run.row]["tune"] for run in runs if run.row and (given or rows[run.row]["tune"])}
     needed = [run for run in runs if any(run.name in other.needs for other in runs)]
     if not grids:
@@ -271,12 +271,12 @@ def tune(args, one, runs, output):
                 points = {x: at(replace(run, point=point), flag, x) for x in todo}
                 run_all([*needed, *points.values()], args.jobs)
                 collect(output / TUNING)
-                tried |= {x: outcome(one_run, one["objective"]) for x, one_run in points.items()}
-                todo = extension(tried, values, higher)
-            best = best_value(tried, higher)
+                tried |= {x: outcome(one_run, one["objective"], worse) for x, one_run in points.items()}
+                todo = extension(tried, values)
+            best = best_value(tried)
             if tried[best] == math.inf:
                 raise RunFailed(f"{run.row} diverged at every value of {flag}: give lower ones")
-            ends = {f"{x:g}": "diverged" if tried[x] == math.inf else tried[x] for x in sorted(tried)}
+            ends = {f"{x:g}": "diverged" if tried[x] == math.inf else worse * tried[x] for x in sorted(tried)}
             found[flag] = {"best": best, "edge": best in (min(tried), max(tried)), "tried": ends}
             found[flag] |= {"objective": one["objective"], "seed": args.tune_seed}
             point[flag] = best
@@ -304,14 +304,14 @@ def at(run, flag, x):
     return replace(run, name=f"{TUNING}/{run.name}{end}", point=point)
 
 
-def best_value(tried, higher):
-    """The best of {value: what came out there, inf where it diverged}; the lowest of several."""
-    return min(sorted(tried), key=lambda x: -tried[x] if higher and tried[x] < math.inf else tried[x])
+def best_value(tried):
+    """The best of {value: outcome there}: the lowest outcome, of several the lowest value."""
+    return min(sorted(tried), key=tried.get)
 
 
-def extension(tried, given, higher):
+def extension(tried, given):
     """[the value beyond the edge], where that is the best so far; [] where it is not, or after EXTENSIONS."""
-    values, best = sorted(tried), best_value(tried, higher)
+    values, best = sorted(tried), best_value(tried)
     for edge, beside, beyond in (
         (values[0], values[1], [x for x in values if x < min(given)]),
         (values[-1], values[-2], [x for x in values if x > max(given)]),
@@ -321,11 +321,12 @@ def extension(tried, given, higher):
     return []
 
 
-def outcome(run, objective):
-    """The objective at a finished run's last evaluation; inf where it diverged, as does who left out an update."""
-    if broke_down(record_of(run)) or any(line.get("left_out_updates") for line in read_metrics(run.folder)):
+def outcome(run, objective, worse):
+    """`worse` (1 or -1) times the last evaluation's objective; inf where it diverged or left out an update."""
+    lines = read_metrics(run.folder)
+    if broke_down(record_of(run)) or any(line.get("left_out_updates") for line in lines):
         return math.inf
-    value = [number(line[objective]) for line in read_metrics(run.folder) if line.get(objective) is not None][-1]
+    value = worse * [number(line[objective]) for line in lines if line.get(objective) is not None][-1]
     return math.inf if math.isnan(value) else value
 
 

@@ -139,12 +139,11 @@ def test_a_best_at_the_edge_extends_it():
         (1e6, [2, 4, 8], 8),
         (0, [0.125, 0.0625, 0.03125], 0.03125),
     ):
-        for higher in (False, True):
-            values, tried = [0.25, 0.5, 1.0], {}
-            while todo := extension(tried, values, higher) if tried else values:
-                tried |= {x: abs(x - lowest) * (-1 if higher else 1) for x in todo}
-            assert list(tried) == [0.25, 0.5, 1, *more] and best_value(tried, higher) == best
-    assert best_value({1: 5.0, 2: 5.0, 4: math.inf}, True) == 1  # inf: it diverged
+        values, tried = [0.25, 0.5, 1.0], {}
+        while todo := extension(tried, values) if tried else values:
+            tried |= {x: abs(x - lowest) for x in todo}
+        assert list(tried) == [0.25, 0.5, 1, *more] and best_value(tried) == best
+    assert best_value({1: 5.0, 2: 5.0, 4: math.inf}) == 1  # inf: it diverged
 
 
 def test_tuned_rates_are_what_the_same_command_then_runs_at(made, tmp_path, capsys):
@@ -171,6 +170,9 @@ def test_tuned_rates_are_what_the_same_command_then_runs_at(made, tmp_path, caps
     assert "--kind works --seed 0 --lr 0.3 --out" in said and "--kind works --seed 1 --lr 0.3 --mu 0.0125" in said
     with pytest.raises(UsageError, match="was tuned on it"):
         run("--seeds 100")
+    assert made({"d": row("fake.py --kind works", tune={"mu": (0.1, 0.2)})}, higher=True)("--tune") == 0
+    about = json.loads((out / "tuned.json").read_text())["d"]["mu"]  # more is better: 0.2, three times doubled
+    assert about["best"] == 1.6 and about["tried"]["0.1"] == pytest.approx(0.59)
 
 
 def test_what_is_refused(made, tmp_path):
