@@ -268,15 +268,22 @@ def equal_gain(every):
     at = np.linspace(*line[[0, -1], 0], 200)
     axis.plot(np.exp(at), np.exp(np.interp(at, *line.T)), color="black", linewidth=2.4, label="Dense FedAvg")
     axis.plot(*np.exp(line).T, "o", color="black")
+    said = set()
     for row in rows:
         (x, y), apart = middle(row, rounds), at_equal_gain(row, every)
-        if x >= np.exp(line[0, 0]):
+        if x >= np.exp(line[0, 0]) and 2 * len(row.counted) > len(row.runs):
             mean, *ends, _ = estimate(apart, pool_of(at_equal_gain, every)) if len(apart) > 1 else (0,) * 4
+            clear, ratio = max(ends) < 0 or min(ends) > 0, f"{math.exp(mean):.2f}"
             ends = np.subtract(ends, mean)
             name = None if row.name in axis.get_legend_handles_labels()[1] else row.name
-            look = looks[row.label] | {"linestyle": "", "label": name}
+            look = looks[row.label] | {"linestyle": "", "label": name, "markersize": 7.5}
+            look["zorder"] = 2 if "markerfacecolor" in look else 3  # a variant lies below its method
             axis.errorbar([x], [y], yerr=abs(y * np.expm1(ends))[:, None], capsize=2, elinewidth=0.9, **look)
             heights += list(np.log(y) + ends)
+            if clear and ratio not in said:
+                place, side = ((-7, 5), "right") if mean > 0 else ((7, -12), "left")  # away from the line
+                axis.annotate(ratio, (x, y), place, textcoords="offset points", fontsize=9, ha=side)
+                said.add(ratio)
     log_axis(axis, math.exp(min(heights)), math.exp(max(heights)))
     axis.set_xlabel("What a client's update gains the client itself (nats)")
     axis.set_ylabel("What it costs the others (nats)")
