@@ -1,71 +1,19 @@
-"""Data sets and models of the hub, through their libraries' own caches and offline modes; and files that can be made
-again, kept under the SHA-256 of everything that shapes them."""
+"""Data sets and models of the Hugging Face hub, through their libraries' own caches and offline modes."""
 
 import contextlib
-import hashlib
-import io
 import json
 import os
 import urllib.error
 import urllib.request
-import uuid
 import warnings
 from pathlib import Path
 
-import numpy as np
-
 from common.cli import RunFailed, UsageError
-
-
-def cache_folder(cache_dir=None):
-    """The cache: `cache_dir`, else environment variable FEDQUARTET_CACHE, else ~/.cache/fedquartet."""
-    return Path(cache_dir or os.environ.get("FEDQUARTET_CACHE") or "~/.cache/fedquartet").expanduser()
-
-
-def sha256_of(parts):
-    """SHA-256 (hex) of a list of strings and numbers; as JSON, so that no two lists run together."""
-    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
 
 
 def one_line(error):
     """The first line of an exception's message, for a UsageError."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def cached(path, make, pack, unpack, again):
-    """What `make()` returns, kept at `path` as the bytes `pack(value)`; read by `unpack(bytes)` where it is there.
-
-    Another process sees all of a file or nothing. A file that `unpack` cannot read is made `again`, with a warning. A
-    cache that cannot be written is only a warning.
-    """
-    if path.is_file():
-        try:
-            return unpack(path.read_bytes())
-        except Exception as error:
-            warnings.warn(f"{path} is damaged ({one_line(error)}): {again} again", stacklevel=3)
-    value, part = make(), path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(pack(value))
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        warnings.warn(f"cannot write the cache ({error}): the next start does this work again", stacklevel=2)
-    return value
-
-
-def pack_arrays(arrays):
-    """{name: array} as the bytes of an npz file."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def unpack_arrays(data):
-    """{name: array} of the bytes of an npz file; reading a member checks its CRC."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
 
 
 # Everything that asks the hub's library for a model gives these: it takes a download with fewer files for incomplete.
@@ -152,13 +100,12 @@ def find_model(name, spec=None, advice=""):
             advice = "give a folder that transformers wrote (pickled weights are not read)"
             raise UsageError(f"--model {name}: {folder} has no config.json with model.safetensors: {advice}")
         return folder
-    try:
-        return download(spec, cache_dir=hub_cache(), online=False)
-    except UsageError as error:
-        if hub_reachable():
-            return download(spec, cache_dir=hub_cache())
-        what = f"no model {name}: not a folder, not downloaded before, and the hub is out of reach"
-        raise UsageError(f"{what}: {advice}") from error
+    for cache in (remembered_cache(), None):
+        with contextlib.suppress(UsageError):
+            return download(spec, cache_dir=cache, online=False)
+    if hub_reachable():
+        return download(spec)
+    raise UsageError(f"no model {name}: not a folder, not downloaded before, and the hub is out of reach: {advice}")
 
 
 def load_pretrained(kind, source, what, advice, **options):
@@ -209,33 +156,23 @@ def quiet():
         logging.set_verbosity(shown)
 
 
-# ---- where the models are
-
-
-def hub_cache():
-    """The `cache_dir` for the hub's library: the folder that `download_roberta_models.py --hf_home` filled.
-
-    None, the library's own choice, where a `winning_variable` is set, and without such a folder.
-    """
-    folder = Path(_record().read_text("utf-8")) / "hub" if _record().is_file() else None
-    return folder if folder and folder.is_dir() and not winning_variable() else None
-
-
-def remember_home(hf_home):
-    """Makes `hub_cache` find the absolute folder `hf_home`; None: forgets what it knew."""
-    try:
-        _record().unlink(missing_ok=True)
-        if hf_home is not None:
-            cache_folder().mkdir(parents=True, exist_ok=True)
-            _record().write_text(str(hf_home), "utf-8")
-    except OSError as error:
-        warnings.warn(f"cannot write the cache ({error}): give the printed folders as --model", stacklevel=2)
-
-
-def winning_variable():
-    """The environment variable that says where the hub's files are, as "NAME=value", None when there is none."""
-    return next((f"{name}={os.environ[name]}" for name in ("HF_HOME", "HF_HUB_CACHE") if os.environ.get(name)), None)
+# ---- where `download_roberta_models.py --hf_home` put the models
 
 
 def _record():
-    return cache_folder() / "hf_home.txt"
+    return Path(os.environ.get("FEDQUARTET_CACHE") or "~/.cache/fedquartet").expanduser() / "hf_home.txt"
+
+
+def remembered_cache():
+    """The `cache_dir` for the hub's library that `remember` was last given, None where it is gone or there was none."""
+    folder = Path(_record().read_text("utf-8")) if _record().is_file() else None
+    return folder if folder and folder.is_dir() else None
+
+
+def remember(cache):
+    """Makes `find_model` look into the absolute folder `cache` first."""
+    try:
+        _record().parent.mkdir(parents=True, exist_ok=True)
+        _record().write_text(str(cache), "utf-8")
+    except OSError as error:
+        warnings.warn(f"cannot write {_record()} ({error}): give the printed folders as --model", stacklevel=2)

@@ -1,14 +1,13 @@
-"""Texts as lists of whole documents (WikiText-2, a demo that every Python carries), tokenizers, the token cache.
+"""Texts as lists of whole documents (WikiText-2, a demo that every Python carries), tokenizers, tokens.
 
     corpus = load_corpus("wikitext2", data_root=None)        # what lies on disk, else the hub
     tokenizer = load_tokenizer("gpt2", corpus, data_root=None)
-    tokens = encode(corpus, tokenizer)                       # cached; each document ends with end of text
+    tokens = encode(corpus, tokenizer)                       # each document ends with end of text
 
 A document is an article of WikiText-2 or a topic of the Python language reference. Documents stay whole up to
 here, so that a study can deal them to its clients before it packs them into blocks.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -24,17 +23,7 @@ import numpy as np
 import tokenizers
 
 from common.cli import UsageError
-from common.hub import (
-    cache_folder,
-    cached,
-    hub_dataset,
-    hub_reachable,
-    pack_arrays,
-    quiet,
-    reading,
-    sha256_of,
-    unpack_arrays,
-)
+from common.hub import hub_dataset, hub_reachable, quiet, reading
 
 SPLITS = ("train", "validation", "test")
 
@@ -67,6 +56,11 @@ def documents_sha256(documents):
     return digest.hexdigest()
 
 
+def sha256_of(parts):
+    """SHA-256 (hex) of a list of strings and numbers; as JSON, so that no two lists run together."""
+    return hashlib.sha256(json.dumps(parts).encode("utf-8")).hexdigest()
+
+
 def data_folder(data_root=None):
     """The user's data: folder `data_root`, else environment variable FEDQUARTET_DATA, else ./data."""
     return Path(data_root or os.environ.get("FEDQUARTET_DATA") or "data").expanduser().absolute()
@@ -77,11 +71,8 @@ def load_corpus(dataset, data_root=None):
 
     wikitext2: files in the data folder (raw or tokens variant), else the hub, or its library's cache. demo: needs
     neither files nor a network.
-    Raises: UsageError for an unknown name, an unreadable local copy, and when there is no whole local copy and the hub
-        cannot be reached.
+    Raises: UsageError for an unreadable local copy, and without a whole one when the hub cannot be reached.
     """
-    if dataset not in ("wikitext2", "demo"):
-        raise UsageError(f"unknown dataset {dataset!r}: choose one of wikitext2, demo")
     return _demo() if dataset == "demo" else _wikitext2(data_folder(data_root) / "wikitext-2")
 
 
@@ -210,98 +201,64 @@ class TokenizedDocuments:
 # ---- tokenizers
 
 
-def load_tokenizer(spec, corpus, data_root=None, cache_dir=None):
-    """A fast tokenizer of `transformers` with an end-of-text token.
-
-    spec: "bpe:N" trains a byte-level BPE of N tokens (256 bytes and `<|endoftext|>` among them) on the training split;
-    it is deterministic and kept in the cache. "gpt2", or another name under `data_root`/tokenizers, or a folder, is
-    loaded; only "gpt2" is also looked for on the hub.
+def load_tokenizer(spec, corpus, data_root=None):
+    """A fast tokenizer of `transformers` with an end-of-text token: `train_bpe` for "bpe:N", else `saved_tokenizer`.
 
     Raises: UsageError when N is too small or not a number, and when the tokenizer is not there, cannot be read or
         cannot end a document.
     """
     if spec.startswith("bpe:"):
-        return _trained_bpe(spec, corpus, cache_folder(cache_dir))
-    named = data_folder(data_root) / "tokenizers" / spec
-    folder = next((path for path in (named, Path(spec).expanduser()) if path.is_dir()), None)
-    if folder:
-        tokenizer = _read_folder(folder)
-    elif spec != "gpt2" or not (tokenizer := hub_tokenizer(spec)):
-        raise UsageError(
-            f"no tokenizer {spec!r}, nor {named}: give a tokenizer's folder, gpt2 with its tokenizer.json there, or "
-            "bpe:N, such as bpe:4096"
-        )
+        size = int(digits) if (digits := spec.removeprefix("bpe:")).isdecimal() else 0
+        if size < 257:
+            raise UsageError(f"--tokenizer {spec}: give bpe:N with N of at least 257 (256 bytes and end of text)")
+        return train_bpe(corpus.train, size)
+    advice = "give a tokenizer's folder, gpt2 with its tokenizer.json there, or bpe:N, such as bpe:4096"
+    tokenizer = saved_tokenizer(spec, data_root, advice)
     if tokenizer.eos_token_id is None:
         raise UsageError(f"tokenizer {spec!r} has no end-of-text token (eos_token): take gpt2 or bpe:N")
     return tokenizer
 
 
-def reading_tokenizer(place):
-    """Turns what a tokenizer's broken files raise into a UsageError."""
-    return reading(f"no tokenizer in {place}", "it needs a tokenizer.json")
+def saved_tokenizer(spec, data_root, advice):
+    """A fast tokenizer of `transformers`: `data_root`/tokenizers/`spec`, the folder `spec`, or by its name on the hub.
 
-
-def hub_tokenizer(name):
-    """A tokenizer by its name on the hub: what an earlier download left, else the hub's; None where there is none."""
+    Where its files name no end of text, but `END_OF_TEXT` is a token, it is that. No code from a folder is run.
+    Raises: UsageError when it is not there (`advice`: what to do) or cannot be read.
+    """
     import transformers
 
-    for local in (True, False):
-        if local or hub_reachable():
-            with contextlib.suppress(OSError):
-                return transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-    return None
-
-
-def _read_folder(folder):
-    import transformers
-
-    with reading_tokenizer(folder), quiet():
-        if (folder / "tokenizer_config.json").is_file():
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return _fast(tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text("utf-8")))
-
-
-def _fast(backend):
-    """A tokenizer of `tokenizers` as one of `transformers`, its end of text `END_OF_TEXT` where it has that."""
-    import transformers
-
-    special = END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else None
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=special, eos_token=special, unk_token=special
-    )
-
-
-def _trained_bpe(spec, corpus, cache):
-    size = int(digits) if (digits := spec.removeprefix("bpe:")).isdecimal() else 0
-    if size < 257:
-        raise UsageError(f"--tokenizer {spec}: give bpe:N with N of at least 257 (256 bytes and an end-of-text token)")
-    key = sha256_of(["bpe", tokenizers.__version__, size, documents_sha256(corpus.train)])
-    backend = cached(
-        cache / f"tokenizer-bpe{size}-{key[:24]}.json",
-        lambda: train_bpe(corpus.train, size),
-        lambda tokenizer: tokenizer.to_str().encode("utf-8"),
-        lambda stored: tokenizers.Tokenizer.from_str(stored.decode("utf-8")),
-        "training the tokenizer",
-    )
-    return _fast(backend)
+    named = data_folder(data_root) / "tokenizers" / spec
+    folder = next((path for path in (named, Path(spec).expanduser()) if path.is_dir()), None)
+    how = {"local_files_only": folder or not hub_reachable(), "trust_remote_code": False}
+    with quiet(), reading(f"no tokenizer in {folder or spec}", "it needs a tokenizer.json"):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder or spec, **how)
+        except OSError as error:
+            raise UsageError(f"no tokenizer {spec!r}, nor {named}: {advice}") from error
+        if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
+            tokenizer.eos_token = END_OF_TEXT
+    return tokenizer
 
 
 def train_bpe(documents, size):
     """A byte-level BPE (GPT-2's pre-tokenizer and byte alphabet) of at most `size` tokens; fewer of a small text.
 
-    Deterministic: ties between pairs are broken by their ids, and the 256 byte symbols are there from the start.
+    The 256 bytes and `END_OF_TEXT` are among them. Deterministic: ties between pairs are broken by their ids.
     """
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    import transformers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size,
         show_progress=False,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator(documents, trainer)
-    return tokenizer
+    backend.train_from_iterator(documents, trainer)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def vocabulary_size(tokenizer):
@@ -339,33 +296,21 @@ def tokenizer_fingerprint(tokenizer):
     return sha256_of([{k: v for k, v in rules.items() if k not in ("truncation", "padding")}, tokenizer.eos_token_id])
 
 
-# ---- tokens, and the cache
+# ---- tokens
 
 
-def encode(corpus, tokenizer, cache_dir=None):
-    """Every split as `TokenizedDocuments`: {"train", "validation", "test"}, end of text after each document.
-
-    Cached under a key of the texts, the tokenizer (all of it) and the version of its library.
-    """
-    key = sha256_of(["tokens", corpus.fingerprint, tokenizer_fingerprint(tokenizer), tokenizers.__version__])
-    path = cache_folder(cache_dir) / f"tokens-{corpus.name}-{key[:24]}.npz"
-
-    def make():
-        pairs = {split: tokenize(getattr(corpus, split), tokenizer) for split in SPLITS}
-        return {f"{split} {i}": array for split, pair in pairs.items() for i, array in enumerate(pair)}
-
-    arrays = cached(path, make, pack_arrays, unpack_arrays, "tokenising")
-    return {split: TokenizedDocuments(arrays[f"{split} 0"], arrays[f"{split} 1"]) for split in SPLITS}
-
-
-def tokenize(documents, tokenizer):
-    """(tokens, offsets) of documents, as `TokenizedDocuments` has them."""
-    kind = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.int32
+def encode(corpus, tokenizer):
+    """Every split as `TokenizedDocuments`: {"train", "validation", "test"}, end of text after each document."""
     with reading("this tokenizer cannot split the texts", "give another --tokenizer"):
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # settings below stay here
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # WikiText's "<unk>" is text, also where a tokenizer has such a token
-        encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
+        return {split: _tokenized(getattr(corpus, split), backend, tokenizer) for split in SPLITS}
+
+
+def _tokenized(documents, backend, tokenizer):
+    kind = np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.int32
+    encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
     pieces = [np.array([*e.ids, tokenizer.eos_token_id], dtype=kind) for e in encodings]
-    return np.concatenate(pieces), np.cumsum([0, *map(len, pieces)], dtype=np.int64)
+    return TokenizedDocuments(np.concatenate(pieces), np.cumsum([0, *map(len, pieces)], dtype=np.int64))

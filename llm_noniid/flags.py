@@ -70,7 +70,6 @@ def build_parser(description):
     number(rare, "--max-length", positive_int, 128, "tokens of a text, at most", "N")
     number(rare, "--eval-samples", non_negative_int, 500, "validation and test texts; 0: all", "N")
     rare.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
-    rare.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
     choice(data, "--partition", PARTITIONS, "topic_skew", "how texts are dealt to clients")
     number(data, "--alpha", positive_float, 0.1, "topic_skew: Dirichlet's concentration")
     text = "topic_skew: all clients have as many texts (equal), or what alpha draws"

@@ -27,11 +27,11 @@ def find_model(name):
     return hub.find_model(name, spec, f"download {spec} elsewhere, make one with pretrain.py, or take --model tiny")
 
 
-def find_tokenizer(name, texts, tokenizer=None, data_root=None, cache_dir=None):
+def find_tokenizer(name, texts, tokenizer=None, data_root=None):
     """The tokenizer: `tokenizer` where given ("bpe:N", a folder, a name), tiny: BPE of the texts, else the model's."""
     if tokenizer is None:
         tokenizer = TINY_TOKENS if name == "tiny" else str(find_model(name))
-    return load_tokenizer(tokenizer, as_corpus(texts), data_root, cache_dir)
+    return load_tokenizer(tokenizer, as_corpus(texts), data_root)
 
 
 def tiny_config(tokenizer, max_length, d_model=64, layers=2, heads=2):

@@ -53,7 +53,6 @@ def build_parser():
     number(data, "--max-length", positive_int, 128, "tokens of a text; positions", "N")
     data.add_argument("--tokenizer", default="bpe:4096", metavar="NAME", help="bpe:N, gpt2, a folder")
     data.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
-    data.add_argument("--cache-dir", metavar="DIR", help="tokens (default: $FEDQUARTET_CACHE, else ~/.cache)")
     number(model, "--d-model", positive_int, 128, "width", "N")
     number(model, "--layers", positive_int, 4, "blocks", "N")
     number(model, "--heads", positive_int, 4, "attention heads", "N")
@@ -78,8 +77,8 @@ def main(args):
     device = pick_device(args.device)
     amp = resolve_amp(args.amp, device)
     texts = load_texts(args.dataset, args.data_root, args.max_samples, args.seed)
-    tokenizer = load_tokenizer(args.tokenizer, as_corpus(texts), args.data_root, args.cache_dir)
-    tokens = encode(texts, tokenizer, args.max_length, args.cache_dir)
+    tokenizer = load_tokenizer(args.tokenizer, as_corpus(texts), args.data_root)
+    tokens = encode(texts, tokenizer, args.max_length)
     seed_torch(args.seed, "weights")
     from transformers import GPT2LMHeadModel
 

@@ -56,8 +56,8 @@ def load_text_model(args, texts, device, amp):
     Raises: UsageError for a model or tokenizer that is not there or does not fit.
     """
     a = args
-    tokenizer = find_tokenizer(a.model, texts, a.tokenizer, a.data_root, a.cache_dir)
-    tokens = (encode_labelled if a.target == "label" else encode)(texts, tokenizer, a.max_length, a.cache_dir)
+    tokenizer = find_tokenizer(a.model, texts, a.tokenizer, a.data_root)
+    tokens = (encode_labelled if a.target == "label" else encode)(texts, tokenizer, a.max_length)
     base = load_base(a.model, tokenizer, a.max_length, a.seed, a.dropout, one_gelu=a.target == "label")
     if a.dropout == 0 and amp == torch.bfloat16 and device.type == "cpu":
         base.set_attn_implementation("eager")  # torch's bf16 flash attention takes 5 ms a layer where this takes 1

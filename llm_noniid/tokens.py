@@ -65,25 +65,25 @@ class TokenizedTexts(text.TokenizedDocuments):
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def encode(texts, tokenizer, max_length=128, cache_dir=None):
+def encode(texts, tokenizer, max_length=128):
     """{split: `TokenizedTexts`} of `Texts`: each text's tokens, then one end of text, `max_length` in all at most.
 
     A longer text keeps its first max_length tokens, without an end, which would teach the model to stop in the middle
-    of a sentence. Words such as "<|endoftext|>" inside a text are ordinary characters. Cached before the cut.
+    of a sentence. Words such as "<|endoftext|>" inside a text are ordinary characters.
 
     Raises UsageError for a max_length below 2.
     """
     if max_length < 2:
         raise UsageError(f"--max-length {max_length} leaves no token to predict: raise it to 2 or more")
     splits = {}
-    for split, whole in text.encode(as_corpus(texts), tokenizer, cache_dir).items():
+    for split, whole in text.encode(as_corpus(texts), tokenizer).items():
         rows = first_tokens(whole, np.minimum(whole.lengths(), max_length))
         starts = np.ones(len(rows), dtype=np.int64)
         splits[split] = TokenizedTexts(*joined(rows), int(tokenizer.eos_token_id), starts)
     return splits
 
 
-def encode_labelled(texts, tokenizer, max_length=128, cache_dir=None):
+def encode_labelled(texts, tokenizer, max_length=128):
     """The same with the label as task; a text is cut so that " Topic:" and the longest label fit into max_length.
 
     Raises UsageError for a max_length that leaves no token of a text.
@@ -94,7 +94,7 @@ def encode_labelled(texts, tokenizer, max_length=128, cache_dir=None):
     if room < 1:
         raise UsageError(f"--max-length {max_length} leaves a text no room beside its label: raise it by {1 - room}")
     splits = {}
-    for split, whole in text.encode(as_corpus(texts), tokenizer, cache_dir).items():
+    for split, whole in text.encode(as_corpus(texts), tokenizer).items():
         kept = np.minimum(whole.lengths() - 1, room)  # without the end of text
         questions = [np.append(row, asks).astype(row.dtype) for row in first_tokens(whole, kept)]
         splits[split] = with_answers(questions, tuple(answers), texts.labels[split], int(tokenizer.eos_token_id))

@@ -10,7 +10,7 @@ Prints each model's folder, which --model takes too.
 from pathlib import Path
 
 from common.cli import Parser, UsageError, run_main
-from common.hub import download, hub_reachable, remember_home, winning_variable
+from common.hub import download, hub_reachable, remember
 
 MODELS = ("roberta-base", "roberta-large")
 
@@ -24,12 +24,11 @@ def main(args):
         for model in dict.fromkeys(args.models):
             folder = download(model, args.revision, home and home / "hub", online)
             print(f"{model}: {folder}", flush=True)
-            remember_home(home)  # here, so that a command that finds nothing changes nothing
+            if home:
+                remember(home / "hub")  # here, so that a command that finds nothing changes nothing
     except KeyboardInterrupt as error:
         error.add_note("run the same command again to go on")
         raise
-    if home and winning_variable():
-        print(f"{winning_variable()} is set and wins over --hf-home: unset it, or give the folders above as --model")
 
 
 def build_parser():

@@ -6,9 +6,8 @@ import functools
 import numpy as np
 
 from common.cli import RunFailed, UsageError
-from common.hub import sha256_of
 from common.seeding import stream
-from common.text import documents_sha256
+from common.text import documents_sha256, sha256_of
 
 
 @dataclasses.dataclass(frozen=True)

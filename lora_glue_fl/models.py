@@ -18,7 +18,7 @@ from common.evaluation import amp_context, pick_device, resolve_amp
 from common.lora import LoraModel
 from common.products import fit_rank
 from common.seeding import seed_torch, torch_stream
-from common.text import reading_tokenizer
+from common.text import saved_tokenizer
 from common.vector import fingerprint
 from lora_glue_fl.data_prep import encode, load_task
 from lora_glue_fl.flags import SIZES, model_name, refuse
@@ -40,11 +40,8 @@ def load_tokenizer(model, dataset):
     """
     if model == "tiny" and dataset == "demo":
         return demo_tokenizer()
-    import transformers
-
     folder = find_model(SIZES["base"] if model == "tiny" else model)
-    with reading_tokenizer(folder):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = saved_tokenizer(str(folder), None, "give an encoder's folder as --model")
     # without the tokenizer's files transformers makes one that knows no words
     useless = tokenizer.pad_token_id is None or len(tokenizer) <= len(set(tokenizer.all_special_ids))
     refuse(useless, f"the tokenizer in {folder} has no padding token or knows no words: give an encoder as --model")

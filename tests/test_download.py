@@ -7,15 +7,13 @@ import pytest
 from huggingface_hub import errors
 
 from common import hub
-from common.cli import run_main
+from common.cli import UsageError, run_main
 from lora_glue_fl import download_roberta_models, models
 
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
     """What snapshot_download was asked for; the stand-in writes a model, or raises `asked.error` at call `asked.at`."""
-    for name in ("HF_HOME", "HF_HUB_CACHE"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FEDQUARTET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download_roberta_models, "hub_reachable", lambda: calls.online)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", calls := Calls(tmp_path))
@@ -50,24 +48,18 @@ def call(*words):
 
 def test_both_models_into_a_folder_that_later_scripts_find(asked, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert hub.hub_cache() is None
     assert call("--hf_home", "./hf_cache") == 0
     cache = tmp_path / "hf_cache" / "hub"
     assert [name for name, _ in asked] == ["roberta-base", "roberta-large"]
     assert all(how["cache_dir"] == cache and how["revision"] == "main" for _, how in asked)
     assert capsys.readouterr().out.splitlines() == [f"{n}: {cache / n}" for n in ("roberta-base", "roberta-large")]
     monkeypatch.chdir("/")
-    assert hub.hub_cache() == cache
-    monkeypatch.setenv("HF_HUB_CACHE", "x")
-    assert hub.hub_cache() is None
-    monkeypatch.delenv("HF_HUB_CACHE")
-    monkeypatch.setenv("HF_HOME", "/elsewhere")
-    assert hub.hub_cache() is None
-    assert call("--hf_home", tmp_path / "hf_cache") == 0
-    assert "HF_HOME=/elsewhere is set and wins" in capsys.readouterr().out
-    monkeypatch.delenv("HF_HOME")
+    assert call("--models", "x") == 0  # into the library's own cache
+    assert models.find_model("roberta-large") == cache / "roberta-large"
+    assert models.find_model("x") == tmp_path / "default" / "x"
     cache.rename(tmp_path / "gone")
-    assert hub.hub_cache() is None
+    with pytest.raises(UsageError, match="no model roberta-large"):
+        models.find_model("roberta-large")
 
 
 def test_no_pickles_and_the_same_files_as_the_scripts_ask_for(asked, tmp_path):
@@ -104,6 +96,6 @@ def test_a_download_that_breaks_off_goes_on(asked, tmp_path, capsys):
         assert call("--hf_home", tmp_path / "home") == code
         said = capsys.readouterr()
         assert len(said.err.splitlines()) == 1 and "the same command again" in said.err and "--resume" not in said.err
-        assert said.out.startswith("roberta-base: ") and hub.hub_cache() is not None
+        assert said.out.startswith("roberta-base: ") and hub.remembered_cache() is not None
     asked.error = None
     assert call("--hf_home", tmp_path / "home") == 0

@@ -10,8 +10,8 @@ from scipy import stats
 
 import common.hub
 from common.cli import RunFailed, UsageError
-from common.hub import sha256_of
 from common.seeding import stream
+from common.text import sha256_of
 from lora_glue_fl.data_prep import encode, load_task, training_batches
 from lora_glue_fl.glue_tasks import TASKS, demo_tokenizer, evaluate, score
 
