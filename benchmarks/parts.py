@@ -107,7 +107,7 @@ def lora(_):
         total = Product(WIDTH, WIDTH)
         for one, other in parts:
             total.add(one, other, 0.1)
-        small_A, small_B, _ = truncate(total, rank, 1.0)
+        small_A, small_B = truncate(total, rank, 1.0)
         return small_B.double() @ small_A.double()
 
     def dense():

@@ -17,9 +17,6 @@ FedRot-LoRA's R_k leaves B_k R_k R_k^T A_k as it is (`common.lowrank.rotated`): 
 nearest to the round's start, the others B. (Its public code counts rounds from 0 and rotates none in the first. Here a
 first round aligns A, so that a round from a given adapter is the rule's.)
 
-With a server learning rate eta each takes theta + eta (mean - theta): of A and B, and of the products too, of which
-svd, stack and residual then serve (1 - eta) s B A + eta Delta in the place of Delta, s B A being what was served.
-
 svd and stack take clients of different ranks. residual could serve their mean exactly too, of zero-padded factors, but
 a client of a smaller rank would then begin with another product than the one that the base was corrected for.
 """
@@ -31,8 +28,7 @@ import torch
 
 from common import parallel
 from common.aggregation import WeightedMean
-from common.cli import RULES
-from common.products import Product, distance, fresh_A, one_thread, quotient, truncate
+from common.products import Product, distance, fresh_A, one_thread, truncate
 from common.seeding import torch_stream
 
 NEAR = 1e-12  # of a correlation's norm: which rotation where several are best
@@ -79,8 +75,6 @@ def trained_factors(rule, round):
 
     rolora begins with B: at B = 0 the gradient of A is zero, and a round of A would be lost.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule {rule!r} is not one of {', '.join(RULES)}")
     if rule == "rolora":
         return ("B",) if round % 2 == 0 else ("A",)
     return {"head": (), "ffa": ("B",)}.get(rule, ("A", "B"))
@@ -90,27 +84,22 @@ def trained_factors(rule, round):
 class Served:
     """What a rule serves after a round.
 
-    factors: {layer: (A, B)}, with the scale `scale`; head [h], where the round has one; updates: {layer: `Product`} to
-    add to the base weights (stack and residual; else empty); error: ||served - mean(BA)|| / ||mean(BA)|| over all
-    layers, of the factors as they are rounded and of `updates` before they are (mean(BA): with a server learning rate
-    what is taken in its place); norm: ||mean(BA)|| over all layers; discarded: the share of Delta's energy (squared
-    norm) that svd cut off, else 0; missing: directions of all layers that svd had to draw.
+    factors: {layer: (A, B)}; head [h], where the round has one; updates: {layer: `Product`} to add to the base weights
+    (stack and residual; else empty); error: ||served - mean(BA)|| / ||mean(BA)|| over all layers, of the factors as
+    they are rounded and of `updates` before they are; norm: ||mean(BA)|| over all layers.
     """
 
     factors: dict
     head: torch.Tensor | None
-    scale: float
     updates: dict
     error: float
     norm: float
-    discarded: float
-    missing: int
 
 
 class AdapterMean:
     """One round's adapters, averaged by one of the rules (see the top of this module).
 
-        mean = AdapterMean("svd", factors, scale, clients, t, seed)
+        mean = AdapterMean("svd", factors, scale, clients, seed)
         for k in clients:
             mean.add(train(k))
         served = mean.result()
@@ -119,38 +108,19 @@ class AdapterMean:
     (see `Product`), whatever their number.
 
     Args:
-        rule: one of `RULES`.
+        rule: one of `common.cli.RULES`.
         factors: {layer: (A, B)} that the round began with, not to be changed while clients are added.
-        scale: their s.
-        server_lr: eta; 1: the plain mean.
+        scale: their s, and of what is served where `new_scale` is not given.
         clients: `common.parallel.Round`.
-        round, seed: for the random rows that a rule may need; round: for the factor that rotate aligns too.
-        rank, new_scale, split: of the adapter that svd serves (rank and new_scale of stack's fresh one too); rank and
-            scale default to those of `factors`, and are those for the other rules.
+        seed: for the random rows that a rule may need.
+        rank, new_scale, split: of the adapter that svd serves (rank: of stack's fresh one too; default: of `factors`).
         head: the vector [h] of the head's weights that the round began with, whose mean is served beside the adapter.
     """
 
-    def __init__(
-        self,
-        rule,
-        factors,
-        scale,
-        clients,
-        round=0,
-        seed=0,
-        rank=None,
-        new_scale=None,
-        split="us",
-        server_lr=1.0,
-        head=None,
-    ):
+    def __init__(self, rule, factors, scale, clients, seed=0, rank=None, new_scale=None, split="us", head=None):
         self.rule, self.factors, self.scale, self.clients = rule, dict(factors), scale, clients
-        self.round, self.seed, self.split, self.server_lr = round, seed, split, server_lr
-        ranks = {A.shape[0] for A, _ in self.factors.values()}
-        self.rank = rank or max(ranks)
-        self.new_scale = scale if new_scale is None else new_scale
-        if rule not in MIXED_RANKS and (self.new_scale != scale or ranks != {self.rank}):
-            raise ValueError(f"rule {rule} serves the rank and scale of its clients: take {' or '.join(MIXED_RANKS)}")
+        self.seed, self.split, self.new_scale = seed, split, scale if new_scale is None else new_scale
+        self.rank = rank or max(len(A) for A, _ in self.factors.values())
         self._mean = None if rule in MIXED_RANKS else WeightedMean(_vector(self.factors), clients)
         self._head = None if head is None else WeightedMean(head, clients)
         self._products = _ProductMeans(clients, self.factors)
@@ -159,12 +129,9 @@ class AdapterMean:
         """Adds the client that the round is at. Returns False if it is left out: something is not finite.
 
         Args: factors: {layer: (A, B)}, what the rule does not train as the round began with it; head: its vector [h],
-            where the round has one; scale: its s.
-        Raises: ValueError for a scale that the rule does not take.
+            where the round has one; scale: its s (default: what the round began with), one for all clients but for
+            the rules of `MIXED_RANKS`.
         """
-        scale = self.scale if scale is None else scale
-        if self.rule not in MIXED_RANKS and scale != self.scale:
-            raise ValueError(f"rule {self.rule}: an adapter has scale {scale:g}, the others {self.scale:g}")
         heads = () if self._head is None else (head,)
         if not self.clients.counts((factors, head), *(t for pair in factors.values() for t in pair), *heads):
             return False
@@ -172,7 +139,7 @@ class AdapterMean:
             self._mean.add(_vector(self._aligned(factors) if self.rule == "rotate" else factors))
         for head in heads:
             self._head.add(head)
-        self._products.add(factors, scale)
+        self._products.add(factors, self.scale if scale is None else scale)
         return True
 
     def result(self):
@@ -180,26 +147,25 @@ class AdapterMean:
 
         Raises: ValueError when no client with a weight above 0 was added.
         """
-        mean = None if self._mean is None else self._paired(self._mean.result(self.server_lr))
+        mean = None if self._mean is None else self._paired(self._mean.result())
         mine = {name: self._layer(name, target, mean) for name, target in self._products.result().items()}
         merged = {name: layer for part in parallel.all_gather(mine) for name, layer in part.items()}
-        pairs, updates = ({name: merged[name][key] for name in self.factors} for key in ("pair", "update"))
-        of = {key: [merged[name][key] for name in self.factors] for key in ("norm", "missed", "discarded", "missing")}
-        norm, energy = math.hypot(*of["norm"]), sum(merged[n]["kept"] + merged[n]["discarded"] for n in self.factors)
+        pairs, updates, missed, norms = zip(*(merged[name] for name in self.factors), strict=True)
+        norm = math.hypot(*norms)
         return Served(
-            factors={name: tuple(t.to(A.device) for t in pairs[name]) for name, (A, _) in self.factors.items()},
-            head=None if self._head is None else self._head.result(self.server_lr),
-            scale=self.new_scale,
-            updates={name: update for name, update in updates.items() if update is not None},
-            error=quotient(math.hypot(*of["missed"]), norm),
+            factors={
+                name: tuple(t.to(A.device) for t in pair)
+                for (name, (A, _)), pair in zip(self.factors.items(), pairs, strict=True)
+            },
+            head=None if self._head is None else self._head.result(),
+            updates={name: update for name, update in zip(self.factors, updates, strict=True) if update is not None},
+            error=math.hypot(*missed) / norm if norm else 0.0,
             norm=norm,
-            discarded=sum(of["discarded"]) / energy if energy else 0.0,
-            missing=sum(of["missing"]),
         )
 
     def _aligned(self, factors):
         """The factors, each layer's rotated to agree with those that the round began with."""
-        letter, starts = "AB"[self.round % 2], self.factors
+        letter, starts = "AB"[self.clients.number % 2], self.factors
         return {name: rotated(*pair, starts[name], letter) for name, pair in factors.items()}
 
     def _paired(self, mean):
@@ -208,35 +174,27 @@ class AdapterMean:
         return {name: tuple(next(pieces).view(t.shape).clone() for t in pair) for name, pair in self.factors.items()}
 
     def _layer(self, name, target, mean):
-        """What a layer serves instead of its mean of products `target`, and by how much it misses it, as a dict.
-
-        pair: (A, B) on the CPU; update: `Product` or None; missed: ||served - target||; norm: ||target||; the others
-        as `truncate` says.
-        """
-        A, B = self.factors[name]
-        update, info = None, {"kept": 0.0, "discarded": 0.0, "missing": 0}
-        if self.server_lr != 1:
-            old = Product(*target.shape).add(A, B, (1 - self.server_lr) * self.scale)
-            target = old.add_product(target, self.server_lr)
+        """What a layer serves in the place of its mean of products `target`: (A, B) on the CPU, the `Product` that is
+        added to the base or None, ||served - target||, ||target||."""
+        (A, B), update = self.factors[name], None
         if self.rule == "svd":
             draws = self._stream("missing directions", name)
-            new_A, new_B, info = truncate(target, self.rank, self.new_scale, self.split, draws)
+            new_A, new_B = truncate(target, self.rank, self.new_scale, self.split, draws)
         elif self.rule == "stack":
             new_A = fresh_A(self.rank, A.shape[1], self._stream("fresh adapter", name))
             new_B, update = torch.zeros(len(B), self.rank), target
         else:
             new_A, new_B = mean[name]
         pair = tuple(new.to("cpu", old.dtype).contiguous() for new, old in ((new_A, A), (new_B, B)))
+        served = Product(*target.shape).add(*pair, self.new_scale)
         if self.rule == "residual":
             update = Product(*target.shape).add_product(target).add(*pair, -self.new_scale)
-        served = Product(*target.shape).add(*pair, self.new_scale)
         if update is not None:
             served.add_product(update)
-        missed = distance(served, target)
-        return {"pair": pair, "update": update, "missed": missed, "norm": target.norm(), **info}
+        return pair, update, distance(served, target), target.norm()
 
     def _stream(self, purpose, name):
-        return torch_stream(self.seed, f"lowrank: {purpose} of {name}", self.round)
+        return torch_stream(self.seed, f"lowrank: {purpose} of {name}", self.clients.number)
 
 
 class _ProductMeans:

@@ -120,8 +120,7 @@ def truncate(target, rank, new_scale, split="us", generator=None):
 
     Args: target: a `Product`; rank: at least 1, also above Delta's; new_scale: s of the new adapter, above 0; split: of
         `common.cli.SPLITS`; generator: for the missing directions, needed only where there are any.
-    Returns: (A [rank, k], B [d, rank], info), fp64; info: "kept" and "discarded", sums of squared singular values, and
-        "missing", the number of directions without one.
+    Returns: (A [rank, k], B [d, rank]), fp64.
     """
     with one_thread():
         if target.columns is None:
@@ -132,7 +131,6 @@ def truncate(target, rank, new_scale, split="us", generator=None):
             Q_A, R_A = torch.linalg.qr(A.T)  # [k, R], [R, R]
             U, S, Vh = torch.linalg.svd(R_B @ R_A.T)  # [R, R], [R], [R, R]
             U, Vh = Q_B @ U[:, :rank], Vh[:rank] @ Q_A.T  # [d, rank], [rank, k]
-        energies = S.square()
         # As matrix_rank: below this a singular value is rounding, and its direction arbitrary.
         found = int((S[:rank] > S[:1] * max(target.shape) * torch.finfo(S.dtype).eps).sum())
         U, S, Vh = U[:, :found], S[:found] / new_scale, Vh[:found]
@@ -140,9 +138,7 @@ def truncate(target, rank, new_scale, split="us", generator=None):
             B, A = U * S, Vh  # [d, found], [found, k]
         else:
             B, A = U * S.sqrt(), S.sqrt()[:, None] * Vh  # [d, found], [found, k]
-    A, B = fit_rank(A, B, rank, generator)
-    kept, discarded = energies[:found].sum().item(), energies[found:].sum().item()
-    return A, B, {"kept": kept, "discarded": discarded, "missing": rank - found}
+    return fit_rank(A, B, rank, generator)
 
 
 def fit_rank(A, B, rank, generator=None, ratio=1.0):
@@ -173,13 +169,6 @@ def fresh_A(r, k, generator):
 def distance(served, target):
     """||served - target||, the Frobenius norm, of two `Product`s."""
     return Product(*target.shape).add_product(served).add_product(target, -1.0).norm()
-
-
-def quotient(difference, norm):
-    """difference / norm; 0 when both are zero."""
-    if norm == 0:
-        return 0.0 if difference == 0 else math.inf
-    return difference / norm
 
 
 def _zeros(*shape):

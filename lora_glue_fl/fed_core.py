@@ -76,7 +76,7 @@ class Study:
         """The rule's mean of a round."""
         t, a = clients.number, self.args
         pairs, scale = factors(theta), self.served_scale(t)
-        return AdapterMean(a.aggregate, pairs, scale, clients, t, a.seed, head=theta["head"], **self.served_as)
+        return AdapterMean(a.aggregate, pairs, scale, clients, a.seed, head=theta["head"], **self.served_as)
 
     def evaluates(self, t):
         """Whether what is served after t rounds is evaluated."""

@@ -36,7 +36,7 @@ class Replay(Follower):
         if study.evaluates(t + 1):
             study.model.adapted.load_base(base_of(theta))
             pairs = starts_of(study, theta, t, study.args.lora_r)
-            self.means = {rule: AdapterMean(rule, pairs, study.scale, clients, t, study.args.seed) for rule in RULES}
+            self.means = {rule: AdapterMean(rule, pairs, study.scale, clients, study.args.seed) for rule in RULES}
             self.began = {name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in pairs.items()}
             self.base = {name: w.detach().clone() for name, w in study.model.adapted.base_weights().items()}
             self.head = theta["head"].clone()

@@ -267,7 +267,7 @@ def test_what_a_round_held_is_freed_with_it_and_waits_for_no_garbage_collector(t
     gc.disable()
     try:
         round = Round(range(2), followers=[control])
-        rules = [AdapterMean(name, pair, 1.0, round, 0, 0) for name in ("svd", "residual")]
+        rules = [AdapterMean(name, pair, 1.0, round) for name in ("svd", "residual")]
         means = [WeightedMean(theta, round), PrecisionWeightedMean(theta, round), WeightedMean(theta, round)]
         for k in round:
             control.offer(k, theta)

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from common.adapter_files import write_adapter
 from common.checkpoint import read_json
-from common.cli import checked, run_main
-from common.lowrank import RULES
+from common.cli import RULES, checked, run_main
 from common.runlog import read_metrics
 from common.seeding import stream, torch_stream
 from lora_glue_fl import fed_core, flags

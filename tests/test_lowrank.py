@@ -9,7 +9,8 @@ import torch
 from adapters import close, dense, normal
 from harness import answers_of, as_rank
 
-from common.lowrank import MIXED_RANKS, RULES, AdapterMean, trained_factors
+from common.cli import RULES
+from common.lowrank import MIXED_RANKS, AdapterMean, trained_factors
 from common.parallel import Round
 
 SIZES = {"square": (24, 24), "tall": (40, 16), "wide": (12, 33)}  # d x k
@@ -33,8 +34,8 @@ def local(start, client, rule="naive", round=0, scale=0.3, sizes=SIZES):
     }
 
 
-def mean_of(rule, start, adapters, weights, scales=None, **options):
-    mean = AdapterMean(rule, start, S, clients := Round(range(len(adapters)), weights), **options)
+def mean_of(rule, start, adapters, weights, scales=None, round=0, **options):
+    mean = AdapterMean(rule, start, S, clients := Round(range(len(adapters)), weights, number=round), **options)
     for k in clients:
         assert mean.add(adapters[k], scale=scales[k] if scales else None)
     return mean
@@ -53,11 +54,11 @@ def dense_mean(clients, weights, scales=None):
     }
 
 
-def served_delta(served, name):
+def served_delta(served, name, scale=S):
     """What the layer adds in all, by numpy: the adapter's product and the base update."""
     A, B = (t.double().numpy() for t in served.factors[name])
     update = served.updates[name].full().numpy() if name in served.updates else 0.0
-    return served.scale * B @ A + update
+    return scale * B @ A + update
 
 
 # ---- the rules
@@ -103,17 +104,15 @@ def test_naive_misses_by_the_covariance_of_the_factors():
     assert served.error == pytest.approx(math.sqrt(missed / norm), rel=1e-12) and served.error > 0.01
 
 
-def test_svd_serves_the_best_of_its_rank_and_says_what_it_cut():
+def test_svd_serves_the_best_of_its_rank():
     start = adapter(0)
     clients = [local(start, k) for k in range(4)]
     served = mean_of("svd", start, clients, N, rank=5, new_scale=0.25, split="balanced").result()
-    assert served.scale == 0.25
     tail, total = 0.0, 0.0
     for name, mean in dense_mean(clients, N).items():
         U, sigma, Vh = np.linalg.svd(mean, full_matrices=False)
-        close(served_delta(served, name), (U[:, :5] * sigma[:5]) @ Vh[:5], 5e-14)
+        close(served_delta(served, name, 0.25), (U[:, :5] * sigma[:5]) @ Vh[:5], 5e-14)
         tail, total = tail + (sigma[5:] ** 2).sum(), total + (sigma**2).sum()
-    assert served.discarded == pytest.approx(tail / total, rel=1e-11)
     assert served.error == pytest.approx(math.sqrt(tail / total), rel=1e-11)  # Eckart-Young
 
 
@@ -134,8 +133,7 @@ def test_one_client_and_equal_clients(rule):
 def test_the_first_round_and_a_round_without_change_are_no_nan(rule):
     start = {name: (A, torch.zeros_like(B)) for name, (A, B) in adapter(0).items()}
     served = mean_of(rule, start, [start] * 3, [1.0] * 3).result()
-    assert served.error == 0 and served.discarded == 0
-    assert served.missing == (9 if rule == "svd" else 0)
+    assert served.error == 0
     for name in SIZES:
         assert not served_delta(served, name).any() and torch.isfinite(served.factors[name][0]).all()
         assert served.factors[name][0].any()  # both zero would never learn
@@ -174,24 +172,6 @@ def test_rounds_of_rolora_begin_with_b():
     assert [trained_factors("rolora", round) for round in range(3)] == [("B",), ("A",), ("B",)]
     assert {trained_factors("ffa", round) for round in range(3)} == {("B",)}
     assert trained_factors("svd", 1) == trained_factors("naive", 0) == ("A", "B")
-    with pytest.raises(ValueError, match="one of svd"):
-        trained_factors("fedavg", 0)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_a_server_learning_rate_goes_part_of_the_way_to_the_mean(rule):
-    start = adapter(0)
-    clients = [local(start, k, rule, 1) for k in range(4)]
-    rank = 15 if rule == "svd" else None  # cuts nothing
-    plain, served = (mean_of(rule, start, clients, N, round=1, rank=rank, server_lr=eta).result() for eta in (1.0, 0.3))
-    for name, mean in dense_mean(clients, N).items():
-        (A_0, B_0), (A, B), (A_1, B_1) = start[name], served.factors[name], plain.factors[name]
-        if rule not in MIXED_RANKS:
-            close(A, 0.7 * A_0 + 0.3 * A_1, 1e-14), close(B, 0.7 * B_0 + 0.3 * B_1, 1e-14)
-        if rule not in ("naive", "rotate"):
-            close(served_delta(served, name), 0.7 * S * (B_0 @ A_0).numpy() + 0.3 * mean, 1e-13)
-    assert (served.error > 1e-3) == (rule in ("naive", "rotate"))
-    assert math.isclose(served.norm, plain.norm, rel_tol=1e-12) == (rule == "head")
 
 
 # ---- order, processes, threads, memory
@@ -205,7 +185,7 @@ def digest(served):
     tensors += [update.full() for update in served.updates.values()]
     for t in tensors:
         hashed.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    hashed.update(repr((served.error, served.norm, served.discarded, served.missing)).encode())
+    hashed.update(repr((served.error, served.norm)).encode())
     return hashed.hexdigest()
 
 
