@@ -1,7 +1,6 @@
 """Data sets and models of the Hugging Face hub, through their libraries' own caches and offline modes."""
 
 import contextlib
-import json
 import os
 import urllib.error
 import urllib.request
@@ -132,14 +131,6 @@ def reading(what, advice):
         raise
     except Exception as error:
         raise UsageError(f"{what} ({one_line(error)[:300]}): {advice}") from error
-
-
-def read_config(path):
-    """The JSON object in a config.json. Raises: OSError, ValueError."""
-    config = json.loads(path.read_text("utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no model's configuration")
-    return config
 
 
 @contextlib.contextmanager

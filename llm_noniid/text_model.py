@@ -13,11 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from common import parallel
-from common.adapter_files import write_adapter
 from common.batches import evaluation_batches
 from common.evaluation import amp_context, perplexity
 from common.hub import quiet
-from common.lora import LoraModel
+from common.lora import LoraModel, write_adapter
 from common.vector import Weights
 from llm_noniid.models import find_tokenizer, load_base
 from llm_noniid.tokens import IGNORE, TokenizedTexts, encode, encode_labelled

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from common.adapter_files import refuse_other_files, write_adapter
 from common.cli import Parser, UsageError, parse, positive_float, positive_int, run_main
+from common.lora import refuse_other_files, write_adapter
 from common.lowrank import AdapterMean
 from common.parallel import Round
 from common.vector import fingerprint

@@ -8,8 +8,8 @@ W + s B A with s = alpha / r; A random, B zero, W frozen   (Hu et al. 2022), tra
 
 from pathlib import Path
 
-from common.adapter_files import write_adapter
 from common.cli import parse, run_main
+from common.lora import write_adapter
 from common.runlog import start_run
 from lora_glue_fl import baseline_run
 from lora_glue_fl.flags import add_lora_flags, size_label

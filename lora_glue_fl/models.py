@@ -10,12 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from common import hub, parallel
-from common.adapter_files import CONFIG, read_adapter
 from common.batches import evaluation_batches
 from common.checkpoint import saving
 from common.cli import UsageError
 from common.evaluation import amp_context, pick_device, resolve_amp
-from common.lora import LoraModel
+from common.lora import CONFIG, LoraModel, read_adapter
 from common.products import fit_rank
 from common.seeding import seed_torch, torch_stream
 from common.text import saved_tokenizer

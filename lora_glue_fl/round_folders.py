@@ -6,7 +6,7 @@ Clients and rounds count from 1 in names, from 0 in code.
 import shutil
 
 from common import parallel
-from common.adapter_files import write_adapter
+from common.lora import write_adapter
 
 
 class RoundFolders:

@@ -10,8 +10,8 @@ import transformers
 from encoders import KINDS, make_tokenizer, save_encoder
 from safetensors.torch import load_file
 
-from common.adapter_files import read_adapter, write_adapter
 from common.cli import UsageError
+from common.lora import read_adapter, write_adapter
 from lora_glue_fl.glue_tasks import TASKS, demo_task
 from lora_glue_fl.models import TaskModel, load_tokenizer
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from scipy.linalg import orthogonal_procrustes
 from torch.nn import functional as F
 
-from common.adapter_files import write_adapter
 from common.checkpoint import read_json
 from common.cli import RULES, checked, run_main
+from common.lora import write_adapter
 from common.runlog import read_metrics
 from common.seeding import stream, torch_stream
 from lora_glue_fl import fed_core, flags

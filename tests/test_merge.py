@@ -7,11 +7,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_adapter_files import PREFIX, change, roberta, save_by_peft
+from test_lora import PREFIX, change, roberta, save_by_peft
 
-from common.adapter_files import CONFIG, WEIGHTS, read_adapter
 from common.checkpoint import read_json
 from common.cli import run_main
+from common.lora import CONFIG, WEIGHTS, read_adapter
 from lora_glue_fl import fedavg_merge
 
 TARGETS = ("query", "value", "intermediate.dense")  # the last is 24 x 16

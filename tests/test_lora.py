@@ -9,9 +9,9 @@ from comparing import same_bits
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2ForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from common.adapter_files import CONFIG, WEIGHTS, read_adapter, write_adapter
 from common.checkpoint import read_json, write_json
 from common.cli import RunFailed, UsageError
+from common.lora import CONFIG, WEIGHTS, read_adapter, write_adapter
 
 PREFIX = "base_model.model."
 QUERY = "roberta.encoder.layer.0.attention.self.query"
@@ -175,6 +175,7 @@ def test_what_is_missing_damaged_or_pickled(tmp_path):
     for share in (0.0, 0.2, 0.9999):
         (tmp_path / WEIGHTS).write_bytes(data[: int(share * len(data))])
         refused(tmp_path, f"{WEIGHTS} is damaged")
+    (tmp_path / WEIGHTS).write_bytes(data)
     for text in ("", "{", "[]", "\xff"):
         (tmp_path / CONFIG).write_text(text, encoding="latin-1")
         refused(tmp_path, CONFIG)
