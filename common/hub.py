@@ -62,24 +62,20 @@ def hub_dataset(name, columns, what, files):
 # ---- models
 
 
-def download(model, revision="main", cache_dir=None, online=True):
+def download(model, cache_dir=None, online=True):
     """The folder of `model`, its missing files downloaded; offline: as an earlier download left it.
 
     Raises: UsageError for what is not there or has no safetensors; RunFailed when a download breaks off.
     """
     from huggingface_hub import errors, snapshot_download  # only here: it takes a second to import
 
-    unknown = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-    places = {"revision": revision, "cache_dir": cache_dir, "local_files_only": not online}
+    how = {"allow_patterns": MODEL_FILES, "cache_dir": cache_dir, "local_files_only": not online}
     try:
-        folder = Path(snapshot_download(model, allow_patterns=MODEL_FILES, **places))
-    except unknown as error:
-        raise UsageError(f"the hub has no {model} at revision {revision} ({one_line(error)})") from error
+        folder = Path(snapshot_download(model, **how))
+    except (errors.HFValidationError, errors.RepositoryNotFoundError) as error:
+        raise UsageError(f"the hub has no {model} ({one_line(error)}): choose another model") from error
     except errors.LocalEntryNotFoundError as error:
-        raise UsageError(
-            f"{model} at revision {revision} is not downloaded yet, or not whole, and the hub cannot be reached: run "
-            "lora_glue_fl/download_roberta_models.py where there is a network, or give a folder as --model"
-        ) from error
+        raise UsageError(f"{model} is not downloaded yet, or not whole: run this where there is a network") from error
     except Exception as error:  # of whichever HTTP library the hub's has under it
         raise RunFailed(f"{model}: {one_line(error)}; run the same command again to go on") from error
     if not list(folder.glob("model*.safetensors")):

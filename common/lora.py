@@ -24,7 +24,7 @@ import torch
 from common.checkpoint import read_json, saving, swap, write_json
 from common.cli import RunFailed, UsageError
 from common.hub import quiet, reading
-from common.products import add_to_weight, scaling
+from common.products import add_to_weight
 from common.seeding import seed_torch
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -102,7 +102,7 @@ class LoraModel:
             for name, p in self.model.named_parameters()
             if ".modules_to_save.default." in name
         }
-        self.scale = scaling(alpha, r)
+        self.scale = alpha / r
 
     def factors(self):
         """{layer: (A [r, k], B [d, r])}: the model's own parameters."""
@@ -188,7 +188,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _OURS = {CONFIG, WEIGHTS, "fuse_manifest.json", "README.md"}  # README.md: peft's model card
 _PREFIX = "base_model.model."
 # Options that are read here or change no number of a trained adapter. Any other must be as in a fresh peft.LoraConfig.
-_READ = {"r", "lora_alpha", "use_rslora", "fan_in_fan_out", "head_pooling", "base_model_name_or_path", "task_type"}
+_READ = {"r", "lora_alpha", "fan_in_fan_out", "head_pooling", "base_model_name_or_path", "task_type"}
 _READ |= {"target_modules", "modules_to_save", "layers_pattern", "layers_to_transform", "exclude_modules"}
 _READ |= {"inference_mode", "lora_dropout", "peft_version", "revision", "runtime_config"}
 _STARTS = (None, True, False, "gaussian", "orthogonal")  # values of init_lora_weights that leave the base as it is
@@ -199,10 +199,10 @@ class AdapterFile:
     """An adapter, read and checked.
 
     factors: {layer: (A [r, k], B [d, r])}, head: {parameter name in the transformers model: tensor}, fp32 on the CPU;
-    base: {layer: weight that replaces the base model's}, empty but for stack and residual; scale: s = alpha / r
-    (rsLoRA: alpha / sqrt r); target_modules: sorted names, the layers' full names where the file has a pattern or
-    chooses among layers; head_pooling: what its head reads, "cls" or "mean"; sha256: of adapter_model.safetensors;
-    config: all of adapter_config.json.
+    base: {layer: weight that replaces the base model's}, empty but for stack and residual; scale: s = alpha / r;
+    target_modules: sorted names, the layers' full names where the file has a pattern or chooses among layers;
+    head_pooling: what its head reads, "cls" or "mean"; sha256: of adapter_model.safetensors; config: all of
+    adapter_config.json.
     """
 
     factors: dict
@@ -299,8 +299,7 @@ def read_adapter(folder):
     modules_to_save = sorted(config.get("modules_to_save") or [])
     with reading(f"{path} does not fit {WEIGHTS}", "save the adapter again"):
         r, alpha, names = config["r"], config["lora_alpha"], config["target_modules"]
-        scale = scaling(alpha, r, config.get("use_rslora"))
-        if not 0 < scale < math.inf:
+        if not 0 < alpha / r < math.inf:
             raise ValueError(f"r {r} and lora_alpha {alpha} must be above 0")
         factors, head, base = _sort_tensors(stored, modules_to_save, r)
     chosen = isinstance(names, str) or config.get("layers_to_transform") or config.get("exclude_modules")
@@ -310,7 +309,7 @@ def read_adapter(folder):
         base=base,
         r=r,
         alpha=alpha,
-        scale=scale,
+        scale=alpha / r,
         target_modules=sorted(factors if chosen else names),
         modules_to_save=modules_to_save,
         base_model=config.get("base_model_name_or_path"),
@@ -353,12 +352,8 @@ def _sort_tensors(stored, modules_to_save, r):
             raise ValueError(f"{name} is neither a LoRA factor of a linear layer nor in modules_to_save")
     if not pairs or (modules_to_save and not head):  # peft would load it, with a random head
         raise ValueError(f"no weights of {' or '.join(modules_to_save) if pairs else 'factors'}")
-    if base and base.keys() != pairs.keys():  # all layers have one, or none
-        raise ValueError(f"{min(base.keys() ^ pairs.keys())} has factors or a base weight, not both")
     for layer, pair in pairs.items():
         shapes = [list(pair[letter].shape) if letter in pair else None for letter in "AB"]
         if None in shapes or [len(shape) for shape in shapes] != [2, 2] or (shapes[0][0], shapes[1][1]) != (r, r):
             raise ValueError(f"A and B of {layer} are {shapes}, not [r, inputs] and [outputs, r] with r {r}")
-        if base and sorted(base[layer].shape) != sorted([shapes[0][1], shapes[1][0]]):
-            raise ValueError(f"the base weight of {layer} has another size")
     return {layer: (pair["A"], pair["B"]) for layer, pair in pairs.items()}, head, base

@@ -1,8 +1,8 @@
 """Products of LoRA factors: sums of them, their norms and their truncation, without forming them where factors suffice.
 
-A layer's adapter is a pair (A [r, k], B [d, r]) that adds Delta = s B A [d, k] to what the layer computes, s = alpha/r
-(rsLoRA: alpha/sqrt(r)). A torch.nn.Linear's weight is [d, k]; transformers' Conv1D keeps the transpose (peft's
-`fan_in_fan_out`), which matters only in `add_to_weight`.
+A layer's adapter is a pair (A [r, k], B [d, r]) that adds Delta = s B A [d, k] to what the layer computes, s = alpha/r.
+A torch.nn.Linear's weight is [d, k]; transformers' Conv1D keeps the transpose (peft's `fan_in_fan_out`), which matters
+only in `add_to_weight`.
 
 All products are computed in fp64 on the CPU, with one thread, so that neither a device nor a number of threads enters
 the bits.
@@ -12,11 +12,6 @@ import contextlib
 import math
 
 import torch
-
-
-def scaling(alpha, r, rslora=False):
-    """s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
-    return alpha / (math.sqrt(r) if rslora else r)
 
 
 class Product:

@@ -22,7 +22,7 @@ def main(args):
     online = hub_reachable()
     try:
         for model in dict.fromkeys(args.models):
-            folder = download(model, args.revision, home and home / "hub", online)
+            folder = download(model, home and home / "hub", online)
             print(f"{model}: {folder}", flush=True)
             if home:
                 remember(home / "hub")  # here, so that a command that finds nothing changes nothing
@@ -35,7 +35,6 @@ def build_parser():
     parser = Parser(__doc__.split("\n")[0])
     text = "where the models go, for the other scripts too (default: the library's cache)"
     parser.add_argument("--hf-home", metavar="DIR", help=text)
-    parser.add_argument("--revision", default="main", metavar="NAME", help="branch, tag or commit")
     text = "names on the hub (default: both RoBERTas)"
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help=text)
     return parser

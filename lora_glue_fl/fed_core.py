@@ -19,7 +19,6 @@ from common.local import client_optimizer, local_steps
 from common.lowrank import MIXED_RANKS, AdapterMean, Served, trained_factors
 from common.parallel import Follower
 from common.participation import check_participation, per_round
-from common.products import scaling
 from common.seeding import seed_torch
 from common.vector import Weights
 from lora_glue_fl.data_prep import MAX_GRAD_NORM, batches, learning_rates, plan_steps
@@ -118,11 +117,11 @@ def load_study(args, run):
     shards = load_shards(a.shard_dir, model.data)
     check_participation(a.participation, len(shards))
     ranks = client_ranks(a, len(shards))
-    scale = scaling(a.lora_alpha, a.lora_r)
+    scale = a.lora_alpha / a.lora_r
     start = a.init_adapter and model.start(a.init_adapter, a.lora_r, scale, min(a.lora_r, *ranks))
     served_as = {"rank": a.lora_r}
     if a.aggregate == "svd":
-        served_as = {"rank": a.svd_rank, "new_scale": scaling(a.alpha, a.svd_rank), "split": a.svd_split}
+        served_as = {"rank": a.svd_rank, "new_scale": a.alpha / a.svd_rank, "split": a.svd_split}
     fused = f"fused_r{served_as['rank']}" + "_nosvd" * (a.aggregate == "naive")
     study = Study(
         args=a,

@@ -37,7 +37,7 @@ def merge(folders, out, *more):
 def deltas(folder):
     """{layer: s B A} in numpy, read without this project."""
     tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    scale = config["lora_alpha"] / config["r"]
     layers = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
     return {
         layer.removeprefix(PREFIX): scale
