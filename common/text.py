@@ -229,7 +229,7 @@ def saved_tokenizer(spec, data_root, advice):
 
     named = data_folder(data_root) / "tokenizers" / spec
     folder = next((path for path in (named, Path(spec).expanduser()) if path.is_dir()), None)
-    how = {"local_files_only": folder or not hub_reachable(), "trust_remote_code": False}
+    how = {"local_files_only": bool(folder) or not hub_reachable(), "trust_remote_code": False}
     with quiet(), reading(f"no tokenizer in {folder or spec}", "it needs a tokenizer.json"):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder or spec, **how)
