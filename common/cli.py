@@ -186,7 +186,6 @@ def _number(kind, holds, wanted):
 positive_int = _number(int, lambda v: v >= 1, "an integer of at least 1")
 non_negative_int = _number(int, lambda v: v >= 0, "an integer of at least 0")
 seed_number = _number(int, lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1")
-layer_count = positive_int
 positive_float = _number(float, lambda v: v > 0, "a number above 0")
 non_negative_float = _number(float, lambda v: v >= 0, "a number of at least 0")
 fraction = _number(float, lambda v: 0 < v <= 1, "a number above 0 and at most 1")

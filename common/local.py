@@ -191,11 +191,10 @@ class OptimizerState:
             self.optimizer.state[self.parameters[parameter]][field] = tensor
 
 
-def lr_at(step, total, base, kind="cosine", *, warmup=0, min_lr=0.0, from_zero=False):
+def lr_at(step, total, base, kind="cosine", *, warmup=0, min_lr=0.0):
     """The learning rate of step (or epoch, or round) `step` = 0, 1, ... of `total`.
 
-    warm-up, t < warmup: base (t + 1) / warmup, or base t / warmup (`from_zero`, as transformers' schedules). After it,
-    with u = t - warmup and T = total - warmup:
+    warm-up, t < warmup: base (t + 1) / warmup. After it, with u = t - warmup and T = total - warmup:
         cosine: min_lr + (base - min_lr) (1 + cos(pi u / T)) / 2     (Loshchilov & Hutter 2017, eq. 5, no restart)
         step:   max(min_lr, base 0.1^floor(u / ceil(T / 3)))
         linear: min_lr + (base - min_lr) (1 - u / T)
@@ -208,7 +207,7 @@ def lr_at(step, total, base, kind="cosine", *, warmup=0, min_lr=0.0, from_zero=F
     if not 0 <= step < total:
         raise ValueError(f"step {step} is not in 0..{total - 1}")
     if step < warmup:
-        return base * (step if from_zero else step + 1) / warmup
+        return base * (step + 1) / warmup
     u, length = step - warmup, total - warmup
     if kind == "cosine":
         return min_lr + (base - min_lr) * (1 + math.cos(math.pi * u / length)) / 2

@@ -34,7 +34,7 @@ NOT_COMPARED |= {"threads", "device", "amp", "kernel"}  # what they come to is c
 KEYS = {"command", "args", "status", "data", "resolved", "versions", "clients", "parameters", "git_commit"}
 PLACES = ("source", "model", "tokenizer")  # of the data: where they lie may change; the flags compare the last two
 LENGTHS = ("rounds", "num_rounds")
-CONSTANT = {"scheduler": "none", "lr_scheduler": "constant", "warmup_ratio": 0}  # rates that know no last round
+CONSTANT = {"scheduler": "none", "lr_scheduler": "constant"}  # rates that know no last round
 STARTS = ("init_from", "init_adapter", "model", "mask")  # flags that may name what a run starts from
 OF_A_FIT = ("fedavg_rounds",)  # commands whose schedule is of a client's steps in one round
 

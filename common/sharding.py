@@ -265,16 +265,6 @@ def class_counts(parts, labels, n_classes):
     return np.stack([np.bincount(labels[part], minlength=n_classes) for part in parts])
 
 
-def check(parts, n):
-    """Raises ValueError unless `parts` are disjoint, complete over 0..n-1, and none is empty."""
-    empty = [i for i, part in enumerate(parts) if len(part) == 0]
-    if empty:
-        raise ValueError(f"client {empty[0]} has 0 examples")
-    everything = np.sort(np.concatenate([np.asarray(part) for part in parts]))
-    if not np.array_equal(everything, np.arange(n)):
-        raise ValueError(f"the partition does not hold each of 0..{n - 1} exactly once")
-
-
 def check_counts(n, k, what):
     """Raises UsageError for fewer than one client, and for fewer of `what` than clients."""
     if k < 1:

@@ -19,7 +19,7 @@ def make_parser(doc, add_method=None):
     rare = parser.group(cli.RARE).add_argument
 
     add = parser.group("the model").add_mutually_exclusive_group().add_argument
-    add("--layers", type=cli.layer_count, metavar="N", help="Mamba-2 layers (default: 1)")
+    add("--layers", type=cli.positive_int, metavar="N", help="Mamba-2 layers (default: 1)")
     add("--config", choices=LAYERS, help="the same by name: pure_ssm_1_layer is --layers 1")
     rare("--d-model", type=cli.positive_int, metavar="N", help="width (default: 512; demo: 128)")
     rare("--d-state", type=cli.positive_int, default=128, metavar="N", help="state size per head")

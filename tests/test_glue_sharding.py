@@ -7,9 +7,9 @@ import sys
 import harness
 import numpy as np
 import pytest
+from comparing import check_partition
 
 from common.cli import UsageError
-from common.sharding import check
 from lora_glue_fl import sharding
 from lora_glue_fl.data_prep import load_task
 from lora_glue_fl.sharding import load_held_out, load_manifest, load_shards, make_client_splits, save_shard_manifests
@@ -29,7 +29,7 @@ def parts_of(info):
 )
 def test_partitions_of_every_task(task, mode):
     info = demo(task, 5, mode, seed=1)
-    check(parts_of(info), info["total_train"])
+    check_partition(parts_of(info), info["total_train"])
     assert info["size_per_client"] == [len(part) for part in info["client_indices"]]
     assert (info["task"], info["mode"], info["dataset"]) == (task, mode, "demo")
     assert info == json.loads(json.dumps(info))  # JSON values only

@@ -170,7 +170,7 @@ def warm_then_cosine(optimizer):
         ("cosine", 500, {"min_lr": 1e-6}, lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=500, eta_min=1e-6)),
         ("cosine", 20, {"warmup": 5}, warm_then_cosine),
         ("step", 10, {}, lambda o: lr_scheduler.StepLR(o, step_size=4, gamma=0.1)),  # a third of the run
-        ("linear", 11, {"warmup": 3, "from_zero": True}, lambda o: get_linear_schedule_with_warmup(o, 3, 11)),
+        ("linear", 11, {}, lambda o: get_linear_schedule_with_warmup(o, 0, 11)),
         ("none", 4, {"warmup": 2}, lambda o: lr_scheduler.LinearLR(o, start_factor=0.5, total_iters=1)),
     ],
 )

@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from comparing import check_partition
 
 from common.cli import UsageError
 from common.seeding import stream
 from common.sharding import (
     category,
-    check,
     class_counts,
     classes,
     contiguous,
@@ -27,7 +27,7 @@ def rising(parts):
 
 
 def partition(parts, n):
-    check(parts, n)
+    check_partition(parts, n)
     assert rising(parts)
 
 
@@ -54,13 +54,13 @@ def test_documents_are_cut_where_the_tokens_are_most_even():
     for _ in range(30):
         sizes, k = draw.integers(1, 50, 40), 4
         parts = contiguous(40, k, sizes)
-        check(parts, 40)
+        check_partition(parts, 40)
         before = np.concatenate([[0], np.cumsum(sizes)])
         for i, part in enumerate(parts[1:], 1):
             off = np.abs(before - before[-1] * i / k)
             assert off[part[0]] == off.min()  # no other boundary is nearer to i/k of the tokens
     for sizes in itertools.permutations([100, 1, 1, 1, 1]):  # every client gets a document, however uneven they are
-        check(contiguous(5, 4, sizes), 5)
+        check_partition(contiguous(5, 4, sizes), 5)
 
 
 # ------------------------------------------------------------------------------------------- by label
@@ -84,7 +84,7 @@ def test_stratified_deals_every_label_evenly(k):
 def test_stratified_by_sizes_gives_each_part_its_share_of_a_label():
     labels = make_labels(100, 500)
     parts = stratified(labels, [45_000, 5_000], stream(0, "sharding"))
-    check(parts, 50_000)
+    check_partition(parts, 50_000)
     assert (class_counts(parts, labels, 100) == [[450], [50]]).all()
     uneven = np.repeat([0, 1, 2], [7, 2, 1])  # 3 of 10: shares 2.1, 0.6, 0.3
     parts = stratified(uneven, [3, 7], stream(0, "sharding"))
@@ -174,7 +174,7 @@ def test_overlap_shares_what_rho_says(k, rho):
     # (1 - rho) n samples are kept by one client each, so every sample that nobody holds was given up.
     assert (holders > 0).sum() >= round((1 - rho) * n) and (holders == 0).sum() <= rho * n
     if rho == 0 or k == 1:
-        check(parts, n)
+        check_partition(parts, n)
         assert notes == []
         return
     shared, nowhere = (holders > 1).sum(), (holders == 0).sum()
@@ -189,7 +189,7 @@ def test_overlap_shares_what_rho_says(k, rho):
 def test_categories_go_round_the_clients_whole():
     names = np.array(["a", "b", "c", "d", "e"])[make_labels(5, 20)]
     parts, notes = category(names, 2, stream(0, "sharding"))
-    check(parts, 100)
+    check_partition(parts, 100)
     held = [sorted(set(names[part])) for part in parts]
     assert [len(h) for h in held] == [3, 2] and not set(held[0]) & set(held[1]) and notes == []
     assert rising(parts)
@@ -200,7 +200,7 @@ def test_categories_go_round_the_clients_whole():
 def test_more_clients_than_categories_split_them_evenly():
     labels = np.repeat([0, 1], [30, 61])
     parts, notes = category(labels, 5, stream(0, "sharding"))
-    check(parts, 91)
+    check_partition(parts, 91)
     owned = [set(labels[part]) for part in parts]
     assert all(len(o) == 1 for o in owned)
     for label, count in ((0, 30), (1, 61)):
@@ -209,9 +209,9 @@ def test_more_clients_than_categories_split_them_evenly():
     assert notes == ["5 clients share 2 categories: each is split evenly among its clients"]
     # One sample of "1": a single client can have it, the other six share the rest.
     parts, _ = category(np.array([0] * 9 + [1]), 7, stream(0, "sharding"))
-    check(parts, 10)
+    check_partition(parts, 10)
     assert sorted(len(part) for part in parts) == [1, 1, 1, 1, 2, 2, 2]
-    check(category(np.array([0] * 9 + [1]), 10, stream(0, "sharding"))[0], 10)
+    check_partition(category(np.array([0] * 9 + [1]), 10, stream(0, "sharding"))[0], 10)
     with pytest.raises(UsageError, match="10 samples .* 11 clients"):
         category(np.array([0] * 9 + [1]), 11, stream(0, "sharding"))
 

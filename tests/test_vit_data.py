@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from comparing import check_partition
 
 from common.cli import UsageError
 from common.seeding import stream
-from common.sharding import check, class_counts
+from common.sharding import class_counts
 from vit_sparse_fl import data, demo_images, flags, train_federated
 
 
@@ -183,7 +184,7 @@ def test_clients_are_dealt_by_the_flags_and_the_seed():
     labels = data.load_images("demo", 0).train_labels
     for sharding in flags.SHARDINGS:
         parts, notes = dealt(labels, sharding, 20, seed=1)
-        check(parts, 7200)
+        check_partition(parts, 7200)
         assert len(notes) == 1 and notes[0].startswith(f"20 clients, {min(map(len, parts))} images or more, ")
         again, other = dealt(labels.numpy(), sharding, 20, seed=1)[0], dealt(labels, sharding, 20, seed=2)[0]
         first, again, other = ([part.tolist() for part in parts] for parts in (parts, again, other))
