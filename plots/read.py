@@ -28,9 +28,8 @@ STUDIES = {"mamba_fl": "mamba", "vit_sparse_fl": "vit", "lora_glue_fl": "glue", 
 WHERE = frozenset(
     "output_dir output_root adapter_output_dir results_dir data_dir data_root cache_dir hf_home shard_dir seed"
     " checkpoint_dir log_dir run_name name experiment_name config resume overwrite track use_wandb wandb_project"
-    " threads processes device num_workers pin_memory compile kernel chunk keep keep_best save_clients final"
-    " save_deltas save_every save_freq save_interval log_interval val_freq eval_every eval_batch_size prompt"
-    " num_runs keep_checkpoints patience held_out_sequences".split()
+    " threads processes device num_workers compile kernel chunk keep keep_best save_clients final save_deltas"
+    " save_every save_freq val_freq eval_every eval_batch_size prompt num_runs held_out_sequences".split()
 )
 
 

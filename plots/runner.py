@@ -97,7 +97,8 @@ def run_study(study, args, words=()):
     if args.tune is not None:
         return tune(args, one, runs_of(study, args, [args.tune_seed], words), output)
     seeds = list(args.seeds or one["seeds"])
-    runs = [with_tuned(run, one, seeds) for run in runs_of(study, args, seeds, words)]
+    runs = runs_of(study, args, seeds, words)
+    runs = [replace(run, point=point_of(one, run, seeds=seeds)) if run.row else run for run in runs]
     if args.plan:
         return put_plan(runs)
     try:
@@ -345,8 +346,3 @@ def point_of(one, run, own=True, seeds=()):
     if same := [result for result in (other | mine).values() if result["seed"] in seeds]:
         raise UsageError(f"--seeds {same[0]['seed']}: {run.row} was tuned on it: drop it")
     return {flag: result["best"] for flag, result in (other | mine).items()}
-
-
-def with_tuned(run, one, seeds):
-    """The run, with its row's tuned values."""
-    return replace(run, point=point_of(one, run, seeds=seeds)) if run.row else run

@@ -84,8 +84,6 @@ def legend_below(figure, axes):
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    if not entries:
-        return
     columns = max(1, min(4, len(entries), int(figure.get_figwidth() * 13 / (max(map(len, entries)) + 9))))
     figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(entries) / columns) - 1))
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)

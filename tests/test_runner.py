@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import subprocess
+from dataclasses import replace
 
 import harness
 import pytest
@@ -121,8 +122,7 @@ def test_what_a_script_refuses_ends_the_grid_in_its_line(made, tmp_path):
 
 
 def test_what_a_grid_has_started_ends_with_it(tmp_path, monkeypatch):
-    sleeping = subprocess.Popen(["sleep", "60"])
-    started = iter([(sleeping, tmp_path / "log")])
+    started = iter([(sleeping := subprocess.Popen(["sleep", "60"]), tmp_path / "log")])
     monkeypatch.setattr(runner, "start", lambda run, alone: next(started))
     with pytest.raises(StopIteration):
         runner.run_all([Run(tmp_path, name, name, ("a.py",)) for name in "ab"], jobs=2)
@@ -214,11 +214,11 @@ def test_the_plan_has_the_rates_of_the_log(study, name, log, words):
     grid, flag = GRIDS[study], "--lr" if study in ("mamba_fl", "vit_sparse_fl") else "--learning-rate"
     lines = map(json.loads, (harness.ROOT / study / "results" / log).read_text().splitlines())
     rates = {line["name"]: line["args"][flag[2:].replace("-", "_")] for line in lines}
-    args = runner.build_parser(grid, "x").parse_args(["--preset", name])
+    args = runner.build_parser(grid, "x").parse_args(["--preset", name, "--output-dir", "nowhere"])
     one, seeds = grid["presets"][name], list(grid["presets"][name]["seeds"])
     args.only = [row for row in one["rows"] if any(f"{row}_" in run for run in rates)]  # those that were measured
-    args.output_dir = "nowhere"
-    runs = [runner.with_tuned(run, one, seeds) for run in runner.runs_of(grid, args, seeds, words)]
+    runs = [run for run in runner.runs_of(grid, args, seeds, words) if run.row]
+    runs = [replace(run, point=runner.point_of(one, run, seeds=seeds)) for run in runs]
     there = [run for run in runs if run.name in rates and runner.last(run.command, flag)]
     assert len(there) > 20
     assert {run.name: float(runner.last(run.command, flag)) for run in there} == {r.name: rates[r.name] for r in there}
