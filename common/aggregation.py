@@ -34,9 +34,9 @@ def fp64_sum(vector, square=False):
 class _Mean:
     """A mean over the clients of a round: theta + delta(). Subclasses: `_fold` adds a client, `_mean` divides."""
 
-    def __init__(self, theta, clients, sums=1, prepare=None):
+    def __init__(self, theta, clients, sums=1, prepare=None, vectors=1):
         self.theta, self.clients = theta, clients
-        self._sum = OrderedSum(clients, self._fold, theta, sums, prepare)
+        self._sum = OrderedSum(clients, self._fold, theta, sums, prepare, vectors)
         self._delta = None
 
     def delta(self):
@@ -140,7 +140,7 @@ class PrecisionWeightedMean(_Mean):
     def __init__(self, theta, clients, damping=0.1):
         if not (damping >= 0 and math.isfinite(damping)):
             raise ValueError(f"damping {damping} is not a finite number of at least 0")
-        super().__init__(theta, clients, sums=3)
+        super().__init__(theta, clients, sums=3, vectors=2)
         self.damping = float(damping)
 
     def add(self, theta_k, precision):

@@ -75,14 +75,13 @@ def save(folder, meta, shared, rows=None):
     """
     folder = Path(folder)
     fresh = folder.with_name(folder.name + ".new")
-    with saving(folder, *[fresh] * parallel.is_main()):  # or the main one's reason is that the folder is gone
-        if parallel.is_main():
+    main = parallel.is_main()
+    with saving(folder, *[fresh] * main):
+        if main:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
-        parallel.barrier()
         saved = {name: row.save(fresh, name, folder) for name, row in (rows or {}).items()}
-        parallel.barrier()
-        if parallel.is_main():
+        if main:
             of_main = {f"{name}.safetensors": tensors for name, tensors in shared.items()}
             files = {file: _save_tensors(fresh / file, tensors) for file, tensors in of_main.items()}
             of_clients = {name: {str(k): sha256 for k, sha256 in of.items()} for name, of in saved.items()}
@@ -94,25 +93,34 @@ def save(folder, meta, shared, rows=None):
 def load(folder, device="cpu"):
     """The checkpoint at `folder`: (meta, shared: {name: {key: tensor}}), or None if there is none.
 
-    meta["rows"] is {name: {client: SHA-256 of its file}}, what `ClientRows.load` takes. Every process calls it.
+    meta["rows"] is {name: {client: SHA-256 of its file}}, what `ClientRows.load` takes. The main process reads and
+    sends it; every process calls it.
     Raises UsageError for a checkpoint that is not as it was saved.
     """
-    folder, fault = Path(folder), None
-    if parallel.is_main():
-        with saving(folder):
-            if not folder.exists() and _before(folder).exists():  # a process died between the renames of `swap`
-                os.replace(_before(folder), folder)
-        fault = _fault(folder) if folder.exists() else None
-    if fault := parallel.broadcast(fault):
-        before = _before(folder)
-        instead = f"delete {folder}, and --resume goes on from {before}" if before.exists() else "use --overwrite"
-        raise UsageError(f"{fault}: {instead}")
+    meta = parallel.from_main(_meta, Path(folder))
+    if meta is None:
+        return None
+    shared = {}
+    for name in (Path(file).stem for file in meta["files"]):
+        read = load_file(Path(folder) / f"{name}.safetensors") if parallel.is_main() else None
+        shared[name] = parallel.broadcast_tensors(read, device)
+    return meta, shared
+
+
+def _meta(folder):
+    """The checkpoint's state.json, None without one. Raises UsageError where a file is not as it was saved."""
+    before = _before(folder)
+    with saving(folder):
+        if not folder.exists() and before.exists():  # a process died between the renames of `swap`
+            os.replace(before, folder)
     if not folder.exists():
         return None
+    if fault := _fault(folder):
+        instead = f"delete {folder}, and --resume goes on from {before}" if before.exists() else "use --overwrite"
+        raise UsageError(f"{fault}: {instead}")
     meta = read_json(folder / "state.json")
     meta["rows"] = {name: {int(k): sha256 for k, sha256 in of.items()} for name, of in meta["rows"].items()}
-    names = [Path(file).stem for file in meta["files"]]
-    return meta, {name: load_file(folder / f"{name}.safetensors", device=str(device)) for name in names}
+    return meta
 
 
 def row_file(name, k):

@@ -1,12 +1,13 @@
 """What outlives a round on a client: AdamW's moments, a control variate, weights of its own; a row per client.
 
     moments = ClientRows(run.folder / "clients" / "moments", on_disk=rows_on_disk(...))
-    row = moments.get(k)                    # {field: tensor} or None
-    moments.put(k, {"m": m, "v": v})        # counts from the end of the round, unless the client is left out
+    row = moments.get(k)                    # {field: tensor} or None, of the client that the round is at
+    moments.put(k, {"m": m, "v": v})        # counts, unless the client is left out
 
-A client is trained by one process in this round and by another in the next, so its row must lie where any process can
-read it: in memory where the same process has it every time (one process; or every client in every round), else in a
-file per client in the run folder, written for sampled clients only: a million clients cost what the sampled ones need.
+Where the same process trains a client every time (one process; or every client in every round), its row stays in that
+process's memory. Else a client is trained by one process in this round and by another in the next: all rows are files
+of the main process, which sends a row before the client's turn and takes the new one after it; a million clients cost
+what the sampled ones need.
 """
 
 import os
@@ -32,59 +33,53 @@ def rows_on_disk(total_clients, sampled, row_bytes):
 class ClientRows(parallel.Follower):
     """Rows {field: tensor} of clients. A `lasting` object of a run: a checkpoint holds a file per client.
 
-    Args: folder: working copies of rows on disk; on_disk: see `rows_on_disk`; in_place: the tensors of a row are
-        trained where they lie: a client that is left out then starts anew (its old row is spoiled), else it keeps its
-        old row; device: where rows are read to.
+    Args: folder: the main process's working copies of rows on disk; on_disk: see `rows_on_disk`; in_place: the tensors
+        of a row are trained where they lie: a client that is left out then starts anew (its old row is spoiled), else
+        it keeps its old row; device: where rows are read to.
     """
 
     def __init__(self, folder, on_disk=False, in_place=False, device="cpu"):
-        self.folder, self.on_disk, self.in_place = Path(folder), on_disk, in_place
-        self._rows, self._offers = {}, {}  # client -> row, or None where the row is a file
-        # client -> SHA-256 of its file in the last checkpoint (folder, name), of those whose row has not changed since
-        self._saved, self._files = {}, None
-        self.device = device
+        self.folder, self.on_disk, self.in_place, self.device = Path(folder), on_disk, in_place, device
+        self._rows = {}  # client -> its row, of clients that this process trains
+        self._offer = None
+        self._changed = {}  # client -> whether it has a row; since the last checkpoint, here
+        self._copies = set()  # main process: clients with a working copy
+        self._saved, self._files = {}, None  # client -> SHA-256 of its file in the last checkpoint, (folder, name)
+        self._to_fetch = set()  # clients whose rows the main process read from a checkpoint, and nobody has yet
 
     def get(self, k):
         """Client k's row, or None if it never took part. Rows from files are copies."""
         if k in self._rows:
-            row = self._rows[k]
-            return self._read(self.path(k)) if row is None else row
-        return self._read(self._files[0] / row_file(self._files[1], k)) if k in self._saved else None
+            return self._rows[k]
+        return self._read(k) if parallel.is_main() else None
 
     def put(self, k, row):
-        """Client k's new row; it counts from the end of the round. Tensors are not copied."""
-        if self.on_disk:
-            fresh = self.path(k, ".offer")
-            with saving(fresh, fresh):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                save_file({name: t.detach().contiguous() for name, t in row.items()}, fresh)
-            row = None
-        self._offers[k] = row
+        """New row of client k, which the round is at. Tensors are not copied."""
+        self._offer = row
 
-    def close_round(self, clients):
-        """Takes over the round's rows; those of clients that were left out do not count. Every process calls it."""
-        for k in self._offers.keys() & set(clients.left_out):
-            self._offers.pop(k)
-            if self.on_disk:
-                with saving(self.path(k)):
-                    self.path(k, ".offer").unlink(missing_ok=True)
-        for k in clients.left_out if self.in_place else ():
-            self._rows.pop(k, None)
-            self._saved.pop(k, None)
-        new = self._offers
-        if self.on_disk:
-            for k in new:
-                with saving(self.path(k)):
-                    os.replace(self.path(k, ".offer"), self.path(k))
-            new = dict.fromkeys(k for part in parallel.all_gather(sorted(new)) for k in part)
-        for k in new:
-            self._saved.pop(k, None)
-        self._rows.update(new)
-        self._offers = {}
+    def open_wave(self, clients, wave):
+        for rank, k in enumerate(wave):
+            if self.on_disk or k in self._to_fetch:
+                self._to_fetch.discard(k)
+                row = self._read(k) if parallel.is_main() else None
+                if rank and parallel.is_main():
+                    parallel.send(row, rank)
+                elif rank == parallel.world().rank:
+                    row = parallel.receive(0, self.device) if rank else row
+                    self._rows |= {} if row is None else {k: row}
 
-    def path(self, k, suffix=""):
-        """The working copy of client k's row."""
-        return self.folder / f"{k:06d}.safetensors{suffix}"
+    def close_wave(self, clients, wave):
+        rank, offer, self._offer = parallel.world().rank, self._offer, None
+        if rank < len(wave) and wave[rank] in clients.left_out:
+            offer = {} if self.in_place else None  # {}: spoiled
+        if self.on_disk:
+            for k, row in clients.to_main(wave, offer):
+                self._write(k, row)
+            self._rows = {}
+        elif rank < len(wave) and offer is not None:
+            self._rows.pop(wave[rank], None)
+            self._rows |= {wave[rank]: offer} if offer else {}
+            self._changed[wave[rank]] = bool(offer)
 
     def remove(self):
         """Deletes the working copies, at the end of a run."""
@@ -92,42 +87,75 @@ class ClientRows(parallel.Follower):
         if parallel.is_main():
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    # ---- what a checkpoint holds
+    # ---- files, the main process's
 
-    def save(self, fresh, name, folder):
-        """Writes this process's share of the rows into the folder `fresh`, which then becomes the checkpoint `folder`.
+    def _write(self, k, row):
+        """Takes over a row as a working copy. Args: row: None where the old one stays, {} where there is none now."""
+        if row is None:
+            return
+        path = self._path(k)
+        with saving(path):
+            if row:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _save(row, path.with_suffix(".new"))
+                os.replace(path.with_suffix(".new"), path)  # not in place: a checkpoint may hold the old file
+                self._copies.add(k)
+            else:
+                self._copies.discard(k)
+        self._changed[k] = bool(row)
 
-        What has not changed is linked, not copied. Every process calls it. Returns {client: SHA-256 of its file}.
-        """
-        mine = sorted(self._rows.keys() - self._saved.keys())
-        changed = sorted({k for part in parallel.all_gather(mine) for k in part})
-        share = parallel.my_share(changed) if self.on_disk else mine
-        written = {k: self._write(k, fresh / row_file(name, k)) for k in share}
-        written = {k: sha256 for part in parallel.all_gather(written) for k, sha256 in part.items()}
-        if parallel.is_main():
-            for k in self._saved.keys() - written.keys():
-                _link(self._files[0] / row_file(name, k), fresh / row_file(name, k))
-        self._saved, self._files = dict(sorted((self._saved | written).items())), (Path(folder), name)
-        return dict(self._saved)
+    def _path(self, k):
+        return self.folder / f"{k:06d}.safetensors"
 
-    def load(self, folder, name, saved):
-        """Goes on from the checkpoint `folder`; rows are read when they are asked for. saved: {client: SHA-256}."""
-        self._rows, self._offers = {}, {}
-        self._saved, self._files = dict(saved), (Path(folder), name)
-
-    def _write(self, k, target):
-        """Client k's changed row as a file of a checkpoint. Returns its SHA-256."""
-        if self._rows[k] is None:
-            _link(self.path(k), target)
+    def _read(self, k):
+        if k in self._copies:
+            path = self._path(k)
+        elif k in self._saved and k not in self._changed:
+            path = self._files[0] / row_file(self._files[1], k)
         else:
-            save_file({field: t.detach().contiguous() for field, t in self._rows[k].items()}, target)
-        return seal(target)
-
-    def _read(self, path):
+            return None
         try:
             return load_file(path, device=str(self.device))
         except (OSError, SafetensorError) as error:
             raise RunFailed(f"cannot read {path}: {error}; the checkpoint has its own: go on with --resume") from error
+
+    def save(self, fresh, name, folder):
+        """Writes all rows into the folder `fresh`, which then becomes the checkpoint `folder`.
+
+        What has not changed is linked, not copied. Every process calls it. Returns {client: SHA-256 of its file}, on
+        the main process.
+        """
+        main, me = parallel.is_main(), parallel.world().rank
+        for rank, part in enumerate(parallel.all_gather(dict(sorted(self._changed.items())))):
+            for k, there in part.items():
+                self._saved.pop(k, None)
+                if not there:
+                    continue
+                row = None if self.on_disk else self._rows[k] if rank == me else main and parallel.receive(rank)
+                if rank == me and not main:
+                    parallel.send(row, 0)
+                elif main:
+                    target = fresh / row_file(name, k)
+                    _link(self._path(k), target) if self.on_disk else _save(row, target)
+                    self._saved[k] = None
+        if main:
+            for k, sha256 in self._saved.items():
+                target = fresh / row_file(name, k)
+                if sha256 is None:
+                    self._saved[k] = seal(target)
+                else:
+                    _link(self._files[0] / target.name, target)
+        self._changed, self._files = {}, (Path(folder), name)
+        return dict(sorted(self._saved.items()))
+
+    def load(self, folder, name, saved):
+        """Goes on from the checkpoint `folder`; rows are read when they are needed. saved: {client: SHA-256}."""
+        self._rows, self._changed, self._copies = {}, {}, set()
+        self._saved, self._files, self._to_fetch = dict(saved), (Path(folder), name), set(saved)
+
+
+def _save(row, path):
+    save_file({field: t.detach().contiguous() for field, t in row.items()}, path)
 
 
 def _link(source, target):

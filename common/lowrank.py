@@ -115,15 +115,19 @@ class AdapterMean:
         seed: for the random rows that a rule may need.
         rank, new_scale, split: of the adapter that svd serves (rank: of stack's fresh one too; default: of `factors`).
         head: the vector [h] of the head's weights that the round began with, whose mean is served beside the adapter.
+        largest: rank of a client, with several processes; by default that of `factors`.
     """
 
-    def __init__(self, rule, factors, scale, clients, seed=0, rank=None, new_scale=None, split="us", head=None):
+    def __init__(
+        self, rule, factors, scale, clients, seed=0, rank=None, new_scale=None, split="us", head=None, largest=None
+    ):
         self.rule, self.factors, self.scale, self.clients = rule, dict(factors), scale, clients
         self.seed, self.split, self.new_scale = seed, split, scale if new_scale is None else new_scale
-        self.rank = rank or max(len(A) for A, _ in self.factors.values())
+        begun = max(len(A) for A, _ in self.factors.values())
+        self.rank = rank or begun
         self._mean = None if rule in MIXED_RANKS else WeightedMean(_vector(self.factors), clients)
         self._head = None if head is None else WeightedMean(head, clients)
-        self._products = _ProductMeans(clients, self.factors)
+        self._products = _ProductMeans(clients, self.factors, largest or begun)
 
     def add(self, factors, head=None, scale=None):
         """Adds the client that the round is at. Returns False if it is left out: something is not finite.
@@ -200,38 +204,51 @@ class AdapterMean:
 class _ProductMeans:
     """{layer: weighted mean of the clients' products}, added in the order of the clients; every layer has one process.
 
-    An accumulator of the round's exchanges, as `common.parallel.OrderedSum`.
+    An accumulator of the round's exchanges, as `common.parallel.OrderedSum`. Args: rank: the largest of a client.
     """
 
-    def __init__(self, clients, factors):
-        layers = parallel.my_share(list(factors.items()))
-        self._products = {name: Product(len(B), A.shape[1]) for name, (A, B) in layers}
-        self._clients, self._weight, self._given = clients, 0.0, None
+    vectors, dtype = 1, torch.float32
+
+    def __init__(self, clients, factors, rank):
+        self._clients, self._weight, size = clients, 0.0, clients.world.size
+        self._sizes = {name: (len(B), A.shape[1]) for name, (A, B) in factors.items()}  # (d, k)
+        self._room = {name: rank * (d + k) for name, (d, k) in self._sizes.items()}
+        self._layers = [list(factors)[j::size] for j in range(size)]  # of each process
+        self.lengths = [sum(self._room[name] for name in layers) for layers in self._layers]
+        self._mine = self._layers[clients.world.rank]
+        self._products = {name: Product(*self._sizes[name]) for name in self._mine}
         clients.register(self)
 
     def add(self, factors, scale):
         self._clients.take_turn(self)
-        weight = self._clients.weight
         if self._clients.world.size == 1:
-            self.exchange([(factors, weight, scale)])
+            self._add(factors, self._clients.weight, scale)
             return
-        # arrays: torch pickles a tensor slowly, and with all of the vector that it lies in
-        arrays = {name: [t.detach().to("cpu", torch.float32).numpy() for t in pair] for name, pair in factors.items()}
-        self._given = arrays, weight, scale
+        message, end = torch.zeros(sum(self.lengths)), 0
+        for name in (name for layers in self._layers for name in layers):
+            flat = torch.cat([t.detach().reshape(-1) for t in factors[name]])
+            message[end : end + len(flat)] = flat
+            end += self._room[name]
+        rank = len(next(iter(factors.values()))[0])
+        self._clients.exchange(self, (self._clients.weight, scale, rank), [message])
 
-    def head(self):
-        return self._given
+    def take(self, numbers, pieces):
+        weight, scale, r = numbers
+        factors = {}
+        for name, piece in zip(self._mine, pieces[0].split([self._room[name] for name in self._mine]), strict=True):
+            d, k = self._sizes[name]
+            A, B, _ = piece.split([int(r) * k, int(r) * d, self._room[name] - int(r) * (d + k)])
+            factors[name] = A.view(-1, k), B.view(d, -1)
+        self._add(factors, weight, scale)
+
+    def _add(self, factors, weight, scale):
+        self._weight += weight
+        for name, product in self._products.items():
+            if weight > 0:
+                product.add(*factors[name], weight * scale)
 
     def close(self):
         """Nothing to let go of."""
-
-    def exchange(self, every):
-        self._given = None
-        for factors, weight, scale in filter(None, every):
-            self._weight += weight
-            for name, product in self._products.items():
-                if weight > 0:
-                    product.add(*map(torch.as_tensor, factors[name]), weight * scale)
 
     def result(self):
         """This process's layers. Raises: ValueError for no weight."""

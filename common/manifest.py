@@ -13,9 +13,11 @@ Other versions of this code or of a library are a warning.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import platform
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -25,12 +27,14 @@ import torch
 
 from common.checkpoint import read_json
 from common.cli import UsageError, say
-from common.parallel import is_main, world
+from common.parallel import all_gather, is_main, world
 
 # Flags that say how to run, not what to compute: --resume may change them. What --config says is in the other flags.
 NOT_COMPARED = {"resume", "overwrite", "data_root", "output_dir", "run_name", "track", "log_dir", "num_workers"}
 NOT_COMPARED |= {"use_wandb", "wandb_project", "cache_dir", "processes", "config"}
 NOT_COMPARED |= {"threads", "device", "amp", "kernel"}  # what they come to is compared, `resolved`
+# Flags that may be other paths on another machine: what lies there is compared, `data`, `parameters`, first weights
+PATHS = {"init_from", "init_adapter", "model", "mask", "shard_dir", "tokenizer", "data_dir"}
 KEYS = {"command", "args", "status", "data", "resolved", "versions", "clients", "parameters", "git_commit"}
 PLACES = ("source", "model", "tokenizer")  # of the data: where they lie may change; the flags compare the last two
 LENGTHS = ("rounds", "num_rounds")
@@ -136,6 +140,45 @@ def check_same(folder, before, now):
         say(f"warning: other versions or another processor than at the start, bits may differ: {changed}")
 
 
+def of_process(command, args):
+    """What must be alike in all processes of a run, before anything is read: {name: value}."""
+    flags = {f"--{k.replace('_', '-')}": v for k, v in _plain(vars(args)).items() if k not in NOT_COMPARED | PATHS}
+    of = versions()
+    return {
+        "command": command,
+        **flags,
+        "code": _code(),
+        **{k: of.get(k) for k in ("torch", "transformers", "cpu")},
+    }
+
+
+def check_alike(facts):
+    """Raises UsageError, on every process, where {name: value} differs from the main process's; another processor is a
+    warning. Every process calls it."""
+    if world().size == 1:
+        return
+    (main, first), *others = all_gather((socket.gethostname(), dict(_flat(_plain(facts)))))
+    for rank, (host, of) in enumerate(others, start=1):
+        for name in {**first, **of}:
+            if of.get(name) == first.get(name):
+                continue
+            there, here = (str(values.get(name))[:80] for values in (of, first))
+            what = f"{name} is {there} on {host} (process {rank}) and {here} on {main}"
+            if name != "cpu":
+                raise UsageError(f"{what}: start every process with the same flags, data and code")
+            if is_main():
+                say(f"warning: {what}: bits may differ")
+
+
+def _flat(facts, prefix=""):
+    """(name, value) of what is in nested dicts, but for places."""
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name} ")
+        elif name not in PLACES:
+            yield prefix + name, value
+
+
 def json_safe(value):
     """A value whose nan and inf, which JSON does not have, are text, which every reader understands."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -158,6 +201,14 @@ def _changes(before, now):
 
 
 # ---- where a run comes from
+
+
+def _code():
+    """SHA-256 of this repository's Python files."""
+    root, hashed = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(root.glob("*/*.py")):
+        hashed.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return hashed.hexdigest()
 
 
 def git_commit():

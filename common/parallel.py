@@ -6,7 +6,10 @@ where several processes share a GPU).
 A floating-point sum depends on its order, so the order is that of one process: client after client. With P processes
 the client at position i of the round is trained by process i mod P. After each wave of P clients every process sends
 slice j of what its client gave to process j, and each owner adds the P parts in the order of the clients, in fp64, to
-its slice of the sum; at the end the slices are gathered. The same bits for any number of processes.
+its slice of the sum; at the end the slices are gathered. The same bits for any number of processes. A wave is one
+message from each process to each, which travels while the next client is trained.
+
+Only the main process (rank 0) needs the run's folder: what it reads there it sends, what belongs there it is sent.
 """
 
 import contextlib
@@ -15,14 +18,17 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from common import hosts
 from common.cli import RunFailed, UsageError, ended_at_once
 from common.vector import is_finite
 
 # Elements per step on a CPU: fp64 buffers of this length stay in a core's cache (5x faster than without).
 CHUNK = 65536
+CPU = torch.device("cpu")
 DAY = timedelta(hours=24)  # a client may train for hours before the others hear of it
 
 
@@ -82,12 +88,17 @@ def init_parallel(device="cpu"):
     with ended_at_once(), _with_others():
         dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo", timeout=DAY)
     _world = World(dist.get_rank(), size, local_rank, "nccl" if own_gpu else "gloo")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", size)) < size:
+        hosts.watch(_world.rank, all_gather)
     return _world
 
 
 def close_parallel():
-    """Leaves the process group; one process again afterwards."""
+    """Leaves the process group, when all have come to the end; one process again afterwards."""
     global _world
+    with contextlib.suppress(Gone):
+        barrier()
+    hosts.say_goodbye()
     dist.destroy_process_group()
     _world = World()
 
@@ -108,8 +119,61 @@ def all_gather(thing):
 
 
 def broadcast(thing):
-    """The main process's small picklable `thing`, on every process."""
-    return all_gather(thing if is_main() else None)[0]
+    """The main process's picklable `thing`, on every process."""
+    if _world.size == 1:
+        return thing
+    things = [thing if is_main() else None]
+    with _with_others():
+        dist.broadcast_object_list(things, src=0)
+    return things[0]
+
+
+def from_main(function, *args):
+    """function(*args) as the main process finds it: its value, or its UsageError or RunFailed, on every process."""
+    value = error = None
+    if is_main():
+        try:
+            value = function(*args)
+        except (UsageError, RunFailed) as raised:
+            if _world.size == 1:
+                raise
+            error = raised if isinstance(raised, UsageError) else AllFailed(str(raised))
+    value, error = broadcast((value, error))
+    if error is not None:
+        raise error
+    return value
+
+
+def send(thing, rank):
+    """Sends a picklable thing to a process, which calls `receive`; tensors in its dicts and tuples by their values."""
+    with _with_others():
+        dist.send_object_list([_each(thing, torch.Tensor, lambda t: t.detach().cpu().numpy())], rank, device=CPU)
+
+
+def receive(rank, device="cpu"):
+    """What process `rank` sends, its tensors on `device`."""
+    things = [None]
+    with _with_others():
+        dist.recv_object_list(things, rank, device=CPU)
+    return _each(things[0], np.ndarray, lambda array: torch.as_tensor(array).to(device))
+
+
+def broadcast_tensors(tensors, device="cpu"):
+    """The main process's {name: tensor}, on every process and on `device`."""
+    if is_main():
+        for rank in range(1, _world.size):
+            send(tensors, rank)
+        return {name: t.to(device) for name, t in tensors.items()}
+    return receive(0, device)
+
+
+def _each(thing, kind, change):
+    """A nested thing with what is of a kind changed (torch pickles a tensor with all of the vector that it lies in)."""
+    if isinstance(thing, dict):
+        return {key: _each(value, kind, change) for key, value in thing.items()}
+    if isinstance(thing, tuple):
+        return tuple(_each(value, kind, change) for value in thing)
+    return change(thing) if isinstance(thing, kind) else thing
 
 
 def chunks(*tensors, size=CHUNK):
@@ -132,12 +196,18 @@ class Follower:
     def open_round(self, clients, theta):
         """A round begins. Args: clients: its `Round`; theta: the weights that it begins with."""
 
+    def open_wave(self, clients, wave):
+        """The next clients begin, one a process. Args: wave: their ids, by rank. Every process calls it."""
+
     def finite(self, clients):
         """Vectors of the client that has just worked, beside its weights, without which finite it does not count."""
         return ()
 
     def accept(self, clients, theta_k):
         """The client that the round is at counts. Args: theta_k: as it was given to the mean; not to be kept."""
+
+    def close_wave(self, clients, wave):
+        """They are done, and accepted or left out. Every process calls it."""
 
     def close_round(self, clients):
         """The round is over: `clients.left_out` are all processes'. Every process calls it."""
@@ -148,6 +218,26 @@ class Follower:
 
     def load_state_dict(self, state):
         """Takes it back."""
+
+
+class ToMain(Follower):
+    """What clients leave for the main process, such as files for the run's folder: `write(k, thing)` is called there.
+
+    Args: write: function of a client's id and what it has left, as `send` takes it.
+    """
+
+    def __init__(self, write):
+        self._write, self._left = write, None
+
+    def leave(self, thing):
+        """Leaves a thing of the client that the round is at."""
+        self._left = thing
+
+    def close_wave(self, clients, wave):
+        mine, self._left = self._left, None
+        for k, thing in clients.to_main(wave, mine):
+            if thing is not None:
+                self._write(k, thing)
 
 
 class Round:
@@ -180,7 +270,7 @@ class Round:
         self.world, self.number, self.hint = _world, number, hint
         self.left_out, self.amount = [], 0
         self.current, self._added, self._sent = None, set(), None  # the accumulators that have had the current client
-        self._sums, self._notes, self._followers = [], {}, tuple(followers)
+        self._sums, self._notes, self._followers, self._exchange = [], {}, tuple(followers), None
         for follower in self._followers:
             follower.open_round(self, theta)
 
@@ -188,20 +278,39 @@ class Round:
         return len(self.clients)
 
     def __iter__(self):
-        for first in range(0, len(self.clients), self.world.size):
-            place = first + self.world.rank
-            if place < len(self.clients):
-                self.current, self._added, self._sent = self.clients[place], set(), None
+        size, rank = self.world.size, self.world.rank
+        self._exchange = _Exchange(self._sums, self.world) if size > 1 and self._sums else None
+        for first in range(0, len(self.clients), size):
+            wave = self.clients[first : first + size]
+            for follower in self._followers:
+                follower.open_wave(self, wave)
+            if rank < len(wave):
+                self.current, self._added, self._sent = wave[rank], set(), None
                 yield self.current
                 if self._sent is not None and self.current not in self.left_out:
                     for follower in self._followers:
                         follower.accept(self, self._sent)
                 self.current, self._added, self._sent = None, set(), None
-            if self.world.size > 1 and self._sums:
-                heads = zip(*all_gather([total.head() for total in self._sums]), strict=True)
-                for total, every in zip(self._sums, heads, strict=True):
-                    total.exchange(every)
+            if self._exchange:
+                self._exchange.start(len(wave))
+            for follower in self._followers:
+                follower.close_wave(self, wave)
+        if self._exchange:
+            self._exchange.finish()
+            self._exchange = None
         self._close()
+
+    def to_main(self, wave, mine):
+        """(k, what its process has of it) of each client of a wave, on the main process; nothing elsewhere.
+
+        Every process calls it, with what it has of its own client (see `send`), and iterates over it.
+        """
+        if self.world.rank == 0:
+            yield wave[0], mine
+            for rank in range(1, len(wave)):
+                yield wave[rank], receive(rank)
+        elif self.world.rank < len(wave):
+            send(mine, 0)
 
     @property
     def weight(self):
@@ -245,9 +354,12 @@ class Round:
         return dict(sorted((k, thing) for part in all_gather(objects) for k, thing in part.items()))
 
     def register(self, total):
-        """Makes an accumulator part of the exchanges between clients: it is asked for head(), a picklable thing or
-        None, then given every process's by exchange(heads); close() tells it that no client follows."""
+        """Makes an accumulator (`OrderedSum`, or what has its attributes) part of the exchanges between clients."""
         self._sums.append(total)
+
+    def exchange(self, total, numbers, vectors):
+        """Gives an accumulator's numbers and vectors of the current client to all processes."""
+        self._exchange.put(total, numbers, vectors)
 
     def take_turn(self, total):
         """Raises: RuntimeError unless the round is at a client that the accumulator `total` has not had yet."""
@@ -287,7 +399,7 @@ def _with_others():
         raise
     except RuntimeError as error:
         raise Gone(
-            f"an exchange broke off ({str(error).split('. ')[0]}): another process has ended, see its output"
+            f"an exchange broke off ({str(error).split('. ')[0]}): {hosts.who_left()} has ended, see its output"
         ) from error
 
 
@@ -315,16 +427,17 @@ class OrderedSum:
     tuple `sums` (fp64) are changed in place. It must work element by element. prepare(sums, *numbers), if given, comes
     before it once a client, with this process's whole slices, and returns the numbers for fold.
 
-    Args: clients: `Round`; fold; theta: vector [n] that every process has; sums: how many; prepare.
+    Args: clients: `Round`; fold; theta: vector [n] that every process has; sums: how many; prepare; vectors: how many a
+        client gives, of theta's dtype.
     """
 
-    def __init__(self, clients, fold, theta, sums=1, prepare=None):
+    def __init__(self, clients, fold, theta, sums=1, prepare=None, vectors=1):
         self._clients, self._fold, self._prepare = clients, fold, prepare
         slices = theta.detach().tensor_split(clients.world.size)
-        self._lengths = [len(piece) for piece in slices]
+        self.lengths, self.vectors, self.dtype = [len(piece) for piece in slices], vectors, theta.dtype
         self._theta = slices[clients.world.rank]
         self._sums = [torch.zeros_like(self._theta, dtype=torch.float64) for _ in range(sums)]
-        self._numbers, self._given = [], None
+        self._numbers = []
         clients.register(self)
 
     def add(self, numbers, *vectors):
@@ -333,31 +446,20 @@ class OrderedSum:
         Raises: RuntimeError outside of the loop over the round, or for a second call for one client.
         """
         self._clients.take_turn(self)
-        numbers, vectors = tuple(map(float, numbers)), [v.detach() for v in vectors]
-        if len(self._lengths) == 1:
-            self._add(numbers, vectors)
+        numbers = tuple(map(float, numbers))
+        if len(self.lengths) == 1:
+            self.take(numbers, [v.detach() for v in vectors])
         else:
-            self._given = numbers, [v.to(self._theta.device, copy=True) for v in vectors]
+            self._clients.exchange(self, numbers, vectors)
 
-    def head(self):
-        """What the other processes must know of what was given: (numbers, dtypes), or None."""
-        return None if self._given is None else (self._given[0], [v.dtype for v in self._given[1]])
-
-    def exchange(self, every):
-        """Between two clients, on every process. Args: every: all processes' `head`."""
-        (_, given), self._given = self._given or (None, None), None
-        present = [rank for rank, one in enumerate(every) if one is not None]
-        if not present:
-            return
-        received = []
-        for i, dtype in enumerate(every[present[0]][1]):
-            sent = self._theta.new_empty(0, dtype=dtype) if given is None else given[i]
-            sizes = [0 if one is None else len(self._theta) for one in every]
-            whole = self._theta.new_empty(sum(sizes), dtype=dtype)
-            _all_to_all(whole, sent, sizes, [0] * len(every) if given is None else self._lengths)
-            received.append(whole.split(sizes))
-        for rank in present:
-            self._add(every[rank][0], [parts[rank] for parts in received])
+    def take(self, numbers, pieces):
+        """Adds one client's numbers and this process's slices of its vectors."""
+        self._numbers.append(numbers)
+        if self._prepare is not None:
+            numbers = self._prepare(self._sums, *numbers)
+        pieces = [piece.to(self._theta.device) for piece in pieces]
+        for theta, *parts in chunks(self._theta, *self._sums, *pieces):
+            self._fold(parts[: len(self._sums)], theta, parts[len(self._sums) :], *numbers)
 
     def close(self):
         """After the loop: lets go of fold and prepare, often of who holds this sum, a cycle that keeps the vectors."""
@@ -370,31 +472,87 @@ class OrderedSum:
         """
         return [self._gathered(s) for s in self._sums], self._numbers
 
-    def _add(self, numbers, vectors):
-        self._numbers.append(numbers)
-        if self._prepare is not None:
-            numbers = self._prepare(self._sums, *numbers)
-        for theta, *pieces in chunks(self._theta, *self._sums, *vectors):
-            self._fold(pieces[: len(self._sums)], theta, pieces[len(self._sums) :], *numbers)
-
     def _gathered(self, piece):
-        size = len(self._lengths)
+        size = len(self.lengths)
         if size == 1:
             return piece
-        whole = piece.new_empty(sum(self._lengths))
-        _all_to_all(whole, piece.repeat(size), self._lengths, [len(piece)] * size)
-        return whole
+        staged = piece.is_cuda and _world.backend == "gloo"
+        whole = torch.empty(sum(self.lengths), dtype=piece.dtype, device="cpu" if staged else piece.device)
+        with _with_others():
+            dist.all_to_all_single(whole, piece.to(whole).repeat(size), self.lengths, [len(piece)] * size)
+        return whole.to(piece.device)
 
 
-def _all_to_all(received, sent, received_sizes, sent_sizes):
-    """Process i's j-th part of `sent` becomes process j's i-th part of `received` (1-d tensors, sizes in elements)."""
-    staged = received.is_cuda and _world.backend == "gloo"
-    into = torch.empty(received.shape, dtype=received.dtype) if staged else received
-    sent = sent.cpu() if staged else sent
-    with _with_others():
-        dist.all_to_all_single(into, sent, received_sizes, sent_sizes)
-    if staged:
-        received.copy_(into)
+class _Exchange:
+    """A wave's message from each process to each: every accumulator's numbers, then the receiver's slices of vectors.
+
+    It travels while the next clients are trained: what has come is added when the next one is given, or at the end.
+    Args: sums: the accumulators; world.
+    """
+
+    HEAD = 5  # float64 of an accumulator: how many numbers it was given, plus one (0: nothing was), and these
+
+    def __init__(self, sums, world):
+        self.sums, self.world, self.flying = sums, world, None
+        # where in the message to process j an accumulator's slices begin, in bytes, and their lengths; its end
+        self.places, self.ends = {total: [] for total in sums}, []
+        for j in range(world.size):
+            end = 8 * self.HEAD * len(sums)
+            for total in sums:
+                self.places[total].append(end)
+                end += total.vectors * self._room(total, j)
+            self.ends.append(end)
+        starts = [sum(self.ends[:j]) for j in range(world.size)]
+        device = torch.device("cuda", torch.cuda.current_device()) if world.backend == "nccl" else "cpu"
+        sent = torch.zeros(sum(self.ends), dtype=torch.uint8, device=device)
+        self.sent = [sent[start : start + end] for start, end in zip(starts, self.ends, strict=True)]
+        self.whole, self.received = sent, sent.new_empty(world.size * self.ends[world.rank])
+
+    def _room(self, total, j):
+        return -(-total.lengths[j] * total.dtype.itemsize // 8) * 8  # whatever follows begins at a multiple of 8
+
+    def _slices(self, message, total, j):
+        """An accumulator's slices of vectors in a message to process j."""
+        room, size, first = self._room(total, j), total.lengths[j] * total.dtype.itemsize, self.places[total][j]
+        starts = [first + i * room for i in range(total.vectors)]
+        return [message[start : start + size].view(total.dtype) for start in starts]
+
+    def _heads(self, message):
+        return message[: 8 * self.HEAD * len(self.sums)].view(torch.float64).view(len(self.sums), self.HEAD)
+
+    def put(self, total, numbers, vectors):
+        """Writes what an accumulator was given into the messages."""
+        self.finish()
+        head = torch.tensor([1 + len(numbers), *numbers], dtype=torch.float64)
+        pieces = [v.detach().split(total.lengths) for v in vectors]
+        for j, message in enumerate(self.sent):
+            self._heads(message)[self.sums.index(total), : len(head)] = head
+            for of, place in zip(pieces, self._slices(message, total, j), strict=True):
+                place.copy_(of[j])
+
+    def start(self, clients):
+        """Sends the messages of a wave of so many clients."""
+        self.finish()
+        mine, rank = self.ends[self.world.rank], self.world.rank
+        out = self.ends if rank < clients else [0] * self.world.size
+        into = [mine * (r < clients) for r in range(self.world.size)]
+        with _with_others():
+            work = dist.all_to_all_single(self.received[: sum(into)], self.whole[: sum(out)], into, out, async_op=True)
+        self.flying = work, clients
+
+    def finish(self):
+        """Waits for the wave that is under way, and adds it in the order of the clients."""
+        if self.flying is None:
+            return
+        (work, clients), self.flying = self.flying, None
+        with _with_others():
+            work.wait()
+        for message in self.sent:
+            self._heads(message).zero_()
+        for message in self.received.split(self.ends[self.world.rank])[:clients]:
+            for total, (given, *numbers) in zip(self.sums, self._heads(message).tolist(), strict=True):
+                if given:
+                    total.take(tuple(numbers[: int(given) - 1]), self._slices(message, total, self.world.rank))
 
 
 def my_share(things):

@@ -22,7 +22,7 @@ import traceback
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-from common import parallel
+from common import hosts, parallel
 from common.cli import SIGNALS, outcome, run_main
 
 PROCESS_MEMORY = 2**30  # bytes that a process takes at least, on a CPU
@@ -142,15 +142,17 @@ def _one_of_all(main, args, to_speak=None):
             traceback.print_exc(file=sys.__stderr__)
             code, line, error = 1, f"failed: {type(bug).__name__}: {bug}", bug
     gone = isinstance(error, parallel.Gone)
+    if code and not gone:
+        hosts.say_goodbye()
     knows = rank == 0 or not (gone or isinstance(error, parallel.AllFailed))
     if line and (rank == 0 and not to_speak or code < 128 and knows and not (gone and to_speak)):
         time.sleep(PATIENCE if rank and code == 2 else 0)  # what all refuse, the main process says
         if to_speak is None or to_speak.acquire(block=False):
             print(f"process {rank}: {line}" if rank else line, file=sys.stderr)
-    # A gloo thread that drops its last tensor while the interpreter shuts down aborts the process (seen in one run in
-    # ten on busy cores, torch 2.15): leave without that shutdown.
     if parallel.world().size > 1 and code == 0:
         parallel.close_parallel()
+    # A gloo thread that drops its last tensor while the interpreter shuts down aborts the process (seen in one run in
+    # ten on busy cores, torch 2.15): leave without that shutdown.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -29,23 +29,23 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from common import checkpoint, manifest, metrics_log, parallel
-from common.cli import UsageError, duration, say, say_waiting
+from common import checkpoint, hosts, manifest, metrics_log, parallel
+from common.cli import RunFailed, UsageError, duration, say, say_waiting
 from common.client_rows import ClientRows
 from common.curves import number, read_metrics
 from common.evaluation import pick_device, resolve_amp
 from common.participation import participants, participation_of, per_round
 from common.seeding import seed_everything
+from common.vector import fingerprint
 
 LEAVING = 5  # seconds that a killed process may need until all its files are closed
 
 
 def start_run(command, args, name, unit="tokens"):
-    """Checks the run folder `args.output_dir/name` against `args` and returns a Run; writes nothing but a lock.
+    """Checks the run folder `args.output_dir/name` against `args` and returns a Run; writes nothing.
 
     unit: what the run counts its training examples in: "tokens" or "images".
-    Raises UsageError if the folder holds another run, or another process works in it. Exits with code 0 if that very
-    run is finished already.
+    Raises UsageError if the folder holds another run. Exits with code 0 if that very run is finished already.
     """
     prepare_machine(args)
     name = args.run_name or name
@@ -55,37 +55,13 @@ def start_run(command, args, name, unit="tokens"):
         raise UsageError(f"--track {args.track} needs the package {args.track}: pip install {args.track}")
     folder = Path(args.output_dir) / name
     folder = folder.resolve() if folder.is_symlink() else folder
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        if parallel.is_main() and (folder / "run.json").exists():
-            with contextlib.suppress(OSError):  # nothing can be written: a run that is finished needs no lock
-                _take(lock, folder)
-        before = manifest.check_folder(folder, command, args)
-        if before and before["status"] == "finished":
-            if parallel.is_main():
-                print(f"already finished: {folder}\n{folder}")
-            sys.exit(0)
-    except BaseException:
-        _give_back(lock)
-        raise
-    return Run(command, args, folder, unit, before, lock)
-
-
-def _take(lock, folder):
-    """Holds the run's lock, until `_give_back` or the end of this process. Does nothing where it is held already."""
-    try:
-        lock.is_locked or lock.acquire(timeout=LEAVING)
-    except Timeout:
-        raise UsageError(
-            f"{folder} is in use, another process works in it: wait for its end or choose another --run-name"
-        ) from None
-
-
-def _give_back(lock):
-    if lock.is_locked:
-        with contextlib.suppress(OSError):
-            os.unlink(lock.lock_file)
-        lock.release()
+    manifest.check_alike(manifest.of_process(command, args))
+    before = parallel.from_main(manifest.check_folder, folder, command, args)
+    if before and before["status"] == "finished":
+        if parallel.is_main():
+            print(f"already finished: {folder}\n{folder}")
+        sys.exit(0)
+    return Run(command, args, folder, unit, before)
 
 
 def prepare_machine(args):
@@ -101,7 +77,7 @@ def prepare_machine(args):
 class Run:
     """One run of one script. Made by `start_run`; see this module's docstring."""
 
-    def __init__(self, command, args, folder, unit, before, lock):
+    def __init__(self, command, args, folder, unit, before):
         self.command, self.args, self.folder, self.unit = command, args, folder, unit
         self.before = before  # run.json of the interrupted run that this one goes on with
         self.manifest = None
@@ -115,7 +91,7 @@ class Run:
         self.clients = None  # the `Round` that `sample` made last
         self._lasting, self._named, self._ended, self._left_out = {}, None, None, []
         self._probes, self._watching, self._theta = (), (), None  # theta: as the round begins
-        self._lock = lock
+        self._lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         self._tracker = self._bar = None
         self._shown = ""  # of the last evaluation
 
@@ -129,7 +105,10 @@ class Run:
             if self.begun and kind is not None and parallel.is_main():
                 self._note_end(kind, error)
         finally:
-            _give_back(self._lock)
+            if self._lock.is_locked:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._lock.lock_file)
+                self._lock.release()
         if self.begun and isinstance(error, OSError) and error.errno in checkpoint.DISK:
             with checkpoint.saving(error.filename or self.folder):
                 raise error
@@ -169,33 +148,36 @@ class Run:
         """
         resolved = resolved or self.resolved()
         self.manifest = manifest.of_run(self.command, self.args, resolved, data, clients, parameters)
+        manifest.check_alike({key: self.manifest[key] for key in ("resolved", "data", "clients", "parameters")})
         self._t0 = time.perf_counter()
         if self.before is not None:
             manifest.check_same(self.folder, self.before, self.manifest)
             return
-        parallel.barrier()  # every process has looked at the folder before it changes
         self._own_folder()
 
     def _own_folder(self):
-        if parallel.is_main():
-            try:
-                replaced = self._lock.is_locked  # by start_run: there is a run
-                self.folder.parent.mkdir(parents=True, exist_ok=True)
-                _take(self._lock, self.folder)
-                if self.before is None and not replaced and (self.folder / "run.json").exists():
-                    raise UsageError(f"{self.folder} was made by another process meanwhile: choose another --run-name")
-                if self.before is None:
-                    self._make_folder()
-                checkpoint.write_json(self.folder / "run.json", self.manifest)
-            except OSError as error:
-                raise UsageError(
-                    f"cannot write {self.folder}: {error.strerror or error}; choose --output-dir"
-                ) from error
+        parallel.from_main(self._claim)
         self.begun = True
         if parallel.is_main():
+            hosts.on_loss(lambda line: self._note_end(RunFailed, RunFailed(line)))
             say_waiting()
-        self._tracker = metrics_log.tracker(self.args, self.folder, self.command) if parallel.is_main() else None
-        parallel.barrier()
+            self._tracker = metrics_log.tracker(self.args, self.folder, self.command)
+
+    def _claim(self):
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=LEAVING)
+            if manifest.check_folder(self.folder, self.command, self.args) != self.before:
+                raise UsageError(f"{self.folder} was changed by another process meanwhile: start again")
+            if self.before is None:
+                self._make_folder()
+            checkpoint.write_json(self.folder / "run.json", self.manifest)
+        except Timeout:
+            raise UsageError(
+                f"{self.folder} is in use, another process works in it: wait for its end or choose another --run-name"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"cannot write {self.folder}: {error.strerror or error}; choose --output-dir") from error
 
     def _make_folder(self):
         # out of the way first: a death while deleting must not leave half a run under this name
@@ -222,14 +204,10 @@ class Run:
             if _kinds(saved, same_shapes) != _kinds(into, same_shapes):
                 raise UsageError(f"{self.folder}/checkpoint is of another model: use --overwrite or another --run-name")
         if self.before is not None:
-            rows, t = [], 0
-            if state:
-                t = state[0]["round"]
-                rows = metrics_log.lines_to(self.folder, t, self.due)
+            rows = parallel.from_main(metrics_log.lines_to, self.folder, state[0]["round"], self.due) if state else []
             self._own_folder()
             if parallel.is_main():
                 metrics_log.cut(self.folder, rows)
-            parallel.barrier()
         if state:
             self._go_on(*state)
             if isinstance(theta, dict):
@@ -240,6 +218,8 @@ class Run:
                     view.copy_(saved[name])
         elif self.before is not None:
             self.note("no checkpoint yet: it starts anew")
+        if parallel.world().size > 1:
+            manifest.check_alike({"weights to begin with": fingerprint(self._named(theta))})
         self._theta = theta
         return theta
 

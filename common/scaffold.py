@@ -34,10 +34,10 @@ class ControlVariates(Follower):
         self.weights = [1.0] * total_clients if weights is None else [float(w) for w in weights]
         self.c = torch.zeros_like(theta, dtype=torch.float64)  # [n]
         self.rows = ClientRows(folder, on_disk)
-        self._dtype, self._change, self._offered = theta.dtype, None, None
+        self._like, self._change, self._offered = theta, None, None
 
     def open_round(self, clients, theta):
-        self._change = OrderedSum(clients, _weighted_change, self.c)
+        self._change = OrderedSum(clients, _weighted_change, self._like, vectors=2)
 
     def correction(self, k):
         """c - c_k [n], what client k adds to its gradients, in theta's dtype and on its device.
@@ -46,12 +46,12 @@ class ControlVariates(Follower):
         """
         row = self.rows.get(k)
         held = torch.zeros_like(self.c) if row is None else row["c"].to(self.c, copy=True)
-        return held.sub_(self.c).neg_().to(self._dtype)
+        return held.sub_(self.c).neg_().to(self._like.dtype)
 
     def offer(self, k, mean_gradient):
         """Client k's new c_k [n], the mean of the raw gradients of its steps. It counts from the end of the round, if
         the client counts: where it is not finite, the client is left out."""
-        self._offered = k, mean_gradient.detach().to(self._dtype)
+        self._offered = k, mean_gradient.detach().to(self._like.dtype)
 
     def finite(self, clients):
         if self._offered is None or self._offered[0] != clients.current:

@@ -50,7 +50,7 @@ class PooledMoments(Follower):
         return 2 * self.weights.bytes, 2 * self.weights.bytes
 
     def open_round(self, clients, theta):
-        self._sum = OrderedSum(clients, _weighted, self.m, sums=2)
+        self._sum = OrderedSum(clients, _weighted, self.m, sums=2, vectors=2)
 
     def load(self, k):
         """Puts what clients begin with into the optimiser."""

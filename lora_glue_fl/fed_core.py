@@ -64,7 +64,8 @@ class Study:
     @property
     def lasting(self):
         """With theta, all that outlives a round, and what goes along with the rounds."""
-        return {"adapters": Adapters(self)} | ({"best": self.best} if self.args.final == "best" else {})
+        folders = {"folders": self.folders} if self.args.save_clients else {}
+        return {"adapters": Adapters(self)} | folders | ({"best": self.best} if self.args.final == "best" else {})
 
     def bytes_of(self, t):
         """(up, down) in round t: what its clients send, what the round trains; `serve` counts what all receive."""
@@ -75,7 +76,8 @@ class Study:
         """The rule's mean of a round."""
         t, a = clients.number, self.args
         pairs, scale = factors(theta), self.served_scale(t)
-        return AdapterMean(a.aggregate, pairs, scale, clients, a.seed, head=theta["head"], **self.served_as)
+        of = {"head": theta["head"], "largest": max(self.ranks)}
+        return AdapterMean(a.aggregate, pairs, scale, clients, a.seed, **of, **self.served_as)
 
     def evaluates(self, t):
         """Whether what is served after t rounds is evaluated."""
@@ -257,7 +259,7 @@ class Adapters(Follower):
             head, alpha = study.named_head(head_k), study.scale * study.ranks[k]
             changed = t and study.args.aggregate in CHANGES_BASE
             base = study.model.adapted.base_weights() if changed else None
-            study.folders.client(t, k, factors_k, head, alpha, base)
+            study.folders.client(factors_k, head, alpha, base)
 
 
 def serve(study, theta, mean):

@@ -9,7 +9,7 @@ from common import parallel
 from common.lora import write_adapter
 
 
-class RoundFolders:
+class RoundFolders(parallel.ToMain):
     """Writes each round's adapters, and deletes those of earlier rounds unless all are kept.
 
     A folder is deleted only after the checkpoint of a later round: a run that is broken off finds what it goes on with.
@@ -19,15 +19,22 @@ class RoundFolders:
     """
 
     def __init__(self, folder, keep, fused, about):
+        super().__init__(self._client)
         self.folder, self.keep, self.fused, self.about = folder, keep, fused, about
 
     def write(self, folder, factors, head, alpha, base=None):
         """Writes an adapter. base: {layer: weight} under it, where rounds have changed the base model."""
         write_adapter(folder, factors, head, alpha=alpha, base=base, **self.about)
 
-    def client(self, t, k, *adapter):
-        """Writes what client k trained: factors, head, alpha and the changed base."""
-        self.write(self.folder / f"round_{t + 1}" / f"client_{k + 1}" / "adapter", *adapter)
+    def open_round(self, clients, theta):
+        self._round = clients.number
+
+    def client(self, *adapter):
+        """Leaves what the client that the round is at trained: factors, head, alpha and the changed base or None."""
+        self.leave(adapter)
+
+    def _client(self, k, adapter):
+        self.write(self.folder / f"round_{self._round + 1}" / f"client_{k + 1}" / "adapter", *adapter)
 
     def server(self, t, *adapter):
         """Writes what the server serves after round t, by the main process; arguments as of `client`."""
@@ -35,10 +42,7 @@ class RoundFolders:
             self.write(self.folder / f"round_{t + 1}" / self.fused / "adapter", *adapter)
 
     def prune(self, last):
-        """Deletes the folders of rounds before `last`, where not all are kept.
-
-        Later rounds are not looked at: another process may be writing its clients of the next one.
-        """
+        """Deletes the folders of rounds before `last`, where not all are kept."""
         if self.keep != "all":
             self._delete(lambda t: t < last)
 

@@ -55,7 +55,7 @@ def main(args):
             norms = {name: change.norm().item() for name, change in state_space(study, theta - before).items()}
             update = {"train_loss": loss.item(), "grad_cosine": watch.mean_cosine(), "delta_norms": norms}
             if args.save_deltas:
-                save_deltas(study, "server", before, theta, t)
+                save_deltas(study, "server", state_space(study, before), state_space(study, theta), t)
             run.report(t + 1, theta, lambda theta, t, row: update | study.evaluate(theta.clone(), t, update))
 
         finish(study, theta.clone())

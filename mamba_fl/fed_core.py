@@ -22,7 +22,7 @@ from common.vector import Weights
 from mamba_fl.cross_entropy import entropies, sample_labels
 from mamba_fl.data import build_data, inputs_and_labels
 from mamba_fl.mamba2 import Mamba2Config
-from mamba_fl.measuring import evaluate, save_deltas, statistics
+from mamba_fl.measuring import ClientDeltas, evaluate, statistics
 from mamba_fl.ssm_config import make_model
 
 NOT_DECAYED = ("dt_bias", "A_log", "D")  # Dao & Gu's recipe: no weight decay on the recurrence's own parameters
@@ -67,7 +67,8 @@ class Study:
     def lasting(self):
         """With theta, all that outlives a round. A script adds its server optimiser."""
         moments = getattr(self.moments, "rows", self.moments)  # each client's own, or those that all share
-        return {"best": self.best} | ({} if moments is None else {"moments": moments})
+        deltas = {"deltas": ClientDeltas(self)} if self.args.save_deltas else {}
+        return {"best": self.best} | ({} if moments is None else {"moments": moments}) | deltas
 
     @property
     def eval_batch(self):
@@ -160,8 +161,6 @@ def client_update(study, theta, k, t):
         if args.client_val_sequences:
             nll, tokens, _ = statistics(study, study.data.validation[: args.client_val_sequences])
             run.clients.note(k, val_ppl=perplexity(nll, tokens))
-        if args.save_deltas:
-            save_deltas(study, f"client_{k}", theta, weights.theta, t)
     return weights.theta
 
 

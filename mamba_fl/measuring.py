@@ -75,13 +75,27 @@ def state_space(study, vector):
 
 
 def save_deltas(study, who, before, after, t):
-    """Stores the state-space parameters and their change in round t."""
-    for kind, vector in (("params", after), ("deltas", after - before)):
+    """Stores what `state_space` gives after round t, and its change from before."""
+    for kind, tensors in (("params", after), ("deltas", {name: after[name] - old for name, old in before.items()})):
         path = study.run.folder / who / kind / f"step_{t + 1:06d}.npz"
-        arrays = {name: tensor.cpu().numpy() for name, tensor in state_space(study, vector).items()}
         with saving(path, path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(path, **arrays)
+            np.savez(path, **{name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+
+
+class ClientDeltas(parallel.ToMain):
+    """--save-deltas: what clients change in the rounds after which there is an evaluation."""
+
+    def __init__(self, study):
+        super().__init__(lambda k, after: save_deltas(study, f"client_{k}", self._before, after, self._t))
+        self._study = study
+
+    def open_round(self, clients, theta):
+        self._before, self._t = state_space(self._study, theta), clients.number
+
+    def accept(self, clients, theta_k):
+        if self._study.run.due(self._t + 1):
+            self.leave(state_space(self._study, theta_k))
 
 
 def finish(study, theta):

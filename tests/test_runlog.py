@@ -223,12 +223,14 @@ def test_a_run_that_is_alive_takes_no_second_process(tmp_path, monkeypatch):
     with first:
         first.begin({}, {})
         manifest = (tmp_path / "r" / "run.json").read_bytes()
-        for more in ({}, {"resume": True}, {"overwrite": True}):
-            with pytest.raises(UsageError, match="r is in use, another process works in it: wait"):
-                start_run("train", arguments(tmp_path, **more), "r")
+        for more in ({"resume": True}, {"overwrite": True}):
+            other = start_run("train", arguments(tmp_path, **more), "r")
+            with other, pytest.raises(UsageError, match="r is in use, another process works in it: wait"):
+                other.begin({}, {})
+                other.restore({"a": torch.zeros(2)})
         with second, pytest.raises(UsageError, match="is in use"):
             second.begin({}, {})
-    with third, pytest.raises(UsageError, match="made by another process meanwhile"):
+    with third, pytest.raises(UsageError, match="r exists .*: --resume"):
         third.begin({}, {})
     assert (tmp_path / "r" / "run.json").read_bytes() == manifest and os.listdir(tmp_path) == ["r"]
     train(arguments(tmp_path, overwrite=True), 2)

@@ -75,15 +75,6 @@ def test_a_full_disk_ends_the_run_in_one_line_and_it_goes_on_when_there_is_room(
     harness.same_run(folder, harness.whole(name))
 
 
-@pytest.mark.parametrize("name", OF_EACH_STUDY)
-def test_two_processes_give_the_same_bits(name, tmp_path):
-    for ended in harness.run_ranks(harness.command(name, tmp_path), 2):
-        assert ended.code == 0, ended.err
-    folder = tmp_path / harness.GOLDEN[name].folder
-    assert read_json(folder / "run.json")["processes"] == 2
-    harness.same_run(folder, harness.whole(name))
-
-
 def test_processes_that_a_user_starts_give_the_same_bits(tmp_path):
     assert harness.run(["tests/small_run.py", tmp_path / "one"]).code == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

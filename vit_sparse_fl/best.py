@@ -38,10 +38,12 @@ class BestCheckpoints:
 
     def load(self, device):
         """The weights of the best round. Raises UsageError where its file cannot be read."""
-        parallel.barrier()  # the main process has written them
+        return {name: weight.to(device) for name, weight in parallel.from_main(self._read).items()}
+
+    def _read(self):
         file = self._file(self.round)
         with reading(f"{file} is damaged or not there", "put it back and --resume, or start anew with --overwrite"):
-            return load_file(file, device=str(device))
+            return load_file(file)
 
     def state_dict(self):
         """{"kept": fp64 [kept, 2]}: accuracies and rounds."""

@@ -215,7 +215,7 @@ def make_mask(study, run, theta):
     args, weights = study.args, study.weights
     path = run.folder / "mask.safetensors"
     if run.start_round:  # calibrated before the checkpoint was made
-        return load_mask(path, weights.shapes).to(study.device)
+        return parallel.from_main(load_mask, path, weights.shapes).to(study.device)
     study.model.eval()
     weights.load(theta)
     sizes, strategy = [shape.numel() for shape in weights.shapes.values()], STRATEGIES[args.mask_strategy]

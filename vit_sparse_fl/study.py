@@ -176,7 +176,7 @@ def fit_first(study):
     """
     args, run, data = study.args, study.run, study.data
     fitted = args.head == "ridge"
-    if fitted and not any(run.folder.glob("checkpoint*/state.json")):
+    if fitted and not parallel.from_main(lambda: any(run.folder.glob("checkpoint*/state.json"))):
         held = (features(study, data.validation), data.validation_labels)
         ridge_head(study.model, features(study, data.train), data.train_labels, held)
         run.count(bytes_up=sums_bytes(study.model.classifier) * len(study.examples))

@@ -1,0 +1,111 @@
+"""Two machines that share nothing: each a process with its own folder, data and code; the second can write nowhere.
+
+benchmarks/hosts.py does the same with namespaces of the kernel, a cable between them, and the cable cut.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import harness
+import pytest
+
+from common.checkpoint import read_json
+
+pytestmark = pytest.mark.slow
+NOWHERE = "/proc/none"  # the second machine's output folder
+FEDERATED = [name for name, golden in harness.GOLDEN.items() if golden.federated and golden.resumes]
+OF_EACH_SCRIPT = list({harness.GOLDEN[name].script: name for name in reversed(FEDERATED)}.values())
+
+
+def places(size=2):
+    """The environment of each of `size` machines with one process."""
+    about = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    about["MASTER_PORT"] = str(harness.free_port())
+    return [about | {"RANK": str(rank)} for rank in range(size)]
+
+
+def start(name, out, *more, other=()):
+    """The run `name` on two machines. Args: more: flags of both; other: the second one's alone."""
+    words = harness.command(name, out, *more), harness.command(name, NOWHERE, *more, *other)
+    words = [[*line, "--processes", 0] for line in words]
+    return [harness.Started(line, env=env) for line, env in zip(words, places(), strict=True)]
+
+
+@pytest.mark.parametrize("name", OF_EACH_SCRIPT)
+def test_only_the_first_machine_writes_and_the_bits_are_those_of_one_process(name, tmp_path):
+    for ended in [one.ended() for one in start(name, tmp_path)]:
+        assert ended.code == 0, ended.err
+    folder = tmp_path / harness.GOLDEN[name].folder
+    assert read_json(folder / "run.json")["processes"] == 2
+    harness.same_run(folder, harness.whole(name))
+
+
+def texts(folder, word):
+    """A WikiText-2 of a few lines in `folder`."""
+    place = folder / word / "wikitext-2"
+    place.mkdir(parents=True)
+    for split in ("train", "valid", "test"):
+        article = f"\n = A title = \n\n The {word} {split} text has some words and then some more . \n" * 200
+        (place / f"wiki.{split}.raw").write_text(article)
+    return place.parent
+
+
+@pytest.mark.parametrize("what", ["--lr", "--seed", "data"])
+def test_machines_that_differ_are_refused_before_anything_is_written(what, tmp_path):
+    both, other = [], [what, "5"]
+    if what == "data":
+        both = ["--dataset", "wikitext2", "--data-root", texts(tmp_path, "first")]
+        other = ["--data-root", texts(tmp_path, "second")]
+    for ended in [one.ended() for one in start("mamba_fl/fed_avg", tmp_path, *both, other=other)]:
+        assert ended.code == 2 and f"on {socket.gethostname()} (process 1) and " in ended.err, ended.err
+        assert what in ended.err and len(ended.err.splitlines()) == 1, ended.err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_machine_with_other_code_is_refused(tmp_path):
+    copy = tmp_path / "copy"
+    for folder in ("common", "mamba_fl"):
+        shutil.copytree(harness.ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    with open(copy / "mamba_fl" / "fed_avg.py", "a") as file:
+        file.write("# edited\n")
+    first, second = places()
+    flags = [*harness.command("mamba_fl/fed_avg", tmp_path), "--processes", "0"]
+    started = harness.Started(flags, env=first)
+    line = [sys.executable, str(copy / flags[0]), *map(str, flags[1:])]
+    env = {**os.environ, **second, "PYTHONPATH": str(copy)}
+    there = subprocess.run(line, capture_output=True, text=True, cwd=copy, env=env)
+    ended = started.ended()
+    assert (ended.code, there.returncode) == (2, 2), there.stderr
+    assert "error: code is " in ended.err and not (tmp_path / "r").exists()
+
+
+def test_a_machine_that_dies_or_falls_silent_is_named_and_the_run_goes_on(tmp_path):
+    """SIGSTOP: as if its cable were cut, no connection breaks. Rows of clients that change machines, and SCAFFOLD's."""
+    cases = {signal.SIGKILL: "mamba_fl/fed_fisher", signal.SIGSTOP: "llm_noniid/scaffold"}
+    runs = {number: start(name, tmp_path / name) for number, name in cases.items()}
+    began = {}
+    for number, name in cases.items():
+        log = tmp_path / name / "r" / "metrics.jsonl"
+        end = time.monotonic() + 120
+        while not (log.exists() and log.read_bytes().count(b"\n") >= 2) and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(runs[number][1].process.pid, number)
+        began[number] = time.monotonic()
+    for number, name in cases.items():
+        main, other = runs[number]
+        ended = main.ended()
+        assert time.monotonic() - began[number] < 60
+        os.kill(other.process.pid, signal.SIGKILL) if number == signal.SIGSTOP else None
+        other.ended()
+        last = ended.err.splitlines()[-1]
+        assert ended.code == 1 and last.startswith(f"failed: process 1 on {socket.gethostname()} no longer"), ended.err
+        about = read_json(tmp_path / name / "r" / "run.json")
+        assert about["status"] == "failed" and "process 1 on" in about["reason"]
+        for again in [one.ended() for one in start(name, tmp_path / name, "--resume")]:
+            assert again.code == 0, again.err
+        harness.same_run(tmp_path / name / "r", harness.whole(name))
