@@ -210,7 +210,7 @@ class _ProductMeans:
     vectors, dtype = 1, torch.float32
 
     def __init__(self, clients, factors, rank):
-        self._clients, self._weight, size = clients, 0.0, clients.world.size
+        self._clients, self._rank, self._weight, size = clients, rank, 0.0, clients.world.size
         self._sizes = {name: (len(B), A.shape[1]) for name, (A, B) in factors.items()}  # (d, k)
         self._room = {name: rank * (d + k) for name, (d, k) in self._sizes.items()}
         self._layers = [list(factors)[j::size] for j in range(size)]  # of each process
@@ -224,12 +224,14 @@ class _ProductMeans:
         if self._clients.world.size == 1:
             self._add(factors, self._clients.weight, scale)
             return
+        rank = len(next(iter(factors.values()))[0])
+        if rank > self._rank:
+            raise ValueError(f"a client's rank {rank} is above the largest, {self._rank}")
         message, end = torch.zeros(sum(self.lengths)), 0
         for name in (name for layers in self._layers for name in layers):
             flat = torch.cat([t.detach().reshape(-1) for t in factors[name]])
             message[end : end + len(flat)] = flat
             end += self._room[name]
-        rank = len(next(iter(factors.values()))[0])
         self._clients.exchange(self, (self._clients.weight, scale, rank), [message])
 
     def take(self, numbers, pieces):
