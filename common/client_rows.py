@@ -10,6 +10,7 @@ of the main process, which sends a row before the client's turn and takes the ne
 what the sampled ones need.
 """
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -86,6 +87,8 @@ class ClientRows(parallel.Follower):
         parallel.barrier()
         if parallel.is_main():
             shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # rows of another kind
+                self.folder.parent.rmdir()
 
     # ---- files, the main process's
 
