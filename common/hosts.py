@@ -27,9 +27,9 @@ class _Watch(threading.Thread):
             mine = probe.getsockname()[0], self.socket.getsockname()[1]
         about = all_gather((f"process {rank} on {socket.gethostname()}", mine, os.urandom(8)))
         self.rank, self.names, self.run_id = rank, [name for name, *_ in about], about[0][2]
-        self.others = [place for r, (_, place, _) in enumerate(about) if r != rank]
+        self.others = {r: place for r, (_, place, _) in enumerate(about) if r != rank}
         self.over, self.left = threading.Event(), None  # left: who has said goodbye first
-        self.on_loss = lambda line: None
+        self.on_loss = lambda reason: None
 
     def run(self):
         heard = {}  # rank -> when
@@ -39,10 +39,10 @@ class _Watch(threading.Thread):
             while (wait := end - time.monotonic()) > 0 and not self.over.is_set():
                 self.socket.settimeout(wait)
                 with contextlib.suppress(OSError):  # a time-out too
-                    words = self.socket.recv(64)
+                    words, place = self.socket.recvfrom(64)
                     if words.startswith(self.run_id):
                         rank = int.from_bytes(words[9:], "big")
-                        heard[rank] = time.monotonic()
+                        heard[rank], self.others[rank] = time.monotonic(), place  # it may not know its own address
                         if words[8:9] == BYE:
                             self.left = self.left or self.names[rank]
                             heard.pop(rank)
@@ -51,17 +51,21 @@ class _Watch(threading.Thread):
                     self.lost(rank)
 
     def say(self, what):
-        for place in self.others:
+        for place in list(self.others.values()):
             with contextlib.suppress(OSError):
                 self.socket.sendto(self.run_id + what + self.rank.to_bytes(4, "big"), place)
 
     def lost(self, rank):
         """Ends this process. The main thread may wait in C++ code for what never comes: no exception would reach it."""
-        line = f"failed: {self.names[rank]} no longer answers: the same command with --resume goes on"
-        self.on_loss(line)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a machine
-            print(line, file=sys.__stderr__, flush=True)
-        os._exit(1)
+        reason = f"{self.names[rank]} no longer answers: the same command with --resume goes on"
+        try:
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a machine, before a launcher ends them all
+                print(f"failed: {reason}", file=sys.__stderr__, flush=True)
+            else:
+                time.sleep(2 * BEAT)
+            self.on_loss(reason)
+        finally:
+            os._exit(1)
 
 
 def watch(rank, all_gather):
@@ -80,9 +84,14 @@ def who_left():
 
 
 def on_loss(function):
-    """function(line) is called before the process ends for another one's loss."""
+    """function(reason) is called before the process ends for another one's loss."""
     if _watch is not None:
         _watch.on_loss = function
+
+
+def speaks():
+    """Whether this process says why it ends though the main one does: the first of another machine."""
+    return _watch is not None and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def say_goodbye():

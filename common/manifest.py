@@ -149,22 +149,23 @@ def of_process(command, args):
         **flags,
         "code": _code(),
         **{k: of.get(k) for k in ("torch", "transformers", "cpu")},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
-def check_alike(facts):
+def check_alike(facts, device=None):
     """Raises UsageError, on every process, where {name: value} differs from the main process's; another processor is a
-    warning. Every process calls it."""
+    warning. Every process calls it. device: on a GPU the number of threads is not compared."""
     if world().size == 1:
         return
     (main, first), *others = all_gather((socket.gethostname(), dict(_flat(_plain(facts)))))
     for rank, (host, of) in enumerate(others, start=1):
         for name in {**first, **of}:
-            if of.get(name) == first.get(name):
+            if of.get(name) == first.get(name) or name == "resolved threads" and device.type != "cpu":
                 continue
             there, here = (str(values.get(name))[:80] for values in (of, first))
             what = f"{name} is {there} on {host} (process {rank}) and {here} on {main}"
-            if name != "cpu":
+            if name not in ("cpu", "gpu"):
                 raise UsageError(f"{what}: start every process with the same flags, data and code")
             if is_main():
                 say(f"warning: {what}: bits may differ")
@@ -206,7 +207,7 @@ def _changes(before, now):
 def _code():
     """SHA-256 of this repository's Python files."""
     root, hashed = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for path in sorted(root.glob("*/*.py")):
+    for path in sorted(path for package in root.glob("*/__init__.py") for path in package.parent.glob("*.py")):
         hashed.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return hashed.hexdigest()
 

@@ -17,8 +17,8 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -145,17 +145,33 @@ def from_main(function, *args):
 
 
 def send(thing, rank):
-    """Sends a picklable thing to a process, which calls `receive`; tensors in its dicts and tuples by their values."""
+    """Sends a picklable thing to a process, which calls `receive`; tensors in its dicts and tuples one by one."""
+    tensors = []
+
+    def place(t):
+        tensors.append(t.detach().to(CPU).contiguous())
+        return _Place(t.dtype, t.shape)
+
     with _with_others():
-        dist.send_object_list([_each(thing, torch.Tensor, lambda t: t.detach().cpu().numpy())], rank, device=CPU)
+        dist.send_object_list([_each(thing, torch.Tensor, place)], rank, device=CPU)
+        for t in tensors:
+            if t.numel():
+                dist.send(t, rank)
 
 
 def receive(rank, device="cpu"):
     """What process `rank` sends, its tensors on `device`."""
+
+    def fill(place):
+        t = torch.empty(place.shape, dtype=place.dtype)
+        if t.numel():
+            dist.recv(t, rank)
+        return t.to(device)
+
     things = [None]
     with _with_others():
         dist.recv_object_list(things, rank, device=CPU)
-    return _each(things[0], np.ndarray, lambda array: torch.as_tensor(array).to(device))
+        return _each(things[0], _Place, fill)
 
 
 def broadcast_tensors(tensors, device="cpu"):
@@ -168,12 +184,21 @@ def broadcast_tensors(tensors, device="cpu"):
 
 
 def _each(thing, kind, change):
-    """A nested thing with what is of a kind changed (torch pickles a tensor with all of the vector that it lies in)."""
+    """A nested thing of dicts and tuples with what is of a kind changed."""
+    if isinstance(thing, kind):
+        return change(thing)
     if isinstance(thing, dict):
         return {key: _each(value, kind, change) for key, value in thing.items()}
     if isinstance(thing, tuple):
         return tuple(_each(value, kind, change) for value in thing)
-    return change(thing) if isinstance(thing, kind) else thing
+    return thing
+
+
+class _Place(NamedTuple):
+    """Of a tensor that follows."""
+
+    dtype: torch.dtype
+    shape: torch.Size
 
 
 def chunks(*tensors, size=CHUNK):

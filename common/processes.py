@@ -144,7 +144,7 @@ def _one_of_all(main, args, to_speak=None):
     gone = isinstance(error, parallel.Gone)
     if code and not gone:
         hosts.say_goodbye()
-    knows = rank == 0 or not (gone or isinstance(error, parallel.AllFailed))
+    knows = rank == 0 or hosts.speaks() or not (gone or isinstance(error, parallel.AllFailed))
     if line and (rank == 0 and not to_speak or code < 128 and knows and not (gone and to_speak)):
         time.sleep(PATIENCE if rank and code == 2 else 0)  # what all refuse, the main process says
         if to_speak is None or to_speak.acquire(block=False):

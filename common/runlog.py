@@ -36,7 +36,6 @@ from common.curves import number, read_metrics
 from common.evaluation import pick_device, resolve_amp
 from common.participation import participants, participation_of, per_round
 from common.seeding import seed_everything
-from common.vector import fingerprint
 
 LEAVING = 5  # seconds that a killed process may need until all its files are closed
 
@@ -101,6 +100,7 @@ class Run:
     def __exit__(self, kind, error, trace):
         if self._bar is not None:
             self._bar.close()
+        hosts.on_loss(lambda reason: None)
         try:
             if self.begun and kind is not None and parallel.is_main():
                 self._note_end(kind, error)
@@ -148,36 +148,47 @@ class Run:
         """
         resolved = resolved or self.resolved()
         self.manifest = manifest.of_run(self.command, self.args, resolved, data, clients, parameters)
-        manifest.check_alike({key: self.manifest[key] for key in ("resolved", "data", "clients", "parameters")})
+        facts = {key: self.manifest[key] for key in ("resolved", "data", "clients", "parameters")}
+        manifest.check_alike(facts, self.device)
         self._t0 = time.perf_counter()
         if self.before is not None:
             manifest.check_same(self.folder, self.before, self.manifest)
             return
+        parallel.from_main(self._claim)
         self._own_folder()
 
     def _own_folder(self):
-        parallel.from_main(self._claim)
+        parallel.from_main(self._write_manifest)
         self.begun = True
         if parallel.is_main():
-            hosts.on_loss(lambda line: self._note_end(RunFailed, RunFailed(line)))
+            hosts.on_loss(lambda reason: self._note_end(RunFailed, RunFailed(reason)))
             say_waiting()
             self._tracker = metrics_log.tracker(self.args, self.folder, self.command)
 
     def _claim(self):
+        """Holds the folder's lock from here on; what `start_run` has found there still holds."""
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=LEAVING)
-            if manifest.check_folder(self.folder, self.command, self.args) != self.before:
-                raise UsageError(f"{self.folder} was changed by another process meanwhile: start again")
-            if self.before is None:
-                self._make_folder()
-            checkpoint.write_json(self.folder / "run.json", self.manifest)
         except Timeout:
             raise UsageError(
                 f"{self.folder} is in use, another process works in it: wait for its end or choose another --run-name"
             ) from None
         except OSError as error:
-            raise UsageError(f"cannot write {self.folder}: {error.strerror or error}; choose --output-dir") from error
+            raise self._cannot_write(error) from error
+        if manifest.check_folder(self.folder, self.command, self.args) != self.before:
+            raise UsageError(f"{self.folder} was changed by another process meanwhile: start again")
+
+    def _write_manifest(self):
+        try:
+            if self.before is None:
+                self._make_folder()
+            checkpoint.write_json(self.folder / "run.json", self.manifest)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error):
+        return UsageError(f"cannot write {self.folder}: {error.strerror or error}; choose --output-dir")
 
     def _make_folder(self):
         # out of the way first: a death while deleting must not leave half a run under this name
@@ -189,7 +200,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def restore(self, theta, named=None, same_shapes=True, **lasting):
-        """The weights to go on with: the checkpoint's, loaded into the `lasting` objects too; `theta` if there is none.
+        """The weights to go on with: the checkpoint's, loaded into the `lasting` objects too; `theta` if there is none,
+        the main process's.
 
         theta: a vector [n], and named: function of it to {name: view} (`common.vector.Weights.named`); or without
         `named` {name: tensor}, whose shapes may change from round to round where same_shapes is False. lasting: all
@@ -197,8 +209,11 @@ class Run:
         Raises UsageError for a checkpoint that is damaged or of another model: the folder is then as it was.
         """
         self._lasting, self._named = lasting, named or (lambda tensors: tensors)
-        into = self._named(theta)
-        state = self.before and checkpoint.load(self.folder / "checkpoint", next(iter(into.values())).device)
+        into, state, saved = self._named(theta), None, None
+        device = next(iter(into.values())).device
+        if self.before is not None:
+            parallel.from_main(self._claim)  # before the checkpoint is read, which another process may be writing
+            state = checkpoint.load(self.folder / "checkpoint", device)
         if state:
             saved = state[1].get("theta", {})
             if _kinds(saved, same_shapes) != _kinds(into, same_shapes):
@@ -210,16 +225,17 @@ class Run:
                 metrics_log.cut(self.folder, rows)
         if state:
             self._go_on(*state)
+        elif self.before is not None:
+            self.note("no checkpoint yet: it starts anew")
+        if not state and parallel.world().size > 1:  # another kind of processor may have drawn other last digits
+            saved = parallel.broadcast_tensors(into, device)
+        if saved is not None:
             if isinstance(theta, dict):
                 theta = {key: saved[key] for key in theta}
             else:
                 theta = theta.clone()
                 for name, view in self._named(theta).items():
                     view.copy_(saved[name])
-        elif self.before is not None:
-            self.note("no checkpoint yet: it starts anew")
-        if parallel.world().size > 1:
-            manifest.check_alike({"weights to begin with": fingerprint(self._named(theta))})
         self._theta = theta
         return theta
 
@@ -409,6 +425,7 @@ class Run:
             return
         if broken := self._broken():  # a model that was evaluated only
             raise parallel.AllFailed(broken)
+        hosts.on_loss(lambda reason: None)
         ended = self._ended or manifest.ended("finished", self.total)
         self.manifest.update(status="finished", ended=ended, results=manifest.json_safe(results))
         with checkpoint.saving(self.folder / "run.json"):

@@ -18,6 +18,8 @@ from common.participation import per_round
 from common.runlog import Run
 from common.seeding import seed_torch, stream
 from common.sharding import class_counts
+from common.text import tokenizer_fingerprint
+from common.vector import fingerprint
 from llm_noniid import diagnostics, text_model
 from llm_noniid.data import Texts, load_texts
 from llm_noniid.partition import clients_of, statistics
@@ -122,8 +124,10 @@ def load_study(args, run):
     splits = texts.fingerprint["sha256"]  # training and validation texts are drawn by the seed
     data = texts.fingerprint | {"sha256": {"test": splits["test"]}, "tokenizer_tokens": len(model.tokenizer)}
     shards = {"examples": [len(mine) + len(kept) for mine, kept in zip(rows, held, strict=True)], "sha256": splits}
-    total = sum(p.numel() for p in model.module.parameters())
-    run.begin(data, {"total": total, "trainable": model.weights.size}, clients=shards)
+    sizes = {"total": sum(p.numel() for p in model.module.parameters()), "trainable": model.weights.size}
+    frozen = {name: p for name, p in model.module.named_parameters() if not p.requires_grad}
+    alike = {"frozen_sha256": fingerprint(frozen), "tokenizer_sha256": tokenizer_fingerprint(model.tokenizer)}
+    run.begin(data, sizes | alike, clients=shards)
     for line in notes:
         run.note(line)
     return study

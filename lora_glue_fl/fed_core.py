@@ -20,6 +20,7 @@ from common.lowrank import MIXED_RANKS, AdapterMean, Served, trained_factors
 from common.parallel import Follower
 from common.participation import check_participation, per_round
 from common.seeding import seed_torch
+from common.text import sha256_of
 from common.vector import Weights
 from lora_glue_fl.data_prep import MAX_GRAD_NORM, batches, learning_rates, plan_steps
 from lora_glue_fl.flags import refuse
@@ -144,6 +145,8 @@ def load_study(args, run):
     if study.held_out is not None:
         data["held_out"] = len(study.held_out)
     clients = {"examples": study.examples, "ranks": ranks, "shard_seed": first.get("seed")}
+    every = [*study.rows, study.held_out if study.held_out is not None else []]
+    clients["sha256"] = sha256_of([list(map(int, rows)) for rows in every])
     if start:
         clients["init_adapter_sha256"] = start[-1]
     run.begin(data, model.sizes(model.adapted.trainable()), clients=clients)

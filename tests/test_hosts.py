@@ -14,7 +14,7 @@ import time
 import harness
 import pytest
 
-from common.checkpoint import read_json
+from common.checkpoint import read_json, write_json
 
 pytestmark = pytest.mark.slow
 NOWHERE = "/proc/none"  # the second machine's output folder
@@ -55,13 +55,36 @@ def texts(folder, word):
     return place.parent
 
 
-@pytest.mark.parametrize("what", ["--lr", "--seed", "data"])
+def shards(folder):
+    """The shards of the runs, one example of two clients exchanged."""
+    shutil.copytree(harness.whole("lora_glue_fl/sharding"), folder)
+    paths = folder / "client_1.json", folder / "client_2.json"
+    one, two = map(read_json, paths)
+    one["indices"][-1], two["indices"][-1] = two["indices"][-1], one["indices"][-1]
+    for path, shard in zip(paths, (one, two), strict=True):
+        write_json(path, shard)
+    return folder
+
+
+def model(folder, seed):
+    """A pretrained model of llm_noniid."""
+    words = harness.command("llm_noniid/pretrain", folder, "--seed", seed)
+    assert harness.run(words).code == 0
+    return folder / "r"
+
+
+@pytest.mark.parametrize("what", ["--lr", "--seed", "data", "clients sha256", "parameters frozen_sha256"])
 def test_machines_that_differ_are_refused_before_anything_is_written(what, tmp_path):
-    both, other = [], [what, "5"]
+    name, both, other = "mamba_fl/fed_avg", [], [what, "5"]
     if what == "data":
         both = ["--dataset", "wikitext2", "--data-root", texts(tmp_path, "first")]
         other = ["--data-root", texts(tmp_path, "second")]
-    for ended in [one.ended() for one in start("mamba_fl/fed_avg", tmp_path, *both, other=other)]:
+    elif what == "clients sha256":
+        name, other = "lora_glue_fl/naive", ["--shard-dir", shards(tmp_path / "shards")]
+    elif what == "parameters frozen_sha256":
+        name, both, other = "llm_noniid/fedavg", ["--model", model(tmp_path / "a", 1)], []
+        other = ["--model", model(tmp_path / "b", 2)]
+    for ended in [one.ended() for one in start(name, tmp_path, *both, other=other)]:
         assert ended.code == 2 and f"on {socket.gethostname()} (process 1) and " in ended.err, ended.err
         assert what in ended.err and len(ended.err.splitlines()) == 1, ended.err
     assert not (tmp_path / "r").exists()

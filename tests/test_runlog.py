@@ -13,6 +13,7 @@ import types
 import harness
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from small_run import arguments, fail, train
 
 from common import checkpoint, parallel
@@ -235,6 +236,22 @@ def test_a_run_that_is_alive_takes_no_second_process(tmp_path, monkeypatch):
     assert (tmp_path / "r" / "run.json").read_bytes() == manifest and os.listdir(tmp_path) == ["r"]
     train(arguments(tmp_path, overwrite=True), 2)
     assert os.listdir(tmp_path) == ["r"]
+
+
+def test_a_checkpoint_is_read_under_the_lock(half, tmp_path, monkeypatch):
+    """Else a process that is about to die may save another one meanwhile."""
+    shutil.copytree(half, tmp_path / "r")
+    load, seen = checkpoint.load, []
+
+    def spy(folder, device):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / ".r.lock").acquire(timeout=0)
+        seen.append(load(folder, device))
+        return seen[-1]
+
+    monkeypatch.setattr(checkpoint, "load", spy)
+    resumed(tmp_path)
+    assert seen[0] is not None
 
 
 # ---- a checkpoint and the log up to it are whole or refused

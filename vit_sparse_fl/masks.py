@@ -223,12 +223,12 @@ def make_mask(study, run, theta):
     rule = {"method": args.calibration, "largest": strategy.largest, "scope": args.mask_scope}
     mask = calibrate(theta, _scores(study, strategy), sizes, sparsity=args.sparsity_ratio, rounds=rounds, **rule)
     weights.load(theta)
+    mask = parallel.broadcast_tensors({"mask": mask}, study.device)["mask"]
     study.tell(f"mask: {int(mask.sum())} of {len(mask)} weights are trained, {100 * mask.double().mean():.2f} %")
     if parallel.is_main():
         with saving(path, path):
             save_file({name: part.clone() for name, part in weights.named(mask).items()}, path)
-    parallel.barrier()
-    return mask.to(study.device)
+    return mask
 
 
 def _scores(study, strategy):

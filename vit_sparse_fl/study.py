@@ -179,6 +179,9 @@ def fit_first(study):
     if fitted and not parallel.from_main(lambda: any(run.folder.glob("checkpoint*/state.json"))):
         held = (features(study, data.validation), data.validation_labels)
         ridge_head(study.model, features(study, data.train), data.train_labels, held)
+        head = dict(study.model.classifier.named_parameters())
+        for name, of_main in parallel.broadcast_tensors(head, study.device).items():
+            head[name].data.copy_(of_main)  # another kind of processor fits other last digits
         run.count(bytes_up=sums_bytes(study.model.classifier) * len(study.examples))
         accuracy = validate(study, "validation", "val")["val_accuracy"]
         study.tell(f"head fitted on {len(data.train)} images: validation accuracy {accuracy:.4f}")
