@@ -54,7 +54,8 @@ def start_run(command, args, name, unit="tokens"):
         raise UsageError(f"--track {args.track} needs the package {args.track}: pip install {args.track}")
     folder = Path(args.output_dir) / name
     folder = folder.resolve() if folder.is_symlink() else folder
-    manifest.check_alike(manifest.of_process(command, args))
+    if parallel.world().size > 1:  # one process need not hash the code
+        manifest.check_alike(manifest.of_process(command, args))
     before = parallel.from_main(manifest.check_folder, folder, command, args)
     if before and before["status"] == "finished":
         if parallel.is_main():
