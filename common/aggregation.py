@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from common.parallel import CHUNK, OrderedSum, chunks
+from common.rounds import CHUNK, OrderedSum, chunks
 
 
 def apply_delta(theta, delta):
@@ -70,7 +70,7 @@ class WeightedMean(_Mean):
     w_k = n_k exp(log_weight_k), n_k what the round says that client k counts: the exponent serves weights that span
     orders of magnitude (softmax of entropies); only its differences between clients matter: it cannot overflow.
 
-    Args: theta [n], not to be changed while clients are added; clients: `common.parallel.Round`.
+    Args: theta [n], not to be changed while clients are added; clients: `common.rounds.Round`.
     """
 
     def __init__(self, theta, clients):

@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import parallel
+from common import parallel, rounds
 from common.checkpoint import row_file, saving, seal, sync
 from common.cli import RunFailed
 
@@ -31,7 +31,7 @@ def rows_on_disk(total_clients, sampled, row_bytes):
     return moving or total_clients * row_bytes > MEMORY
 
 
-class ClientRows(parallel.Follower):
+class ClientRows(rounds.Follower):
     """Rows {field: tensor} of clients. A `lasting` object of a run: a checkpoint holds a file per client.
 
     Args: folder: the main process's working copies of rows on disk; on_disk: see `rows_on_disk`; in_place: the tensors

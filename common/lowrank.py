@@ -111,7 +111,7 @@ class AdapterMean:
         rule: one of `common.cli.RULES`.
         factors: {layer: (A, B)} that the round began with, not to be changed while clients are added.
         scale: their s, and of what is served where `new_scale` is not given.
-        clients: `common.parallel.Round`.
+        clients: `common.rounds.Round`.
         seed: for the random rows that a rule may need.
         rank, new_scale, split: of the adapter that svd serves (rank: of stack's fresh one too; default: of `factors`).
         head: the vector [h] of the head's weights that the round began with, whose mean is served beside the adapter.
@@ -204,7 +204,7 @@ class AdapterMean:
 class _ProductMeans:
     """{layer: weighted mean of the clients' products}, added in the order of the clients; every layer has one process.
 
-    An accumulator of the round's exchanges, as `common.parallel.OrderedSum`. Args: rank: the largest of a client.
+    An accumulator of the round's exchanges, as `common.rounds.OrderedSum`. Args: rank: the largest of a client.
     """
 
     vectors, dtype = 1, torch.float32

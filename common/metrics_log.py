@@ -23,7 +23,7 @@ SHOWN = ("train_loss", "val_loss", "val_ppl", "val_accuracy", "val_f1", "val_mat
 def client_fields(clients):
     """`clients` (ids), client_NAME of each (null: left out), train_loss: their mean by their weights.
 
-    clients: a `common.parallel.Round` that is over; every process calls it.
+    clients: a `common.rounds.Round` that is over; every process calls it.
     """
     notes, weights, row = clients.notes(), clients.weights, {}
     losses = {k: seen["train_loss"] for k, seen in notes.items() if seen and "train_loss" in seen}

@@ -29,7 +29,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from common import checkpoint, hosts, manifest, metrics_log, parallel
+from common import checkpoint, hosts, manifest, metrics_log, parallel, rounds
 from common.cli import RunFailed, UsageError, duration, say, say_waiting
 from common.client_rows import ClientRows
 from common.curves import number, read_metrics
@@ -119,7 +119,7 @@ class Run:
         how, reason = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed", str(error) or kind.__name__
         if how == "interrupted":
             error.add_note("run the same command with --resume to go on")
-        if isinstance(error, parallel.LeftOut):
+        if isinstance(error, rounds.LeftOut):
             ended = manifest.ended(how, error.round + 1, "left_out", error.clients, reason)
         else:
             by = "not_finite" if isinstance(error, parallel.AllFailed) else None
@@ -261,7 +261,7 @@ class Run:
         self._probes = probes
 
     def sample(self, study, t):
-        """The clients of round t (from 0), a `common.parallel.Round`: --participation of all, drawn by the seed.
+        """The clients of round t (from 0), a `common.rounds.Round`: --participation of all, drawn by the seed.
 
         study: client_weights, what each of the K clients counts in a mean; bytes_of(t): (up, down), what a client sends
         and receives, each a number, a list of all K, or a function of its id; work, if it has it: the size of each
@@ -269,10 +269,10 @@ class Run:
         """
         weights, work = study.client_weights, getattr(study, "work", None)
         chosen = participants(self.args.seed, len(weights), participation_of(self.args), t)
-        followers = [thing for thing in self._lasting.values() if isinstance(thing, parallel.Follower)]
+        followers = [thing for thing in self._lasting.values() if isinstance(thing, rounds.Follower)]
         self._watching = self._probes if self.due(t + 1) else ()
         followers += self._watching
-        self.clients = parallel.Round(chosen, weights, work, followers, self._theta, self._hint(), t)
+        self.clients = rounds.Round(chosen, weights, work, followers, self._theta, self._hint(), t)
         self._traffic = study.bytes_of(t)
         return self.clients
 

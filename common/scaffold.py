@@ -13,7 +13,7 @@ option II, c_k - c + (theta - y) / (H lr); unlike it, it holds for any optimiser
 import torch
 
 from common.client_rows import ClientRows
-from common.parallel import Follower, OrderedSum
+from common.rounds import Follower, OrderedSum
 
 
 class ControlVariates(Follower):

@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import torch
 
-from common.parallel import Follower, OrderedSum
+from common.rounds import Follower, OrderedSum
 
 
 class PooledMoments(Follower):

@@ -13,8 +13,8 @@ from common.checkpoint import saving, write_json
 from common.curves import number
 from common.evaluation import Best, best_line, reuse_large_memory
 from common.local import client_optimizer, local_steps
-from common.parallel import Follower
 from common.participation import per_round
+from common.rounds import Follower
 from common.runlog import Run
 from common.seeding import seed_torch, stream
 from common.sharding import class_counts

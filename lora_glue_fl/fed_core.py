@@ -17,8 +17,8 @@ from common.evaluation import Best
 from common.hub import weight_bytes
 from common.local import client_optimizer, local_steps
 from common.lowrank import MIXED_RANKS, AdapterMean, Served, trained_factors
-from common.parallel import Follower
 from common.participation import check_participation, per_round
+from common.rounds import Follower
 from common.seeding import seed_torch
 from common.text import sha256_of
 from common.vector import Weights

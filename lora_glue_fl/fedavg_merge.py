@@ -18,7 +18,7 @@ import torch
 from common.cli import Parser, UsageError, parse, positive_float, positive_int, run_main
 from common.lora import refuse_other_files, write_adapter
 from common.lowrank import AdapterMean
-from common.parallel import Round
+from common.rounds import Round
 from common.vector import fingerprint
 from lora_glue_fl.flags import SIZES, add_data_flags, add_model_flags, refuse
 from lora_glue_fl.glue_tasks import find_task

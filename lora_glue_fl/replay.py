@@ -17,8 +17,8 @@ exact. The head is the one that the run serves, but for start and the halves.
 import math
 
 from common.lowrank import AdapterMean
-from common.parallel import Follower
 from common.products import Product, distance
+from common.rounds import Follower
 from lora_glue_fl.fed_core import base_of, starts_of
 
 RULES = ("svd", "residual")

@@ -5,11 +5,11 @@ Clients and rounds count from 1 in names, from 0 in code.
 
 import shutil
 
-from common import parallel
+from common import parallel, rounds
 from common.lora import write_adapter
 
 
-class RoundFolders(parallel.ToMain):
+class RoundFolders(rounds.ToMain):
     """Writes each round's adapters, and deletes those of earlier rounds unless all are kept.
 
     A folder is deleted only after the checkpoint of a later round: a run that is broken off finds what it goes on with.

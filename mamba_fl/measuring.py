@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from common import parallel
+from common import parallel, rounds
 from common.checkpoint import saving, write_json
 from common.curves import draw_curve
 from common.evaluation import bits_per_byte, perplexity
@@ -83,7 +83,7 @@ def save_deltas(study, who, before, after, t):
             np.savez(path, **{name: tensor.cpu().numpy() for name, tensor in tensors.items()})
 
 
-class ClientDeltas(parallel.ToMain):
+class ClientDeltas(rounds.ToMain):
     """--save-deltas: what clients change in the rounds after which there is an evaluation."""
 
     def __init__(self, study):

@@ -4,7 +4,7 @@ import torch
 
 from common.aggregation import WeightedMean
 from common.local import client_optimizer, local_steps
-from common.parallel import Round
+from common.rounds import Round
 from common.vector import Weights
 
 SIZES = {"w": 3, "b": 2}  # the five coordinates are split into two parameters

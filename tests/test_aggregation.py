@@ -18,7 +18,7 @@ from common.aggregation import (
 )
 from common.local import client_optimizer, local_steps
 from common.lowrank import AdapterMean
-from common.parallel import Follower, LeftOut, Round
+from common.rounds import Follower, LeftOut, Round
 from common.scaffold import ControlVariates
 from common.vector import Weights, is_finite
 

@@ -8,7 +8,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from common.client_rows import ClientRows
 from common.local import Moments, client_optimizer, local_steps, lr_at
-from common.parallel import Round
+from common.rounds import Round
 from common.vector import Weights
 
 KINDS = ("sgd", "sgdm", "adamw")

@@ -11,7 +11,7 @@ from harness import answers_of, as_rank
 
 from common.cli import RULES
 from common.lowrank import MIXED_RANKS, AdapterMean, trained_factors
-from common.parallel import Round
+from common.rounds import Round
 
 SIZES = {"square": (24, 24), "tall": (40, 16), "wide": (12, 33)}  # d x k
 S = 2.0  # scale

@@ -11,7 +11,8 @@ from harness import answers_of, as_rank
 from common.aggregation import NormalizedMean, PrecisionWeightedMean, WeightedMean
 from common.cli import UsageError
 from common.client_rows import ClientRows, rows_on_disk
-from common.parallel import Round, World, broadcast, init_parallel, is_main, world
+from common.parallel import World, broadcast, init_parallel, is_main, world
+from common.rounds import Round
 from common.scaffold import ControlVariates
 
 SIZE = 100_003

@@ -8,7 +8,7 @@ import torch
 from quadratics import Quadratics, near
 
 from common import checkpoint
-from common.parallel import Round
+from common.rounds import Round
 from common.scaffold import ControlVariates
 
 STEPS, LR = 6, 0.08

@@ -9,7 +9,7 @@ from quadratics import near
 from torch.nn import functional as F
 
 from common.aggregation import ServerAdam, ServerMomentum, WeightedMean
-from common.parallel import Round
+from common.rounds import Round
 from common.vector import Weights
 
 

@@ -6,7 +6,7 @@ from quadratics import Quadratics, near
 
 from common.aggregation import WeightedMean
 from common.local import local_steps
-from common.parallel import Round
+from common.rounds import Round
 from common.shared_moments import PooledMoments
 from common.vector import Weights
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import answers_of, as_rank
 
-from common.parallel import Round
+from common.rounds import Round
 from common.vector import Weights
 from vit_sparse_fl import interference
 from vit_sparse_fl.interference import CrossLosses, Drift, held_rows

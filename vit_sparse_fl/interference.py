@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from common.aggregation import fp64_sum
-from common.parallel import Follower
+from common.rounds import Follower
 from common.seeding import stream
 
 CLIENTS, IMAGES = 10, 64  # at most, in losses: of a round's clients, and validation images of each
