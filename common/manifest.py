@@ -33,13 +33,13 @@ from common.parallel import all_gather, is_main, world
 NOT_COMPARED = {"resume", "overwrite", "data_root", "output_dir", "run_name", "track", "log_dir", "num_workers"}
 NOT_COMPARED |= {"use_wandb", "wandb_project", "cache_dir", "processes", "config"}
 NOT_COMPARED |= {"threads", "device", "amp", "kernel"}  # what they come to is compared, `resolved`
-# Flags that may be other paths on another machine: what lies there is compared, `data`, `parameters`, first weights
-PATHS = {"init_from", "init_adapter", "model", "mask", "shard_dir", "tokenizer", "data_dir"}
+# Flags that may be other paths on another machine: what lies there is compared, by `data`, `clients` and `parameters`
+PATHS = {"init_from", "init_adapter", "model", "shard_dir", "tokenizer", "data_dir"}
 KEYS = {"command", "args", "status", "data", "resolved", "versions", "clients", "parameters", "git_commit"}
 PLACES = ("source", "model", "tokenizer")  # of the data: where they lie may change; the flags compare the last two
 LENGTHS = ("rounds", "num_rounds")
 CONSTANT = {"scheduler": "none", "lr_scheduler": "constant"}  # rates that know no last round
-STARTS = ("init_from", "init_adapter", "model", "mask")  # flags that may name what a run starts from
+STARTS = ("init_from", "init_adapter", "model")  # flags that may name what a run starts from
 OF_A_FIT = ("fedavg_rounds",)  # commands whose schedule is of a client's steps in one round
 
 
