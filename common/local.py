@@ -143,11 +143,14 @@ class Moments:
     Args: optimizer: over the parameters of `weights`; weights: `common.vector.Weights`; rows: `ClientRows` (in_place).
     """
 
-    bytes = (0, 0)
-
     def __init__(self, optimizer, weights, rows=None):
         self.optimizer, self.weights, self.rows = optimizer, weights, rows
+        self.lasting = {} if rows is None else {"moments": rows}
         self._row = None
+
+    def bytes_of(self, t):
+        """(up, down): what a client sends and receives beside theta in round t."""
+        return 0, 0
 
     def load(self, k):
         """Puts client k's moments into the optimiser: views of its row, so that steps change it where it lies."""
@@ -157,17 +160,22 @@ class Moments:
         theta = self.weights.theta
         zeros = {"m": torch.zeros_like(theta), "v": torch.zeros_like(theta), "step": torch.zeros(())}
         self._row = self.rows.get(k) or zeros
-        m, v = self.weights.named(self._row["m"]), self.weights.named(self._row["v"])
-        for name, p in self.weights.parameters.items():
-            # every parameter counts its own steps, on its device where the optimiser is fused
-            step = self._row["step"].to(theta.device, copy=True)
-            self.optimizer.state[p] = {"step": step, "exp_avg": m[name], "exp_avg_sq": v[name]}
+        put_moments(self.optimizer, self.weights, **self._row)
 
     def store(self, k):
         """Keeps client k's moments after its steps."""
         if self.rows is not None:
             first = next(iter(self.weights.parameters.values()))
             self.rows.put(k, {**self._row, "step": self.optimizer.state[first]["step"].cpu()})
+
+
+def put_moments(optimizer, weights, m, v, step):
+    """Puts AdamW's moments m, v [n] and step [] into an optimiser: views of the vectors, which its steps change."""
+    m, v, optimizer.state = weights.named(m), weights.named(v), defaultdict(dict)
+    for name, p in weights.parameters.items():
+        # every parameter counts its own steps, on its device where the optimiser is fused
+        count = step.to(weights.theta.device, copy=True)
+        optimizer.state[p] = {"step": count, "exp_avg": m[name], "exp_avg_sq": v[name]}
 
 
 class OptimizerState:

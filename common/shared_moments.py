@@ -4,10 +4,9 @@ A client's second moment is that of its own gradient, whose noise is larger than
 of their own (`common.local.Moments`) clients take steps that are too short.
 """
 
-from collections import defaultdict
-
 import torch
 
+from common.local import put_moments
 from common.rounds import Follower, OrderedSum
 
 
@@ -35,44 +34,57 @@ class PooledMoments(Follower):
     steps; DES-LOC (arXiv 2505.22549) synchronises moments less often than weights; QSR (arXiv 2310.14423) chooses H by
     the rate.
 
-    Args: optimizer: torch.optim.AdamW over the parameters of `weights`; weights: `common.vector.Weights`.
+    With every > 1 clients send their moments only at the end of every such round, and go on with their own in between:
+    H counts all steps since the last time, as in DES-LOC.
+
+    Args: optimizer: torch.optim.AdamW over the parameters of `weights`; weights: `common.vector.Weights`; rows:
+        `ClientRows` (in_place), for clients' own moments where every > 1.
     """
 
-    def __init__(self, optimizer, weights):
-        self.optimizer, self.weights = optimizer, weights
+    def __init__(self, optimizer, weights, rows=None, every=1):
+        self.optimizer, self.weights, self.rows, self.every = optimizer, weights, rows, every
+        self.lasting = {"moments": self} if rows is None else {"moments": self, "own_moments": rows}
         self.m, self.v, self.step = torch.zeros_like(weights.theta), torch.zeros_like(weights.theta), 0
-        self._m_k, self._v_k = torch.empty_like(self.m), torch.empty_like(self.v)
-        self._sum = None
+        self._m_k = self._v_k = self._sum = None
 
-    @property
-    def bytes(self):
-        """(up, down): what a client sends and receives beside theta in a round."""
-        return 2 * self.weights.bytes, 2 * self.weights.bytes
+    def bytes_of(self, t):
+        """(up, down): what a client sends and receives beside theta in round t."""
+        size = 2 * self.weights.bytes
+        return size * ((t + 1) % self.every == 0), size * (t % self.every == 0)
 
     def open_round(self, clients, theta):
-        self._sum = OrderedSum(clients, _weighted, self.m, sums=2, vectors=2)
+        self._due = (clients.number + 1) % self.every == 0
+        self._sum = OrderedSum(clients, _weighted, self.m, sums=2, vectors=2) if self._due else None
 
     def load(self, k):
-        """Puts what clients begin with into the optimiser."""
-        self._m_k.copy_(self.m)
-        self._v_k.copy_(self.v)
-        m, v = self.weights.named(self._m_k), self.weights.named(self._v_k)
-        self.optimizer.state = defaultdict(dict)
-        for name, p in self.weights.parameters.items():
-            step = torch.tensor(float(self.step), device=p.device)
-            self.optimizer.state[p] = {"step": step, "exp_avg": m[name], "exp_avg_sq": v[name]}
+        """Puts what client k begins with into the optimiser: its own since the last pooling, else the pooled."""
+        row = self.rows.get(k) if self.rows is not None else None
+        if row and int(row["pooled_at"]) == self.step:
+            self._m_k, self._v_k, step = row["m"], row["v"], row["step"]
+        else:
+            self._m_k, self._v_k = self.m.clone(), self.v.clone()
+            step = torch.tensor(float(self.step))
+        put_moments(self.optimizer, self.weights, self._m_k, self._v_k, step)
 
     def store(self, k):
-        """Nothing: what a client leaves is taken where it counts."""
+        """Keeps client k's moments until the next pooling, at which they are taken where they count."""
+        if self.rows is not None and not self._due:
+            step, pooled_at = self._count(), torch.tensor(self.step)
+            self.rows.put(k, {"m": self._m_k, "v": self._v_k, "step": step, "pooled_at": pooled_at})
+
+    def _count(self):
+        return self.optimizer.state[next(iter(self.weights.parameters.values()))]["step"].cpu()
 
     def finite(self, clients):
         return self._m_k, self._v_k
 
     def accept(self, clients, theta_k):
-        state = self.optimizer.state[next(iter(self.weights.parameters.values()))]
-        self._sum.add((clients.weight, state["step"].item() - self.step), self._m_k, self._v_k)
+        if self._due:
+            self._sum.add((clients.weight, self._count().item() - self.step), self._m_k, self._v_k)
 
     def close_round(self, clients):
+        if not self._due:
+            return
         (m, v), numbers = self._sum.result()
         self._sum = None
         total = sum(weight for weight, _ in numbers)

@@ -15,7 +15,7 @@ from mamba_fl.measuring import finish
 
 
 def build_parser():
-    return flags.make_parser(__doc__, flags.average_flags)
+    return flags.make_parser(__doc__, flags.fed_avg_flags)
 
 
 def main(args):
@@ -30,7 +30,7 @@ def main(args):
             for k in clients:
                 theta_k = client_update(study, theta, k, t)
                 mean.add(theta_k)
-            theta = mean.result(args.server_lr)
+            theta = study.parts.merge(theta, mean.result(args.server_lr), t)  # all of the mean, without --average-every
             run.report(t + 1, theta, study.evaluate)
 
         finish(study, theta)

@@ -21,8 +21,10 @@ from common.shared_moments import PooledMoments
 from common.vector import Weights
 from mamba_fl.cross_entropy import entropies, sample_labels
 from mamba_fl.data import build_data, inputs_and_labels
+from mamba_fl.flags import GROUPS
 from mamba_fl.mamba2 import Mamba2Config
 from mamba_fl.measuring import ClientDeltas, evaluate, statistics
+from mamba_fl.own_parts import OwnParts
 from mamba_fl.ssm_config import make_model
 
 NOT_DECAYED = ("dt_bias", "A_log", "D")  # Dao & Gu's recipe: no weight decay on the recurrence's own parameters
@@ -34,8 +36,9 @@ class Study:
 
     Attributes: args: flags; run; data; train: each client's blocks [n_k, T + 1] on the device; model; weights: theta's
     live vector and names; client_weights: what each client counts in a mean, n_k or 1; turns: who took part before;
-    total_steps: of a client that is always there; best; moments: the clients' optimiser, --client-state; sent_vectors:
-    of theta's length that a client sends a round.
+    total_steps: of a client that is always there; ends: how many of them before each round; best; moments: the clients'
+    optimiser, --client-state; parts: what is averaged after which round; sent_vectors: of theta's length that a client
+    sends a round.
     Args: federated: False: one client with everybody's text; uniform: whether clients count alike in a mean.
     Raises: UsageError for what is not there or does not fit.
     """
@@ -51,6 +54,7 @@ class Study:
         self.train = train if federated else [torch.cat(train)]
         examples = [len(blocks) for blocks in self.train]
         rounds, self.total_steps = plan_rounds(args, examples)
+        self.ends = self.steps_after(rounds)
         sizes = {"d_model": args.d_model, "n_layer": args.layers, "d_state": args.d_state, "headdim": args.headdim}
         config = Mamba2Config(vocab_size=data.vocab_size, **sizes)
         self.model = make_model(config, kernel=args.kernel, device=run.device, seed=args.seed)
@@ -59,6 +63,7 @@ class Study:
         self.turns = Turns(args.seed, len(examples), args.participation)
         self.best = Best()
         self.moments = client_moments(args, run, self.weights, len(examples) if federated else 0)
+        self.parts = own_parts(args, run, self.weights, rounds, len(examples))
         facts = run.resolved() | {"kernel": type(self.model).__name__}
         run.begin(data.fingerprint, {"total": self.weights.size}, facts, data.shards)
         run.plan(rounds, args.val_freq, args.save_freq, len(examples))
@@ -66,9 +71,9 @@ class Study:
     @property
     def lasting(self):
         """With theta, all that outlives a round. A script adds its server optimiser."""
-        moments = getattr(self.moments, "rows", self.moments)  # each client's own, or those that all share
         deltas = {"deltas": ClientDeltas(self)} if self.args.save_deltas else {}
-        return {"best": self.best} | ({} if moments is None else {"moments": moments}) | deltas
+        parts = {"parts": self.parts.rows} if self.parts.held else {}
+        return {"best": self.best} | self.moments.lasting | parts | deltas
 
     @property
     def eval_batch(self):
@@ -86,9 +91,9 @@ class Study:
             return self.model.nll(inputs, labels) / labels.numel()
 
     def bytes_of(self, t):
-        """(up, down): what a client sends and receives in round t."""
-        up, down = self.moments.bytes
-        return self.sent_vectors * self.weights.bytes + up, self.weights.bytes + down
+        """(up, down): what a client sends and receives in round t: it begins with what the last one has averaged."""
+        (up, down), n = self.moments.bytes_of(t), self.sent_vectors
+        return n * self.parts.bytes_after(t) + up, self.parts.bytes_after(t - 1) + down
 
     def learning_rates(self, t):
         """The rate of each step of round t, the same for all its clients: --lr where the schedule is the server's."""
@@ -103,9 +108,27 @@ class Study:
     def _scheduled(self, t):
         """The schedule of round t's steps, of a client that is always there: by its own steps, one that is drawn rarely
         would be in its warm-up when the others end."""
+        return [self._rate(step) for step in range(self.ends[t], self.ends[t + 1])]
+
+    def _rate(self, step):
+        args = self.args
+        return lr_at(step, self.total_steps, args.lr, args.lr_scheduler, warmup=args.warmup_steps)
+
+    def steps_after(self, rounds):
+        """[R + 1]: the steps that a client that is always there has made after 0, 1, ... R rounds.
+
+        --rounds-by steps: H a round. drift: round i ends at the first step at which the sum of the squared rates is i /
+        R of the whole sum, and has one step at least (after QSR, Gu et al., arXiv 2310.14423, whose H is proportional
+        to the rate's power -2: weights drift apart by eta sqrt(H) in H steps of independent noise).
+        """
         args, total = self.args, self.total_steps
-        steps = range(t * args.local_updates, min((t + 1) * args.local_updates, total))
-        return [lr_at(step, total, args.lr, args.lr_scheduler, warmup=args.warmup_steps) for step in steps]
+        if vars(args).get("rounds_by") != "drift":
+            return [min(t * args.local_updates, total) for t in range(rounds + 1)]
+        sums, ends = np.cumsum([self._rate(step) ** 2 for step in range(total)]), [0]
+        for i in range(1, rounds + 1):
+            end = 1 + int(np.searchsorted(sums, sums[-1] * i / rounds * (1 - 1e-12)))
+            ends.append(min(max(end, ends[-1] + 1), total - rounds + i))
+        return ends
 
 
 def client_moments(args, run, weights, clients):
@@ -116,13 +139,23 @@ def client_moments(args, run, weights, clients):
     state = args.client_state if args.client_optimizer == "adamw" else "reset"  # SGD has no moments
     more = {"weight_decay": args.weight_decay, "not_decayed": NOT_DECAYED, "betas": (args.beta1, args.beta2)}
     optimizer = client_optimizer(args.client_optimizer, weights.parameters, args.lr, 0.0, **more)
-    if state == "pooled":
-        return PooledMoments(optimizer, weights)
-    rows = None
-    if clients and state == "keep":
-        on_disk = rows_on_disk(clients, per_round(args.participation, clients), 2 * weights.bytes)
-        rows = ClientRows(run.folder / "clients" / "moments", on_disk, in_place=True, device=run.device)
-    return Moments(optimizer, weights, rows)
+    every, rows = vars(args).get("moments_every", 1), None
+    if clients and (state == "keep" or every > 1):
+        rows = rows_of(args, run, "moments", clients, 2 * weights.bytes, in_place=True)
+    return PooledMoments(optimizer, weights, rows, every) if state == "pooled" else Moments(optimizer, weights, rows)
+
+
+def rows_of(args, run, name, clients, row_bytes, in_place=False):
+    """What each client keeps from round to round under a name: `ClientRows`."""
+    on_disk = rows_on_disk(clients, per_round(args.participation, clients), row_bytes)
+    return ClientRows(run.folder / "clients" / name, on_disk, in_place=in_place, device=run.device)
+
+
+def own_parts(args, run, weights, rounds, clients):
+    """--average-every in rounds."""
+    every = {group: steps // args.local_updates for group, steps in vars(args).get("average_every", ())}
+    rows = rows_of(args, run, "parts", clients, weights.bytes)
+    return OwnParts(weights, {GROUPS[group]: n for group, n in every.items() if n > 1}, rounds, rows)
 
 
 def plan_rounds(args, examples):
@@ -151,10 +184,12 @@ def client_update(study, theta, k, t):
     valid until the next client."""
     args, run, weights, moments = study.args, study.run, study.weights, study.moments
     weights.load(theta)
+    study.parts.load(k, t)
     moments.load(k)
     options = {"amp": run.amp, "lrs": study.learning_rates(t)}
     done = local_steps(study.loss, client_batches(study, k, t), weights, moments.optimizer, **options)
     moments.store(k)
+    study.parts.store(k, t)
     run.clients.work(done.steps * args.batch_size * args.sequence_length)
     if run.due(t + 1):
         run.clients.note(k, train_loss=done.loss)
@@ -170,8 +205,9 @@ def client_batches(study, k, t):
     Pass after pass over the client's sequences, each in an order of its own, from where the client stands.
     """
     args, blocks = study.args, study.train[k]
-    first = int(study.turns.before(t)[k]) * args.local_updates
-    steps = min(args.local_updates, study.total_steps - t * args.local_updates)
+    drift = vars(args).get("rounds_by") == "drift"  # then everybody has always been there
+    first = study.ends[t] if drift else int(study.turns.before(t)[k]) * args.local_updates
+    steps = study.ends[t + 1] - study.ends[t]
     rows = pass_after_pass(len(blocks), args.batch_size, first, steps, args.seed, k)
     return ((blocks[batch.to(blocks.device)],) for batch in torch.from_numpy(rows))
 

@@ -1,9 +1,18 @@
 """The flags of this study's scripts: the source's names and defaults, and ours."""
 
+import argparse
+
 from common import cli
 from common.participation import check_participation, per_round
 
 LAYERS = {f"pure_ssm_{n}_layer": n for n in (1, 2, 4)}  # the source's configurations
+GROUPS = {  # of parameters, for --average-every: what their names have in them
+    "embedding": ("embedding",),
+    "projections": ("in_proj", "out_proj"),
+    "conv": ("conv1d",),
+    "recurrence": ("A_log", "dt_bias", ".D"),
+    "norms": ("norm",),
+}
 # What a flag that was not given means, by data set. The demo's need no download.
 DEFAULTS = {
     "wikitext2": {"tokenizer": "gpt2", "d_model": 512, "sequence_length": 256, "n_epochs": 1.0, "val_freq": 30},
@@ -88,6 +97,41 @@ def average_flags(parser):
     add("--server-lr", type=cli.positive_float, default=1.0, metavar="X", help=rate)
 
 
+def fed_avg_flags(parser):
+    """And when it averages what."""
+    average_flags(parser)
+    rare = parser.group(cli.RARE).add_argument
+    text = "rounds of H steps, or as many in each of which the squared rates have the same sum"
+    rare("--rounds-by", choices=["steps", "drift"], default="steps", help=text)
+    text = f"average a group only every H steps, a multiple of --local-updates (off: without): {', '.join(GROUPS)}"
+    rare("--average-every", type=group_every, nargs="+", default=[], metavar="GROUP=H", help=text)
+    rare("--moments-every", type=cli.positive_int, default=1, metavar="N", help="pooled: send them every N rounds")
+
+
+def group_every(text):
+    """(group, H) of GROUP=H."""
+    group, _, steps = text.partition("=")
+    if group not in GROUPS or not steps.isdecimal() or not int(steps):
+        raise argparse.ArgumentTypeError(f"{text!r} is not GROUP=H with a group of {', '.join(GROUPS)} and H steps")
+    return group, int(steps)
+
+
+def check_averages(args):
+    """Raises UsageError where what is averaged when does not fit the rounds."""
+    for group, steps in args.average_every:
+        if steps % args.local_updates:
+            raise cli.UsageError(
+                f"--average-every {group}={steps} is no multiple of --local-updates {args.local_updates}: give "
+                f"{group}={-(-steps // args.local_updates) * args.local_updates}"
+            )
+    if args.rounds_by == "drift" and args.participation < 1:
+        raise cli.UsageError(
+            f"--rounds-by drift needs all clients in every round: --participation 1, not {args.participation:g}"
+        )
+    if args.moments_every > 1 and args.client_state != "pooled":
+        raise cli.UsageError(f"--moments-every {args.moments_every} needs --client-state pooled")
+
+
 def entropy_flags(parser):
     add = parser.group("the method").add_argument
     add("--temperature", type=cli.positive_float, default=1.0, metavar="T", help="T, in nats; small: the surest client")
@@ -130,6 +174,8 @@ def complete_flags(args):
     if vars(args).get("server_lr", 1) is None:
         args.server_lr = 0.01 if args.server_optimizer == "adam" else 1.0
     check_participation(args.participation, args.num_clients)
+    if "average_every" in vars(args):
+        check_averages(args)
     return args
 
 

@@ -23,7 +23,7 @@ def evaluate(study, theta, t, row):
     theta as the best."""
     study.weights.load(theta)
     metrics = {
-        "steps": min(study.total_steps, t * study.args.local_updates),
+        "steps": study.ends[t],
         **validate(study, study.data.validation[: study.args.val_sequences or None], "val"),
         "generated": generate(study),
     }

@@ -7,6 +7,7 @@
 
 gap           is the federated gap an optimiser gap? WikiText-2, an epoch
 gap-more      other forms and methods, three epochs
+averages      what H local steps cost, and what buys it back: rounds by drift, groups of parameters, rarer moments
 gap-demo      the demo, on so few texts that 256 steps are nine epochs: what else there is to vary at one local step
 source-tuned  the source's configurations over a sixteenth of the epoch, at the rates of 1 layer, one seed
 source        the source's rate for all rows
@@ -61,6 +62,25 @@ MORE = {
     "three_central": of_steps("central", 2304, rate_of="central", **THREE),
     **{f"three_keep_lu{lu}": fed_avg("keep", 2304, lu, rate_of=f"keep_lu{lu}", **THREE) for lu in (1, 64)},
 }
+
+# What averages cost in bytes, and what buys back the gap: 768 / LU averages of the embedding, and of the rest as many
+# or, by group, eight times as many; AdamW's moments a client's own, or pooled at every sixth average of the embedding
+RATES = {"lr": (1.6e-2, 3.2e-2), "server-lr": (1, 1.3)}
+AVERAGES = {"central": of_steps("central --lr 0.032", 768, tune={})}  # the rate that gap's --tune found
+AVERAGES["alone"] = of_steps("central --batch-size 4", 768, tune=LR)  # a client's batch and nothing to average
+for lu in (64, 24, 8):
+    for state in ("keep", "pooled"):
+        for what, share in (("all", 1), ("group", 8)):
+            words = f"fed_avg --client-state {state} --server-lr 1"
+            words += f" --average-every embedding={lu}" if share > 1 else ""
+            words += f" --moments-every {6 * share}" if state == "pooled" else ""
+            for by in ("steps", "drift"):
+                tuned = {"tune": RATES} if by == "steps" else {"rate_of": f"{state}_{what}_steps_lu{lu}"}
+                line = f"{words} --rounds-by drift" if by == "drift" else words
+                AVERAGES[f"{state}_{what}_{by}_lu{lu}"] = of_steps(line, 768, lu // share, group=f"lu{lu}", **tuned)
+for part in ("projections", "conv", "recurrence", "norms"):  # which group must be averaged often?
+    line = f"fed_avg --server-lr 1 --average-every {part}=64"
+    AVERAGES[f"{part}_lu64"] = of_steps(line, 768, 8, group="held", rate_of="keep_group_steps_lu64")
 
 DEMO_ROWS = {}
 for own in (None, 8, 16):  # a client's batch; central training's is that of all four
@@ -118,6 +138,7 @@ RESULTS = "mamba_fl/results/tuning"
 PRESETS = {
     "gap": preset(GAP, WIKITEXT, range(5), tuned=f"{RESULTS}/gap.json"),
     "gap-more": preset(MORE, WIKITEXT, range(5), tuned=f"{RESULTS}/gap.json"),
+    "averages": preset(AVERAGES, WIKITEXT, range(5), tuned=f"{RESULTS}/averages.json"),
     "gap-demo": preset(DEMO_ROWS, DEMO, range(5), tuned=f"{RESULTS}/gap_demo.json"),
     "source-tuned": preset(SOURCE_TUNED, f"{SHORT} {TEXT}", tuned=f"{RESULTS}/source_tuned.json"),
     "source": preset(SOURCE, "--layers 1 --amp auto --val-freq 60 --val-sequences 256 --threads 1"),

@@ -299,8 +299,8 @@ def values_of(words):
 
 
 def at(run, flag, x):
-    """The run of a row with one value more, in the tuning folder."""
-    point = run.point | {flag: x}
+    """The run of a row with one value more, in the tuning folder; of a value that its line has, the run without."""
+    point = run.point if last(run.words, f"--{flag}") == f"{x:g}" else run.point | {flag: x}
     end = "".join(f"_{flag.replace('-', '_')}_{x:g}" for flag, x in point.items())
     return replace(run, name=f"{TUNING}/{run.name}{end}", point=point)
 
