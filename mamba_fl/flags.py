@@ -126,7 +126,7 @@ def check_averages(args):
             )
     if args.rounds_by == "drift" and args.participation < 1:
         raise cli.UsageError(
-            f"--rounds-by drift needs all clients in every round: --participation 1, not {args.participation:g}"
+            f"--rounds-by drift is for all clients in every round: drop --participation {args.participation:g}"
         )
     if args.moments_every > 1 and args.client_state != "pooled":
         raise cli.UsageError(f"--moments-every {args.moments_every} needs --client-state pooled")

@@ -51,6 +51,7 @@ MAMBA = (
     "--output-dir {out} --run-name r --save-deltas"
 )
 MAMBA_FEDERATED = f"{MAMBA} --participation 0.75 --client-val-sequences 2"
+RARELY = "--client-state pooled --moments-every 3 --average-every embedding=3 conv=2"
 VIT = (
     "--dataset demo --model tiny --classes 0:10 --threads 1 --amp off --seed 0 --lr 0.01 "
     "--output-dir {out} --run-name r"
@@ -83,7 +84,7 @@ RANKS = {"svd": "--svd-rank 4", "stack": "--client-ranks 2 4 3"}
 
 GOLDEN = {
     "mamba_fl/central": Golden("mamba_fl/central.py", f"{MAMBA} --save-freq 2", federated=False),
-    "mamba_fl/fed_avg": Golden("mamba_fl/fed_avg.py", f"{MAMBA_FEDERATED} --client-state pooled"),
+    "mamba_fl/fed_avg": Golden("mamba_fl/fed_avg.py", f"{MAMBA_FEDERATED} {RARELY}"),
     "mamba_fl/fed_momentum": Golden("mamba_fl/fed_momentum.py", MAMBA_FEDERATED),
     "mamba_fl/fed_entropy": Golden("mamba_fl/fed_entropy.py", f"{MAMBA_FEDERATED} --temperature 0.001"),
     "mamba_fl/fed_fisher": Golden("mamba_fl/fed_fisher.py", MAMBA_FEDERATED),

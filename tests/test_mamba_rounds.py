@@ -74,14 +74,16 @@ def spoil(monkeypatch):
 class Plain:
     """The reference: an fp64 model, torch.optim, and the draws by their keys.
 
-    Args: train: each client's blocks; rates: of every step of the run, by default lr.
+    Args: train: each client's blocks; rates: of every step of the run, by default lr; ends: the steps before each
+        round, by default H a round; held: {part of a name: after how many rounds it is averaged}.
     """
 
-    def __init__(self, train, lr=0.5, kind="sgd", steps=H, rates=None, betas=(0.9, 0.999)):
+    def __init__(self, train, lr=0.5, kind="sgd", ends=None, rates=None, betas=(0.9, 0.999), held=None):
         self.model = make_model(Mamba2Config(vocab_size=V, d_model=32, d_state=16, headdim=16), seed=SEED).double()
         self.start = self.theta = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.train, self.lr, self.kind, self.steps, self.betas = train, lr, kind, steps, betas
-        self.turns, self.states, self.rates = defaultdict(int), {}, rates or [lr] * 99
+        self.train, self.lr, self.kind, self.betas, self.held = train, lr, kind, betas, held or {}
+        self.ends, self.rates = ends or range(0, 99, H), rates or [lr] * 99
+        self.done, self.states, self.last = defaultdict(int), {}, {}  # of each client: steps, moments, theta_k
 
     def sampled(self, t):
         return sorted(stream(SEED, "participation", t).choice(K, 3, replace=False).tolist())
@@ -122,7 +124,9 @@ class Plain:
     def local(self, k, t=0):
         """theta_k after the client's steps of round t."""
         blocks = self.train[k]
-        self.model.load_state_dict(self.theta, strict=False)
+        t_k, last = self.last.get(k, (None, None))
+        own = {n for n in self.theta if t_k == t - 1 and not self.averaged(n, t_k)}  # what it goes on with
+        self.model.load_state_dict({n: last[n] if n in own else w for n, w in self.theta.items()}, strict=False)
         groups = [{"params": [], "weight_decay": 0.01}, {"params": [], "weight_decay": 0.0}]
         for name, p in self.model.named_parameters():
             groups[name.endswith(("dt_bias", "A_log", "D"))]["params"].append(p)
@@ -131,35 +135,42 @@ class Plain:
         if self.kind == "adamw" and k in self.states:
             optimizer.load_state_dict(self.states[k])
         order = [i for e in range(2) for i in stream(SEED, "batches", e, k).permutation(len(blocks))]
-        at = self.turns[k] * self.steps * B
-        for i, first in enumerate(range(at, at + self.steps * B, B)):
+        first_step, end = self.ends[t], self.ends[t + 1]
+        for step in range(first_step, end):
+            first = (self.done[k] + step - first_step) * B
             optimizer.zero_grad()
             (self.nll(blocks[order[first : first + B]]) / (B * T)).backward()
             for group in optimizer.param_groups:
-                group["lr"] = self.rates[t * self.steps + i]
+                group["lr"] = self.rates[step]
             optimizer.step()
         self.states[k] = optimizer.state_dict()
-        self.turns[k] += 1
-        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.done[k] += end - first_step
+        self.last[k] = t, {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        return self.last[k][1]
+
+    def averaged(self, name, t):
+        """Whether the average after round t (of three) has the parameter."""
+        return t == 2 or all(word not in name or (t + 1) % n == 0 for word, n in self.held.items())
 
     def examples(self, k, t):
         return len(self.train[k])
 
     def rounds(self, weigh=None, step=lambda theta, delta: {n: theta[n] + delta[n] for n in theta}, bad=BAD):
         """theta after three rounds: weigh(k, t) gives each client's weight, a number or {name: tensor}."""
-        places = iter(range(9))
+        places = iter(range(99))
         for t in range(3):
             top, bottom = {n: 0.0 for n in self.theta}, {n: 0.0 for n in self.theta}
             for k in self.sampled(t):
                 theta_k = self.local(k, t)
                 if next(places) in bad:
-                    del self.states[k]
+                    del self.states[k], self.last[k]
                     continue
                 w = (weigh or self.examples)(k, t)
                 for n in self.theta:
                     w_n = w[n] if isinstance(w, dict) else w
                     top[n], bottom[n] = top[n] + w_n * (theta_k[n] - self.theta[n]), bottom[n] + w_n
-            self.theta = step(self.theta, {n: top[n] / bottom[n] for n in self.theta})
+            new = step(self.theta, {n: top[n] / bottom[n] for n in self.theta})
+            self.theta = {n: new[n] if self.averaged(n, t) else self.theta[n] for n in new}
 
     def agrees(self, theta, tolerance=2e-4):
         """The movements agree to a share of their size: a plain fault in a weight or a draw moves them by percents."""
@@ -210,6 +221,40 @@ def test_fed_avg(data, tmp_path, spoil):
     losses, n = rows[1]["client_train_loss"], [len(data.train[k]) for k in rows[1]["clients"]]
     assert rows[1]["train_loss"] == pytest.approx(np.average(losses, weights=n))
     assert rows[1]["tokens"] == 9 * H * B * T and rows[1]["bytes_up"] == 9 * 4 * sum(t.numel() for t in theta.values())
+
+
+@pytest.mark.parametrize("participation", [0.5, 1.0])
+def test_groups_that_are_averaged_less_often(participation, data, tmp_path, spoil, monkeypatch):
+    """Between averages a client goes on with its own values of a group, unless it missed a round or was left out."""
+    if participation == 1:
+        monkeypatch.setattr(Plain, "sampled", lambda self, t: list(range(K)))
+    spoil.clear()
+    spoil.add(5)  # in the second round: of 3 a round client 2, which is in all three rounds, or client 0
+    plain = Plain(data.train, held={"embedding": 2, "conv1d": 3, "norm": 1})
+    words = f"{FEDERATED} --participation {participation} {SGD} --server-lr 0.7"
+    words += f" --average-every embedding={2 * H} conv={3 * H} norms={H}"
+    theta, rows = run(fed_avg, tmp_path, words)
+    plain.rounds(step=slower, bad=spoil)
+    plain.agrees(theta)
+    held = [sum(w.numel() for n, w in theta.items() if word in n) for word in ("embedding", "conv1d")]
+    numbers = 3 * sum(w.numel() for w in theta.values()) - held[0] - 2 * held[1]
+    assert rows[1]["bytes_up"] == 4 * len(plain.sampled(0)) * numbers
+    assert rows[1]["bytes_down"] == rows[1]["bytes_up"]  # at the beginning all; not what the last round averages
+
+
+def test_rounds_of_equal_sums_of_squared_rates(data, tmp_path):
+    rates = torch_rates(24, 0.5)
+    ends, sums = [0], np.cumsum(np.square(rates))
+    for t in range(3):
+        ends.append(1 + next(i for i, total in enumerate(sums) if total > sums[-1] * (t + 1) / 3 - 1e-9))
+    assert ends[-1] == 24 and ends[1] < 8 and ends[3] - ends[2] > 8  # long where rates are low
+    plain = Plain(data.train, ends=ends, rates=rates)
+    plain.sampled = lambda t: list(range(K))
+    words = f"{FEDERATED} --participation 1 --local-updates 8 --val-freq 1 {SGD} {SCHEDULE} --rounds-by drift"
+    theta, rows = run(fed_avg, tmp_path, words)
+    assert [row["steps"] for row in rows] == ends
+    plain.rounds(bad=())
+    plain.agrees(theta, 2e-3)
 
 
 def test_moments_that_clients_keep(data, tmp_path, spoil):
@@ -297,7 +342,7 @@ def test_fed_fisher(labels, data, tmp_path, spoil):
 def test_central_trains_on_the_clients_text_in_one_order(data, tmp_path):
     """Five steps of central training are torch's AdamW on the union of the shards; what is saved and logged of them."""
     theta, rows = run(central, tmp_path, f"{TINY} --rounds 5 --val-freq 5 --lr 0.004 {SCHEDULE} --save-deltas")
-    plain = Plain([torch.cat(data.train)], kind="adamw", steps=1, rates=torch_rates(5, 0.004))
+    plain = Plain([torch.cat(data.train)], kind="adamw", ends=range(6), rates=torch_rates(5, 0.004))
     for t in range(5):
         before, plain.theta = plain.theta, plain.local(0, t)
     plain.agrees(theta, 1e-2)
