@@ -24,7 +24,7 @@ from common.cli import UsageError
 from common.curves import log_axis, new_figure, set_title
 from common.participation import per_round
 from plots import style
-from plots.pairs import OWN, Cell, estimate, paired, pooled
+from plots.pairs import OWN, Cell, compared, estimate, holm, paired, pooled
 from plots.read import Study, base_name, read
 from plots.rows import comparable, describe, label
 from plots.style import band, look, looks_of, numbered, seeds_range
@@ -61,7 +61,10 @@ STUDY = Study(
     said=frozenset((*KEYS, "layers", "client_val_sequences", "sync", "budget", "alpha_global")),
     words={
         "local_updates": "LU {}",  # says most, so it comes first
+        "average_every": lambda groups: " and ".join(f"{name} every {steps}" for name, steps in groups),
+        "rounds_by": {"drift": "rounds by drift", "steps": ""}.get,
         "client_state": "{} moments",
+        "moments_every": lambda n: f"sent every {n} rounds" if n > 1 else "",
         "lr": "lr {}",
         "rounds": "{} rounds",
         "server_optimizer": "{}",
@@ -100,6 +103,7 @@ def plain_of(row, rows):
 
     def plain(one):
         usual = one["client_state"] in (None, "keep") and one["personal"] in (None, "none")
+        usual = usual and one["rounds_by"] != "drift" and not one["average_every"]
         return one.kind == "fed_avg" and usual and one["local_updates"] == row["local_updates"]
 
     def apart(one):
@@ -146,6 +150,23 @@ def ratio_to(base_of):
     return cell
 
 
+def megabytes(row, rows):
+    """A cell: what a client sends and receives in the whole run, in MB."""
+    return "-" if row.central else f"{bytes_of(row) / 1e6:.1f}"
+
+
+def bytes_of(row):
+    """Of one client in the whole run, up and down."""
+    ups, downs = (row.rounds(name)[1][:, -1].mean() for name in ("bytes_up", "bytes_down"))
+    return (ups + downs) / (row["num_clients"] * (row["participation"] or 1))
+
+
+def columns(rows):
+    """With the bytes, where rows differ in what they send."""
+    more = {"MB": megabytes} if any(row["average_every"] for row in rows) else {}
+    return more | COLUMNS
+
+
 COLUMNS = {
     "averages": lambda row, rows: "-" if row.central else whole("round")(row, rows),
     "final val ppl": result("final_val_ppl"),
@@ -160,7 +181,73 @@ training and to FedAvg of all parameters with moments of each client's own: the 
 have and the 95 % interval of a paired t test of its logarithm. `(66 df)`: fewer than five seeds, so that the standard
 deviation is pooled over the table's rows, with so many degrees of freedom.
 """
-TABLE = Table(STUDY, COLUMNS, WORDS)
+
+
+# ---- what averages cost and what buys it back: the table of effects
+
+
+def parts_of(row):
+    """(moments, what, rounds by, R) of a row of the preset `averages`: what is "all", or a group that has another pace;
+    R: how often that is averaged. None of central rows."""
+    if row.central:
+        return None
+    groups = dict(row["average_every"] or ())
+    what, steps = next(iter(groups.items()), ("all", row["local_updates"]))
+    return row["client_state"], what, row["rounds_by"], round(row["rounds"] * row["local_updates"] / steps)
+
+
+def effects(rows):
+    """[(name, differences of log test perplexity by seed, whether what decides has it)], None without such rows."""
+    every = {parts_of(row): row for row in rows}
+    logs = {name: np.log(row.results("test_ppl_last")) for name, row in every.items() if name}
+    paces = sorted({R for *_, R in logs})
+
+    def mean(pairs):
+        return sum(paired(logs[a], logs[b]) for a, b in pairs) / len(pairs)
+
+    def changed(place, to, of, R=None):
+        """Pairs of rows that differ in one place alone."""
+        known = [a for a in logs if a[place] == to and R in (None, a[3])]
+        pairs = [(a, (*a[:place], of, *a[place + 1 :])) for a in known]
+        return [(a, b) for a, b in pairs if b in logs]
+
+    def at_equal_bytes(a):
+        """A row of `group` against the line through those of `all`."""
+        line = sorted((bytes_of(every[b]), b) for b in logs if b[:3] == (a[0], "all", a[2]))
+        x, names = np.log([size for size, _ in line]), [b for _, b in line]
+        at = np.log(bytes_of(every[a]))
+        i = int(np.clip(np.searchsorted(x, at), 1, len(x) - 1))
+        share = (at - x[i - 1]) / (x[i] - x[i - 1])
+        return logs[a] - (1 - share) * logs[names[i - 1]] - share * logs[names[i]]
+
+    found = []
+    for name, place, to, of in (("drift / steps", 2, "drift", "steps"), ("pooled / keep", 0, "pooled", "keep")):
+        found.append((name, mean(changed(place, to, of)), True))
+        found += [(f"{name}, R = {R}", mean(changed(place, to, of, R)), False) for R in paces]
+    within = [a for a in logs if a[1] == "embedding" and a[3] < max(paces)]
+    found.append(("group / all at equal bytes", sum(map(at_equal_bytes, within)) / len(within), True))
+    for R in paces[:-1]:
+        some = [at_equal_bytes(a) for a in within if a[3] == R]
+        found.append((f"group / all at equal bytes, R = {R}", sum(some) / len(some), False))
+    often = logs["keep", "all", "steps", max(paces)]
+    held = [a for a in logs if a[:1] + a[2:] == ("keep", "steps", min(paces)) and a[1] != "all"]
+    found += [(f"{a[1]} held back / all every {768 // max(paces)} steps", paired(logs[a], often), True) for a in held]
+    return found
+
+
+def effect_table(about, rows):
+    """[a table of the effects], of the rows of the preset `averages`; [] without them."""
+    if not any(row["average_every"] for row in rows):
+        return []
+    found = effects(rows)
+    corrected = iter(holm([estimate(values)[-1] for _, values, decides in found if decides]))
+    cells = [["test perplexity", "ratio, seeds", "p after Holm"]]
+    for name, values, decides in found:
+        cells.append([name, compared(values, scale=math.exp, sign=""), f"{next(corrected):.2g}" if decides else "-"])
+    return [(f"Effects, {about}", "", cells)]
+
+
+TABLE = Table(STUDY, columns, WORDS, more=effect_table)
 
 
 # ---- figures 1 to 4, perplexity against tokens: the source's

@@ -1,6 +1,6 @@
 """A study's tables in Markdown: per method and setting, mean and standard deviation over seeds.
 
-    python plots/tables.py vit_sparse_fl                           # from the study's committed logs
+    python plots/tables.py vit_sparse_fl                           # from the study's committed logs, one after another
     python plots/tables.py vit_sparse_fl --data-dir results        # from run folders, or from a log
     python plots/tables.py mamba_fl --data-dir mamba_fl/results/gap.jsonl --holm
 
@@ -36,6 +36,7 @@ class Table:
     place: Callable | None = None  # a sort key of a table's setting (default: those with most runs first)
     special: Callable = lambda runs: None  # tables of another form, as `tables_of`, of runs that ask for it
     first: str = "method"  # the head of the first column
+    more: Callable = lambda about, rows: []  # further tables of a group of runs: (heading, rows) -> as `tables_of`
 
 
 def tables_of(table, runs, notes, heads=None):
@@ -47,7 +48,8 @@ def tables_of(table, runs, notes, heads=None):
         columns = table.columns(rows) if callable(table.columns) else table.columns
         columns = {head: cell for head, cell in columns.items() if head in (heads or columns)}
         cells = [[row.label, *(cell(row, rows) for cell in columns.values())] for row in rows]
-        found.append((describe(table.study, setting), usual(rows), [[table.first, *columns], *cells]))
+        about = describe(table.study, setting)
+        found += [(about, usual(rows), [[table.first, *columns], *cells]), *table.more(about, rows)]
     return found
 
 
@@ -135,12 +137,17 @@ def build_parser():
 
 
 def main(args):
-    paths, notes = args.data_dir or sorted((ROOT / args.study / "results").glob("*.jsonl")), []
+    # a committed log is a study of its own, with its own rates: its rows are compared with each other
+    paths, parts = [[path] for path in sorted((ROOT / args.study / "results").glob("*.jsonl"))], []
+    if args.data_dir:
+        paths = [args.data_dir]
     if not paths:
         raise UsageError(f"{args.study}/results has no log: give --data-dir")
     table = module(args.study).TABLE
-    runs = read(paths, table.study, notes=notes)
-    print("\n\n".join([text_of(tables_of(table, runs, notes, args.columns), args.holm), *dict.fromkeys(notes)]))
+    for some in paths:
+        runs = read(some, table.study, notes=(notes := []))
+        parts += [text_of(tables_of(table, runs, notes, args.columns), args.holm), *dict.fromkeys(notes)]
+    print("\n\n".join(parts))
 
 
 if __name__ == "__main__":
