@@ -5,6 +5,7 @@
     python plots/mamba.py gap --data-dir mamba_fl/results/gap.jsonl mamba_fl/results/tuning/gap.jsonl
 
     gap                      gap.png: FedAvg's test perplexity above central training's against local updates (LU)
+    averages                 averages.png: the same against bytes, of run_study.py --preset averages
     central_vs_fed           1_central_vs_fed_{config}.png: central and FedAvg at the fewest local updates
     lu_comparison            2_lu_comparison_{config}.png: FedAvg at each LU
     method_comparison        3_method_comparison_{config}.png: the federated methods at the fewest LU
@@ -14,6 +15,7 @@ A figure holds only runs with the same data, tokenizer, model and length; a furt
 Perplexity is exp(mean NLL per token). Runs of --tune are in no mean.
 """
 
+import json
 import math
 from collections import defaultdict
 from dataclasses import replace
@@ -61,7 +63,7 @@ STUDY = Study(
     said=frozenset((*KEYS, "layers", "client_val_sequences", "sync", "budget", "alpha_global")),
     words={
         "local_updates": "LU {}",  # says most, so it comes first
-        "average_every": lambda groups: " and ".join(f"{name} every {steps}" for name, steps in groups),
+        "average_every": lambda text: " and ".join(f"{name} every {steps}" for name, steps in json.loads(text)),
         "rounds_by": {"drift": "rounds by drift", "steps": ""}.get,
         "client_state": "{} moments",
         "moments_every": lambda n: f"sent every {n} rounds" if n > 1 else "",
@@ -162,9 +164,10 @@ def bytes_of(row):
 
 
 def columns(rows):
-    """With the bytes, where rows differ in what they send."""
-    more = {"MB": megabytes} if any(row["average_every"] for row in rows) else {}
-    return more | COLUMNS
+    """Where rows average groups of weights at their own pace their bytes, and no ratio at equal local updates."""
+    if not any(row["average_every"] for row in rows):
+        return COLUMNS
+    return {"MB": megabytes} | {head: cell for head, cell in COLUMNS.items() if head != "to FedAvg at its LU"}
 
 
 COLUMNS = {
@@ -380,6 +383,54 @@ def per_cent(points):
     return [lus, *(100 * (one - 1) for one in ratios)]
 
 
+# ---- what averages cost in bytes
+
+WAYS = {  # (what, rounds by, moments) -> its line
+    (what, by, state): f"{weights}, {rounds}{moments}"
+    for what, weights in (("all", "all weights"), ("embedding", "embedding 8 times rarer"))
+    for state, moments in (("keep", ""), ("pooled", ", pooled"))
+    for by, rounds in (("steps", "equal steps"), ("drift", "equal drift"))
+}
+
+
+def averages(runs, args, notes):
+    drawn = [
+        draw_averages(setting, rows)
+        for setting, rows in comparable(of_config(runs, args), STUDY, notes)
+        if any(row["average_every"] for row in rows)
+    ]
+    yield from numbered("averages", drawn)
+
+
+def draw_averages(setting, rows):
+    """Per cent above central training, seed by seed, against a client's bytes: a line for each way to average, R along
+    it; dashed: central training at a client's batch, which averages nothing."""
+    every = {parts_of(row): row for row in rows if not row.central}
+    of_batch = {row["batch_size"]: np.log(row.results("test_ppl_last")) for row in rows if row.central}
+    central, alone = of_batch[max(of_batch)], of_batch[min(of_batch)]
+    figure, axes = new_figure(width=6.0, height=4.0)
+    axis = axes[0, 0]
+    for i, ((what, by, state), name) in enumerate(WAYS.items()):
+        line = sorted((R, row) for (s, w, b, R), row in every.items() if (w, b, s) == (what, by, state))
+        values = [estimate(paired(np.log(row.results("test_ppl_last")), central))[:3] for _, row in line]
+        mean, low, high = 100 * (np.exp(np.array(values).T) - 1)
+        x = [bytes_of(row) / 1e6 for _, row in line]
+        axis.errorbar(x, mean, [mean - low, high - mean], capsize=2, label=name, **look(i // 2, i % 2))
+    nothing = 100 * (np.exp(paired(alone, central).mean()) - 1)
+    axis.axhline(nothing, color="black", linestyle="--", linewidth=0.9, label="batch of one client, nothing averaged")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks(ticks := [20, 50, 100, 200, 400], ticks)
+    axis.set_yticks(ticks := [4, 6, 10, 15, 20, 30, 40], ticks)
+    axis.minorticks_off()
+    axis.set_xlabel("MB that a client sends and receives in the whole run")
+    axis.set_ylabel("Test perplexity above\ncentral training's (%)")
+    style.legend_below(figure, axes.flat)
+    words = describe(STUDY, setting, ("dataset", "config", "d_model"))
+    set_title(figure, f"What averages cost and bring (bars: 95 %, {seeds_range(rows)} seeds)\n{words}")
+    return figure
+
+
 # ---- all of them
 
 
@@ -397,6 +448,7 @@ def each_update(rows):
 
 FIGURES = {
     "gap": (gap, "runs of central.py, and of fed_avg.py with two values of --local_updates"),
+    "averages": (averages, "runs of run_study.py --preset averages"),
     "central_vs_fed": (
         perplexities("1_central_vs_fed", "Central and federated training", two_kinds, lambda row: row.kind),
         "runs of central.py and of fed_avg.py on the same data",
