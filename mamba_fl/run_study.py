@@ -74,7 +74,7 @@ for lu in (64, 24, 8):
             words = f"fed_avg --client-state {state} --server-lr 1"
             words += f" --average-every embedding={lu}" if share > 1 else ""
             words += f" --moments-every {6 * share}" if state == "pooled" else ""
-            for by in ("steps", "drift"):
+            for by in ("steps", "drift") if lu > share else ("steps",):  # of one step a round there is one kind
                 tuned = {"tune": RATES} if by == "steps" else {"rate_of": f"{state}_{what}_steps_lu{lu}"}
                 line = f"{words} --rounds-by drift" if by == "drift" else words
                 AVERAGES[f"{state}_{what}_{by}_lu{lu}"] = of_steps(line, 768, lu // share, group=f"lu{lu}", **tuned)
