@@ -80,7 +80,10 @@ for lu in (64, 24, 8):
                 AVERAGES[f"{state}_{what}_{by}_lu{lu}"] = of_steps(line, 768, lu // share, group=f"lu{lu}", **tuned)
 for part in ("projections", "conv", "recurrence", "norms"):  # which group must be averaged often?
     line = f"fed_avg --server-lr 1 --average-every {part}=64"
-    AVERAGES[f"{part}_lu64"] = of_steps(line, 768, 8, group="held", rate_of="keep_group_steps_lu64")
+    rates = (
+        {"tune": RATES} if part == "projections" else {"rate_of": "keep_all_steps_lu8"}
+    )  # the others: 1.3 % of theta
+    AVERAGES[f"{part}_lu64"] = of_steps(line, 768, 8, group="held", **rates)
 
 DEMO_ROWS = {}
 for own in (None, 8, 16):  # a client's batch; central training's is that of all four
