@@ -38,7 +38,8 @@ PATHS = {"init_from", "init_adapter", "model", "shard_dir", "tokenizer", "data_d
 KEYS = {"command", "args", "status", "data", "resolved", "versions", "clients", "parameters", "git_commit"}
 PLACES = ("source", "model", "tokenizer")  # of the data: where they lie may change; the flags compare the last two
 LENGTHS = ("rounds", "num_rounds")
-CONSTANT = {"scheduler": "none", "lr_scheduler": "constant"}  # rates that know no last round
+# rates and rounds that know no last round
+CONSTANT = {"scheduler": "none", "lr_scheduler": "constant", "rounds_by": "steps", "average_every": []}
 STARTS = ("init_from", "init_adapter", "model")  # flags that may name what a run starts from
 OF_A_FIT = ("fedavg_rounds",)  # commands whose schedule is of a client's steps in one round
 

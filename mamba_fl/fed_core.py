@@ -54,7 +54,7 @@ class Study:
         self.train = train if federated else [torch.cat(train)]
         examples = [len(blocks) for blocks in self.train]
         rounds, self.total_steps = plan_rounds(args, examples)
-        self.ends = self.steps_after(rounds)
+        self.ends = round_ends(args, rounds, self.total_steps)
         sizes = {"d_model": args.d_model, "n_layer": args.layers, "d_state": args.d_state, "headdim": args.headdim}
         config = Mamba2Config(vocab_size=data.vocab_size, **sizes)
         self.model = make_model(config, kernel=args.kernel, device=run.device, seed=args.seed)
@@ -108,27 +108,7 @@ class Study:
     def _scheduled(self, t):
         """The schedule of round t's steps, of a client that is always there: by its own steps, one that is drawn rarely
         would be in its warm-up when the others end."""
-        return [self._rate(step) for step in range(self.ends[t], self.ends[t + 1])]
-
-    def _rate(self, step):
-        args = self.args
-        return lr_at(step, self.total_steps, args.lr, args.lr_scheduler, warmup=args.warmup_steps)
-
-    def steps_after(self, rounds):
-        """[R + 1]: the steps that a client that is always there has made after 0, 1, ... R rounds.
-
-        --rounds-by steps: H a round. drift: round i ends at the first step at which the sum of the squared rates is i /
-        R of the whole sum, and has one step at least (after QSR, Gu et al., arXiv 2310.14423, whose H is proportional
-        to the rate's power -2: weights drift apart by eta sqrt(H) in H steps of independent noise).
-        """
-        args, total = self.args, self.total_steps
-        if vars(args).get("rounds_by") != "drift":
-            return [min(t * args.local_updates, total) for t in range(rounds + 1)]
-        sums, ends = np.cumsum([self._rate(step) ** 2 for step in range(total)]), [0]
-        for i in range(1, rounds + 1):
-            end = 1 + int(np.searchsorted(sums, sums[-1] * i / rounds * (1 - 1e-12)))
-            ends.append(min(max(end, ends[-1] + 1), total - rounds + i))
-        return ends
+        return [scheduled_rate(self.args, step, self.total_steps) for step in range(self.ends[t], self.ends[t + 1])]
 
 
 def client_moments(args, run, weights, clients):
@@ -140,7 +120,7 @@ def client_moments(args, run, weights, clients):
     more = {"weight_decay": args.weight_decay, "not_decayed": NOT_DECAYED, "betas": (args.beta1, args.beta2)}
     optimizer = client_optimizer(args.client_optimizer, weights.parameters, args.lr, 0.0, **more)
     every, rows = vars(args).get("moments_every", 1), None
-    if clients and (state == "keep" or every > 1):
+    if clients and (state == "keep" or (state == "pooled" and every > 1)):
         rows = rows_of(args, run, "moments", clients, 2 * weights.bytes, in_place=True)
     return PooledMoments(optimizer, weights, rows, every) if state == "pooled" else Moments(optimizer, weights, rows)
 
@@ -176,6 +156,28 @@ def plan_rounds(args, examples):
     return -(-total_steps // args.local_updates), total_steps
 
 
+def scheduled_rate(args, step, total):
+    """The learning rate of step `step` of `total`."""
+    return lr_at(step, total, args.lr, args.lr_scheduler, warmup=args.warmup_steps)
+
+
+def round_ends(args, rounds, total):
+    """[R + 1]: the steps that a client that is always there has made after 0, 1, ... R rounds, of `total`.
+
+    --rounds-by steps: H a round. drift: round i ends at the first step at which the sum of the squared rates is i / R
+    of the whole sum, and has one step at least. After QSR (Gu et al., arXiv 2310.14423), whose H is proportional to the
+    rate's power -2, as weights drift apart by eta sqrt(H) in H steps of independent noise; here the warm-up counts like
+    the rest.
+    """
+    if vars(args).get("rounds_by") != "drift":
+        return [min(t * args.local_updates, total) for t in range(rounds + 1)]
+    sums, ends = np.cumsum([scheduled_rate(args, step, total) ** 2 for step in range(total)]), [0]
+    for i in range(1, rounds):
+        end = 1 + int(np.searchsorted(sums, sums[-1] * i / rounds * (1 - 1e-12)))
+        ends.append(min(max(end, ends[-1] + 1), total - rounds + i))
+    return [*ends, total]
+
+
 # ---- a client's work
 
 
@@ -205,9 +207,7 @@ def client_batches(study, k, t):
     Pass after pass over the client's sequences, each in an order of its own, from where the client stands.
     """
     args, blocks = study.args, study.train[k]
-    drift = vars(args).get("rounds_by") == "drift"  # then everybody has always been there
-    first = study.ends[t] if drift else int(study.turns.before(t)[k]) * args.local_updates
-    steps = study.ends[t + 1] - study.ends[t]
+    first, steps = study.ends[study.turns.before(t)[k]], study.ends[t + 1] - study.ends[t]
     rows = pass_after_pass(len(blocks), args.batch_size, first, steps, args.seed, k)
     return ((blocks[batch.to(blocks.device)],) for batch in torch.from_numpy(rows))
 

@@ -103,7 +103,7 @@ def fed_avg_flags(parser):
     rare = parser.group(cli.RARE).add_argument
     text = "rounds of H steps, or as many in each of which the squared rates have the same sum"
     rare("--rounds-by", choices=["steps", "drift"], default="steps", help=text)
-    text = f"average a group only every H steps, a multiple of --local-updates (off: without): {', '.join(GROUPS)}"
+    text = "average a group only every H / --local-updates rounds (off: without): " + ", ".join(GROUPS)
     rare("--average-every", type=group_every, nargs="+", default=[], metavar="GROUP=H", help=text)
     rare("--moments-every", type=cli.positive_int, default=1, metavar="N", help="pooled: send them every N rounds")
 
@@ -118,16 +118,19 @@ def group_every(text):
 
 def check_averages(args):
     """Raises UsageError where what is averaged when does not fit the rounds."""
+    names = [group for group, _ in args.average_every]
+    if twice := {group for group in names if names.count(group) > 1}:
+        raise cli.UsageError(f"--average-every has {', '.join(twice)} twice: give each group once")
     for group, steps in args.average_every:
         if steps % args.local_updates:
             raise cli.UsageError(
                 f"--average-every {group}={steps} is no multiple of --local-updates {args.local_updates}: give "
                 f"{group}={-(-steps // args.local_updates) * args.local_updates}"
             )
-    if args.rounds_by == "drift" and args.participation < 1:
-        raise cli.UsageError(
-            f"--rounds-by drift is for all clients in every round: drop --participation {args.participation:g}"
-        )
+    asked = {"--rounds-by drift": args.rounds_by == "drift", "--average-every": names}
+    asked["--moments-every"] = args.moments_every > 1
+    for flag in (flag for flag, given in asked.items() if given and args.participation < 1):
+        raise cli.UsageError(f"{flag} is for all clients in every round: drop --participation {args.participation:g}")
     if args.moments_every > 1 and args.client_state != "pooled":
         raise cli.UsageError(f"--moments-every {args.moments_every} needs --client-state pooled")
 

@@ -29,7 +29,8 @@ def evaluate(study, theta, t, row):
     }
     if "train_loss" in row:
         metrics["train_ppl"] = perplexity(row["train_loss"], 1)
-    study.best.offer(t, metrics["val_loss"], theta)
+    if study.parts.kept(t - 1) is None:  # else some of theta is older than the rest
+        study.best.offer(t, metrics["val_loss"], theta)
     return metrics
 
 
@@ -84,7 +85,8 @@ def save_deltas(study, who, before, after, t):
 
 
 class ClientDeltas(rounds.ToMain):
-    """--save-deltas: what clients change in the rounds after which there is an evaluation."""
+    """--save-deltas: what clients change in the rounds after which there is an evaluation; of a group that is averaged
+    less often, since its last average."""
 
     def __init__(self, study):
         super().__init__(lambda k, after: save_deltas(study, f"client_{k}", self._before, after, self._t))

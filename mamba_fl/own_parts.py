@@ -10,15 +10,15 @@ class OwnParts:
     """Which of theta's entries are averaged after which round, and clients' own values of the rest.
 
     In round t client k begins with theta_k of round t - 1 where that round's average left an entry out, else with
-    theta; entries of a group are averaged after rounds n, 2n, ... and after the last. A client whose last round is
-    another one, or was left out of the mean, begins with theta. Related: DES-LOC (arXiv 2505.22549), which averages
+    theta; entries of a group are averaged after rounds n, 2n, ... and after the last. A client that was left out of the
+    mean begins with theta. Related: DES-LOC (arXiv 2505.22549), which averages
     moments less often than weights.
 
     Args: weights: `common.vector.Weights`; every: {words in parameters' names: n}; rounds: R; rows: `ClientRows`.
     """
 
     def __init__(self, weights, every, rounds, rows):
-        self.weights, self.rows, self.rounds, self.held = weights, rows, rounds, []
+        self.weights, self.rows, self.rounds, self.held, self._kept = weights, rows, rounds, [], {}
         for words, n in every.items():
             mask = torch.zeros_like(weights.theta, dtype=torch.bool)
             for name, entries in weights.named(mask).items():
@@ -27,8 +27,10 @@ class OwnParts:
 
     def kept(self, t):
         """bool [n], entries that the average after round t leaves out; None where it has all."""
-        masks = [mask for mask, n in self.held if (t + 1) % n and 0 <= t < self.rounds - 1]
-        return torch.stack(masks).any(0) if masks else None
+        out = tuple(i for i, (_, n) in enumerate(self.held) if (t + 1) % n and 0 <= t < self.rounds - 1)
+        if out and out not in self._kept:
+            self._kept[out] = torch.stack([self.held[i][0] for i in out]).any(0)
+        return self._kept.get(out)
 
     def load(self, k, t):
         """Puts client k's own values into the model, which holds theta, at the beginning of round t."""

@@ -52,6 +52,14 @@ def setting_of(run):
     return values | {"config": f"pure_ssm_{run['--layers']}_layer"}
 
 
+def with_defaults(runs):
+    """Older runs of fed_avg.py lack the flags of what is averaged when."""
+    for name, default in (("--rounds_by", "steps"), ("--average_every", []), ("--moments_every", 1)):
+        old = [run.get(name) is None and run["kind"] == "fed_avg" for _, run in runs.iterrows()]
+        runs[name] = [default if none else run.get(name) for none, (_, run) in zip(old, runs.iterrows(), strict=True)]
+    return runs
+
+
 STUDY = Study(
     name="mamba_fl",
     commands=tuple(KINDS),
@@ -77,6 +85,7 @@ STUDY = Study(
     },
     spoken=frozenset({"local_updates"}),
     lengths=("rounds", "n_epochs"),
+    adjust=with_defaults,
 )
 
 
@@ -200,41 +209,47 @@ def parts_of(row):
 
 
 def effects(rows):
-    """[(name, differences of log test perplexity by seed, whether what decides has it)], None without such rows."""
-    every = {parts_of(row): row for row in rows}
-    logs = {name: np.log(row.results("test_ppl_last")) for name, row in every.items() if name}
-    paces = sorted({R for *_, R in logs})
+    """[(name, differences of log test perplexity by seed, whether it is one that decides)], of the rows there are."""
+    every = {parts_of(row): row for row in rows if not row.central}
+    logs = {name: np.log(row.results("test_ppl_last")) for name, row in every.items()}
+    central = {row["batch_size"]: np.log(row.results("test_ppl_last")) for row in rows if row.central}
+    paces, found = sorted({R for *_, R in logs}), []
+    often, rare = paces[-1], paces[0]
 
-    def mean(pairs):
-        return sum(paired(logs[a], logs[b]) for a, b in pairs) / len(pairs)
+    def line(a, moments):
+        """[(log bytes, log perplexity)] of the rows that average all weights, with other rounds alike."""
+        return sorted((np.log(bytes_of(every[b])), b) for b in logs if b[:3] == (moments, "all", a[2]))
 
-    def changed(place, to, of, R=None):
-        """Pairs of rows that differ in one place alone."""
-        known = [a for a in logs if a[place] == to and R in (None, a[3])]
-        pairs = [(a, (*a[:place], of, *a[place + 1 :])) for a in known]
-        return [(a, b) for a, b in pairs if b in logs]
-
-    def at_equal_bytes(a):
-        """A row of `group` against the line through those of `all`."""
-        line = sorted((bytes_of(every[b]), b) for b in logs if b[:3] == (a[0], "all", a[2]))
-        x, names = np.log([size for size, _ in line]), [b for _, b in line]
+    def at_equal_bytes(a, moments):
+        """A row against the line through those that average all weights."""
+        x, names = zip(*line(a, moments), strict=True)
         at = np.log(bytes_of(every[a]))
         i = int(np.clip(np.searchsorted(x, at), 1, len(x) - 1))
         share = (at - x[i - 1]) / (x[i] - x[i - 1])
         return logs[a] - (1 - share) * logs[names[i - 1]] - share * logs[names[i]]
 
-    found = []
+    def add(name, differences, decides=True):
+        """A line of the mean over pairs, and one for each R. differences: {row: of its pair}"""
+        if differences:
+            found.append((name, sum(differences.values()) / len(differences), decides))
+            for R in sorted({a[3] for a in differences}) if len(differences) > 1 else ():
+                some = [values for a, values in differences.items() if a[3] == R]
+                found.append((f"{name}, R = {R}", sum(some) / len(some), False))
+
     for name, place, to, of in (("drift / steps", 2, "drift", "steps"), ("pooled / keep", 0, "pooled", "keep")):
-        found.append((name, mean(changed(place, to, of)), True))
-        found += [(f"{name}, R = {R}", mean(changed(place, to, of, R)), False) for R in paces]
-    within = [a for a in logs if a[1] == "embedding" and a[3] < max(paces)]
-    found.append(("group / all at equal bytes", sum(map(at_equal_bytes, within)) / len(within), True))
-    for R in paces[:-1]:
-        some = [at_equal_bytes(a) for a in within if a[3] == R]
-        found.append((f"group / all at equal bytes, R = {R}", sum(some) / len(some), False))
-    often = logs["keep", "all", "steps", max(paces)]
-    held = [a for a in logs if a[:1] + a[2:] == ("keep", "steps", min(paces)) and a[1] != "all"]
-    found += [(f"{a[1]} held back / all every {768 // max(paces)} steps", paired(logs[a], often), True) for a in held]
+        pairs = {a: (*a[:place], of, *a[place + 1 :]) for a in logs if a[place] == to}
+        add(name, {a: paired(logs[a], logs[b]) for a, b in pairs.items() if b in logs})
+    within = [a for a in logs if a[3] < often]
+    groups = {a: a[0] for a in within if a[1] == "embedding"}
+    pooled = {a: "keep" for a in within if a[:2] == ("pooled", "all")}
+    for name, some, decides in (("group / all", groups, True), ("pooled / keep", pooled, False)):
+        some = {a: moments for a, moments in some.items() if len(line(a, moments)) > 1}
+        add(f"{name} at equal bytes", {a: at_equal_bytes(a, moments) for a, moments in some.items()}, decides)
+    base = ("keep", "all", "steps", often)
+    for a in [a for a in logs if a[1] != "all" and a[::2] + a[3:] == ("keep", "steps", rare) and base in logs]:
+        add(f"{a[1]} held back / all at R = {often}", {a: paired(logs[a], logs[base])})
+    if len(central) > 1:
+        add("alone / central", {(): paired(central[min(central)], central[max(central)])}, False)
     return found
 
 
@@ -242,12 +257,10 @@ def effect_table(about, rows):
     """[a table of the effects], of the rows of the preset `averages`; [] without them."""
     if not any(row["average_every"] for row in rows):
         return []
-    found = effects(rows)
-    corrected = iter(holm([estimate(values)[-1] for _, values, decides in found if decides]))
-    cells = [["test perplexity", "ratio, seeds", "p after Holm"]]
-    for name, values, decides in found:
-        cells.append([name, compared(values, scale=math.exp, sign=""), f"{next(corrected):.2g}" if decides else "-"])
-    return [(f"Effects, {about}", "", cells)]
+    cells = [(name, compared(values, scale=math.exp, sign=""), decides) for name, values, decides in effects(rows)]
+    corrected = iter(holm([cell.p for _, cell, decides in cells if decides]))
+    rows = [[name, cell, f"{next(corrected):.2g}" if decides else "-"] for name, cell, decides in cells]
+    return [(f"Effects, {about}", "", [["test perplexity", "ratio, seeds", "p after Holm"], *rows])]
 
 
 TABLE = Table(STUDY, columns, WORDS, more=effect_table)
@@ -397,7 +410,7 @@ def averages(runs, args, notes):
     drawn = [
         draw_averages(setting, rows)
         for setting, rows in comparable(of_config(runs, args), STUDY, notes)
-        if any(row["average_every"] for row in rows)
+        if any(row["average_every"] for row in rows) and len({row["batch_size"] for row in rows if row.central}) > 1
     ]
     yield from numbered("averages", drawn)
 
@@ -412,6 +425,8 @@ def draw_averages(setting, rows):
     axis = axes[0, 0]
     for i, ((what, by, state), name) in enumerate(WAYS.items()):
         line = sorted((R, row) for (s, w, b, R), row in every.items() if (w, b, s) == (what, by, state))
+        if not line:
+            continue
         values = [estimate(paired(np.log(row.results("test_ppl_last")), central))[:3] for _, row in line]
         mean, low, high = 100 * (np.exp(np.array(values).T) - 1)
         x = [bytes_of(row) / 1e6 for _, row in line]

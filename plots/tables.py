@@ -8,7 +8,7 @@ One table per group of runs that may be compared; a row is one method with the s
 what most rows share is said above it. `±` is the sample standard deviation over seeds (n - 1 in the denominator), `-` a
 value that a seed lacks or that is not finite. Differences (`vs ...`) are taken seed by seed over the seeds that both
 rows have; the number behind them says how many. --holm prints every comparison of the tables with its p value, and
-that after Holm's correction over all of them. The columns are declared in plots/mamba.py, vit.py, glue.py and
+that after Holm's correction over all of a log's. The columns are declared in plots/mamba.py, vit.py, glue.py and
 noniid.py, each as `TABLE`, which says what they mean.
 """
 

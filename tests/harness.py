@@ -51,7 +51,7 @@ MAMBA = (
     "--output-dir {out} --run-name r --save-deltas"
 )
 MAMBA_FEDERATED = f"{MAMBA} --participation 0.75 --client-val-sequences 2"
-RARELY = "--client-state pooled --moments-every 3 --average-every embedding=3 conv=2"
+RARELY = "--participation 1 --client-state pooled --moments-every 3 --average-every embedding=3 conv=2"
 VIT = (
     "--dataset demo --model tiny --classes 0:10 --threads 1 --amp off --seed 0 --lr 0.01 "
     "--output-dir {out} --run-name r"

@@ -133,6 +133,7 @@ OWN = [
     ("mamba_fl/fed_avg", "--participation 0.1", ["0.1 of 4 clients samples nobody", "raise it to 0.25"]),
     ("mamba_fl/fed_avg", "--num-clients 1000", ["1000"]),
     ("mamba_fl/fed_avg", "--average-every conf=8", ["'conf=8' is not GROUP=H", "conv"]),
+    ("mamba_fl/fed_avg", "--average-every conv=2 conv=4", ["conv twice"]),
     ("mamba_fl/fed_avg", "--local-updates 8 --average-every conv=12", ["conv=12 is no multiple", "conv=16"]),
     ("mamba_fl/fed_avg", "--rounds-by drift --participation 0.5", ["all clients", "drop --participation 0.5"]),
     ("mamba_fl/fed_avg", "--client-state keep", ["--moments-every 3 needs --client-state pooled"]),
