@@ -74,7 +74,7 @@ STUDY = Study(
         "average_every": lambda text: " and ".join(f"{name} every {steps}" for name, steps in json.loads(text)),
         "rounds_by": {"drift": "rounds by drift", "steps": ""}.get,
         "client_state": "{} moments",
-        "moments_every": lambda n: f"sent every {n} rounds" if n > 1 else "",
+        "moments_every": lambda n: f"sent every {n:g} rounds" if n > 1 else "",
         "lr": "lr {}",
         "rounds": "{} rounds",
         "server_optimizer": "{}",
@@ -246,7 +246,8 @@ def effects(rows):
         some = {a: moments for a, moments in some.items() if len(line(a, moments)) > 1}
         add(f"{name} at equal bytes", {a: at_equal_bytes(a, moments) for a, moments in some.items()}, decides)
     base = ("keep", "all", "steps", often)
-    for a in [a for a in logs if a[1] != "all" and a[::2] + a[3:] == ("keep", "steps", rare) and base in logs]:
+    held = [a for a in logs if a[1] != "all" and a[::2] + a[3:] == ("keep", "steps", rare)]
+    for a in held if rare < often and base in logs else ():
         add(f"{a[1]} held back / all at R = {often}", {a: paired(logs[a], logs[base])})
     if len(central) > 1:
         add("alone / central", {(): paired(central[min(central)], central[max(central)])}, False)

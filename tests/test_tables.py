@@ -18,6 +18,7 @@ from plots.read import STUDIES, read, study
 from plots.rows import comparable
 
 GAP = ROOT / "mamba_fl" / "results" / "gap.jsonl"
+AVERAGES = ROOT / "mamba_fl" / "results" / "averages.jsonl"
 RATES = ROOT / "vit_sparse_fl" / "results" / "rates.jsonl"
 
 
@@ -61,6 +62,38 @@ def test_mambas_ratios_are_those_of_the_log():
         assert numbers(row["averages"]) == [line["curve"][-1]["round"] for line in every[name].values()][:1]
     assert {row["to FedAvg at its LU"] for name, row in rows.items() if name.startswith("Central")} == {"-"}
     assert len(rows) == len(every) and sum(int(row["seeds"]) for row in rows.values()) == sum(map(len, every.values()))
+
+
+def test_mambas_effects_are_those_of_the_log():
+    """Each a mean over pairs of rows, seed by seed; at equal bytes against numpy's line through the logarithms."""
+    every = log("mamba_fl/results/averages.jsonl")
+    _, (_, shown) = tables("mamba_fl --data-dir", AVERAGES)
+
+    def logs(name):
+        return np.array([math.log(every[name][seed]["results"]["test_ppl_last"]) for seed in range(5)])
+
+    def megabytes(name):
+        last = every[name][0]["curve"][-1]
+        return math.log(last["bytes_up"] + last["bytes_down"])
+
+    def at_equal_bytes(name):
+        alike = name.replace("group", "all").partition("_lu")[0]
+        rows = sorted((one for one in every if one.startswith(alike)), key=megabytes)
+        xs, ys = [megabytes(one) for one in rows], np.array([logs(one) for one in rows])
+        return logs(name) - [np.interp(megabytes(name), xs, y) for y in ys.T]
+
+    drift = [logs(name) - logs(name.replace("drift", "steps")) for name in every if "drift" in name]
+    pooled = [logs(name) - logs(name.replace("pooled", "keep")) for name in every if "pooled" in name]
+    group = [at_equal_bytes(name) for name in every if "group" in name and name.endswith("lu64")]
+    found = {
+        "group / all at equal bytes, R = 12": sum(group) / len(group),
+        "drift / steps": sum(drift) / len(drift),
+        "pooled / keep": sum(pooled) / len(pooled),
+        "conv held back / all at R = 96": logs("conv_lu64") - logs("keep_all_steps_lu8"),
+        "alone / central": logs("alone") - logs("central"),
+    }
+    for name, values in found.items():
+        assert numbers(shown[name]["ratio, seeds"]) == [*(round(math.exp(x), 3) for x in by_hand(values)), 5]
 
 
 @pytest.mark.parametrize("name", STUDIES)
