@@ -165,8 +165,7 @@ class Moments:
     def store(self, k):
         """Keeps client k's moments after its steps."""
         if self.rows is not None:
-            first = next(iter(self.weights.parameters.values()))
-            self.rows.put(k, {**self._row, "step": self.optimizer.state[first]["step"].cpu()})
+            self.rows.put(k, {**self._row, "step": steps_taken(self.optimizer, self.weights)})
 
 
 def put_moments(optimizer, weights, m, v, step):
@@ -176,6 +175,11 @@ def put_moments(optimizer, weights, m, v, step):
         # every parameter counts its own steps, on its device where the optimiser is fused
         count = step.to(weights.theta.device, copy=True)
         optimizer.state[p] = {"step": count, "exp_avg": m[name], "exp_avg_sq": v[name]}
+
+
+def steps_taken(optimizer, weights):
+    """AdamW's count of steps, alike for all parameters: a tensor [] on the CPU."""
+    return optimizer.state[next(iter(weights.parameters.values()))]["step"].cpu()
 
 
 class OptimizerState:

@@ -6,7 +6,7 @@ of their own (`common.local.Moments`) clients take steps that are too short.
 
 import torch
 
-from common.local import put_moments
+from common.local import put_moments, steps_taken
 from common.rounds import Follower, OrderedSum
 
 
@@ -45,7 +45,8 @@ class PooledMoments(Follower):
         self.optimizer, self.weights, self.rows, self.every = optimizer, weights, rows, every
         self.lasting = {"moments": self} if rows is None else {"moments": self, "own_moments": rows}
         self.m, self.v, self.step = torch.zeros_like(weights.theta), torch.zeros_like(weights.theta), 0
-        self._m_k = self._v_k = self._sum = None
+        self._m_k, self._v_k = torch.empty_like(self.m), torch.empty_like(self.v)
+        self._sum = None
 
     def bytes_of(self, t):
         """(up, down): what a client sends and receives beside theta in round t."""
@@ -62,25 +63,26 @@ class PooledMoments(Follower):
         if row and int(row["pooled_at"]) == self.step:
             self._m_k, self._v_k, step = row["m"], row["v"], row["step"]
         else:
-            self._m_k, self._v_k = self.m.clone(), self.v.clone()
+            if self.rows is not None:  # a row keeps its vectors
+                self._m_k, self._v_k = torch.empty_like(self.m), torch.empty_like(self.v)
+            self._m_k.copy_(self.m)
+            self._v_k.copy_(self.v)
             step = torch.tensor(float(self.step))
         put_moments(self.optimizer, self.weights, self._m_k, self._v_k, step)
 
     def store(self, k):
         """Keeps client k's moments until the next pooling, at which they are taken where they count."""
         if self.rows is not None and not self._due:
-            step, pooled_at = self._count(), torch.tensor(self.step)
+            step, pooled_at = steps_taken(self.optimizer, self.weights), torch.tensor(self.step)
             self.rows.put(k, {"m": self._m_k, "v": self._v_k, "step": step, "pooled_at": pooled_at})
-
-    def _count(self):
-        return self.optimizer.state[next(iter(self.weights.parameters.values()))]["step"].cpu()
 
     def finite(self, clients):
         return self._m_k, self._v_k
 
     def accept(self, clients, theta_k):
         if self._due:
-            self._sum.add((clients.weight, self._count().item() - self.step), self._m_k, self._v_k)
+            H = steps_taken(self.optimizer, self.weights).item() - self.step
+            self._sum.add((clients.weight, H), self._m_k, self._v_k)
 
     def close_round(self, clients):
         if not self._due:

@@ -11,8 +11,7 @@ class OwnParts:
 
     In round t client k begins with theta_k of round t - 1 where that round's average left an entry out, else with
     theta; entries of a group are averaged after rounds n, 2n, ... and after the last. A client that was left out of the
-    mean begins with theta. Related: DES-LOC (arXiv 2505.22549), which averages
-    moments less often than weights.
+    mean begins with theta. Related: DES-LOC (arXiv 2505.22549), which averages moments less often than weights.
 
     Args: weights: `common.vector.Weights`; every: {words in parameters' names: n}; rounds: R; rows: `ClientRows`.
     """

@@ -78,11 +78,10 @@ for lu in (64, 24, 8):
                 tuned = {"tune": RATES} if by == "steps" else {"rate_of": f"{state}_{what}_steps_lu{lu}"}
                 line = f"{words} --rounds-by drift" if by == "drift" else words
                 AVERAGES[f"{state}_{what}_{by}_lu{lu}"] = of_steps(line, 768, lu // share, group=f"lu{lu}", **tuned)
-for part in ("projections", "conv", "recurrence", "norms"):  # which group must be averaged often?
+# which group must be averaged often? All but the projections are 1.3 % of theta
+SMALL = {"rate_of": "keep_all_steps_lu8"}
+for part, rates in {"projections": {"tune": RATES}, "conv": SMALL, "recurrence": SMALL, "norms": SMALL}.items():
     line = f"fed_avg --server-lr 1 --average-every {part}=64"
-    rates = (
-        {"tune": RATES} if part == "projections" else {"rate_of": "keep_all_steps_lu8"}
-    )  # the others: 1.3 % of theta
     AVERAGES[f"{part}_lu64"] = of_steps(line, 768, 8, group="held", **rates)
 
 DEMO_ROWS = {}

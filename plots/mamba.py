@@ -26,7 +26,8 @@ from common.cli import UsageError
 from common.curves import log_axis, new_figure, set_title
 from common.participation import per_round
 from plots import style
-from plots.pairs import OWN, Cell, compared, estimate, holm, paired, pooled
+from plots.averages import by_groups, bytes_of, draw, effect_table, has_alone
+from plots.pairs import OWN, Cell, estimate, paired, pooled
 from plots.read import Study, base_name, read
 from plots.rows import comparable, describe, label
 from plots.style import band, look, looks_of, numbered, seeds_range
@@ -55,8 +56,9 @@ def setting_of(run):
 def with_defaults(runs):
     """Older runs of fed_avg.py lack the flags of what is averaged when."""
     for name, default in (("--rounds_by", "steps"), ("--average_every", []), ("--moments_every", 1)):
-        old = [run.get(name) is None and run["kind"] == "fed_avg" for _, run in runs.iterrows()]
-        runs[name] = [default if none else run.get(name) for none, (_, run) in zip(old, runs.iterrows(), strict=True)]
+        defaults = [default if kind == "fed_avg" else None for kind in runs["kind"]]
+        given = runs.get(name, [None] * len(runs))
+        runs[name] = [old if value is None else value for value, old in zip(given, defaults, strict=True)]
     return runs
 
 
@@ -166,15 +168,9 @@ def megabytes(row, rows):
     return "-" if row.central else f"{bytes_of(row) / 1e6:.1f}"
 
 
-def bytes_of(row):
-    """Of one client in the whole run, up and down."""
-    ups, downs = (row.rounds(name)[1][:, -1].mean() for name in ("bytes_up", "bytes_down"))
-    return (ups + downs) / (row["num_clients"] * (row["participation"] or 1))
-
-
 def columns(rows):
     """Where rows average groups of weights at their own pace their bytes, and no ratio at equal local updates."""
-    if not any(row["average_every"] for row in rows):
+    if not by_groups(rows):
         return COLUMNS
     return {"MB": megabytes} | {head: cell for head, cell in COLUMNS.items() if head != "to FedAvg at its LU"}
 
@@ -193,75 +189,6 @@ training and to FedAvg of all parameters with moments of each client's own: the 
 have and the 95 % interval of a paired t test of its logarithm. `(66 df)`: fewer than five seeds, so that the standard
 deviation is pooled over the table's rows, with so many degrees of freedom.
 """
-
-
-# ---- what averages cost and what buys it back: the table of effects
-
-
-def parts_of(row):
-    """(moments, what, rounds by, R) of a row of the preset `averages`: what is "all", or a group that has another pace;
-    R: how often that is averaged. None of central rows."""
-    if row.central:
-        return None
-    groups = dict(row["average_every"] or ())
-    what, steps = next(iter(groups.items()), ("all", row["local_updates"]))
-    return row["client_state"], what, row["rounds_by"], round(row["rounds"] * row["local_updates"] / steps)
-
-
-def effects(rows):
-    """[(name, differences of log test perplexity by seed, whether it is one that decides)], of the rows there are."""
-    every = {parts_of(row): row for row in rows if not row.central}
-    logs = {name: np.log(row.results("test_ppl_last")) for name, row in every.items()}
-    central = {row["batch_size"]: np.log(row.results("test_ppl_last")) for row in rows if row.central}
-    paces, found = sorted({R for *_, R in logs}), []
-    often, rare = paces[-1], paces[0]
-
-    def line(a, moments):
-        """[(log bytes, log perplexity)] of the rows that average all weights, with other rounds alike."""
-        return sorted((np.log(bytes_of(every[b])), b) for b in logs if b[:3] == (moments, "all", a[2]))
-
-    def at_equal_bytes(a, moments):
-        """A row against the line through those that average all weights."""
-        x, names = zip(*line(a, moments), strict=True)
-        at = np.log(bytes_of(every[a]))
-        i = int(np.clip(np.searchsorted(x, at), 1, len(x) - 1))
-        share = (at - x[i - 1]) / (x[i] - x[i - 1])
-        return logs[a] - (1 - share) * logs[names[i - 1]] - share * logs[names[i]]
-
-    def add(name, differences, decides=True):
-        """A line of the mean over pairs, and one for each R. differences: {row: of its pair}"""
-        if differences:
-            found.append((name, sum(differences.values()) / len(differences), decides))
-            for R in sorted({a[3] for a in differences}) if len(differences) > 1 else ():
-                some = [values for a, values in differences.items() if a[3] == R]
-                found.append((f"{name}, R = {R}", sum(some) / len(some), False))
-
-    for name, place, to, of in (("drift / steps", 2, "drift", "steps"), ("pooled / keep", 0, "pooled", "keep")):
-        pairs = {a: (*a[:place], of, *a[place + 1 :]) for a in logs if a[place] == to}
-        add(name, {a: paired(logs[a], logs[b]) for a, b in pairs.items() if b in logs})
-    within = [a for a in logs if a[3] < often]
-    groups = {a: a[0] for a in within if a[1] == "embedding"}
-    pooled = {a: "keep" for a in within if a[:2] == ("pooled", "all")}
-    for name, some, decides in (("group / all", groups, True), ("pooled / keep", pooled, False)):
-        some = {a: moments for a, moments in some.items() if len(line(a, moments)) > 1}
-        add(f"{name} at equal bytes", {a: at_equal_bytes(a, moments) for a, moments in some.items()}, decides)
-    base = ("keep", "all", "steps", often)
-    held = [a for a in logs if a[1] != "all" and a[::2] + a[3:] == ("keep", "steps", rare)]
-    for a in held if rare < often and base in logs else ():
-        add(f"{a[1]} held back / all at R = {often}", {a: paired(logs[a], logs[base])})
-    if len(central) > 1:
-        add("alone / central", {(): paired(central[min(central)], central[max(central)])}, False)
-    return found
-
-
-def effect_table(about, rows):
-    """[a table of the effects], of the rows of the preset `averages`; [] without them."""
-    if not any(row["average_every"] for row in rows):
-        return []
-    cells = [(name, compared(values, scale=math.exp, sign=""), decides) for name, values, decides in effects(rows)]
-    corrected = iter(holm([cell.p for _, cell, decides in cells if decides]))
-    rows = [[name, cell, f"{next(corrected):.2g}" if decides else "-"] for name, cell, decides in cells]
-    return [(f"Effects, {about}", "", [["test perplexity", "ratio, seeds", "p after Holm"], *rows])]
 
 
 TABLE = Table(STUDY, columns, WORDS, more=effect_table)
@@ -397,57 +324,13 @@ def per_cent(points):
     return [lus, *(100 * (one - 1) for one in ratios)]
 
 
-# ---- what averages cost in bytes
-
-WAYS = {  # (what, rounds by, moments) -> its line
-    (what, by, state): f"{weights}, {rounds}{moments}"
-    for what, weights in (("all", "all weights"), ("embedding", "embedding 8 times rarer"))
-    for state, moments in (("keep", ""), ("pooled", ", pooled"))
-    for by, rounds in (("steps", "equal steps"), ("drift", "equal drift"))
-}
-
-
-def averages(runs, args, notes):
-    drawn = [
-        draw_averages(setting, rows)
-        for setting, rows in comparable(of_config(runs, args), STUDY, notes)
-        if any(row["average_every"] for row in rows) and len({row["batch_size"] for row in rows if row.central}) > 1
-    ]
-    yield from numbered("averages", drawn)
-
-
-def draw_averages(setting, rows):
-    """Per cent above central training, seed by seed, against a client's bytes: a line for each way to average, R along
-    it; dashed: central training at a client's batch, which averages nothing."""
-    every = {parts_of(row): row for row in rows if not row.central}
-    of_batch = {row["batch_size"]: np.log(row.results("test_ppl_last")) for row in rows if row.central}
-    central, alone = of_batch[max(of_batch)], of_batch[min(of_batch)]
-    figure, axes = new_figure(width=6.0, height=4.0)
-    axis = axes[0, 0]
-    for i, ((what, by, state), name) in enumerate(WAYS.items()):
-        line = sorted((R, row) for (s, w, b, R), row in every.items() if (w, b, s) == (what, by, state))
-        if not line:
-            continue
-        values = [estimate(paired(np.log(row.results("test_ppl_last")), central))[:3] for _, row in line]
-        mean, low, high = 100 * (np.exp(np.array(values).T) - 1)
-        x = [bytes_of(row) / 1e6 for _, row in line]
-        axis.errorbar(x, mean, [mean - low, high - mean], capsize=2, label=name, **look(i // 2, i % 2))
-    nothing = 100 * (np.exp(paired(alone, central).mean()) - 1)
-    axis.axhline(nothing, color="black", linestyle="--", linewidth=0.9, label="batch of one client, nothing averaged")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xticks(ticks := [20, 50, 100, 200, 400], ticks)
-    axis.set_yticks(ticks := [4, 6, 10, 15, 20, 30, 40], ticks)
-    axis.minorticks_off()
-    axis.set_xlabel("MB that a client sends and receives in the whole run")
-    axis.set_ylabel("Test perplexity above\ncentral training's (%)")
-    style.legend_below(figure, axes.flat)
-    words = describe(STUDY, setting, ("dataset", "config", "d_model"))
-    set_title(figure, f"What averages cost and bring (bars: 95 %, {seeds_range(rows)} seeds)\n{words}")
-    return figure
-
-
 # ---- all of them
+
+
+def costs(runs, args, notes):
+    every = comparable(of_config(runs, args), STUDY, notes)
+    told = [(rows, describe(STUDY, setting, ("dataset", "config", "d_model"))) for setting, rows in every]
+    yield from numbered("averages", [draw(rows, about) for rows, about in told if has_alone(rows)])
 
 
 def two_kinds(rows):
@@ -464,7 +347,7 @@ def each_update(rows):
 
 FIGURES = {
     "gap": (gap, "runs of central.py, and of fed_avg.py with two values of --local_updates"),
-    "averages": (averages, "runs of run_study.py --preset averages"),
+    "averages": (costs, "runs of run_study.py --preset averages"),
     "central_vs_fed": (
         perplexities("1_central_vs_fed", "Central and federated training", two_kinds, lambda row: row.kind),
         "runs of central.py and of fed_avg.py on the same data",

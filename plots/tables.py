@@ -138,9 +138,8 @@ def build_parser():
 
 def main(args):
     # a committed log is a study of its own, with its own rates: its rows are compared with each other
-    paths, parts = [[path] for path in sorted((ROOT / args.study / "results").glob("*.jsonl"))], []
-    if args.data_dir:
-        paths = [args.data_dir]
+    logs = sorted((ROOT / args.study / "results").glob("*.jsonl"))
+    paths, parts = [args.data_dir] if args.data_dir else [[log] for log in logs], []
     if not paths:
         raise UsageError(f"{args.study}/results has no log: give --data-dir")
     table = module(args.study).TABLE
