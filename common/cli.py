@@ -19,8 +19,9 @@ import warnings
 
 CLIENT_OPTIMIZERS = ("sgd", "sgdm", "adamw")
 RULES = ("svd", "naive", "ffa", "stack", "residual", "rolora", "rotate", "head")  # of `common.lowrank`
+RESPLIT = ("naive", "residual", "rotate")  # rules that serve a mean of both factors, which may be split anew
 SIZES = ("dirichlet", "equal")  # of clients whose labels a Dirichlet draw deals, `common.sharding.equal_parts`
-SPLITS = ("us", "balanced")  # of the singular values, `common.products.truncate`
+SPLITS = ("us", "balanced", "sv")  # of the singular values, `common.products.truncate`
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RARE = "rarely changed"  # the title of a group of flags that --help leaves out and --help-all shows
 AGAIN = 1.0  # seconds: a terminal, a launcher and a queue may send the same signal; one that comes later means it

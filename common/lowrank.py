@@ -17,6 +17,9 @@ FedRot-LoRA's R_k leaves B_k R_k R_k^T A_k as it is (`common.lowrank.rotated`): 
 nearest to the round's start, the others B. (Its public code counts rounds from 0 and rotates none in the first. Here a
 first round aligns A, so that a round from a given adapter is the rule's.)
 
+svd chooses how B A = U S V^T is split between B and A: `common.products.truncate`. naive, residual and rotate serve the
+means as they are or, with a split, the same product B A in svd's form.
+
 svd and stack take clients of different ranks. residual could serve their mean exactly too, of zero-padded factors, but
 a client of a smaller rank would then begin with another product than the one that the base was corrected for.
 """
@@ -113,13 +116,14 @@ class AdapterMean:
         scale: their s, and of what is served where `new_scale` is not given.
         clients: `common.rounds.Round`.
         seed: for the random rows that a rule may need.
-        rank, new_scale, split: of the adapter that svd serves (rank: of stack's fresh one too; default: of `factors`).
+        rank, new_scale: of the adapter that svd serves (rank: of stack's fresh one too; default: of `factors`).
+        split: of the singular values that svd serves (default: "us") and the rules of `common.cli.RESPLIT` (none).
         head: the vector [h] of the head's weights that the round began with, whose mean is served beside the adapter.
         largest: rank of a client, with several processes; by default that of `factors`.
     """
 
     def __init__(
-        self, rule, factors, scale, clients, seed=0, rank=None, new_scale=None, split="us", head=None, largest=None
+        self, rule, factors, scale, clients, seed=0, rank=None, new_scale=None, split=None, head=None, largest=None
     ):
         self.rule, self.factors, self.scale, self.clients = rule, dict(factors), scale, clients
         self.seed, self.split, self.new_scale = seed, split, scale if new_scale is None else new_scale
@@ -183,12 +187,15 @@ class AdapterMean:
         (A, B), update = self.factors[name], None
         if self.rule == "svd":
             draws = self._stream("missing directions", name)
-            new_A, new_B = truncate(target, self.rank, self.new_scale, self.split, draws)
+            new_A, new_B = truncate(target, self.rank, self.new_scale, self.split or "us", draws)
         elif self.rule == "stack":
             new_A = fresh_A(self.rank, A.shape[1], self._stream("fresh adapter", name))
             new_B, update = torch.zeros(len(B), self.rank), target
         else:
             new_A, new_B = mean[name]
+            if self.split:
+                product, draws = Product(*target.shape).add(new_A, new_B, self.new_scale), self._stream("split", name)
+                new_A, new_B = truncate(product, len(A), self.new_scale, self.split, draws)
         pair = tuple(new.to("cpu", old.dtype).contiguous() for new, old in ((new_A, A), (new_B, B)))
         served = Product(*target.shape).add(*pair, self.new_scale)
         if self.rule == "residual":

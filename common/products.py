@@ -109,6 +109,7 @@ def truncate(target, rank, new_scale, split="us", generator=None):
         B = Q_B R_B,  A^T = Q_A R_A,  R_B R_A^T = U S V^T     (QR of d x R and k x R, SVD of R x R)
         us:        B = Q_B U S / s,           A = V^T Q_A^T             (the source's)
         balanced:  B = Q_B U sqrt(S / s),     A = sqrt(S / s) V^T Q_A^T
+        sv:        B = Q_B U,                 A = S V^T Q_A^T / s
 
     O((d + k) R^2 + R^3) without forming Delta [d, k] (FlexLoRA takes the SVD of Delta). Where Delta's rank is below
     `rank`, the missing directions get B = 0 and A random, as a fresh adapter: with both zero they would never learn.
@@ -129,10 +130,8 @@ def truncate(target, rank, new_scale, split="us", generator=None):
         # As matrix_rank: below this a singular value is rounding, and its direction arbitrary.
         found = int((S[:rank] > S[:1] * max(target.shape) * torch.finfo(S.dtype).eps).sum())
         U, S, Vh = U[:, :found], S[:found] / new_scale, Vh[:found]
-        if split == "us":
-            B, A = U * S, Vh  # [d, found], [found, k]
-        else:
-            B, A = U * S.sqrt(), S.sqrt()[:, None] * Vh  # [d, found], [found, k]
+        power = {"us": 1.0, "balanced": 0.5, "sv": 0.0}[split]
+        B, A = U * S**power, S[:, None] ** (1 - power) * Vh  # [d, found], [found, k]
     return fit_rank(A, B, rank, generator)
 
 

@@ -122,9 +122,9 @@ def load_study(args, run):
     ranks = client_ranks(a, len(shards))
     scale = a.lora_alpha / a.lora_r
     start = a.init_adapter and model.start(a.init_adapter, a.lora_r, scale, min(a.lora_r, *ranks))
-    served_as = {"rank": a.lora_r}
+    served_as = {"rank": a.lora_r, "split": a.split}
     if a.aggregate == "svd":
-        served_as = {"rank": a.svd_rank, "new_scale": a.alpha / a.svd_rank, "split": a.svd_split}
+        served_as |= {"rank": a.svd_rank, "new_scale": a.alpha / a.svd_rank}
     fused = f"fused_r{served_as['rank']}" + "_nosvd" * (a.aggregate == "naive")
     study = Study(
         args=a,

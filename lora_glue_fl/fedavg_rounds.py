@@ -40,8 +40,8 @@ def build_parser():
     text = "evaluate what the other rules would serve of the same clients (off: without)"
     add("--replay", action="store_true", help=text)
     add = parser.group(RARE).add_argument
-    text = "svd: B = U S, A = V^T, or (balanced) the root of S in both"
-    add("--svd-split", choices=SPLITS, default="us", help=text)
+    text = "how B A = U S V^T is served: us: B = U S; balanced; sv: A = S V^T (default: svd us, else as it is averaged)"
+    add("--split", choices=SPLITS, help=text)
     text = "svd, stack: rank of each client, repeated in turn (default: --lora-r)"
     add("--client-ranks", type=positive_int, nargs="+", metavar="R", help=text)
     add("--keep", choices=["last", "all"], default="last", help="folders of rounds that stay")

@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from common.cli import RARE, Parser, UsageError, add_run_flags, half_open_fraction, positive_float, positive_int
+from common.cli import (
+    RARE,
+    RESPLIT,
+    Parser,
+    UsageError,
+    add_run_flags,
+    half_open_fraction,
+    positive_float,
+    positive_int,
+)
 
 DATASETS = ("glue", "demo")
 SIZES = {"base": "roberta-base", "large": "roberta-large"}
@@ -93,6 +102,8 @@ def complete_rounds(args):
     unknown = args.final == "best" and not args.eval_each_round
     refuse(unknown, "--final best: without --eval-each-round only the last round is evaluated: add it")
     args.aggregate = args.aggregate or "svd"
+    fixed = args.split and args.aggregate not in ("svd", *RESPLIT)
+    refuse(fixed, f"--split {args.split} is for svd, {', '.join(RESPLIT)}, which serve both factors: drop it")
     one = args.replay and args.aggregate in ("ffa", "rolora", "head")
     refuse(one, f"--replay compares rules that train A and B: take another --aggregate than {args.aggregate}")
     mixed = args.replay and set(args.client_ranks or ()) - {args.lora_r}

@@ -6,6 +6,7 @@
 
 small         3 clients, IID, rank 4; beside it one factor at a time
 replay        from a checkpoint one round of naive with --replay: local epochs x Dirichlet's alpha
+split         does svd gain by its smaller error, or by how it splits the singular values between B and A?
 trajectories  eight rules from one trained head, each at the rate that --tune found on examples that no client has
 """
 
@@ -39,7 +40,7 @@ CASES = {
     "dirichlet": case("--eval-clients", dealt="dirichlet"),
     "lr6e-3": case("--learning-rate 6e-3"),
     "lr2e-2": case("--learning-rate 2e-2"),
-    "balanced": case("--svd-split balanced", 20, rules=("svd",)),
+    "balanced": case("--split balanced", 20, rules=("svd",)),
     "rank16": case(ranked(16), rules=("svd", "naive")),
     "ranks": case("--client-ranks 2 4 8", rules=("svd", "stack")),
 }
@@ -75,6 +76,12 @@ CASES["skew_longer"] = case(f"{RANK8} --learning-rate 3e-4", **WARM, rules=("nai
 CASES["skew_some"] = CASES["skew_8"] | {"words": f"{RANK8} --participation 0.3", "rules": FIVE, "seeds": 3}
 
 
+# RULE_SPLIT; the rule alone serves the means as they are. Tuned over four rounds; 4 of the 8 are read off the curve
+SPLITS = ("naive", "naive_us", "svd_us", "svd_balanced", "svd_sv")
+CASES["split_4"] = case(RANK8, **WARM, rules=SPLITS, rates=dict.fromkeys(SPLITS, (2.5e-4, 3.5e-4)), seeds=0)
+CASES["split"] = case(f"{RANK8} --rounds 8", **WARM, rules=SPLITS, rate_of="split_4")
+
+
 def rows(tasks, rounds, one_seed=(), held_out=0, dataset="glue"):
     """Central LoRA and the rules. tasks: (task, training examples, cases); one_seed: tasks and cases of one seed;
     held_out: examples that no client has."""
@@ -97,7 +104,9 @@ def rows(tasks, rounds, one_seed=(), held_out=0, dataset="glue"):
             found[shards] = row(dealt, "first", record="summary.json")
             start = one["start"] and f"{task}_{one['start']}"
             for rule in one["rules"]:
-                line = f"lora_glue_fl/fedavg_rounds.py --task-name {task} --aggregate {rule} --rounds {rounds}"
+                method, _, split = rule.partition("_")
+                line = f"lora_glue_fl/fedavg_rounds.py --task-name {task} --aggregate {method} --rounds {rounds}"
+                line += f" --split {split}" if split else ""
                 line += f" --shard-dir {{output}}/{shards}_seed_{{seed}} --eval-each-round --keep last"
                 line += f" --no-save-clients {ranked(4)} {one['words']}"
                 line += f" --init-from {{output}}/{start}_seed_{{seed}}" if start else ""
@@ -118,6 +127,8 @@ SMALL = rows(
 QUICK = rows([("sst2", 600, [name for name in ONE_FACTOR if "lr" not in name])], 5, dataset="demo")
 AGAIN = rows((("sst2", 2000, ("checkpoint", "checkpoint_r16", *REPLAY)),), 1)
 TRAJECTORIES = rows((("sst2", 2000, ("warm", "skew", "skew_8", "skew_longer", "skew_some")),), 4, held_out=1000)
+SPLIT = rows([("sst2", 2000, ("warm", "split_4", "split"))], 4, held_out=1000)
+SPLIT |= rows([("mrpc", 1000, ("warm", "split_4", "split"))], 4, held_out=500)
 CONSTANT = "--batch-size 8 --lr-scheduler constant --threads 1"
 MEAN = f"--learning-rate 2e-3 --amp auto --pooling mean {CONSTANT} --dataset glue"
 FOUND = "lora_glue_fl/results/tuning/trajectories.json"
@@ -125,6 +136,7 @@ PRESETS = {
     "small": preset(SMALL, f"--learning-rate 2e-3 --amp auto {CONSTANT} --dataset glue"),
     "replay": preset(AGAIN, MEAN),
     "trajectories": preset(TRAJECTORIES, MEAN, range(5), "held_out_loss", tuned=FOUND),
+    "split": preset(SPLIT, MEAN, range(5), "held_out_loss", tuned="lora_glue_fl/results/tuning/split.json"),
     "quick": preset(QUICK, f"--model tiny --dataset demo --learning-rate 1e-2 {CONSTANT}", seeds=(0,)),
 }
 STUDY = {

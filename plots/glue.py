@@ -136,7 +136,8 @@ STUDY = Study(
         "examples": "{:,} training examples",
         "svd_rank": "served at rank {}",
         "served_scale": "served alpha/r {:g}",
-        "svd_split": "{} split",
+        "split": "{} split",
+        "svd_split": "{} split",  # its name in older logs
         "learning_rate": "lr {:g}",
         "batch_size": "batch {}",
         "num_train_epochs": "{:g} epochs",

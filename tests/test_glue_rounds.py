@@ -143,7 +143,7 @@ def local(given, theta, k, t, letters, pooling="cls"):
     return {name: p.detach() for name, p in mine.items()}
 
 
-def served(rule, theta, means, deltas, t):
+def served(rule, theta, means, deltas, t, split=""):
     """The rule's theta of {name: mean of the clients'} and {layer: mean of s B A}."""
     new = dict(means)
     for layer, delta in deltas.items():
@@ -154,9 +154,10 @@ def served(rule, theta, means, deltas, t):
             draw = torch_stream(SEED, f"lowrank: fresh adapter of {layer}", t)
             new[A] = ((2 * torch.rand(4, 32, generator=draw) - 1) / math.sqrt(32)).double()
             new[B], new[W] = torch.zeros(32, 4).double(), theta[W] + delta
-        if rule == "svd":
-            U, sigma, Vh = torch.linalg.svd(delta)
-            new[A], new[B] = Vh[:4], U[:, :4] * sigma[:4] / S_SVD
+        if rule == "svd" or split:
+            U, sigma, Vh = torch.linalg.svd(delta if rule == "svd" else S * new[B] @ new[A])
+            sigma, balance = sigma[:4] / (S_SVD if rule == "svd" else S), {"sv": 1.0, "balanced": 0.5}.get(split, 0.0)
+            new[A], new[B] = (Vh[:4].T * sigma**balance).T, U[:, :4] * sigma ** (1 - balance)
     return new
 
 
@@ -168,7 +169,7 @@ def turn(theta_k, theta, letter):
         theta_k[A], theta_k[B] = R.T @ theta_k[A], theta_k[B] @ R
 
 
-def plain(given, rule, **options):
+def plain(given, rule, split="", **options):
     """(weights that the model computes with after two rounds, and before): the reference."""
     theta, ranks = start_of(given), [3, 2, 4, 3, 2] if rule == "svd" else [4] * K
     start, place = weights_of(theta, S), 0
@@ -193,7 +194,7 @@ def plain(given, rule, **options):
             place += 1
         means = {n: p / total if torch.is_tensor(p) else theta[n] for n, p in sums.items()}
         deltas = {layer: delta / total for layer, delta in deltas.items()}
-        theta = served(rule, theta, means, deltas, t)
+        theta = served(rule, theta, means, deltas, t, split)
     return weights_of(theta, S_SVD if rule == "svd" else S), start
 
 
@@ -237,6 +238,10 @@ CASES = {
     "rolora": ("rolora", "", {}),
     "rotate": ("rotate", "", {}),
     "head": ("head", "", {}),
+    "svd, all of S in A": ("svd", "--svd-rank 4 --alpha 6 --client-ranks 3 2 4 --split sv", {"split": "sv"}),
+    "naive, split": ("naive", "--split us", {"split": "us"}),
+    "residual, split": ("residual", "--split balanced", {"split": "balanced"}),
+    "rotate, split": ("rotate", "--split sv", {"split": "sv"}),
     "mean pooling": ("naive", "--pooling mean", {"pooling": "mean"}),
 }
 

@@ -9,7 +9,7 @@ import torch
 from adapters import close, dense, normal
 from harness import answers_of, as_rank
 
-from common.cli import RULES
+from common.cli import RESPLIT, RULES
 from common.lowrank import MIXED_RANKS, AdapterMean, trained_factors
 from common.rounds import Round
 
@@ -114,6 +114,19 @@ def test_svd_serves_the_best_of_its_rank():
         close(served_delta(served, name, 0.25), (U[:, :5] * sigma[:5]) @ Vh[:5], 5e-14)
         tail, total = tail + (sigma[5:] ** 2).sum(), total + (sigma**2).sum()
     assert served.error == pytest.approx(math.sqrt(tail / total), rel=1e-11)  # Eckart-Young
+
+
+@pytest.mark.parametrize("rule", RESPLIT)
+def test_a_split_changes_the_factors_and_not_the_product(rule):
+    start = adapter(0)
+    clients = [local(start, k) for k in range(4)]
+    plain, split = (mean_of(rule, start, clients, N, split=split).result() for split in (None, "us"))
+    assert plain.error == pytest.approx(split.error, rel=1e-9, abs=1e-12)
+    for name in start:
+        close(served_delta(split, name), served_delta(plain, name), 1e-12)
+        A, B = split.factors[name]
+        close(A @ A.T, np.eye(len(A)), 1e-12)
+        assert np.abs(A.numpy() - plain.factors[name][0].numpy()).max() > 0.01
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -49,7 +49,7 @@ def test_a_small_difference_of_large_products_is_measured():
 # ---- truncation
 
 
-@pytest.mark.parametrize("split", ["us", "balanced"])
+@pytest.mark.parametrize("split", ["us", "balanced", "sv"])
 @pytest.mark.parametrize(("d", "k", "ranks"), [(160, 160, [8] * 10), (300, 96, [4, 8, 16]), (20, 34, [8] * 5)])
 def test_truncation_is_the_dense_svd(d, k, ranks, split):
     parts = parts_of(5, d, k, ranks)
@@ -57,11 +57,11 @@ def test_truncation_is_the_dense_svd(d, k, ranks, split):
     A, B = truncate(product_of(parts), 8, 0.7, split)
     best = (U[:, :8] * sigma[:8]) @ Vh[:8]
     assert np.linalg.norm(0.7 * (B @ A).numpy() - best) <= 5e-14 * np.linalg.norm(best)
-    # rows of A: orthonormal, or as long as the columns of B
-    expected = np.ones(8) if split == "us" else np.sqrt(sigma[:8] / 0.7)
-    np.testing.assert_allclose(np.linalg.norm(A.numpy(), axis=1), expected, rtol=1e-12)
-    if split == "balanced":
-        np.testing.assert_allclose(np.linalg.norm(B.numpy(), axis=0), expected, rtol=1e-12)
+    # rows of A and columns of B: one of them orthonormal, or as long as each other
+    S, one = sigma[:8] / 0.7, np.ones(8)
+    rows, columns = {"us": (one, S), "balanced": (np.sqrt(S), np.sqrt(S)), "sv": (S, one)}[split]
+    np.testing.assert_allclose(np.linalg.norm(A.numpy(), axis=1), rows, rtol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(B.numpy(), axis=0), columns, rtol=1e-12)
 
 
 def test_missing_directions_have_a_zero_b_and_a_random_a():

@@ -153,6 +153,7 @@ OWN = [
     ("vit_sparse_fl/federated", "--config {tmp}/a.yaml", ["federated.num_rounds?"],
      text("a.yaml", "federated: {num_round: 3}")),
     ("lora_glue_fl/svd", "--client-ranks 1 2 3 4", ["4 --client-ranks for 3 clients"]),
+    ("lora_glue_fl/svd", "--aggregate ffa --split us", ["--split us is for svd, naive, residual, rotate", "drop it"]),
     ("lora_glue_fl/svd", "--shard-dir {tmp}/shards", ["other data", "make the shards again"], other_data),
     ("lora_glue_fl/svd", "--init-adapter {tmp}/mine", ["{tmp}/mine"], half_an_adapter),
     ("lora_glue_fl/adapters_eval.py", "--task-name sst2 --adapter-path {tmp}/mine", ["{tmp}/mine"], half_an_adapter),
