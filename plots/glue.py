@@ -18,8 +18,9 @@ from plots import style
 from plots.pairs import OWN, compared, estimate, paired, spread
 from plots.read import Study, base_name, order_of
 from plots.rows import comparable, describe, words_for
+from plots.splits import split_table
 from plots.style import legend_below, looks_of, numbered, seeds_range, whole_numbers
-from plots.tables import Table, over_rounds, result, seeds, sent, tables_of
+from plots.tables import Table, over_rounds, result, seeds, sent
 
 TASKS = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP"}
 TASKS |= {"mnli": "MNLI", "wnli": "WNLI"}
@@ -211,12 +212,11 @@ def behind(slow, fast):
     return float(np.mean(t[1:] - np.interp(-loss[1:], -other, u)))
 
 
-def special(runs):
-    """With runs of --replay their tables beside the others', else None."""
+def further(runs):
+    """(the runs without those of --replay, the tables of these and of the effects of a split)."""
     replay = np.array([any(line.get("replay") for line in lines) for lines in runs["curve"]])
-    if not replay.any():
-        return None
-    return (tables_of(TABLE, runs[~replay], []) if not replay.all() else []) + replay_tables(runs[replay])
+    usual = [(describe(STUDY, setting), rows) for setting, rows in comparable(runs[~replay], STUDY)]
+    return runs[~replay], (replay_tables(runs[replay]) if replay.any() else []) + split_table(usual)
 
 
 WORDS = """One table per task and federation, of the last round on the validation examples. `vs naive` is in points (or
@@ -226,7 +226,7 @@ rate, in the mean over the rounds. `error %`: ||served - mean(BA)|| over ||mean(
 Differences are taken seed by seed: mean [95 % interval of a paired t test], seeds. Fewer than five have no interval:
 their own standard deviation is too uncertain, and rows spread too differently for one of all.
 """
-TABLE = Table(STUDY, columns, WORDS, place, special, first="rule")
+TABLE = Table(STUDY, columns, WORDS, place, further, first="rule")
 
 
 # ---- --replay: what the rules would serve of the same clients

@@ -191,7 +191,13 @@ deviation is pooled over the table's rows, with so many degrees of freedom.
 """
 
 
-TABLE = Table(STUDY, columns, WORDS, more=effect_table)
+def further(runs):
+    """The effects of a preset `averages`, beside the usual tables."""
+    every = [(describe(STUDY, setting), rows) for setting, rows in comparable(runs, STUDY)]
+    return runs, [table for about, rows in every for table in effect_table(about, rows)]
+
+
+TABLE = Table(STUDY, columns, WORDS, further=further)
 
 
 # ---- figures 1 to 4, perplexity against tokens: the source's

@@ -34,23 +34,20 @@ class Table:
     columns: object
     words: str  # what its columns mean
     place: Callable | None = None  # a sort key of a table's setting (default: those with most runs first)
-    special: Callable = lambda runs: None  # tables of another form, as `tables_of`, of runs that ask for it
+    further: Callable = lambda runs: (runs, [])  # -> (runs of the usual tables, tables of another form that follow)
     first: str = "method"  # the head of the first column
-    more: Callable = lambda about, rows: []  # further tables of a group of runs: (heading, rows) -> as `tables_of`
 
 
 def tables_of(table, runs, notes, heads=None):
     """list[(heading, what most rows share, [[cell]])], the head first; heads: the columns (default: all)."""
-    if (found := table.special(runs)) is not None:
-        return found
+    runs, further = table.further(runs)
     found, every = [], comparable(runs, table.study, notes)
     for setting, rows in sorted(every, key=lambda one: table.place(one[0])) if table.place else every:
         columns = table.columns(rows) if callable(table.columns) else table.columns
         columns = {head: cell for head, cell in columns.items() if head in (heads or columns)}
         cells = [[row.label, *(cell(row, rows) for cell in columns.values())] for row in rows]
-        about = describe(table.study, setting)
-        found += [(about, usual(rows), [[table.first, *columns], *cells]), *table.more(about, rows)]
-    return found
+        found += [(describe(table.study, setting), usual(rows), [[table.first, *columns], *cells])]
+    return found + further
 
 
 def text_of(tables, with_holm=False):
