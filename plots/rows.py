@@ -29,7 +29,7 @@ class Row:
         setting = self.first["setting"]
         self.args = {key: setting[key] for key in study.free if key in setting} | self.first["variant"]
         self.label = self.name = study.kinds.get(self.kind, self.kind)
-        self.unlike = []
+        self.unlike, self.known = [], {}
 
     def __getitem__(self, flag):
         """The value of a flag, None where the runs have none."""
@@ -37,7 +37,10 @@ class Row:
 
     def results(self, name):
         """A number a seed of run.json's results: a Series."""
-        return pd.Series({seed: result(run, name) for seed, run in self.counted.iterrows()}, dtype=float)
+        if name not in self.known:  # cells of a table compare every row with every other
+            every = {seed: result(run, name) for seed, run in self.counted.iterrows()}
+            self.known[name] = pd.Series(every, dtype=float)
+        return self.known[name]
 
     def mean_over_rounds(self, name):
         """The mean of a field over the rounds that have it, a number a seed: nan without any or with one not finite."""
