@@ -80,6 +80,10 @@ CASES["skew_some"] = CASES["skew_8"] | {"words": f"{RANK8} --participation 0.3",
 SPLITS = ("naive", "naive_us", "svd_us", "svd_balanced", "svd_sv")
 CASES["split_4"] = case(RANK8, **WARM, rules=SPLITS, rates=dict.fromkeys(SPLITS, (2.5e-4, 3.5e-4)), seeds=0)
 CASES["split"] = case(f"{RANK8} --rounds 8", **WARM, rules=SPLITS, rate_of="split_4")
+SAME = {"clients": 10, "dealt": "iid"}
+CASES["warm_iid"] = CASES["warm"] | SAME
+CASES["split_iid_4"] = CASES["split_4"] | SAME | {"start": "warm_iid_head", "rules": SPLITS[:3]}
+CASES["split_iid"] = CASES["split"] | SAME | {"start": "warm_iid_head", "rules": SPLITS[:3], "rate_of": "split_iid_4"}
 
 
 def rows(tasks, rounds, one_seed=(), held_out=0, dataset="glue"):
@@ -127,8 +131,8 @@ SMALL = rows(
 QUICK = rows([("sst2", 600, [name for name in ONE_FACTOR if "lr" not in name])], 5, dataset="demo")
 AGAIN = rows((("sst2", 2000, ("checkpoint", "checkpoint_r16", *REPLAY)),), 1)
 TRAJECTORIES = rows((("sst2", 2000, ("warm", "skew", "skew_8", "skew_longer", "skew_some")),), 4, held_out=1000)
-SPLIT = rows([("sst2", 2000, ("warm", "split_4", "split"))], 4, held_out=1000)
-SPLIT |= rows([("mrpc", 1000, ("warm", "split_4", "split"))], 4, held_out=500)
+SPLIT_CASES = ("warm", "split_4", "split", "warm_iid", "split_iid_4", "split_iid")
+SPLIT = rows([("sst2", 2000, SPLIT_CASES)], 4, held_out=1000)
 CONSTANT = "--batch-size 8 --lr-scheduler constant --threads 1"
 MEAN = f"--learning-rate 2e-3 --amp auto --pooling mean {CONSTANT} --dataset glue"
 FOUND = "lora_glue_fl/results/tuning/trajectories.json"

@@ -215,7 +215,7 @@ def behind(slow, fast):
 def further(runs):
     """(the runs without those of --replay, the tables of these and of the effects of a split)."""
     replay = np.array([any(line.get("replay") for line in lines) for lines in runs["curve"]])
-    usual = [(describe(STUDY, setting), rows) for setting, rows in comparable(runs[~replay], STUDY)]
+    usual = comparable(runs[~replay], STUDY)
     return runs[~replay], (replay_tables(runs[replay]) if replay.any() else []) + split_table(usual)
 
 

@@ -42,12 +42,12 @@ def effects(rows):
 
 
 def split_table(groups):
-    """[a table of the effects] over all groups [(heading, rows)] that have both; [] without one."""
+    """[a table of the effects] over all groups [(setting, rows)] that have both; [] without one."""
     lines, ends = [], (0, 0)
-    for about, rows in groups:
+    for setting, rows in groups:
         if has_splits(rows):
-            ends = rows[0].first["setting"]["rounds"] // 2, rows[0].first["setting"]["rounds"]
-            lines += [(f"{about.partition(',')[0]}, {name}", *rest) for name, *rest in effects(rows)]
+            ends, shards = (setting["rounds"] // 2, setting["rounds"]), setting["shards"].partition(",")[0]
+            lines += [(f"{shards}, {name}", *rest) for name, *rest in effects(rows)]
     if not lines:
         return []
     made = [
@@ -56,7 +56,8 @@ def split_table(groups):
     ]
     corrected = iter(holm([cell.p for _, cells, _, decides in made if decides for cell in cells[:2]]))
     heads = [head.format(half=ends[0], last=ends[1]) for head in HEADS]
-    table = [["validation loss", heads[0], "p", heads[1], "p", heads[2], *(f"held out, {head}" for head in heads[:2])]]
+    pairs = [word for head in heads[:2] for word in (head, f"p, {head}")]
+    table = [["validation loss", *pairs, heads[2], *(f"held out, {head}" for head in heads[:2])]]
     for name, val, held, decides in made:
         p = [f"{next(corrected):.2g}" if decides else "-" for _ in range(2)]
         table.append([name, val[0], p[0], val[1], p[1], val[2], *held])
