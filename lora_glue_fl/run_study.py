@@ -76,14 +76,17 @@ CASES["skew_longer"] = case(f"{RANK8} --learning-rate 3e-4", **WARM, rules=("nai
 CASES["skew_some"] = CASES["skew_8"] | {"words": f"{RANK8} --participation 0.3", "rules": FIVE, "seeds": 3}
 
 
-# RULE_SPLIT; the rule alone serves the means as they are. Tuned over four rounds; 4 of the 8 are read off the curve
-SPLITS = ("naive", "naive_us", "svd_us", "svd_balanced", "svd_sv")
-CASES["split_4"] = case(RANK8, **WARM, rules=SPLITS, rates=dict.fromkeys(SPLITS, (2.5e-4, 3.5e-4)), seeds=0)
-CASES["split"] = case(f"{RANK8} --rounds 8", **WARM, rules=SPLITS, rate_of="split_4")
-SAME = {"clients": 10, "dealt": "iid"}
-CASES["warm_iid"] = CASES["warm"] | SAME
-CASES["split_iid_4"] = CASES["split_4"] | SAME | {"start": "warm_iid_head", "rules": SPLITS[:3]}
-CASES["split_iid"] = CASES["split"] | SAME | {"start": "warm_iid_head", "rules": SPLITS[:3], "rate_of": "split_iid_4"}
+# RULE_SPLIT; the rule alone serves the means as they are. Tuned over four rounds; three rules have eight, too
+SPLIT_RULES, SAME = ("naive", "naive_us", "svd_us"), {"clients": 10, "dealt": "iid", "start": "warm_iid_head"}
+CASES["warm_iid"] = CASES["warm"] | {"dealt": "iid"}
+CASES["split_4"] = case(RANK8, **WARM, rules=(*SPLIT_RULES, "svd_balanced", "svd_sv"))
+CASES["split_4"]["rates"] = dict.fromkeys(CASES["split_4"]["rules"], (2.5e-4, 3.5e-4))
+CASES["split"] = case(f"{RANK8} --rounds 8", **WARM, rules=SPLIT_RULES, rate_of="split_4")
+CASES["split_iid_4"] = CASES["split_4"] | SAME | {"rules": SPLIT_RULES}
+CASES["split_iid"] = CASES["split"] | SAME | {"rate_of": "split_iid_4"}
+# at naive's rate: a split changes the rate that is best, and the head takes it too
+CASES["split_rate"] = case(f"{RANK8} --learning-rate 3.5e-4", **WARM, rules=("naive_us",))
+CASES["split_iid_rate"] = CASES["split_rate"] | SAME
 
 
 def rows(tasks, rounds, one_seed=(), held_out=0, dataset="glue"):
@@ -131,7 +134,7 @@ SMALL = rows(
 QUICK = rows([("sst2", 600, [name for name in ONE_FACTOR if "lr" not in name])], 5, dataset="demo")
 AGAIN = rows((("sst2", 2000, ("checkpoint", "checkpoint_r16", *REPLAY)),), 1)
 TRAJECTORIES = rows((("sst2", 2000, ("warm", "skew", "skew_8", "skew_longer", "skew_some")),), 4, held_out=1000)
-SPLIT_CASES = ("warm", "split_4", "split", "warm_iid", "split_iid_4", "split_iid")
+SPLIT_CASES = ("warm", "split_4", "split", "split_rate", "warm_iid", "split_iid_4", "split_iid", "split_iid_rate")
 SPLIT = rows([("sst2", 2000, SPLIT_CASES)], 4, held_out=1000)
 CONSTANT = "--batch-size 8 --lr-scheduler constant --threads 1"
 MEAN = f"--learning-rate 2e-3 --amp auto --pooling mean {CONSTANT} --dataset glue"

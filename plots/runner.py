@@ -36,9 +36,8 @@ LOGGED = "command status ended clients git_commit versions processes resolved pa
 
 def row(line, group="", seeds=None, tune=None, rate_of="", needs=(), tag="_seed_{seed}", record=""):
     """A row of a grid. line: script and flags, in which {seed} and {output} (and a study's own `values`) are replaced;
-    seeds: how many of the seeds it takes (None: all; 0: --tune alone); tune: {flag: values}; needs: rows that are run
-    first, of the same seed; tag: what its name ends in; record: the file that says that it ended, of a script that
-    makes no run."""
+    seeds: how many of the seeds it takes (None: all); tune: {flag: values}; needs: rows that are run first, of the same
+    seed; tag: what its name ends in; record: the file that says that it ended, of a script that makes no run."""
     return locals() | {"tune": tune or {}}
 
 
@@ -145,8 +144,7 @@ def runs_of(study, args, seeds, words=()):
     for i, seed in enumerate(seeds):
         for name, about in one["rows"].items():
             chosen = not args.only or {name, about["group"]} & set(args.only)
-            taken = about["seeds"] is None or i < about["seeds"] or (about["seeds"] == 0 and args.tune is not None)
-            if chosen and about["group"] != "first" and taken:
+            if chosen and about["group"] != "first" and (about["seeds"] is None or i < about["seeds"]):
                 add(name, seed)
     return list(found.values())
 
