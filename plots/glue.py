@@ -36,7 +36,8 @@ KEYS += ("local_epochs", "learning_rate", "examples", "data", *SERVED)
 def kind_of(command, flags):
     if command != "fedavg_rounds":
         return "full" if command == "baseline_run" else "central"
-    return "naive" if flags.get("skip_svd") else str(flags.get("aggregate") or "svd")
+    rule = "naive" if flags.get("skip_svd") else str(flags.get("aggregate") or "svd")
+    return f"{rule}_split" if flags.get("split") and rule != "svd" else rule
 
 
 def setting_of(run):
@@ -104,6 +105,7 @@ STUDY = Study(
         "full": "Central, all weights",
         "svd": "SVD (FlexLoRA)",
         "naive": "Naive (FedIT)",
+        "naive_split": "Naive in svd's factors",
         "ffa": "FFA-LoRA",
         "stack": "Stack (FLoRA)",
         "residual": "Residual (FedEx-LoRA)",

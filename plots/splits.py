@@ -1,65 +1,75 @@
-"""lora_glue_fl's preset `split`: what svd's split of the singular values brings and what its smaller error does.
+"""lora_glue_fl's preset `split`: what svd's split of the singular values does and what its product; plots/glue.py has
+the study.
 
-plots/glue.py has the study. naive with svd's split serves naive's product in svd's factors. It less naive is the split
-alone; svd less it is the error alone. Losses are read off the curve: after half of the rounds, the lowest of all, after
-the last.
+`naive --split us` serves naive's product in svd's factors. Less naive, it is the split: the product is the same. Svd
+less it is the product: the split is the same, the error is smaller, and A spans other rows. Each has its own best rate,
+which the head takes too, or all have naive's. In round 1 a split does nothing yet: what differs there is the rate.
 """
 
+import numpy as np
 import pandas as pd
 
 from plots.pairs import compared, holm, paired
 
-EFFECTS = {  # name: ((rule, its split), less whose, whether it decides)
-    "split: naive with svd's - naive": (("naive", "us"), ("naive", None), True),
-    "error: svd - naive with svd's split": (("svd", "us"), ("naive", "us"), True),
-    "both: svd - naive": (("svd", "us"), ("naive", None), False),
-    "svd, balanced split - naive": (("svd", "balanced"), ("naive", None), False),
-    "svd, all of S in A - naive": (("svd", "sv"), ("naive", None), False),
+SHORT = 4  # rounds
+NAIVE, AGAIN, SVD = ("naive", None), ("naive_split", "us"), ("svd", "us")  # (kind, split)
+EFFECTS = {  # name: (whose loss, less whose, at one rate, whether it decides)
+    "split: naive in svd's split - naive": (AGAIN, NAIVE, False, True),
+    "product: svd - naive in svd's split": (SVD, AGAIN, False, True),
+    "both: svd - naive": (SVD, NAIVE, False, False),
+    "split, at naive's rate": (AGAIN, NAIVE, True, False),
+    "product, at naive's rate": (SVD, AGAIN, True, False),
+    "svd, balanced split - svd": (("svd", "balanced"), SVD, False, False),
+    "svd, all of S in A - svd": (("svd", "sv"), SVD, False, False),
 }
-HEADS = ("after {half} rounds", "lowest of {last}", "after {last} rounds")
+HEADS = ("after 1 round", f"after {SHORT} rounds", "lowest", "at the held-out's lowest")
 
 
-def has_splits(rows):
-    """Whether the naive mean ran with a split and without."""
-    return {("naive", "us"), ("naive", None)} <= {(row.kind, row["split"]) for row in rows}
+def evaluated(row):
+    """The rounds from 0 on whose loss is known, on the held-out examples too."""
+    return [i for i, t in enumerate(row.rounds("held_out_loss")[0]) if t == i]
 
 
-def losses(row, name="val_loss"):
-    """DataFrame: a line a seed; after half of the rounds, the lowest of all, after the last."""
-    t, values = row.rounds(name)
-    every = pd.DataFrame(values, row.counted.index, t.astype(int))
-    return pd.DataFrame({0: every[t[-1] // 2], 1: every.min(axis=1), 2: every[t[-1]]})
+def losses(row):
+    """DataFrame [seeds, HEADS] of validation losses after round 1, SHORT, in the best round, and in that which is best
+    on the held-out examples; nan for the last two of a run of SHORT rounds."""
+    t, values = row.rounds("val_loss")
+    held = row.rounds("held_out_loss")[1][:, 1:].argmin(axis=1) + 1
+    long = t[-1] > SHORT
+    lowest = [values[:, 1:].min(axis=1), values[np.arange(len(values)), held]]
+    every = [values[:, 1], values[:, SHORT], *(one if long else np.full(len(values), np.nan) for one in lowest)]
+    return pd.DataFrame(dict(zip(HEADS, every, strict=True)), row.counted.index)
 
 
 def effects(rows):
-    """[(name, differences [seeds, 3] of validation loss, of held-out loss, whether it decides)], of what there is."""
-    found, each = [], {(row.kind, row["split"]): row for row in rows}
-    for name, (a, b, decides) in EFFECTS.items():
-        if a in each and b in each:
-            apart = [paired(losses(each[a], field), losses(each[b], field)) for field in ("val_loss", "held_out_loss")]
-            found.append((name, *apart, decides))
+    """[(name, differences [seeds, HEADS], whether it decides)] of rows of one kind of shards; [] without a split."""
+    each, found = {}, []
+    for row in sorted(rows, key=lambda row: row["rounds"]):  # of several rates the one that ran longest is its own
+        each[row.kind, row["split"]] = each[row.kind, row["split"], row["learning_rate"]] = row
+    if {NAIVE, AGAIN} - set(each):
+        return []
+    rate = each[NAIVE]["learning_rate"]
+    for name, (a, b, same, decides) in EFFECTS.items():
+        mine, base = (each.get((*key, rate) if same else key) for key in (a, b))
+        if mine and base and not (same and mine is each[a] and base is each[b]):
+            found.append((name, paired(losses(mine), losses(base)), decides))
     return found
 
 
 def split_table(groups):
-    """[a table of the effects] over all groups [(setting, rows)] that have both; [] without one."""
-    lines, ends = [], (0, 0)
+    """[a table of the effects] over all groups [(setting, rows)], those of one kind of shards together; [] without."""
+    shards, lines = {}, []
     for setting, rows in groups:
-        if has_splits(rows):
-            ends, shards = (setting["rounds"] // 2, setting["rounds"]), setting["shards"].partition(",")[0]
-            lines += [(f"{shards}, {name}", *rest) for name, *rest in effects(rows)]
+        shards.setdefault(setting.get("shards"), []).extend(row for row in rows if len(evaluated(row)) > SHORT)
+    for name, rows in shards.items():
+        lines += [(f"{name.partition(',')[0]}, {effect}", *rest) for effect, *rest in effects(rows)]
     if not lines:
         return []
-    made = [
-        (name, [compared(val[i], 4) for i in range(3)], [compared(held[i], 4) for i in (0, 1)], decides)
-        for name, val, held, decides in lines
-    ]
-    corrected = iter(holm([cell.p for _, cells, _, decides in made if decides for cell in cells[:2]]))
-    heads = [head.format(half=ends[0], last=ends[1]) for head in HEADS]
-    pairs = [word for head in heads[:2] for word in (head, f"p, {head}")]
-    table = [["validation loss", *pairs, heads[2], *(f"held out, {head}" for head in heads[:2])]]
-    for name, val, held, decides in made:
+    made = [(name, [compared(apart[head].dropna(), 4) for head in HEADS], decides) for name, apart, decides in lines]
+    corrected = iter(holm([getattr(cell, "p", np.nan) for _, cells, decides in made if decides for cell in cells[1:3]]))
+    table = [["validation loss", HEADS[0], HEADS[1], f"p, {HEADS[1]}", HEADS[2], f"p, {HEADS[2]}", HEADS[3]]]
+    for name, (first, short, lowest, held), decides in made:
         p = [f"{next(corrected):.2g}" if decides else "-" for _ in range(2)]
-        table.append([name, val[0], p[0], val[1], p[1], val[2], *held])
-    about = "Effects of the split and of the error, differences in nats, seeds; p: after Holm over those that decide"
+        table.append([name, first, short, p[0], lowest, p[1], held])
+    about = "Effects of the split and of the product, differences in nats, seeds; p: after Holm over those that decide"
     return [(about, "", table)]
