@@ -6,7 +6,7 @@
 
 small         3 clients, IID, rank 4; beside it one factor at a time
 replay        from a checkpoint one round of naive with --replay: local epochs x Dirichlet's alpha
-split         does svd gain by its smaller error, or by how it splits the singular values between B and A?
+split         does svd gain by its product, or by how it splits the singular values between B and A?
 trajectories  eight rules from one trained head, each at the rate that --tune found on examples that no client has
 """
 
@@ -86,7 +86,6 @@ CASES["split_iid_4"] = CASES["split_4"] | SAME | {"rules": SPLIT_RULES}
 CASES["split_iid"] = CASES["split"] | SAME | {"rate_of": "split_iid_4"}
 # at naive's rate: a split changes the rate that is best, and the head takes it too
 CASES["split_rate"] = case(f"{RANK8} --learning-rate 3.5e-4", **WARM, rules=("naive_us",))
-CASES["split_iid_rate"] = CASES["split_rate"] | SAME
 
 
 def rows(tasks, rounds, one_seed=(), held_out=0, dataset="glue"):
@@ -134,7 +133,7 @@ SMALL = rows(
 QUICK = rows([("sst2", 600, [name for name in ONE_FACTOR if "lr" not in name])], 5, dataset="demo")
 AGAIN = rows((("sst2", 2000, ("checkpoint", "checkpoint_r16", *REPLAY)),), 1)
 TRAJECTORIES = rows((("sst2", 2000, ("warm", "skew", "skew_8", "skew_longer", "skew_some")),), 4, held_out=1000)
-SPLIT_CASES = ("warm", "split_4", "split", "split_rate", "warm_iid", "split_iid_4", "split_iid", "split_iid_rate")
+SPLIT_CASES = ("warm", "split_4", "split", "split_rate", "warm_iid", "split_iid_4", "split_iid")
 SPLIT = rows([("sst2", 2000, SPLIT_CASES)], 4, held_out=1000)
 CONSTANT = "--batch-size 8 --lr-scheduler constant --threads 1"
 MEAN = f"--learning-rate 2e-3 --amp auto --pooling mean {CONSTANT} --dataset glue"

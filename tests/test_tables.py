@@ -19,6 +19,7 @@ from plots.rows import comparable
 
 GAP = ROOT / "mamba_fl" / "results" / "gap.jsonl"
 AVERAGES = ROOT / "mamba_fl" / "results" / "averages.jsonl"
+SPLIT = ROOT / "lora_glue_fl" / "results" / "split.jsonl"
 RATES = ROOT / "vit_sparse_fl" / "results" / "rates.jsonl"
 
 
@@ -94,6 +95,34 @@ def test_mambas_effects_are_those_of_the_log():
     }
     for name, values in found.items():
         assert numbers(shown[name]["ratio, seeds"]) == [*(round(math.exp(x), 3) for x in by_hand(values)), 5]
+
+
+def test_glues_splits_are_those_of_the_log():
+    """What the split and what the product does, from the curves; Holm's correction written out."""
+    every, values = log("lora_glue_fl/results/split.jsonl"), {}
+    *_, (_, shown) = tables("lora_glue_fl --data-dir", SPLIT)
+
+    def losses(name):
+        return np.array([[row["val_loss"] for row in every[name][seed]["curve"]] for seed in range(5)])
+
+    for shards, case in {"Dirichlet 0.3": "split", "IID": "split_iid"}.items():
+        naive, split, svd = (losses(f"sst2_{case}_{rule}") for rule in ("naive", "naive_us", "svd_us"))
+        pairs = {
+            "split: naive in svd's split - naive": (split, naive),
+            "product: svd - naive in svd's split": (svd, split),
+        }
+        for effect, (a, b) in pairs.items():
+            row = f"{shards}, {effect}"
+            for column, one in {"after 4 rounds": (a - b)[:, 4], "lowest": a.min(axis=1) - b.min(axis=1)}.items():
+                assert numbers(shown[row][column]) == [*(round(x, 4) for x in by_hand(one)), 5]
+                values[row, column] = ttest_1samp(one, 0).pvalue
+    same = losses("sst2_split_rate_naive_us")[:, 4] - losses("sst2_split_naive")[:, 4]
+    found = numbers(shown["Dirichlet 0.3, split, at naive's rate"]["after 4 rounds"])
+    assert found == [*(round(x, 4) for x in by_hand(same)), 5]
+    found, order = 0.0, sorted(values, key=values.get)
+    for i, (row, column) in enumerate(order):
+        found = max(found, min(1.0, values[row, column] * (len(order) - i)))
+        assert shown[row][f"p, {column}"] == f"{found:.2g}"
 
 
 @pytest.mark.parametrize("name", STUDIES)
