@@ -10,7 +10,7 @@ import numpy as np
 
 from common.curves import new_figure, set_title
 from plots import style
-from plots.pairs import compared, estimate, holm, paired
+from plots.pairs import after_holm, compared, estimate, paired
 
 WAYS = {  # (what, rounds by, moments) -> its line
     (what, by, state): f"{weights}, {rounds}{moments}"
@@ -114,9 +114,9 @@ def effect_table(about, rows):
     found = effects(rows) if by_groups(rows) else []
     if not found:
         return []
-    cells = [(name, compared(values, scale=math.exp, sign=""), decides) for name, values, decides in found]
-    corrected = iter(holm([cell.p for _, cell, decides in cells if decides]))
-    rows = [[name, cell, f"{next(corrected):.2g}" if decides else "-"] for name, cell, decides in cells]
+    names, differences, decide = zip(*found, strict=True)
+    cells = [compared(values, scale=math.exp, sign="") for values in differences]
+    rows = list(zip(names, cells, after_holm(cells, decide), strict=True))
     return [(f"Effects, {about}", "", [["test perplexity", "ratio, seeds", "p after Holm"], *rows])]
 
 

@@ -65,6 +65,12 @@ def holm(values):
     return steps.cummax().clip(upper=1).sort_index().tolist()
 
 
+def after_holm(cells, decide):
+    """[p after Holm's correction over the cells that decide, "-" for the others]. decide: a bool for each."""
+    corrected = iter(holm([getattr(cell, "p", math.nan) for cell, one in zip(cells, decide, strict=True) if one]))
+    return [f"{next(corrected):.2g}" if one else "-" for one in decide]
+
+
 # ---- cells
 
 

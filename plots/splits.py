@@ -9,7 +9,7 @@ which the head takes too, or all have naive's. In round 1 a split does nothing y
 import numpy as np
 import pandas as pd
 
-from plots.pairs import compared, holm, paired
+from plots.pairs import after_holm, compared, paired
 
 SHORT = 4  # rounds
 NAIVE, AGAIN, SVD = ("naive", None), ("naive_split", "us"), ("svd", "us")  # (kind, split)
@@ -66,10 +66,10 @@ def split_table(groups):
     if not lines:
         return []
     made = [(name, [compared(apart[head].dropna(), 4) for head in HEADS], decides) for name, apart, decides in lines]
-    corrected = iter(holm([getattr(cell, "p", np.nan) for _, cells, decides in made if decides for cell in cells[1:3]]))
+    deciding = [cell for _, cells, _ in made for cell in cells[1:3]]
+    p = iter(after_holm(deciding, [decides for *_, decides in made for _ in range(2)]))
     table = [["validation loss", HEADS[0], HEADS[1], f"p, {HEADS[1]}", HEADS[2], f"p, {HEADS[2]}", HEADS[3]]]
-    for name, (first, short, lowest, held), decides in made:
-        p = [f"{next(corrected):.2g}" if decides else "-" for _ in range(2)]
-        table.append([name, first, short, p[0], lowest, p[1], held])
+    for name, (first, short, lowest, held), _ in made:
+        table.append([name, first, short, next(p), lowest, next(p), held])
     about = "Effects of the split and of the product, differences in nats, seeds; p: after Holm over those that decide"
     return [(about, "", table)]
