@@ -117,7 +117,8 @@ def load_study(args, run):
     texts = load_texts(a.dataset, a.data_root, a.max_samples, a.seed)
     rows, held, notes = clients_of(a, texts)
     model = text_model.load_text_model(a, texts, run.device, run.amp)
-    seen, tested = (evaluated(len(model.tokens[s]), a.eval_samples, a.seed, s) for s in ("validation", "test"))
+    wanted = {"validation": a.eval_samples, "test": a.eval_samples if a.test_samples is None else a.test_samples}
+    seen, tested = (evaluated(len(model.tokens[s]), n, a.seed, s) for s, n in wanted.items())
     trained = [np.sort(np.concatenate(rows))] if a.algorithm == "central" else rows
     best = Best() if a.final == "best" else None
     study = Study(a, run, texts, model, rows, held, trained, seen, tested, grouped(a, texts, rows), best)

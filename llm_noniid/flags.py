@@ -69,6 +69,7 @@ def build_parser(description):
     number(data, "--max-samples", non_negative_int, 0, "training texts; 0: all", "N")
     number(rare, "--max-length", positive_int, 128, "tokens of a text, at most", "N")
     number(rare, "--eval-samples", non_negative_int, 500, "validation and test texts; 0: all", "N")
+    number(rare, "--test-samples", non_negative_int, None, "test texts; 0: all (default: --eval-samples)", "N")
     rare.add_argument("--data-root", metavar="DIR", help="where the data are (default: $FEDQUARTET_DATA, else data)")
     choice(data, "--partition", PARTITIONS, "topic_skew", "how texts are dealt to clients")
     number(data, "--alpha", positive_float, 0.1, "topic_skew: Dirichlet's concentration")

@@ -19,6 +19,7 @@ regimes  when training on labels breaks, and what repairs it: every row at its o
          the validation accuracy (by the loss, rates would win at which a model of skewed clients says the prior and no
          more). Groups: map (H x alpha), repair (other algorithms), longer (three times the rounds), lora, clients (a
          share of them, unequal sizes), alone (models for a part of them), ends (central training); -more: what followed
+rounds   40 rounds of FedAvg and SCAFFOLD, IID to alpha 0.03: rounds to 95 % of IID's accuracy, and what is left then
 """
 
 from common.cli import UsageError, run_main
@@ -132,6 +133,16 @@ MORE = {
     "participation_scaffold_alpha_0.3": one("clients", "scaffold", words=SHARE, rate_of=SCAFFOLD),
 }
 
+# skew's cost in rounds and what it costs for good: the same at all shares of clients
+ROUNDS, PLATEAU = {}, "--num-rounds 40 --eval-every 2 --test-samples 0 --probe-samples 0"
+RATE_OF = {"alpha_1": "iid", "alpha_0.1": "alpha_0.03"}  # their rates are not tuned
+for share, words in (("all", PLATEAU), ("some", f"{PLATEAU} --participation-rate 0.3")):
+    for algorithm in ("fedavg", "scaffold"):
+        for alpha in (None, 1, BASE, 0.1, EXTREME):
+            name = "iid" if alpha is None else f"alpha_{alpha:g}"
+            rate_of = f"{algorithm}_{RATE_OF[name]}_{share}" if name in RATE_OF else ""
+            ROUNDS[f"{algorithm}_{name}_{share}"] = one(share, algorithm, alpha, words, 10, 5, rate_of=rate_of)
+
 SIZES = "--local-steps 10 --num-rounds 12 --max-samples 4000 --eval-samples 300 --probe-samples 32 --max-length 64"
 FEW = "--local-steps 5 --num-rounds 6 --max-samples 300 --eval-samples 60 --max-length 64 --probe-samples 8"
 HUB = "--dataset ag_news --model distilgpt2"
@@ -144,6 +155,7 @@ PRESETS = {
     "study": preset(STUDY_ROWS, f"{SMALL} {HUB} {SIZES} --learning-rate 3e-3"),
     "regimes": preset(REGIMES, SHARED, range(5), **BEST),
     "regimes-more": preset(MORE, SHARED, range(3), **BEST),
+    "rounds": preset(ROUNDS, SHARED, range(5), **BEST | {"tuned": "llm_noniid/results/tuning/rounds.json"}),
 }
 STUDY = {
     "presets": {name: about | {"name": name + "_{row}_{dataset}_{model}"} for name, about in PRESETS.items()},

@@ -17,6 +17,7 @@ import numpy as np
 from common.curves import number, set_title
 from plots import style
 from plots.pairs import compared, estimate, paired, spread
+from plots.plateau import plateau_table
 from plots.read import Study, base_name, not_finite, order_of
 from plots.rows import at_best_rate, comparable, describe
 from plots.style import heat_map, numbered, panel_axes, seeds_range
@@ -28,6 +29,7 @@ KEYS = ("dataset", "target", "texts", "evaluated", "model", "train", "lora_r", "
 KEYS += ("alpha", "participation", "local", "learning_rate", "rounds")
 # what rows of one table may differ in
 FREE = ("partition", "alpha", "participation", "learning_rate", "local", "rounds")
+SAMPLES = ("--eval_samples", "--test_samples")
 TUNED = {"learning_rate", "server_lr", "mu"}  # of each row
 DIFFER = {"iid": {"partition", "alpha", "min_samples"}, "fedavg": {"personal"}}  # in what a row and its baseline differ
 COMMONEST = Path(__file__).resolve().parents[1] / "llm_noniid" / "results" / "commonest.json"
@@ -50,7 +52,7 @@ def setting_of(run):
         "train": run.get("--train") or "lora",
         "texts": counts.get("train"),
         # what losses are means over: not to be compared between other numbers of texts
-        "evaluated": json.dumps([counts.get("validation"), counts.get("test"), run.get("--eval_samples")]),
+        "evaluated": json.dumps([counts.get("validation"), counts.get("test"), *map(run.get, SAMPLES)]),
         "model": base_name(str(run.get("--model"))),
         "clients": facts.get("clients") or run.get("--num_clients"),
         "participation": run.get("--participation_rate"),
@@ -124,7 +126,8 @@ STUDY = Study(
     said=frozenset(KEYS)
     | frozenset(
         "algorithm cluster num_clusters cluster_round style_criterion skew_type max_samples num_clients sizes stop_on"
-        " participation_rate local_epochs local_steps num_rounds eval_samples probe_samples drift_samples".split()
+        " participation_rate local_epochs local_steps num_rounds eval_samples test_samples probe_samples"
+        " drift_samples".split()
     ),
     words={
         "dataset": "{}",
@@ -234,7 +237,15 @@ seeds in common counts, then the one with the lowest validation loss. `vs common
 `1 - CKA` are means over rounds. `failed`: the alarm `diverged`, or a last loss that is not finite, above the first
 evaluation's or above that before training; runs whose updates were not finite are part of no mean.
 """
-TABLE = Table(STUDY, columns, WORDS)
+
+
+def further(runs):
+    """What skew costs in time and for good, beside the usual tables."""
+    every = [(describe(STUDY, setting), rows) for setting, rows in comparable(runs, STUDY)]
+    return runs, [table for about, rows in every for table in plateau_table(about, rows, baseline)]
+
+
+TABLE = Table(STUDY, columns, WORDS, further=further)
 
 # ---- the figure: of the rows of the table
 

@@ -1,0 +1,78 @@
+"""llm_noniid's preset `rounds`: what skew costs in time and what it costs for good; plots/noniid.py has the study.
+
+Both are against IID with the same algorithm, clients a round and seed. Time: the first round at which the validation
+accuracy, a mean of three evaluations, is SHARE of IID's last quarter. For good: test accuracy after the last round. It
+is for good only where the accuracy no longer rises: the last column says by how much it still did.
+"""
+
+import numpy as np
+import pandas as pd
+
+from plots.pairs import compared, holm, paired, spread
+
+SHARE, LEAST = 0.95, 30  # of IID's accuracy; rounds from which there is a plateau to speak of
+
+
+def curve(row):
+    """(rounds [E], running mean of three evaluations' accuracy [S, E]), of those from the third on."""
+    t, values = row.rounds("val_accuracy")
+    after = t > 0
+    t, values = t[after], values[:, after]
+    return t[2:], (values[:, 2:] + values[:, 1:-1] + values[:, :-2]) / 3
+
+
+def quarter(row, last=True):
+    """The mean accuracy of the last quarter of the rounds, or of the one before it: a Series by seed."""
+    t, values = row.rounds("val_accuracy")
+    end = t[-1] if last else 0.75 * t[-1]
+    inside = (t > end - t[-1] / 4) & (t <= end)
+    return pd.Series(values[:, inside].mean(axis=1), row.counted.index)
+
+
+def rounds_to(row, targets):
+    """The first round of the curve at which a seed has its target: a Series, inf where it never has."""
+    t, values = curve(row)
+    every = pd.DataFrame(values, row.counted.index, t)
+    seeds = every.index.intersection(targets.index)
+    return pd.Series({s: next((x for x in t if every.loc[s, x] >= targets[s]), np.inf) for s in seeds}, dtype=float)
+
+
+def plateau_table(about, rows, baseline):
+    """[a table of long runs under skew]; [] without. baseline(row, rows, "iid"): the row that is compared with."""
+    long = [row for row in rows if not row.central and (row["num_rounds"] or 0) >= LEAST]
+    pairs = [(row, baseline(row, rows, "iid") or row) for row in long]
+    if all(row is iid for row, iid in pairs):
+        return []
+    made = []
+    for row, iid in pairs:
+        targets = SHARE * quarter(iid)
+        mine, base = rounds_to(row, targets), rounds_to(iid, targets)
+        reached = mine[np.isfinite(mine)]
+        said = f"{np.median(mine):g}" if np.isfinite(np.median(mine)) else f"> {row['num_rounds']}"
+        ratio = compared(np.log(mine / base), 2, sign="", scale=np.exp)
+        cost = 100 * paired(iid.results("test_accuracy"), row.results("test_accuracy"))
+        rise = compared(100 * (quarter(row) - quarter(row, last=False)), 1)
+        known = row is not iid
+        made.append(
+            [
+                row.label,
+                said,
+                f"{len(reached)} of {len(mine)}",
+                ratio if known and len(reached) == len(mine) else "-",
+                spread(100 * row.results("test_accuracy"), 1),
+                compared(cost, 1, sign="") if known else "-",
+                rise,
+            ]
+        )
+    corrected = iter(holm([line[5].p for line in made if line[5] != "-"]))
+    lines = [[*line[:6], "-" if line[5] == "-" else f"{next(corrected):.2g}", line[6]] for line in made]
+    heads = [
+        "method",
+        "rounds to 95 %",
+        "got there",
+        "times IID's",
+        "test accuracy",
+        "points below IID",
+        "p after Holm",
+    ]
+    return [(f"Time and plateau, {about}", "", [[*heads, "rise in the last quarter"], *lines])]
