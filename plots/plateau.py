@@ -1,14 +1,15 @@
 """llm_noniid's preset `rounds`: what skew costs in time and what it costs for good; plots/noniid.py has the study.
 
 Both are against IID with the same algorithm, clients a round and seed. Time: the first round at which the validation
-accuracy, a mean of three evaluations, is SHARE of IID's last quarter. For good: test accuracy after the last round. It
-is for good only where the accuracy no longer rises: the last column says by how much it still did.
+accuracy, a mean of three evaluations, is SHARE of IID's last quarter. For good: test accuracy after the last round, and
+beside it the validation accuracy of the last quarter of the rounds, on which the clients of one round weigh less. It is
+for good only where the accuracy no longer rises: the last column says by how much it still did.
 """
 
 import numpy as np
 import pandas as pd
 
-from plots.pairs import compared, holm, paired, spread
+from plots.pairs import after_holm, compared, paired, spread
 
 SHARE, LEAST = 0.95, 30  # of IID's accuracy; rounds from which there is a plateau to speak of
 
@@ -45,34 +46,24 @@ def plateau_table(about, rows, baseline):
         return []
     made = []
     for row, iid in pairs:
-        targets = SHARE * quarter(iid)
-        mine, base = rounds_to(row, targets), rounds_to(iid, targets)
-        reached = mine[np.isfinite(mine)]
-        said = f"{np.median(mine):g}" if np.isfinite(np.median(mine)) else f"> {row['num_rounds']}"
-        ratio = compared(np.log(mine / base), 2, sign="", scale=np.exp)
+        base = quarter(iid)
+        mine, theirs = rounds_to(row, SHARE * base), rounds_to(iid, SHARE * base)
         cost = 100 * paired(iid.results("test_accuracy"), row.results("test_accuracy"))
-        rise = compared(100 * (quarter(row) - quarter(row, last=False)), 1)
-        known = row is not iid
+        known, got = row is not iid, np.isfinite(mine)
         made.append(
             [
                 row.label,
-                said,
-                f"{len(reached)} of {len(mine)}",
-                ratio if known and len(reached) == len(mine) else "-",
+                f"{np.median(mine):g}" if np.isfinite(np.median(mine)) else f"> {row['num_rounds']}",
+                f"{got.sum()} of {len(mine)}",
+                compared(np.log(mine / theirs), 2, sign="", scale=np.exp) if known and got.all() else "-",
                 spread(100 * row.results("test_accuracy"), 1),
                 compared(cost, 1, sign="") if known else "-",
-                rise,
+                compared(100 * paired(base, quarter(row)), 1, sign="") if known else "-",
+                compared(100 * (quarter(row) - quarter(row, last=False)), 1),
             ]
         )
-    corrected = iter(holm([line[5].p for line in made if line[5] != "-"]))
-    lines = [[*line[:6], "-" if line[5] == "-" else f"{next(corrected):.2g}", line[6]] for line in made]
-    heads = [
-        "method",
-        "rounds to 95 %",
-        "got there",
-        "times IID's",
-        "test accuracy",
-        "points below IID",
-        "p after Holm",
-    ]
-    return [(f"Time and plateau, {about}", "", [[*heads, "rise in the last quarter"], *lines])]
+    p = after_holm([line[5] for line in made], [row is not iid for row, iid in pairs])
+    lines = [[*line[:6], one, *line[6:]] for line, one in zip(made, p, strict=True)]
+    heads = ["method", "rounds to 95 %", "got there", "times IID's", "test accuracy", "points below IID"]
+    heads += ["p after Holm", "below IID, last quarter", "rise in the last quarter"]
+    return [(f"Time and plateau, {about}", "", [heads, *lines])]
