@@ -134,7 +134,7 @@ MORE = {
 }
 
 # skew's cost in rounds and what it costs for good: the same at all shares of clients
-ROUNDS, PLATEAU = {}, "--num-rounds 40 --eval-every 2 --test-samples 0 --probe-samples 0"
+ROUNDS, PLATEAU = {}, "--num-rounds 40 --eval-every {every} --test-samples {tested} --probe-samples 0"
 RATE_OF = {"alpha_1": "iid", "alpha_0.1": "alpha_0.03"}  # their rates are not tuned
 for share, words in (("all", PLATEAU), ("some", f"{PLATEAU} --participation-rate 0.3")):
     for algorithm in ("fedavg", "scaffold"):
@@ -157,10 +157,18 @@ PRESETS = {
     "regimes-more": preset(MORE, SHARED, range(3), **BEST),
     "rounds": preset(ROUNDS, SHARED, range(5), **BEST | {"tuned": "llm_noniid/results/tuning/rounds.json"}),
 }
+
+
+def values(seed, tuning):
+    """Of the preset rounds: tuning looks at the end alone, and at no test text but one."""
+    return {"every": 40, "tested": 1} if tuning else {"every": 2, "tested": 0}
+
+
 STUDY = {
     "presets": {name: about | {"name": name + "_{row}_{dataset}_{model}"} for name, about in PRESETS.items()},
     "default": "quick",
     "output": "results",
+    "values": values,
     "show": [f"llm_noniid/run_experiments.py --mode {m} --results-dir {{output}}" for m in ("compare", "analyze")],
 }
 

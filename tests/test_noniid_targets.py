@@ -25,7 +25,7 @@ from llm_noniid import data, text_model
 from llm_noniid.tokens import IGNORE, encode_labelled
 
 pytestmark = pytest.mark.usefixtures("alone")
-FULL = "--target label --train full --lora-dropout 0.05"
+FULL = "--target label --train full --lora-dropout 0.05 --test-samples 20"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_what_is_served_gives_the_logged_loss_and_accuracy_in_transformers(full,
     answers = [tokenizer(f" {name}")["input_ids"] for name in texts.label_names]
     room = 96 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, answers))
     manifest = json.loads((full / "run.json").read_text())
-    rows = data.stream(42, "evaluated test").choice(len(texts.splits["test"]), 24, replace=False)
+    rows = data.stream(42, "evaluated test").choice(len(texts.splits["test"]), 20, replace=False)
     losses, right = [], 0
     for row in sorted(rows):
         label, nll = texts.labels["test"][row], []
