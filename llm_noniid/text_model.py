@@ -6,7 +6,7 @@ tokens, with --target label over texts, of the summed NLL of the label's words (
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from common.vector import Weights
 from llm_noniid.models import find_tokenizer, load_base
 from llm_noniid.tokens import IGNORE, TokenizedTexts, encode, encode_labelled
 
-EVAL_BATCH = 16  # fixed: sums over other batches would round differently
+EVAL_BATCH, ASKED_BATCH = 16, 64  # texts, those whose label is asked; fixed: other batches would round differently
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,11 @@ def load_text_model(args, texts, device, amp):
 
 
 def negative_log_likelihood(module, batch, amp):
-    """Of each token after the first [B, L - 1], 0 where no label is scored.
-
-    Where few are (--target label), the head is given the hidden states before them alone: by a hook, so that what a
-    model does to logits after its head (gemma's soft cap) is still its own. Padding, which comes after all that is
-    scored, needs no mask in a causal model.
-    """
+    """Of each token after the first [B, L - 1], 0 where no label is scored."""
     inputs, labels, places = batch["input_ids"], batch["labels"], batch.get("before_scored")
     if places is not None:
-        head = module.get_output_embeddings()
-        these = head.register_forward_pre_hook(lambda _, states: (states[0].flatten(0, 1)[places],))  # [N, D]
-        with amp_context(amp, inputs.device), these:
-            logits = module(input_ids=inputs).logits.float()  # [N, V]
+        with amp_context(amp, inputs.device):
+            logits = after_places(module, places, input_ids=inputs).logits.float()  # [N, V]
         nll = F.cross_entropy(logits, labels.flatten()[places + 1], reduction="none")  # [N]
         return nll.new_zeros(labels.numel()).index_copy(0, places, nll).view(labels.shape)[:, :-1]  # [B, L - 1]
     with amp_context(amp, inputs.device):
@@ -88,6 +81,17 @@ def negative_log_likelihood(module, batch, amp):
     logits, labels = logits[:, :-1].float(), labels[:, 1:]  # [B, L - 1, V], [B, L - 1]
     nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
     return nll.view(labels.shape)  # [B, L - 1]
+
+
+def after_places(module, places, **inputs):
+    """What the module gives, with logits [N, V] after the tokens at `places` of [B L] alone.
+
+    The head is given these hidden states by a hook, so that what a model does to logits after its head (gemma's soft
+    cap) is still its own. Padding, which comes after all that is scored, needs no mask in a causal model.
+    """
+    head = module.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda _, states: (states[0].flatten(0, 1)[places],)):
+        return module(**inputs)
 
 
 # ---- what the loaded theta says of texts
@@ -103,19 +107,41 @@ def text_losses(model, split, rows):
     return over_batches(model, split, rows, losses)
 
 
+@torch.no_grad()
 def answer_losses(model, split, rows):
-    """Summed NLL of each label's words after each text, fp64 [n, C]."""
-    tokens = model.tokens[split]
-    each = [replace(model, tokens={split: tokens.ending_in(c)}) for c in range(len(tokens.answers))]
-    return np.stack([text_losses(one, split, rows) for one in each], 1)
+    """Summed NLL of each label's words after each text, fp64 [n, C]. A text is read once: what attention keeps of it
+    (`past_key_values`) serves all labels."""
+    tokens, module = model.tokens[split], model.module
+    answers = [torch.from_numpy(words).to(model.device, torch.int64) for words in tokens.answers]
+
+    def losses(rows):
+        inputs, mask = (t.to(model.device) for t in tokens.questions(rows))
+        n, (b, longest) = mask.sum(1), mask.shape
+        places = torch.arange(b, device=model.device) * longest + n - 1
+        with amp_context(model.amp, model.device):
+            out = after_places(module, places, input_ids=inputs, use_cache=True)
+        first, kept, sums = F.log_softmax(out.logits.float(), -1), out.past_key_values, []  # [B, V]
+        for words in answers:
+            sums.append(first[:, words[0]].double())
+            if more := len(words) - 1:
+                where = {"position_ids": n[:, None] + torch.arange(more, device=model.device), "past_key_values": kept}
+                where["attention_mask"] = torch.cat([mask, mask.new_ones(b, more)], 1)
+                with amp_context(model.amp, model.device):
+                    logits = module(input_ids=words[:-1].expand(b, more), **where).logits  # [B, more, V]
+                after = F.log_softmax(logits.float(), -1).gather(2, words[1:].expand(b, more)[..., None])
+                sums[-1] += after.double().sum((1, 2))
+                kept.crop(-more)
+        return -torch.stack(sums, 1)
+
+    return over_batches(model, split, rows, losses, ASKED_BATCH)
 
 
-def over_batches(model, split, rows, losses):
+def over_batches(model, split, rows, losses, size=EVAL_BATCH):
     """losses(rows of a batch), a tensor [B, ...], for all rows [n]: an array [n, ...]; the processes share the
     batches, and each gets all."""
     model.module.eval()
     rows = np.asarray(rows)
-    cut = evaluation_batches(model.tokens[split].lengths()[rows], EVAL_BATCH)
+    cut = evaluation_batches(model.tokens[split].lengths()[rows], size)
     mine = {i: losses(rows[cut[i]]).cpu().numpy() for i in parallel.my_share(range(len(cut)))}
     parts = {i: one for part in parallel.all_gather(mine) for i, one in part.items()}
     ordered = [parts[i] for i in range(len(cut))]

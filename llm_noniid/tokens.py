@@ -44,10 +44,13 @@ class TokenizedTexts(text.TokenizedDocuments):
         """What a mean loss divides by, of each of the texts `rows`: its scored tokens, of labels 1 (int64 [n])."""
         return self.scored(rows) if self.answers is None else np.ones(len(rows), dtype=np.int64)
 
-    def ending_in(self, c):
-        """The same texts, each with label c."""
-        questions = first_tokens(self, self.starts)
-        return with_answers(questions, self.answers, np.full(len(self), c), self.eos)
+    def questions(self, rows):
+        """Of labels, the texts `rows` up to them: (input ids, mask), int64 [B, L], padded on the right."""
+        ends = self.starts[rows]
+        inputs, _ = padded(self.tokens, self.offsets, rows, self.eos)
+        mask = np.arange(ends.max()) < ends[:, None]
+        inputs = np.where(mask, inputs[:, : ends.max()], self.eos)
+        return torch.from_numpy(inputs), torch.from_numpy(mask.astype(np.int64))
 
     def batch(self, rows):
         """The texts `rows` as int64 tensors {"input_ids", "attention_mask", "labels"} [B, L], padded on the right.

@@ -58,9 +58,8 @@ def test_texts_end_in_their_label_which_alone_is_scored(texts, tokenizer):
         wanted = [IGNORE] * len(prompt) + answer + [IGNORE] * (batch["labels"].shape[1] - n)
         assert batch["labels"][i].tolist() == wanted
         assert (split.lengths()[row], split.scored(rows)[i]) == (n, len(answer))
-        other = split.ending_in(2)
-        start, end = other.offsets[row : row + 2]
-        assert other.tokens[start:end].tolist() == prompt + answers[2]
+        ids, mask = (t[i].tolist() for t in split.questions(rows))
+        assert ids[: sum(mask)] == prompt and mask == [1] * len(prompt) + [0] * (len(mask) - len(prompt))
     whole = [len(tokenizer(text)["input_ids"]) for text in texts.splits["validation"]]
     assert sum(n > room for n in whole) > 0
 
@@ -137,6 +136,26 @@ def test_the_head_at_scored_tokens_gives_transformers_loss_and_gradients(texts, 
     torch.testing.assert_close(nll.sum() / scored.sum(), loss, rtol=1e-6, atol=1e-6)
     for name, a, b in zip(parameters, ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "lora"])
+def test_a_text_read_once_for_all_labels_is_judged_as_text_by_text(texts, tokenizer, family):
+    torch.manual_seed(0)
+    module, tokens = small(family, len(tokenizer)), encode_labelled(texts, tokenizer, 40)
+    model = text_model.TextModel("small", tokenizer, tokens, module.eval(), None, torch.device("cpu"), None)
+    rows, wanted = np.array([5, 1, 8, 3]), []
+    room = 40 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, tokens["test"].answers))
+    for row in rows:
+        for name in texts.label_names:
+            prompt, answer = asked(tokenizer, texts.splits["test"][row], name, room)
+            with torch.no_grad():
+                after = (
+                    module(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+                )
+            wanted.append(-after[torch.arange(len(answer)), answer].sum().item())
+    got = text_model.answer_losses(model, "test", rows)
+    assert max(map(len, tokens["test"].answers)) > 1
+    np.testing.assert_allclose(got, np.reshape(wanted, (4, 4)), rtol=1e-5)
 
 
 def small(family, words):
