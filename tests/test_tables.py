@@ -333,16 +333,18 @@ def test_the_baseline_is_the_rate_with_most_seeds_then_the_lowest_loss(tmp_path)
 def test_time_and_plateau_by_hand(tmp_path):
     """Accuracies of 32 rounds, evaluated in each: IID reaches 0.8 in steps of 0.1 and stays; under skew every step
     takes twice as long and ends at 0.78. 95 % of 0.8 is 0.76: a mean of three has it three evaluations after 0.7."""
+    kinds = ("fedavg", "iid", 1, 0.8), ("fedavg", "topic_skew", 2, 0.78), ("fedavg", "topic_skew", 9, 0.5)
+    kinds += (("scaffold", "topic_skew", 2, 0.81),)
     for seed in range(5):
-        for name, pace, end in (("iid", 1, 0.8), ("topic_skew", 2, 0.78), ("topic_skew", 9, 0.5)):
+        for algorithm, name, pace, end in kinds:
             curve = [min(end, 0.1 * (t // pace)) + 0.001 * seed for t in range(33)]
-            args = {"algorithm": "fedavg", "partition": name, "alpha": 0.3 if end > 0.5 else 0.03, "seed": seed}
+            args = {"algorithm": algorithm, "partition": name, "alpha": 0.3 if end > 0.5 else 0.03, "seed": seed}
             args |= {"num_rounds": 32, "learning_rate": 0.1, "model": "tiny", "num_clients": 4, "target": "label"}
             rows = [{"val_loss": 2.0 - one, "val_accuracy": one} for one in curve]
             results = {"val_loss": 2.0 - curve[-1], "test_accuracy": curve[-1]}
-            run(tmp_path, f"{name}_{end}_{seed}", "train", args | {"local_steps": 10}, rows, results)
+            run(tmp_path, f"{algorithm}_{name}_{end}_{seed}", "train", args | {"local_steps": 10}, rows, results)
     _, (_, shown) = tables("llm_noniid --data-dir", tmp_path)
-    iid, some, much = (next(row for name, row in shown.items() if word in name) for word in ("IID", "0.3", "0.03"))
+    iid, some, much = shown["FedAvg, IID"], shown["FedAvg"], shown["FedAvg, alpha 0.03"]
     assert iid["rounds to 95 %"] == "9" and iid["points below IID"] == "-"
     assert (
         some["rounds to 95 %"] == "18"
@@ -350,6 +352,8 @@ def test_time_and_plateau_by_hand(tmp_path):
         and numbers(some["points below IID"])[0] == 2.0
     )
     assert much["got there"] == "0 of 5" and much["rounds to 95 %"] == "> 32" and much["times IID's"] == "-"
+    scaffold = shown["SCAFFOLD"]  # at alpha 0.3, without IID runs of its own
+    assert numbers(scaffold["points above FedAvg"])[0] == 3.0 and scaffold["points below IID"] == "-"
 
 
 def test_which_runs_failed():
