@@ -135,13 +135,11 @@ MORE = {
 
 # skew's cost in rounds and what it costs for good: the same at all shares of clients
 ROUNDS, PLATEAU = {}, "--num-rounds 40 --eval-every {every} --test-samples {tested} --probe-samples 0"
-RATE_OF = {"alpha_1": "iid", "alpha_0.1": "alpha_0.03"}  # their rates are not tuned
 for share, words in (("all", PLATEAU), ("some", f"{PLATEAU} --participation-rate 0.3")):
     for algorithm in ("fedavg", "scaffold"):
         for alpha in (None, 1, BASE, 0.1, EXTREME):
             name = "iid" if alpha is None else f"alpha_{alpha:g}"
-            rate_of = f"{algorithm}_{RATE_OF[name]}_{share}" if name in RATE_OF else ""
-            ROUNDS[f"{algorithm}_{name}_{share}"] = one(share, algorithm, alpha, words, 10, 5, rate_of=rate_of)
+            ROUNDS[f"{algorithm}_{name}_{share}"] = one(share, algorithm, alpha, words, 10, 5)
 
 SIZES = "--local-steps 10 --num-rounds 12 --max-samples 4000 --eval-samples 300 --probe-samples 32 --max-length 64"
 FEW = "--local-steps 5 --num-rounds 6 --max-samples 300 --eval-samples 60 --max-length 64 --probe-samples 8"
