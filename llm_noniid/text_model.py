@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from common import parallel
 from common.batches import evaluation_batches
+from common.cli import UsageError
 from common.evaluation import amp_context, perplexity
 from common.hub import quiet
 from common.lora import LoraModel, write_adapter
@@ -58,6 +59,8 @@ def load_text_model(args, texts, device, amp):
     tokenizer = find_tokenizer(a.model, texts, a.tokenizer, a.data_root)
     tokens = (encode_labelled if a.target == "label" else encode)(texts, tokenizer, a.max_length)
     base = load_base(a.model, tokenizer, a.max_length, a.seed, a.dropout, one_gelu=a.target == "label")
+    if a.target == "label":
+        check_kept(base, a)
     if a.dropout == 0 and amp == torch.bfloat16 and device.type == "cpu":
         base.set_attn_implementation("eager")  # torch's bf16 flash attention takes 5 ms a layer where this takes 1
     if a.train == "full":
@@ -66,6 +69,18 @@ def load_text_model(args, texts, device, amp):
     lora = LoraModel(base, a.lora_r, a.lora_alpha, a.lora_dropout, a.target_modules, seed=a.seed)
     module = lora.model.to(device)
     return TextModel(a.model, tokenizer, tokens, module, Weights(module, lora.trainable()), device, amp, lora)
+
+
+@torch.no_grad()
+def check_kept(base, args):
+    """Raises UsageError for a model that keeps no keys and values of a whole text, which `answer_losses` needs."""
+    try:
+        base(input_ids=torch.zeros(1, args.max_length, dtype=torch.int64), use_cache=True).past_key_values.crop(-1)
+    except (AttributeError, RuntimeError) as error:
+        why = f"keeps no keys and values of {args.max_length} tokens"
+        raise UsageError(
+            f"--model {args.model} {why}: for --target label take another, or a lower --max-length"
+        ) from error
 
 
 def negative_log_likelihood(module, batch, amp):
@@ -116,21 +131,21 @@ def answer_losses(model, split, rows):
 
     def losses(rows):
         inputs, mask = (t.to(model.device) for t in tokens.questions(rows))
-        n, (b, longest) = mask.sum(1), mask.shape
+        n, (b, longest), sums = mask.sum(1), mask.shape, []
         places = torch.arange(b, device=model.device) * longest + n - 1
         with amp_context(model.amp, model.device):
             out = after_places(module, places, input_ids=inputs, use_cache=True)
-        first, kept, sums = F.log_softmax(out.logits.float(), -1), out.past_key_values, []  # [B, V]
-        for words in answers:
-            sums.append(first[:, words[0]].double())
-            if more := len(words) - 1:
-                where = {"position_ids": n[:, None] + torch.arange(more, device=model.device), "past_key_values": kept}
-                where["attention_mask"] = torch.cat([mask, mask.new_ones(b, more)], 1)
-                with amp_context(model.amp, model.device):
-                    logits = module(input_ids=words[:-1].expand(b, more), **where).logits  # [B, more, V]
-                after = F.log_softmax(logits.float(), -1).gather(2, words[1:].expand(b, more)[..., None])
-                sums[-1] += after.double().sum((1, 2))
-                kept.crop(-more)
+            first, kept = F.log_softmax(out.logits.float(), -1), out.past_key_values  # [B, V]
+            for words in answers:
+                sums.append(first[:, words[0]].double())
+                if more := len(words) - 1:
+                    where = n[:, None] + torch.arange(more, device=model.device)
+                    seen = torch.cat([mask, mask.new_ones(b, more)], 1)
+                    these = {"input_ids": words[:-1].expand(b, more), "position_ids": where, "attention_mask": seen}
+                    logits = module(**these, past_key_values=kept).logits.float()  # [B, more, V]
+                    after = F.log_softmax(logits, -1).gather(2, words[1:].expand(b, more)[..., None])
+                    sums[-1] += after.double().sum((1, 2))
+                    kept.crop(-more)
         return -torch.stack(sums, 1)
 
     return over_batches(model, split, rows, losses, ASKED_BATCH)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,10 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
 )
 
 from common.cli import UsageError
@@ -138,13 +143,13 @@ def test_the_head_at_scored_tokens_gives_transformers_loss_and_gradients(texts, 
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "lora"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "llama", "lora"])
 def test_a_text_read_once_for_all_labels_is_judged_as_text_by_text(texts, tokenizer, family):
     torch.manual_seed(0)
-    module, tokens = small(family, len(tokenizer)), encode_labelled(texts, tokenizer, 40)
+    module, tokens = small(family, len(tokenizer)), encode_labelled(texts, tokenizer, 200)
     model = text_model.TextModel("small", tokenizer, tokens, module.eval(), None, torch.device("cpu"), None)
-    rows, wanted = np.array([5, 1, 8, 3]), []
-    room = 40 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, tokens["test"].answers))
+    rows, wanted, prompts = np.array([5, 1, 8, 3]), [], []
+    room = 200 - len(tokenizer(" Topic:")["input_ids"]) - max(map(len, tokens["test"].answers))
     for row in rows:
         for name in texts.label_names:
             prompt, answer = asked(tokenizer, texts.splits["test"][row], name, room)
@@ -153,9 +158,17 @@ def test_a_text_read_once_for_all_labels_is_judged_as_text_by_text(texts, tokeni
                     module(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
                 )
             wanted.append(-after[torch.arange(len(answer)), answer].sum().item())
+            prompts.append(prompt)
+    assert len(set(map(len, prompts))) > 1 and max(map(len, tokens["test"].answers)) > 1
     got = text_model.answer_losses(model, "test", rows)
-    assert max(map(len, tokens["test"].answers)) > 1
     np.testing.assert_allclose(got, np.reshape(wanted, (4, 4)), rtol=1e-5)
+
+
+def test_a_model_that_keeps_no_text_is_refused_for_labels():
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 2}
+    args = SimpleNamespace(model="rnn", max_length=5)
+    with pytest.raises(UsageError, match="--model rnn keeps no keys and values of 5 tokens: for --target label take"):
+        text_model.check_kept(MambaForCausalLM(MambaConfig(**sizes)), args)
 
 
 def small(family, words):
@@ -165,6 +178,8 @@ def small(family, words):
     if family == "gemma2":
         capped = {"head_dim": 16, "final_logit_softcapping": 0.5, "attn_implementation": "eager"}
         return Gemma2ForCausalLM(Gemma2Config(**sizes, **more, **capped))
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes, **more))
     model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
     if family == "gpt2":
         return model

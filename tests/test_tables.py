@@ -345,13 +345,13 @@ def test_time_and_plateau_by_hand(tmp_path):
             run(tmp_path, f"{algorithm}_{name}_{end}_{seed}", "train", args | {"local_steps": 10}, rows, results)
     _, (_, shown) = tables("llm_noniid --data-dir", tmp_path)
     iid, some, much = shown["FedAvg, IID"], shown["FedAvg"], shown["FedAvg, alpha 0.03"]
-    assert iid["rounds to 95 %"] == "9" and iid["points below IID"] == "-"
-    assert (
-        some["rounds to 95 %"] == "18"
-        and some["times IID's"] == "2.00 [2.00, 2.00], 5"
-        and numbers(some["points below IID"])[0] == 2.0
-    )
-    assert much["got there"] == "0 of 5" and much["rounds to 95 %"] == "> 32" and much["times IID's"] == "-"
+    assert iid["rounds to 95 %"] == "9 (5 of 5)" and iid["points below IID"] == iid["its end in IID's rounds"] == "-"
+    assert some["rounds to 95 %"] == "18 (5 of 5)" and some["times IID's"] == "2.00 [2.00, 2.00], 5"
+    assert some["its end in IID's rounds"] == "10 (5 of 5)"  # 0.78: after 9 it is 0.767
+    assert numbers(some["points below IID"])[0] == numbers(some["below IID, last quarter"])[0] == 2.0
+    assert much["rounds to 95 %"] == "> 32 (0 of 5)" and much["times IID's"] == "-"
+    # rounds 25 to 32: 2 of 0.2 and 6 of 0.3, mean 0.275; 17 to 24: 1 of 0.1 and 7 of 0.2, mean 0.1875
+    assert numbers(much["gone in it"])[0] == pytest.approx(8.75, abs=0.06)
     scaffold = shown["SCAFFOLD"]  # at alpha 0.3, without IID runs of its own
     assert numbers(scaffold["points above FedAvg"])[0] == 3.0 and scaffold["points below IID"] == "-"
 
