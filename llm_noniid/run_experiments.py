@@ -19,7 +19,8 @@ regimes  when training on labels breaks, and what repairs it: every row at its o
          the validation accuracy (by the loss, rates would win at which a model of skewed clients says the prior and no
          more). Groups: map (H x alpha), repair (other algorithms), longer (three times the rounds), lora, clients (a
          share of them, unequal sizes), alone (models for a part of them), ends (central training); -more: what followed
-rounds   40 rounds of FedAvg and SCAFFOLD, IID to alpha 0.03: rounds to 95 % of IID's accuracy, and what is left then
+rounds   40 rounds of FedAvg and SCAFFOLD, IID to alpha 0.03: rounds to 95 % of IID's accuracy, and what is left then;
+         -more: FedAvg for 80 rounds, the bytes of SCAFFOLD
 """
 
 from common.cli import UsageError, run_main
@@ -140,12 +141,17 @@ for share, words in (("all", PLATEAU), ("some", f"{PLATEAU} --participation-rate
         for alpha in (None, 1, BASE, 0.1, EXTREME):
             name = "iid" if alpha is None else f"alpha_{alpha:g}"
             ROUNDS[f"{algorithm}_{name}_{share}"] = one(share, algorithm, alpha, words, 10, 5)
+BYTES = {}
+for alpha in (BASE, EXTREME):
+    name, words = f"fedavg_alpha_{alpha:g}_all", PLATEAU.replace("40", "80")
+    BYTES[f"{name}_rounds_80"] = one("bytes", "fedavg", alpha, words, 10, 5, rate_of=name)
 
 SIZES = "--local-steps 10 --num-rounds 12 --max-samples 4000 --eval-samples 300 --probe-samples 32 --max-length 64"
 FEW = "--local-steps 5 --num-rounds 6 --max-samples 300 --eval-samples 60 --max-length 64 --probe-samples 8"
 HUB = "--dataset ag_news --model distilgpt2"
 TINY = f"{SMALL} --dataset demo --model {{output}}/models/tiny {FEW} --learning-rate 1e-2"
 BEST = {"objective": "val_accuracy", "higher": True, "tuned": "llm_noniid/results/tuning/regimes.json"}
+PLATEAUS = {"tuned": "llm_noniid/results/tuning/rounds.json"}
 PRESETS = {
     "quick": preset(QUICK, TINY, (42,)),
     "main": preset(MAIN, HUB, (42,)),
@@ -153,12 +159,13 @@ PRESETS = {
     "study": preset(STUDY_ROWS, f"{SMALL} {HUB} {SIZES} --learning-rate 3e-3"),
     "regimes": preset(REGIMES, SHARED, range(5), **BEST),
     "regimes-more": preset(MORE, SHARED, range(3), **BEST),
-    "rounds": preset(ROUNDS, SHARED, range(5), **BEST | {"tuned": "llm_noniid/results/tuning/rounds.json"}),
+    "rounds": preset(ROUNDS, SHARED, range(5), **BEST | PLATEAUS),
+    "rounds-more": preset(BYTES, SHARED, range(5), **BEST | PLATEAUS),
 }
 
 
 def values(seed, tuning):
-    """Of the preset rounds: tuning looks at the end alone, and at no test text but one."""
+    """Of the presets rounds: tuning looks at the end alone, and at no test text but one."""
     return {"every": 40, "tested": 1} if tuning else {"every": 2, "tested": 0}
 
 
