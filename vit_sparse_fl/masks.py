@@ -212,18 +212,10 @@ def make_mask(study, run, theta):
 
     Args: theta [n]: the weights before the first round, which the model has afterwards.
     """
-    args, weights = study.args, study.weights
-    path = run.folder / "mask.safetensors"
+    weights, path = study.weights, run.folder / "mask.safetensors"
     if run.start_round:  # calibrated before the checkpoint was made
         return parallel.from_main(load_mask, path, weights.shapes).to(study.device)
-    study.model.eval()
-    weights.load(theta)
-    sizes, strategy = [shape.numel() for shape in weights.shapes.values()], STRATEGIES[args.mask_strategy]
-    rounds = args.calibration_rounds if strategy.images else 1
-    rule = {"method": args.calibration, "largest": strategy.largest, "scope": args.mask_scope}
-    mask = calibrate(theta, _scores(study, strategy), sizes, sparsity=args.sparsity_ratio, rounds=rounds, **rule)
-    weights.load(theta)
-    mask = parallel.broadcast_tensors({"mask": mask}, study.device)["mask"]
+    mask = new_mask(study, study.args, theta)
     study.tell(f"mask: {int(mask.sum())} of {len(mask)} weights are trained, {100 * mask.double().mean():.2f} %")
     if parallel.is_main():
         with saving(path, path):
@@ -231,9 +223,22 @@ def make_mask(study, run, theta):
     return mask
 
 
-def _scores(study, strategy):
+def new_mask(study, args, theta):
+    """The mask that the flags ask for, bool [n], at the weights theta [n], which the model has afterwards."""
+    weights, strategy = study.weights, STRATEGIES[args.mask_strategy]
+    study.model.eval()
+    weights.load(theta)
+    sizes, rounds = [shape.numel() for shape in weights.shapes.values()], args.calibration_rounds
+    rule = {"method": args.calibration, "largest": strategy.largest, "scope": args.mask_scope}
+    rule |= {"sparsity": args.sparsity_ratio, "rounds": rounds if strategy.images else 1}
+    mask = calibrate(theta, _scores(study, args, strategy), sizes, **rule)
+    weights.load(theta)
+    return parallel.broadcast_tensors({"mask": mask}, study.device)["mask"]
+
+
+def _scores(study, args, strategy):
     """The function (theta, r) -> scores [n] of `calibrate`: on the server's validation images, or without any."""
-    args, data, model, weights = study.args, study.data, study.model, study.weights
+    data, model, weights = study.data, study.model, study.weights
     if not strategy.images:
         sample = Sample(model, weights, stream(args.seed, "random mask"))
         return lambda theta, r: strategy.scores(sample)

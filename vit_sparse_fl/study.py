@@ -141,18 +141,22 @@ def client_update(study, theta, k, t, kept=None):
 
     Returns theta_k [n]: the model's own vector, valid until the next client.
     """
-    args, weights, clients = study.args, study.weights, study.run.clients
+    done, clients = local_work(study, theta, k, t, kept, learning_rate(study.args, t)), study.run.clients
+    clients.note(k, train_loss=done.loss)
+    clients.work(study.args.local_steps * study.args.batch_size)
+    return study.weights.theta
+
+
+def local_work(study, theta, k, t, kept, lr):
+    """`client_update` at a rate, which leaves theta_k in the model and notes nothing. Returns a `LocalResult`."""
+    args, weights, steps = study.args, study.weights, study.args.local_steps
     weights.load(theta)
-    lr, steps = learning_rate(args, t), args.local_steps
     if kept is None:
         optimizer = client_optimizer("sgdm", weights.parameters, lr, args.momentum, args.weight_decay)
     else:
         optimizer = SparseSGDM(weights, kept, lr, args.momentum, args.weight_decay)
     batches = client_batches(study, k, t, study.turns.before(t)[k] * steps, steps)
-    done = local_steps(study.loss, batches, weights, optimizer, amp=study.run.amp)
-    clients.note(k, train_loss=done.loss)
-    clients.work(steps * args.batch_size)
-    return weights.theta
+    return local_steps(study.loss, batches, weights, optimizer, amp=study.run.amp)
 
 
 def probes(study):

@@ -27,17 +27,22 @@ def build_parser():
     parser = flags.make_parser(__doc__.split("\n")[0], sparse=True)
     own, rare, number = parser.group("the method"), parser.group(RARE), flags.number
     own.add_argument("--mask-strategy", choices=STRATEGIES, default="least_sensitive", help="which weights it keeps")
-    number(own, "--calibration-rounds", positive_int, None, "R", "calibration rounds (default: 4; seed: 5)")
     own.add_argument("--compare-strategies", action="store_true", help="a run for each strategy")
     own.add_argument("--sparsity-experiment", action="store_true", help="a run for each of --sparsity-values")
-    number(rare, "--fisher-samples", positive_int, 512, "N", "images a calibration round")
     scope = "one threshold for all; one a tensor"
     rare.add_argument("--mask-scope", choices=["global", "layer"], default="global", help=scope)
-    how = "talos: rounds exclude step by step; seed: the source's mean over rounds"
-    rare.add_argument("--calibration", choices=["talos", "seed"], default="talos", help=how)
+    add_calibration_flags(parser)
     shares = [0.5, 0.7, 0.9, 0.95, 0.99]
     number(rare, "--sparsity-values", half_open_fraction, shares, "X", "shares", nargs="+")
     return parser
+
+
+def add_calibration_flags(parser):
+    own, rare, number = parser.group("the method"), parser.group(RARE), flags.number
+    number(own, "--calibration-rounds", positive_int, None, "R", "calibration rounds (default: 4; seed: 5)")
+    number(rare, "--fisher-samples", positive_int, 512, "N", "images a calibration round")
+    how = "talos: rounds exclude step by step; seed: the source's mean over rounds"
+    rare.add_argument("--calibration", choices=["talos", "seed"], default="talos", help=how)
 
 
 def train(args):

@@ -25,6 +25,11 @@ def build_parser():
     return flags.make_parser(__doc__.split("\n")[0], sparse=True)
 
 
+def top_k_size(sparsity, n):
+    """How many of n values, with their places, take as many bytes as the values that a mask keeps."""
+    return max(1, round((1 - sparsity) * n) // 2)
+
+
 def top_k(theta, theta_k, size):
     """theta [n] with the `size` largest changes of the client, among equal ones the first: what the server gets."""
     change = (theta_k - theta).abs()
@@ -39,7 +44,7 @@ def train(args):
     with start_run("train_federated_topk", args, args.run_name, unit="images") as run:
         study = Study(args, run, sparse=True)
         theta = run.restore(study.first, study.weights.named, **study.lasting)
-        size = max(1, round((1 - args.sparsity_ratio) * study.weights.size) // 2)
+        size = top_k_size(args.sparsity_ratio, study.weights.size)
         study.up = 8 * size  # a value and its place
         run.watch(*probes(study))
         run.report(0, theta, study.evaluate)
