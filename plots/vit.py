@@ -20,7 +20,8 @@ from common.curves import GREY, break_lines, log_axis, new_figure, number, set_t
 from plots import style
 from plots.pairs import compared, estimate, pooled, spread
 from plots.read import Study, not_finite, plain
-from plots.rows import at_best_rate, comparable, describe
+from plots.replay import replay_tables
+from plots.rows import at_best_rate, comparable, describe, groups
 from plots.style import legend_below, looks_of, numbered
 from plots.tables import Table, over_rounds, result, seeds
 
@@ -34,8 +35,8 @@ LEAST = 0.2  # nats: where clients gain less, by the cosine's end, they hardly m
 
 
 def kind_of(command, flags):
-    if command == "train_centralized":
-        return "central"
+    if command in ("train_centralized", "replay"):
+        return "central" if command == "train_centralized" else command
     if command == "train_federated_topk" or flags.get("upload") == "topk":
         return "topk"
     if command == "train_federated":
@@ -71,7 +72,7 @@ def diverged(run):
 
 STUDY = Study(
     name="vit_sparse_fl",
-    commands=("train_centralized", "train_federated", "train_federated_sparse", "train_federated_topk"),
+    commands=("train_centralized", "train_federated", "train_federated_sparse", "train_federated_topk", "replay"),
     kinds={
         "central": "Central",
         "dense": "Dense FedAvg",
@@ -79,6 +80,7 @@ STUDY = Study(
         "topk": "Top-k updates",
         "given": "Mask from a file",
         "lora": "Federated LoRA",
+        "replay": "Interference replay",
     },
     kind=kind_of,
     setting=setting_of,
@@ -211,7 +213,15 @@ no mean: an update or the last loss was not finite, or the last validation accur
 training.
 """
 
-TABLE = Table(STUDY, COLUMNS, WORDS)
+
+def further(runs):
+    """(the runs without those of replay.py, the tables of these)."""
+    replayed = runs["kind"] == "replay"
+    every = groups(runs[replayed], STUDY) if replayed.any() else []
+    return runs[~replayed], replay_tables([(describe(STUDY, setting), some) for setting, some in every])
+
+
+TABLE = Table(STUDY, COLUMNS, WORDS, further=further)
 
 
 # ---- figures

@@ -318,6 +318,29 @@ def test_others_loss_at_equal_gain_by_hand(tmp_path):
     assert cell == "0.50, 1"
 
 
+def test_a_replay_is_compared_within_a_client_by_hand(tmp_path):
+    """Dense: loss = c gain^2, another c for each client; a mask twice that; shorter half. A client whose gain falls at
+    the highest rate has less of a curve, one that gains too little none."""
+    gains, costs = np.array([[0.2, 0.4, 0.8], [0.3, 0.6, 0.5], [0.01, 0.02, 0.04]]), np.array([1.0, 0.1, 1.0])
+
+    def rows(times):
+        others = times * costs[:, None] * gains**2
+        drift = [1.0] * 3
+        return [
+            {"factor": f, "gain": list(g), "others": list(o), "drift": drift}
+            for f, g, o in zip((1, 2, 3), gains.T, others.T, strict=True)
+        ]
+
+    for seed, more in enumerate((1.0, 1.5)):
+        replay = {"dense": rows(1.0), "random": rows(2.0 * more), "shorter": rows(0.5)}
+        lines = [{"val_accuracy": 0.2}, {"val_accuracy": 0.2, "replay": replay}]
+        args = {"dataset": "demo", "model": "tiny", "sharding": "iid", "local_steps": 4, "seed": seed}
+        run(tmp_path, f"r{seed}", "replay", args, lines, {"test_accuracy_last": 0.2})
+    ((_, shown),) = tables("vit_sparse_fl --data-dir", tmp_path)
+    assert shown["random"]["over dense"] == "2.45, 2" and shown["random"]["over shorter"] == "4.90, 2"  # 2 sqrt(1.5)
+    assert shown["shorter"]["over dense"] == "0.50, 2" and shown["random"]["clients counted %"] == "67"
+
+
 def test_the_baseline_is_the_rate_with_most_seeds_then_the_lowest_loss(tmp_path):
     for lr, seeds, loss in ((0.1, 3, 3.0), (0.2, 3, 2.5), (0.3, 1, 1.0)):
         for seed in range(seeds):

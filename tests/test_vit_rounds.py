@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from common.seeding import key, stream
 from vit_sparse_fl import (
     interference,
+    replay,
     study,
     train_centralized,
     train_federated,
@@ -310,6 +311,53 @@ def test_topk_uploads(monkeypatch, tmp_path):
     joined = len({k for t in range(ROUNDS) for k in plain.chosen(t)})
     model = 4 * sum(p.numel() for p in plain.model.parameters())
     assert lines[-1]["bytes_down"] == joined * model + (3 * ROUNDS - joined) * 4 * size
+
+
+def test_replay(monkeypatch, tmp_path):
+    """Every method's update of one round from one theta at each factor, and the run itself, which is FedAvg's."""
+    monkeypatch.setattr(interference, "IMAGES", 8)
+    words = f"{FEDERATED} --replay-every {ROUNDS} --factors 0.25 1 --sparsity-ratio 0.8 --fisher-samples 8"
+    folder, lines, shards = call(replay, f"{words} --calibration-rounds 1", monkeypatch, tmp_path)
+    assert ["replay" in line for line in lines] == [False, True, False, False, False]
+    plain, found = Plain(covered), lines[1]["replay"]
+    start, ids = dict(plain.theta), plain.chosen(0)
+    plain.rounds(shards, None)
+    check(folder, plain)
+
+    about = SimpleNamespace(args=SimpleNamespace(seed=SEED), data=plain.data, device="cpu")
+    about.rows = [torch.from_numpy(shards[k]) for k in range(CLIENTS)]
+    held = [held_rows(about, k) for k in ids]
+    before, length = np.array([plain.held_loss(start, rows) for rows in held]), norm(start)
+
+    def trained(k, rate, mask=None):
+        plain.load(start)
+        batches = plain.batches(shards[k], k, 0, 0, STEPS)
+        theta_k, _ = plain.train(batches, k, 0, [rate] * STEPS, plain.optimizer(), mask)
+        return {name: w - start[name] for name, w in theta_k.items()}
+
+    ways = {  # method: (client, factor) -> its update
+        "dense": lambda k, f: trained(k, f * replay.RATES["dense"]),
+        "shorter": lambda k, f: {name: f * d for name, d in trained(k, replay.RATES["dense"]).items()},
+        "topk": lambda k, f: cut(trained(k, f * replay.RATES["topk"]), 0.2),
+        "highest_magnitude": lambda k, f: trained(k, f * replay.RATES["highest_magnitude"], largest_of(start, 0.2)),
+    }
+    assert set(ways) < set(found) == {*replay.RATES, "shorter"}
+    for method, way in ways.items():
+        for row, factor in zip(found[method], (0.25, 1.0), strict=True):
+            steps = [way(k, factor) for k in ids]
+            at = [{name: start[name] + d for name, d in step.items()} for step in steps]
+            change = np.array(
+                [[plain.held_loss(w, rows) - b for w in at] for rows, b in zip(held, before, strict=True)]
+            )
+            near = {"rel": 0.02, "abs": 5e-3 * np.abs(change).max()}
+            assert row["factor"] == factor and row["gain"] == pytest.approx(-change.diagonal(), **near)
+            others = [np.delete(change[:, j], j).mean() for j in range(len(ids))]
+            assert row["others"] == pytest.approx(others, **near)
+            assert row["drift"] == pytest.approx([norm(step) / length for step in steps], rel=1e-3)
+
+
+def norm(tensors):
+    return math.sqrt(sum(w.square().sum() for w in tensors.values()))
 
 
 def test_central_training(monkeypatch, tmp_path):

@@ -65,36 +65,42 @@ class Replay(Follower):
 
 
 def replayed(study, theta, t, ids):
-    """{method: rows} of these clients' round t from theta [n]."""
-    args, found = study.args, {}
-    held, size = [held_rows(study, k) for k in ids], top_k_size(args.sparsity_ratio, study.weights.size)
+    """{method: rows} of these clients' round t from theta [n]; None for what is not finite."""
+    found, held = {}, [held_rows(study, k) for k in ids]
     study.weights.load(theta)
     before, length = np.array(held_losses(study, held)), math.sqrt(fp64_sum(theta, square=True))
-
-    def trained(method, kept, factor, k):
-        """theta_k of a method at a factor."""
-        rate = RATES["dense"] if method == SHORTER else factor * RATES[method]
-        local_work(study, theta, k, t, kept, rate)
-        if method == SHORTER:
-            return theta + factor * (study.weights.theta - theta)
-        return top_k(theta, study.weights.theta, size) if method == "topk" else study.weights.theta
-
     for method in (*RATES, SHORTER):
-        kept, found[method] = kept_by(study, theta, method), []
-        for factor in args.factors:
-            mine = {}
-            for k in parallel.my_share(ids):
-                theta_k = trained(method, kept, factor, k).clone()
+        kept, mine = kept_by(study, theta, method), {}
+        for k in parallel.my_share(ids):
+            mine[k] = []
+            for theta_k in updates(study, theta, t, k, method, kept):
                 study.weights.load(theta_k)
-                mine[k] = held_losses(study, held), math.sqrt(fp64_sum(theta_k - theta, square=True)) / length
-            of = {k: one for part in parallel.all_gather(mine) for k, one in part.items()}
-            change = np.array([of[k][0] for k in ids]).T - before[:, None]  # [S, S], row: whose images
+                drift = math.sqrt(fp64_sum(theta_k - theta, square=True)) / length
+                mine[k].append((held_losses(study, held), drift))
+        of = {k: one for part in parallel.all_gather(mine) for k, one in part.items()}
+        found[method] = []
+        for i, factor in enumerate(study.args.factors):
+            change = np.array([of[k][i][0] for k in ids]).T - before[:, None]  # [S, S], row: whose images
             gain = -change.diagonal()
             others = (change.sum(0) + gain) / max(1, len(ids) - 1)
-            values = {"gain": gain, "others": others, "drift": [of[k][1] for k in ids]}
-            rounded = {name: [round(float(x), 6) for x in some] for name, some in values.items()}
+            values = {"gain": gain, "others": others, "drift": [of[k][i][1] for k in ids]}
+            rounded = {n: [round(x, 6) if math.isfinite(x) else None for x in map(float, v)] for n, v in values.items()}
             found[method].append({"factor": factor} | rounded)
     return found
+
+
+def updates(study, theta, t, k, method, kept):
+    """theta_k [n] of client k's round t at each factor, one after another, each before the next is trained."""
+    args, weights = study.args, study.weights
+    if method == SHORTER:
+        local_work(study, theta, k, t, kept, RATES["dense"])
+        step = weights.theta - theta
+        yield from (theta + factor * step for factor in args.factors)
+        return
+    size = top_k_size(args.sparsity_ratio, weights.size)
+    for factor in args.factors:
+        local_work(study, theta, k, t, kept, factor * RATES[method])
+        yield top_k(theta, weights.theta, size) if method == "topk" else weights.theta.clone()
 
 
 def kept_by(study, theta, method):

@@ -10,6 +10,8 @@ rates        every row at its own rate. Half of the classes pretrain, the rest i
              of SPLITS, each pretrained once. --tune runs on a fourth split: the best accuracy on its validation images
              (the loss prefers rates at which nothing is learnt). As many images in every row: 153,600, central 157,472
              (7 epochs)
+replay       interference replay on ten splits of the classes, each with a pretraining of its own: seed S pretrains on
+             classes 5 S to 5 S + 49
 
 Flags that are not listed are the scripts' and go to every run.
 """
@@ -75,7 +77,14 @@ SPLITS = ("0:50", "50:100", "25:75", "10:60")  # classes of the pretraining; the
 def values(seed, tuning):
     """What stands in rows for a seed; in runs of --tune nothing is measured besides."""
     split = len(SPLITS) - 1 if tuning else seed % (len(SPLITS) - 1)
-    return {"split": split, "classes": SPLITS[split], "every_10": 0 if tuning else 10, "every_30": 0 if tuning else 30}
+    window = f"{5 * seed}:{5 * seed + 50}"  # of the preset replay
+    return {
+        "window": window,
+        "split": split,
+        "classes": SPLITS[split],
+        "every_10": 0 if tuning else 10,
+        "every_30": 0 if tuning else 30,
+    }
 
 
 SHARED = "--init-from {output}/pretrain_seed_{split} --classes rest --head ridge --freeze-head --batch-size 32"
@@ -128,6 +137,17 @@ def rates():
     return rows
 
 
+def replays():
+    """Dense training for 20 rounds, and what every method does to its clients before rounds 1, 11 and 21."""
+    pretrain = f"{CENTRAL} --epochs 40 --warmup-epochs 5 --lr 0.1 --weight-decay 1e-4 --mixup 0.2 {PRETRAIN}"
+    rows = {"pretrain": row(pretrain + " --classes {window}", "first")}
+    line = f"vit_sparse_fl/replay.py {SHARED.replace('{split}', '{seed}')} --scheduler none --eval-every 1"
+    line += " --num-rounds 21 --replay-every 10 --sharding non_iid"
+    for name, words in {"nc5": "--nc 5 --local-steps 16 --lr 0.03", "nc1": "--nc 1 --local-steps 4 --lr 0.01"}.items():
+        rows[f"replay_{name}"] = row(f"{line} {words}", name, needs=("pretrain",))
+    return rows
+
+
 TINY = "--dataset cifar100 --model tiny --threads 1 --amp auto --dropout 0"
 TUNED = {"tuned": "vit_sparse_fl/results/tuning/rates.json", "objective": "val_accuracy", "higher": True}
 STUDY = {
@@ -135,6 +155,7 @@ STUDY = {
         "full": preset(FULL),
         "quick": preset(QUICK, SMALL, seeds=(0,)),
         "rates": preset(rates(), TINY, seeds=range(6), **TUNED),
+        "replay": preset(replays(), TINY, seeds=range(10)),
     },
     "default": "full",
     "output": "results/vit_{preset}",
