@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from plots.pairs import compared, holm
+from plots.pairs import after_holm, compared
 
 LEAST = 0.1  # nats of gain: below, the others' loss is noise of 64 images
 POINTS = 9  # of the gains that two curves share
@@ -71,8 +71,8 @@ def replay_tables(groups):
             to_shorter = "-" if method == SHORTER else cell(method, SHORTER)
             at = [cell(method, DENSE, {t}).partition(" ")[0] for t in rounds]
             lines.append([method.replace("_", " "), cell(method, DENSE), to_shorter, *at, f"{100 * counted:.0f}"])
-        corrected = iter(holm([line[1].p for line in lines]))
-        lines = [[*line[:2], f"{next(corrected):.2g}", *line[2:]] for line in lines]
+        p = after_holm([line[1] for line in lines], [True] * len(lines))
+        lines = [[*line[:2], one, *line[2:]] for line, one in zip(lines, p, strict=True)]
         ends = [f"before round {t}" for t in rounds]
         heads = ["others' loss at equal gain", "over dense", "p after Holm", "over shorter", *ends, "clients counted %"]
         found.append((f"Interference replay, {about}", "", [heads, *lines]))
