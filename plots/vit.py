@@ -21,7 +21,7 @@ from plots import style
 from plots.pairs import compared, estimate, pooled, spread
 from plots.read import Study, not_finite, plain
 from plots.replay import replay_tables
-from plots.rows import at_best_rate, comparable, describe, groups
+from plots.rows import at_best_rate, comparable, describe
 from plots.style import legend_below, looks_of, numbered
 from plots.tables import Table, over_rounds, result, seeds
 
@@ -217,8 +217,9 @@ training.
 def further(runs):
     """(the runs without those of replay.py, the tables of these)."""
     replayed = runs["kind"] == "replay"
-    every = groups(runs[replayed], STUDY) if replayed.any() else []
-    return runs[~replayed], replay_tables([(describe(STUDY, setting), some) for setting, some in every])
+    every = comparable(runs[replayed], STUDY) if replayed.any() else []
+    found = [(f"{describe(STUDY, setting)}, {row.label}", row.counted) for setting, rows in every for row in rows]
+    return runs[~replayed], replay_tables(found)
 
 
 TABLE = Table(STUDY, COLUMNS, WORDS, further=further)

@@ -319,26 +319,33 @@ def test_others_loss_at_equal_gain_by_hand(tmp_path):
 
 
 def test_a_replay_is_compared_within_a_client_by_hand(tmp_path):
-    """Dense: loss = c gain^2, another c for each client; a mask twice that; shorter half. A client whose gain falls at
-    the highest rate has less of a curve, one that gains too little none."""
-    gains, costs = np.array([[0.2, 0.4, 0.8], [0.3, 0.6, 0.5], [0.01, 0.02, 0.04]]), np.array([1.0, 0.1, 1.0])
+    """Dense: loss = c gain^2, another c for each client, below 0 for the third. A mask twice that, for the second four
+    times; shorter half. The second client's gain falls at the highest rate, the fourth's is too small to count."""
+    gains = np.array([[0.2, 0.4, 0.8], [0.3, 0.6, 0.5], [0.2, 0.3, 0.4], [0.01, 0.02, 0.04]])
+    costs, times = np.array([1.0, 0.5, -0.3, 9.0]), np.array([2.0, 4.0, 2.0, 2.0])
 
-    def rows(times):
-        others = times * costs[:, None] * gains**2
-        drift = [1.0] * 3
+    def rows(times, drift):
+        others = (times * costs)[:, None] * gains**2
         return [
-            {"factor": f, "gain": list(g), "others": list(o), "drift": drift}
-            for f, g, o in zip((1, 2, 3), gains.T, others.T, strict=True)
+            {"factor": f, "gain": list(gains[:, i]), "others": list(others[:, i]), "drift": list(drift * gains[:, i])}
+            for i, f in enumerate((1, 2, 3))
         ]
 
     for seed, more in enumerate((1.0, 1.5)):
-        replay = {"dense": rows(1.0), "random": rows(2.0 * more), "shorter": rows(0.5)}
+        one = np.ones(4)
+        replay = {"dense": rows(one, 1.0), "random": rows(more * times, 3.0), "shorter": rows(0.5 * one, 1.0)}
         lines = [{"val_accuracy": 0.2}, {"val_accuracy": 0.2, "replay": replay}]
         args = {"dataset": "demo", "model": "tiny", "sharding": "iid", "local_steps": 4, "seed": seed}
         run(tmp_path, f"r{seed}", "replay", args, lines, {"test_accuracy_last": 0.2})
     ((_, shown),) = tables("vit_sparse_fl --data-dir", tmp_path)
-    assert shown["random"]["over dense"] == "2.45, 2" and shown["random"]["over shorter"] == "4.90, 2"  # 2 sqrt(1.5)
-    assert shown["shorter"]["over dense"] == "0.50, 2" and shown["random"]["clients counted %"] == "67"
+    ends = np.array([[0.2, 0.8], [0.3, 0.6], [0.2, 0.4]])
+    area = costs[:3] * (ends[:, 1] ** 3 - ends[:, 0] ** 3) / 3  # of c gain^2, where each client has a curve
+    wanted = math.sqrt(1.5) * (times[:3] * area).sum() / area.sum()
+    mine = shown["random"]
+    assert float(mine["over dense"].split(",")[0]) == pytest.approx(wanted, rel=0.02)
+    assert float(mine["over shorter"].split(",")[0]) == pytest.approx(2 * wanted, rel=0.02)
+    assert mine["shorter over dense"] == shown["shorter"]["over dense"] == "0.50, 2"
+    assert mine["length over dense"] == "3.00, 2" and mine["clients counted %"] == "75"
 
 
 def test_the_baseline_is_the_rate_with_most_seeds_then_the_lowest_loss(tmp_path):

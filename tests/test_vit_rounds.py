@@ -337,7 +337,7 @@ def test_replay(monkeypatch, tmp_path):
 
     ways = {  # method: (client, factor) -> its update
         "dense": lambda k, f: trained(k, f * replay.RATES["dense"]),
-        "shorter": lambda k, f: {name: f * d for name, d in trained(k, replay.RATES["dense"]).items()},
+        "shorter": lambda k, f: {name: f * d for name, d in trained(k, LR).items()},
         "topk": lambda k, f: cut(trained(k, f * replay.RATES["topk"]), 0.2),
         "highest_magnitude": lambda k, f: trained(k, f * replay.RATES["highest_magnitude"], largest_of(start, 0.2)),
     }

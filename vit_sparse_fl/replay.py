@@ -10,7 +10,8 @@ has of each method and rate, client by client:
     gain_j = -M_jj,  others_j = mean of M_ij over i != j,  M_ij = L_i(theta + delta_j) - L_i(theta)   (interference.py)
 
 so that what an update costs the others is compared at one gain within a client: same weights, batches and augmentation.
-`shorter` is dense training's update at its own rate times a factor: what a shorter step alone does.
+`shorter` is dense training's update at the run's rate times a factor: what a step's length alone does. Masks are those
+of training: calibrated once, at the first weights.
 """
 
 import math
@@ -70,7 +71,7 @@ def replayed(study, theta, t, ids):
     study.weights.load(theta)
     before, length = np.array(held_losses(study, held)), math.sqrt(fp64_sum(theta, square=True))
     for method in (*RATES, SHORTER):
-        kept, mine = kept_by(study, theta, method), {}
+        kept, mine = kept_by(study, method), {}
         for k in parallel.my_share(ids):
             mine[k] = []
             for theta_k in updates(study, theta, t, k, method, kept):
@@ -93,7 +94,7 @@ def updates(study, theta, t, k, method, kept):
     """theta_k [n] of client k's round t at each factor, one after another, each before the next is trained."""
     args, weights = study.args, study.weights
     if method == SHORTER:
-        local_work(study, theta, k, t, kept, RATES["dense"])
+        local_work(study, theta, k, t, kept, args.lr)
         step = weights.theta - theta
         yield from (theta + factor * step for factor in args.factors)
         return
@@ -103,13 +104,13 @@ def updates(study, theta, t, k, method, kept):
         yield top_k(theta, weights.theta, size) if method == "topk" else weights.theta.clone()
 
 
-def kept_by(study, theta, method):
+def kept_by(study, method):
     """Where a method trains, int64 [kept]; None for everywhere."""
     if method in ("dense", "topk", SHORTER):
         return None
     strategy, scope = ("least_sensitive", "layer") if method == "least_per_layer" else (method, "global")
     args = variant(study.args, mask_strategy=strategy, mask_scope=scope)
-    return new_mask(study, args, theta).nonzero().view(-1)
+    return new_mask(study, args, study.first).nonzero().view(-1)
 
 
 def train(args):

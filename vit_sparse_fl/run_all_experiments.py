@@ -140,7 +140,7 @@ def rates():
 def replays():
     """Dense training for 20 rounds, and what every method does to its clients before rounds 1, 11 and 21."""
     pretrain = f"{CENTRAL} --epochs 40 --warmup-epochs 5 --lr 0.1 --weight-decay 1e-4 --mixup 0.2 {PRETRAIN}"
-    rows = {"pretrain": row(pretrain + " --classes {window}", "first")}
+    rows = {"pretrain": row(pretrain.replace("--seed 0", "--seed {seed}") + " --classes {window}", "first")}
     line = f"vit_sparse_fl/replay.py {SHARED.replace('{split}', '{seed}')} --scheduler none --eval-every 1"
     line += " --num-rounds 21 --replay-every 10 --sharding non_iid"
     for name, words in {"nc5": "--nc 5 --local-steps 16 --lr 0.03", "nc1": "--nc 1 --local-steps 4 --lr 0.01"}.items():
