@@ -143,7 +143,7 @@ for share, words in (("all", PLATEAU), ("some", f"{PLATEAU} --participation-rate
             ROUNDS[f"{algorithm}_{name}_{share}"] = one(share, algorithm, alpha, words, 10, 5)
 BYTES = {}
 for alpha in (BASE, EXTREME):
-    name, words = f"fedavg_alpha_{alpha:g}_all", PLATEAU.replace("40", "80")
+    name, words = f"fedavg_alpha_{alpha:g}_all", f"{PLATEAU} --num-rounds 80"
     BYTES[f"{name}_rounds_80"] = one("bytes", "fedavg", alpha, words, 10, 5, rate_of=name)
 
 SIZES = "--local-steps 10 --num-rounds 12 --max-samples 4000 --eval-samples 300 --probe-samples 32 --max-length 64"

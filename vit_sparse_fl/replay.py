@@ -53,7 +53,7 @@ class Replay(Follower):
     """The probe: replays a round from the weights that it began with."""
 
     def __init__(self, study):
-        self.study = study
+        self.study, self.kept = study, {method: kept_by(study, method) for method in (*RATES, SHORTER)}
 
     def open_round(self, clients, theta):
         self.t, self.ids, self.theta = clients.number, sorted(clients.clients), theta
@@ -62,19 +62,20 @@ class Replay(Follower):
         """{"replay": {method: [{"factor", "gain" [S], "others" [S], "drift" [S]} of each factor]}} of a due round."""
         if self.t % self.study.args.replay_every:
             return {}
-        return {"replay": replayed(self.study, self.theta, self.t, self.ids)}
+        return {"replay": replayed(self.study, self.theta, self.t, self.ids, self.kept)}
 
 
-def replayed(study, theta, t, ids):
-    """{method: rows} of these clients' round t from theta [n]; None for what is not finite."""
+def replayed(study, theta, t, ids, kept):
+    """{method: rows} of these clients' round t from theta [n], kept: {method: where it trains}; None for what is not
+    finite."""
     found, held = {}, [held_rows(study, k) for k in ids]
     study.weights.load(theta)
     before, length = np.array(held_losses(study, held)), math.sqrt(fp64_sum(theta, square=True))
-    for method in (*RATES, SHORTER):
-        kept, mine = kept_by(study, method), {}
+    for method in kept:
+        mine = {}
         for k in parallel.my_share(ids):
             mine[k] = []
-            for theta_k in updates(study, theta, t, k, method, kept):
+            for theta_k in updates(study, theta, t, k, method, kept[method]):
                 study.weights.load(theta_k)
                 drift = math.sqrt(fp64_sum(theta_k - theta, square=True)) / length
                 mine[k].append((held_losses(study, held), drift))

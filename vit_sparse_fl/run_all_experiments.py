@@ -77,9 +77,8 @@ SPLITS = ("0:50", "50:100", "25:75", "10:60")  # classes of the pretraining; the
 def values(seed, tuning):
     """What stands in rows for a seed; in runs of --tune nothing is measured besides."""
     split = len(SPLITS) - 1 if tuning else seed % (len(SPLITS) - 1)
-    window = f"{5 * seed}:{5 * seed + 50}"  # of the preset replay
     return {
-        "window": window,
+        "window": f"{5 * seed}:{5 * seed + 50}",  # of the preset replay
         "split": split,
         "classes": SPLITS[split],
         "every_10": 0 if tuning else 10,
@@ -138,7 +137,7 @@ def rates():
 
 
 def replays():
-    """Dense training for 20 rounds, and what every method does to its clients before rounds 1, 11 and 21."""
+    """Dense training for 21 rounds, and what every method does to its clients before rounds 1, 11 and 21."""
     pretrain = f"{CENTRAL} --epochs 40 --warmup-epochs 5 --lr 0.1 --weight-decay 1e-4 --mixup 0.2 {PRETRAIN}"
     rows = {"pretrain": row(pretrain.replace("--seed 0", "--seed {seed}") + " --classes {window}", "first")}
     line = f"vit_sparse_fl/replay.py {SHARED.replace('{split}', '{seed}')} --scheduler none --eval-every 1"
