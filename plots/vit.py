@@ -2,11 +2,11 @@
 
     python plots/tables.py vit_sparse_fl
     python plots/vit.py --data-dir results --out-dir results/plots                  # all that the runs allow
-    python plots/vit.py gains --data-dir vit_sparse_fl/results/rates.jsonl
+    python plots/vit.py replay --data-dir vit_sparse_fl/results/replay.jsonl
 
     strategies  strategy_comparison.png: test accuracy of a federation's methods, each at its best rate
-    gains       gains.png: what the others lose against what a client gains by its own update; how far a client moves
-                decides both, so that a mask reduces interference where it lies below dense training's line
+    replay      replay.png: what an update costs the others, over that of dense training, at equal gain and from
+                the same weights; a panel a federation
 
 Both take the rows of the tables. Runs that diverged are counted there and part of no mean.
 """
@@ -16,13 +16,13 @@ import math
 
 import numpy as np
 
-from common.curves import GREY, break_lines, log_axis, new_figure, number, set_title
+from common.curves import GREY, break_lines, new_figure, number, set_title
 from plots import style
 from plots.pairs import compared, estimate, pooled, spread
 from plots.read import Study, not_finite, plain
-from plots.replay import replay_tables
+from plots.replay import draw_replays, replay_tables
 from plots.rows import at_best_rate, comparable, describe
-from plots.style import legend_below, looks_of, numbered
+from plots.style import looks_of, numbered
 from plots.tables import Table, over_rounds, result, seeds
 
 # ---- the study
@@ -214,12 +214,21 @@ training.
 """
 
 
+def replayed(runs):
+    """[(setting, rows)] of the runs of replay.py."""
+    of_replay = runs[runs["kind"] == "replay"]
+    return comparable(of_replay, STUDY) if len(of_replay) else []
+
+
 def further(runs):
-    """(the runs without those of replay.py, the tables of these)."""
-    replayed = runs["kind"] == "replay"
-    every = comparable(runs[replayed], STUDY) if replayed.any() else []
-    found = [(f"{describe(STUDY, setting)}, {row.label}", row.counted) for setting, rows in every for row in rows]
-    return runs[~replayed], replay_tables(found)
+    """(the runs without those of replay.py, and without their pretrainings where there is nothing else; its tables)."""
+    found = [
+        (", ".join([describe(STUDY, setting), *row.label.split(", ")[1:]]), row.counted)
+        for setting, rows in replayed(runs)
+        for row in rows
+    ]
+    usual = runs[runs["kind"] != "replay"]
+    return usual[:0] if found and set(usual["kind"]) == {"central"} else usual, replay_tables(found)
 
 
 TABLE = Table(STUDY, COLUMNS, WORDS, further=further)
@@ -260,50 +269,6 @@ def strategies(every):
     return figure
 
 
-def middle(row, rounds):
-    """(gain, others' loss) of a row: geometric means over these rounds and the seeds, where both are positive."""
-    pairs = [gains(run).get(t, (0, 0)) for _, run in row.counted.iterrows() for t in rounds]
-    return tuple(np.exp(np.log([pair for pair in pairs if min(pair) > 0] or [(math.nan,) * 2]).mean(axis=0)))
-
-
-def equal_gain(every):
-    """The others' loss against the own gain: dense training's line, each other row on it, above or below."""
-    dense, rows = list(filter(is_dense, every)), [row for row in every if row.kind not in ("central", "dense")]
-    seen = [gains(run) for row in dense for _, run in row.counted.iterrows()]
-    rounds = sorted({t for one in seen for t, (gain, _) in one.items() if gain >= LEAST})
-    line = np.log(sorted(pair for pair in (middle(row, rounds) for row in dense) if pair[0] > 0))
-    if len(line) < 2 or not rows:
-        return None
-    figure, axes = new_figure(width=6.4, height=4.6)
-    axis, looks, heights = axes[0, 0], looks_of([*dense, *rows]), list(line[:, 1])
-    at = np.linspace(*line[[0, -1], 0], 200)
-    axis.plot(np.exp(at), np.exp(np.interp(at, *line.T)), color="black", linewidth=2.4, label="Dense FedAvg")
-    axis.plot(*np.exp(line).T, "o", color="black")
-    said = set()
-    for row in rows:
-        (x, y), apart = middle(row, rounds), at_equal_gain(row, every)
-        if x >= np.exp(line[0, 0]) and 2 * len(row.counted) > len(row.runs):
-            mean, *ends, _ = estimate(apart, pool_of(at_equal_gain, every)) if len(apart) > 1 else (0,) * 4
-            clear, ratio = max(ends) < 0 or min(ends) > 0, f"{math.exp(mean):.2f}"
-            ends = np.subtract(ends, mean)
-            name = None if row.name in axis.get_legend_handles_labels()[1] else row.name
-            look = looks[row.label] | {"linestyle": "", "label": name, "markersize": 7.5}
-            look["zorder"] = 2 if "markerfacecolor" in look else 3  # a variant lies below its method
-            axis.errorbar([x], [y], yerr=abs(y * np.expm1(ends))[:, None], capsize=2, elinewidth=0.9, **look)
-            heights += list(np.log(y) + ends)
-            if clear and ratio not in said:
-                place, side = ((-7, 5), "right") if mean > 0 else ((7, -12), "left")  # away from the line
-                axis.annotate(ratio, (x, y), place, textcoords="offset points", fontsize=9, ha=side)
-                said.add(ratio)
-    log_axis(axis, math.exp(min(heights)), math.exp(max(heights)))
-    axis.set_xlabel("What a client's update gains the client itself (nats)")
-    axis.set_ylabel("What it costs the others (nats)")
-    legend_below(figure, [axis])
-    words = "Above the line: the others lose more than under dense training where clients gain as much"
-    title(figure, words, rows[0], "; bars: 95 % of the ratio; open: variants")
-    return figure
-
-
 def of_each(stem, draw):
     """A figure's function: draw(rows) of every federation, where there is one to draw."""
 
@@ -313,9 +278,16 @@ def of_each(stem, draw):
     return figures
 
 
+def replays(runs, args, notes):
+    """One figure of all federations, those with most classes a client first."""
+    groups = [(setting["shards"], row.counted) for setting, (row, *_) in replayed(runs)]
+    order = sorted(groups, key=lambda one: -int(one[0].rpartition(" ")[2] if one[0][-1:].isdigit() else 0))
+    return numbered("replay", [draw_replays(order)] if groups else [])
+
+
 FIGURES = {
     "strategies": (of_each("strategy_comparison", strategies), "two strategies' runs in one federation"),
-    "gains": (of_each("gains", equal_gain), "runs with --interference-every, dense ones at two rates"),
+    "replay": (replays, "runs of replay.py"),
 }
 
 

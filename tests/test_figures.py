@@ -88,26 +88,18 @@ def test_the_cost_map_is_the_logs(tmp_path):
         assert text.get_text() == f"{mean:.1f}{ends}"
 
 
-def test_the_gains_are_those_of_the_log_and_the_bars_those_of_the_table(tmp_path):
-    place = ROOT / "vit_sparse_fl" / "results" / "rates.jsonl"
-    drawn = figures("plots/vit.py gains --data-dir", place, out=tmp_path)["gains.png"].axes[0]
-
-    def middle(name):
-        rows = [row for line in log(place)[name].values() for row in line["curve"] if row["round"] in (10, 20)]
-        return [
-            math.exp(statistics.fmean(math.log(sign * row[f"interference_{which}"]) for row in rows))
-            for which, sign in (("own", -1), ("others", 1))
-        ]
-
-    (dense,) = [line for line in drawn.lines if line.get_marker() == "o"]
-    names = ("lowest_dense_nc5_J16", "lower_dense_nc5_J16", "dense_nc5_J16")
-    assert np.array(dense.get_data()).T.tolist() == [pytest.approx(middle(name)) for name in names]
-    ((x, y, low, high),) = bars_of(drawn)["Lowest magnitude"]
-    assert [x, y] == pytest.approx(middle("lowest_magnitude_nc5_J16"))
-    ((_, rows), *_) = tables("vit_sparse_fl --data-dir", place)
-    (cell,) = [value for head, value in rows["Lowest magnitude, lr 0.1"].items() if head.startswith("at equal gain")]
-    mean, *ends = map(float, re.findall(r"\d\.\d+", cell))
-    assert [low / y, high / y] == pytest.approx([end / mean for end in ends], rel=0.02)
+def test_the_ratios_are_those_of_the_table(tmp_path):
+    place = ROOT / "vit_sparse_fl" / "results" / "replay.jsonl"
+    panels = figures("plots/vit.py replay --data-dir", place, out=tmp_path)["replay.png"].axes
+    for axis, (about, rows) in zip(panels, tables("vit_sparse_fl --data-dir", place), strict=True):
+        assert axis.get_title().partition(",")[0] in about
+        cells = [re.findall(r"\d+\.\d+", row["over dense"]) for row in rows.values()]
+        assert [text.get_text() for text in axis.texts] == [mean for mean, *_ in cells]
+        for container in axis.containers:
+            line, _, (bars,) = container
+            (x,), (i,), (ends,) = *line.get_data(), bars.get_segments()
+            assert [f"{one:.2f}" for one in (x, *ends[:, 0])] == cells[i]
+        assert len(axis.containers) + len([line for line in axis.lines if line.get_marker() == ">"]) == len(rows)
 
 
 def test_a_run_that_diverged_is_said_and_no_part_of_the_mean(tmp_path):

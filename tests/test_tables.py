@@ -21,6 +21,7 @@ GAP = ROOT / "mamba_fl" / "results" / "gap.jsonl"
 AVERAGES = ROOT / "mamba_fl" / "results" / "averages.jsonl"
 SPLIT = ROOT / "lora_glue_fl" / "results" / "split.jsonl"
 RATES = ROOT / "vit_sparse_fl" / "results" / "rates.jsonl"
+REPLAY = ROOT / "vit_sparse_fl" / "results" / "replay.jsonl"
 
 
 def numbers(cell):
@@ -173,6 +174,39 @@ def test_vits_differences_are_those_of_the_log():
         assert numbers(rows[label]["gain"])[0] == round(statistics.fmean(map(statistics.fmean, own)), 3)
     assert rows["Dense FedAvg, lr 0.03"]["vs dense"] == f"0 ({df} df)"
     assert rows["Most sensitive, lr 0.1"]["diverged"] == "2" and "Random, lr 0.0435" not in rows
+
+
+def test_vits_replay_is_that_of_the_log():
+    """Areas by many narrow rectangles, in the place of Simpson's rule."""
+
+    def cost(rows, j):
+        """others' loss over gain as a function of the gain, and the gains between which it is known."""
+        points = [(0, 0)]
+        for row in rows:
+            if row["gain"][j] is None or row["gain"][j] <= points[-1][0]:
+                if row["gain"][j] is None or len(points) > 1:
+                    break
+                continue
+            points.append((row["gain"][j], row["others"][j] / row["gain"][j]))
+        x, y = zip(*points[1:], strict=True)
+        return x[0], x[-1], lambda at: np.interp(at, x, y)
+
+    def areas(line, method):
+        found = np.zeros(2)
+        for replay in (row["replay"] for row in line["curve"] if "replay" in row):
+            for j in range(10):
+                curves = [cost(replay[name], j) for name in (method, "dense", "shorter")]
+                low, high = max(0.1, *(low for low, *_ in curves)), min(high for _, high, _ in curves)
+                at = low + (high - low) * (np.arange(20000) + 0.5) / 20000
+                if low < high:
+                    found += [(at * one(at)).mean() * (high - low) for *_, one in curves[:2]]
+        return math.log(found[0] / found[1])
+
+    for (_, shown), name in zip(tables("vit_sparse_fl --data-dir", REPLAY), ("replay_nc5", "replay_nc1"), strict=True):
+        for method, label in (("topk", "Top-k updates"), ("lowest_magnitude", "Lowest magnitude")):
+            logs = [areas(line, method) for line in log(REPLAY)[name].values()]
+            *found, n = numbers(shown[label]["over dense"])
+            assert n == len(logs) == 10 and found == pytest.approx(np.exp(by_hand(logs)), abs=0.006)
 
 
 def test_glues_and_noniids_differences_are_those_of_their_logs():
@@ -341,10 +375,11 @@ def test_a_replay_is_compared_within_a_client_by_hand(tmp_path):
     ends = np.array([[0.2, 0.8], [0.3, 0.6], [0.2, 0.4]])
     area = costs[:3] * (ends[:, 1] ** 3 - ends[:, 0] ** 3) / 3  # of c gain^2, where each client has a curve
     wanted = math.sqrt(1.5) * (times[:3] * area).sum() / area.sum()
-    mine = shown["random"]
+    mine = shown["Random"]
     assert float(mine["over dense"].split(",")[0]) == pytest.approx(wanted, rel=0.02)
     assert float(mine["over shorter"].split(",")[0]) == pytest.approx(2 * wanted, rel=0.02)
-    assert mine["shorter over dense"] == shown["shorter"]["over dense"] == "0.50, 2"
+    assert mine["shorter over dense"] == shown["Dense, one update scaled"]["over dense"] == "0.50, 2"
+    assert float(mine["cubic"].split(",")[0]) == pytest.approx(wanted, rel=0.03)
     assert mine["length over dense"] == "3.00, 2" and mine["clients counted %"] == "75"
 
 
