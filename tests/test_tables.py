@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_runs import ROOT, call, log, mamba, noniid, run, tables, vit
+from scipy.interpolate import PchipInterpolator
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
@@ -180,33 +181,34 @@ def test_vits_replay_is_that_of_the_log():
     """Areas by many narrow rectangles, in the place of Simpson's rule."""
 
     def cost(rows, j):
-        """others' loss over gain as a function of the gain, and the gains between which it is known."""
-        points = [(0, 0)]
+        """The gains between which the others' loss is known, and it as two functions of the gain."""
+        points = [(0, 0, 0)]
         for row in rows:
             if row["gain"][j] is None or row["gain"][j] <= points[-1][0]:
                 if row["gain"][j] is None or len(points) > 1:
                     break
                 continue
-            points.append((row["gain"][j], row["others"][j] / row["gain"][j]))
-        x, y = zip(*points[1:], strict=True)
-        return x[0], x[-1], lambda at: np.interp(at, x, y)
+            points.append((row["gain"][j], row["others"][j], row["others"][j] / row["gain"][j]))
+        x, y, over = zip(*points[1:], strict=True)
+        return x[0], x[-1], lambda at: at * np.interp(at, x, over), lambda at: PchipInterpolator(x, y)(at)
 
     def areas(line, method):
-        found = np.zeros(2)
+        found = np.zeros((2, 2))
         for replay in (row["replay"] for row in line["curve"] if "replay" in row):
             for j in range(10):
                 curves = [cost(replay[name], j) for name in (method, "dense", "shorter")]
-                low, high = max(0.1, *(low for low, *_ in curves)), min(high for _, high, _ in curves)
+                low, high = max(0.1, *(low for low, *_ in curves)), min(high for _, high, *_ in curves)
                 at = low + (high - low) * (np.arange(20000) + 0.5) / 20000
                 if low < high:
-                    found += [(at * one(at)).mean() * (high - low) for *_, one in curves[:2]]
-        return math.log(found[0] / found[1])
+                    found += [[one(at).mean() * (high - low) for one in lines] for _, _, *lines in curves[:2]]
+        return np.log(found[0] / found[1])
 
     for (_, shown), name in zip(tables("vit_sparse_fl --data-dir", REPLAY), ("replay_nc5", "replay_nc1"), strict=True):
         for method, label in (("topk", "Top-k updates"), ("lowest_magnitude", "Lowest magnitude")):
             logs = [areas(line, method) for line in log(REPLAY)[name].values()]
-            *found, n = numbers(shown[label]["over dense"])
-            assert n == len(logs) == 10 and found == pytest.approx(np.exp(by_hand(logs)), abs=0.006)
+            for column, mine in zip(("over dense", "cubic"), zip(*logs, strict=True), strict=True):
+                *found, n = numbers(shown[label][column])
+                assert n == len(mine) == 10 and found == pytest.approx(np.exp(by_hand(mine)), abs=0.006)
 
 
 def test_glues_and_noniids_differences_are_those_of_their_logs():
@@ -375,7 +377,10 @@ def test_a_replay_is_compared_within_a_client_by_hand(tmp_path):
     ends = np.array([[0.2, 0.8], [0.3, 0.6], [0.2, 0.4]])
     area = costs[:3] * (ends[:, 1] ** 3 - ends[:, 0] ** 3) / 3  # of c gain^2, where each client has a curve
     wanted = math.sqrt(1.5) * (times[:3] * area).sum() / area.sum()
+    of_gain = (ends[:, 1] ** 2 - ends[:, 0] ** 2).sum() / 2
+    more = np.mean([((one * times[:3] - 1) * area).sum() / of_gain for one in (1.0, 1.5)])
     mine = shown["Random"]
+    assert float(mine["nats a nat"].split(",")[0]) == pytest.approx(more, abs=0.006)
     assert float(mine["over dense"].split(",")[0]) == pytest.approx(wanted, rel=0.02)
     assert float(mine["over shorter"].split(",")[0]) == pytest.approx(2 * wanted, rel=0.02)
     assert mine["shorter over dense"] == shown["Dense, one update scaled"]["over dense"] == "0.50, 2"
