@@ -68,17 +68,18 @@ def areas(curves):
     return np.array(found)
 
 
-def sums(run, method, rounds=None):
-    """([method, dense, shorter] x the four `areas` summed over the clients of the checkpoints (or of these rounds), the
-    share of the clients that count)."""
-    found, n = [], 0
+def sums(run, method):
+    """({round: [method, dense, shorter] x the four `areas`, summed over its clients}, the share of all clients that
+    count)."""
+    found, counted, n = {}, 0, 0
     for line in run["curve"]:
-        if "replay" in line and (rounds is None or line["round"] in rounds):
+        if "replay" in line:
             three = [line["replay"][name] for name in (method, DENSE, SHORTER)]
-            n += len(three[0][0]["gain"])
-            found += [areas([curve(rows, j) for rows in three]) for j in range(len(three[0][0]["gain"]))]
-    counted = [one for one in found if one is not None]
-    return sum(counted, np.zeros((3, 4))), len(counted) / n
+            each = [areas([curve(rows, j) for rows in three]) for j in range(len(three[0][0]["gain"]))]
+            some = [one for one in each if one is not None]
+            found[line["round"]] = sum(some, np.zeros((3, 4)))
+            counted, n = counted + len(some), n + len(each)
+    return found, counted / n
 
 
 def replay_tables(groups):
@@ -89,11 +90,12 @@ def replay_tables(groups):
         rounds = sorted({line["round"] for run in every for line in run["curve"] if "replay" in line})
         lines = []
         for method in methods_of(every):
-            whole, shares = zip(*(sums(run, method) for run in every), strict=True)
-            at = [[sums(run, method, {t})[0] for run in every] for t in rounds]
+            apart, shares = zip(*(sums(run, method) for run in every), strict=True)
+            whole = [sum(one.values()) for one in apart]
             mine = [ratio(whole, 0, 1), ratio(whole, 0, 1, CUBIC), more(whole), "-", "-", "-"]
             if method != SHORTER:
                 mine[3:] = [ratio(whole, 2, 1), ratio(whole, 0, 2), ratio(whole, 0, 1, DRIFT)]
+            at = [[one[t] for one in apart if t in one] for t in rounds]
             each = [ratio(some, 0, 1).split(",")[0].split(" ")[0] for some in at]
             lines.append([name_of(method), *mine, *each, f"{100 * np.mean(shares):.0f}"])
         p = after_holm([line[1] for line in lines], [hasattr(line[1], "p") for line in lines])
@@ -141,7 +143,8 @@ def draw_replays(groups):
         methods = methods_of(every)
         axis.axvline(1, color=GREY, linestyle=(0, (6, 2)), zorder=1)
         for i, method in enumerate(methods):
-            apart = [one for one in logs([sums(run, method)[0] for run in every], 0, 1) if math.isfinite(one)]
+            whole = [sum(sums(run, method)[0].values()) for run in every]
+            apart = [one for one in logs(whole, 0, 1) if math.isfinite(one)]
             if not apart:
                 continue
             middle, *ends = (math.exp(one) for one in estimate(apart)[:3])

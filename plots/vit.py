@@ -215,17 +215,17 @@ training.
 
 
 def replayed(runs):
-    """[(setting, rows)] of the runs of replay.py."""
+    """[(setting, row)] of the runs of replay.py."""
     of_replay = runs[runs["kind"] == "replay"]
-    return comparable(of_replay, STUDY) if len(of_replay) else []
+    every = comparable(of_replay, STUDY) if len(of_replay) else []
+    return [(setting, row) for setting, rows in every for row in rows]
 
 
 def further(runs):
     """(the runs without those of replay.py, and without their pretrainings where there is nothing else; its tables)."""
     found = [
         (", ".join([describe(STUDY, setting), *row.label.split(", ")[1:]]), row.counted)
-        for setting, rows in replayed(runs)
-        for row in rows
+        for setting, row in replayed(runs)
     ]
     usual = runs[runs["kind"] != "replay"]
     return usual[:0] if found and set(usual["kind"]) == {"central"} else usual, replay_tables(found)
@@ -237,10 +237,10 @@ TABLE = Table(STUDY, COLUMNS, WORDS, further=further)
 # ---- figures
 
 
-def title(figure, words, row, more=""):
+def title(figure, words, row):
     """Two lines: what is drawn, and where."""
     place = describe(STUDY, row.first["setting"], ("shards", "local_steps", "num_rounds"))
-    set_title(figure, f"{words}\n{place}{more}")
+    set_title(figure, f"{words}\n{place}")
 
 
 def strategies(every):
@@ -279,10 +279,9 @@ def of_each(stem, draw):
 
 
 def replays(runs, args, notes):
-    """One figure of all federations, those with most classes a client first."""
-    groups = [(setting["shards"], row.counted) for setting, (row, *_) in replayed(runs)]
-    order = sorted(groups, key=lambda one: -int(one[0].rpartition(" ")[2] if one[0][-1:].isdigit() else 0))
-    return numbered("replay", [draw_replays(order)] if groups else [])
+    """One figure of all federations, in the order of the tables."""
+    groups = [(setting["shards"], row.counted) for setting, row in replayed(runs)]
+    return numbered("replay", [draw_replays(groups)] if groups else [])
 
 
 FIGURES = {
