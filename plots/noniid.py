@@ -2,10 +2,9 @@
 
 python plots/tables.py llm_noniid                                               # from the committed logs
 python plots/noniid.py --data-dir results --out-dir results/plots               # all that the runs allow
-python plots/noniid.py cost_map --data-dir llm_noniid/results/regimes.jsonl
+python plots/noniid.py skew --data-dir llm_noniid/results/rounds.jsonl
 
-cost_map    what skew costs, a panel per algorithm, a row per number of local steps, a column per alpha. A cell is the
-            table's difference to IID with its 95 % interval, turned so that above 0 is worse
+skew    accuracy after the last round against alpha, a line per algorithm
 """
 
 import json
@@ -14,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.curves import number, set_title
+from common.curves import number
 from plots import style
-from plots.pairs import compared, estimate, paired, spread
-from plots.plateau import plateau_table
+from plots.pairs import compared, paired, spread
+from plots.plateau import LEAST, draw, long_runs, plateau_table, skew_of
 from plots.read import Study, base_name, not_finite, order_of
 from plots.rows import at_best_rate, comparable, describe
-from plots.style import heat_map, numbered, panel_axes, seeds_range
+from plots.style import numbered
 from plots.tables import Table, over_rounds, result, seeds
 
 # ---- the study
@@ -31,12 +30,14 @@ KEYS += ("alpha", "participation", "local", "learning_rate", "rounds")
 FREE = ("partition", "alpha", "participation", "learning_rate", "local", "rounds")
 SAMPLES = ("--eval_samples", "--test_samples")
 TUNED = {"learning_rate", "server_lr", "mu"}  # of each row
-DIFFER = {"iid": {"partition", "alpha", "min_samples"}, "fedavg": {"personal"}}  # in what a row and its baseline differ
+# in what a row and its baseline differ
+DIFFER = {"iid": {"partition", "alpha", "min_samples"}, "fedavg": {"personal"}, "bytes": {"personal", "rounds"}}
 COMMONEST = Path(__file__).resolve().parents[1] / "llm_noniid" / "results" / "commonest.json"
-OUTCOMES = {  # --target: (what decides, which way is worse, factor, its name, unit, digits)
-    "text": ("val_loss", 1, 1, "validation loss", "nats a token", 3),
-    "label": ("test_accuracy", -1, 100, "test accuracy", "points", 1),
+OUTCOMES = {  # --target: (what decides, factor, its column, digits)
+    "text": ("val_loss", 1, "val loss", 3),
+    "label": ("test_accuracy", 100, "test accuracy", 1),
 }
+SKEWS = ("iid", "topic_skew")  # what the figure shows
 
 
 def kind_of(command, flags):
@@ -158,12 +159,15 @@ STUDY = Study(
 
 
 def baseline(row, rows, against):
-    """The row that `row` is compared with (see WORDS), None without one or for itself. against: "iid" or "fedavg"."""
+    """The row that `row` is compared with (see WORDS), None without one or for itself. against: "iid", "fedavg" or
+    "bytes" (FedAvg with other rounds, in which a client sends as much in all)."""
 
     def fits(other):
         if against == "iid" and (other.kind != row.kind or other.args.get("partition") != "IID"):
             return False
-        if against == "fedavg" and (other.kind != "fedavg" or other["personal"] not in (None, "none")):
+        if against != "iid" and (other.kind != "fedavg" or other["personal"] not in (None, "none")):
+            return False
+        if against == "bytes" and (other["num_rounds"] == row["num_rounds"] or bytes_of(other) != bytes_of(row)):
             return False
         names = {*other.args, *row.args} - TUNED - DIFFER[against]
         return all(other.args.get(name) == row.args.get(name) for name in names)
@@ -171,6 +175,11 @@ def baseline(row, rows, against):
     seeds = set(row.runs.index)
     best = max(filter(fits, rows), key=lambda other: tuned_rank(other, seeds), default=None)
     return None if row.central or best in (None, row) or not tuned_rank(best, seeds)[0] else best
+
+
+def bytes_of(row):
+    """Of a run, both ways, in the mean over seeds."""
+    return row.results("bytes_up").mean() + row.results("bytes_down").mean()
 
 
 def tuned_rank(row, seeds=None):
@@ -216,8 +225,8 @@ def columns(rows):
         gain = 100 * (row.results("mean_client_val_accuracy") - share)
         return compared(gain, 1) if own and share.notna().all() else "-"
 
-    name, _, factor, words, _, digits = OUTCOMES[rows[0].first["setting"]["target"]]
-    found = {words.replace("validation", "val"): result(name, factor, digits)}
+    name, factor, head, digits = OUTCOMES[rows[0].first["setting"]["target"]]
+    found = {head: result(name, factor, digits)}
     found |= {f"vs {head}": to(head.lower(), name, factor, digits) for head in ("IID", "FedAvg")}
     if name == "test_accuracy":
         found |= {"val loss": result("val_loss", digits=3), "val loss vs FedAvg": to("fedavg", "val_loss")}
@@ -247,69 +256,19 @@ def further(runs):
 
 TABLE = Table(STUDY, columns, WORDS, further=further)
 
-# ---- the figure: of the rows of the table
+# ---- the figure
 
 
-IN_MAP = {"alpha", "local", "rounds", "min_samples"} | TUNED  # what may differ within a panel
-
-
-def cost_map(runs, args, notes):
+def skew(runs, args, notes):
     drawn = []
     for setting, rows in comparable(runs, STUDY, notes):
-        panels = {}
-        for row in at_best_rate(rows, TUNED, tuned_rank):
-            control = baseline(row, rows, "iid")
-            if control is not None and row.args.get("partition") != "IID" and "alpha" in row.args:
-                same = {key: value for key, value in row.args.items() if key not in IN_MAP}
-                steps = (row["local_steps"] or row["local_epochs"]) * row["num_rounds"]
-                panels.setdefault((row.name, steps, str(same)), []).append((row, control))
-        # a panel of one H says little beside maps of several: its cells are rows of the table
-        several = {key: some for key, some in panels.items() if len({row.args["local"] for row, _ in some}) > 1}
-        if panels:
-            drawn.append(draw_map(describe(STUDY, setting), several or panels))
-    yield from numbered("noniid_cost_map", drawn)
+        rows = at_best_rate([row for row in long_runs(rows) if row["partition"] in SKEWS], TUNED, tuned_rank)
+        if len({skew_of(row) for row in rows}) > 1:
+            drawn.append(draw(describe(STUDY, setting), rows))
+    yield from numbered("skew", drawn)
 
 
-def draw_map(about, panels):
-    every = [row for pairs in panels.values() for row, _ in pairs]
-    *_, words, unit, _ = OUTCOMES[every[0].first["setting"]["target"]]
-    figure, axes = panel_axes(len(panels), width=7.4 if len(panels) == 1 else None, extra=1.0)
-    for axis, ((algorithm, steps, _), pairs) in zip(axes, panels.items(), strict=True):
-        draw_cells(axis, pairs)
-        local = pairs[0][0].args["local"].rstrip("s").split()[-1]
-        axis.set_title(f"{algorithm}, {steps:g} {local}s a client", fontsize=9.5)
-    title = f"What skew costs in {words}: {unit} worse than under IID"
-    set_title(figure, f"{title}\n{about}, {seeds_range(every)} seeds")
-    return figure
-
-
-def draw_cells(axis, pairs):
-    """A panel: rows of local work, most on top; columns of alpha, least skew on the left."""
-    name, worse, factor, _, _, digits = OUTCOMES[pairs[0][0].first["setting"]["target"]]
-    alphas = sorted({row.args["alpha"] for row, _ in pairs}, reverse=True)
-    steps = sorted({row.args["local"] for row, _ in pairs}, key=lambda value: order("local", value), reverse=True)
-    values, texts, ticks = np.full((len(steps), len(alphas)), np.nan), {}, {}
-    for row, control in pairs:
-        i, j = steps.index(row.args["local"]), alphas.index(row.args["alpha"])
-        costs = (worse * factor * paired(row.results(name), control.results(name))).dropna()
-        diverged = len(row.runs) - row.results(name).count()
-        values[i, j], low, high, _ = estimate(costs) if len(costs) else (math.nan,) * 4
-        said = [f"{values[i, j]:.{digits}f}"] * bool(len(costs))
-        said += [f"[{low:.{digits}f}, {high:.{digits}f}]"] * math.isfinite(low)
-        texts[i, j] = "\n".join(said + [f"{diverged} of {len(row.runs)} diverged"] * bool(diverged))
-        iid = f"{factor * control.results(name).mean():.{digits}f}{' %' * (factor == 100)}"
-        ticks[i] = f"{row.args['local']}\n{row['num_rounds']} rounds\nIID {iid}"
-    high = max([0, *values[~np.isnan(values)]]) or 1
-    heat_map(axis, np.ma.masked_invalid(values), 0, high, "cividis_r")
-    for (i, j), said in texts.items():
-        axis.text(j, i, said, ha="center", va="center", color="white" if values[i, j] > high / 2 else "black")
-    axis.set_xticks(range(len(alphas)), [f"alpha {alpha:g}" for alpha in alphas])
-    axis.set_yticks(range(len(steps)), [ticks[i] for i in range(len(steps))])
-    axis.tick_params(length=0)
-    axis.set_xlabel("Dirichlet's alpha: to the right more skew")
-
-
-FIGURES = {"cost_map": (cost_map, "runs under topic skew and under IID")}
+FIGURES = {"skew": (skew, f"runs of {LEAST} rounds and more that predict labels, under IID and topic skew")}
 
 
 if __name__ == "__main__":

@@ -5,13 +5,18 @@ accuracy, a mean of the last three evaluations, is SHARE of IID's last quarter; 
 which IID's is the row's own last quarter. For good: test accuracy after the last round; beside it validation accuracy
 over the last quarter of the rounds, on which the clients of one round weigh less, and how much of that cost went since
 the quarter before. Both differences of test accuracy, to IID and to FedAvg under the same skew, are corrected by Holm
-together. A seed that diverged got nowhere.
+together. A seed that diverged got nowhere. At equal bytes: SCAFFOLD sends twice as much a round, so that beside it
+stands FedAvg with as many bytes in all, in twice the rounds.
 """
+
+import math
 
 import numpy as np
 import pandas as pd
 
+from common.curves import GREY, set_title
 from plots.pairs import after_holm, compared, paired
+from plots.style import legend_below, look, panel_axes, seeds_range
 
 SHARE, LEAST = 0.95, 30  # of IID's accuracy; rounds from which there is a plateau to speak of
 
@@ -48,16 +53,25 @@ def rounds_cell(rounds, row):
     return f"{middle:g} ({got})" if np.isfinite(middle) else f"> {row['num_rounds']} ({got})"
 
 
+def long_runs(rows):
+    """The federated rows with enough rounds, and evaluations of accuracy, for a plateau."""
+    rows = [row for row in rows if not row.central and (row["num_rounds"] or 0) >= LEAST]
+    return [row for row in rows if len(row.rounds("val_accuracy")[0]) > 3]
+
+
 def plateau_table(about, rows, baseline):
-    """[a table of long runs under skew]; [] without. baseline(row, rows, "iid" or "fedavg"): what is compared with."""
-    long = [row for row in rows if not row.central and (row["num_rounds"] or 0) >= LEAST]
-    long = [row for row in long if len(row.rounds("val_accuracy")[0]) > 3]
+    """[a table of long runs under skew]; [] without. baseline(row, rows, "iid", "fedavg" or "bytes"): its opponent."""
+    long = long_runs(rows)
     pairs = [(row, iid if (iid := baseline(row, rows, "iid")) in long else row) for row in long]
     if all(row is iid for row, iid in pairs):
         return []
     made = []
     for row, iid in pairs:
-        base, test, fedavg = quarter(iid), row.results("test_accuracy"), baseline(row, rows, "fedavg")
+        base, test = quarter(iid), row.results("test_accuracy")
+        above = [
+            compared(100 * paired(test, other.results("test_accuracy")), 1) if other else "-"
+            for other in (baseline(row, rows, against) for against in ("fedavg", "bytes"))
+        ]
         mine, theirs = rounds_to(row, SHARE * base), rounds_to(iid, SHARE * base)
         all_there = np.isfinite(mine).sum() == len(row.runs)
         costs = [100 * paired(quarter(iid, last), quarter(row, last)) for last in (True, False)]
@@ -65,11 +79,11 @@ def plateau_table(about, rows, baseline):
         made.append(
             [
                 row.label,
-                rounds_cell(mine, row),
+                rounds_cell(mine, row) if known or row.args["partition"] == "IID" else "-",
                 compared(np.log(mine / theirs), 2, sign="", scale=np.exp) if known and all_there else "-",
                 rounds_cell(rounds_to(iid, quarter(row)), row) if known else "-",
                 compared(100 * paired(iid.results("test_accuracy"), test), 1, sign="") if known else "-",
-                compared(100 * paired(test, fedavg.results("test_accuracy")), 1) if fedavg else "-",
+                *above,
                 compared(costs[0], 1, sign="") if known else "-",
                 compared(costs[1] - costs[0], 1) if known else "-",
             ]
@@ -78,5 +92,48 @@ def plateau_table(about, rows, baseline):
     p = after_holm(decide, [np.isfinite(getattr(cell, "p", np.nan)) for cell in decide])
     lines = [[*line[:5], p[2 * i], line[5], p[2 * i + 1], *line[6:]] for i, line in enumerate(made)]
     heads = ["method", "rounds to 95 %", "times IID's", "its end in IID's rounds", "points below IID", "p after Holm"]
-    heads += ["points above FedAvg", "its p", "below IID, last quarter", "gone in it"]
-    return [(f"Time and plateau, {about}", "", [heads, *lines])]
+    heads += ["points above FedAvg", "its p", "above FedAvg, equal bytes", "below IID, last quarter", "gone in it"]
+    return [(f"Time and plateau, {about}", "", [heads, *(line for line in lines if set(line[1:]) != {"-"})])]
+
+
+# ---- the figure
+
+
+def draw(about, rows):
+    """Test accuracy after the last round against the clients' skew: a panel per share of clients a round, a line per
+    algorithm and number of rounds; a dot is a seed, dashed is the model before training."""
+    lines, kinds = {}, list(dict.fromkeys((row.kind, row["num_rounds"], row.name) for row in rows))
+    for row in rows:
+        lines.setdefault(row["participation_rate"], {}).setdefault((row.kind, row["num_rounds"]), []).append(row)
+    places = [kind for kind, *_ in kinds]
+    looks = {one: look(len(set(places[:i]) - {one[0]}), places[:i].count(one[0])) for i, one in enumerate(kinds)}
+    skews = sorted({skew_of(row) for row in rows}, reverse=True)
+    figure, axes = panel_axes(len(lines), sharey=True)
+    for axis, (share, each) in zip(axes, sorted(lines.items(), reverse=True), strict=True):
+        for i, (kind, rounds, name) in enumerate(kinds):
+            if (kind, rounds) not in each:
+                continue
+            some = sorted(each[kind, rounds], key=skew_of, reverse=True)
+            x = [skews.index(skew_of(row)) + 0.1 * (i - (len(kinds) - 1) / 2) for row in some]
+            values = [100 * row.results("test_accuracy") for row in some]
+            shown = looks[kind, rounds, name]
+            axis.plot(x, [one.mean() for one in values], label=f"{name}, {rounds} rounds", **shown)
+            for place, one, row in zip(x, values, some, strict=True):
+                axis.plot([place] * len(one), one, "o", markersize=2.5, color=shown["color"], alpha=0.7)
+                if lost := len(row.runs) - len(one):
+                    axis.annotate(f"{lost} of {len(row.runs)} diverged", (place, one.mean()), fontsize=8)
+        start = [row.rounds("val_accuracy")[1][:, 0] for some in each.values() for row in some]
+        axis.axhline(100 * np.concatenate(start).mean(), color=GREY, linestyle=(0, (6, 2)), label="before training")
+        axis.set_xticks(range(len(skews)), ["IID" if math.isinf(skew) else f"{skew:g}" for skew in skews])
+        axis.set_xlabel("Dirichlet's alpha: to the right more skew")
+        clients = rows[0].first["setting"]["clients"]
+        axis.set_title(f"{share * clients:g} of {clients} clients a round", fontsize=9.5)
+    axes[0].set_ylabel("Test accuracy after the last round (%)")
+    legend_below(figure, axes)
+    set_title(figure, f"What skewed labels cost (dots: {seeds_range(rows)} seeds)\n{about}")
+    return figure
+
+
+def skew_of(row):
+    """Dirichlet's alpha, inf of IID clients."""
+    return math.inf if row.args["partition"] == "IID" else row.args["alpha"]

@@ -144,14 +144,3 @@ def whole_numbers(axis):
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-
-
-def heat_map(axis, values, low, high, colors="cividis"):
-    """A heat map of a (masked) array [rows, columns], white where it is masked. Returns the image."""
-    from matplotlib import colormaps
-
-    colors = colormaps[colors].with_extremes(bad="white")
-    image = axis.imshow(np.ma.masked_array(values), cmap=colors, vmin=low, vmax=high, aspect="auto")
-    image.set_interpolation("nearest")
-    axis.grid(False)
-    return image

@@ -120,7 +120,8 @@ def heat_map(panels, title):
     wide = min(5, len(panels))
     figure, axes = style.panel_axes(len(panels), wide, 1.2 + 1.95 * wide, 2.1, 0.9, sharex=True, sharey=True)
     for axis, (name, _), values in zip(axes, panels, zoomed, strict=True):
-        image = style.heat_map(axis, values, 0, top)
+        image = axis.imshow(values, cmap="cividis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+        axis.grid(False)
         axis.set_title(name, fontsize=9)
         axis.set(xticks=[], yticks=[])
     figure.supxlabel(f"{len(columns)} of {energy.shape[1]} columns (inputs)", fontsize=9)

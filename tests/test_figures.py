@@ -6,8 +6,7 @@ import statistics
 
 import numpy as np
 import pytest
-from made_runs import ROOT, call, figures, log, mamba, noniid, run, tables, vit
-from scipy.stats import t as student
+from made_runs import ROOT, call, figures, log, mamba, run, tables, vit
 
 from common import curves
 from plots.visualize_deltas import energy_rank
@@ -71,21 +70,23 @@ def test_the_lag_is_the_logs(tmp_path):
         assert any(one[1:] == pytest.approx((mean, mean - half, mean + half), abs=1e-5) for one in points)
 
 
-def test_the_cost_map_is_the_logs(tmp_path):
-    place = ROOT / "llm_noniid" / "results" / "regimes.jsonl"
-    drawn, every = figures("plots/noniid.py cost_map --data-dir", place, out=tmp_path), log(place)
-    (axis,) = drawn["noniid_cost_map.png"].axes
-    alphas, steps = ([tick.get_text() for tick in ticks()] for ticks in (axis.get_xticklabels, axis.get_yticklabels))
-    assert len(axis.texts) == 9
-    for text in axis.texts:
-        j, i = text.get_position()
-        h, alpha = steps[int(i)].split()[0], alphas[int(j)].split()[1]
-        mine, iid = (every[f"regimes_fedavg_h{h}_{end}_ag_news_small"] for end in (f"alpha_{alpha}", "iid"))
-        costs = [100 * (iid[s]["results"]["test_accuracy"] - mine[s]["results"]["test_accuracy"]) for s in mine]
-        half = student.ppf(0.975, len(costs) - 1) * statistics.stdev(costs) / math.sqrt(len(costs))
-        mean = statistics.fmean(costs)
-        ends = f"\n[{mean - half:.1f}, {mean + half:.1f}]" if len(costs) == 5 else ""  # three have none
-        assert text.get_text() == f"{mean:.1f}{ends}"
+def test_accuracy_under_skew_is_the_logs(tmp_path):
+    place, shares = ROOT / "llm_noniid" / "results" / "rounds.jsonl", {"10 of 10": "all", "3 of 10": "some"}
+    (figure,), every = figures("plots/noniid.py skew --data-dir", place, out=tmp_path).values(), log(place)
+    skews = ["IID", "1", "0.3", "0.1", "0.03"]
+    for axis in figure.axes:
+        share = shares[axis.get_title().partition(" clients")[0]]
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == skews
+        lines = {line.get_label(): line for line in axis.lines if " rounds" in line.get_label()}
+        assert len(lines) == {"all": 3, "some": 2}[share]
+        for label, line in lines.items():
+            algorithm, rounds = re.fullmatch(r"(\w+), (\d+) rounds", label).groups()
+            preset, more = ("rounds-more", "_rounds_80") if rounds == "80" else ("rounds", "")
+            assert len(line.get_xdata()) == (2 if more else 5)
+            for x, y in zip(*line.get_data(), strict=True):
+                name = "iid" if round(x) == 0 else f"alpha_{skews[round(x)]}"
+                runs = every[f"{preset}_{algorithm.lower()}_{name}_{share}{more}_ag_news_small"].values()
+                assert y == pytest.approx(100 * statistics.fmean(one["results"]["test_accuracy"] for one in runs))
 
 
 def test_the_ratios_are_those_of_the_table(tmp_path):
@@ -104,13 +105,17 @@ def test_the_ratios_are_those_of_the_table(tmp_path):
 
 def test_a_run_that_diverged_is_said_and_no_part_of_the_mean(tmp_path):
     for seed in range(6):
-        ends = {"loss": math.nan} if seed == 5 else {"loss": 2.2 + seed / 100}
-        for h in (10, 20):
-            noniid(tmp_path, f"iid_{h}_{seed}", seed=seed, loss=2.0, local_steps=h)
-            noniid(tmp_path, f"skew_{h}_{seed}", seed=seed, partition="topic_skew", local_steps=h, **ends)
-    (figure,) = figures("plots/noniid.py cost_map --data-dir", tmp_path, out=tmp_path / "plots").values()
-    words = [text.get_text() for axis in figure.axes for text in axis.texts]
-    assert words and all(text.startswith("0.220\n[") and text.endswith("\n1 of 6 diverged") for text in words)
+        for name, y in (("iid", 0.8), ("topic_skew", math.nan if seed == 5 else 0.5 + seed / 100)):
+            results, args = {"test_accuracy": y, "val_loss": 1.0}, {"num_rounds": 30, "num_clients": 4}
+            args |= {"algorithm": "fedavg", "partition": name, "alpha": 0.3, "seed": seed, "target": "label"}
+            rows = [{"val_loss": 1.0, "val_accuracy": 0.25}] * 31
+            broken = {"status": "failed", "ended": {"how": "failed", "by": "not_finite"}} if math.isnan(y) else {}
+            run(tmp_path, f"{name}_{seed}", "train", args | {"participation_rate": 0.5}, rows, results, **broken)
+    (figure,) = figures("plots/noniid.py skew --data-dir", tmp_path, out=tmp_path / "plots").values()
+    (axis,) = figure.axes
+    (line,) = [line for line in axis.lines if line.get_label() == "FedAvg, 30 rounds"]
+    assert list(line.get_ydata()) == pytest.approx([80, 52])  # 0.50 to 0.54
+    assert [text.get_text() for text in axis.texts] == ["1 of 6 diverged"]
 
 
 # ---- those that a source names

@@ -22,6 +22,7 @@ GAP = ROOT / "mamba_fl" / "results" / "gap.jsonl"
 AVERAGES = ROOT / "mamba_fl" / "results" / "averages.jsonl"
 SPLIT = ROOT / "lora_glue_fl" / "results" / "split.jsonl"
 RATES = ROOT / "vit_sparse_fl" / "results" / "rates.jsonl"
+ROUNDS = ROOT / "llm_noniid" / "results" / "rounds.jsonl"
 REPLAY = ROOT / "vit_sparse_fl" / "results" / "replay.jsonl"
 
 
@@ -245,6 +246,75 @@ def test_glues_and_noniids_differences_are_those_of_their_logs():
     assert numbers(found) == [round(statistics.fmean(apart), 1), 3]  # three have no interval
 
 
+def test_noniids_rounds_are_those_of_the_log():
+    """What skew costs after the last round, in rounds and against FedAvg, from the raw lines; Holm's correction too."""
+    every, (_, (_, shown)) = log(ROUNDS), tables("llm_noniid --data-dir", ROUNDS)
+    p, found = {}, []
+
+    def of(algorithm, skew, share, rounds=40):
+        more = "" if rounds == 40 else f"_rounds_{rounds}"
+        lines = every[f"rounds{'-more' * bool(more)}_{algorithm}_{skew}_{share}{more}_ag_news_small"]
+        curves = [{line["round"]: line["val_accuracy"] for line in lines[seed]["curve"]} for seed in range(5)]
+        return np.array([lines[seed]["results"]["test_accuracy"] for seed in range(5)]), curves
+
+    def end(curve, last=40):
+        return statistics.fmean(y for t, y in curve.items() if last - 10 < t <= last)
+
+    def first(curve, target):
+        means = {t: statistics.fmean((curve[t - 4], curve[t - 2], curve[t])) for t in range(6, 41, 2)}
+        return next((t for t, y in means.items() if y >= target), math.inf)
+
+    def row_of(numbers_of_it):
+        (row,) = [row for row in shown.values() if all(numbers(row[k]) == v for k, v in numbers_of_it.items())]
+        return row
+
+    for share in ("all", "some"):
+        for algorithm in ("fedavg", "scaffold"):
+            flat, curves = of(algorithm, "iid", share)
+            targets = [0.95 * end(curve) for curve in curves]
+            for alpha in ("1", "0.3", "0.1", "0.03"):
+                test, mine = of(algorithm, f"alpha_{alpha}", share)
+                costs = [100 * (end(a) - end(b)) for a, b in zip(curves, mine, strict=True)]
+                before = [100 * (end(a, 30) - end(b, 30)) for a, b in zip(curves, mine, strict=True)]
+                cells = {"points below IID": 100 * (flat - test), "below IID, last quarter": costs}
+                cells = {head: [*(round(x, 1) for x in by_hand(values)), 5] for head, values in cells.items()}
+                row = row_of(cells)
+                assert numbers(row["gone in it"])[0] == round(statistics.fmean(before) - statistics.fmean(costs), 1)
+                times = [first(curve, target) for curve, target in zip(mine, targets, strict=True)]
+                there = sum(map(math.isfinite, times))
+                ends = [first(curve, end(other)) for curve, other in zip(curves, mine, strict=True)]
+                for head, some in (("rounds to 95 %", times), ("its end in IID's rounds", ends)):
+                    middle = statistics.median(some)
+                    said = f"{middle:g}" if math.isfinite(middle) else "> 40"
+                    assert row[head] == f"{said} ({sum(map(math.isfinite, some))} of 5)"
+                if there == 5:
+                    again = [
+                        math.log(a / first(*b)) for a, b in zip(times, zip(curves, targets, strict=True), strict=True)
+                    ]
+                    assert numbers(row["times IID's"])[:3] == [round(math.exp(x), 2) for x in by_hand(again)]
+                p[len(found)] = ttest_1samp(100 * (flat - test), 0).pvalue
+                found.append(row["p after Holm"])
+                if algorithm == "scaffold":
+                    opponents = {"points above FedAvg": of("fedavg", f"alpha_{alpha}", share)[0]}
+                    if share == "all" and alpha in ("0.3", "0.03"):
+                        opponents["above FedAvg, equal bytes"] = of("fedavg", f"alpha_{alpha}", share, 80)[0]
+                    for head, other in opponents.items():
+                        assert numbers(row[head]) == [*(round(x, 1) for x in by_hand(100 * (test - other))), 5]
+                    p[len(found)] = ttest_1samp(test - opponents["points above FedAvg"], 0).pvalue
+                    found.append(row["its p"])
+    iid = [of("scaffold", "iid", share)[0] - of("fedavg", "iid", share)[0] for share in ("all", "some")]
+    rows = [row for row in shown.values() if row["its p"] != "-" and row["points below IID"] == "-"]
+    for values in iid:
+        (row,) = [row for row in rows if numbers(row["points above FedAvg"])[0] == round(100 * values.mean(), 1)]
+        p[len(found)] = ttest_1samp(values, 0).pvalue
+        found.append(row["its p"])
+    assert len(found) == 26
+    highest, order = 0.0, sorted(p, key=p.get)
+    for i, at in enumerate(order):
+        highest = max(highest, min(1.0, p[at] * (len(order) - i)))
+        assert found[at] == f"{highest:.2g}"
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_row_of_a_log_is_a_row_of_its_grid(name):
     """The flags tell runs apart as the names of the grid's rows do."""
@@ -404,17 +474,20 @@ def test_time_and_plateau_by_hand(tmp_path):
     """Accuracies of 32 rounds, evaluated in each: IID reaches 0.8 in steps of 0.1 and stays; under skew every step
     takes twice as long and ends at 0.78. 95 % of 0.8 is 0.76: a mean of three has it three evaluations after 0.7."""
     kinds = ("fedavg", "iid", 1, 0.8), ("fedavg", "topic_skew", 2, 0.78), ("fedavg", "topic_skew", 9, 0.5)
-    kinds += (("scaffold", "topic_skew", 2, 0.81),)
+    kinds += ("scaffold", "topic_skew", 2, 0.81), ("fedavg", "topic_skew", 2, 0.79)
     for seed in range(5):
         for algorithm, name, pace, end in kinds:
-            curve = [min(end, 0.1 * (t // pace)) + 0.001 * seed for t in range(33)]
+            rounds = 64 if end == 0.79 else 32  # FedAvg's bytes in them are SCAFFOLD's in 32
+            curve = [min(end, 0.1 * (t // pace)) + 0.001 * seed for t in range(rounds + 1)]
             args = {"algorithm": algorithm, "partition": name, "alpha": 0.3 if end > 0.5 else 0.03, "seed": seed}
-            args |= {"num_rounds": 32, "learning_rate": 0.1, "model": "tiny", "num_clients": 4, "target": "label"}
+            args |= {"num_rounds": rounds, "learning_rate": 0.1, "model": "tiny", "num_clients": 4, "target": "label"}
             rows = [{"val_loss": 2.0 - one, "val_accuracy": one} for one in curve]
-            results = {"val_loss": 2.0 - curve[-1], "test_accuracy": curve[-1]}
+            sent = 2 * rounds if algorithm == "scaffold" else rounds
+            results = {"test_accuracy": curve[-1], "bytes_up": sent, "bytes_down": sent} | rows[-1]
             run(tmp_path, f"{algorithm}_{name}_{end}_{seed}", "train", args | {"local_steps": 10}, rows, results)
     _, (_, shown) = tables("llm_noniid --data-dir", tmp_path)
     iid, some, much = shown["FedAvg, IID"], shown["FedAvg"], shown["FedAvg, alpha 0.03"]
+    assert some["above FedAvg, equal bytes"] == "-" and "FedAvg, 64 rounds" not in shown  # compared with nothing
     assert iid["rounds to 95 %"] == "9 (5 of 5)" and iid["points below IID"] == iid["its end in IID's rounds"] == "-"
     assert some["rounds to 95 %"] == "18 (5 of 5)" and some["times IID's"] == "2.00 [2.00, 2.00], 5"
     assert some["its end in IID's rounds"] == "10 (5 of 5)"  # 0.78: after 9 it is 0.767
@@ -424,6 +497,7 @@ def test_time_and_plateau_by_hand(tmp_path):
     assert numbers(much["gone in it"])[0] == pytest.approx(8.75, abs=0.06)
     scaffold = shown["SCAFFOLD"]  # at alpha 0.3, without IID runs of its own
     assert numbers(scaffold["points above FedAvg"])[0] == 3.0 and scaffold["points below IID"] == "-"
+    assert numbers(scaffold["above FedAvg, equal bytes"])[0] == 2.0
 
 
 def test_which_runs_failed():
