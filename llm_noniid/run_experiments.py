@@ -20,7 +20,7 @@ regimes  when training on labels breaks, and what repairs it: every row at its o
          more). Groups: map (H x alpha), repair (other algorithms), longer (three times the rounds), lora, clients (a
          share of them, unequal sizes), alone (models for a part of them), ends (central training); -more: what followed
 rounds   40 rounds of FedAvg and SCAFFOLD, IID to alpha 0.03: rounds to 95 % of IID's accuracy, and what is left then;
-         -more: FedAvg for 80 rounds, the bytes of SCAFFOLD
+         -more: FedAvg for 80 rounds, the bytes of SCAFFOLD (bytes); both with 50 local steps (steps)
 """
 
 from common.cli import UsageError, run_main
@@ -141,10 +141,13 @@ for share, words in (("all", PLATEAU), ("some", f"{PLATEAU} --participation-rate
         for alpha in (None, 1, BASE, 0.1, EXTREME):
             name = "iid" if alpha is None else f"alpha_{alpha:g}"
             ROUNDS[f"{algorithm}_{name}_{share}"] = one(share, algorithm, alpha, words, 10, 5)
-BYTES = {}
+FOLLOWED = {}
 for alpha in (BASE, EXTREME):
     name, words = f"fedavg_alpha_{alpha:g}_all", f"{PLATEAU} --num-rounds 80"
-    BYTES[f"{name}_rounds_80"] = one("bytes", "fedavg", alpha, words, 10, 5, rate_of=name)
+    FOLLOWED[f"{name}_rounds_80"] = one("bytes", "fedavg", alpha, words, 10, 5, rate_of=name)
+for algorithm in ("fedavg", "scaffold"):  # under skew no higher rate of AdamW was ever their best
+    rates = {"learning-rate": (9e-5, 3e-4, 1e-3)}
+    FOLLOWED[f"{algorithm}_alpha_0.03_all_h50"] = one("steps", algorithm, EXTREME, PLATEAU, 50, 5, rates)
 
 SIZES = "--local-steps 10 --num-rounds 12 --max-samples 4000 --eval-samples 300 --probe-samples 32 --max-length 64"
 FEW = "--local-steps 5 --num-rounds 6 --max-samples 300 --eval-samples 60 --max-length 64 --probe-samples 8"
@@ -160,7 +163,7 @@ PRESETS = {
     "regimes": preset(REGIMES, SHARED, range(5), **BEST),
     "regimes-more": preset(MORE, SHARED, range(3), **BEST),
     "rounds": preset(ROUNDS, SHARED, range(5), **BEST | PLATEAUS),
-    "rounds-more": preset(BYTES, SHARED, range(5), **BEST | PLATEAUS),
+    "rounds-more": preset(FOLLOWED, SHARED, range(5), **BEST | PLATEAUS),
 }
 
 
