@@ -4,7 +4,7 @@ python plots/tables.py llm_noniid                                               
 python plots/noniid.py --data-dir results --out-dir results/plots               # all that the runs allow
 python plots/noniid.py skew --data-dir llm_noniid/results/rounds.jsonl
 
-skew    accuracy after the last round against alpha, a line per algorithm
+skew    accuracy after the last round against alpha, a line per algorithm, rounds and local work, from two alphas on
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 from common.curves import number
 from plots import style
 from plots.pairs import compared, paired, spread
-from plots.plateau import LEAST, draw, long_runs, plateau_table, skew_of
+from plots.plateau import LEAST, draw, line_of, long_runs, plateau_table, skew_of
 from plots.read import Study, base_name, not_finite, order_of
 from plots.rows import at_best_rate, comparable, describe
 from plots.style import numbered
@@ -263,7 +263,9 @@ def skew(runs, args, notes):
     drawn = []
     for setting, rows in comparable(runs, STUDY, notes):
         rows = at_best_rate([row for row in long_runs(rows) if row["partition"] in SKEWS], TUNED, tuned_rank)
-        if len({skew_of(row) for row in rows}) > 1:
+        skews = [(line_of(row), skew_of(row)) for row in rows]
+        rows = [row for row in rows if len({skew for line, skew in skews if line == line_of(row)}) > 1]
+        if rows:
             drawn.append(draw(describe(STUDY, setting), rows))
     yield from numbered("skew", drawn)
 

@@ -101,23 +101,24 @@ def plateau_table(about, rows, baseline):
 
 def draw(about, rows):
     """Test accuracy after the last round against the clients' skew: a panel per share of clients a round, a line per
-    algorithm and number of rounds; a dot is a seed, dashed is the model before training."""
-    lines, kinds = {}, list(dict.fromkeys((row.kind, row["num_rounds"], row.name) for row in rows))
+    algorithm, number of rounds and local work; a dot is a seed, dashed is the model before training."""
+    lines, kinds = {}, list(dict.fromkeys(map(line_of, rows)))
     for row in rows:
-        lines.setdefault(row["participation_rate"], {}).setdefault((row.kind, row["num_rounds"]), []).append(row)
-    places = [kind for kind, *_ in kinds]
+        lines.setdefault(row["participation_rate"], {}).setdefault(line_of(row), []).append(row)
+    places = [name for name, *_ in kinds]
     looks = {one: look(len(set(places[:i]) - {one[0]}), places[:i].count(one[0])) for i, one in enumerate(kinds)}
     skews = sorted({skew_of(row) for row in rows}, reverse=True)
     figure, axes = panel_axes(len(lines), sharey=True)
     for axis, (share, each) in zip(axes, sorted(lines.items(), reverse=True), strict=True):
-        for i, (kind, rounds, name) in enumerate(kinds):
-            if (kind, rounds) not in each:
+        for i, kind in enumerate(kinds):
+            if kind not in each:
                 continue
-            some = sorted(each[kind, rounds], key=skew_of, reverse=True)
+            some = sorted(each[kind], key=skew_of, reverse=True)
             x = [skews.index(skew_of(row)) + 0.1 * (i - (len(kinds) - 1) / 2) for row in some]
             values = [100 * row.results("test_accuracy") for row in some]
-            shown = looks[kind, rounds, name]
-            axis.plot(x, [one.mean() for one in values], label=f"{name}, {rounds} rounds", **shown)
+            shown = looks[kind]
+            label = "{}, {} rounds".format(*kind) + f" of {kind[2]}" * (len({local for *_, local in kinds}) > 1)
+            axis.plot(x, [one.mean() for one in values], label=label, **shown)
             for place, one, row in zip(x, values, some, strict=True):
                 axis.plot([place] * len(one), one, "o", markersize=2.5, color=shown["color"], alpha=0.7)
                 if lost := len(row.runs) - len(one):
@@ -132,6 +133,11 @@ def draw(about, rows):
     legend_below(figure, axes)
     set_title(figure, f"What skewed labels cost (dots: {seeds_range(rows)} seeds)\n{about}")
     return figure
+
+
+def line_of(row):
+    """Its line in the figure: the algorithm's name, the rounds, a client's work in one."""
+    return row.name, row["num_rounds"], row.first["setting"].get("local")
 
 
 def skew_of(row):
