@@ -178,8 +178,8 @@ def baseline(row, rows, against):
 
 
 def bytes_of(row):
-    """Of a run, both ways, in the mean over seeds."""
-    return row.results("bytes_up").mean() + row.results("bytes_down").mean()
+    """Of a run, both ways, in the median over seeds: one of them may have ended early."""
+    return (row.results("bytes_up") + row.results("bytes_down")).median()
 
 
 def tuned_rank(row, seeds=None):
@@ -251,6 +251,7 @@ evaluation's or above that before training; runs whose updates were not finite a
 def further(runs):
     """What skew costs in time and for good, beside the usual tables."""
     every = [(describe(STUDY, setting), rows) for setting, rows in comparable(runs, STUDY)]
+    every = [(about, at_best_rate(rows, TUNED, tuned_rank)) for about, rows in every]
     return runs, [table for about, rows in every for table in plateau_table(about, rows, baseline)]
 
 

@@ -66,9 +66,13 @@ def holm(values):
 
 
 def after_holm(cells, decide):
-    """[p after Holm's correction over the cells that decide, "-" for the others]. decide: a bool for each."""
+    """[p after Holm's correction over the cells that decide, "-" for the others]. decide: a bool for each.
+
+    A cell that decides and has no p (too few seeds are left) counts among the comparisons all the same.
+    """
     corrected = iter(holm([getattr(cell, "p", math.nan) for cell, one in zip(cells, decide, strict=True) if one]))
-    return [f"{next(corrected):.2g}" if one else "-" for one in decide]
+    found = [next(corrected) if one else math.nan for one in decide]
+    return ["-" if math.isnan(p) else f"{p:.2g}" for p in found]
 
 
 # ---- cells

@@ -14,49 +14,58 @@ import math
 import numpy as np
 import pandas as pd
 
-from common.curves import GREY, set_title
+from common.curves import GREY, number, set_title
 from plots.pairs import after_holm, compared, paired
 from plots.style import legend_below, look, panel_axes, seeds_range
 
 SHARE, LEAST = 0.95, 30  # of IID's accuracy; rounds from which there is a plateau to speak of
 
 
-def curve(row):
-    """(rounds [E], running mean of three evaluations' accuracy [S, E]), of those from the third on."""
-    t, values = row.rounds("val_accuracy")
-    after = t > 0
-    t, values = t[after], values[:, after]
-    return t[2:], (values[:, 2:] + values[:, 1:-1] + values[:, :-2]) / 3
+def accuracy(row):
+    """Validation accuracy [S, E] after the evaluated rounds but 0, nan where a seed ended before: a DataFrame."""
+    every = {
+        seed: {
+            line["round"]: number(line["val_accuracy"]) for line in lines if line["round"] and "val_accuracy" in line
+        }
+        for seed, lines in row.counted["curve"].items()
+    }
+    return pd.DataFrame.from_dict(every, orient="index", dtype=float).sort_index(axis=1)
 
 
 def quarter(row, last=True):
     """The mean accuracy of the last quarter of the rounds, or of the one before it: a Series by seed."""
-    t, values = row.rounds("val_accuracy")
-    end = t[-1] if last else 0.75 * t[-1]
-    inside = (t > end - t[-1] / 4) & (t <= end)
-    return pd.Series(values[:, inside].mean(axis=1), row.counted.index)
+    values, end = accuracy(row), row["num_rounds"] * (1 if last else 0.75)
+    inside = [t for t in values.columns if end - row["num_rounds"] / 4 < t <= end]
+    return values[inside].mean(axis=1, skipna=False)
 
 
 def rounds_to(row, targets):
-    """The first round of the curve at which a seed has its target: a Series, inf where it never has."""
-    t, values = curve(row)
-    every = pd.DataFrame(values, row.counted.index, t)
-    seeds = every.index.intersection(targets.index)
-    return pd.Series({s: next((x for x in t if every.loc[s, x] >= targets[s]), np.inf) for s in seeds}, dtype=float)
+    """The first round at which the mean of three evaluations is a seed's target: a Series, inf where it never is, nan
+    without a target."""
+    values = accuracy(row)
+    every = (values + values.shift(1, axis=1) + values.shift(2, axis=1)) / 3
+    first = {
+        seed: next((t for t in every if every.loc[seed, t] >= target), np.inf) if np.isfinite(target) else np.nan
+        for seed, target in targets.items()
+        if seed in every.index
+    }
+    return pd.Series(first, dtype=float)
 
 
 def rounds_cell(rounds, row):
-    """`12 (4 of 5)`: the median, and how many of the row's seeds got there."""
-    every = np.append(rounds, np.full(len(row.runs) - len(rounds), np.inf))
+    """`12 (4 of 5)`: the median, and how many seeds got there, of those with a target and those that diverged."""
+    every = np.append(rounds.dropna(), np.full(len(row.runs) - len(row.counted), np.inf))
+    if not len(every):
+        return "-"
     middle = np.median(every)
     got = f"{np.isfinite(every).sum()} of {len(every)}"
     return f"{middle:g} ({got})" if np.isfinite(middle) else f"> {row['num_rounds']} ({got})"
 
 
 def long_runs(rows):
-    """The federated rows with enough rounds, and evaluations of accuracy, for a plateau."""
+    """The federated rows with enough rounds, and evaluations of accuracy, for a plateau; and those that diverged."""
     rows = [row for row in rows if not row.central and (row["num_rounds"] or 0) >= LEAST]
-    return [row for row in rows if len(row.rounds("val_accuracy")[0]) > 3]
+    return [row for row in rows if row.counted.empty or len(accuracy(row).columns) > 2]
 
 
 def plateau_table(about, rows, baseline):
@@ -73,7 +82,7 @@ def plateau_table(about, rows, baseline):
             for other in (baseline(row, rows, against) for against in ("fedavg", "bytes"))
         ]
         mine, theirs = rounds_to(row, SHARE * base), rounds_to(iid, SHARE * base)
-        all_there = np.isfinite(mine).sum() == len(row.runs)
+        all_there = len(mine) and np.isfinite(mine).all() and len(row.counted) == len(row.runs)
         costs = [100 * paired(quarter(iid, last), quarter(row, last)) for last in (True, False)]
         known = row is not iid
         made.append(
@@ -89,7 +98,7 @@ def plateau_table(about, rows, baseline):
             ]
         )
     decide = [cell for line in made for cell in line[4:6]]
-    p = after_holm(decide, [np.isfinite(getattr(cell, "p", np.nan)) for cell in decide])
+    p = after_holm(decide, [hasattr(cell, "p") for cell in decide])
     lines = [[*line[:5], p[2 * i], line[5], p[2 * i + 1], *line[6:]] for i, line in enumerate(made)]
     heads = ["method", "rounds to 95 %", "times IID's", "its end in IID's rounds", "points below IID", "p after Holm"]
     heads += ["points above FedAvg", "its p", "above FedAvg, equal bytes", "below IID, last quarter", "gone in it"]
@@ -110,6 +119,8 @@ def draw(about, rows):
     skews = sorted({skew_of(row) for row in rows}, reverse=True)
     figure, axes = panel_axes(len(lines), sharey=True)
     for axis, (share, each) in zip(axes, sorted(lines.items(), reverse=True), strict=True):
+        first = [row.rounds("val_accuracy")[1][:, :1] for some in each.values() for row in some]
+        start = 100 * np.concatenate([values.ravel() for values in first]).mean()
         for i, kind in enumerate(kinds):
             if kind not in each:
                 continue
@@ -122,9 +133,9 @@ def draw(about, rows):
             for place, one, row in zip(x, values, some, strict=True):
                 axis.plot([place] * len(one), one, "o", markersize=2.5, color=shown["color"], alpha=0.7)
                 if lost := len(row.runs) - len(one):
-                    axis.annotate(f"{lost} of {len(row.runs)} diverged", (place, one.mean()), fontsize=8)
-        start = [row.rounds("val_accuracy")[1][:, 0] for some in each.values() for row in some]
-        axis.axhline(100 * np.concatenate(start).mean(), color=GREY, linestyle=(0, (6, 2)), label="before training")
+                    height = one.mean() if len(one) else start
+                    axis.annotate(f"{lost} of {len(row.runs)} diverged", (place, height), fontsize=8)
+        axis.axhline(start, color=GREY, linestyle=(0, (6, 2)), label="before training")
         axis.set_xticks(range(len(skews)), ["IID" if math.isinf(skew) else f"{skew:g}" for skew in skews])
         axis.set_xlabel("Dirichlet's alpha: to the right more skew")
         clients = rows[0].first["setting"]["clients"]

@@ -105,17 +105,22 @@ def test_the_ratios_are_those_of_the_table(tmp_path):
 
 def test_a_run_that_diverged_is_said_and_no_part_of_the_mean(tmp_path):
     for seed in range(6):
-        for name, y in (("iid", 0.8), ("topic_skew", math.nan if seed == 5 else 0.5 + seed / 100)):
+        ends = ("iid", 0.5, 0.8), ("topic_skew", 0.3, math.nan if seed == 5 else 0.5 + seed / 100)
+        for name, alpha, y in (*ends, ("topic_skew", 0.1, math.nan)):
             results, args = {"test_accuracy": y, "val_loss": 1.0}, {"num_rounds": 30, "num_clients": 4}
-            args |= {"algorithm": "fedavg", "partition": name, "alpha": 0.3, "seed": seed, "target": "label"}
+            args |= {"algorithm": "fedavg", "partition": name, "alpha": alpha, "seed": seed, "target": "label"}
             rows = [{"val_loss": 1.0, "val_accuracy": 0.25}] * 31
             broken = {"status": "failed", "ended": {"how": "failed", "by": "not_finite"}} if math.isnan(y) else {}
-            run(tmp_path, f"{name}_{seed}", "train", args | {"participation_rate": 0.5}, rows, results, **broken)
+            run(
+                tmp_path, f"{name}_{alpha}_{seed}", "train", args | {"participation_rate": 0.5}, rows, results, **broken
+            )
     (figure,) = figures("plots/noniid.py skew --data-dir", tmp_path, out=tmp_path / "plots").values()
     (axis,) = figure.axes
     (line,) = [line for line in axis.lines if line.get_label() == "FedAvg, 30 rounds"]
-    assert list(line.get_ydata()) == pytest.approx([80, 52])  # 0.50 to 0.54
-    assert [text.get_text() for text in axis.texts] == ["1 of 6 diverged"]
+    assert list(line.get_ydata()) == pytest.approx([80, 52, math.nan], nan_ok=True)  # 0.50 to 0.54
+    assert [text.get_text() for text in axis.texts] == ["1 of 6 diverged", "6 of 6 diverged"]
+    low, high = axis.get_ylim()
+    assert all(low < text.xy[1] < high for text in axis.texts)
 
 
 # ---- those that a source names
