@@ -170,7 +170,8 @@ def run(words, die=None):
 
     die: (folder, lines, changes, what): at change number `changes` of a file in `folder` (made, opened to write,
     renamed, removed), or the first whose path has the text `changes` in it, after metrics.jsonl has `lines` lines, the
-    process gets the signal `what`. "full": only what is made or opened counts, and that fails as on a full disk.
+    process gets the signal `what`; with a fifth, a process number, that process gets it in its place. "full": only
+    what is made or opened counts, and that fails as on a full disk.
     """
     return Started(words, die).ended()
 
@@ -247,7 +248,7 @@ def _script(words, place, env, die):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _death(folder, lines, changes, what):
+def _death(folder, lines, changes, what, whom=None):
     folder = os.path.realpath(folder)
     left, part = (0, changes) if isinstance(changes, str) else (changes, "")
 
@@ -274,7 +275,7 @@ def _death(folder, lines, changes, what):
             if left < 0 and what == "full":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if left < 0:
-                os.kill(os.getpid(), what)
+                os.kill(whom or os.getpid(), what)
 
     return hook
 

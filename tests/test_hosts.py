@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import harness
 import pytest
@@ -34,11 +33,14 @@ def places(size=2):
     return [about | {"RANK": str(rank)} for rank in range(size)]
 
 
-def start(name, out, *more, other=()):
-    """The run `name` on two machines. Args: more: flags of both; other: the second one's alone."""
+def start(name, out, *more, other=(), strike=None):
+    """The run `name` on two machines. Args: more: flags of both; other: the second one's alone; strike: a signal that
+    the second one gets when the first has written two lines of metrics.jsonl."""
     words = harness.command(name, out, *more), harness.command(name, NOWHERE, *more, *other)
-    words = [[*line, "--processes", 0] for line in words]
-    return [harness.Started(line, env=env) for line, env in zip(words, places(), strict=True)]
+    (main, there), (first, second) = [[*line, "--processes", 0] for line in words], places()
+    there = harness.Started(there, env=second)
+    die = strike and (str(out / harness.GOLDEN[name].folder), 2, 0, strike, there.process.pid)
+    return harness.Started(main, die, env=first), there
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -115,25 +117,17 @@ def test_a_machine_with_other_code_is_refused(tmp_path):
 def test_a_machine_that_dies_or_falls_silent_is_named_and_the_run_goes_on(tmp_path):
     """SIGSTOP: as if its cable were cut, no connection breaks. Rows of clients that change machines, and SCAFFOLD's."""
     cases = {signal.SIGKILL: "mamba_fl/fed_fisher", signal.SIGSTOP: "llm_noniid/scaffold"}
-    runs = {number: start(name, tmp_path / name) for number, name in cases.items()}
-    began = {}
-    for number, name in cases.items():
-        log = tmp_path / name / "r" / "metrics.jsonl"
-        end = time.monotonic() + 120
-        while not (log.exists() and log.read_bytes().count(b"\n") >= 2) and time.monotonic() < end:
-            time.sleep(0.05)
-        os.kill(runs[number][1].process.pid, number)
-        began[number] = time.monotonic()
+    runs = {number: start(name, tmp_path / name, strike=number) for number, name in cases.items()}
     for number, name in cases.items():
         main, other = runs[number]
         ended = main.ended()
-        assert time.monotonic() - began[number] < 60
         os.kill(other.process.pid, signal.SIGKILL) if number == signal.SIGSTOP else None
         other.ended()
         last = ended.err.splitlines()[-1]
         assert ended.code == 1 and last.startswith(f"failed: process 1 on {socket.gethostname()} no longer"), ended.err
-        about = read_json(tmp_path / name / "r" / "run.json")
-        assert about["status"] == "failed" and "process 1 on" in about["reason"]
+        log, about = tmp_path / name / "r" / "metrics.jsonl", tmp_path / name / "r" / "run.json"
+        assert about.stat().st_mtime - log.stat().st_mtime < 60  # run.json is written last, the log before the signal
+        assert read_json(about)["status"] == "failed" and "process 1 on" in read_json(about)["reason"]
         for again in [one.ended() for one in start(name, tmp_path / name, "--resume")]:
             assert again.code == 0, again.err
         harness.same_run(tmp_path / name / "r", harness.whole(name))
