@@ -110,7 +110,7 @@ def plateau_table(about, rows, baseline):
 
 def draw(about, rows):
     """Test accuracy after the last round against the clients' skew: a panel per share of clients a round, a line per
-    algorithm, number of rounds and local work; a dot is a seed, dashed is the model before training."""
+    algorithm, number of rounds and local work; a dot is a seed, dotted is the model before training."""
     lines, kinds = {}, list(dict.fromkeys(map(line_of, rows)))
     for row in rows:
         lines.setdefault(row["participation_rate"], {}).setdefault(line_of(row), []).append(row)
@@ -125,17 +125,20 @@ def draw(about, rows):
             if kind not in each:
                 continue
             some = sorted(each[kind], key=skew_of, reverse=True)
-            x = [skews.index(skew_of(row)) + 0.1 * (i - (len(kinds) - 1) / 2) for row in some]
+            steps = [skews.index(skew_of(row)) for row in some]
+            x = np.add(steps, 0.1 * (i - (len(kinds) - 1) / 2))
             values = [100 * row.results("test_accuracy") for row in some]
             shown = looks[kind]
             label = "{}, {} rounds".format(*kind) + f" of {kind[2]}" * (len({local for *_, local in kinds}) > 1)
-            axis.plot(x, [one.mean() for one in values], label=label, **shown)
+            gaps = np.flatnonzero(np.diff(steps) > 1) + 1  # no line over a skew that was not run
+            means = np.insert([one.mean() for one in values], gaps, np.nan)
+            axis.plot(np.insert(x, gaps, np.nan), means, label=label, **shown)
             for place, one, row in zip(x, values, some, strict=True):
                 axis.plot([place] * len(one), one, "o", markersize=2.5, color=shown["color"], alpha=0.7)
                 if lost := len(row.runs) - len(one):
                     height = one.mean() if len(one) else start
                     axis.annotate(f"{lost} of {len(row.runs)} diverged", (place, height), fontsize=8)
-        axis.axhline(start, color=GREY, linestyle=(0, (6, 2)), label="before training")
+        axis.axhline(start, color=GREY, linestyle=":", linewidth=1, label="before training")
         axis.set_xticks(range(len(skews)), ["IID" if math.isinf(skew) else f"{skew:g}" for skew in skews])
         axis.set_xlabel("Dirichlet's alpha: to the right more skew")
         clients = rows[0].first["setting"]["clients"]
